@@ -1,0 +1,276 @@
+"""The state of a run, and files of it that can be trusted.
+
+A checkpoint is one `torch.save` file of plain types, `step_<step>.pt`, beside its SHA-256 in the format of sha256sum.
+It is written to a temporary name, synced and renamed, so that a file under its own name is whole; `last.pt` and
+`best.pt` are links. Nothing in it belongs to a rank: position, order and crops follow from `step`.
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from resnet_dist.ema import Ema
+
+FORMAT = 1
+_DEFINES_POSITION = ("seed", "train.global_batch_size", "data.num_samples")
+_DEFINES_MODEL = ("model.name", "model.num_classes", "model.stride_in_1x1")
+_FREE_TO_CHANGE = ("output_dir", "data.data_dir", "data.threads", "data.prefetch_batches", "data.val_batch_size",
+                   "data.max_bad_images", "log", "checkpoint", "distributed")
+
+
+@dataclass
+class TrainState:
+    """All that an update changes. `model` is the plain module, not its DDP wrapper."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: Ema | None = None
+    step: int = 0
+    evaluated_step: int = -1
+    best_top1: float = -1.0
+    best_step: int = -1
+
+    def state_dict(self) -> dict:
+        """Plain types and tensors; the tensors are the live ones."""
+        return {
+            "step": self.step, "evaluated_step": self.evaluated_step,
+            "best_top1": self.best_top1, "best_step": self.best_step,
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(), "ema": self.ema.model.state_dict() if self.ema else None,
+        }
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Take everything over; the average starts from the weights where the checkpoint has none."""
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.scaler.is_enabled() and saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])
+        if self.ema:
+            self.ema.model.load_state_dict(saved["ema"] or saved["model"])
+        self.step, self.evaluated_step = saved["step"], saved["evaluated_step"]
+        self.best_top1, self.best_step = saved["best_top1"], saved["best_step"]
+
+
+class Saver:
+    """Writes checkpoints behind the back of the training thread. Does nothing off the main process.
+
+    A save that fails (full disk, folder gone) is a warning: the files before it stay good and training goes on.
+    """
+
+    def __init__(self, folder: Path, keep: int, facts: dict, warn: Callable[[str], None], is_main: bool) -> None:
+        self.folder, self.keep, self.facts, self.warn, self.is_main = folder, keep, facts, warn, is_main
+        self.thread: threading.Thread | None = None
+        self.failure: str | None = None
+        self.saved = (-1, -1)
+        """step, and step of the evaluation that it knows of, of the newest good checkpoint"""
+
+    def save(self, state: TrainState) -> None:
+        """Copy the state now (tens of milliseconds for ResNet-50), write it in the background.
+
+        What is already saved is not written again.
+        """
+        if not self.is_main:
+            return
+        self.wait()
+        if self.saved == (state.step, state.evaluated_step):
+            return
+        snapshot = {"format": FORMAT, **self.facts, **_copy_to_cpu(state.state_dict())}
+        self.thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until the write under way is through; a failure of it is said here, on the caller's thread."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+            if self.failure:
+                self.warn(self.failure)
+
+    def _write(self, snapshot: dict) -> None:
+        step = snapshot["step"]
+        path = self.folder / f"step_{step:08d}.pt"
+        try:
+            if not all(torch.isfinite(t).all() for t in snapshot["model"].values() if t.is_floating_point()):
+                raise ValueError("the weights hold values that are not finite; such a state is never saved")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_checkpoint(path, snapshot)
+            _link(self.folder / "last.pt", path.name)
+            if snapshot["best_step"] == step:
+                _link(self.folder / "best.pt", path.name)
+            self._prune()
+            self.saved, self.failure = (step, snapshot["evaluated_step"]), None
+        except Exception as problem:                     # whatever it was, training must not end for it
+            before = f"the one of step {self.saved[0]} stays" if self.saved[0] >= 0 else "none is saved yet"
+            self.failure = f"could not save the checkpoint of step {step} to {path}: {problem}; {before}"
+
+    def _prune(self) -> None:
+        best = self.folder / "best.pt"
+        protected = os.readlink(best) if best.is_symlink() else ""
+        for path in _newest_first(self.folder)[self.keep:]:
+            if path.name != protected:
+                path.unlink()
+                _digest_path(path).unlink(missing_ok=True)
+
+
+def write_checkpoint(path: Path, content: dict) -> None:
+    """Write `content` so that at every moment `path` is absent, the old file or the new one, with its digest."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        digests = [_sha256(temporary.read_bytes())]
+        if path.exists():                                # between the two renames either digest may be the right one
+            digests.append(_sha256(path.read_bytes()))
+        _write_digests(path, digests)
+        os.replace(temporary, path)
+        _write_digests(path, digests[:1])
+    finally:
+        temporary.unlink(missing_ok=True)
+    descriptor = os.open(path.parent, os.O_RDONLY)       # the rename itself must survive a power cut
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def read_checkpoint(path: Path) -> bytes:
+    """The bytes of a checkpoint, verified against the digest beside it where there is one.
+
+    Raises ValueError when the file is missing, cannot be read, or does not match.
+    """
+    path = Path(path).resolve()                          # last.pt and best.pt are links; the digest is beside the file
+    try:
+        payload = path.read_bytes()
+        digest_path = _digest_path(path)
+        digests = [line.split()[0] for line in digest_path.read_text().splitlines()] if digest_path.exists() else None
+    except (OSError, UnicodeDecodeError, IndexError) as problem:
+        raise ValueError(f"the checkpoint {path} cannot be read: {problem}") from problem
+    if not payload:
+        raise ValueError(f"the checkpoint {path} is empty")
+    if digests is not None and _sha256(payload) not in digests:
+        raise ValueError(f"the checkpoint {path} is damaged: its SHA-256 is not the one in {digest_path.name}")
+    return payload
+
+
+def unpack_checkpoint(payload: bytes, name: str) -> dict:
+    """The content of a checkpoint's bytes. Raises ValueError when it is none, or of a newer format than ours."""
+    try:
+        content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except Exception as problem:                         # torch raises a dozen types for a file that is none of its own
+        raise ValueError(f"{name} is not a checkpoint of torch.save with plain types: {problem}") from problem
+    if not isinstance(content, dict) or "format" not in content or "model" not in content:
+        raise ValueError(f"{name} is not a checkpoint of resnet_dist: it has no 'format' and 'model'")
+    if content["format"] > FORMAT:
+        raise ValueError(f"{name} has format {content['format']}, this version reads up to {FORMAT}: update resnet_dist")
+    return content
+
+
+def newest_valid(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint of a folder that matches its digest; None where there never was one.
+
+    Each damaged one is warned about. Raises ValueError when all are damaged: a run is not silently started over.
+    """
+    candidates = _newest_first(folder)
+    for path in candidates:
+        try:
+            if not _digest_path(path).exists():
+                raise ValueError(f"the checkpoint {path} has no {_digest_path(path).name} beside it")
+            read_checkpoint(path)
+            return path
+        except ValueError as problem:
+            warn(f"{problem}; trying the one before")
+    if candidates:
+        raise ValueError(f"none of the {len(candidates)} checkpoints in {folder} is valid: restore one, or start over "
+                         "with another output_dir")
+    return None
+
+
+def check_resumable(saved: dict, facts: dict) -> list[str]:
+    """Whether a run with `facts` can go on from `saved`; returns the settings that changed, as sentences.
+
+    Raises ValueError for what would make the step mean something else (seed, batch size, data) or the weights not fit.
+    """
+    before, now = ({**_flatten(of["config"]), "data.num_samples": of["num_samples"]} for of in (saved, facts))
+    changed = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if old == new or any(key == free or key.startswith(free + ".") for free in _FREE_TO_CHANGE):
+            continue
+        if key in _DEFINES_MODEL:
+            raise ValueError(f"the checkpoint of step {saved['step']} holds another model: {key} was {old!r}, now "
+                             f"{new!r}; take another output_dir, or checkpoint.init_from for its weights")
+        if key in _DEFINES_POSITION:
+            raise ValueError(f"the checkpoint of step {saved['step']} cannot be continued: {key} was {old!r}, now {new!r}, "
+                             "and the step would mean another place in the data; take another output_dir")
+        changed.append(f"{key} was {old!r}, now {new!r}")
+    return changed
+
+
+def load_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> list[str]:
+    """Copy weights into a model; a head (last linear layer) of other size stays as it is. Returns the names left out.
+
+    Raises ValueError when anything but the head does not fit.
+    """
+    own = model.state_dict()
+    heads = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    head = {f"{heads[-1]}.weight", f"{heads[-1]}.bias"} if heads else set()
+    wrong = [name for name in own.keys() | weights.keys()
+             if name not in own or name not in weights or own[name].shape != weights[name].shape]
+    if set(wrong) - head:
+        names = ", ".join(sorted(set(wrong) - head)[:5])
+        raise ValueError(f"checkpoint.init_from holds another model: {len(wrong)} of {len(own)} tensors do not fit ({names}, ...)")
+    model.load_state_dict({name: value for name, value in weights.items() if name not in wrong}, strict=False)
+    return sorted(wrong)
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _copy_to_cpu(tree):
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, dict):
+        return {key: _copy_to_cpu(value) for key, value in tree.items()}
+    return [_copy_to_cpu(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(Path(folder).glob("step_*.pt"), reverse=True)
+
+
+def _digest_path(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _sha256(payload: bytes) -> str:
+    return hashlib.sha256(payload).hexdigest()
+
+
+def _write_digests(path: Path, digests: list[str]) -> None:
+    temporary = path.with_name(path.name + ".sha256.tmp")
+    with open(temporary, "w") as file:
+        file.writelines(f"{digest}  {path.name}\n" for digest in digests)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, _digest_path(path))
+
+
+def _link(link: Path, target: str) -> None:
+    temporary = link.with_name(link.name + ".tmp")
+    with contextlib.suppress(OSError):                   # a file system without links loses a convenience, no data
+        temporary.unlink(missing_ok=True)
+        os.symlink(target, temporary)
+        os.replace(temporary, link)

@@ -1,0 +1,110 @@
+"""The command line: `resnet-dist train | evaluate | report`. It parses first and imports what a command needs after."""
+
+import argparse
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from resnet_dist.config import Config, check
+
+COMMANDS = {
+    "train": "train a network; also what train.py does",
+    "evaluate": "top-1 and top-5 of a checkpoint on the validation set",
+    "report": "a table and a plot of a run's metrics.jsonl",
+}
+QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
+
+
+def config_parser(program: str, description: str) -> ArgumentParser:
+    """A parser of the whole config tree: `--config FILE` (several overlay each other), `--section.key VALUE`."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=program, description=description,
+                            usage="%(prog)s [--config FILE ...] [--section.key VALUE ...] [--print_config]")
+    parser.add_argument("--config", action="config", help="YAML file of settings; of several the later ones win")
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def parse_config(parser: ArgumentParser, arguments: list[str]) -> Config:
+    """The config that the arguments describe. Ends the process with a sentence when they describe none.
+
+    Of several ranks only the first speaks.
+    """
+    silent = os.environ.get("RANK", "0") != "0"
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere if silent else sys.stderr):
+        values = parser.parse_args(arguments)
+        config = Config(**{key: value for key, value in vars(parser.instantiate(values)).items() if key != "config"})
+        try:
+            check(config)
+        except ValueError as problem:
+            parser.error(str(problem))
+    return config
+
+
+def train(arguments: list[str]) -> int:
+    """Train; without any argument the quickstart, and say so."""
+    parser = config_parser("train.py", __doc__)
+    if not arguments:
+        if not QUICKSTART.exists():
+            parser.error("name a recipe: --config FILE (the repository's folder configs/ has some)")
+        if os.environ.get("RANK", "0") == "0":
+            print("no arguments: running the quickstart, --config configs/quickstart.yaml", flush=True)
+        arguments = ["--config", str(QUICKSTART)]
+    config = parse_config(parser, arguments)
+
+    from resnet_dist import run
+    return run.main(config)
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Evaluate a checkpoint, with the settings it was trained with and those given here."""
+    parser = argparse.ArgumentParser(prog="resnet-dist evaluate", description=evaluate.__doc__,
+                                     epilog="any --section.key VALUE of training changes the checkpoint's setting, for "
+                                            "instance --data.data_dir; with several processes: "
+                                            "torchrun --nproc_per_node N -m resnet_dist.cli evaluate ...")
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="file of a run's checkpoints/ folder")
+    parser.add_argument("--json", action="store_true", help="print the result as one line of JSON only")
+    options, overrides = parser.parse_known_args(arguments)
+
+    from resnet_dist.commands import evaluate as command
+    saved = command.read(options.checkpoint)
+    overlay = config_parser("resnet-dist evaluate", evaluate.__doc__)
+    overlay.set_defaults(_dotted(saved["config"]))
+    return command.run(saved, parse_config(overlay, overrides), options.json)
+
+
+def report(arguments: list[str]) -> int:
+    """Summarise a run."""
+    parser = argparse.ArgumentParser(prog="resnet-dist report", description=report.__doc__)
+
+    from resnet_dist.commands import report as command
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(arguments))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command that the first argument names; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    listing = "\n".join(f"  {name:10} {meaning}" for name, meaning in COMMANDS.items())
+    if not arguments or arguments[0] not in COMMANDS:
+        wrong = bool(arguments) and arguments[0] not in ("-h", "--help")
+        print(f"usage: resnet-dist COMMAND [--help]\n\n{listing}", file=sys.stderr if wrong else sys.stdout)
+        if wrong:
+            print(f"error: unknown command {arguments[0]!r}", file=sys.stderr)
+        return 2 if wrong else 0
+    return {"train": train, "evaluate": evaluate, "report": report}[arguments[0]](arguments[1:])
+
+
+def _dotted(tree: dict, prefix: str = "") -> dict:
+    """Nested settings as {"section.key": value}."""
+    flat = {}
+    for key, value in tree.items():
+        flat.update(_dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+if __name__ == "__main__":
+    sys.exit(main())

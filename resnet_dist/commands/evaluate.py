@@ -1,0 +1,54 @@
+"""Top-1 and top-5 of a checkpoint: the same integer counts on any number of ranks."""
+
+import json
+from pathlib import Path
+
+from resnet_dist import engine
+from resnet_dist import run as composition
+from resnet_dist.checkpoint import read_checkpoint, unpack_checkpoint
+from resnet_dist.config import Config
+from resnet_dist.data.build import build_val_loader
+from resnet_dist.data.index import check_num_classes
+from resnet_dist.distributed import Runtime
+
+
+def read(path: str) -> dict:
+    """The content of a checkpoint; ends the process with a sentence where there is none."""
+    try:
+        return unpack_checkpoint(read_checkpoint(Path(path)), path)
+    except ValueError as problem:
+        raise SystemExit(f"error: {problem}") from problem
+
+
+def run(saved: dict, config: Config, as_json: bool) -> int:
+    """Evaluate the raw weights of `saved` and, where it has them, the averaged ones; prints on the main process."""
+    def body(config: Config, runtime: Runtime) -> int:
+        loader = build_val_loader(config.data, runtime, dtype=engine.DTYPES[config.train.precision],
+                                  output_dir=config.output_dir)
+        num_classes = check_num_classes(config.model.num_classes, len(loader.class_names))
+        if tuple(saved["class_names"]) != tuple(loader.class_names):
+            raise ValueError(f"data.data_dir is {config.data.data_dir!r}: its classes are not those of the checkpoint, "
+                             "in the same order; take the data set that it was trained on")
+        state = composition.build_state(config, num_classes, runtime.device)
+        results = {"step": saved["step"]}
+        for name in ("model", "ema"):
+            if saved[name]:
+                state.model.load_state_dict(saved[name])
+                counts = engine.evaluate(state.model, loader, runtime, config.train.precision)
+                results[name] = counts.result()
+        loader.close()
+        if runtime.is_main:
+            print(json.dumps(results) if as_json else describe(results), flush=True)
+        return 0
+    return composition.main(config, body)
+
+
+def describe(results: dict) -> str:
+    """The results as sentences."""
+    lines = [f"step {results['step']}"]
+    for name, title in (("model", "weights"), ("ema", "averaged weights")):
+        if name in results:
+            r = results[name]
+            lines.append(f"{title}: top-1 {r['top1']:.3f} % ({r['correct1']}/{r['num']}), top-5 {r['top5']:.3f} % "
+                         f"({r['correct5']}/{r['num']}), loss {r['loss']:.4f}")
+    return "\n".join(lines)

@@ -1,0 +1,52 @@
+"""What the data path hands to the engine."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+IGNORED_LABEL = -100
+"""Label of an evaluation image that could not be decoded: no loss, never a hit, but counted (torch's ignore_index)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank, ready for the model."""
+
+    images: torch.Tensor
+    """[B, 3, H, W] in channels_last memory, normalised, in the training precision, on the rank's device"""
+    labels: torch.Tensor
+    """int64 [B], class ids, on the rank's device"""
+    indices: np.ndarray
+    """int64 [B], rows of the data set's index, on the host"""
+
+
+class TrainLoader(Protocol):
+    """This rank's share of the training set, addressed by step."""
+
+    num_samples: int
+    class_names: tuple[str, ...]
+    steps_per_epoch: int
+
+    def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
+        """The micro-batches of steps [start_step, stop_step), grad_accum_steps of them for each step, in order."""
+
+    def close(self) -> None:
+        """End the reader threads and free the pipeline."""
+
+
+class ValLoader(Protocol):
+    """This rank's share of the validation set: over all ranks, every image exactly once."""
+
+    num_samples: int
+    class_names: tuple[str, ...]
+    rounds: int
+    """how many items an iteration yields: the same on every rank"""
+
+    def __iter__(self) -> Iterator[Batch | None]:
+        """`rounds` items; None where other ranks still have a batch and this one has not."""
+
+    def close(self) -> None:
+        """End the reader threads and free the pipeline."""

@@ -1,0 +1,167 @@
+"""The processes of a run: who am I, how do we agree, and how do we stop together."""
+
+import hashlib
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One rank's place in the run."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+    cpu_group: dist.ProcessGroup | None
+    """a gloo group of all ranks for small agreements that must not wait for the device"""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one process that writes and speaks."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        dist.barrier(group=self.cpu_group)
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add `tensor` up over the ranks, in place."""
+        dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast_buffers(self, model: torch.nn.Module) -> None:
+        """Give every rank the main process's buffers (running statistics), in place."""
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+    def broadcast_object(self, value):
+        """The main process's `value` (small and picklable) on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.cpu_group, device=torch.device("cpu"))
+        return box[0]
+
+    def on_main(self, function: Callable[[], object]):
+        """What `function` returns in the main process, on every rank.
+
+        Whatever it raises is raised on every rank, as ValueError: a rank that waited for the result of a main process
+        that is gone would hang.
+        """
+        result = error = None
+        if self.is_main:
+            try:
+                result = function()
+            except Exception as problem:
+                error = str(problem) if isinstance(problem, ValueError) else f"{type(problem).__name__}: {problem}"
+        result, error = self.broadcast_object((result, error))
+        if error is not None:
+            raise ValueError(error)
+        return result
+
+    def bytes_from_main(self, function: Callable[[], bytes]) -> bytes:
+        """As `on_main` for a large result: one read of a file, however many ranks there are."""
+        payload: list[bytes] = []
+        size = self.on_main(lambda: payload.append(function()) or len(payload[0]))
+        buffer = torch.frombuffer(bytearray(payload[0]), dtype=torch.uint8) if payload else torch.empty(
+            size, dtype=torch.uint8)
+        dist.broadcast(buffer, src=0, group=self.cpu_group)
+        return buffer.numpy().tobytes()
+
+    def is_first_to_say(self, text: str) -> bool:
+        """Whether no other rank said exactly this before; not a collective. True where nobody can be asked."""
+        try:
+            return dist.distributed_c10d._get_default_store().add(f"said/{hash_text(text)}", 1) == 1
+        except RuntimeError:                             # the rank that kept the store is gone
+            return True
+
+
+def hash_text(text: str) -> str:
+    """A short name for a text, equal on every machine."""
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def start(device: str = "auto", timeout_s: float = 600.0, threads: int = 0) -> Runtime:
+    """Join the process group that the launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK, ...) describes.
+
+    Without a launcher it is a group of one. Raises ValueError when `device` is "cuda" and there is none, or when the
+    machine has fewer GPUs than ranks.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if kind == "cuda":
+        visible = torch.cuda.device_count()
+        if local_rank >= visible:
+            raise ValueError(f"distributed.device is cuda, but this machine shows {visible} GPUs for {local_world_size} "
+                             f"ranks: start at most {visible} processes per machine, or --distributed.device cpu")
+        torch.cuda.set_device(local_rank)
+    else:
+        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world_size))
+    limit = timedelta(seconds=timeout_s)
+    backend = "nccl" if kind == "cuda" else "gloo"
+    rendezvous = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, timeout=limit, **rendezvous)
+    return Runtime(rank, local_rank, world_size, local_world_size,
+                   torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu"),
+                   dist.new_group(backend="gloo", timeout=limit))
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class StopSignal:
+    """Signals that ask for an end, agreed between the ranks without waiting for the device.
+
+    A handler only notes the signal. `poll`, called by every rank at the same places, reduces what was noted over a
+    CPU group: started in one call and read in the next, so that its latency hides behind a step. All ranks therefore
+    learn of a signal, sent to any one of them, in the same call. A second SIGINT (more than a second after the first,
+    since a terminal and torchrun both deliver one key press) ends the process at once.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.noted = self.agreed = 0
+        self.noted_at = 0.0
+        self.pid = os.getpid()
+        self.pending: tuple[dist.Work, torch.Tensor] | None = None
+        self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+
+    def _note(self, number: int, frame) -> None:
+        if os.getpid() != self.pid:                      # a forked child inherits the handler, not the duty
+            return
+        if self.noted == number == signal.SIGINT and time.monotonic() - self.noted_at > 1.0:
+            os._exit(128 + number)
+        if not self.noted:
+            self.noted, self.noted_at = number, time.monotonic()
+
+    def poll(self) -> int:
+        """The signal that any rank had noted one call ago, on all ranks; 0 for none."""
+        if self.pending is not None:
+            work, flag = self.pending
+            work.wait()
+            self.agreed = int(flag)
+        flag = torch.tensor([self.noted], dtype=torch.int32)
+        self.pending = (dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group, async_op=True), flag)
+        return self.agreed
+
+    def close(self) -> None:
+        """Wait for the reduction under way and give the signals back."""
+        if self.pending is not None:
+            self.pending[0].wait()
+            self.pending = None
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,254 @@
+"""The loop: one training step, one evaluation, and the run that is made of them.
+
+`train` reads from top to bottom. There is one clock, `state.step`, the number of updates done; what is due is derived
+from it, so a run that goes on at step s does what the uninterrupted one did there.
+"""
+
+import contextlib
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from resnet_dist.checkpoint import Saver, TrainState
+from resnet_dist.data.types import IGNORED_LABEL, Batch, TrainLoader, ValLoader
+from resnet_dist.distributed import Runtime, StopSignal
+from resnet_dist.log import Log
+from resnet_dist.metrics import Counts
+from resnet_dist.rng import derive_seed
+from resnet_dist.schedule import Schedule
+from resnet_dist.timing import Clock
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the loop does and when, in steps."""
+
+    total_steps: int
+    steps_per_epoch: int
+    grad_accum_steps: int
+    global_batch_size: int
+    precision: str
+    label_smoothing: float
+    clip_grad_norm: float
+    eval_interval: int
+    """0 = at the end only"""
+    checkpoint_intervals: tuple[int, ...]
+    log_interval: int
+    max_nonfinite_steps: int
+    seed: int
+
+
+class NonFinite:
+    """Counts updates that were left out because the gradient was not finite; all on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.in_row, self.most_in_row, self.total = torch.zeros(3, dtype=torch.int64, device=device).unbind()
+
+    def add(self, skipped: torch.Tensor) -> None:
+        """Note one update; `skipped` is a bool scalar on the device."""
+        self.in_row.add_(1).mul_(skipped)
+        self.total.add_(skipped)
+        torch.maximum(self.most_in_row, self.in_row, out=self.most_in_row)
+
+    def take_most_in_row(self) -> int:
+        """The longest row since the last call. Waits for the device."""
+        most = int(self.most_in_row)
+        self.most_in_row.copy_(self.in_row)
+        return most
+
+
+def train_step(model: nn.Module, state: TrainState, micro_batches: list[Batch], lr: float, plan: Plan,
+               nonfinite: NonFinite) -> tuple[Counts, torch.Tensor]:
+    """One update from `grad_accum_steps` micro-batches; nothing in it waits for the device.
+
+    `model` is what computes (the DDP wrapper, or the plain module in a test), `state.model` what it wraps. Returns
+    this rank's counts and the L2 norm of the gradient, averaged over all samples of the update, before clipping. An
+    update whose gradient is not finite is left out on the device, by the fused optimizer's `found_inf`.
+    """
+    optimizer, scaler = state.optimizer, state.scaler
+    device, dtype = micro_batches[0].images.device, DTYPES[plan.precision]
+
+    # 1. gradient: summed over the micro-steps, averaged over the ranks in the last of them
+    counts = Counts.zero(device)
+    for number, batch in enumerate(micro_batches, start=1):
+        with contextlib.nullcontext() if number == len(micro_batches) else model.no_sync():
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                logits = model(batch.images)
+            losses = F.cross_entropy(logits.float() if dtype != torch.float32 else logits, batch.labels, reduction="none",
+                                     label_smoothing=plan.label_smoothing)
+            scaler.scale(losses.mean() / len(micro_batches)).backward()
+        counts = counts + Counts.of(logits.detach(), batch.labels, losses.detach())
+
+    # 2. its norm, equal on all ranks, decides for all of them whether the update is made
+    scaler.unscale_(optimizer)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=None)
+    if plan.clip_grad_norm:
+        nn.utils.clip_grads_with_norm_(parameters, plan.clip_grad_norm, grad_norm, foreach=None)
+    skipped = ~torch.isfinite(grad_norm)
+    nonfinite.add(skipped)
+
+    # 3. update
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if optimizer.defaults["fused"]:
+        optimizer.grad_scale, optimizer.found_inf = None, skipped.float()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    if state.ema:
+        state.ema.update()
+    state.step += 1
+    return counts, grad_norm
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, loader: ValLoader, runtime: Runtime, precision: str,
+             poll: Callable[[], int] = lambda: 0) -> Counts | None:
+    """Counts over the whole validation set, each image once, on any number of ranks; None if `poll` asked to stop.
+
+    The loss is the plain cross-entropy, without label smoothing. Every rank does the same number of rounds, with or
+    without a batch, so that `poll` may be a collective.
+    """
+    was_training, dtype = model.training, DTYPES[precision]
+    model.eval()
+    runtime.broadcast_buffers(model)                     # without SyncBatchNorm every rank has statistics of its own
+    counts = Counts.zero(runtime.device)
+    try:
+        for batch in loader:
+            if poll():
+                return None
+            if batch is None:
+                continue
+            with torch.autocast(runtime.device.type, dtype=dtype, enabled=dtype != torch.float32):
+                logits = model(batch.images).float()
+            losses = F.cross_entropy(logits, batch.labels, reduction="none", ignore_index=IGNORED_LABEL)
+            counts = counts + Counts.of(logits, batch.labels, losses)
+    finally:
+        model.train(was_training)
+    counts = counts.reduce(runtime)
+    assert int(counts.num) == loader.num_samples, f"evaluated {int(counts.num)} of {loader.num_samples} images"
+    return counts
+
+
+def settle_buckets(model: nn.Module, image_size: int, precision: str, device: torch.device) -> None:
+    """Let DDP find its final gradient buckets before the first update, on zeros and without a trace in the weights.
+
+    DDP lays its buckets out anew after the first backward pass. With more than two ranks the order of additions in an
+    all-reduce depends on the place in the bucket, so that the first update after a resume would round differently from
+    the same update of the uninterrupted run. In eval mode no running statistic changes.
+    """
+    model.eval()
+    images = torch.zeros(2, 3, image_size, image_size, device=device).contiguous(memory_format=torch.channels_last)
+    for _ in range(2):                                   # the second forward pass is what moves the buckets
+        with torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32"):
+            logits = model(images)
+        (logits.float().sum() * 0).backward()
+    model.zero_grad(set_to_none=True)
+    model.train()
+
+
+def train(model: nn.Module, state: TrainState, train_loader: TrainLoader, val_loader: ValLoader, schedule: Schedule,
+          plan: Plan, runtime: Runtime, saver: Saver, log: Log, stop_signal: StopSignal) -> int:
+    """Train from `state.step` to `plan.total_steps`. Returns 0, or the signal that ended it after a checkpoint.
+
+    Raises FloatingPointError when `plan.max_nonfinite_steps` updates in a row had a gradient that is not finite.
+    """
+    clock, nonfinite = Clock(), NonFinite(runtime.device)
+    counts, window_start = Counts.zero(runtime.device), state.step
+    batches = train_loader.batches(state.step, plan.total_steps)
+    model.train()
+    gc.collect()
+    gc.freeze()                                          # what exists now stays: no collection walks it again
+    gc.disable()                                         # ranks would pause at different steps, and all wait for each
+    try:
+        while True:
+            # 1. evaluate, once per due step
+            if is_due(state.step, plan.eval_interval, plan.total_steps) and state.evaluated_step != state.step:
+                with clock.excluded():
+                    finished = evaluate_state(state, val_loader, plan, runtime, log, stop_signal.poll)
+                if not finished:
+                    break
+
+            # 2. checkpoint, once per due step
+            if any(is_due(state.step, interval, plan.total_steps) for interval in plan.checkpoint_intervals):
+                with clock.excluded():
+                    saver.save(state)
+
+            # 3. leave at the end, or when any rank was asked to
+            if state.step >= plan.total_steps:
+                return 0
+            if stop_signal.poll():
+                break
+
+            # 4. data
+            with clock.data_wait():
+                micro_batches = [next(batches) for _ in range(plan.grad_accum_steps)]
+
+            # 5. update
+            torch.manual_seed(derive_seed(plan.seed, "step", state.step, runtime.rank))     # for dropout and its like
+            lr = schedule.lr(state.step)
+            step_counts, grad_norm = train_step(model, state, micro_batches, lr, plan, nonfinite)
+            counts = counts + step_counts
+            clock.step(plan.global_batch_size)
+
+            # 6. log: the only place that waits for the device
+            if is_due(state.step, plan.log_interval, plan.total_steps):
+                report(state, counts, grad_norm, lr, clock, train_loader, plan, runtime, log)
+                if nonfinite.take_most_in_row() >= plan.max_nonfinite_steps:
+                    raise FloatingPointError(
+                        f"{plan.max_nonfinite_steps} or more updates in a row between steps {window_start} and "
+                        f"{state.step} had a loss or gradient that is not finite (none of them was applied; lr {lr:g}): "
+                        "lower optim.base_lr, lengthen schedule.warmup_epochs, or set train.clip_grad_norm")
+                counts, window_start = Counts.zero(runtime.device), state.step
+                gc.collect(1)
+    finally:
+        gc.enable()
+        gc.unfreeze()
+        batches.close()
+    saver.save(state)
+    return stop_signal.agreed
+
+
+def is_due(step: int, interval: int, total_steps: int) -> bool:
+    """Whether something that happens every `interval` steps (0 = never) and at the end happens after `step` updates."""
+    return step == total_steps or (step > 0 and interval > 0 and step % interval == 0)
+
+
+def evaluate_state(state: TrainState, loader: ValLoader, plan: Plan, runtime: Runtime, log: Log,
+                   poll: Callable[[], int]) -> bool:
+    """Evaluate the raw and the averaged weights, log both, keep the best; False if `poll` asked to stop.
+
+    The best is that of the averaged weights where there are any.
+    """
+    results = {}
+    for key, model in (("val", state.model), ("val_ema", state.ema.model if state.ema else None)):
+        if model is not None:
+            counts = evaluate(model, loader, runtime, plan.precision, poll)
+            if counts is None:
+                return False
+            results |= {f"{key}/{name}": value for name, value in counts.result().items()}
+    top1 = results.get("val_ema/top1", results["val/top1"])
+    if top1 > state.best_top1:
+        state.best_top1, state.best_step = top1, state.step
+    state.evaluated_step = state.step
+    log.metrics(state.step, {"train/epoch": state.step / plan.steps_per_epoch, **results, "val/best_top1": state.best_top1})
+    return True
+
+
+def report(state: TrainState, counts: Counts, grad_norm: torch.Tensor, lr: float, clock: Clock,
+           loader: TrainLoader, plan: Plan, runtime: Runtime, log: Log) -> None:
+    """One log line about the steps since the last one. A collective: every rank calls it."""
+    result = counts.reduce(runtime).result()
+    bad_images = int(runtime.all_reduce_sum(torch.tensor(getattr(loader, "num_bad", 0), device=runtime.device)))
+    log.metrics(state.step, {
+        "train/epoch": state.step / plan.steps_per_epoch, "train/loss": result["loss"], "train/top1": result["top1"],
+        "train/top5": result["top5"], "train/lr": lr, "train/grad_norm": float(grad_norm),
+        "train/bad_images": bad_images, **{f"train/{key}": value for key, value in clock.take().items()},
+    })

@@ -1,0 +1,219 @@
+"""The composition root: from the config to the objects to a trained network. The only place that sees all of it."""
+
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+
+from resnet_dist import checkpoint, distributed, engine
+from resnet_dist.checkpoint import Saver, TrainState
+from resnet_dist.config import Config, to_dict
+from resnet_dist.data.build import build_train_loader, build_val_loader
+from resnet_dist.data.index import check_num_classes, check_same_classes
+from resnet_dist.distributed import Runtime, StopSignal
+from resnet_dist.ema import Ema
+from resnet_dist.log import Log, build_log
+from resnet_dist.models.build import build_model
+from resnet_dist.models.sync_batch_norm import convert_sync_batch_norm
+from resnet_dist.optim import build_optimizer
+from resnet_dist.rng import derive_seed
+from resnet_dist.schedule import build_schedule, epochs_to_steps, peak_lr
+
+
+def check_layout(global_batch_size: int, world_size: int, grad_accum_steps: int) -> int:
+    """The local batch size; ValueError with the nearest layouts when the global batch does not divide."""
+    share = world_size * grad_accum_steps
+    if global_batch_size % share == 0:
+        return global_batch_size // share
+    batches = sorted({max(1, global_batch_size // share) * share, (global_batch_size // share + 1) * share})
+    ranks = [n for n in range(1, global_batch_size + 1) if global_batch_size % (n * grad_accum_steps) == 0]
+    nearest = sorted(sorted(ranks, key=lambda n: abs(n - world_size))[:2])
+    ways = [f"--train.global_batch_size {' or '.join(map(str, batches))}"]
+    if nearest:
+        ways.append(f"{' or '.join(map(str, nearest))} ranks")
+    raise ValueError(f"train.global_batch_size is {global_batch_size}: it does not divide by {world_size} ranks * "
+                     f"{grad_accum_steps} train.grad_accum_steps = {share}; nearest layouts: {', or '.join(ways)}")
+
+
+def build_plan(config: Config, steps_per_epoch: int) -> engine.Plan:
+    """Durations of the config in steps."""
+    def interval(epochs: float) -> int:
+        return max(1, epochs_to_steps(epochs, steps_per_epoch)) if epochs else 0
+
+    train = config.train
+    return engine.Plan(
+        total_steps=max(1, epochs_to_steps(train.epochs, steps_per_epoch)), steps_per_epoch=steps_per_epoch,
+        grad_accum_steps=train.grad_accum_steps, global_batch_size=train.global_batch_size, precision=train.precision,
+        label_smoothing=train.label_smoothing, clip_grad_norm=train.clip_grad_norm,
+        eval_interval=interval(train.eval_interval_epochs),
+        checkpoint_intervals=(interval(config.checkpoint.interval_epochs), config.checkpoint.interval_steps),
+        log_interval=config.log.interval_steps, max_nonfinite_steps=train.max_nonfinite_steps, seed=config.seed,
+    )
+
+
+def build_state(config: Config, num_classes: int, device: torch.device) -> TrainState:
+    """Model with initial weights (equal on every rank and device), optimizer, scaler and average."""
+    torch.manual_seed(derive_seed(config.seed, "init"))
+    model = build_model(config.model, num_classes)
+    if config.model.sync_batch_norm:
+        model = convert_sync_batch_norm(model, device_type=device.type)
+    model = model.to(device=device, memory_format=torch.channels_last)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
+    ema = Ema(model, config.train.ema_decay) if config.train.ema_decay else None
+    return TrainState(model, build_optimizer(config.optim, model), scaler, ema)
+
+
+def wrap_ddp(model: nn.Module, device: torch.device) -> nn.parallel.DistributedDataParallel:
+    """DistributedDataParallel whose buffers stay with their rank: SyncBatchNorm keeps them equal by itself."""
+    return nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                               broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def restore(state: TrainState, config: Config, facts: dict, runtime: Runtime, log: Log) -> str:
+    """Fill the state from the first that there is; says which, in a few words.
+
+    The newest valid checkpoint of output_dir, checkpoint.resume, checkpoint.init_from (weights only), or nothing. Only
+    the main process reads the file, the others get its bytes. Raises ValueError on every rank when it does not fit.
+    """
+    section = config.checkpoint
+    own = runtime.on_main(lambda: checkpoint.newest_valid(checkpoint_folder(config), log.warn))
+    path = str(own or section.resume or section.init_from)
+    if not path:
+        return "from scratch"
+    if own and (section.resume or section.init_from):
+        log.say(f"{own} comes before checkpoint.{'resume' if section.resume else 'init_from'}, which is left aside")
+    saved = checkpoint.unpack_checkpoint(runtime.bytes_from_main(lambda: checkpoint.read_checkpoint(Path(path))), path)
+    if not own and not section.resume:
+        left_out = checkpoint.load_weights(state.model, saved["ema"] or saved["model"])
+        if state.ema:
+            state.ema.model.load_state_dict(state.model.state_dict())
+        return f"with the weights of {path}" + (f", but for {', '.join(left_out)}" if left_out else "")
+    for change in checkpoint.check_resumable(saved, facts):
+        log.warn(f"the run goes on with another setting: {change}")
+    state.load_state_dict(saved)
+    return f"from {path}"
+
+
+def checkpoint_folder(config: Config) -> Path:
+    """Where a run keeps its checkpoints."""
+    return Path(config.output_dir) / "checkpoints"
+
+
+def resume_command(runtime: Runtime) -> str:
+    """The command that started this run, which is the one that resumes it."""
+    arguments = shlex.join(sys.argv)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return f"python {arguments}"
+    nodes = runtime.world_size // runtime.local_world_size
+    return f"torchrun {f'--nnodes {nodes} ' if nodes > 1 else ''}--nproc_per_node {runtime.local_world_size} {arguments}"
+
+
+def farewell(config: Config, state: TrainState, plan: engine.Plan, runtime: Runtime, log: Log) -> str:
+    """What the user has now, and where."""
+    folder = Path(config.output_dir)
+    done = "finished" if state.step >= plan.total_steps else f"stopped at step {state.step} of {plan.total_steps}"
+    best = f"; best val top-1 {state.best_top1:.2f} % at step {state.best_step}" if state.best_step >= 0 else ""
+    return (f"{done}{best}\n"
+            f"  checkpoint   {checkpoint_folder(config) / 'last.pt'}   (the best: best.pt)\n"
+            f"  config       {folder / 'config.yaml'}\n"
+            f"  metrics      {folder / 'metrics.jsonl'}\n"
+            f"  W&B          {log.wandb_location()}\n"
+            f"  resume       {resume_command(runtime)}")
+
+
+def write_config(config: Config) -> None:
+    """The resolved config as `config.yaml` in the run's folder, for `--config` to read."""
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+def train(config: Config, runtime: Runtime) -> int:
+    """Train, and tell the log how it ended. Returns 0, or 128 + signal when one ended it after a checkpoint."""
+    log, code = build_log(config.log, config.output_dir, runtime.is_main, to_dict(config)), 1
+    try:
+        code = compose(config, runtime, log)
+    finally:
+        log.close(code)
+    return code
+
+
+def compose(config: Config, runtime: Runtime, log: Log) -> int:
+    """Put the run together from its parts, and run it; returns as `train`."""
+    # 1. layout and data
+    local_batch_size = check_layout(config.train.global_batch_size, runtime.world_size, config.train.grad_accum_steps)
+    runtime.on_main(lambda: write_config(config))
+    dtype = engine.DTYPES[config.train.precision]
+    train_loader = build_train_loader(config.data, runtime, seed=config.seed, dtype=dtype, output_dir=config.output_dir,
+                                      global_batch_size=config.train.global_batch_size,
+                                      grad_accum_steps=config.train.grad_accum_steps)
+    val_loader = build_val_loader(config.data, runtime, dtype=dtype, output_dir=config.output_dir)
+    check_same_classes(train_loader.class_names, val_loader.class_names)
+    num_classes = check_num_classes(config.model.num_classes, len(train_loader.class_names))
+    config = replace(config, model=replace(config.model, num_classes=num_classes))
+    runtime.on_main(lambda: write_config(config))
+
+    # 2. plan
+    plan = build_plan(config, train_loader.steps_per_epoch)
+    peak = peak_lr(config.optim.base_lr, config.optim.base_batch_size, config.train.global_batch_size)
+    schedule = build_schedule(config.schedule, peak, plan.steps_per_epoch, plan.total_steps)
+
+    # 3. model and state
+    state = build_state(config, num_classes, runtime.device)
+    facts = {"config": to_dict(config), "num_samples": train_loader.num_samples,
+             "class_names": list(train_loader.class_names)}
+    origin = restore(state, config, facts, runtime, log)
+    saver = Saver(checkpoint_folder(config), config.checkpoint.keep, facts, log.warn, runtime.is_main)
+    if state.step:
+        saver.saved = (state.step, state.evaluated_step)
+    model = wrap_ddp(state.model, runtime.device)
+    engine.settle_buckets(model, config.data.train_crop_size, config.train.precision, runtime.device)
+
+    # 4. train
+    parameters = sum(parameter.numel() for parameter in state.model.parameters())
+    log.start(state.step, plan.total_steps)
+    log.say(f"{config.model.name}, {parameters / 1e6:.2f} M parameters, {num_classes} classes, "
+            f"{train_loader.num_samples} training and {val_loader.num_samples} validation images\n"
+            f"batch {config.train.global_batch_size} = {runtime.world_size} {runtime.device.type} ranks * "
+            f"{plan.grad_accum_steps} micro-steps * {local_batch_size}, {config.train.precision}, peak lr {peak:g}, "
+            f"{plan.total_steps} steps of {plan.steps_per_epoch} per epoch; step {state.step}, {origin}")
+    stop_signal = StopSignal(runtime.cpu_group)
+    ended_by = engine.train(model, state, train_loader, val_loader, schedule, plan, runtime, saver, log, stop_signal)
+    stop_signal.close()
+    saver.wait()
+    train_loader.close()
+    val_loader.close()
+    log.say(farewell(config, state, plan, runtime, log))
+    if saver.failure:
+        raise ValueError(saver.failure)
+    return 128 + ended_by if ended_by else 0
+
+
+def main(config: Config, body: Callable[[Config, Runtime], int] = train) -> int:
+    """Join the other ranks, do `body(config, runtime)`, leave. Returns the exit code.
+
+    2 for what the user can mend (said in a sentence, by one rank), 1 for any other error (with its traceback).
+    """
+    try:
+        runtime = distributed.start(config.distributed.device, config.distributed.timeout_s, config.distributed.threads)
+    except ValueError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    try:
+        code = body(config, runtime)
+    except (ValueError, FloatingPointError) as problem:
+        if runtime.is_first_to_say(str(problem)):
+            print(f"error (rank {runtime.rank}): {problem}", file=sys.stderr)
+        return 2
+    except Exception:
+        print(f"error (rank {runtime.rank}):\n{traceback.format_exc()}", file=sys.stderr)
+        return 1
+    distributed.stop()                                   # not after an error: the others may never come to this point
+    return code

@@ -1,0 +1,17 @@
+"""Import what is slow once, so that forked ranks have it, and keep the parent free of threads that forks would lose."""
+
+import os
+
+import pytest
+import torch
+import torch._dynamo  # noqa: F401  the first DDP constructor imports it: 3 to 5 s, once here instead of in every rank
+
+torch.set_num_threads(1)
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+
+@pytest.fixture(autouse=True)
+def no_leftover_environment(monkeypatch):
+    """Tests see neither a launcher's ranks nor a user's W&B key."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)

@@ -1,0 +1,98 @@
+"""The command line: what it accepts, what it refuses, how fast it answers."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from resnet_dist.cli import config_parser, parse_config
+from resnet_dist.config import Config, check, to_dict
+
+
+def parse(*arguments):
+    return parse_config(config_parser("train.py", ""), list(arguments))
+
+
+def refusal(capsys, *arguments):
+    with pytest.raises(SystemExit) as ending:
+        parse(*arguments)
+    assert ending.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_files_overlay_each_other_and_the_command_line_wins(tmp_path):
+    (tmp_path / "a.yaml").write_text("optim: {base_lr: 1e-4, momentum: 0.5}\nschedule: {milestones: [8, 9.5]}\n")
+    (tmp_path / "b.yaml").write_text("optim: {momentum: 0.8}\n")
+    config = parse("--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml"), "--seed", "5")
+    assert config.optim.base_lr == 1e-4                  # plain PyYAML reads this as a string
+    assert config.optim.momentum == 0.8
+    assert config.schedule.milestones == (8.0, 9.5)
+    assert config.seed == 5
+    assert config.train == Config().train
+
+
+def test_the_resolved_config_reads_back(tmp_path):
+    config = parse("--data.data_dir", "/data", "--model.num_classes", "7", "--optim.norm_weight_decay", "0")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    assert parse("--config", str(tmp_path / "config.yaml")) == config
+
+
+def test_unknown_keys_and_wrong_types_are_refused_by_name(capsys, tmp_path):
+    assert "--model.nmae" in refusal(capsys, "--model.nmae", "resnet18")
+    assert "optim.base_lr" in refusal(capsys, "--optim.base_lr", "fast")
+    assert "train.precision" in refusal(capsys, "--train.precision", "fp8")
+    (tmp_path / "a.yaml").write_text("optim: {learning_rate: 0.1}\n")
+    assert "learning_rate" in refusal(capsys, "--config", str(tmp_path / "a.yaml"))
+    (tmp_path / "a.yaml").write_text("train: {epochs: many}\n")
+    assert "train.epochs" in refusal(capsys, "--config", str(tmp_path / "a.yaml"))
+    assert "nowhere.yaml" in refusal(capsys, "--config", str(tmp_path / "nowhere.yaml"))
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--train.epochs", "0"], ["train.epochs", "0"]),
+    (["--schedule.warmup_epochs", "90"], ["schedule.warmup_epochs", "90"]),
+    (["--schedule.warmup_start_factor", "0"], ["schedule.warmup_start_factor"]),
+    (["--schedule.kind", "step", "--schedule.milestones", "[60, 30]"], ["schedule.milestones", "rise"]),
+    (["--schedule.kind", "step", "--schedule.milestones", "[3, 30]"], ["schedule.milestones", "warmup_epochs"]),
+    (["--data.val_resize_size", "200"], ["data.val_resize_size", "val_crop_size"]),
+    (["--data.crop_scale", "[1.0, 0.5]"], ["data.crop_scale"]),
+    (["--optim.momentum", "0", "--optim.nesterov", "true"], ["optim.nesterov", "momentum"]),
+    (["--train.ema_decay", "1"], ["train.ema_decay"]),
+    (["--checkpoint.keep", "0"], ["checkpoint.keep"]),
+])
+def test_rules_across_keys(capsys, arguments, words):
+    message = refusal(capsys, *arguments)
+    assert all(word in message for word in words), message
+
+
+def test_defaults_are_valid():
+    check(Config())
+
+
+def test_help_is_quick_and_complete():
+    """Every option with its default and a line of meaning, before torch is imported."""
+    environment = {**os.environ, "COLUMNS": "100"}
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-X", "importtime", "train.py", "--help"], capture_output=True, text=True,
+                          env=environment, check=True)
+    elapsed = time.perf_counter() - started
+    assert elapsed < 1.0, f"--help took {elapsed:.2f} s"
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "yaml" in imported and not imported & {"torch", "numpy", "nvidia.dali", "wandb", "torchvision"}
+    flat = config_parser("train.py", "")
+    options = [action for action in flat._actions if action.dest not in ("help", "config", "print_config")]
+    assert len(options) > 50
+    for action in options:
+        assert f"--{action.dest}" in done.stdout
+        if "." in action.dest or action.dest in ("seed", "output_dir"):
+            assert action.help and len(action.help) > 10, f"--{action.dest} has no meaning"
+
+
+def test_print_config_prints_the_tree():
+    done = subprocess.run([sys.executable, "train.py", "--optim.base_lr", "0.2", "--print_config"], capture_output=True,
+                          text=True, check=True)
+    tree = yaml.safe_load(done.stdout)
+    assert tree["optim"]["base_lr"] == 0.2 and tree["model"]["name"] == "resnet50"
