@@ -63,6 +63,16 @@ class NonFinite:
         return most
 
 
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """Run what is inside in the given precision, as far as that is safe; fp32 changes nothing."""
+    return contextlib.nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=DTYPES[precision])
+
+
+def at_least_fp32(logits: torch.Tensor) -> torch.Tensor:
+    """The loss is computed in single precision, or in double where the model is."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def train_step(model: nn.Module, state: TrainState, micro_batches: list[Batch], lr: float, plan: Plan,
                nonfinite: NonFinite) -> tuple[Counts, torch.Tensor]:
     """One update from `grad_accum_steps` micro-batches; nothing in it waits for the device.
@@ -72,15 +82,15 @@ def train_step(model: nn.Module, state: TrainState, micro_batches: list[Batch], 
     update whose gradient is not finite is left out on the device, by the fused optimizer's `found_inf`.
     """
     optimizer, scaler = state.optimizer, state.scaler
-    device, dtype = micro_batches[0].images.device, DTYPES[plan.precision]
+    device = micro_batches[0].images.device
 
     # 1. gradient: summed over the micro-steps, averaged over the ranks in the last of them
     counts = Counts.zero(device)
     for number, batch in enumerate(micro_batches, start=1):
         with contextlib.nullcontext() if number == len(micro_batches) else model.no_sync():
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            with autocast(device, plan.precision):
                 logits = model(batch.images)
-            losses = F.cross_entropy(logits.float() if dtype != torch.float32 else logits, batch.labels, reduction="none",
+            losses = F.cross_entropy(at_least_fp32(logits), batch.labels, reduction="none",
                                      label_smoothing=plan.label_smoothing)
             scaler.scale(losses.mean() / len(micro_batches)).backward()
         counts = counts + Counts.of(logits.detach(), batch.labels, losses.detach())
@@ -116,7 +126,7 @@ def evaluate(model: nn.Module, loader: ValLoader, runtime: Runtime, precision: s
     The loss is the plain cross-entropy, without label smoothing. Every rank does the same number of rounds, with or
     without a batch, so that `poll` may be a collective.
     """
-    was_training, dtype = model.training, DTYPES[precision]
+    was_training = model.training
     model.eval()
     runtime.broadcast_buffers(model)                     # without SyncBatchNorm every rank has statistics of its own
     counts = Counts.zero(runtime.device)
@@ -126,8 +136,9 @@ def evaluate(model: nn.Module, loader: ValLoader, runtime: Runtime, precision: s
                 return None
             if batch is None:
                 continue
-            with torch.autocast(runtime.device.type, dtype=dtype, enabled=dtype != torch.float32):
-                logits = model(batch.images).float()
+            with autocast(runtime.device, precision):
+                logits = model(batch.images)
+            logits = at_least_fp32(logits)
             losses = F.cross_entropy(logits, batch.labels, reduction="none", ignore_index=IGNORED_LABEL)
             counts = counts + Counts.of(logits, batch.labels, losses)
     finally:
@@ -147,7 +158,7 @@ def settle_buckets(model: nn.Module, image_size: int, precision: str, device: to
     model.eval()
     images = torch.zeros(2, 3, image_size, image_size, device=device).contiguous(memory_format=torch.channels_last)
     for _ in range(2):                                   # the second forward pass is what moves the buckets
-        with torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32"):
+        with autocast(device, precision):
             logits = model(images)
         (logits.float().sum() * 0).backward()
     model.zero_grad(set_to_none=True)
@@ -197,6 +208,7 @@ def train(model: nn.Module, state: TrainState, train_loader: TrainLoader, val_lo
             step_counts, grad_norm = train_step(model, state, micro_batches, lr, plan, nonfinite)
             counts = counts + step_counts
             clock.step(plan.global_batch_size)
+            log.progress(state.step)
 
             # 6. log: the only place that waits for the device
             if is_due(state.step, plan.log_interval, plan.total_steps):

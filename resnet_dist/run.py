@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -72,8 +73,10 @@ def build_state(config: Config, num_classes: int, device: torch.device) -> Train
 
 def wrap_ddp(model: nn.Module, device: torch.device) -> nn.parallel.DistributedDataParallel:
     """DistributedDataParallel whose buffers stay with their rank: SyncBatchNorm keeps them equal by itself."""
-    return nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                               broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():                      # newer torch wants another name, which older torch lacks
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+        return nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                                   broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def restore(state: TrainState, config: Config, facts: dict, runtime: Runtime, log: Log) -> str:

@@ -38,8 +38,8 @@ def write_digits(data_dir: str) -> None:
     if os.path.isfile(os.path.join(target, _COMPLETE)):
         return
     if os.path.exists(target) and (not os.path.isdir(target) or os.listdir(target)):
-        raise ValueError(f"data.data_dir {data_dir!r} has contents that are not the digits: with data.kind digits name a "
-                         f"folder that is empty or does not exist yet; with a data set of your own use --data.kind folder")
+        raise ValueError(f"data.data_dir {data_dir!r} has contents that are not the digits: with data.kind digits name "
+                         f"a folder that is empty or does not exist yet; with data of your own use --data.kind folder")
     os.makedirs(os.path.dirname(target), exist_ok=True)
     temporary = tempfile.mkdtemp(prefix=f".{os.path.basename(target)}.", dir=os.path.dirname(target))
     try:

@@ -10,7 +10,6 @@ import os
 import tempfile
 import time
 import warnings
-import zipfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,24 +58,22 @@ def build_index(data_dir: str, split: str, runtime) -> Index:
     return _decode(payload, os.path.abspath(os.path.join(data_dir, split)))
 
 
-def check_same_classes(train_index: Index, val_index: Index) -> None:
+def check_same_classes(train_names: tuple[str, ...], val_names: tuple[str, ...]) -> None:
     """Raise ValueError when the two splits have different classes: class ids of one would be shifted in the other."""
-    if train_index.class_names == val_index.class_names:
+    if train_names == val_names:
         return
-    train, val = set(train_index.class_names), set(val_index.class_names)
-    parts = [f"{len(names)} only in {split}/ ({_some(sorted(names))})"
-             for split, names in (("train", train - val), ("val", val - train)) if names]
-    raise ValueError(f"data.data_dir {os.path.dirname(train_index.root)!r}: train/ has {len(train)} classes and val/ has "
-                     f"{len(val)}, and they differ: {', '.join(parts)}. Both need the same class folders, since a class "
-                     f"id is the folder's place in the sorted list")
+    parts = [f"{len(names)} only in {split}/ ({_some(sorted(names))})" for split, names in
+             (("train", set(train_names) - set(val_names)), ("val", set(val_names) - set(train_names))) if names]
+    raise ValueError(f"data.data_dir: train/ has {len(train_names)} classes and val/ has {len(val_names)}, and they "
+                     f"differ: {', '.join(parts)}. Both need the same class folders, since a class id is the folder's "
+                     f"place in the sorted list: add or remove folders until they agree")
 
 
-def check_num_classes(num_classes: int | None, index: Index) -> int:
-    """The number of classes: the data's. Raises ValueError when `num_classes` is a number that disagrees with it."""
-    found = len(index.class_names)
+def check_num_classes(num_classes: int | None, found: int) -> int:
+    """The number of classes: that of the data. Raises ValueError when `num_classes` is a number that disagrees."""
     if num_classes is not None and num_classes != found:
-        raise ValueError(f"model.num_classes is {num_classes}, but {index.root} has {found} class folders: set it to "
-                         f"{found}, or to null to take the number from the data")
+        raise ValueError(f"model.num_classes is {num_classes}, but the data has {found} classes: set it to {found}, or "
+                         f"to null to take the number from the data")
     return found
 
 
@@ -94,8 +91,8 @@ def _read_or_scan(data_dir: str, split: str) -> bytes:
                     and stored["mtimes"].tolist() == mtimes):
                 _decode(payload, root)
                 return payload
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass                                                 # no cache yet, or a damaged one: scan
+    except Exception:        # no cache yet, or a damaged one, which fails in many ways: it is never worth an error
+        pass
     payload = _scan(root, classes, mtimes)
     _write_cache(cache, payload)
     return payload
@@ -114,7 +111,7 @@ def _scan(root: str, classes: list[str], mtimes: list[int]) -> bytes:
             empty.append(name)
     if empty:
         inner = next((entry.name for entry in os.scandir(os.path.join(root, empty[0])) if entry.is_dir()), None)
-        hint = f" ({empty[0]}/ has a folder {inner}/ inside: images must lie in the class folder itself)" if inner else ""
+        hint = f" ({empty[0]}/ has a folder {inner}/: images must lie in the class folder itself)" if inner else ""
         raise ValueError(f"data.data_dir {os.path.dirname(root)!r}: {len(empty)} of {len(classes)} class folders in "
                          f"{os.path.basename(root)}/ have no image ({', '.join(SUFFIXES)}): {_some(empty)}{hint}. "
                          f"Put images in, or remove these folders")
@@ -186,8 +183,8 @@ def _no_split(data_dir: str, split: str) -> str:
         return f"{rule}: it has no folders at all; it must hold train/<class>/ and val/<class>/"
     found = f"found: {_some(folders)}"
     if not {"train", "val"} & set(folders) and _images(os.path.join(data_dir, folders[0])):
-        return (f"{rule}; {found}. It looks like a set of class folders itself: name the folder above it if this one is "
-                f"train/ or val/, else sort them into {os.path.join(data_dir, 'train')}/ and "
+        return (f"{rule}; {found}. It looks like a set of class folders itself: name the folder above it if this one "
+                f"is train/ or val/, else sort them into {os.path.join(data_dir, 'train')}/ and "
                 f"{os.path.join(data_dir, 'val')}/")
     similar = [name for name in folders if split == "val" and name.lower() in ("valid", "validation", "test")]
     hint = f"Rename or link {similar[0]}/ to val/ if that is the validation set" if similar else (
@@ -198,12 +195,12 @@ def _no_split(data_dir: str, split: str) -> str:
 def _flat_split(root: str, loose: list[str]) -> str:
     """What to do about images that are not sorted into class folders."""
     split = os.path.basename(root)
-    return (f"data.data_dir {os.path.dirname(root)!r}: {split}/ is flat, its {len(loose)} images ({_some(loose)}) lie in "
-            f"it without class folders, so nothing tells their classes. Sort them into {split}/<class>/ with the names "
-            f"of train/. For ImageNet, line i of the devkit's data/ILSVRC2012_validation_ground_truth.txt is the "
-            f"ILSVRC2012_ID of ILSVRC2012_val_<i as 8 digits>.JPEG, and data/meta.mat gives the folder name (WNID, such "
-            f"as n01440764) of each ID; the IDs are not in the order of the sorted folder names, so do not use them as "
-            f"labels directly")
+    return (f"data.data_dir {os.path.dirname(root)!r}: {split}/ is flat, its {len(loose)} images ({_some(loose)}) lie "
+            f"in it without class folders, so nothing tells their classes. Sort them into {split}/<class>/ with the "
+            f"names of train/. For ImageNet, line i of the devkit's data/ILSVRC2012_validation_ground_truth.txt is the "
+            f"ILSVRC2012_ID of ILSVRC2012_val_<i as 8 digits>.JPEG, and data/meta.mat gives the folder name (WNID, "
+            f"such as n01440764) of each ID; the IDs are not in the order of the sorted folder names, so they are not "
+            f"class ids")
 
 
 def _folders(path: str) -> list[str]:

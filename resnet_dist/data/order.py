@@ -24,8 +24,8 @@ def steps_per_epoch(n: int, global_batch_size: int) -> int:
     Raises ValueError when there is not even one.
     """
     if n < global_batch_size:
-        raise ValueError(f"the training set has {n} images, fewer than train.global_batch_size = {global_batch_size}: an "
-                         f"epoch would have no step. Set train.global_batch_size to {n} or less, or add images")
+        raise ValueError(f"the training set has {n} images, fewer than train.global_batch_size = {global_batch_size}: "
+                         f"an epoch would have no step. Set train.global_batch_size to {n} or less, or add images")
     return n // global_batch_size
 
 

@@ -1,0 +1,60 @@
+"""From the data section of the config to this rank's two loaders."""
+
+import os
+
+import torch
+
+from resnet_dist.config import DataConfig
+from resnet_dist.data.digits import write_digits
+from resnet_dist.data.index import Index, build_index
+from resnet_dist.data.loader import DaliTrainLoader, DaliValLoader
+from resnet_dist.data.synthetic import SyntheticTrainLoader, SyntheticValLoader
+from resnet_dist.data.types import TrainLoader, ValLoader
+from resnet_dist.distributed import Runtime
+
+_GPU_THREADS = 4                 # enough to parse headers and feed the decoder; the pixels are the GPU's work
+
+
+def build_train_loader(
+    config: DataConfig, runtime: Runtime, *, seed: int, global_batch_size: int, grad_accum_steps: int,
+    dtype: torch.dtype, output_dir: str,
+) -> TrainLoader:
+    """This rank's share of the training set; call it on every rank.
+
+    Batches are of `dtype` on the runtime's device; `output_dir` takes quarantine.jsonl. Raises ValueError on every rank
+    when the data folder is not as it must be, or holds fewer images than one global batch.
+    """
+    pieces = runtime.world_size * grad_accum_steps
+    assert global_batch_size % pieces == 0, f"run.py refuses a batch of {global_batch_size} in {pieces} pieces"
+    if config.kind == "synthetic":
+        return SyntheticTrainLoader(config, runtime, seed=seed, dtype=dtype, global_batch_size=global_batch_size,
+                                    grad_accum_steps=grad_accum_steps)
+    return DaliTrainLoader(
+        _index(config, runtime, "train"), config, seed=seed, global_batch_size=global_batch_size,
+        grad_accum_steps=grad_accum_steps, rank=runtime.rank, world_size=runtime.world_size, dtype=dtype,
+        device=runtime.device, threads=_threads(config, runtime), output_dir=output_dir)
+
+
+def build_val_loader(config: DataConfig, runtime: Runtime, *, dtype: torch.dtype, output_dir: str) -> ValLoader:
+    """This rank's share of the validation set, as `build_train_loader`."""
+    if config.kind == "synthetic":
+        return SyntheticValLoader(config, runtime, dtype=dtype)
+    return DaliValLoader(
+        _index(config, runtime, "val"), config, rank=runtime.rank, world_size=runtime.world_size, dtype=dtype,
+        device=runtime.device, threads=_threads(config, runtime), output_dir=output_dir)
+
+
+def _index(config: DataConfig, runtime: Runtime, split: str) -> Index:
+    """The images of a split; the digits are written by one process first."""
+    if config.kind == "digits":
+        runtime.on_main(lambda: write_digits(config.data_dir))
+    return build_index(config.data_dir, split, runtime)
+
+
+def _threads(config: DataConfig, runtime: Runtime) -> int:
+    """Threads of the loader: as the config says, or a fair share of the machine's cores."""
+    if config.threads:
+        return config.threads
+    if runtime.device.type == "cuda":
+        return _GPU_THREADS
+    return max(1, len(os.sched_getaffinity(0)) // runtime.local_world_size)

@@ -1,0 +1,207 @@
+"""From a row of the index to checked bytes: threads that read ahead, cheap checks, and the record of bad files.
+
+A broken image stops a whole batch inside the decoder, often without a name. So every file is looked at first, for a few
+microseconds: is it a JPEG or PNG at all, does its header give a size, is its end there. What passes and still cannot
+be decoded is found by the decoder's owner (dali.py) and ends up in the same quarantine.
+"""
+
+import dataclasses
+import json
+import os
+import struct
+import warnings
+import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from resnet_dist.data.index import Index
+
+READ_THREADS = 8
+"""Threads that wait for the storage. They hardly cost the processor anything: eight hide about 5 ms per file."""
+
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+_PNG_END = b"IEND\xaeB\x60\x82"                                  # the last chunk's name and its checksum
+_JPEG_END = b"\xff\xd9"
+_STANDALONE = frozenset([0x01, *range(0xD0, 0xD8)])              # JPEG markers without a length
+_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}       # SOF0..SOF15 without DHT, JPG, DAC
+_SCAN, _END = 0xDA, 0xD9
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One image file as it was read."""
+
+    row: int
+    """row of the index that the bytes are from"""
+    data: bytes
+    height: int
+    width: int
+    reason: str | None = None
+    """why the image cannot be used; None for one that looks good"""
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """(height, width) of a JPEG or PNG from its header alone; an EXIF orientation is ignored, as in decoding.
+
+    Raises ValueError with the reason when there is no such header.
+    """
+    if data.startswith(_PNG_START):
+        return _png_size(data)
+    return _jpeg_header(data)[:2]
+
+
+def check(data: bytes) -> str | None:
+    """What is plainly wrong with an image file, or None.
+
+    The bytes of the picture are not looked at: damage inside them is for the decoder to find.
+    """
+    return _inspect(data)[2]
+
+
+def _inspect(data: bytes) -> tuple[int, int, str | None]:
+    """(height, width, reason): the size, or zeros and what is wrong."""
+    if not data:
+        return 0, 0, "the file is empty"
+    try:
+        if data.startswith(_PNG_START):
+            height, width = _png_size(data)
+            complete = data.rfind(_PNG_END) > 0
+        else:
+            height, width, scan = _jpeg_header(data)
+            # Entropy-coded data cannot contain the end marker, so one after the first scan's start is the real one,
+            # whatever cameras and editors append to the file.
+            complete = data.rfind(_JPEG_END, scan) > 0
+    except ValueError as error:
+        return 0, 0, str(error)
+    if height == 0 or width == 0:
+        return 0, 0, f"the header gives a size of {width} x {height}"
+    return (height, width, None) if complete else (0, 0, "the file is cut off: its end marker is missing")
+
+
+def _png_size(data: bytes) -> tuple[int, int]:
+    if len(data) < 33 or data[12:16] != b"IHDR":
+        raise ValueError("the PNG header is damaged")
+    width, height = struct.unpack_from(">II", data, 16)
+    return height, width
+
+
+def _jpeg_header(data: bytes) -> tuple[int, int, int]:
+    """(height, width, where the first scan starts); raises ValueError when the segments cannot be followed to there."""
+    if not data.startswith(b"\xff\xd8"):
+        raise ValueError(f"neither JPEG nor PNG: the file starts with {data[:8]!r}")
+    position, size = 2, None
+    while True:
+        while data[position:position + 2] == b"\xff\xff":        # fill bytes are allowed before a marker
+            position += 1
+        head = data[position:position + 9]
+        if len(head) < 4 or head[0] != 0xFF:
+            raise ValueError("the JPEG header is damaged or cut off")
+        marker = head[1]
+        if marker in _STANDALONE:
+            position += 2
+            continue
+        if marker in _FRAME and size is None:
+            if len(head) < 9:
+                raise ValueError("the JPEG header is damaged or cut off")
+            size = struct.unpack_from(">HH", head, 5)
+        if marker == _SCAN and size is not None:
+            return *size, position
+        if marker in (_SCAN, _END):
+            raise ValueError("the JPEG header gives no size")
+        position += 2 + struct.unpack_from(">H", head, 2)[0]
+
+
+def load(index: Index, row: int) -> Encoded:
+    """Read and check the file of one row. A file that cannot be read is a bad image like any other."""
+    try:
+        with open(index.path(row), "rb", buffering=0) as file:
+            data = file.read()
+    except OSError as error:
+        return Encoded(row, b"", 0, 0, f"cannot be read: {error.strerror or error}")
+    height, width, reason = _inspect(data)
+    return Encoded(row, data, height, width, reason)
+
+
+class Reader:
+    """Threads that read and check files of one index."""
+
+    def __init__(self, index: Index, threads: int = READ_THREADS) -> None:
+        self.index = index
+        self.threads = threads
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
+
+    def request(self, rows: np.ndarray) -> list[Future]:
+        """Start to read `rows`, in shares of about one per thread; `collect` has the result."""
+        share = -(-len(rows) // self.threads)
+        return [self.pool.submit(self._load_all, rows[start:start + share].tolist())
+                for start in range(0, len(rows), share)]
+
+    def collect(self, requested: list[Future]) -> list[Encoded]:
+        """The files of a request, in its order; waits for them."""
+        return [encoded for future in requested for encoded in future.result()]
+
+    def _load_all(self, rows: list[int]) -> list[Encoded]:
+        return [load(self.index, row) for row in rows]
+
+    def close(self) -> None:
+        """End the threads; what was requested and not begun is dropped."""
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Quarantine:
+    """The bad files that this process has met, each recorded once, and the limit that stops the run."""
+
+    def __init__(self, output_dir: str, split: str, rank: int, limit: int | None) -> None:
+        """`limit`: how many are tolerated (data.max_bad_images); None for any number."""
+        self.path = os.path.join(output_dir, "quarantine.jsonl")
+        self.split = split
+        self.rank = rank
+        self.limit = limit
+        self.files: set[str] = set()
+
+    def add(self, file: str, reason: str, *, epoch: int | None = None, step: int | None = None) -> None:
+        """Record a bad file, unless it is known. Raises ValueError when it is one too many."""
+        if file in self.files:
+            return
+        self.files.add(file)
+        line = {"path": file, "reason": reason, "split": self.split, "rank": self.rank, "epoch": epoch, "step": step}
+        try:
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            with open(self.path, "a", encoding="utf-8", errors="surrogateescape") as record:
+                record.write(json.dumps(line) + "\n")         # one write of one line: ranks do not mix theirs
+        except OSError as error:
+            warnings.warn(f"{file} is bad ({reason}); {self.path} could not be written: {error}", stacklevel=2)
+        if self.limit is not None and len(self.files) > self.limit:
+            raise ValueError(f"{len(self.files)} broken {self.split} images on rank {self.rank}, more than "
+                             f"data.max_bad_images = {self.limit}. The last one is {file}: {reason}. All are listed in "
+                             f"{self.path}: repair or remove them, or raise data.max_bad_images")
+
+
+def next_good(index: Index, encoded: Encoded, quarantine: Quarantine, *, wanted: int, epoch: int, step: int) -> Encoded:
+    """`encoded`, or if it is bad the first good image after it in the index (which wraps around), each one recorded.
+
+    The choice depends on the files alone, so every layout of ranks makes the same. Raises ValueError when there is no
+    good image at all or the quarantine is full. `wanted` is the row that was asked for in the beginning.
+    """
+    while encoded.reason is not None:
+        quarantine.add(index.path(encoded.row), encoded.reason, epoch=epoch, step=step)
+        row = (encoded.row + 1) % len(index)
+        if row == wanted:
+            raise ValueError(f"none of the {len(index)} images in {index.root} can be decoded; see {quarantine.path}")
+        encoded = load(index, row)
+    return encoded
+
+
+def blank(encoded: Encoded) -> Encoded:
+    """A black image in place of a bad one, with the row and the reason kept."""
+    return dataclasses.replace(encoded, data=_BLACK_PIXEL, height=1, width=1)
+
+
+def _png_chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+_BLACK_PIXEL = (_PNG_START + _png_chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0))
+                + _png_chunk(b"IDAT", zlib.compress(b"\0\0\0\0")) + _png_chunk(b"IEND", b""))

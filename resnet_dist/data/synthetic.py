@@ -1,0 +1,86 @@
+"""Random images without any file: what the rest of a run can do when reading and decoding cost nothing.
+
+A small bank of images is made once and drawn from by row, so that a batch costs one copy on the device. The label
+belongs to the image, so that a network can learn the set and a loss that stays where it is shows a fault.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from resnet_dist.config import DataConfig
+from resnet_dist.data import order
+from resnet_dist.data.types import Batch
+from resnet_dist.distributed import Runtime
+from resnet_dist.rng import derive_seed
+
+_BANK_IMAGES = 64
+
+
+class _Bank:
+    """Normalised noise: row r of the set is image r modulo the size of the bank."""
+
+    def __init__(self, config: DataConfig, side: int, seed: int, device: torch.device, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(derive_seed(seed, "synthetic"))
+        # Labels first, so that they are the same for every side.
+        self.labels = torch.randint(config.synthetic_classes, (_BANK_IMAGES,), generator=generator).to(device)
+        images = torch.randn(_BANK_IMAGES, 3, side, side, generator=generator)
+        self.images = images.to(device, dtype).contiguous(memory_format=torch.channels_last)
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        """The images and labels of `rows` (int64 [B])."""
+        places = torch.from_numpy(rows % _BANK_IMAGES).to(self.labels.device, non_blocking=True)
+        images = self.images[places].contiguous(memory_format=torch.channels_last)
+        return Batch(images, self.labels[places], rows)
+
+
+class SyntheticTrainLoader:
+    """A TrainLoader of config.synthetic_images random images of config.train_crop_size."""
+
+    def __init__(self, config: DataConfig, runtime: Runtime, *, seed: int, dtype: torch.dtype, global_batch_size: int,
+                 grad_accum_steps: int) -> None:
+        """Raises ValueError when the set is smaller than one global batch."""
+        self.num_samples = config.synthetic_images
+        self.class_names = _class_names(config)
+        self.steps_per_epoch = order.steps_per_epoch(self.num_samples, global_batch_size)
+        self._seed = seed
+        self._layout = {"global_batch_size": global_batch_size, "grad_accum_steps": grad_accum_steps,
+                        "rank": runtime.rank, "world_size": runtime.world_size}
+        self._bank = _Bank(config, config.train_crop_size, seed, runtime.device, dtype)
+
+    def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
+        """The micro-batches of steps [start_step, stop_step), grad_accum_steps of them for each step, in order."""
+        known_epoch, rows = -1, np.empty(0, dtype=np.int64)
+        for step in range(start_step, stop_step):
+            epoch, step_in_epoch = order.locate(step, self.steps_per_epoch)
+            if epoch != known_epoch:
+                known_epoch, rows = epoch, order.permutation(self._seed, epoch, self.num_samples)
+            for micro_step in range(self._layout["grad_accum_steps"]):
+                yield self._bank.batch(rows[order.micro_step_positions(step_in_epoch, micro_step, **self._layout)])
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class SyntheticValLoader:
+    """A ValLoader of a tenth as many images, of config.val_crop_size."""
+
+    def __init__(self, config: DataConfig, runtime: Runtime, *, dtype: torch.dtype, seed: int = 0) -> None:
+        self.num_samples = max(1, config.synthetic_images // 10)
+        self.class_names = _class_names(config)
+        self._shares = order.val_batches(self.num_samples, config.val_batch_size, runtime.rank, runtime.world_size)
+        self.rounds = len(self._shares)
+        self._bank = _Bank(config, config.val_crop_size, seed, runtime.device, dtype)
+
+    def __iter__(self) -> Iterator[Batch | None]:
+        """`rounds` items; None where other ranks still have a batch and this one has not."""
+        for share in self._shares:
+            yield None if share is None else self._bank.batch(np.arange(share.start, share.stop, dtype=np.int64))
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+def _class_names(config: DataConfig) -> tuple[str, ...]:
+    return tuple(f"synthetic{label:04d}" for label in range(config.synthetic_classes))

@@ -1,0 +1,59 @@
+"""Small image folders for the tests of the data path, and the loaders over them."""
+
+import io
+import os
+
+import numpy as np
+import torch
+from PIL import Image
+
+from resnet_dist.config import DataConfig
+from resnet_dist.data.index import build_index
+from resnet_dist.data.loader import DaliTrainLoader, DaliValLoader
+
+
+class OneProcess:
+    """As much of a Runtime as the index needs."""
+
+    is_main = True
+
+    def bytes_from_main(self, function):
+        return function()
+
+
+def picture(height: int, width: int, seed: int = 0) -> Image.Image:
+    """A smooth colour picture with some texture, so that wrong geometry shows and JPEG stays near it."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (height // 16 + 2, width // 16 + 2, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
+    return Image.fromarray((smooth + rng.integers(-12, 13, smooth.shape)).clip(0, 255).astype(np.uint8))
+
+
+def encode(image: Image.Image, form: str = "JPEG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def write_split(folder: str, files: list[bytes], classes: int = 3, split: str = "train"):
+    """The files, dealt out to class folders in one run each, and their index: row i is files[i]."""
+    labels = np.arange(len(files)) * classes // len(files)
+    for i, (data, label) in enumerate(zip(files, labels, strict=True)):
+        path = os.path.join(folder, split, f"class{label}", f"{i:04d}.jpg")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(data)
+    return build_index(str(folder), split, OneProcess())
+
+
+def train_loader(index, folder, *, rank=0, world_size=1, grad_accum_steps=1, global_batch_size=8, dtype=torch.float32,
+                 **config) -> DaliTrainLoader:
+    return DaliTrainLoader(
+        index, DataConfig(**{"train_crop_size": 32, **config}), seed=5, global_batch_size=global_batch_size,
+        grad_accum_steps=grad_accum_steps, rank=rank, world_size=world_size, dtype=dtype, device=torch.device("cpu"),
+        threads=2, output_dir=str(folder))
+
+
+def val_loader(index, folder, *, rank=0, world_size=1, dtype=torch.float32, **config) -> DaliValLoader:
+    return DaliValLoader(index, DataConfig(**config), rank=rank, world_size=world_size, dtype=dtype,
+                         device=torch.device("cpu"), threads=2, output_dir=str(folder))

@@ -1,0 +1,223 @@
+"""Checkpoints: whole or not there, verified, newest valid first."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from resnet_dist import checkpoint
+from resnet_dist.checkpoint import Saver, TrainState, newest_valid, read_checkpoint, unpack_checkpoint
+from resnet_dist.config import Config, OptimConfig, to_dict
+from resnet_dist.ema import Ema
+from resnet_dist.optim import build_optimizer
+
+FACTS = {"config": to_dict(Config()), "num_samples": 100, "class_names": ["a", "b"]}
+
+
+def make_state(seed=0, precision="fp32"):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(2))
+    model(torch.zeros(2, 3, 5, 5))
+    return TrainState(model, build_optimizer(OptimConfig(), model),
+                      torch.amp.GradScaler("cpu", enabled=precision == "fp16"), Ema(model, 0.9))
+
+
+def make_saver(folder, keep=3):
+    warnings = []
+    return Saver(Path(folder), keep, FACTS, warnings.append, is_main=True), warnings
+
+
+def save_steps(folder, steps, keep=3, best=()):
+    saver, warnings = make_saver(folder, keep)
+    state = make_state()
+    for step in steps:
+        state.step = step
+        if step in best:
+            state.best_step = step
+        with torch.no_grad():
+            next(state.model.parameters()).fill_(float(step))
+        saver.save(state)
+    saver.wait()
+    return saver, warnings
+
+
+def test_everything_comes_back(tmp_path):
+    saver, warnings = make_saver(tmp_path)
+    state = make_state(precision="fp16")
+    state.scaler.scale(state.model(torch.randn(4, 3, 5, 5)).sum()).backward()
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.ema.update()
+    state.step, state.evaluated_step, state.best_top1, state.best_step = 7, 5, 42.0, 5
+    saver.save(state)
+    saver.wait()
+    assert not warnings
+    other = make_state(seed=1, precision="fp16")
+    other.load_state_dict(unpack_checkpoint(read_checkpoint(tmp_path / "last.pt"), "last.pt"))
+    flat = [checkpoint._flatten(s.state_dict()["optimizer"]["state"]) for s in (state, other)]
+    assert flat[0].keys() == flat[1].keys() and all(torch.equal(flat[0][k], flat[1][k]) for k in flat[0])
+    for a, b in ((state.model, other.model), (state.ema.model, other.ema.model)):
+        assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    assert (other.step, other.evaluated_step, other.best_top1, other.best_step) == (7, 5, 42.0, 5)
+    assert other.scaler.state_dict() == state.scaler.state_dict() != {}
+
+
+def test_the_snapshot_is_of_the_moment_of_the_call(tmp_path):
+    saver, _ = make_saver(tmp_path)
+    state = make_state()
+    before = next(state.model.parameters()).detach().clone()
+    saver.save(state)
+    with torch.no_grad():
+        next(state.model.parameters()).zero_()
+    saver.wait()
+    saved = unpack_checkpoint(read_checkpoint(tmp_path / "step_00000000.pt"), "")
+    assert torch.equal(next(iter(saved["model"].values())), before)
+
+
+def test_keeps_the_newest_and_the_best_and_links_them(tmp_path):
+    save_steps(tmp_path, range(1, 8), keep=2, best=(3,))
+    assert sorted(p.name for p in tmp_path.glob("step_*.pt")) == [f"step_{n:08d}.pt" for n in (3, 6, 7)]
+    assert len(list(tmp_path.glob("*.sha256"))) == 3
+    assert os.readlink(tmp_path / "best.pt") == "step_00000003.pt"
+    assert unpack_checkpoint(read_checkpoint(tmp_path / "last.pt"), "")["step"] == 7
+    assert subprocess.run(["sha256sum", "--check", "--quiet", *(p.name for p in tmp_path.glob("*.sha256"))],
+                          cwd=tmp_path, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "no digest"])
+def test_a_damaged_newest_falls_back_and_says_so(tmp_path, damage):
+    save_steps(tmp_path, (1, 2))
+    path = tmp_path / "step_00000002.pt"
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[len(content) // 3] ^= 1
+    elif damage == "truncate":
+        del content[len(content) // 2:]
+    elif damage == "empty":
+        content.clear()
+    else:
+        (tmp_path / "step_00000002.pt.sha256").unlink()
+    path.write_bytes(content)
+    warnings = []
+    assert newest_valid(tmp_path, warnings.append) == tmp_path / "step_00000001.pt"
+    assert len(warnings) == 1 and "step_00000002.pt" in warnings[0] and "the one before" in warnings[0]
+
+
+def test_nothing_valid_is_an_error_and_nothing_at_all_is_not(tmp_path):
+    assert newest_valid(tmp_path, pytest.fail) is None
+    assert newest_valid(tmp_path / "absent", pytest.fail) is None
+    save_steps(tmp_path, (1,))
+    (tmp_path / "step_00000001.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the 1 checkpoints"):
+        newest_valid(tmp_path, lambda text: None)
+
+
+def test_half_written_files_do_not_count(tmp_path):
+    save_steps(tmp_path, (1,))
+    (tmp_path / "step_00000002.pt.tmp").write_bytes(b"PK half")
+    assert newest_valid(tmp_path, pytest.fail).name == "step_00000001.pt"
+
+
+@pytest.mark.parametrize("stop_after", ["first digest", "rename"])
+def test_a_kill_between_the_renames_leaves_a_valid_file(tmp_path, monkeypatch, stop_after):
+    """Saving a step again replaces file and digest one after the other; at every moment the pair is valid."""
+    save_steps(tmp_path, (1,))
+    real, calls = os.replace, []
+
+    def replace(source, target):
+        if len(calls) == {"first digest": 1, "rename": 2}[stop_after]:
+            raise KeyboardInterrupt                      # stands for the kill: nothing after it runs
+        calls.append(target)
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write_checkpoint(tmp_path / "step_00000001.pt", {"format": 1, "model": {}, "step": 1})
+    assert newest_valid(tmp_path, pytest.fail).name == "step_00000001.pt"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, the device that is always full")
+def test_a_full_disk_is_a_warning_and_the_old_file_stays(tmp_path, monkeypatch):
+    saver, warnings = save_steps(tmp_path, (1,))
+    monkeypatch.setattr("builtins.open", lambda path, mode="r", *a, _open=open, **k: _open(
+        "/dev/full" if str(path).endswith(".pt.tmp") else path, mode, *a, **k))
+    state = make_state()
+    state.step = 2
+    saver.save(state)
+    saver.wait()
+    assert len(warnings) == 1 and "step 2" in warnings[0] and "step 1 stays" in warnings[0]
+    assert saver.failure
+    assert newest_valid(tmp_path, pytest.fail).name == "step_00000001.pt"
+    monkeypatch.undo()
+    state.step = 3
+    saver.save(state)
+    saver.wait()
+    assert not saver.failure and newest_valid(tmp_path, pytest.fail).name == "step_00000003.pt"
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    saver, warnings = save_steps(tmp_path, (1,))
+    state = make_state()
+    state.step = 2
+    with torch.no_grad():
+        next(state.model.parameters())[0] = float("nan")
+    saver.save(state)
+    saver.wait()
+    assert "not finite" in warnings[0] and not (tmp_path / "step_00000002.pt").exists()
+
+
+def test_a_folder_that_vanishes_is_made_again(tmp_path):
+    folder = tmp_path / "checkpoints"
+    saver, warnings = save_steps(folder, (1,))
+    subprocess.run(["rm", "-r", str(folder)], check=True)
+    state = make_state()
+    state.step = 2
+    saver.save(state)
+    saver.wait()
+    assert not warnings and newest_valid(folder, pytest.fail)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save({"weights": 1}, tmp_path / "other.pt")
+    torch.save({"format": 99, "model": {}}, tmp_path / "newer.pt")
+    torch.save({"format": 1, "model": nn.Linear(1, 1)}, tmp_path / "pickle.pt")
+    for name, words in (("text", "not a checkpoint"), ("other", "not a checkpoint"), ("newer", "format 99"),
+                        ("pickle", "not a checkpoint")):
+        path = tmp_path / f"{name}.pt"
+        with pytest.raises(ValueError, match=words):
+            unpack_checkpoint(read_checkpoint(path), str(path))
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_checkpoint(tmp_path / "absent.pt")
+
+
+def test_what_may_change_between_attempts():
+    def facts(**changes):
+        config = to_dict(Config())
+        for key, value in changes.items():
+            section, name = key.split("__")
+            config[section][name] = value
+        return {"config": config, "num_samples": 100}
+
+    saved = {**facts(), "step": 5}
+    assert checkpoint.check_resumable(saved, facts(data__threads=7, log__interval_steps=1)) == []
+    changed = checkpoint.check_resumable(saved, facts(optim__base_lr=0.2))
+    assert len(changed) == 1 and "optim.base_lr" in changed[0]
+    with pytest.raises(ValueError, match=r"another model: model\.name"):
+        checkpoint.check_resumable(saved, facts(model__name="resnet18"))
+    with pytest.raises(ValueError, match=r"train\.global_batch_size was 256, now 512"):
+        checkpoint.check_resumable(saved, facts(train__global_batch_size=512))
+    with pytest.raises(ValueError, match=r"data\.num_samples was 100, now 101"):
+        checkpoint.check_resumable(saved, {**facts(), "num_samples": 101})
+
+
+def test_init_from_replaces_only_the_head():
+    source, target = (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, n)) for n in (5, 2))
+    head = target[2].weight.detach().clone()
+    assert checkpoint.load_weights(target, source.state_dict()) == ["2.bias", "2.weight"]
+    assert torch.equal(target[0].weight, source[0].weight) and torch.equal(target[2].weight, head)
+    with pytest.raises(ValueError, match="another model"):
+        checkpoint.load_weights(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2)), source.state_dict())

@@ -1,0 +1,224 @@
+"""One training step and one evaluation, against plain torch and on devices that are not there."""
+
+import contextlib
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from resnet_dist import engine
+from resnet_dist.checkpoint import TrainState
+from resnet_dist.config import Config, ModelConfig, OptimConfig, TrainConfig
+from resnet_dist.data.types import IGNORED_LABEL, Batch
+from resnet_dist.engine import NonFinite, evaluate, is_due, train_step
+from resnet_dist.metrics import Counts
+from resnet_dist.models.resnet import resnet18
+from resnet_dist.optim import build_optimizer
+from resnet_dist.run import build_plan, build_state
+
+CONFIG = Config(model=ModelConfig(name="resnet18", sync_batch_norm=False),
+                train=TrainConfig(precision="fp32", label_smoothing=0.1),
+                optim=OptimConfig(weight_decay=1e-4, momentum=0.9, nesterov=True))
+
+
+class Alone:
+    """The runtime of a single process without a process group."""
+
+    device, rank, world_size, is_main = torch.device("cpu"), 0, 1, True
+
+    def all_reduce_sum(self, tensor):
+        return tensor
+
+    def broadcast_buffers(self, model):
+        pass
+
+
+class NoSync(nn.Module):
+    """What the step needs of a DDP wrapper when there is one rank."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, images):
+        return self.module(images)
+
+    def no_sync(self):
+        return contextlib.nullcontext()
+
+
+def make_batch(size, image=64, classes=10, seed=0, device="cpu", dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(size, 3, image, image, generator=generator).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(classes, (size,), generator=generator)
+    return Batch(images.to(device, dtype), labels.to(device), np.arange(size))
+
+
+def plan_of(config, steps_per_epoch=10):
+    return build_plan(config, steps_per_epoch)
+
+
+def test_a_step_equals_plain_torch_with_torchvision():
+    """Three steps, so that momentum counts; weights, statistics and loss to 1e-6."""
+    state = build_state(CONFIG, 10, torch.device("cpu"))
+    reference = torchvision.models.resnet18(num_classes=10).to(memory_format=torch.channels_last)
+    reference.load_state_dict(state.model.state_dict())
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    batch, plan, nonfinite = make_batch(8), plan_of(CONFIG), NonFinite(torch.device("cpu"))
+    reference.train(), state.model.train()
+    for _ in range(3):
+        counts, grad_norm = train_step(NoSync(state.model), state, [batch], 0.01, plan, nonfinite)
+        optimizer.param_groups[0]["lr"] = 0.01
+        optimizer.zero_grad()
+        loss = F.cross_entropy(reference(batch.images), batch.labels, label_smoothing=0.1)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(reference.parameters(), float("inf"))
+        optimizer.step()
+        assert counts.result()["loss"] == pytest.approx(loss.item(), abs=1e-6)
+        assert grad_norm.item() == pytest.approx(norm.item(), rel=1e-5)
+    assert state.step == 3
+    for (name, ours), theirs in zip(state.model.state_dict().items(), reference.state_dict().values(), strict=True):
+        assert (ours - theirs).abs().max() <= 1e-6, name
+
+
+def test_accumulated_micro_steps_equal_one_batch():
+    """Without batch norm, whose statistics are those of a micro-step, four micro-batches of 2 are one of 8."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)).double()
+    whole = make_batch(8, image=8, dtype=torch.float64)
+    parts = [Batch(whole.images[i:i + 2], whole.labels[i:i + 2], whole.indices[i:i + 2]) for i in range(0, 8, 2)]
+    results = []
+    for micro_batches in ([whole], parts):
+        model = copy.deepcopy(net)
+        state = TrainState(model, build_optimizer(OptimConfig(), model), torch.amp.GradScaler("cpu", enabled=False))
+        counts, norm = train_step(NoSync(model), state, micro_batches, 0.1, plan_of(CONFIG), NonFinite(torch.device("cpu")))
+        results.append((counts.result(), norm, model.state_dict()))
+    assert results[0][0] == pytest.approx(results[1][0])
+    torch.testing.assert_close(results[0][1:], results[1][1:], rtol=1e-12, atol=1e-14)
+
+
+def test_clipping_bounds_the_update():
+    config = replace(CONFIG, train=replace(CONFIG.train, clip_grad_norm=0.5),
+                     optim=OptimConfig(weight_decay=0.0, momentum=0.0))
+    state = build_state(config, 10, torch.device("cpu"))
+    before = copy.deepcopy(state.model)
+    _, norm = train_step(NoSync(state.model), state, [make_batch(4)], 1.0, plan_of(config), NonFinite(torch.device("cpu")))
+    assert norm > 0.5                                    # the norm before clipping is what is logged
+    moved = torch.cat([(a - b).double().flatten() for a, b in zip(state.model.parameters(), before.parameters(), strict=True)])
+    assert moved.norm().item() == pytest.approx(0.5, rel=1e-3)
+
+
+def test_an_update_that_is_not_finite_is_left_out_and_counted():
+    """Also when it is the very first, where a fused kernel would create its momentum from uninitialised memory."""
+    state = build_state(CONFIG, 10, torch.device("cpu"))
+    weights = [p.detach().clone() for p in state.model.parameters()]
+    nonfinite, plan = NonFinite(torch.device("cpu")), plan_of(CONFIG)
+    bad, good = make_batch(4), make_batch(4, seed=1)
+    bad.images[0, 0, 0, 0] = float("inf")
+    for batch, in_row in ((bad, 1), (bad, 2)):
+        train_step(NoSync(state.model), state, [batch], 0.1, plan, nonfinite)
+        assert int(nonfinite.in_row) == in_row
+        assert all(torch.equal(a, b) for a, b in zip(weights, state.model.parameters(), strict=True))
+        assert all(not s["momentum_buffer"].any() for s in state.optimizer.state.values())
+    train_step(NoSync(state.model), state, [good], 0.1, plan, nonfinite)
+    assert int(nonfinite.in_row) == 0 and int(nonfinite.total) == 2
+    assert nonfinite.take_most_in_row() == 2
+    assert nonfinite.take_most_in_row() == 0
+    assert not all(torch.equal(a, b) for a, b in zip(weights, state.model.parameters(), strict=True))
+    assert all(p.isfinite().all() for p in state.model.parameters())
+
+
+def test_fp16_scaler_lowers_its_scale_and_skips():
+    config = replace(CONFIG, train=replace(CONFIG.train, precision="fp16"))
+    state = build_state(config, 10, torch.device("cpu"))
+    weights = [p.detach().clone() for p in state.model.parameters()]
+    bad = make_batch(2, image=32)
+    bad.images[0, 0, 0, 0] = float("inf")
+    train_step(NoSync(state.model), state, [bad], 0.1, plan_of(config), NonFinite(torch.device("cpu")))
+    assert state.scaler.get_scale() == 32768.0
+    assert all(torch.equal(a, b) for a, b in zip(weights, state.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet50"])
+def test_the_whole_step_runs_on_meta(name):
+    """No tensor on the wrong device, no stray .item(): either would raise on a device without data.
+
+    In fp32, since autocast does not know this device.
+    """
+    config = replace(CONFIG, model=ModelConfig(name=name), train=TrainConfig(
+        precision="fp32", clip_grad_norm=1.0, ema_decay=0.999, label_smoothing=0.1, grad_accum_steps=2))
+    with torch.device("meta"):
+        state = build_state(config, 1000, torch.device("meta"))
+    batches = [make_batch(4, image=224, device="meta") for _ in range(2)]
+    counts, norm = train_step(NoSync(state.model), state, batches, 0.1, plan_of(config), NonFinite(torch.device("meta")))
+    assert counts.num.device.type == norm.device.type == "meta"
+    assert all(p.device.type == "meta" for p in state.model.parameters())
+
+
+class ListLoader:
+    """A validation loader over given batches."""
+
+    def __init__(self, batches, num_samples):
+        self.items, self.num_samples, self.rounds = batches, num_samples, len(batches)
+
+    def __iter__(self):
+        return iter(self.items)
+
+
+def test_evaluation_counts_each_image_once():
+    torch.manual_seed(0)
+    model = resnet18(num_classes=10).train()
+    batches = [make_batch(5, seed=1), None, make_batch(3, seed=2)]
+    batches[2].labels[1] = IGNORED_LABEL
+    result = evaluate(model, ListLoader(batches, 8), Alone(), "fp32").result()
+    assert model.training
+    model.eval()
+    with torch.no_grad():
+        logits = torch.cat([model(b.images) for b in batches if b])
+    labels = torch.cat([b.labels for b in batches if b])
+    top5 = logits.topk(5).indices
+    assert result["num"] == 8
+    assert result["correct1"] == int((top5[:, 0] == labels).sum())
+    assert result["correct5"] == int((top5 == labels[:, None]).any(1).sum())
+    expected = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED_LABEL) / 8
+    assert result["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_evaluation_refuses_a_miscount_and_stops_when_asked():
+    model = resnet18(num_classes=10)
+    with pytest.raises(AssertionError, match="evaluated 5 of 6 images"):
+        evaluate(model, ListLoader([make_batch(5)], 6), Alone(), "fp32")
+    calls = iter([0, 15])
+    assert evaluate(model, ListLoader([make_batch(5)] * 3, 15), Alone(), "fp32", lambda: next(calls)) is None
+
+
+def test_top5_of_few_classes_and_counts_add_up():
+    a = Counts.of(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]), torch.tensor([1.0, 2.0]))
+    total = (a + a).result()
+    assert (total["correct1"], total["correct5"], total["num"], total["loss"]) == (2, 4, 4, 1.5)
+
+
+def test_due():
+    assert [step for step in range(11) if is_due(step, 4, 10)] == [4, 8, 10]
+    assert [step for step in range(11) if is_due(step, 0, 10)] == [10]
+
+
+def test_deterministic_initialisation_on_every_rank():
+    a, b = (build_state(CONFIG, 10, torch.device("cpu")).model for _ in range(2))
+    c = build_state(replace(CONFIG, seed=1), 10, torch.device("cpu")).model
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    assert not torch.equal(a.conv1.weight, c.conv1.weight)
+
+
+def test_buckets_settle_without_a_trace():
+    config = replace(CONFIG, train=replace(CONFIG.train, precision="bf16"))
+    state = build_state(config, 10, torch.device("cpu"))
+    before = copy.deepcopy(state.model.state_dict())
+    engine.settle_buckets(NoSync(state.model), 32, "bf16", torch.device("cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), state.model.state_dict().values(), strict=True))
+    assert state.model.training and all(p.grad is None for p in state.model.parameters())

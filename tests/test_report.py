@@ -1,0 +1,70 @@
+"""The report: the numbers of the table, and a picture where matplotlib is there."""
+
+import argparse
+import json
+import sys
+
+import pytest
+
+from resnet_dist.commands import report
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run of two processes: ten epochs, the second five of them 100 s after the first had ended."""
+    records = []
+    for step in range(10, 101, 10):
+        elapsed = float(step if step <= 50 else step - 50)
+        records.append({"step": step, "time": elapsed + (1000 if step <= 50 else 1150), "elapsed": elapsed,
+                        "train/epoch": step / 10, "train/loss": None if step == 30 else 3.0 / step, "train/top1": step,
+                        "train/lr": 0.1, "train/images_per_second": 500.0 + step, "train/data_wait_fraction": 0.015,
+                        "train/bad_images": step // 50})
+        records.append({"step": step, "time": elapsed + (1000 if step <= 50 else 1150), "elapsed": elapsed,
+                        "train/epoch": step / 10, "val/loss": 1.0, "val/top1": 90.0 - abs(step - 80), "val/top5": 95.0,
+                        "val_ema/loss": 1.0, "val_ema/top1": 91.0, "val_ema/top5": 96.0})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": 110')
+    return tmp_path
+
+
+def call(*arguments):
+    parser = argparse.ArgumentParser()
+    report.add_arguments(parser)
+    return report.run(parser.parse_args([str(argument) for argument in arguments]))
+
+
+def test_table_and_picture(folder, capsys):
+    pytest.importorskip("matplotlib")
+    assert call(folder) == 0
+    out = capsys.readouterr().out
+    for part in ("100 steps, 10.00 epochs, 0:01:40 h in 2 runs", "555 images/s", "1.5 %", "bad images"):
+        assert part in " ".join(out.split()) or part in out
+    rows = {line[:16].strip(): line for line in out.splitlines()}
+    assert "70.00 %" in rows["val final"]
+    assert "90.00 %" in rows["val best"]
+    assert "epoch 8.00" in rows["val best"]
+    assert "91.00 %" in rows["val, EMA final"]
+    assert (folder / "metrics.png").read_bytes()[:4] == b"\x89PNG"
+    assert call(folder, "--out", folder / "other.png") == 0
+    assert (folder / "other.png").exists()
+    assert call(folder, "--out", folder / "none" / "other.png") == 2
+
+
+def test_without_matplotlib(folder, capsys, monkeypatch):
+    for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert call(folder) == 0
+    assert "pip install resnet-dist[report]" in capsys.readouterr().out
+
+
+def test_only_training_lines(folder, capsys):
+    pytest.importorskip("matplotlib")
+    (folder / "metrics.jsonl").write_text('{"step": 5, "train/epoch": 0.5, "train/loss": 1.0}\n')
+    assert call(folder) == 0
+    assert "5 steps" in capsys.readouterr().out
+
+
+def test_nothing_to_report(tmp_path, capsys):
+    assert call(tmp_path) == 2
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert call(tmp_path) == 2
+    assert capsys.readouterr().out.count("error:") == 2
