@@ -59,7 +59,7 @@ class Log:
         except OSError as error:
             self._warn_once("metrics", f"metrics.jsonl cannot be prepared ({error}); training goes on")
         self.wandb = _start_wandb(self.config, self.folder, self.run_config, self)
-        if self.config.progress_bar and sys.stderr.isatty():
+        if self.config.progress_bar and _is_terminal(sys.stderr):
             from tqdm import tqdm
 
             tqdm.monitor_interval = 0    # its watching thread is of no use to a bar that is updated at every step
@@ -186,6 +186,13 @@ def _drop_lines_after(path: Path, step: int) -> dict[str, int]:
     for record in records:
         last |= {key: max(record["step"], last.get(key, -1)) for key in record}
     return last
+
+
+def _is_terminal(stream) -> bool:
+    """Whether `stream` is a terminal with a size: containers may have one of 0 x 0, where a bar shows nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        return min(os.get_terminal_size(stream.fileno())) > 0        # OSError where it is no terminal at all
+    return False
 
 
 def _plain(value):
@@ -359,8 +366,7 @@ def _why_offline(probe: bool) -> str:
 
 def _netrc_key(base_url: str) -> bool:
     """Whether the netrc file has a password for this server; W&B looks for it in the same places."""
-    candidates = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
-    for path in map(os.path.expanduser, candidates):
+    for path in map(os.path.expanduser, [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]):
         with contextlib.suppress(OSError, NetrcParseError):
             entry = netrc(path).authenticators(urlsplit(base_url).netloc)
             if entry and entry[2]:
@@ -378,8 +384,8 @@ def _accepts_connections(url: str) -> bool:
     answered = threading.Event()
 
     def connect() -> None:
-        # Exception: a host name that cannot be one raises UnicodeError, a port OverflowError.
-        with contextlib.suppress(Exception), socket.create_connection(address, timeout=_PROBE_SECONDS):
+        with contextlib.suppress(OSError, ValueError, OverflowError):     # the last two: an address that cannot be one
+            socket.create_connection(address, timeout=_PROBE_SECONDS).close()
             answered.set()
 
     # In a thread, since the look-up of the name has no timeout of its own.

@@ -7,6 +7,7 @@ run no parallel region before: OpenMP's threads do not survive a fork. `tests/co
 import multiprocessing
 import multiprocessing.connection
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -82,3 +83,70 @@ def _child(sender, fn, rank: int, world_size: int, store_path: str, args: tuple)
         sender.send((None, result))
     except BaseException:
         sender.send((traceback.format_exc(), None))
+
+
+def start_app(world_size: int, arguments: list[str], output: str, entry=None) -> list:
+    """Fork `world_size` processes that run the command line as torchrun would start it; returns the processes.
+
+    `arguments` begin with the command ("train", ...). What they print is appended to the file `output`. `entry` may
+    take the place of `resnet_dist.cli.main` (to run it with something changed).
+    """
+    context = multiprocessing.get_context("fork")
+    port = free_port()
+    processes = []
+    for rank in range(world_size):
+        process = context.Process(target=_app, args=(rank, world_size, port, arguments, output, entry), daemon=True)
+        process.start()
+        processes.append(process)
+    return processes
+
+
+def run_app(world_size: int, arguments: list[str], output: str, entry=None, timeout: float = TIMEOUT_SECONDS) -> list[int]:
+    """As `start_app`, and wait: the exit codes, in order of rank."""
+    processes = start_app(world_size, arguments, output, entry)
+    return wait_app(processes, timeout)
+
+
+def wait_app(processes: list, timeout: float = TIMEOUT_SECONDS) -> list[int]:
+    """The exit codes (negative: killed by that signal). Ends processes that take longer than `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    late = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+            process.join()
+    if late:
+        raise RuntimeError(f"ranks {late} were still running after {timeout} s")
+    return [process.exitcode for process in processes]
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _app(rank: int, world_size: int, port: int, arguments: list[str], output: str, entry) -> None:
+    """One rank of the application in a forked process, with the environment that torchrun would give it."""
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if entry is None:
+        from resnet_dist.cli import main as entry
+    code = 1
+    try:
+        code = entry(arguments)
+    except SystemExit as ending:
+        code = ending.code if isinstance(ending.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)                                   # a forked child must not run the parent's clean-up

@@ -107,7 +107,7 @@ def test_console_lines(tmp_path, capsys):
 
 
 def test_progress_bar_where_there_is_a_terminal(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(log_module, "_is_terminal", lambda stream: True)
     log = started(tmp_path, start_step=10, config=LogConfig(wandb="disabled", progress_bar=True))
     log.progress(12)
     log.metrics(50, TRAIN)
@@ -117,6 +117,22 @@ def test_progress_bar_where_there_is_a_terminal(tmp_path, monkeypatch, capsys):
     assert out == "above the bar\n"
     for part in ("50/100", "loss 1.250", "1000 img/s"):
         assert part in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs pseudo-terminals")
+def test_what_counts_as_a_terminal(tmp_path):
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    leader, follower = pty.openpty()
+    with os.fdopen(follower, "w") as terminal, open(tmp_path / "file", "w") as file:
+        for size, is_terminal in (((0, 0), False), ((24, 80), True)):
+            fcntl.ioctl(leader, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+            assert log_module._is_terminal(terminal) == is_terminal
+        assert not log_module._is_terminal(file)
+    os.close(leader)
 
 
 def test_silent_off_the_main_process(tmp_path, capsys):

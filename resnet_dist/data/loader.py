@@ -2,8 +2,9 @@
 
 One background thread per iteration asks the readers for the next files, hands them to DALI (dali.py), finishes what
 DALI has decoded and keeps the batches ready. On the CPU, resize and normalisation run in a pool of threads, image by
-image while it is in the cache: torch's uint8 kernel takes a quarter of the time of DALI's resize there and is nearer to
-Pillow.
+image while it is in the cache: in training with torch's uint8 kernel, which takes a fraction of the time of DALI's resize
+there and is nearer to Pillow; in evaluation with Pillow itself, so that a model is shown exactly the pixels that it
+would get from torchvision.
 """
 
 import atexit
@@ -12,11 +13,12 @@ import queue
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional
 
 from resnet_dist.config import DataConfig
@@ -30,25 +32,41 @@ _READ_AHEAD = 2                  # batches whose files are being read while an e
 _SERIAL_ELEMENTS = 32767         # torch splits an operation of more elements over its own threads
 
 
+def resize_fast(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """uint8 [h, w, 3] resized to `size`, with antialias: Pillow's arithmetic in 16 bits, vectorised.
+
+    On 500 photographs 0.4 ms an image where Pillow takes 1.7; 0.2 % of the values differ from Pillow's by 1, one in seven
+    million by 2.
+    """
+    planes = pixels[None].permute(0, 3, 1, 2)                    # channels_last, which is what the fast kernel wants
+    return functional.interpolate(planes, size=size, mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+
+
+def resize_exact(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """As `resize_fast`, by Pillow itself: the very values of torchvision's Resize on PIL images."""
+    resized = Image.fromarray(pixels.numpy()).resize(size[::-1], Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(resized))
+
+
 def cut(
     pixels: torch.Tensor, size: tuple[int, int], offset: tuple[int, int], flip: bool, crop_size: int,
+    resize: Callable = resize_fast,
 ) -> torch.Tensor:
     """Resize one decoded window, take the square out of it and mirror it: uint8 [h, w, 3] to [crop, crop, 3].
 
-    The CPU's counterpart of the graph's second half, with Pillow's integer arithmetic: within 1/255 of torchvision's
-    transforms on PIL images.
+    The CPU's counterpart of the graph's second half. Negative offsets pad with black.
     """
-    planes = pixels[None].permute(0, 3, 1, 2)                    # channels_last, which is what the fast kernel wants
     if size != tuple(pixels.shape[:2]):
-        planes = functional.interpolate(planes, size=size, mode="bilinear", antialias=True)
+        pixels = resize(pixels, size)
     if size != (crop_size, crop_size):
-        y, x = offset
-        planes = planes[:, :, max(y, 0):max(y, 0) + crop_size, max(x, 0):max(x, 0) + crop_size]
-        bottom, right = crop_size - planes.shape[2] - max(-y, 0), crop_size - planes.shape[3] - max(-x, 0)
-        planes = functional.pad(planes, (max(-x, 0), right, max(-y, 0), bottom))
-    if flip:
-        planes = planes.flip(3)
-    return planes[0].permute(1, 2, 0)
+        top, left = (max(place, 0) for place in offset)
+        pixels = pixels[top:top + crop_size, left:left + crop_size]
+    if tuple(pixels.shape[:2]) != (crop_size, crop_size):
+        top, left = (max(-place, 0) for place in offset)
+        padded = pixels.new_zeros(crop_size, crop_size, 3)
+        padded[top:top + pixels.shape[0], left:left + pixels.shape[1]] = pixels
+        pixels = padded
+    return pixels[None].permute(0, 3, 1, 2).flip(3)[0].permute(1, 2, 0) if flip else pixels
 
 
 class Normalizer:
@@ -121,6 +139,9 @@ def _close(loader: weakref.ref) -> None:
 
 class _DaliLoader:
     """What both splits share: files -> DALI -> batches on the device, in one background thread."""
+
+    resize: Callable
+    """how the CPU resizes a window"""
 
     def __init__(
         self, index: Index, config: DataConfig, quarantine: Quarantine, *, crop_size: int, batch_size: int,
@@ -233,7 +254,7 @@ class _DaliLoader:
 
         def work(slots: range) -> None:
             for i in slots:
-                pixels = cut(windows[i], tuple(sizes[i]), tuple(offsets[i]), bool(flips[i]), self.crop_size)
+                pixels = cut(windows[i], tuple(sizes[i]), tuple(offsets[i]), bool(flips[i]), self.crop_size, self.resize)
                 self.normalize(pixels, out[i])
 
         # Two shares per thread, dealt in turn: large images lie together where a data set was collected from sources.
@@ -268,6 +289,8 @@ class DaliTrainLoader(_DaliLoader):
     that is shown. Windows and flips belong to the sample that was asked for, so that the replacement, which has its own
     turn as well, is not shown twice alike.
     """
+
+    resize = staticmethod(resize_fast)
 
     def __init__(
         self, index: Index, config: DataConfig, *, seed: int, global_batch_size: int, grad_accum_steps: int, rank: int,
@@ -317,8 +340,11 @@ class DaliTrainLoader(_DaliLoader):
 class DaliValLoader(_DaliLoader):
     """This rank's share of the validation set (see types.ValLoader).
 
-    A bad image is not replaced: it is shown black, with the label IGNORED_LABEL, and counts as one that was not hit.
+    On the CPU its pixels are those of torchvision's Resize and CenterCrop on PIL images, bit for bit. A bad image is not
+    replaced: it is shown black, with the label IGNORED_LABEL, and counts as one that was not hit.
     """
+
+    resize = staticmethod(resize_exact)
 
     def __init__(
         self, index: Index, config: DataConfig, *, rank: int, world_size: int, dtype: torch.dtype, device: torch.device,

@@ -1,0 +1,220 @@
+"""Interrupted and uninterrupted runs end with the same weights; other numbers of ranks see the same data.
+
+The application runs whole, in forked processes: JPEG files, DALI, DDP, SyncBatchNorm, checkpoints.
+"""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+from dist_utils import run_app, start_app, wait_app
+
+from resnet_dist import cli, engine
+from resnet_dist.checkpoint import read_checkpoint, unpack_checkpoint
+from resnet_dist.data.digits import write_digits
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    write_digits(str(folder))
+    return str(folder)
+
+
+def arguments(digits, output_dir, *more):
+    """Twelve steps an epoch on small images, each step logged, a checkpoint every five steps and at each epoch."""
+    return ["train", "--config", "configs/quickstart.yaml", "--data.data_dir", digits, "--output_dir", str(output_dir),
+            "--data.train_crop_size", "16", "--data.val_resize_size", "16", "--data.val_crop_size", "16",
+            "--train.epochs", "2", "--train.global_batch_size", "120", "--train.precision", "fp32",
+            "--train.ema_decay", "0.9", "--train.label_smoothing", "0.1", "--checkpoint.interval_steps", "5",
+            "--log.interval_steps", "1", "--distributed.timeout_s", "60", "--log.wandb", "disabled",
+            "--distributed.threads", "1", "--data.threads", "1", *more]
+
+
+def final(output_dir):
+    content = unpack_checkpoint(read_checkpoint(output_dir / "checkpoints" / "last.pt"), "last.pt")
+    assert content["step"] == STEPS
+    return content
+
+
+def metrics(output_dir):
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def comparable(lines):
+    """The lines without what depends on the clock."""
+    clock = {"time", "elapsed", "train/images_per_second", "train/data_wait_fraction", "train/step_seconds"}
+    return [{key: value for key, value in line.items() if key not in clock} for line in lines]
+
+
+def equal_trees(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal_trees(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal_trees, a, b))
+    return a == b
+
+
+def assert_same_run(a, b):
+    left, right = final(a), final(b)
+    for key in ("model", "ema", "optimizer", "best_top1", "best_step"):
+        assert equal_trees(left[key], right[key]), key
+    assert comparable(metrics(a)) == comparable(metrics(b))
+
+
+def wait_for_step(output_dir, step, processes):
+    """Until the run has logged `step`."""
+    path, deadline = output_dir / "metrics.jsonl", time.monotonic() + 60
+    while time.monotonic() < deadline:
+        assert all(process.is_alive() for process in processes), "the run ended before it could be killed"
+        with_steps = path.read_text().splitlines() if path.exists() else []
+        if with_steps and with_steps[-1].endswith("}") and json.loads(with_steps[-1])["step"] >= step:
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"step {step} was not reached")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(digits, tmp_path_factory):
+    """The uninterrupted run on two ranks."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert run_app(2, arguments(digits, folder), str(folder / "log")) == [0, 0], (folder / "log").read_text()
+    return folder
+
+
+def test_killed_three_times_ends_bit_identically(digits, undisturbed, tmp_path):
+    for step in (3, 9, 17):                              # before the first checkpoint, and between two
+        processes = start_app(2, arguments(digits, tmp_path), str(tmp_path / "log"))
+        wait_for_step(tmp_path, step, processes)
+        for process in processes:
+            os.kill(process.pid, signal.SIGKILL)
+        assert wait_app(processes) == [-signal.SIGKILL] * 2
+    assert run_app(2, arguments(digits, tmp_path), str(tmp_path / "log")) == [0, 0], (tmp_path / "log").read_text()
+    said = (tmp_path / "log").read_text()
+    assert "step 5, from" in said and "step 15, from" in said
+    assert_same_run(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize(("name", "to"), [("SIGTERM", "all"), ("SIGINT", "one"), ("SIGUSR1", "one")])
+def test_a_signal_loses_no_step(digits, undisturbed, tmp_path, name, to):
+    """All ranks agree on the step, save there and leave with 128 + signal, also when one alone was told."""
+    number = signal.Signals[name]
+    processes = start_app(2, arguments(digits, tmp_path), str(tmp_path / "log"))
+    wait_for_step(tmp_path, 8, processes)
+    for process in processes if to == "all" else processes[1:]:
+        os.kill(process.pid, number)
+    assert wait_app(processes) == [128 + number] * 2
+    stopped = unpack_checkpoint(read_checkpoint(tmp_path / "checkpoints" / "last.pt"), "last.pt")["step"]
+    assert stopped >= 8 and metrics(tmp_path)[-1]["step"] == stopped
+    assert run_app(2, arguments(digits, tmp_path), str(tmp_path / "log")) == [0, 0]
+    assert f"step {stopped}, from" in (tmp_path / "log").read_text()
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_three_ranks_resume_bit_identically(digits, tmp_path):
+    """With more than two ranks the order of additions in an all-reduce depends on the buckets of DDP."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder, stops in ((whole, ()), (parts, (7,))):
+        folder.mkdir()
+        for step in stops:
+            processes = start_app(3, arguments(digits, folder), str(folder / "log"))
+            wait_for_step(folder, step, processes)
+            for process in processes:
+                os.kill(process.pid, signal.SIGKILL)
+            wait_app(processes)
+        assert run_app(3, arguments(digits, folder), str(folder / "log")) == [0, 0, 0], (folder / "log").read_text()
+    assert_same_run(whole, parts)
+
+
+def record_batches(folder):
+    """The command line's main with a training step that writes down what it was given."""
+    def entry(arguments):
+        real, rank = engine.train_step, os.environ["RANK"]
+
+        def train_step(model, state, micro_batches, lr, *rest):
+            with open(folder / f"batches_{rank}.jsonl", "a") as file:
+                for batch in micro_batches:
+                    sums = batch.images.double().sum((1, 2, 3)).tolist()
+                    file.write(json.dumps([state.step, lr, batch.indices.tolist(), batch.labels.tolist(), sums]) + "\n")
+            return real(model, state, micro_batches, lr, *rest)
+
+        engine.train_step = train_step
+        return cli.main(arguments)
+    return entry
+
+
+def by_step(folder):
+    """For each step the learning rate and its samples (row, label, sum of the crop's pixels), over all ranks."""
+    steps = {}
+    for path in sorted(folder.glob("batches_*.jsonl")):
+        for line in path.read_text().splitlines():
+            step, lr, rows, labels, sums = json.loads(line)
+            seen = steps.setdefault(step, (lr, []))
+            assert seen[0] == lr
+            seen[1].extend(zip(rows, labels, sums, strict=True))
+    return {step: (lr, sorted(samples)) for step, (lr, samples) in steps.items()}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+def test_on_one_rank_the_data_is_the_same_and_the_weights_up_to_rounding(digits, tmp_path, precision):
+    """Two ranks to the end, against two ranks until step 10 and one from there: samples, crops, lr, weights."""
+    def in_double(folder):
+        record = record_batches(folder)
+
+        def entry(arguments):
+            from resnet_dist import run
+            real = run.build_state
+            engine.DTYPES["fp32"] = torch.float64        # the loader's type, and with it the model's
+
+            def build_state(config, num_classes, device):
+                torch.set_default_dtype(torch.float64)
+                return real(config, num_classes, device)
+
+            run.build_state = build_state
+            return record(arguments)
+        return entry
+
+    wrap = in_double if precision == "fp64" else record_batches
+    more = ["--train.epochs", "2", "--optim.base_lr", "0.05"]
+    two, mixed = tmp_path / "two", tmp_path / "mixed"
+    two.mkdir(), mixed.mkdir()
+    assert run_app(2, arguments(digits, two, *more), str(two / "log"), wrap(two)) == [0, 0], (two / "log").read_text()
+    processes = start_app(2, arguments(digits, mixed, *more), str(mixed / "log"), wrap(mixed))
+    wait_for_step(mixed, 9, processes)
+    os.kill(processes[0].pid, signal.SIGTERM)
+    wait_app(processes)
+    assert run_app(1, arguments(digits, mixed, *more), str(mixed / "log"), wrap(mixed)) == [0], (mixed / "log").read_text()
+    assert by_step(two) == by_step(mixed)
+    left, right = (final(folder)["model"] for folder in (two, mixed))
+    differences = {name: ((left[name].double() - right[name]).norm() / left[name].double().norm()).item() for name in left}
+    difference = max(differences.values())
+    print(f"largest relative difference of a tensor after {STEPS} steps in {precision}: {difference:.2e}")
+    assert difference < {"fp32": 5e-2, "fp64": 1e-8}[precision]
+
+
+def test_a_finished_run_is_not_trained_again(digits, undisturbed):
+    before = final(undisturbed)
+    assert run_app(2, arguments(digits, undisturbed), str(undisturbed / "again")) == [0, 0]
+    assert "finished" in (undisturbed / "again").read_text()
+    assert equal_trees(before["model"], final(undisturbed)["model"])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluate_counts_the_same_on_any_number_of_ranks(undisturbed, tmp_path, world_size):
+    output = tmp_path / "out"
+    code = run_app(world_size, ["evaluate", "--json", "--checkpoint", str(undisturbed / "checkpoints" / "last.pt"),
+                                "--data.val_batch_size", "50"], str(output))
+    assert code == [0] * world_size, output.read_text()
+    result = json.loads(output.read_text().splitlines()[-1])
+    logged = [line for line in metrics(undisturbed) if "val/top1" in line][-1]
+    for name, prefix in (("model", "val"), ("ema", "val_ema")):
+        assert result[name]["num"] == 355
+        for count in ("correct1", "correct5"):
+            assert result[name][count] == logged[f"{prefix}/{count}"]

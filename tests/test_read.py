@@ -1,0 +1,137 @@
+"""Headers, cheap checks, quarantine and substitution."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from image_files import encode, picture, write_split
+
+from resnet_dist.data.read import Encoded, Quarantine, Reader, blank, check, image_size, load, next_good
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"progressive": True}, {"subsampling": 0}, {"quality": 95, "optimize": True}, {"comment": b"\xff\xd9" * 20},
+    {"icc_profile": b"x" * 70000},
+])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpeg_size(mode, options):
+    data = encode(picture(37, 53).convert(mode), **options)
+    assert image_size(data) == (37, 53)
+    assert check(data) is None
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "I;16"])
+def test_png_size(mode):
+    image = picture(37, 53).convert("L").convert("I").convert("I;16") if mode == "I;16" else picture(37, 53).convert(mode)
+    data = encode(image, "PNG")
+    assert image_size(data) == (37, 53)
+    assert check(data) is None
+
+
+def test_exif_orientation_and_thumbnail_do_not_mislead():
+    """The size is that of the stored pixels; a thumbnail inside the header is another JPEG with its own end marker."""
+    image = picture(60, 40)
+    exif = image.getexif()
+    exif[0x0112] = 6
+    data = encode(image, exif=exif)
+    assert image_size(data) == (60, 40)
+    thumbnail = encode(picture(16, 16))
+    segment = b"\xff\xe1" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail
+    data = data[:2] + segment + data[2:]
+    assert image_size(data) == (60, 40)
+    assert check(data) is None
+    assert "end marker" in check(data[:-2])
+
+
+def test_padding_is_tolerated():
+    data = encode(picture(40, 40))
+    assert check(data[:2] + b"\xff\xff" + data[2:]) is None                  # fill bytes before a marker
+    for tail in (b"\0" * 5000, b"\n", b"\xff", b"trailer of an editor" * 100):
+        assert check(data + tail) is None
+
+
+@pytest.mark.parametrize(("data", "reason"), [
+    (b"", "empty"),
+    (b"\xff", "neither JPEG nor PNG"),
+    (b"<html>not found</html>", "neither JPEG nor PNG.*<html>"),
+    (encode(picture(20, 20), "GIF"), "neither.*GIF89a|neither.*GIF87a"),
+    (encode(picture(20, 20))[:300], "cut off"),
+    (encode(picture(200, 200))[:-100], "end marker is missing"),
+    (encode(picture(20, 20), "PNG")[:20], "PNG header"),
+    (encode(picture(20, 20), "PNG")[:-8], "end marker is missing"),
+    (b"\xff\xd8\xff\xd9\0\0", "gives no size"),
+    (b"\xff\xd8" + b"\0" * 100, "damaged"),
+    (encode(picture(20, 20)).replace(b"\x00\x14\x00\x14", b"\x00\x00\x00\x14"), "size of 20 x 0"),
+])
+def test_bad_bytes(data, reason):
+    assert re.search(reason, check(data))
+
+
+def test_every_cut_is_noticed():
+    """Wherever a file ends too early, it is either noticed or nothing of the picture is missing."""
+    for data in (encode(picture(24, 24)), encode(picture(24, 24), progressive=True), encode(picture(24, 24), "PNG")):
+        assert all(check(data[:length]) is not None for length in range(len(data) - 2))
+        assert check(data) is None
+
+
+def test_missing_file_is_a_bad_image(tmp_path):
+    index = write_split(tmp_path, [encode(picture(20, 30))] * 2)
+    assert load(index, 0).reason is None
+    assert (load(index, 0).height, load(index, 0).width) == (20, 30)
+    (tmp_path / "train" / "class0" / "0000.jpg").unlink()
+    assert "cannot be read: No such file" in load(index, 0).reason
+
+
+def test_reader_keeps_the_order(tmp_path):
+    index = write_split(tmp_path, [encode(picture(8 + i, 9)) for i in range(30)])
+    reader = Reader(index, threads=4)
+    rows = np.random.default_rng(0).permutation(30)
+    requests = [reader.request(rows), reader.request(rows[:3]), reader.request(rows[:1])]
+    assert [[image.row for image in reader.collect(request)] for request in requests] == [
+        rows.tolist(), rows[:3].tolist(), rows[:1].tolist()]
+    assert [image.height - 8 for image in reader.collect(reader.request(rows))] == rows.tolist()
+    reader.close()
+
+
+def test_next_good_skips_and_wraps(tmp_path):
+    good = encode(picture(20, 20))
+    index = write_split(tmp_path, [good, good, b"text", b"", good[:-50], b""], classes=2)
+    quarantine = Quarantine(str(tmp_path / "out"), "train", rank=3, limit=10)
+    shown = [next_good(index, load(index, row), quarantine, wanted=row, epoch=1, step=7).row for row in range(6)]
+    assert shown == [0, 1, 0, 0, 0, 0]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    assert [line["path"] for line in lines] == [index.path(row) for row in (2, 3, 4, 5)]     # each once
+    assert lines[0] == {"path": index.path(2), "reason": "neither JPEG nor PNG: the file starts with b'text'",
+                        "split": "train", "rank": 3, "epoch": 1, "step": 7}
+
+
+def test_no_good_image_at_all(tmp_path):
+    index = write_split(tmp_path, [b"", b"x", b""])
+    quarantine = Quarantine(str(tmp_path), "train", rank=0, limit=10)
+    with pytest.raises(ValueError, match="none of the 3 images"):
+        next_good(index, load(index, 1), quarantine, wanted=1, epoch=0, step=0)
+
+
+def test_limit_names_file_reason_record_and_option(tmp_path):
+    quarantine = Quarantine(str(tmp_path), "train", rank=0, limit=2)
+    for name in ("a.jpg", "b.jpg", "a.jpg"):
+        quarantine.add(name, "the file is empty")
+    with pytest.raises(ValueError, match=r"3 broken train images.*data.max_bad_images = 2.*c\.jpg: cut off.*"
+                                         r"quarantine\.jsonl.*raise data.max_bad_images"):
+        quarantine.add("c.jpg", "cut off")
+    assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 3
+
+
+def test_record_that_cannot_be_written_does_not_stop_the_run(tmp_path):
+    (tmp_path / "file").write_text("")
+    quarantine = Quarantine(str(tmp_path / "file" / "out"), "train", rank=0, limit=2)
+    with pytest.warns(UserWarning, match="a.jpg is bad"):
+        quarantine.add("a.jpg", "empty")
+
+
+def test_blank_is_a_good_image_of_the_same_row():
+    image = blank(Encoded(7, b"", 0, 0, "the file is empty"))
+    assert (image.row, image.height, image.width, image.reason) == (7, 1, 1, "the file is empty")
+    assert check(image.data) is None
+    assert image_size(image.data) == (1, 1)
