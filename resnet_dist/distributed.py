@@ -3,6 +3,7 @@
 import hashlib
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,17 +76,23 @@ class Runtime:
         dist.broadcast(buffer, src=0, group=self.cpu_group)
         return buffer.numpy().tobytes()
 
-    def is_first_to_say(self, text: str) -> bool:
-        """Whether no other rank said exactly this before; not a collective. True where nobody can be asked."""
+    def say_error(self, text: str) -> None:
+        """Print an error that ends this rank, unless another rank has already said the same; not a collective.
+
+        The main process, which may keep the store that the ranks ask, stays up to two seconds for the others: an error
+        that all ranks have is said once.
+        """
+        name = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
         try:
-            return dist.distributed_c10d._get_default_store().add(f"said/{hash_text(text)}", 1) == 1
+            store = dist.distributed_c10d._get_default_store()
+            if store.add(f"said/{name}", 1) == 1:
+                print(f"error (rank {self.rank}): {text}", file=sys.stderr, flush=True)
+            store.add("ended", 1)
+            deadline = time.monotonic() + 2.0
+            while self.is_main and store.add("ended", 0) < self.world_size and time.monotonic() < deadline:
+                time.sleep(0.02)
         except RuntimeError:                             # the rank that kept the store is gone
-            return True
-
-
-def hash_text(text: str) -> str:
-    """A short name for a text, equal on every machine."""
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+            print(f"error (rank {self.rank}): {text}", file=sys.stderr, flush=True)
 
 
 def start(device: str = "auto", timeout_s: float = 600.0, threads: int = 0) -> Runtime:

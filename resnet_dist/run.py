@@ -212,11 +212,10 @@ def main(config: Config, body: Callable[[Config, Runtime], int] = train) -> int:
     try:
         code = body(config, runtime)
     except (ValueError, FloatingPointError) as problem:
-        if runtime.is_first_to_say(str(problem)):
-            print(f"error (rank {runtime.rank}): {problem}", file=sys.stderr)
+        runtime.say_error(str(problem))
         return 2
     except Exception:
-        print(f"error (rank {runtime.rank}):\n{traceback.format_exc()}", file=sys.stderr)
+        runtime.say_error(traceback.format_exc())
         return 1
     distributed.stop()                                   # not after an error: the others may never come to this point
     return code

@@ -13,7 +13,7 @@ from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 from resnet_dist.config import DataConfig
 from resnet_dist.data import crops
 from resnet_dist.data.dali import Decoder, Job, build_pipeline, windows_to_torch
-from resnet_dist.data.loader import Normalizer, cut
+from resnet_dist.data.loader import Normalizer, cut, resize_exact
 from resnet_dist.data.read import Encoded, image_size
 
 SIZES = [(375, 500), (500, 375), (333, 501), (257, 256), (256, 256), (255, 700), (97, 640), (640, 97), (31, 33), (1, 1),
@@ -101,18 +101,22 @@ def test_training_cut_is_pillows():
 
 
 def test_graph_that_finishes_has_the_same_geometry():
-    """The second half of the GPU form, run on the CPU: DALI's resize is near Pillow's, and nothing is shifted."""
+    """The second half of the GPU form, run on the CPU: within 1/255 of Pillow, so nothing is shifted.
+
+    Except at the image's very edge, where DALI's filter repeats the last pixel and Pillow's leaves out what is missing:
+    in evaluation the central crop takes that away.
+    """
     files = [encode(picture(*size, seed)) for seed, size in enumerate(SIZES)]
     heights, widths = np.array([image_size(data) for data in files]).T
     pipeline = build_pipeline(crop_size=64, batch_size=len(files), threads=2, device_id=None, decode="cpu", finish=True)
     rows, fields = np.arange(len(files)), ("windows", "sizes", "offsets", "flips")
     geometries = [
-        crops.val_geometry(heights, widths, resize_size=72, crop_size=64),
-        crops.val_geometry(heights, widths, resize_size=50, crop_size=64),
-        crops.train_geometry(0, 0, rows, heights, widths, crop_size=64, scale=(0.08, 1.0), ratio=(0.75, 4 / 3),
-                             flip_probability=0.5),
+        (0, crops.val_geometry(heights, widths, resize_size=72, crop_size=64)),
+        (None, crops.val_geometry(heights, widths, resize_size=50, crop_size=64)),
+        (2, crops.train_geometry(0, 0, rows, heights, widths, crop_size=64, scale=(0.08, 1.0), ratio=(0.75, 4 / 3),
+                                 flip_probability=0.5)),
     ]
-    for geometry in geometries:
+    for inner, geometry in geometries:
         windows, sizes, offsets, flips = (getattr(geometry, name) for name in fields)
         pipeline.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in files])
         pipeline.feed_input("anchor", windows[:, :2].astype(np.int32).copy())
@@ -124,11 +128,11 @@ def test_graph_that_finishes_has_the_same_geometry():
         finished = np.asarray(pipeline.share_outputs()[0].as_tensor())
         pipeline.release_outputs()
         for row, pixels in enumerate(decode(files, windows)):
-            ours = cut(torch.from_numpy(pixels), tuple(sizes[row]), tuple(offsets[row]), bool(flips[row]), 64).numpy()
+            pixels = torch.from_numpy(pixels)
+            ours = cut(pixels, tuple(sizes[row].tolist()), offsets[row].tolist(), flips[row], 64, resize_exact).numpy()
             difference = np.abs(ours.astype(int) - finished[row])
-            print(SIZES[row],difference.max(),difference.mean())
-            assert difference.max() <= 3, SIZES[row]
-            assert difference.mean() <= 0.3, SIZES[row]
+            assert difference.mean() < 0.3, SIZES[row]
+            assert inner is None or difference[inner:64 - inner, inner:64 - inner].max() <= 1, SIZES[row]
 
 
 def protobuf_fields(data: bytes):

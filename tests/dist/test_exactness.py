@@ -192,10 +192,11 @@ def test_on_one_rank_the_data_is_the_same_and_the_weights_up_to_rounding(digits,
     wait_app(processes)
     assert run_app(1, arguments(digits, mixed, *more), str(mixed / "log"), wrap(mixed)) == [0], (mixed / "log").read_text()
     assert by_step(two) == by_step(mixed)
-    left, right = (final(folder)["model"] for folder in (two, mixed))
-    differences = {name: ((left[name].double() - right[name]).norm() / left[name].double().norm()).item() for name in left}
-    difference = max(differences.values())
-    print(f"largest relative difference of a tensor after {STEPS} steps in {precision}: {difference:.2e}")
+    left, right = (torch.cat([value.double().flatten() for value in final(folder)["model"].values()
+                              if value.is_floating_point()]) for folder in (two, mixed))
+    difference = ((left - right).norm() / left.norm()).item()
+    print(f"relative difference of the weights, 14 steps after the change to one rank, in {precision}: {difference:.2e}")
+    # In fp32 rounding moves the signs of a constant background before a ReLU; the double one shows that it is rounding.
     assert difference < {"fp32": 5e-2, "fp64": 1e-8}[precision]
 
 

@@ -1,0 +1,176 @@
+"""What a user gets wrong ends with one sentence, on every rank, and loses nothing. The whole application, two ranks."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from dist_utils import run_app
+from PIL import Image
+
+from resnet_dist import cli, engine
+from resnet_dist.checkpoint import newest_valid
+from resnet_dist.data.digits import write_digits
+
+SMALL = ["--data.train_crop_size", "16", "--data.val_resize_size", "16", "--data.val_crop_size", "16",
+         "--train.epochs", "1", "--schedule.warmup_epochs", "0.5", "--train.global_batch_size", "120", "--log.wandb", "disabled", "--data.threads", "1",
+         "--distributed.threads", "1", "--distributed.timeout_s", "60", "--log.interval_steps", "1"]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    write_digits(str(folder))
+    return folder
+
+
+@pytest.fixture
+def data(digits, tmp_path):
+    """A copy of the digits to spoil, read as any folder."""
+    return shutil.copytree(digits, tmp_path / "data")
+
+
+def train(tmp_path, *more, world_size=2, entry=None):
+    """Exit codes and everything that was printed."""
+    output = tmp_path / "printed"
+    output.unlink(missing_ok=True)
+    codes = run_app(world_size, ["train", "--config", "configs/quickstart.yaml", "--data.kind", "folder",
+                                 "--output_dir", str(tmp_path / "run"), *SMALL, *more], str(output), entry)
+    return codes, output.read_text()
+
+
+def assert_refused(result, *words):
+    """Every rank ends with code 2; one of them says why, once, without a traceback."""
+    codes, printed = result
+    assert codes == [2] * len(codes), printed
+    assert printed.count("error") == 1, printed
+    assert "Traceback" not in printed
+    for word in words:
+        assert word in printed, printed
+
+
+def test_data_that_is_missing_empty_or_flat(tmp_path, data):
+    assert_refused(train(tmp_path, "--data.data_dir", ""), "data.data_dir")
+    assert_refused(train(tmp_path, "--data.data_dir", str(tmp_path / "nowhere")), "data.data_dir", "nowhere")
+    for path in (data / "val").glob("*/*.jpg"):
+        path.rename(data / "val" / f"{path.parent.name}_{path.name}")
+    for path in (data / "val").glob("[0-9]"):
+        path.rmdir()
+    assert_refused(train(tmp_path, "--data.data_dir", str(data)), "val/ is flat")
+    shutil.rmtree(data / "val")
+    assert_refused(train(tmp_path, "--data.data_dir", str(data)), "no folder val/")
+    shutil.rmtree(data / "train")
+    (data / "train").mkdir()
+    assert_refused(train(tmp_path, "--data.data_dir", str(data)), "train/ is empty")
+
+
+def test_classes_that_disagree(tmp_path, data):
+    assert_refused(train(tmp_path, "--data.data_dir", str(data), "--model.num_classes", "1000"),
+                   "model.num_classes is 1000", "10")
+    shutil.rmtree(data / "val" / "7")
+    assert_refused(train(tmp_path, "--data.data_dir", str(data)), "classes", "only in train/ (7)")
+
+
+def test_layouts_and_names(tmp_path, digits):
+    assert_refused(train(tmp_path, "--data.data_dir", str(digits), "--train.global_batch_size", "121"),
+                   "121", "2 ranks", "120 or 122")
+    assert_refused(train(tmp_path, "--data.data_dir", str(digits), "--train.global_batch_size", "2000"), "1442", "2000")
+    assert_refused(train(tmp_path, "--data.data_dir", str(digits), "--model.name", "resnet21"), "resnet21", "resnet20")
+    codes, printed = train(tmp_path, "--model.nmae", "x")
+    assert codes == [2, 2]
+    assert printed.count("--model.nmae") == 1
+
+
+def test_broken_images_cost_neither_the_run_nor_the_count(tmp_path, data):
+    """Truncated, empty, text in disguise, CMYK: training goes on with neighbours, evaluation counts all 355."""
+    train_files, val_files = (sorted((data / split).glob("*/*.jpg")) for split in ("train", "val"))
+    for files in (train_files, val_files):
+        files[0].write_bytes(files[0].read_bytes()[:300])
+        files[40].write_bytes(b"")
+        files[80].write_text("<html>404 not found</html>")
+        Image.open(files[120]).convert("CMYK").save(files[120], format="JPEG")
+    codes, printed = train(tmp_path, "--data.data_dir", str(data))
+    assert codes == [0, 0], printed
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["val/num"] == 355
+    assert sum("train/loss" in line for line in lines) == 12
+    quarantined = {json.loads(line)["path"] for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()}
+    assert {str(val_files[i]) for i in (0, 40, 80)} <= quarantined
+    assert not quarantined & {str(f) for i, f in enumerate(train_files + val_files)
+                              if i % len(train_files) not in (0, 40, 80) and f not in val_files[:81]}
+
+
+def test_too_many_broken_images_stop_every_rank(tmp_path, data):
+    for path in list((data / "train" / "3").glob("*.jpg"))[:60]:
+        path.write_bytes(b"")
+    codes, printed = train(tmp_path, "--data.data_dir", str(data), "--data.max_bad_images", "5")
+    assert 2 in codes and 0 not in codes, printed
+    assert "data.max_bad_images" in printed and "quarantine.jsonl" in printed
+
+
+def test_a_checkpoint_of_another_model_or_batch(tmp_path, digits):
+    arguments = ("--data.data_dir", str(digits))
+    assert train(tmp_path, *arguments)[0] == [0, 0]
+    assert_refused(train(tmp_path, *arguments, "--model.name", "resnet32"), "model.name", "resnet20", "init_from")
+    assert_refused(train(tmp_path, *arguments, "--train.global_batch_size", "60"), "train.global_batch_size", "120", "60")
+    best = tmp_path / "run" / "checkpoints" / "last.pt"
+    codes, printed = train(tmp_path, *arguments, "--output_dir", str(tmp_path / "other"), "--checkpoint.init_from", str(best))
+    assert codes == [0, 0]
+    assert "step 0, with the weights of" in printed
+    assert_refused(train(tmp_path, *arguments, "--output_dir", str(tmp_path / "third"), "--checkpoint.resume",
+                         str(tmp_path / "nowhere.pt")), "nowhere.pt", "cannot be read")
+
+
+def test_a_damaged_newest_checkpoint_falls_back(tmp_path, digits):
+    arguments = ("--data.data_dir", str(digits), "--checkpoint.interval_steps", "5")
+    assert train(tmp_path, *arguments)[0] == [0, 0]
+    folder = tmp_path / "run" / "checkpoints"
+    newest = folder / os.readlink(folder / "last.pt")
+    newest.write_bytes(newest.read_bytes()[:1000])
+    codes, printed = train(tmp_path, *arguments)
+    assert codes == [0, 0], printed
+    assert "damaged" in printed
+    assert "step 10, from" in printed
+    assert newest_valid(folder, pytest.fail).name == newest.name
+    for path in folder.glob("step_*.pt"):
+        path.write_bytes(b"")
+    assert_refused(train(tmp_path, *arguments), "none of the 3 checkpoints")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, the device that is always full")
+def test_a_full_disk_while_saving(tmp_path, digits):
+    """From step 6 on nothing can be saved: training goes on to the end, warns, keeps step 5, and does not end well."""
+    def entry(arguments):
+        import builtins
+        real = builtins.open
+
+        def full(path, mode="r", *args, **kwargs):
+            late = str(path).endswith(".pt.tmp") and "step_00000005" not in str(path)
+            return real("/dev/full" if late else path, mode, *args, **kwargs)
+
+        builtins.open = full
+        return cli.main(arguments)
+
+    codes, printed = train(tmp_path, "--data.data_dir", str(digits), "--checkpoint.interval_steps", "5", entry=entry)
+    assert codes[0] == 2, printed
+    assert "warning: could not save the checkpoint of step 10" in printed
+    assert "step 5 stays" in printed
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count('"train/loss"') == 12
+    assert newest_valid(tmp_path / "run" / "checkpoints", pytest.fail).name == "step_00000005.pt"
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_steps(tmp_path, digits):
+    def entry(arguments):
+        real = engine.train_step
+
+        def poisoned(model, state, micro_batches, *rest):
+            if state.step >= 4:
+                micro_batches[0].images.fill_(torch.nan)
+            return real(model, state, micro_batches, *rest)
+
+        engine.train_step = poisoned
+        return cli.main(arguments)
+
+    result = train(tmp_path, "--data.data_dir", str(digits), "--train.max_nonfinite_steps", "3", entry=entry)
+    assert_refused(result, "between steps 6 and 7", "not finite", "optim.base_lr")

@@ -1,0 +1,261 @@
+"""The loaders over files: what is read, in which order, and what happens to bad files."""
+
+import itertools
+import json
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from image_files import OneProcess, encode, picture, train_loader, val_loader, write_split
+
+from resnet_dist.config import DataConfig
+from resnet_dist.data import crops
+from resnet_dist.data import loader as loader_module
+from resnet_dist.data.build import build_train_loader, build_val_loader
+from resnet_dist.data.types import IGNORED_LABEL
+
+N = 43
+GOOD = [encode(picture(40 + i % 7, 60 - i % 5, i)) for i in range(N)]
+
+
+def decoder_refuses() -> bytes:
+    """Passes the cheap checks, but its compressed data is none."""
+    data = bytearray(encode(picture(40, 40), "PNG"))
+    start = data.index(b"IDAT") + 6
+    data[start:start + 40] = b"\xff" * 40
+    return bytes(data)
+
+
+BAD = {3: b"", 11: GOOD[11][:-100], 12: b"this is no image", 20: decoder_refuses(), 21: decoder_refuses(),
+       30: encode(picture(20, 20), "GIF"), N - 1: decoder_refuses()}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("good")
+    return write_split(folder, GOOD)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Bad files of several kinds, a missing one, and a CMYK one, which is none of them."""
+    folder = tmp_path_factory.mktemp("mixed")
+    files = [BAD.get(i, data) for i, data in enumerate(GOOD)]
+    files[5] = encode(picture(50, 50).convert("CMYK"))
+    index = write_split(folder, files)
+    os.unlink(index.path(33))
+    return index
+
+
+REPLACED = {3: 4, 11: 13, 12: 13, 20: 22, 21: 22, 30: 31, 33: 34, N - 1: 0}
+
+
+def steps(index, folder, start, stop, world_size=1, grad_accum_steps=1, **options):
+    """Per step: rows, labels and images of the global batch, gathered from the ranks in the order of the positions."""
+    layout = {"world_size": world_size, "grad_accum_steps": grad_accum_steps}
+    loaders = [train_loader(index, folder, rank=rank, **layout, **options) for rank in range(world_size)]
+    shares = [list(one.batches(start, stop)) for one in loaders]
+    for one in loaders:
+        one.close()
+    assert {len(share) for share in shares} == {(stop - start) * grad_accum_steps}
+    gathered = []
+    for step in range(stop - start):
+        batches = [shares[rank][step * grad_accum_steps + micro]
+                   for micro in range(grad_accum_steps) for rank in range(world_size)]
+        gathered.append((np.concatenate([batch.indices for batch in batches]), torch.cat([b.labels for b in batches]),
+                         torch.cat([batch.images for batch in batches])))
+    return gathered
+
+
+def assert_same(first, second):
+    assert len(first) == len(second)
+    for (rows, labels, images), (other_rows, other_labels, other_images) in zip(first, second, strict=True):
+        assert np.array_equal(rows, other_rows)
+        assert torch.equal(labels, other_labels)
+        assert torch.equal(images, other_images)
+
+
+def loader_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith(("loader", "read", "resize"))]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_every_sample_once_per_epoch_except_the_tail(good, tmp_path, world_size):
+    gathered = steps(good, tmp_path, 0, 6, world_size, global_batch_size=12)      # two epochs of three steps
+    for epoch in range(2):
+        rows = np.concatenate([rows for rows, _, _ in gathered[3 * epoch:3 * epoch + 3]])
+        assert len(set(rows.tolist())) == len(rows) == 36
+    for rows, labels, _ in gathered:
+        assert np.array_equal(labels, good.labels[rows])
+
+
+def test_batches_are_as_the_model_wants_them(good, tmp_path):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        loader = train_loader(good, tmp_path, dtype=dtype)
+        (batch,) = loader.batches(0, 1)
+        assert batch.images.shape == (8, 3, 32, 32)
+        assert batch.images.dtype == dtype
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert batch.labels.dtype == torch.int64
+        assert batch.indices.dtype == np.int64
+        assert (loader.num_samples, loader.steps_per_epoch) == (N, 5)
+        assert loader.class_names == ("class0", "class1", "class2")
+        loader.close()
+
+
+def test_samples_and_crops_do_not_depend_on_the_layout(good, tmp_path):
+    expected = steps(good, tmp_path, 3, 7, global_batch_size=12)
+    for world_size, accumulated in [(2, 1), (3, 2), (1, 4), (4, 1)]:
+        assert_same(steps(good, tmp_path, 3, 7, world_size, accumulated, global_batch_size=12), expected)
+
+
+def test_flips_are_those_of_the_plan(good, tmp_path):
+    """With the whole image as the window, an image is either itself or its mirror image, and both occur."""
+    whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (1e-3, 1e-3), "global_batch_size": N, "train_crop_size": 40}
+    never, always, half = (steps(good, tmp_path, 0, 1, flip_probability=p, **whole)[0] for p in (0.0, 1.0, 0.5))
+    assert torch.equal(never[2].flip(3), always[2])
+    flipped = crops.flips(5, 0, half[0], 0.5)
+    assert 5 < flipped.sum() < N - 5
+    assert torch.equal(half[2], torch.where(torch.from_numpy(flipped)[:, None, None, None], always[2], never[2]))
+
+
+def test_every_epoch_has_its_own_crops(good, tmp_path):
+    first, second = steps(good, tmp_path, 0, 2, global_batch_size=N)
+    places = np.argsort(first[0]), np.argsort(second[0])
+    assert not any(torch.equal(a, b) for a, b in zip(first[2][places[0]], second[2][places[1]], strict=True))
+
+
+def test_stopping_early_and_starting_in_the_middle(good, tmp_path):
+    loader = train_loader(good, tmp_path)
+    expected = [(batch.indices, batch.images) for batch in loader.batches(0, 10)]
+    before = len(loader_threads())
+    for stopped_after in (1, 2, 5):
+        iterator = loader.batches(0, 10)
+        for _ in itertools.islice(iterator, stopped_after):
+            pass
+        iterator.close()
+        assert len(loader_threads()) == before                              # its thread is gone
+        continued = [(batch.indices, batch.images) for batch in loader.batches(stopped_after, 10)]
+        for (rows, images), (other_rows, other_images) in zip(expected[stopped_after:], continued, strict=True):
+            assert np.array_equal(rows, other_rows)
+            assert torch.equal(images, other_images)
+    abandoned = loader.batches(0, 10)
+    next(abandoned)
+    assert np.array_equal(next(loader.batches(4, 5)).indices, expected[4][0])     # takes the pipeline over
+    assert list(loader.batches(3, 3)) == []
+    loader.close()
+    assert not loader_threads()
+
+
+def test_bad_files_are_replaced_the_same_way_on_every_layout(mixed, tmp_path):
+    """Each by the next good file, with its label; everything else as if nothing had happened."""
+    one = steps(mixed, tmp_path / "one", 0, 10)
+    two = steps(mixed, tmp_path / "two", 0, 10, world_size=2, grad_accum_steps=2)
+    assert_same(one, two)
+    clean = train_loader(mixed, tmp_path)
+    wanted = [job.rows for job in clean._jobs(0, 10)]
+    clean.close()
+    for (rows, labels, images), asked in zip(one, wanted, strict=True):
+        assert rows.tolist() == [REPLACED.get(row, row) for row in asked.tolist()]
+        assert np.array_equal(labels, mixed.labels[rows])
+        assert torch.isfinite(images).all()
+    lines = [json.loads(line) for line in (tmp_path / "one" / "quarantine.jsonl").read_text().splitlines()]
+    seen = {row for rows in wanted for row in rows.tolist()}
+    assert sorted(line["path"] for line in lines) == sorted(mixed.path(row) for row in REPLACED if row in seen)
+    assert any("the decoder refuses it" in line["reason"] for line in lines)
+
+
+def test_mixed_batch_leaves_the_good_images_alone(good, mixed, tmp_path):
+    """The crops of good images are those that they have in a clean set."""
+    dirty, clean = steps(mixed, tmp_path, 0, 5), steps(good, tmp_path, 0, 5)
+    for (rows, _, images), (asked, _, expected) in zip(dirty, clean, strict=True):
+        same = (rows == asked) & (asked != 5)
+        assert torch.equal(images[same], expected[same])
+
+
+def test_limit_of_bad_files_stops_the_run(mixed, tmp_path):
+    loader = train_loader(mixed, tmp_path, max_bad_images=3)
+    with pytest.raises(ValueError, match="4 broken train images.*data.max_bad_images = 3.*quarantine.jsonl"):
+        list(loader.batches(0, 10))
+    assert loader.num_bad == 4
+    loader.close()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_validation_counts_every_image_once(mixed, tmp_path, world_size):
+    """Bad ones too, black and without a label; the same pixels on any number of ranks, again and again."""
+    expected = {}
+    for rank in range(world_size):
+        loader = val_loader(mixed, tmp_path, rank=rank, world_size=world_size, val_batch_size=7, val_resize_size=36,
+                            val_crop_size=32)
+        for repeat in range(2):
+            items = list(loader)
+            assert len(items) == loader.rounds
+            for batch in filter(None, items):
+                for row, label, image in zip(batch.indices.tolist(), batch.labels.tolist(), batch.images, strict=True):
+                    assert label == (IGNORED_LABEL if row in REPLACED else mixed.labels[row])
+                    assert (row in expected) == (repeat == 1)
+                    assert row not in REPLACED or (image.amax((1, 2)) == image.amin((1, 2))).all()
+                    assert torch.equal(expected.setdefault(row, image), image)
+        loader.close()
+    assert sorted(expected) == list(range(N))
+
+
+def test_validation_that_is_left_early_starts_again(good, tmp_path):
+    loader = val_loader(good, tmp_path, val_batch_size=5, val_resize_size=36, val_crop_size=32)
+    first = next(iter(loader))
+    assert np.array_equal(next(iter(loader)).indices, first.indices)
+    assert sum(len(batch.labels) for batch in loader) == N
+    loader.close()
+
+
+def test_an_error_in_the_background_is_raised_in_front(good, tmp_path, monkeypatch):
+    loader = train_loader(good, tmp_path)
+    monkeypatch.setattr(loader_module.crops, "train_geometry", lambda *_, **__: 1 / 0)
+    started = time.monotonic()
+    with pytest.raises(ZeroDivisionError):
+        next(loader.batches(0, 5))
+    assert time.monotonic() - started < 5
+    monkeypatch.undo()
+    assert len(list(loader.batches(0, 2))) == 2                              # and the loader is as good as new
+    loader.close()
+
+
+def test_the_thread_does_not_run_away(good, tmp_path, monkeypatch):
+    """No more batches are made than the consumer can be given: memory stays bounded."""
+    loader = train_loader(good, tmp_path, prefetch_batches=2)
+    made = []
+    original = loader._submit
+    monkeypatch.setattr(loader, "_submit", lambda job, requested: (made.append(job.step), original(job, requested)))
+    iterator = loader.batches(0, 50)
+    next(iterator)
+    time.sleep(0.5)
+    assert len(made) <= 1 + 2 + 1 + 2           # taken, in the queue, waiting for the queue, in the decoder
+    iterator.close()
+    loader.close()
+
+
+def test_build(tmp_path):
+    """Each kind of data gives loaders that agree on the classes and deliver."""
+    good = {split: write_split(tmp_path / "folder", GOOD[:12], split=split) for split in ("train", "val")}
+    sizes = {"train_crop_size": 32, "val_resize_size": 32, "val_crop_size": 32, "val_batch_size": 5}
+    for kind, count in (("folder", len(good["train"])), ("digits", 1442), ("synthetic", 1280)):
+        config = DataConfig(kind=kind, data_dir=str(tmp_path / kind), **sizes)
+        train = build_train_loader(config, OneProcess(), seed=1, global_batch_size=12, grad_accum_steps=2,
+                                   dtype=torch.bfloat16, output_dir=str(tmp_path))
+        val = build_val_loader(config, OneProcess(), dtype=torch.bfloat16, output_dir=str(tmp_path))
+        assert train.num_samples == count
+        assert train.class_names == val.class_names
+        assert [len(batch.labels) for batch in train.batches(0, 2)] == [6, 6, 6, 6]
+        assert next(iter(val)).images.shape == (5, 3, 32, 32)
+        train.close()
+        val.close()
+
+
+def test_too_few_images_for_a_batch(good, tmp_path):
+    with pytest.raises(ValueError, match="train.global_batch_size = 64"):
+        train_loader(good, tmp_path, global_batch_size=64)
+    assert not loader_threads()
