@@ -170,7 +170,7 @@ def unpack_checkpoint(payload: bytes, name: str) -> dict:
     if not isinstance(content, dict) or "format" not in content or "model" not in content:
         raise ValueError(f"{name} is not a checkpoint of resnet_dist: it has no 'format' and 'model'")
     if content["format"] > FORMAT:
-        raise ValueError(f"{name} has format {content['format']}, this version reads up to {FORMAT}: update resnet_dist")
+        raise ValueError(f"{name} has format {content['format']}, this version reads up to {FORMAT}: update it")
     return content
 
 
@@ -209,8 +209,8 @@ def check_resumable(saved: dict, facts: dict) -> list[str]:
             raise ValueError(f"the checkpoint of step {saved['step']} holds another model: {key} was {old!r}, now "
                              f"{new!r}; take another output_dir, or checkpoint.init_from for its weights")
         if key in _DEFINES_POSITION:
-            raise ValueError(f"the checkpoint of step {saved['step']} cannot be continued: {key} was {old!r}, now {new!r}, "
-                             "and the step would mean another place in the data; take another output_dir")
+            raise ValueError(f"the checkpoint of step {saved['step']} cannot be continued: {key} was {old!r}, now "
+                             f"{new!r}, and the step would mean another place in the data; take another output_dir")
         changed.append(f"{key} was {old!r}, now {new!r}")
     return changed
 
@@ -227,7 +227,8 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> list[str
              if name not in own or name not in weights or own[name].shape != weights[name].shape]
     if set(wrong) - head:
         names = ", ".join(sorted(set(wrong) - head)[:5])
-        raise ValueError(f"checkpoint.init_from holds another model: {len(wrong)} of {len(own)} tensors do not fit ({names}, ...)")
+        raise ValueError(f"checkpoint.init_from holds another model: {len(wrong)} of {len(own)} tensors do not fit "
+                         f"({names}, ...); choose the model.name that it was made with")
     model.load_state_dict({name: value for name, value in weights.items() if name not in wrong}, strict=False)
     return sorted(wrong)
 

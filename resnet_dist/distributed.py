@@ -108,8 +108,8 @@ def start(device: str = "auto", timeout_s: float = 600.0, threads: int = 0) -> R
     if kind == "cuda":
         visible = torch.cuda.device_count()
         if local_rank >= visible:
-            raise ValueError(f"distributed.device is cuda, but this machine shows {visible} GPUs for {local_world_size} "
-                             f"ranks: start at most {visible} processes per machine, or --distributed.device cpu")
+            raise ValueError(f"distributed.device is cuda, but this machine shows {visible} GPUs for "
+                             f"{local_world_size} ranks: start at most {visible} processes per machine, or --distributed.device cpu")
         torch.cuda.set_device(local_rank)
     else:
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world_size))

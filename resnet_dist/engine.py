@@ -216,7 +216,7 @@ def train(model: nn.Module, state: TrainState, train_loader: TrainLoader, val_lo
                 if nonfinite.take_most_in_row() >= plan.max_nonfinite_steps:
                     raise FloatingPointError(
                         f"{plan.max_nonfinite_steps} or more updates in a row between steps {window_start} and "
-                        f"{state.step} had a loss or gradient that is not finite (none of them was applied; lr {lr:g}): "
+                        f"{state.step} had a loss or gradient that is not finite (none was applied; lr {lr:g}): "
                         "lower optim.base_lr, lengthen schedule.warmup_epochs, or set train.clip_grad_norm")
                 counts, window_start = Counts.zero(runtime.device), state.step
                 gc.collect(1)
@@ -250,7 +250,8 @@ def evaluate_state(state: TrainState, loader: ValLoader, plan: Plan, runtime: Ru
     if top1 > state.best_top1:
         state.best_top1, state.best_step = top1, state.step
     state.evaluated_step = state.step
-    log.metrics(state.step, {"train/epoch": state.step / plan.steps_per_epoch, **results, "val/best_top1": state.best_top1})
+    results |= {"train/epoch": state.step / plan.steps_per_epoch, "val/best_top1": state.best_top1}
+    log.metrics(state.step, results)
     return True
 
 

@@ -115,7 +115,8 @@ def resume_command(runtime: Runtime) -> str:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return f"python {arguments}"
     nodes = runtime.world_size // runtime.local_world_size
-    return f"torchrun {f'--nnodes {nodes} ' if nodes > 1 else ''}--nproc_per_node {runtime.local_world_size} {arguments}"
+    several = f"--nnodes {nodes} " if nodes > 1 else ""
+    return f"torchrun {several}--nproc_per_node {runtime.local_world_size} {arguments}"
 
 
 def farewell(config: Config, state: TrainState, plan: engine.Plan, runtime: Runtime, log: Log) -> str:

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-import torch._dynamo  # noqa: F401  the first DDP constructor imports it: 3 to 5 s, once here instead of in every rank
+import torch._dynamo
 
 torch.set_num_threads(1)
 os.environ.setdefault("WANDB_MODE", "disabled")

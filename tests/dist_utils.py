@@ -101,7 +101,7 @@ def start_app(world_size: int, arguments: list[str], output: str, entry=None) ->
     return processes
 
 
-def run_app(world_size: int, arguments: list[str], output: str, entry=None, timeout: float = TIMEOUT_SECONDS) -> list[int]:
+def run_app(world_size: int, arguments: list[str], output: str, entry=None, timeout: float = TIMEOUT_SECONDS) -> list:
     """As `start_app`, and wait: the exit codes, in order of rank."""
     processes = start_app(world_size, arguments, output, entry)
     return wait_app(processes, timeout)
@@ -135,8 +135,8 @@ def _app(rank: int, world_size: int, port: int, arguments: list[str], output: st
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(descriptor), "w", buffering=1) for _ in range(2))     # not pytest's
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
+                      LOCAL_WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if entry is None:
         from resnet_dist.cli import main as entry

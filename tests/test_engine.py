@@ -21,6 +21,7 @@ from resnet_dist.models.resnet import resnet18
 from resnet_dist.optim import build_optimizer
 from resnet_dist.run import build_plan, build_state
 
+CPU = torch.device("cpu")
 CONFIG = Config(model=ModelConfig(name="resnet18", sync_batch_norm=False),
                 train=TrainConfig(precision="fp32", label_smoothing=0.1),
                 optim=OptimConfig(weight_decay=1e-4, momentum=0.9, nesterov=True))
@@ -65,11 +66,11 @@ def plan_of(config, steps_per_epoch=10):
 
 def test_a_step_equals_plain_torch_with_torchvision():
     """Three steps, so that momentum counts; weights, statistics and loss to 1e-6."""
-    state = build_state(CONFIG, 10, torch.device("cpu"))
+    state = build_state(CONFIG, 10, CPU)
     reference = torchvision.models.resnet18(num_classes=10).to(memory_format=torch.channels_last)
     reference.load_state_dict(state.model.state_dict())
     optimizer = torch.optim.SGD(reference.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)
-    batch, plan, nonfinite = make_batch(8), plan_of(CONFIG), NonFinite(torch.device("cpu"))
+    batch, plan, nonfinite = make_batch(8), plan_of(CONFIG), NonFinite(CPU)
     reference.train(), state.model.train()
     for _ in range(3):
         counts, grad_norm = train_step(NoSync(state.model), state, [batch], 0.01, plan, nonfinite)
@@ -96,7 +97,7 @@ def test_accumulated_micro_steps_equal_one_batch():
     for micro_batches in ([whole], parts):
         model = copy.deepcopy(net)
         state = TrainState(model, build_optimizer(OptimConfig(), model), torch.amp.GradScaler("cpu", enabled=False))
-        counts, norm = train_step(NoSync(model), state, micro_batches, 0.1, plan_of(CONFIG), NonFinite(torch.device("cpu")))
+        counts, norm = train_step(NoSync(model), state, micro_batches, 0.1, plan_of(CONFIG), NonFinite(CPU))
         results.append((counts.result(), norm, model.state_dict()))
     assert results[0][0] == pytest.approx(results[1][0])
     torch.testing.assert_close(results[0][1:], results[1][1:], rtol=1e-12, atol=1e-14)
@@ -105,19 +106,20 @@ def test_accumulated_micro_steps_equal_one_batch():
 def test_clipping_bounds_the_update():
     config = replace(CONFIG, train=replace(CONFIG.train, clip_grad_norm=0.5),
                      optim=OptimConfig(weight_decay=0.0, momentum=0.0))
-    state = build_state(config, 10, torch.device("cpu"))
+    state = build_state(config, 10, CPU)
     before = copy.deepcopy(state.model)
-    _, norm = train_step(NoSync(state.model), state, [make_batch(4)], 1.0, plan_of(config), NonFinite(torch.device("cpu")))
+    _, norm = train_step(NoSync(state.model), state, [make_batch(4)], 1.0, plan_of(config), NonFinite(CPU))
     assert norm > 0.5                                    # the norm before clipping is what is logged
-    moved = torch.cat([(a - b).double().flatten() for a, b in zip(state.model.parameters(), before.parameters(), strict=True)])
+    pairs = zip(state.model.parameters(), before.parameters(), strict=True)
+    moved = torch.cat([(a - b).double().flatten() for a, b in pairs])
     assert moved.norm().item() == pytest.approx(0.5, rel=1e-3)
 
 
 def test_an_update_that_is_not_finite_is_left_out_and_counted():
     """Also when it is the very first, where a fused kernel would create its momentum from uninitialised memory."""
-    state = build_state(CONFIG, 10, torch.device("cpu"))
+    state = build_state(CONFIG, 10, CPU)
     weights = [p.detach().clone() for p in state.model.parameters()]
-    nonfinite, plan = NonFinite(torch.device("cpu")), plan_of(CONFIG)
+    nonfinite, plan = NonFinite(CPU), plan_of(CONFIG)
     bad, good = make_batch(4), make_batch(4, seed=1)
     bad.images[0, 0, 0, 0] = float("inf")
     for batch, in_row in ((bad, 1), (bad, 2)):
@@ -135,11 +137,11 @@ def test_an_update_that_is_not_finite_is_left_out_and_counted():
 
 def test_fp16_scaler_lowers_its_scale_and_skips():
     config = replace(CONFIG, train=replace(CONFIG.train, precision="fp16"))
-    state = build_state(config, 10, torch.device("cpu"))
+    state = build_state(config, 10, CPU)
     weights = [p.detach().clone() for p in state.model.parameters()]
     bad = make_batch(2, image=32)
     bad.images[0, 0, 0, 0] = float("inf")
-    train_step(NoSync(state.model), state, [bad], 0.1, plan_of(config), NonFinite(torch.device("cpu")))
+    train_step(NoSync(state.model), state, [bad], 0.1, plan_of(config), NonFinite(CPU))
     assert state.scaler.get_scale() == 32768.0
     assert all(torch.equal(a, b) for a, b in zip(weights, state.model.parameters(), strict=True))
 
@@ -155,7 +157,8 @@ def test_the_whole_step_runs_on_meta(name):
     with torch.device("meta"):
         state = build_state(config, 1000, torch.device("meta"))
     batches = [make_batch(4, image=224, device="meta") for _ in range(2)]
-    counts, norm = train_step(NoSync(state.model), state, batches, 0.1, plan_of(config), NonFinite(torch.device("meta")))
+    nonfinite = NonFinite(torch.device("meta"))
+    counts, norm = train_step(NoSync(state.model), state, batches, 0.1, plan_of(config), nonfinite)
     assert counts.num.device.type == norm.device.type == "meta"
     assert all(p.device.type == "meta" for p in state.model.parameters())
 
@@ -209,16 +212,16 @@ def test_due():
 
 
 def test_deterministic_initialisation_on_every_rank():
-    a, b = (build_state(CONFIG, 10, torch.device("cpu")).model for _ in range(2))
-    c = build_state(replace(CONFIG, seed=1), 10, torch.device("cpu")).model
+    a, b = (build_state(CONFIG, 10, CPU).model for _ in range(2))
+    c = build_state(replace(CONFIG, seed=1), 10, CPU).model
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
     assert not torch.equal(a.conv1.weight, c.conv1.weight)
 
 
 def test_buckets_settle_without_a_trace():
     config = replace(CONFIG, train=replace(CONFIG.train, precision="bf16"))
-    state = build_state(config, 10, torch.device("cpu"))
+    state = build_state(config, 10, CPU)
     before = copy.deepcopy(state.model.state_dict())
-    engine.settle_buckets(NoSync(state.model), 32, "bf16", torch.device("cpu"))
+    engine.settle_buckets(NoSync(state.model), 32, "bf16", CPU)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), state.model.state_dict().values(), strict=True))
     assert state.model.training and all(p.grad is None for p in state.model.parameters())

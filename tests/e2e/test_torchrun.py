@@ -1,0 +1,78 @@
+"""The commands of the README, as a user types them: real torchrun, real processes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+SMALL = ["--data.train_crop_size", "16", "--data.val_resize_size", "16", "--data.val_crop_size", "16",
+         "--train.epochs", "3", "--log.interval_steps", "1"]
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """No key, no network for W&B, and a home of our own."""
+    return {**{key: value for key, value in os.environ.items() if not key.startswith("WANDB")}, "OMP_NUM_THREADS": "1",
+            "HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9"}
+
+
+def logged_steps(folder):
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line["step"] for line in lines if "train/loss" in line]
+
+
+def test_interrupt_and_run_again(tmp_path, environment):
+    """Ctrl-C (SIGINT to torchrun), then the command that the run itself printed: it goes on and finishes."""
+    command = [*TORCHRUN, str(ROOT / "train.py"), "--config", str(ROOT / "configs/quickstart.yaml"), *SMALL,
+               "--output_dir", "run"]
+    first = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             text=True)
+    deadline = time.monotonic() + 90
+    while not (steps := logged_steps(tmp_path / "run")) or steps[-1] < 4:
+        assert first.poll() is None, first.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    first.send_signal(signal.SIGINT)
+    printed, _ = first.communicate(timeout=60)
+    assert first.returncode != 0
+    stopped = int(re.search(r"stopped at step (\d+) of 66", printed).group(1))
+    assert logged_steps(tmp_path / "run")[-1] == stopped
+    assert printed.count("W&B is offline") == 1
+    assert "wandb sync" in printed
+
+    resume = re.search(r"resume +(torchrun .*)", printed).group(1).split()
+    again = subprocess.run([*TORCHRUN[:3], "--standalone", *resume[1:]], cwd=tmp_path, env=environment,
+                           capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"step {stopped}, from run/checkpoints/step_{stopped:08d}.pt" in again.stdout
+    assert logged_steps(tmp_path / "run") == list(range(1, 67))
+    assert "finished; best val top-1" in again.stdout
+    for label, path in (("checkpoint", "run/checkpoints/last.pt"), ("config", "run/config.yaml"),
+                        ("metrics", "run/metrics.jsonl")):
+        assert re.search(rf"{label} +{path}", again.stdout)
+        assert (tmp_path / path).exists()
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 2
+    assert len({path.name.rsplit("-", 1)[1] for path in (tmp_path / "run" / "wandb").glob("offline-run-*")}) == 1
+
+
+def test_without_arguments_it_runs_the_quickstart_and_says_so(tmp_path, environment):
+    process = subprocess.Popen([*TORCHRUN, str(ROOT / "train.py")], cwd=tmp_path, env=environment,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        line = process.stdout.readline()
+        assert line == "no arguments: running the quickstart, --config configs/quickstart.yaml\n"
+        process.send_signal(signal.SIGTERM)
+        printed, _ = process.communicate(timeout=60)
+        assert "running the quickstart" not in printed
+    finally:
+        process.kill()
+        process.wait()
