@@ -109,7 +109,8 @@ def start(device: str = "auto", timeout_s: float = 600.0, threads: int = 0) -> R
         visible = torch.cuda.device_count()
         if local_rank >= visible:
             raise ValueError(f"distributed.device is cuda, but this machine shows {visible} GPUs for "
-                             f"{local_world_size} ranks: start at most {visible} processes per machine, or --distributed.device cpu")
+                             f"{local_world_size} ranks: start at most {visible} processes per machine, or take "
+                             "--distributed.device cpu")
         torch.cuda.set_device(local_rank)
     else:
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world_size))
