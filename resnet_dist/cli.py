@@ -1,4 +1,4 @@
-"""The command line: `resnet-dist train | evaluate | report`. It parses first and imports what a command needs after."""
+"""The command line, `resnet-dist COMMAND`. It parses first, and imports what a command needs only then."""
 
 import argparse
 import contextlib
@@ -13,6 +13,7 @@ from resnet_dist.config import Config, check
 COMMANDS = {
     "train": "train a network; also what train.py does",
     "evaluate": "top-1 and top-5 of a checkpoint on the validation set",
+    "benchmark": "speed of the whole loop beside a bare one on a fixed batch",
     "report": "a table and a plot of a run's metrics.jsonl",
 }
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
@@ -76,6 +77,21 @@ def evaluate(arguments: list[str]) -> int:
     return command.run(saved, parse_config(overlay, overrides), options.json)
 
 
+def benchmark(arguments: list[str]) -> int:
+    """Measure what the whole training loop costs beside a bare one, with any recipe."""
+    parser = argparse.ArgumentParser(prog="resnet-dist benchmark", description=benchmark.__doc__,
+                                     epilog="takes every option of training, for instance --config FILE; with several "
+                                            "processes: torchrun --nproc_per_node N -m resnet_dist.cli benchmark ...")
+    parser.add_argument("--windows", type=int, default=5, help="pairs of windows (default: 5)")
+    parser.add_argument("--steps", type=int, default=40, help="steps of a window that count (default: 40)")
+    parser.add_argument("--json", action="store_true", help="print the result as one line of JSON only")
+    options, settings = parser.parse_known_args(arguments)
+    config = parse_config(config_parser("resnet-dist benchmark", benchmark.__doc__), settings)
+
+    from resnet_dist.commands import benchmark as command
+    return command.run(config, options.windows, options.steps, options.json)
+
+
 def report(arguments: list[str]) -> int:
     """Summarise a run."""
     parser = argparse.ArgumentParser(prog="resnet-dist report", description=report.__doc__)
@@ -95,7 +111,8 @@ def main(arguments: list[str] | None = None) -> int:
         if wrong:
             print(f"error: unknown command {arguments[0]!r}", file=sys.stderr)
         return 2 if wrong else 0
-    return {"train": train, "evaluate": evaluate, "report": report}[arguments[0]](arguments[1:])
+    functions = {"train": train, "evaluate": evaluate, "benchmark": benchmark, "report": report}
+    return functions[arguments[0]](arguments[1:])
 
 
 def _dotted(tree: dict, prefix: str = "") -> dict:
