@@ -79,7 +79,7 @@ def wrap_ddp(model: nn.Module, device: torch.device) -> nn.parallel.DistributedD
                                                    broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def restore(state: TrainState, config: Config, facts: dict, runtime: Runtime, log: Log) -> str:
+def restore(state: TrainState, config: Config, saver: Saver, runtime: Runtime, log: Log) -> str:
     """Fill the state from the first that there is; says which, in a few words.
 
     The newest valid checkpoint of output_dir, checkpoint.resume, checkpoint.init_from (weights only), or nothing. Only
@@ -98,9 +98,11 @@ def restore(state: TrainState, config: Config, facts: dict, runtime: Runtime, lo
         if state.ema:
             state.ema.model.load_state_dict(state.model.state_dict())
         return f"with the weights of {path}" + (f", but for {', '.join(left_out)}" if left_out else "")
-    for change in checkpoint.check_resumable(saved, facts):
+    for change in checkpoint.check_resumable(saved, saver.facts):
         log.warn(f"the run goes on with another setting: {change}")
     state.load_state_dict(saved)
+    if own:
+        saver.saved = (state.step, state.evaluated_step)
     return f"from {path}"
 
 
@@ -153,7 +155,6 @@ def compose(config: Config, runtime: Runtime, log: Log) -> int:
     """Put the run together from its parts, and run it; returns as `train`."""
     # 1. layout and data
     local_batch_size = check_layout(config.train.global_batch_size, runtime.world_size, config.train.grad_accum_steps)
-    runtime.on_main(lambda: write_config(config))
     dtype = engine.DTYPES[config.train.precision]
     train_loader = build_train_loader(config.data, runtime, seed=config.seed, dtype=dtype, output_dir=config.output_dir,
                                       global_batch_size=config.train.global_batch_size,
@@ -173,10 +174,8 @@ def compose(config: Config, runtime: Runtime, log: Log) -> int:
     state = build_state(config, num_classes, runtime.device)
     facts = {"config": to_dict(config), "num_samples": train_loader.num_samples,
              "class_names": list(train_loader.class_names)}
-    origin = restore(state, config, facts, runtime, log)
     saver = Saver(checkpoint_folder(config), config.checkpoint.keep, facts, log.warn, runtime.is_main)
-    if state.step:
-        saver.saved = (state.step, state.evaluated_step)
+    origin = restore(state, config, saver, runtime, log)
     model = wrap_ddp(state.model, runtime.device)
     engine.settle_buckets(model, config.data.train_crop_size, config.train.precision, runtime.device)
 
