@@ -141,6 +141,6 @@ def report(config: Config, runtime: Runtime, local: int, windows: dict[str, list
                          ("bare", "on one fixed batch")):
         print(f"  {name:5} loop   {result[f'{name}_images_per_second']:8.1f} images/s, "
               f"{result[f'cpu_ms_per_image_{name}']:.2f} ms of processor time an image, {remark}")
-    print(f"  ratio        {result['ratio']:8.3f} ({result['ratio_min']:.3f} to {result['ratio_max']:.3f}), of processor "
-          f"time {result['cpu_ratio']:.3f}\n"
+    print(f"  ratio        {result['ratio']:8.3f} ({result['ratio_min']:.3f} to {result['ratio_max']:.3f}), "
+          f"of processor time {result['cpu_ratio']:.3f}\n"
           f"  peak memory  {peak:8.2f} GiB per rank")
