@@ -20,7 +20,7 @@ from torch import nn
 from resnet_dist.ema import Ema
 
 FORMAT = 1
-_DEFINES_POSITION = ("seed", "train.global_batch_size", "data.num_samples")
+_DEFINES_POSITION = ("seed", "train.global_batch_size", "data.kind", "data.num_samples", "data.fingerprint")
 _DEFINES_MODEL = ("model.name", "model.num_classes", "model.stride_in_1x1")
 _FREE_TO_CHANGE = ("output_dir", "data.data_dir", "data.threads", "data.prefetch_batches", "data.val_batch_size",
                    "data.max_bad_images", "log", "checkpoint", "distributed")
@@ -49,9 +49,14 @@ class TrainState:
         }
 
     def load_state_dict(self, saved: dict) -> None:
-        """Take everything over; the average starts from the weights where the checkpoint has none."""
+        """Take everything over but the optimizer's settings, which are the present config's.
+
+        The average starts from the weights where the checkpoint has none.
+        """
         self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        own = self.optimizer.state_dict()
+        self.optimizer.load_state_dict({"state": {**own["state"], **saved["optimizer"]["state"]},
+                                        "param_groups": own["param_groups"]})
         if self.scaler.is_enabled() and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         if self.ema:
@@ -106,17 +111,15 @@ class Saver:
             _link(self.folder / "last.pt", path.name)
             if snapshot["best_step"] == step:
                 _link(self.folder / "best.pt", path.name)
-            self._prune()
+            self._prune({path.name, f"step_{snapshot['best_step']:08d}.pt"})
             self.saved, self.failure = (step, snapshot["evaluated_step"]), None
         except Exception as problem:                     # whatever it was, training must not end for it
             before = f"the one of step {self.saved[0]} stays" if self.saved[0] >= 0 else "none is saved yet"
             self.failure = f"could not save the checkpoint of step {step} to {path}: {problem}; {before}"
 
-    def _prune(self) -> None:
-        best = self.folder / "best.pt"
-        protected = os.readlink(best) if best.is_symlink() else ""
+    def _prune(self, protected: set[str]) -> None:
         for path in _newest_first(self.folder)[self.keep:]:
-            if path.name != protected:
+            if path.name not in protected:
                 path.unlink()
                 _digest_path(path).unlink(missing_ok=True)
 
@@ -129,9 +132,8 @@ def write_checkpoint(path: Path, content: dict) -> None:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        digests = [_sha256(temporary.read_bytes())]
-        if path.exists():                                # between the two renames either digest may be the right one
-            digests.append(_sha256(path.read_bytes()))
+        # Until the second rename the old file may still be the one there: its digest stays beside the new one.
+        digests = [_sha256(temporary.read_bytes()), *_read_digests(path)]
         _write_digests(path, digests)
         os.replace(temporary, path)
         _write_digests(path, digests[:1])
@@ -150,14 +152,13 @@ def read_checkpoint(path: Path) -> bytes:
     path = Path(path).resolve()                          # last.pt and best.pt are links; the digest is beside the file
     try:
         payload = path.read_bytes()
-        digest_path = _digest_path(path)
-        digests = [line.split()[0] for line in digest_path.read_text().splitlines()] if digest_path.exists() else None
-    except (OSError, UnicodeDecodeError, IndexError) as problem:
+        digests = _read_digests(path) if _digest_path(path).exists() else None
+    except (OSError, UnicodeDecodeError) as problem:
         raise ValueError(f"the checkpoint {path} cannot be read: {problem}") from problem
     if not payload:
         raise ValueError(f"the checkpoint {path} is empty")
     if digests is not None and _sha256(payload) not in digests:
-        raise ValueError(f"the checkpoint {path} is damaged: its SHA-256 is not the one in {digest_path.name}")
+        raise ValueError(f"the checkpoint {path} is damaged: its SHA-256 is not the one in {_digest_path(path).name}")
     return payload
 
 
@@ -177,17 +178,22 @@ def unpack_checkpoint(payload: bytes, name: str) -> dict:
 def newest_valid(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """The newest checkpoint of a folder that matches its digest; None where there never was one.
 
-    Each damaged one is warned about. Raises ValueError when all are damaged: a run is not silently started over.
+    Each damaged one is warned about, and renamed (.damaged) once a valid one is found. Raises ValueError when all are
+    damaged: a run is not silently started over.
     """
     candidates = _newest_first(folder)
-    for path in candidates:
+    for number, path in enumerate(candidates):
         try:
             if not _digest_path(path).exists():
                 raise ValueError(f"the checkpoint {path} has no {_digest_path(path).name} beside it")
             read_checkpoint(path)
-            return path
         except ValueError as problem:
             warn(f"{problem}; trying the one before")
+            continue
+        for damaged in candidates[:number]:
+            with contextlib.suppress(OSError):
+                damaged.rename(damaged.with_name(damaged.name + ".damaged"))
+        return path
     if candidates:
         raise ValueError(f"none of the {len(candidates)} checkpoints in {folder} is valid: restore one, or start over "
                          "with another output_dir")
@@ -199,7 +205,8 @@ def check_resumable(saved: dict, facts: dict) -> list[str]:
 
     Raises ValueError for what would make the step mean something else (seed, batch size, data) or the weights not fit.
     """
-    before, now = ({**_flatten(of["config"]), "data.num_samples": of["num_samples"]} for of in (saved, facts))
+    before, now = ({**_flatten(of["config"]), "data.num_samples": of["num_samples"],
+                    "data.fingerprint": of["fingerprint"]} for of in (saved, facts))
     changed = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
@@ -260,6 +267,12 @@ def _sha256(payload: bytes) -> str:
     return hashlib.sha256(payload).hexdigest()
 
 
+def _read_digests(path: Path) -> list[str]:
+    digest_path = _digest_path(path)
+    lines = digest_path.read_text().splitlines() if digest_path.exists() else []
+    return [line.split()[0] for line in lines if line.strip()]
+
+
 def _write_digests(path: Path, digests: list[str]) -> None:
     temporary = path.with_name(path.name + ".sha256.tmp")
     with open(temporary, "w") as file:
@@ -271,7 +284,7 @@ def _write_digests(path: Path, digests: list[str]) -> None:
 
 def _link(link: Path, target: str) -> None:
     temporary = link.with_name(link.name + ".tmp")
-    with contextlib.suppress(OSError):                   # a file system without links loses a convenience, no data
+    with contextlib.suppress(OSError):                   # without links the step's own name still leads to the file
         temporary.unlink(missing_ok=True)
         os.symlink(target, temporary)
         os.replace(temporary, link)

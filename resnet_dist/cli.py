@@ -47,7 +47,7 @@ def parse_config(parser: ArgumentParser, arguments: list[str]) -> Config:
 
 def train(arguments: list[str]) -> int:
     """Train; without any argument the quickstart, and say so."""
-    parser = config_parser("train.py", __doc__)
+    parser = config_parser("train.py", "Train a network on a folder of images; the same command again resumes.")
     if not arguments:
         if not QUICKSTART.exists():
             parser.error("name a recipe: --config FILE (the repository's folder configs/ has some)")
@@ -71,7 +71,12 @@ def evaluate(arguments: list[str]) -> int:
     options, overrides = parser.parse_known_args(arguments)
 
     from resnet_dist.commands import evaluate as command
-    saved = command.read(options.checkpoint)
+    try:
+        saved = command.read(options.checkpoint)
+    except ValueError as problem:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {problem}", file=sys.stderr)
+        return 2
     overlay = config_parser("resnet-dist evaluate", evaluate.__doc__)
     overlay.set_defaults(_dotted(saved["config"]))
     return command.run(saved, parse_config(overlay, overrides), options.json)

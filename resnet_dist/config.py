@@ -6,6 +6,7 @@ involve more than one key; what depends on the data or the number of ranks is ch
 
 import dataclasses
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Literal
 
 
@@ -22,7 +23,7 @@ class ModelConfig:
     stride_in_1x1: bool = False
     """stride of a bottleneck in its first 1x1 convolution (v1, He et al. 2015) instead of its 3x3 (v1.5)"""
     sync_batch_norm: bool = True
-    """normalise over the samples of all ranks instead of each rank's own"""
+    """normalise over the samples of all ranks; else each has its own, and evaluation takes those of the first"""
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class CheckpointConfig:
     """What is saved and what a run starts from. A valid checkpoint in output_dir always comes first."""
 
     interval_epochs: float = 1.0
-    """epochs between checkpoints; the end of the run is always saved; 0 = not by epochs"""
+    """epochs between checkpoints; the end of the run and each best evaluation are always saved; 0 = not by epochs"""
     interval_steps: int = 0
     """steps between checkpoints, in addition; 0 = not by steps"""
     keep: int = 3
@@ -151,7 +152,7 @@ class LogConfig:
     progress_bar: bool = True
     """a progress bar where the output is a terminal"""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """Weights & Biases; auto = online with a key and a network, else offline"""
+    """Weights & Biases; auto = online with a key and a network, else offline; online waits up to 30 s for the server"""
     wandb_project: str = "resnet_dist"
     """W&B project"""
     wandb_entity: str | None = None
@@ -199,45 +200,68 @@ def to_dict(config: Config) -> dict:
     return plain(dataclasses.asdict(config))
 
 
+_ABOVE_ZERO = (lambda value: value > 0, "it must be above 0")
+_NOT_NEGATIVE = (lambda value: value is None or value >= 0, "it must be 0 or above")
+_RULES = {
+    "output_dir": (bool, "name the folder of the run"),
+    "train.epochs": _ABOVE_ZERO, "train.global_batch_size": _ABOVE_ZERO, "train.max_nonfinite_steps": _ABOVE_ZERO,
+    "train.grad_accum_steps": (lambda value: value > 0, "it must be at least 1, which means no accumulation"),
+    "train.label_smoothing": (lambda value: 0 <= value < 1, "it must be in [0, 1)"),
+    "train.ema_decay": (lambda value: 0 <= value < 1, "it must be in [0, 1), for instance 0.9999; 0 is none"),
+    "train.clip_grad_norm": _NOT_NEGATIVE, "train.eval_interval_epochs": _NOT_NEGATIVE,
+    "optim.base_lr": _ABOVE_ZERO, "optim.base_batch_size": _NOT_NEGATIVE, "optim.weight_decay": _NOT_NEGATIVE,
+    "optim.norm_weight_decay": _NOT_NEGATIVE, "optim.bias_weight_decay": _NOT_NEGATIVE,
+    "optim.momentum": (lambda value: 0 <= value < 1, "it must be in [0, 1)"),
+    "schedule.warmup_epochs": _NOT_NEGATIVE, "schedule.final_lr": _NOT_NEGATIVE,
+    "schedule.warmup_start_factor": (lambda value: 0 < value <= 1, "it must be in (0, 1]: zero learns nothing"),
+    "schedule.gamma": (lambda value: 0 < value <= 1, "it must be in (0, 1]"),
+    "data.train_crop_size": _ABOVE_ZERO, "data.val_resize_size": _ABOVE_ZERO, "data.val_crop_size": _ABOVE_ZERO,
+    "data.val_batch_size": _ABOVE_ZERO, "data.prefetch_batches": _ABOVE_ZERO, "data.synthetic_images": _ABOVE_ZERO,
+    "data.synthetic_classes": _ABOVE_ZERO, "data.threads": _NOT_NEGATIVE, "data.max_bad_images": _NOT_NEGATIVE,
+    "data.crop_scale": (lambda value: 0 < value[0] <= value[1] <= 1, "it must be (low, high), 0 < low <= high <= 1"),
+    "data.crop_ratio": (lambda value: 0 < value[0] <= value[1], "it must be (low, high), 0 < low <= high"),
+    "data.flip_probability": (lambda value: 0 <= value <= 1, "it must be in [0, 1]"),
+    "data.std": (lambda value: min(value) > 0, "pixels are divided by it: it must be above 0"),
+    "checkpoint.keep": (lambda value: value > 0, "at least 1 is needed to resume from"),
+    "checkpoint.interval_epochs": _NOT_NEGATIVE, "checkpoint.interval_steps": _NOT_NEGATIVE,
+    "log.interval_steps": _ABOVE_ZERO, "distributed.timeout_s": _ABOVE_ZERO, "distributed.threads": _NOT_NEGATIVE,
+}
+
+
 def check(config: Config) -> None:
     """Refuse what no data and no number of ranks can make right; raises ValueError naming key, value, rule, way out."""
-    def rule(holds: bool, key: str, value, text: str) -> None:
-        if not holds:
-            raise ValueError(f"{key} is {value!r}: {text}")
+    def refuse(key: str, text: str) -> None:
+        raise ValueError(f"{key} is {attrgetter(key)(config)!r}: {text}")
 
-    train, optim, schedule, data, saving = config.train, config.optim, config.schedule, config.data, config.checkpoint
-    rule(bool(config.output_dir), "output_dir", config.output_dir, "name the folder of the run")
-    rule(train.epochs > 0, "train.epochs", train.epochs, "it must be above 0")
-    rule(train.global_batch_size > 0, "train.global_batch_size", train.global_batch_size, "it must be above 0")
-    rule(train.grad_accum_steps > 0, "train.grad_accum_steps", train.grad_accum_steps, "it must be at least 1 (= off)")
-    rule(0 <= train.label_smoothing < 1, "train.label_smoothing", train.label_smoothing, "it must be in [0, 1)")
-    rule(train.clip_grad_norm >= 0, "train.clip_grad_norm", train.clip_grad_norm, "it must be above 0, or 0 for off")
-    rule(0 <= train.ema_decay < 1, "train.ema_decay", train.ema_decay, "it must be in [0, 1), for instance 0.9999")
-    rule(train.max_nonfinite_steps > 0, "train.max_nonfinite_steps", train.max_nonfinite_steps, "it must be above 0")
-    rule(train.eval_interval_epochs >= 0, "train.eval_interval_epochs", train.eval_interval_epochs, "it must be >= 0")
-    rule(optim.base_lr > 0, "optim.base_lr", optim.base_lr, "it must be above 0")
-    rule(optim.base_batch_size >= 0, "optim.base_batch_size", optim.base_batch_size, "it must be above 0, or 0 for off")
-    rule(0 <= optim.momentum < 1, "optim.momentum", optim.momentum, "it must be in [0, 1)")
-    rule(optim.momentum > 0 or not optim.nesterov, "optim.nesterov", optim.nesterov, "it needs optim.momentum above 0")
-    rule(schedule.warmup_epochs >= 0, "schedule.warmup_epochs", schedule.warmup_epochs, "it must be >= 0")
-    rule(schedule.warmup_epochs < train.epochs or schedule.warmup_epochs == 0, "schedule.warmup_epochs",
-         schedule.warmup_epochs, f"it must be shorter than train.epochs, {train.epochs}")
-    rule(0 < schedule.warmup_start_factor <= 1, "schedule.warmup_start_factor", schedule.warmup_start_factor,
-         "it must be in (0, 1]: a first step of zero learns nothing")
-    if schedule.kind == "step":
-        rule(list(schedule.milestones) == sorted(set(schedule.milestones)), "schedule.milestones",
-             schedule.milestones, "they must rise")
-        rule(all(m > schedule.warmup_epochs for m in schedule.milestones), "schedule.milestones", schedule.milestones,
-             f"they must come after schedule.warmup_epochs, {schedule.warmup_epochs}")
-    for key in ("train_crop_size", "val_resize_size", "val_crop_size", "val_batch_size", "prefetch_batches"):
-        rule(getattr(data, key) > 0, f"data.{key}", getattr(data, key), "it must be above 0")
-    rule(data.val_resize_size >= data.val_crop_size, "data.val_resize_size", data.val_resize_size,
-         f"it must not be below data.val_crop_size, {data.val_crop_size}: the crop would leave the image")
-    for key in ("crop_scale", "crop_ratio"):
-        low, high = getattr(data, key)
-        rule(0 < low <= high, f"data.{key}", (low, high), "it must be a range (low, high) with 0 < low <= high")
-    rule(0 <= data.flip_probability <= 1, "data.flip_probability", data.flip_probability, "it must be in [0, 1]")
-    rule(saving.keep > 0, "checkpoint.keep", saving.keep, "at least 1 is needed to resume from")
-    rule(saving.interval_epochs >= 0, "checkpoint.interval_epochs", saving.interval_epochs, "it must be >= 0")
-    rule(saving.interval_steps >= 0, "checkpoint.interval_steps", saving.interval_steps, "it must be >= 0")
-    rule(config.log.interval_steps > 0, "log.interval_steps", config.log.interval_steps, "it must be above 0")
+    for key, (holds, text) in _RULES.items():
+        if not holds(attrgetter(key)(config)):
+            refuse(key, text)
+    epochs, schedule, data = config.train.epochs, config.schedule, config.data
+    if config.optim.nesterov and not config.optim.momentum:
+        refuse("optim.nesterov", "it needs optim.momentum above 0")
+    if schedule.warmup_epochs and schedule.warmup_epochs >= epochs:
+        refuse("schedule.warmup_epochs", f"it must be shorter than train.epochs, {epochs}")
+    if schedule.kind == "step" and list(schedule.milestones) != sorted(set(schedule.milestones)):
+        refuse("schedule.milestones", "they must rise")
+    if schedule.kind == "step" and any(milestone <= schedule.warmup_epochs for milestone in schedule.milestones):
+        refuse("schedule.milestones", f"they must come after schedule.warmup_epochs, {schedule.warmup_epochs}")
+    if data.val_resize_size < data.val_crop_size:
+        refuse("data.val_resize_size", f"it must not be below data.val_crop_size, {data.val_crop_size}: the crop would "
+                                       "leave the image")
+
+
+def remarks(config: Config) -> list[str]:
+    """Sentences about settings that have no effect as the others are."""
+    schedule, plain = config.schedule, ScheduleConfig()
+    found = []
+    if schedule.kind == "step" and schedule.final_lr:
+        found.append(f"schedule.final_lr is {schedule.final_lr}, which the step schedule does not use")
+    if schedule.kind == "step" and any(milestone >= config.train.epochs for milestone in schedule.milestones):
+        found.append(f"schedule.milestones {schedule.milestones} reach beyond train.epochs, {config.train.epochs}")
+    if schedule.kind == "cosine" and (schedule.milestones, schedule.gamma) != (plain.milestones, plain.gamma):
+        found.append("schedule.milestones and schedule.gamma are set, which the cosine schedule does not use")
+    if config.checkpoint.resume and config.checkpoint.init_from:
+        found.append("checkpoint.init_from is set beside checkpoint.resume, which comes first")
+    if config.data.kind == "synthetic" and config.data.data_dir:
+        found.append(f"data.data_dir is {config.data.data_dir!r}, which synthetic data does not read")
+    return found

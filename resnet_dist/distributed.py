@@ -41,6 +41,10 @@ class Runtime:
         dist.all_reduce(tensor)
         return tensor
 
+    def sum_integer(self, number: int) -> int:
+        """The sum of each rank's `number`."""
+        return int(self.all_reduce_sum(torch.tensor(number, device=self.device)))
+
     def broadcast_buffers(self, model: torch.nn.Module) -> None:
         """Give every rank the main process's buffers (running statistics), in place."""
         for buffer in model.buffers():
@@ -110,10 +114,10 @@ def start(device: str = "auto", timeout_s: float = 600.0, threads: int = 0) -> R
     if kind == "cuda":
         visible = torch.cuda.device_count()
         if local_rank >= visible:
-            raise ValueError(f"distributed.device is cuda, but this machine shows {visible} GPUs for "
-                             f"{local_world_size} ranks: start at most {visible} processes per machine, or take "
-                             "--distributed.device cpu")
+            raise ValueError(f"distributed.device is {device}, but this machine shows {visible} GPUs for "
+                             f"{local_world_size} ranks: start fewer processes, or take --distributed.device cpu")
         torch.cuda.set_device(local_rank)
+        torch.backends.cudnn.benchmark = True            # the shapes of a run stay the same
     else:
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world_size))
         keep_freed_memory()
@@ -183,10 +187,13 @@ class StopSignal:
         self.pending = (dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group, async_op=True), flag)
         return self.agreed
 
-    def close(self) -> None:
-        """Wait for the reduction under way and give the signals back."""
+    def finish(self) -> None:
+        """Wait for the reduction under way, with the other ranks."""
         if self.pending is not None:
             self.pending[0].wait()
             self.pending = None
+
+    def close(self) -> None:
+        """Give the signals back."""
         for number, handler in self.previous.items():
             signal.signal(number, handler)

@@ -36,31 +36,53 @@ class Plan:
     precision: str
     label_smoothing: float
     clip_grad_norm: float
-    eval_interval: int
+    eval_interval_steps: int
     """0 = at the end only"""
-    checkpoint_intervals: tuple[int, ...]
-    log_interval: int
+    checkpoint_interval_steps: tuple[int, ...]
+    log_interval_steps: int
     max_nonfinite_steps: int
     seed: int
 
 
 class NonFinite:
-    """Counts updates that were left out because the gradient was not finite; all on the device."""
+    """What to do about updates whose gradient is not finite, without waiting for the device.
 
-    def __init__(self, device: torch.device) -> None:
-        self.in_row, self.most_in_row, self.total = torch.zeros(3, dtype=torch.int64, device=device).unbind()
+    The optimizer leaves them out (see train_step); this keeps the running statistics of the forward pass from them too,
+    and counts.
+    """
 
-    def add(self, skipped: torch.Tensor) -> None:
-        """Note one update; `skipped` is a bool scalar on the device."""
-        self.in_row.add_(1).mul_(skipped)
+    def __init__(self, model: nn.Module, step: int) -> None:
+        """`step`: the number of updates done before."""
+        self.statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        self.before = [torch.empty_like(buffer) for buffer in self.statistics]
+        device = next(model.parameters()).device
+        self.step = torch.full((), step, dtype=torch.int64, device=device)
+        self.in_row, self.longest, self.longest_end, self.total = torch.zeros(
+            4, dtype=torch.int64, device=device).unbind()
+
+    def remember(self) -> None:
+        """Note the running statistics as they are before the forward pass."""
+        if self.statistics:
+            torch._foreach_copy_(self.before, self.statistics)
+
+    def settle(self, skipped: torch.Tensor) -> None:
+        """Count an update, and if it was left out (`skipped`, a bool scalar) put the statistics back."""
+        for before, now in zip(self.before, self.statistics, strict=True):
+            torch.where(skipped, before, now, out=now)
+        self.step.add_(1)
         self.total.add_(skipped)
-        torch.maximum(self.most_in_row, self.in_row, out=self.most_in_row)
+        self.in_row.add_(1).mul_(skipped)
+        longer = self.in_row > self.longest
+        torch.where(longer, self.in_row, self.longest, out=self.longest)
+        torch.where(longer, self.step, self.longest_end, out=self.longest_end)
 
-    def take_most_in_row(self) -> int:
-        """The longest row since the last call. Waits for the device."""
-        most = int(self.most_in_row)
-        self.most_in_row.copy_(self.in_row)
-        return most
+    def longest_row(self) -> tuple[int, int]:
+        """First and last of the most updates in a row that were left out, counted from 1; last is 0 if there was none.
+
+        Waits for the device.
+        """
+        length, end = torch.stack([self.longest, self.longest_end]).tolist()
+        return end - length + 1, end
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
@@ -79,13 +101,15 @@ def train_step(model: nn.Module, state: TrainState, micro_batches: list[Batch], 
 
     `model` is what computes (the DDP wrapper, or the plain module in a test), `state.model` what it wraps. Returns
     this rank's counts and the L2 norm of the gradient, averaged over all samples of the update, before clipping. An
-    update whose gradient is not finite is left out on the device, by the fused optimizer's `found_inf`.
+    update whose gradient is not finite is left out on the device, by the fused optimizer's `found_inf`; in fp16 the
+    scaler decides that, from the same gradient.
     """
     optimizer, scaler = state.optimizer, state.scaler
     device = micro_batches[0].images.device
 
     # 1. gradient: summed over the micro-steps, averaged over the ranks in the last of them
     counts = Counts.zero(device)
+    nonfinite.remember()
     for number, batch in enumerate(micro_batches, start=1):
         with contextlib.nullcontext() if number == len(micro_batches) else model.no_sync():
             with autocast(device, plan.precision):
@@ -102,7 +126,7 @@ def train_step(model: nn.Module, state: TrainState, micro_batches: list[Batch], 
     if plan.clip_grad_norm:
         nn.utils.clip_grads_with_norm_(parameters, plan.clip_grad_norm, grad_norm, foreach=None)
     skipped = ~torch.isfinite(grad_norm)
-    nonfinite.add(skipped)
+    nonfinite.settle(skipped)
 
     # 3. update
     for group in optimizer.param_groups:
@@ -171,8 +195,8 @@ def train(model: nn.Module, state: TrainState, train_loader: TrainLoader, val_lo
 
     Raises FloatingPointError when `plan.max_nonfinite_steps` updates in a row had a gradient that is not finite.
     """
-    clock, nonfinite = Clock(), NonFinite(runtime.device)
-    counts, window_start = Counts.zero(runtime.device), state.step
+    clock, nonfinite = Clock(), NonFinite(state.model, state.step)
+    counts, grad_norm, lr, logged_step = Counts.zero(runtime.device), None, 0.0, state.step
     batches = train_loader.batches(state.step, plan.total_steps)
     model.train()
     gc.collect()
@@ -180,52 +204,44 @@ def train(model: nn.Module, state: TrainState, train_loader: TrainLoader, val_lo
     gc.disable()                                         # ranks would pause at different steps, and all wait for each
     try:
         while True:
-            # 1. evaluate, once per due step
-            if is_due(state.step, plan.eval_interval, plan.total_steps) and state.evaluated_step != state.step:
-                with clock.excluded():
-                    finished = evaluate_state(state, val_loader, plan, runtime, log, stop_signal.poll)
-                if not finished:
-                    break
+            # 1. log, where it is due and wherever the run is about to wait anyway: a window never spans a checkpoint
+            ends_by_signal = bool(stop_signal.poll())
+            due = [is_due(state.step, interval, plan.total_steps) for interval in (
+                plan.log_interval_steps, plan.eval_interval_steps, *plan.checkpoint_interval_steps)]
+            if state.step > logged_step and (any(due) or ends_by_signal):
+                report(state, counts, grad_norm, lr, nonfinite, clock, train_loader, plan, runtime, log)
+                counts, logged_step = Counts.zero(runtime.device), state.step
+                gc.collect(1)
 
-            # 2. checkpoint, once per due step
-            if any(is_due(state.step, interval, plan.total_steps) for interval in plan.checkpoint_intervals):
+            # 2. evaluate, once per due step; a signal ends it
+            if due[1] and not ends_by_signal and state.evaluated_step != state.step:
+                with clock.excluded():
+                    ends_by_signal = not evaluate_state(state, val_loader, plan, runtime, log, stop_signal.poll)
+
+            # 3. checkpoint (what is already saved is not saved again)
+            if any(due[2:]) or ends_by_signal or state.best_step == state.step:
                 with clock.excluded():
                     saver.save(state)
 
-            # 3. leave at the end, or when any rank was asked to
-            if state.step >= plan.total_steps:
-                return 0
-            if stop_signal.poll():
-                break
+            # 4. leave at the end, or when any rank was asked to
+            if ends_by_signal or state.step >= plan.total_steps:
+                return stop_signal.agreed
 
-            # 4. data
+            # 5. data
             with clock.data_wait():
                 micro_batches = [next(batches) for _ in range(plan.grad_accum_steps)]
 
-            # 5. update
+            # 6. update
             torch.manual_seed(derive_seed(plan.seed, "step", state.step, runtime.rank))     # for dropout and its like
             lr = schedule.lr(state.step)
             step_counts, grad_norm = train_step(model, state, micro_batches, lr, plan, nonfinite)
             counts = counts + step_counts
             clock.step(plan.global_batch_size)
             log.progress(state.step)
-
-            # 6. log: the only place that waits for the device
-            if is_due(state.step, plan.log_interval, plan.total_steps):
-                report(state, counts, grad_norm, lr, clock, train_loader, plan, runtime, log)
-                if nonfinite.take_most_in_row() >= plan.max_nonfinite_steps:
-                    raise FloatingPointError(
-                        f"{plan.max_nonfinite_steps} or more updates in a row between steps {window_start} and "
-                        f"{state.step} had a loss or gradient that is not finite (none was applied; lr {lr:g}): "
-                        "lower optim.base_lr, lengthen schedule.warmup_epochs, or set train.clip_grad_norm")
-                counts, window_start = Counts.zero(runtime.device), state.step
-                gc.collect(1)
     finally:
         gc.enable()
         gc.unfreeze()
         batches.close()
-    saver.save(state)
-    return stop_signal.agreed
 
 
 def is_due(step: int, interval: int, total_steps: int) -> bool:
@@ -246,22 +262,38 @@ def evaluate_state(state: TrainState, loader: ValLoader, plan: Plan, runtime: Ru
             if counts is None:
                 return False
             results |= {f"{key}/{name}": value for name, value in counts.result().items()}
+    bad_images = runtime.sum_integer(loader.num_bad)
+    if bad_images:
+        log.warn(f"{bad_images} of {loader.num_samples} validation images cannot be decoded and count as misses; "
+                 "quarantine.jsonl names them")
+    if bad_images and bad_images == loader.num_samples:
+        raise ValueError(f"none of the {bad_images} validation images can be decoded: see quarantine.jsonl")
     top1 = results.get("val_ema/top1", results["val/top1"])
     if top1 > state.best_top1:
         state.best_top1, state.best_step = top1, state.step
     state.evaluated_step = state.step
-    results |= {"train/epoch": state.step / plan.steps_per_epoch, "val/best_top1": state.best_top1}
+    results |= {"train/epoch": state.step / plan.steps_per_epoch, "val/best_top1": state.best_top1,
+                "val/bad_images": bad_images}
     log.metrics(state.step, results)
     return True
 
 
-def report(state: TrainState, counts: Counts, grad_norm: torch.Tensor, lr: float, clock: Clock,
+def report(state: TrainState, counts: Counts, grad_norm: torch.Tensor, lr: float, nonfinite: NonFinite, clock: Clock,
            loader: TrainLoader, plan: Plan, runtime: Runtime, log: Log) -> None:
-    """One log line about the steps since the last one. A collective: every rank calls it."""
+    """One log line about the steps since the last one; every rank calls it, and the ranks wait for the device.
+
+    Raises FloatingPointError when too many updates in a row were left out.
+    """
     result = counts.reduce(runtime).result()
-    bad_images = int(runtime.all_reduce_sum(torch.tensor(getattr(loader, "num_bad", 0), device=runtime.device)))
     log.metrics(state.step, {
         "train/epoch": state.step / plan.steps_per_epoch, "train/loss": result["loss"], "train/top1": result["top1"],
         "train/top5": result["top5"], "train/lr": lr, "train/grad_norm": float(grad_norm),
-        "train/bad_images": bad_images, **{f"train/{key}": value for key, value in clock.take().items()},
+        "train/skipped_updates": int(nonfinite.total), "train/bad_images": runtime.sum_integer(loader.num_bad),
+        **{f"train/{key}": value for key, value in clock.take().items()},
     })
+    first, last = nonfinite.longest_row()
+    if last and last - first + 1 >= plan.max_nonfinite_steps:
+        raise FloatingPointError(
+            f"the updates {first} to {last} had a loss or gradient that is not finite (none of them was applied; lr "
+            f"{lr:g}), and train.max_nonfinite_steps is {plan.max_nonfinite_steps}: lower optim.base_lr, lengthen "
+            "schedule.warmup_epochs, or set train.clip_grad_norm")

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import sys
 import traceback
 import warnings
@@ -15,9 +16,10 @@ from torch import nn
 
 from resnet_dist import checkpoint, distributed, engine
 from resnet_dist.checkpoint import Saver, TrainState
-from resnet_dist.config import Config, to_dict
+from resnet_dist.config import Config, remarks, to_dict
 from resnet_dist.data.build import build_train_loader, build_val_loader
 from resnet_dist.data.index import check_num_classes, check_same_classes
+from resnet_dist.data.types import TrainLoader, ValLoader
 from resnet_dist.distributed import Runtime, StopSignal
 from resnet_dist.ema import Ema
 from resnet_dist.log import Log, build_log
@@ -53,9 +55,9 @@ def build_plan(config: Config, steps_per_epoch: int) -> engine.Plan:
         total_steps=max(1, epochs_to_steps(train.epochs, steps_per_epoch)), steps_per_epoch=steps_per_epoch,
         grad_accum_steps=train.grad_accum_steps, global_batch_size=train.global_batch_size, precision=train.precision,
         label_smoothing=train.label_smoothing, clip_grad_norm=train.clip_grad_norm,
-        eval_interval=interval(train.eval_interval_epochs),
-        checkpoint_intervals=(interval(config.checkpoint.interval_epochs), config.checkpoint.interval_steps),
-        log_interval=config.log.interval_steps, max_nonfinite_steps=train.max_nonfinite_steps, seed=config.seed,
+        eval_interval_steps=interval(train.eval_interval_epochs),
+        checkpoint_interval_steps=(interval(config.checkpoint.interval_epochs), config.checkpoint.interval_steps),
+        log_interval_steps=config.log.interval_steps, max_nonfinite_steps=train.max_nonfinite_steps, seed=config.seed,
     )
 
 
@@ -103,6 +105,8 @@ def restore(state: TrainState, config: Config, saver: Saver, runtime: Runtime, l
     state.load_state_dict(saved)
     if own:
         saver.saved = (state.step, state.evaluated_step)
+    else:
+        state.best_top1, state.best_step = -1.0, -1      # the file of that best is in another folder
     return f"from {path}"
 
 
@@ -112,13 +116,24 @@ def checkpoint_folder(config: Config) -> Path:
 
 
 def resume_command(runtime: Runtime) -> str:
-    """The command that started this run, which is the one that resumes it."""
+    """The command that started this run, which is the one that resumes it, with programs that the shell finds."""
+    def program(name: str) -> str:
+        own = os.path.join(os.path.dirname(sys.executable), name)
+        return name if shutil.which(name) == own else os.path.relpath(own) if own.startswith(os.getcwd()) else own
+
     arguments = shlex.join(sys.argv)
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return f"python {arguments}"
-    nodes = runtime.world_size // runtime.local_world_size
-    several = f"--nnodes {nodes} " if nodes > 1 else ""
-    return f"torchrun {several}--nproc_per_node {runtime.local_world_size} {arguments}"
+        return f"{program('python')} {arguments}"
+    if runtime.world_size > runtime.local_world_size:
+        return f"the same torchrun command on each of the nodes, with {arguments}"
+    return f"{program('torchrun')} --standalone --nproc_per_node {runtime.local_world_size} {arguments}"
+
+
+def greeting(config: Config, state: TrainState, train_loader: TrainLoader, val_loader: ValLoader) -> str:
+    """What is trained, and on what."""
+    parameters = sum(parameter.numel() for parameter in state.model.parameters())
+    return (f"{config.model.name}, {parameters / 1e6:.2f} M parameters, {config.model.num_classes} classes, "
+            f"{train_loader.num_samples} training and {val_loader.num_samples} validation images")
 
 
 def farewell(config: Config, state: TrainState, plan: engine.Plan, runtime: Runtime, log: Log) -> str:
@@ -126,8 +141,9 @@ def farewell(config: Config, state: TrainState, plan: engine.Plan, runtime: Runt
     folder = Path(config.output_dir)
     done = "finished" if state.step >= plan.total_steps else f"stopped at step {state.step} of {plan.total_steps}"
     best = f"; best val top-1 {state.best_top1:.2f} % at step {state.best_step}" if state.best_step >= 0 else ""
+    links = [checkpoint_folder(config) / name for name in ("last.pt", "best.pt")]
     return (f"{done}{best}\n"
-            f"  checkpoint   {checkpoint_folder(config) / 'last.pt'}   (the best: best.pt)\n"
+            f"  checkpoints  {', '.join(str(link) for link in links if link.exists()) or 'none'}\n"
             f"  config       {folder / 'config.yaml'}\n"
             f"  metrics      {folder / 'metrics.jsonl'}\n"
             f"  W&B          {log.wandb_location()}\n"
@@ -138,32 +154,39 @@ def write_config(config: Config) -> None:
     """The resolved config as `config.yaml` in the run's folder, for `--config` to read."""
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    temporary = folder / "config.yaml.tmp"
+    temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    os.replace(temporary, folder / "config.yaml")
 
 
 def train(config: Config, runtime: Runtime) -> int:
-    """Train, and tell the log how it ended. Returns 0, or 128 + signal when one ended it after a checkpoint."""
-    log, code = build_log(config.log, config.output_dir, runtime.is_main, to_dict(config)), 1
+    """Train, and tell the log how it ended. Returns 0, 128 + signal after a checkpoint, or as `explain`."""
+    log = build_log(config.log, config.output_dir, runtime.is_main, to_dict(config))
     try:
         code = compose(config, runtime, log)
-    finally:
-        log.close(code)
+    except Exception as problem:
+        code = explain(problem, runtime)                 # before the log is closed, which may take its time
+    log.close(code)
     return code
 
 
 def compose(config: Config, runtime: Runtime, log: Log) -> int:
     """Put the run together from its parts, and run it; returns as `train`."""
+    for remark in remarks(config):
+        log.warn(remark)
+    if config.train.precision == "fp16" and runtime.device.type == "cpu":
+        log.warn("train.precision is fp16, whose backward pass is about 100 times slower than bf16 on a CPU")
+
     # 1. layout and data
     local_batch_size = check_layout(config.train.global_batch_size, runtime.world_size, config.train.grad_accum_steps)
     dtype = engine.DTYPES[config.train.precision]
-    train_loader = build_train_loader(config.data, runtime, seed=config.seed, dtype=dtype, output_dir=config.output_dir,
-                                      global_batch_size=config.train.global_batch_size,
-                                      grad_accum_steps=config.train.grad_accum_steps)
+    train_loader = build_train_loader(
+        config.data, runtime, seed=config.seed, dtype=dtype, output_dir=config.output_dir,
+        global_batch_size=config.train.global_batch_size, grad_accum_steps=config.train.grad_accum_steps)
     val_loader = build_val_loader(config.data, runtime, dtype=dtype, output_dir=config.output_dir)
     check_same_classes(train_loader.class_names, val_loader.class_names)
     num_classes = check_num_classes(config.model.num_classes, len(train_loader.class_names))
     config = replace(config, model=replace(config.model, num_classes=num_classes))
-    runtime.on_main(lambda: write_config(config))
 
     # 2. plan
     plan = build_plan(config, train_loader.steps_per_epoch)
@@ -173,37 +196,37 @@ def compose(config: Config, runtime: Runtime, log: Log) -> int:
     # 3. model and state
     state = build_state(config, num_classes, runtime.device)
     facts = {"config": to_dict(config), "num_samples": train_loader.num_samples,
-             "class_names": list(train_loader.class_names)}
+             "fingerprint": train_loader.fingerprint, "class_names": list(train_loader.class_names)}
     saver = Saver(checkpoint_folder(config), config.checkpoint.keep, facts, log.warn, runtime.is_main)
     origin = restore(state, config, saver, runtime, log)
+    runtime.on_main(lambda: write_config(config))        # a start that was refused has left the old one as it was
     model = wrap_ddp(state.model, runtime.device)
     engine.settle_buckets(model, config.data.train_crop_size, config.train.precision, runtime.device)
 
     # 4. train
-    parameters = sum(parameter.numel() for parameter in state.model.parameters())
     log.start(state.step, plan.total_steps)
-    log.say(f"{config.model.name}, {parameters / 1e6:.2f} M parameters, {num_classes} classes, "
-            f"{train_loader.num_samples} training and {val_loader.num_samples} validation images\n"
-            f"batch {config.train.global_batch_size} = {runtime.world_size} {runtime.device.type} ranks * "
-            f"{plan.grad_accum_steps} micro-steps * {local_batch_size}, {config.train.precision}, peak lr {peak:g}, "
+    log.say(f"{greeting(config, state, train_loader, val_loader)}\n"
+            f"batch {plan.global_batch_size} = {runtime.world_size} {runtime.device.type} ranks * "
+            f"{plan.grad_accum_steps} micro-steps * {local_batch_size}, {plan.precision}, peak lr {peak:g}, "
             f"{plan.total_steps} steps of {plan.steps_per_epoch} per epoch; step {state.step}, {origin}")
     stop_signal = StopSignal(runtime.cpu_group)
-    ended_by = engine.train(model, state, train_loader, val_loader, schedule, plan, runtime, saver, log, stop_signal)
-    stop_signal.close()
-    saver.wait()
-    train_loader.close()
-    val_loader.close()
-    log.say(farewell(config, state, plan, runtime, log))
+    try:
+        ended_by = engine.train(model, state, train_loader, val_loader, schedule, plan, runtime, saver, log,
+                                stop_signal)
+        stop_signal.finish()
+        saver.wait()                                     # a further signal must not end the last write
+        train_loader.close()
+        val_loader.close()
+        log.say(farewell(config, state, plan, runtime, log))
+    finally:
+        stop_signal.close()
     if saver.failure:
         raise ValueError(saver.failure)
     return 128 + ended_by if ended_by else 0
 
 
 def main(config: Config, body: Callable[[Config, Runtime], int] = train) -> int:
-    """Join the other ranks, do `body(config, runtime)`, leave. Returns the exit code.
-
-    2 for what the user can mend (said in a sentence, by one rank), 1 for any other error (with its traceback).
-    """
+    """Join the other ranks, do `body(config, runtime)`, leave. Returns the exit code: the body's, or `explain`'s."""
     try:
         runtime = distributed.start(config.distributed.device, config.distributed.timeout_s, config.distributed.threads)
     except ValueError as problem:
@@ -211,11 +234,17 @@ def main(config: Config, body: Callable[[Config, Runtime], int] = train) -> int:
         return 2
     try:
         code = body(config, runtime)
-    except (ValueError, FloatingPointError) as problem:
+    except Exception as problem:
+        code = explain(problem, runtime)
+    if code not in (1, 2):                               # after an error the others may never come to this point
+        distributed.stop()
+    return code
+
+
+def explain(problem: Exception, runtime: Runtime) -> int:
+    """Say what ended this rank: in a sentence (2) if the user can mend it, else with its traceback (1)."""
+    if isinstance(problem, (ValueError, FloatingPointError)):
         runtime.say_error(str(problem))
         return 2
-    except Exception:
-        runtime.say_error(traceback.format_exc())
-        return 1
-    distributed.stop()                                   # not after an error: the others may never come to this point
-    return code
+    runtime.say_error("".join(traceback.format_exception(problem)))
+    return 1

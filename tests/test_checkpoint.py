@@ -14,7 +14,7 @@ from resnet_dist.config import Config, OptimConfig, to_dict
 from resnet_dist.ema import Ema
 from resnet_dist.optim import build_optimizer
 
-FACTS = {"config": to_dict(Config()), "num_samples": 100, "class_names": ["a", "b"]}
+FACTS = {"config": to_dict(Config()), "num_samples": 100, "fingerprint": "f", "class_names": ["a", "b"]}
 
 
 def make_state(seed=0, precision="fp32"):
@@ -115,6 +115,56 @@ def test_nothing_valid_is_an_error_and_nothing_at_all_is_not(tmp_path):
         newest_valid(tmp_path, lambda text: None)
 
 
+def test_damaged_ones_are_set_aside_and_never_crowd_out_the_good(tmp_path):
+    """After a fallback to step 1 the damaged step 9 does not count among the newest that are kept."""
+    save_steps(tmp_path, (1, 9))
+    (tmp_path / "step_00000009.pt").write_bytes(b"damaged")
+    assert newest_valid(tmp_path, lambda text: None).name == "step_00000001.pt"
+    assert (tmp_path / "step_00000009.pt.damaged").read_bytes() == b"damaged"
+    save_steps(tmp_path, (2,), keep=1)
+    assert newest_valid(tmp_path, pytest.fail).name == "step_00000002.pt"
+    (tmp_path / "step_00000099.pt").write_bytes(b"left behind")
+    save_steps(tmp_path, (3,), keep=1)
+    assert (tmp_path / "step_00000003.pt").exists()
+    assert (tmp_path / "last.pt").exists()
+
+
+def test_saving_over_a_damaged_file_does_not_bless_it(tmp_path, monkeypatch):
+    """A kill between the new digest and the rename leaves the damaged file with digests that are not its own."""
+    save_steps(tmp_path, (1, 2))
+    (tmp_path / "step_00000002.pt").write_bytes(b"damaged")
+    real = os.replace
+
+    def replace(source, target):
+        if str(target).endswith(".pt"):
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write_checkpoint(tmp_path / "step_00000002.pt", {"format": 1, "model": {}, "step": 2})
+    assert newest_valid(tmp_path, lambda text: None).name == "step_00000001.pt"
+
+
+def test_the_optimizers_settings_are_the_present_ones():
+    """Of the file come the momentum buffers; learning rate, decay and momentum are the config's that is run."""
+    torch.manual_seed(0)
+    model = nn.Linear(2, 2)
+    plain, ours = (OptimConfig(momentum=m, weight_decay=w) for m, w in ((0.9, 1e-4), (0.8, 5e-4)))
+    saved = TrainState(model, build_optimizer(plain, model), torch.amp.GradScaler("cpu", enabled=False))
+    saved.optimizer.state[model.weight]["momentum_buffer"].fill_(7.0)
+    for momentum_before in (True, False):
+        content = saved.state_dict()
+        if not momentum_before:
+            content["optimizer"]["state"] = {}
+        state = TrainState(model, build_optimizer(ours, model), torch.amp.GradScaler("cpu", enabled=False))
+        state.load_state_dict(content)
+        group = state.optimizer.param_groups[0]
+        assert (group["weight_decay"], group["momentum"]) == (5e-4, 0.8)
+        buffer = state.optimizer.state[model.weight]["momentum_buffer"]
+        assert buffer.unique().tolist() == ([7.0] if momentum_before else [0.0])
+
+
 def test_half_written_files_do_not_count(tmp_path):
     save_steps(tmp_path, (1,))
     (tmp_path / "step_00000002.pt.tmp").write_bytes(b"PK half")
@@ -200,7 +250,7 @@ def test_what_may_change_between_attempts():
         for key, value in changes.items():
             section, name = key.split("__")
             config[section][name] = value
-        return {"config": config, "num_samples": 100}
+        return {"config": config, "num_samples": 100, "fingerprint": "f"}
 
     saved = {**facts(), "step": 5}
     assert checkpoint.check_resumable(saved, facts(data__threads=7, log__interval_steps=1)) == []
@@ -212,6 +262,8 @@ def test_what_may_change_between_attempts():
         checkpoint.check_resumable(saved, facts(train__global_batch_size=512))
     with pytest.raises(ValueError, match=r"data\.num_samples was 100, now 101"):
         checkpoint.check_resumable(saved, {**facts(), "num_samples": 101})
+    with pytest.raises(ValueError, match=r"data\.fingerprint"):
+        checkpoint.check_resumable(saved, {**facts(), "fingerprint": "g"})
 
 
 def test_init_from_replaces_only_the_head():

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from resnet_dist.cli import config_parser, parse_config
-from resnet_dist.config import Config, check, to_dict
+from resnet_dist.config import Config, check, remarks, to_dict
 
 
 def parse(*arguments):
@@ -62,14 +62,33 @@ def test_unknown_keys_and_wrong_types_are_refused_by_name(capsys, tmp_path):
     (["--optim.momentum", "0", "--optim.nesterov", "true"], ["optim.nesterov", "momentum"]),
     (["--train.ema_decay", "1"], ["train.ema_decay"]),
     (["--checkpoint.keep", "0"], ["checkpoint.keep"]),
+    (["--data.std", "[0, 1, 1]"], ["data.std"]),
+    (["--data.threads", "-1"], ["data.threads"]),
+    (["--data.crop_scale", "[0.1, 1.5]"], ["data.crop_scale"]),
+    (["--optim.weight_decay", "-1"], ["optim.weight_decay"]),
+    (["--schedule.gamma", "0"], ["schedule.gamma"]),
 ])
 def test_rules_across_keys(capsys, arguments, words):
     message = refusal(capsys, *arguments)
     assert all(word in message for word in words), message
 
 
-def test_defaults_are_valid():
+def test_defaults_are_valid_and_without_remarks():
     check(Config())
+    assert remarks(Config()) == []
+
+
+@pytest.mark.parametrize(("arguments", "word"), [
+    (["--schedule.kind", "step", "--schedule.final_lr", "0.1"], "final_lr"),
+    (["--schedule.kind", "step", "--schedule.milestones", "[30, 100]"], "reach beyond"),
+    (["--schedule.milestones", "[7]"], "cosine"),
+    (["--checkpoint.resume", "a", "--checkpoint.init_from", "b"], "init_from"),
+    (["--data.kind", "synthetic", "--data.data_dir", "x"], "data_dir"),
+])
+def test_settings_without_effect_are_remarked(arguments, word):
+    found = remarks(parse(*arguments))
+    assert len(found) == 1
+    assert word in found[0]
 
 
 def test_help_is_quick_and_complete():

@@ -49,7 +49,7 @@ def decode(files: list[bytes], windows) -> list[np.ndarray]:
     images = [Encoded(row, data, *image_size(data)) for row, data in enumerate(files)]
     windows = np.array(windows)
     job = Job(np.arange(len(files)), images=images, geometry=crops.Geometry(windows, windows, windows, windows[:, 0]))
-    decoder = Decoder(crop_size=8, batch_size=len(files), threads=2, device=torch.device("cpu"))
+    decoder = Decoder(crop_size=8, local_batch_size=len(files), threads=2, device=torch.device("cpu"))
     decoder.submit(job)
     return [pixels.numpy().copy() for pixels in windows_to_torch(decoder.collect()[1])]
 
@@ -108,7 +108,8 @@ def test_graph_that_finishes_has_the_same_geometry():
     """
     files = [encode(picture(*size, seed)) for seed, size in enumerate(SIZES)]
     heights, widths = np.array([image_size(data) for data in files]).T
-    pipeline = build_pipeline(crop_size=64, batch_size=len(files), threads=2, device_id=None, decode="cpu", finish=True)
+    pipeline = build_pipeline(crop_size=64, local_batch_size=len(files), threads=2, device_id=None, decode="cpu",
+                              finish=True)
     rows, fields = np.arange(len(files)), ("windows", "sizes", "offsets", "flips")
     geometries = [
         (0, crops.val_geometry(heights, widths, resize_size=72, crop_size=64)),
@@ -162,7 +163,7 @@ def protobuf_fields(data: bytes):
 
 def test_gpu_form_places_decode_and_resize_on_the_gpu():
     """Defined and serialized without a GPU: DALI checks operators, arguments and devices on the way."""
-    pipeline = build_pipeline(crop_size=224, batch_size=8, threads=4, device_id=None, decode="mixed", finish=True)
+    pipeline = build_pipeline(crop_size=224, local_batch_size=8, threads=4, device_id=None, decode="mixed", finish=True)
     operators = {}
     for number, value in protobuf_fields(pipeline.serialize()):
         if number == 5:                                                      # an operator: name 1, arguments 4
@@ -174,7 +175,7 @@ def test_gpu_form_places_decode_and_resize_on_the_gpu():
 
 
 def test_cpu_form_ends_after_the_window():
-    pipeline = build_pipeline(crop_size=224, batch_size=8, threads=4, device_id=None, decode="cpu", finish=False)
+    pipeline = build_pipeline(crop_size=224, local_batch_size=8, threads=4, device_id=None, decode="cpu", finish=False)
     assert b"Resize" not in pipeline.serialize()
 
 

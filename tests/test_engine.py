@@ -70,7 +70,7 @@ def test_a_step_equals_plain_torch_with_torchvision():
     reference = torchvision.models.resnet18(num_classes=10).to(memory_format=torch.channels_last)
     reference.load_state_dict(state.model.state_dict())
     optimizer = torch.optim.SGD(reference.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)
-    batch, plan, nonfinite = make_batch(8), plan_of(CONFIG), NonFinite(CPU)
+    batch, plan, nonfinite = make_batch(8), plan_of(CONFIG), NonFinite(state.model, 0)
     reference.train(), state.model.train()
     for _ in range(3):
         counts, grad_norm = train_step(NoSync(state.model), state, [batch], 0.01, plan, nonfinite)
@@ -97,7 +97,7 @@ def test_accumulated_micro_steps_equal_one_batch():
     for micro_batches in ([whole], parts):
         model = copy.deepcopy(net)
         state = TrainState(model, build_optimizer(OptimConfig(), model), torch.amp.GradScaler("cpu", enabled=False))
-        counts, norm = train_step(NoSync(model), state, micro_batches, 0.1, plan_of(CONFIG), NonFinite(CPU))
+        counts, norm = train_step(NoSync(model), state, micro_batches, 0.1, plan_of(CONFIG), NonFinite(state.model, 0))
         results.append((counts.result(), norm, model.state_dict()))
     assert results[0][0] == pytest.approx(results[1][0])
     torch.testing.assert_close(results[0][1:], results[1][1:], rtol=1e-12, atol=1e-14)
@@ -108,31 +108,38 @@ def test_clipping_bounds_the_update():
                      optim=OptimConfig(weight_decay=0.0, momentum=0.0))
     state = build_state(config, 10, CPU)
     before = copy.deepcopy(state.model)
-    _, norm = train_step(NoSync(state.model), state, [make_batch(4)], 1.0, plan_of(config), NonFinite(CPU))
+    _, norm = train_step(NoSync(state.model), state, [make_batch(4)], 1.0, plan_of(config), NonFinite(state.model, 0))
     assert norm > 0.5                                    # the norm before clipping is what is logged
     pairs = zip(state.model.parameters(), before.parameters(), strict=True)
     moved = torch.cat([(a - b).double().flatten() for a, b in pairs])
     assert moved.norm().item() == pytest.approx(0.5, rel=1e-3)
 
 
-def test_an_update_that_is_not_finite_is_left_out_and_counted():
-    """Also when it is the very first, where a fused kernel would create its momentum from uninitialised memory."""
-    state = build_state(CONFIG, 10, CPU)
-    weights = [p.detach().clone() for p in state.model.parameters()]
-    nonfinite, plan = NonFinite(CPU), plan_of(CONFIG)
+def test_an_update_that_is_not_finite_leaves_no_trace_and_is_counted():
+    """Not in weights, momentum, running statistics or average; also when it is the very first update, where a fused
+    kernel would create its momentum from uninitialised memory."""
+    config = replace(CONFIG, train=replace(CONFIG.train, ema_decay=0.5))
+    state = build_state(config, 10, CPU)
+    before = copy.deepcopy(state.model.state_dict())
+    nonfinite, plan = NonFinite(state.model, 100), plan_of(config)
     bad, good = make_batch(4), make_batch(4, seed=1)
     bad.images[0, 0, 0, 0] = float("inf")
-    for batch, in_row in ((bad, 1), (bad, 2)):
-        train_step(NoSync(state.model), state, [batch], 0.1, plan, nonfinite)
+    assert nonfinite.longest_row()[1] == 0
+    for in_row in (1, 2):
+        train_step(NoSync(state.model), state, [bad], 0.1, plan, nonfinite)
         assert int(nonfinite.in_row) == in_row
-        assert all(torch.equal(a, b) for a, b in zip(weights, state.model.parameters(), strict=True))
+        for model in (state.model, state.ema.model):
+            for name, value in model.state_dict().items():
+                assert torch.equal(value, before[name]) or not value.is_floating_point(), name
         assert all(not s["momentum_buffer"].any() for s in state.optimizer.state.values())
-    train_step(NoSync(state.model), state, [good], 0.1, plan, nonfinite)
-    assert int(nonfinite.in_row) == 0 and int(nonfinite.total) == 2
-    assert nonfinite.take_most_in_row() == 2
-    assert nonfinite.take_most_in_row() == 0
-    assert not all(torch.equal(a, b) for a, b in zip(weights, state.model.parameters(), strict=True))
-    assert all(p.isfinite().all() for p in state.model.parameters())
+    for _ in range(3):
+        train_step(NoSync(state.model), state, [good], 0.1, plan, nonfinite)
+    train_step(NoSync(state.model), state, [bad], 0.1, plan, nonfinite)
+    assert (int(nonfinite.in_row), int(nonfinite.total)) == (1, 3)
+    assert nonfinite.longest_row() == (101, 102)
+    assert not torch.equal(state.model.conv1.weight, before["conv1.weight"])
+    for model in (state.model, state.ema.model):
+        assert all(value.isfinite().all() for value in model.state_dict().values())
 
 
 def test_fp16_scaler_lowers_its_scale_and_skips():
@@ -141,7 +148,7 @@ def test_fp16_scaler_lowers_its_scale_and_skips():
     weights = [p.detach().clone() for p in state.model.parameters()]
     bad = make_batch(2, image=32)
     bad.images[0, 0, 0, 0] = float("inf")
-    train_step(NoSync(state.model), state, [bad], 0.1, plan_of(config), NonFinite(CPU))
+    train_step(NoSync(state.model), state, [bad], 0.1, plan_of(config), NonFinite(state.model, 0))
     assert state.scaler.get_scale() == 32768.0
     assert all(torch.equal(a, b) for a, b in zip(weights, state.model.parameters(), strict=True))
 
@@ -157,7 +164,7 @@ def test_the_whole_step_runs_on_meta(name):
     with torch.device("meta"):
         state = build_state(config, 1000, torch.device("meta"))
     batches = [make_batch(4, image=224, device="meta") for _ in range(2)]
-    nonfinite = NonFinite(torch.device("meta"))
+    nonfinite = NonFinite(state.model, 0)
     counts, norm = train_step(NoSync(state.model), state, batches, 0.1, plan_of(config), nonfinite)
     assert counts.num.device.type == norm.device.type == "meta"
     assert all(p.device.type == "meta" for p in state.model.parameters())

@@ -28,7 +28,7 @@ from resnet_dist.schedule import build_schedule
 class _NoImages:
     """A validation set of nothing, so that the loop's last evaluation takes no time."""
 
-    num_samples = rounds = 0
+    num_samples = rounds = num_bad = 0
     class_names = ()
 
     def __iter__(self):
@@ -58,8 +58,8 @@ def measure(config: Config, runtime: Runtime, windows: int, steps: int, as_json:
                                 output_dir=config.output_dir, grad_accum_steps=config.train.grad_accum_steps,
                                 global_batch_size=config.train.global_batch_size)
     interval = max(1, steps // 4)                        # a log line each, the first of a window is not counted
-    plan = replace(composition.build_plan(config, loader.steps_per_epoch), eval_interval=0, checkpoint_intervals=(0,),
-                   log_interval=interval, max_nonfinite_steps=10**9)
+    plan = replace(composition.build_plan(config, loader.steps_per_epoch), eval_interval_steps=0,
+                   checkpoint_interval_steps=(0,), log_interval_steps=interval, max_nonfinite_steps=10**9)
     state = composition.build_state(config, len(loader.class_names), runtime.device)
     model = composition.wrap_ddp(state.model, runtime.device)
     engine.settle_buckets(model, config.data.train_crop_size, config.train.precision, runtime.device)
@@ -76,6 +76,7 @@ def measure(config: Config, runtime: Runtime, windows: int, steps: int, as_json:
         stop_signal = StopSignal(runtime.cpu_group)
         engine.train(model, state, loader, _NoImages(), schedule, replace(plan, total_steps=state.step + 5 * interval),
                      runtime, saver, log, stop_signal)
+        stop_signal.finish()
         stop_signal.close()
         # Of the whole window: the loader works ahead, and what it does for the first steps must not be left out.
         cpu_whole.append((time.process_time() - cpu) / (5 * interval * local * plan.grad_accum_steps))

@@ -13,11 +13,8 @@ from resnet_dist.distributed import Runtime
 
 
 def read(path: str) -> dict:
-    """The content of a checkpoint; ends the process with a sentence where there is none."""
-    try:
-        return unpack_checkpoint(read_checkpoint(Path(path)), path)
-    except ValueError as problem:
-        raise SystemExit(f"error: {problem}") from problem
+    """The content of a checkpoint. Raises ValueError where there is none."""
+    return unpack_checkpoint(read_checkpoint(Path(path)), path)
 
 
 def run(saved: dict, config: Config, as_json: bool) -> int:

@@ -25,7 +25,7 @@ from resnet_dist.data.read import Encoded
 
 
 def build_pipeline(
-    *, crop_size: int, batch_size: int, threads: int, device_id: int | None, decode: str, finish: bool,
+    *, crop_size: int, local_batch_size: int, threads: int, device_id: int | None, decode: str, finish: bool,
 ):
     """The DALI graph, not yet run.
 
@@ -39,8 +39,8 @@ def build_pipeline(
 
     # With depth 1, schedule_run starts the one batch that was fed; a second may be scheduled behind it all the same.
     # The dynamic executor leaves the outputs valid after release_outputs, as long as somebody holds them.
-    pipeline = dali.Pipeline(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=1,
-                             exec_dynamic=True)
+    pipeline = dali.Pipeline(batch_size=local_batch_size, num_threads=threads, device_id=device_id,
+                             prefetch_queue_depth=1, exec_dynamic=True)
     # The CPU decoder upsamples chroma as Pillow does; on a GPU that has to be asked for.
     like_pillow = {"jpeg_fancy_upsampling": True} if decode == "mixed" else {}
     with pipeline:
@@ -74,9 +74,9 @@ class Job:
 class Decoder:
     """A DALI pipeline with the batches that were given to it and not yet taken out, oldest first."""
 
-    def __init__(self, *, crop_size: int, batch_size: int, threads: int, device: torch.device) -> None:
-        """`batch_size`: of the largest batch; `threads`: that decode, on the CPU."""
-        self.batch_size = batch_size
+    def __init__(self, *, crop_size: int, local_batch_size: int, threads: int, device: torch.device) -> None:
+        """`local_batch_size`: of the largest batch; `threads`: that decode, on the CPU."""
+        self.local_batch_size = local_batch_size
         on_gpu = device.type == "cuda"
         self.arguments = {"crop_size": crop_size, "threads": threads, "device_id": device.index if on_gpu else None,
                           "decode": "mixed" if on_gpu else "cpu", "finish": on_gpu}
@@ -85,7 +85,7 @@ class Decoder:
 
     def restart(self) -> None:
         """Run every pending batch, in a new pipeline."""
-        self.pipeline = build_pipeline(batch_size=self.batch_size, **self.arguments)
+        self.pipeline = build_pipeline(local_batch_size=self.local_batch_size, **self.arguments)
         self.failure: RuntimeError | None = None
         self.fed = 0
         jobs, self.pending = self.pending, deque()
@@ -119,7 +119,7 @@ class Decoder:
         found, pipeline = [], None
         for slot in range(len(job.rows)):
             try:
-                pipeline = pipeline or build_pipeline(batch_size=1, **self.arguments)
+                pipeline = pipeline or build_pipeline(local_batch_size=1, **self.arguments)
                 self._feed(pipeline, job, [slot])
                 pipeline.share_outputs()
                 pipeline.release_outputs()

@@ -5,6 +5,7 @@ with models trained there. The list is made once and cached beside the data in o
 changes with every file that is added or removed, which is how a cache knows that it is out of date.
 """
 
+import hashlib
 import io
 import os
 import tempfile
@@ -41,6 +42,13 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def fingerprint(self) -> str:
+        """A short text that changes with the classes, the file names or their order; not with the files' contents."""
+        state = hashlib.blake2b("\0".join(self.class_names).encode(errors="surrogateescape"), digest_size=8)
+        for array in (self.labels, self.offsets, self.names):
+            state.update(np.ascontiguousarray(array))
+        return state.hexdigest()
 
     def path(self, row: int) -> str:
         """Absolute path of the image in `row`."""

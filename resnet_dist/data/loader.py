@@ -144,7 +144,7 @@ class _DaliLoader:
     """how the CPU resizes a window"""
 
     def __init__(
-        self, index: Index, config: DataConfig, quarantine: Quarantine, *, crop_size: int, batch_size: int,
+        self, index: Index, config: DataConfig, quarantine: Quarantine, *, crop_size: int, local_batch_size: int,
         dtype: torch.dtype, device: torch.device, threads: int,
     ) -> None:
         self.index = index
@@ -156,7 +156,7 @@ class _DaliLoader:
         self.num_samples = len(index)
         self.class_names = index.class_names
         self.reader = Reader(index)
-        self.decoder = Decoder(crop_size=crop_size, batch_size=batch_size, threads=threads, device=device)
+        self.decoder = Decoder(crop_size=crop_size, local_batch_size=local_batch_size, threads=threads, device=device)
         self.normalize = Normalizer(config, crop_size, dtype, device)
         self.threads = threads
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="resize")
@@ -301,8 +301,9 @@ class DaliTrainLoader(_DaliLoader):
         self.steps_per_epoch = order.steps_per_epoch(len(index), global_batch_size)
         super().__init__(index, config, Quarantine(output_dir, "train", rank, config.max_bad_images),
                          crop_size=config.train_crop_size, dtype=dtype, device=device, threads=threads,
-                         batch_size=global_batch_size // (world_size * grad_accum_steps))
+                         local_batch_size=global_batch_size // (world_size * grad_accum_steps))
         self.seed = seed
+        self.fingerprint = index.fingerprint()
         self.layout = {"global_batch_size": global_batch_size, "grad_accum_steps": grad_accum_steps, "rank": rank,
                        "world_size": world_size}
 
@@ -352,7 +353,8 @@ class DaliValLoader(_DaliLoader):
     ) -> None:
         """`threads`: of DALI and, on the CPU, of the resize pool as well."""
         super().__init__(index, config, Quarantine(output_dir, "val", rank, None), crop_size=config.val_crop_size,
-                         batch_size=min(config.val_batch_size, len(index)), dtype=dtype, device=device, threads=threads)
+                         local_batch_size=min(config.val_batch_size, len(index)), dtype=dtype, device=device,
+                         threads=threads)
         self.share = order.val_batches(len(index), config.val_batch_size, rank, world_size)
         self.rounds = len(self.share)
 

@@ -21,9 +21,9 @@ _BANK_IMAGES = 64
 class _Bank:
     """Normalised noise: row r of the set is image r modulo the size of the bank."""
 
-    def __init__(self, config: DataConfig, side: int, seed: int, device: torch.device, dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(derive_seed(seed, "synthetic"))
-        # Labels first, so that they are the same for every side.
+    def __init__(self, config: DataConfig, side: int, device: torch.device, dtype: torch.dtype) -> None:
+        # Not of the run's seed: training and validation draw from one bank. Labels first: they are those of every side.
+        generator = torch.Generator().manual_seed(derive_seed(0, "synthetic"))
         self.labels = torch.randint(config.synthetic_classes, (_BANK_IMAGES,), generator=generator).to(device)
         images = torch.randn(_BANK_IMAGES, 3, side, side, generator=generator)
         self.images = images.to(device, dtype).contiguous(memory_format=torch.channels_last)
@@ -38,6 +38,9 @@ class _Bank:
 class SyntheticTrainLoader:
     """A TrainLoader of config.synthetic_images random images of config.train_crop_size."""
 
+    num_bad = 0
+    fingerprint = "synthetic"
+
     def __init__(self, config: DataConfig, runtime: Runtime, *, seed: int, dtype: torch.dtype, global_batch_size: int,
                  grad_accum_steps: int) -> None:
         """Raises ValueError when the set is smaller than one global batch."""
@@ -47,7 +50,7 @@ class SyntheticTrainLoader:
         self._seed = seed
         self._layout = {"global_batch_size": global_batch_size, "grad_accum_steps": grad_accum_steps,
                         "rank": runtime.rank, "world_size": runtime.world_size}
-        self._bank = _Bank(config, config.train_crop_size, seed, runtime.device, dtype)
+        self._bank = _Bank(config, config.train_crop_size, runtime.device, dtype)
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         """The micro-batches of steps [start_step, stop_step), grad_accum_steps of them for each step, in order."""
@@ -66,12 +69,14 @@ class SyntheticTrainLoader:
 class SyntheticValLoader:
     """A ValLoader of a tenth as many images, of config.val_crop_size."""
 
-    def __init__(self, config: DataConfig, runtime: Runtime, *, dtype: torch.dtype, seed: int = 0) -> None:
+    num_bad = 0
+
+    def __init__(self, config: DataConfig, runtime: Runtime, *, dtype: torch.dtype) -> None:
         self.num_samples = max(1, config.synthetic_images // 10)
         self.class_names = _class_names(config)
         self._shares = order.val_batches(self.num_samples, config.val_batch_size, runtime.rank, runtime.world_size)
         self.rounds = len(self._shares)
-        self._bank = _Bank(config, config.val_crop_size, seed, runtime.device, dtype)
+        self._bank = _Bank(config, config.val_crop_size, runtime.device, dtype)
 
     def __iter__(self) -> Iterator[Batch | None]:
         """`rounds` items; None where other ranks still have a batch and this one has not."""

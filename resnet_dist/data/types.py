@@ -29,6 +29,10 @@ class TrainLoader(Protocol):
     num_samples: int
     class_names: tuple[str, ...]
     steps_per_epoch: int
+    num_bad: int
+    """broken images that this rank has met so far"""
+    fingerprint: str
+    """changes with the list of samples: names, order or classes"""
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         """The micro-batches of steps [start_step, stop_step), grad_accum_steps of them for each step, in order."""
@@ -44,6 +48,8 @@ class ValLoader(Protocol):
     class_names: tuple[str, ...]
     rounds: int
     """how many items an iteration yields: the same on every rank"""
+    num_bad: int
+    """broken images that this rank has met so far"""
 
     def __iter__(self) -> Iterator[Batch | None]:
         """`rounds` items; None where other ranks still have a batch and this one has not."""

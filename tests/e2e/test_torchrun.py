@@ -49,14 +49,14 @@ def test_interrupt_and_run_again(tmp_path, environment):
     assert printed.count("W&B is offline") == 1
     assert "wandb sync" in printed
 
-    resume = re.search(r"resume +(torchrun .*)", printed).group(1).split()
-    again = subprocess.run([*TORCHRUN[:3], "--standalone", *resume[1:]], cwd=tmp_path, env=environment,
-                           capture_output=True, text=True, timeout=120)
+    resume = re.search(r"resume +(.*torchrun --standalone .*)", printed).group(1)
+    again = subprocess.run(resume, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True,
+                           timeout=120)
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"step {stopped}, from run/checkpoints/step_{stopped:08d}.pt" in again.stdout
     assert logged_steps(tmp_path / "run") == list(range(1, 67))
     assert "finished; best val top-1" in again.stdout
-    for label, path in (("checkpoint", "run/checkpoints/last.pt"), ("config", "run/config.yaml"),
+    for label, path in (("checkpoints", "run/checkpoints/last.pt"), ("config", "run/config.yaml"),
                         ("metrics", "run/metrics.jsonl")):
         assert re.search(rf"{label} +{path}", again.stdout)
         assert (tmp_path / path).exists()
@@ -64,15 +64,13 @@ def test_interrupt_and_run_again(tmp_path, environment):
     assert len({path.name.rsplit("-", 1)[1] for path in (tmp_path / "run" / "wandb").glob("offline-run-*")}) == 1
 
 
-def test_without_arguments_it_runs_the_quickstart_and_says_so(tmp_path, environment):
-    process = subprocess.Popen([*TORCHRUN, str(ROOT / "train.py")], cwd=tmp_path, env=environment,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        line = process.stdout.readline()
-        assert line == "no arguments: running the quickstart, --config configs/quickstart.yaml\n"
-        process.send_signal(signal.SIGTERM)
-        printed, _ = process.communicate(timeout=60)
-        assert "running the quickstart" not in printed
-    finally:
-        process.kill()
-        process.wait()
+def test_the_quickstart_reaches_its_accuracy(tmp_path, environment):
+    """No arguments at all: it says what it runs, and ends above 97 %."""
+    done = subprocess.run([*TORCHRUN, str(ROOT / "train.py")], cwd=tmp_path, env=environment, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.startswith("no arguments: running the quickstart, --config configs/quickstart.yaml\n")
+    lines = [json.loads(line) for line in (tmp_path / "runs/quickstart/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["val/num"] == 355
+    assert lines[-1]["val/top1"] >= 97
+    print(f"quickstart: top-1 {lines[-1]['val/top1']:.2f} % after {lines[-1]['elapsed']:.0f} s")
