@@ -250,8 +250,8 @@ def check(config: Config) -> None:
                                        "leave the image")
 
 
-def remarks(config: Config) -> list[str]:
-    """Sentences about settings that have no effect as the others are."""
+def remarks(config: Config, device: str) -> list[str]:
+    """Sentences about settings that have no effect as the others are, or a bad one, on `device` ("cuda", "cpu")."""
     schedule, plain = config.schedule, ScheduleConfig()
     found = []
     if schedule.kind == "step" and schedule.final_lr:
@@ -264,4 +264,8 @@ def remarks(config: Config) -> list[str]:
         found.append("checkpoint.init_from is set beside checkpoint.resume, which comes first")
     if config.data.kind == "synthetic" and config.data.data_dir:
         found.append(f"data.data_dir is {config.data.data_dir!r}, which synthetic data does not read")
+    if config.train.precision == "fp16" and device == "cpu":
+        found.append("train.precision is fp16, whose backward pass is about 100 times slower than that of bf16 on a CPU")
+    if config.distributed.threads and device == "cuda":
+        found.append(f"distributed.threads is {config.distributed.threads}, which has no effect on a GPU")
     return found

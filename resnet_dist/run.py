@@ -172,10 +172,8 @@ def train(config: Config, runtime: Runtime) -> int:
 
 def compose(config: Config, runtime: Runtime, log: Log) -> int:
     """Put the run together from its parts, and run it; returns as `train`."""
-    for remark in remarks(config):
+    for remark in remarks(config, runtime.device.type):
         log.warn(remark)
-    if config.train.precision == "fp16" and runtime.device.type == "cpu":
-        log.warn("train.precision is fp16, whose backward pass is about 100 times slower than bf16 on a CPU")
 
     # 1. layout and data
     local_batch_size = check_layout(config.train.global_batch_size, runtime.world_size, config.train.grad_accum_steps)

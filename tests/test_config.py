@@ -75,7 +75,7 @@ def test_rules_across_keys(capsys, arguments, words):
 
 def test_defaults_are_valid_and_without_remarks():
     check(Config())
-    assert remarks(Config()) == []
+    assert remarks(Config(), "cuda") == []
 
 
 @pytest.mark.parametrize(("arguments", "word"), [
@@ -84,9 +84,10 @@ def test_defaults_are_valid_and_without_remarks():
     (["--schedule.milestones", "[7]"], "cosine"),
     (["--checkpoint.resume", "a", "--checkpoint.init_from", "b"], "init_from"),
     (["--data.kind", "synthetic", "--data.data_dir", "x"], "data_dir"),
+    (["--train.precision", "fp16"], "fp16"),
 ])
 def test_settings_without_effect_are_remarked(arguments, word):
-    found = remarks(parse(*arguments))
+    found = remarks(parse(*arguments), "cpu")
     assert len(found) == 1
     assert word in found[0]
 
