@@ -265,7 +265,7 @@ def remarks(config: Config, device: str) -> list[str]:
     if config.data.kind == "synthetic" and config.data.data_dir:
         found.append(f"data.data_dir is {config.data.data_dir!r}, which synthetic data does not read")
     if config.train.precision == "fp16" and device == "cpu":
-        found.append("train.precision is fp16, whose backward pass is about 100 times slower than that of bf16 on a CPU")
+        found.append("train.precision is fp16, whose backward pass is about 100 times slower than bf16's on a CPU")
     if config.distributed.threads and device == "cuda":
         found.append(f"distributed.threads is {config.distributed.threads}, which has no effect on a GPU")
     return found

@@ -129,6 +129,12 @@ def resume_command(runtime: Runtime) -> str:
     return f"{program('torchrun')} --standalone --nproc_per_node {runtime.local_world_size} {arguments}"
 
 
+def facts(config: Config, train_loader: TrainLoader) -> dict:
+    """What a checkpoint says of its run: enough to build it again, and to refuse another."""
+    return {"config": to_dict(config), "num_samples": train_loader.num_samples, "fingerprint": train_loader.fingerprint,
+            "class_names": list(train_loader.class_names)}
+
+
 def greeting(config: Config, state: TrainState, train_loader: TrainLoader, val_loader: ValLoader) -> str:
     """What is trained, and on what."""
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
@@ -188,14 +194,13 @@ def compose(config: Config, runtime: Runtime, log: Log) -> int:
 
     # 2. plan
     plan = build_plan(config, train_loader.steps_per_epoch)
-    peak = peak_lr(config.optim.base_lr, config.optim.base_batch_size, config.train.global_batch_size)
+    peak = peak_lr(config.optim.base_lr, config.optim.base_batch_size, plan.global_batch_size)
     schedule = build_schedule(config.schedule, peak, plan.steps_per_epoch, plan.total_steps)
 
     # 3. model and state
     state = build_state(config, num_classes, runtime.device)
-    facts = {"config": to_dict(config), "num_samples": train_loader.num_samples,
-             "fingerprint": train_loader.fingerprint, "class_names": list(train_loader.class_names)}
-    saver = Saver(checkpoint_folder(config), config.checkpoint.keep, facts, log.warn, runtime.is_main)
+    saver = Saver(checkpoint_folder(config), config.checkpoint.keep, facts(config, train_loader), log.warn,
+                  runtime.is_main)
     origin = restore(state, config, saver, runtime, log)
     runtime.on_main(lambda: write_config(config))        # a start that was refused has left the old one as it was
     model = wrap_ddp(state.model, runtime.device)
@@ -209,8 +214,8 @@ def compose(config: Config, runtime: Runtime, log: Log) -> int:
             f"{plan.total_steps} steps of {plan.steps_per_epoch} per epoch; step {state.step}, {origin}")
     stop_signal = StopSignal(runtime.cpu_group)
     try:
-        ended_by = engine.train(model, state, train_loader, val_loader, schedule, plan, runtime, saver, log,
-                                stop_signal)
+        ended_by = engine.train(
+            model, state, train_loader, val_loader, schedule, plan, runtime, saver, log, stop_signal)
         stop_signal.finish()
         saver.wait()                                     # a further signal must not end the last write
         train_loader.close()
