@@ -2,11 +2,13 @@
 
 import json
 import re
+import time
 
 import numpy as np
 import pytest
 from image_files import encode, picture, write_split
 
+from resnet_dist.data import read
 from resnet_dist.data.read import Encoded, Quarantine, Reader, blank, check, image_size, load, next_good
 
 
@@ -135,3 +137,21 @@ def test_blank_is_a_good_image_of_the_same_row():
     assert (image.row, image.height, image.width, image.reason) == (7, 1, 1, "the file is empty")
     assert check(image.data) is None
     assert image_size(image.data) == (1, 1)
+
+
+def test_slow_storage_is_read_by_all_threads_and_fast_by_one(tmp_path, monkeypatch):
+    """Threads hide waiting, and cost processor time where there is nothing to wait for."""
+    index = write_split(tmp_path, [encode(picture(20, 20, seed=i)) for i in range(16)])
+    reader = Reader(index, threads=4)
+    rows = np.arange(16)
+
+    def slow(index, row):
+        time.sleep(0.002)
+        return load(index, row)
+
+    for function, shares in ((load, 1), (slow, 1), (slow, 4), (load, 4), (load, 1)):     # known from the request before
+        monkeypatch.setattr(read, "load", function)
+        requested = reader.request(rows)
+        assert len(requested) == shares
+        assert [encoded.row for encoded in reader.collect(requested)] == rows.tolist()
+    reader.close()
