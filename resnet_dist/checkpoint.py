@@ -127,13 +127,15 @@ class Saver:
 def write_checkpoint(path: Path, content: dict) -> None:
     """Write `content` so that at every moment `path` is absent, the old file or the new one, with its digest."""
     temporary = path.with_name(path.name + ".tmp")
+    buffer = io.BytesIO()                                # torch.save hides why a disk does not take it
+    torch.save(content, buffer)
     try:
         with open(temporary, "wb") as file:
-            torch.save(content, file)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         # Until the second rename the old file may still be the one there: its digest stays beside the new one.
-        digests = [_sha256(temporary.read_bytes()), *_read_digests(path)]
+        digests = [_sha256(buffer.getbuffer()), *_read_digests(path)]
         _write_digests(path, digests)
         os.replace(temporary, path)
         _write_digests(path, digests[:1])
@@ -263,7 +265,7 @@ def _digest_path(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def _sha256(payload: bytes) -> str:
+def _sha256(payload: bytes | memoryview) -> str:
     return hashlib.sha256(payload).hexdigest()
 
 

@@ -198,7 +198,8 @@ def test_a_full_disk_is_a_warning_and_the_old_file_stays(tmp_path, monkeypatch):
     state.step = 2
     saver.save(state)
     saver.wait()
-    assert len(warnings) == 1 and "step 2" in warnings[0] and "step 1 stays" in warnings[0]
+    assert len(warnings) == 1
+    assert "step 2" in warnings[0] and "step 1 stays" in warnings[0] and "No space left on device" in warnings[0]
     assert saver.failure
     assert newest_valid(tmp_path, pytest.fail).name == "step_00000001.pt"
     monkeypatch.undo()
