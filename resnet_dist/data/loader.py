@@ -259,7 +259,9 @@ class _DaliLoader:
 
         # As many as are normalised in one piece: ten images of 32 pixels, which halves what they cost, one of 224.
         together = max(1, _SERIAL_ELEMENTS // (3 * self.crop_size**2))
-        list(self.pool.map(work, range(0, len(windows), together)))
+        # One thread more would only wait for this one, and pass Python's lock to and fro.
+        run = self.pool.map if self.threads > 1 else map
+        list(run(work, range(0, len(windows), together)))
         return out.permute(0, 3, 1, 2)
 
     def _finish_on_gpu(self, decoded) -> torch.Tensor:
