@@ -122,6 +122,8 @@ class Saver:
             if path.name not in protected:
                 path.unlink()
                 _digest_path(path).unlink(missing_ok=True)
+        for leftover in self.folder.glob("*.tmp"):       # of a process that was killed while it wrote
+            leftover.unlink(missing_ok=True)
 
 
 def write_checkpoint(path: Path, content: dict) -> None:

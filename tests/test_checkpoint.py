@@ -169,6 +169,8 @@ def test_half_written_files_do_not_count(tmp_path):
     save_steps(tmp_path, (1,))
     (tmp_path / "step_00000002.pt.tmp").write_bytes(b"PK half")
     assert newest_valid(tmp_path, pytest.fail).name == "step_00000001.pt"
+    save_steps(tmp_path, (3,))                           # the next save that succeeds sweeps them up
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 @pytest.mark.parametrize("stop_after", ["first digest", "rename"])
