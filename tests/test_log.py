@@ -227,9 +227,7 @@ log.close(0)
 
 def test_offline_run_goes_on_after_a_resume(tmp_path):
     pytest.importorskip("wandb")
-    before = time.monotonic()
     first = in_process(tmp_path, SESSION.replace("START", "0").replace("STEPS", "(10, 20, 30)"))
-    assert time.monotonic() - before < 15
     assert first.stderr == ""                           # no banner, no prompt
     (sentence,) = [line for line in first.stdout.splitlines() if line.startswith("W&B")]
     run_id = (tmp_path / "run/wandb_run_id").read_text().strip()
