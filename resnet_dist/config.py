@@ -31,16 +31,35 @@ class DataConfig:
     """Where the images come from and how they are cut."""
 
     kind: Literal["folder", "digits", "synthetic"] = "folder"
-    """folder: data_dir/train/<class>/ and data_dir/val/<class>/; digits: the embedded quickstart set, written to
-    data_dir; synthetic: random pixels without any file, for speed tests"""
+    """folder: data_dir/train/ and data_dir/val/ hold class folders, or tar shards of `resnet-dist data pack`; digits: the
+    embedded quickstart set, written to data_dir; synthetic: random pixels without any file, for speed tests"""
     data_dir: str = ""
     """folder that holds train/ and val/"""
+    exclude: str = ""
+    """list of training images to leave out, one `train/<class>/<file>` a line, as `resnet-dist data verify` writes it"""
     train_crop_size: int = 224
     """side of the training crop in pixels"""
+    train_crop: Literal["random_resized", "scale_jitter", "pad"] = "random_resized"
+    """random_resized: a window of random area and ratio (Szegedy et al. 2014); scale_jitter: shorter side drawn from
+    scale_jitter, then a random square (Simonyan and Zisserman 2014); pad: a random square of the padded image (CIFAR)"""
+    scale_jitter: tuple[int, int] = (256, 480)
+    """range of the shorter side, in pixels and both included, for train_crop scale_jitter"""
+    pad: int = 4
+    """black pixels on each side of an image of train_crop_size, for train_crop pad"""
+    progressive_start_size: int = 0
+    """side of the training crop at the start of the run; 0 = train_crop_size throughout"""
+    progressive_epochs: tuple[float, float] = (0.0, 0.0)
+    """epochs between which the side rises to train_crop_size, in multiples of 32; it changes between epochs"""
     val_resize_size: int = 256
     """shorter side, in pixels, that an image is resized to before the central crop in evaluation"""
     val_crop_size: int = 224
     """side of the central crop in evaluation, in pixels"""
+    val_crops: Literal["center", "ten"] = "center"
+    """ten: the four corners, the centre and their mirror images, averaged (Krizhevsky et al. 2012)"""
+    val_scales: tuple[int, ...] = ()
+    """shorter sides whose central squares are averaged instead (He et al. 2015: 224, 256, 384, 480, 640)"""
+    val_flip: bool = False
+    """average over each crop and its mirror image"""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """range of the random crop's area, as a fraction of the image's area"""
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)
@@ -63,6 +82,31 @@ class DataConfig:
     """size of the synthetic training set; a tenth of it is the synthetic validation set"""
     synthetic_classes: int = 1000
     """number of classes of the synthetic set"""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What is done to a training image after it is cut and flipped, in this order. All of it is off by default."""
+
+    policy: Literal["none", "randaugment", "trivialaugment", "autoaugment"] = "none"
+    """RandAugment (Cubuk et al. 2019), TrivialAugmentWide (Mueller and Hutter 2021), AutoAugment for ImageNet (Cubuk et
+    al. 2018)"""
+    num_ops: int = 2
+    """operations that RandAugment applies to an image"""
+    magnitude: int = 9
+    """strength of RandAugment, 0 to 30"""
+    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """largest change of brightness, contrast, saturation and hue, in random order, as torchvision's ColorJitter"""
+    lighting_std: float = 0.0
+    """standard deviation of the PCA lighting noise (Krizhevsky et al. 2012); theirs is 0.1"""
+    random_erasing: float = 0.0
+    """probability that a rectangle of the normalised image is set to zero (Zhong et al. 2017)"""
+    repeats: int = 1
+    """differently cut copies of an image in one batch, which then holds fewer images (Hoffer et al. 2019)"""
+    mixup_alpha: float = 0.0
+    """Beta(alpha, alpha) of mixup (Zhang et al. 2017)"""
+    cutmix_alpha: float = 0.0
+    """Beta(alpha, alpha) of CutMix (Yun et al. 2019); with mixup too, each step takes one of the two"""
 
 
 @dataclass(frozen=True)
@@ -183,6 +227,7 @@ class Config:
     """seed of everything random: initial weights, order of the samples, crops, flips"""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -222,6 +267,15 @@ _RULES = {
     "data.crop_ratio": (lambda value: 0 < value[0] <= value[1], "it must be (low, high), 0 < low <= high"),
     "data.flip_probability": (lambda value: 0 <= value <= 1, "it must be in [0, 1]"),
     "data.std": (lambda value: min(value) > 0, "pixels are divided by it: it must be above 0"),
+    "data.scale_jitter": (lambda value: 0 < value[0] <= value[1], "it must be (low, high), 0 < low <= high"),
+    "data.val_scales": (lambda value: min(value, default=1) > 0, "each must be above 0"),
+    "data.pad": _NOT_NEGATIVE, "data.progressive_start_size": _NOT_NEGATIVE,
+    "data.progressive_epochs": (lambda value: 0 <= value[0] <= value[1], "it must be (start, end), 0 <= start <= end"),
+    "augment.num_ops": _ABOVE_ZERO, "augment.magnitude": (lambda value: 0 <= value <= 30, "it must be in 0 to 30"),
+    "augment.color_jitter": (lambda value: min(value) >= 0 and value[3] <= 0.5, "each must be 0 or above, hue <= 0.5"),
+    "augment.lighting_std": _NOT_NEGATIVE, "augment.repeats": _ABOVE_ZERO,
+    "augment.random_erasing": (lambda value: 0 <= value <= 1, "it must be in [0, 1]"),
+    "augment.mixup_alpha": _NOT_NEGATIVE, "augment.cutmix_alpha": _NOT_NEGATIVE,
     "checkpoint.keep": (lambda value: value > 0, "at least 1 is needed to resume from"),
     "checkpoint.interval_epochs": _NOT_NEGATIVE, "checkpoint.interval_steps": _NOT_NEGATIVE,
     "log.interval_steps": _ABOVE_ZERO, "distributed.timeout_s": _ABOVE_ZERO, "distributed.threads": _NOT_NEGATIVE,
