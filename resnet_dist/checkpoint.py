@@ -20,10 +20,11 @@ from torch import nn
 from resnet_dist.ema import Ema
 
 FORMAT = 1
-_DEFINES_POSITION = ("seed", "train.global_batch_size", "data.kind", "data.num_samples", "data.fingerprint")
+_DEFINES_POSITION = ("seed", "train.global_batch_size", "data.kind", "data.num_samples", "data.fingerprint",
+                     "augment.repeats")
 _DEFINES_MODEL = ("model.name", "model.num_classes", "model.stride_in_1x1")
-_FREE_TO_CHANGE = ("output_dir", "data.data_dir", "data.threads", "data.prefetch_batches", "data.val_batch_size",
-                   "data.max_bad_images", "log", "checkpoint", "distributed")
+_FREE_TO_CHANGE = ("output_dir", "data.data_dir", "data.exclude", "data.threads", "data.prefetch_batches",
+                   "data.val_batch_size", "data.max_bad_images", "log", "checkpoint", "distributed")
 
 
 @dataclass

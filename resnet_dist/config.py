@@ -31,17 +31,17 @@ class DataConfig:
     """Where the images come from and how they are cut."""
 
     kind: Literal["folder", "digits", "synthetic"] = "folder"
-    """folder: data_dir/train/ and data_dir/val/ hold class folders, or tar shards of `resnet-dist data pack`; digits: the
-    embedded quickstart set, written to data_dir; synthetic: random pixels without any file, for speed tests"""
+    """folder: data_dir/train/ and data_dir/val/ hold class folders, or tar shards of `resnet-dist data pack`; digits:
+    the embedded quickstart set, written to data_dir; synthetic: random pixels without any file, for speed tests"""
     data_dir: str = ""
     """folder that holds train/ and val/"""
     exclude: str = ""
-    """list of training images to leave out, one `train/<class>/<file>` a line, as `resnet-dist data verify` writes it"""
+    """list of training images to leave out, one `train/<class>/<file>` a line, as `resnet-dist data verify` writes"""
     train_crop_size: int = 224
     """side of the training crop in pixels"""
     train_crop: Literal["random_resized", "scale_jitter", "pad"] = "random_resized"
     """random_resized: a window of random area and ratio (Szegedy et al. 2014); scale_jitter: shorter side drawn from
-    scale_jitter, then a random square (Simonyan and Zisserman 2014); pad: a random square of the padded image (CIFAR)"""
+    scale_jitter, then a random square (Simonyan and Zisserman 2014); pad: a square of the padded image (CIFAR)"""
     scale_jitter: tuple[int, int] = (256, 480)
     """range of the shorter side, in pixels and both included, for train_crop scale_jitter"""
     pad: int = 4
@@ -299,6 +299,12 @@ def check(config: Config) -> None:
         refuse("schedule.milestones", "they must rise")
     if schedule.kind == "step" and any(milestone <= schedule.warmup_epochs for milestone in schedule.milestones):
         refuse("schedule.milestones", f"they must come after schedule.warmup_epochs, {schedule.warmup_epochs}")
+    if data.train_crop == "scale_jitter" and data.scale_jitter[0] < data.train_crop_size:
+        refuse("data.scale_jitter", f"its lower end must not be below data.train_crop_size, {data.train_crop_size}")
+    if data.progressive_start_size > data.train_crop_size:
+        refuse("data.progressive_start_size", f"it must not be above data.train_crop_size, {data.train_crop_size}")
+    if data.val_scales and data.val_crops == "ten":
+        refuse("data.val_scales", "they are central squares: take data.val_crops center, and data.val_flip if you like")
     if data.val_resize_size < data.val_crop_size:
         refuse("data.val_resize_size", f"it must not be below data.val_crop_size, {data.val_crop_size}: the crop would "
                                        "leave the image")
@@ -318,6 +324,8 @@ def remarks(config: Config, device: str) -> list[str]:
         found.append("checkpoint.init_from is set beside checkpoint.resume, which comes first")
     if config.data.kind == "synthetic" and config.data.data_dir:
         found.append(f"data.data_dir is {config.data.data_dir!r}, which synthetic data does not read")
+    if config.data.train_crop != "random_resized" and config.data.crop_scale != DataConfig().crop_scale:
+        found.append(f"data.crop_scale is set, which data.train_crop {config.data.train_crop} does not use")
     if config.train.precision == "fp16" and device == "cpu":
         found.append("train.precision is fp16, whose backward pass is about 100 times slower than bf16's on a CPU")
     if config.distributed.threads and device == "cuda":

@@ -6,6 +6,7 @@ from it, so a run that goes on at step s does what the uninterrupted one did the
 
 import contextlib
 import gc
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from resnet_dist.data.types import IGNORED_LABEL, Batch, TrainLoader, ValLoader
 from resnet_dist.distributed import Runtime, StopSignal
 from resnet_dist.log import Log
 from resnet_dist.metrics import Counts
+from resnet_dist.mix import draw, losses, mix_images
 from resnet_dist.rng import derive_seed
 from resnet_dist.schedule import Schedule
 from resnet_dist.timing import Clock
@@ -35,6 +37,8 @@ class Plan:
     global_batch_size: int
     precision: str
     label_smoothing: float
+    mixup_alpha: float
+    cutmix_alpha: float
     clip_grad_norm: float
     eval_interval_steps: int
     """0 = at the end only"""
@@ -106,18 +110,19 @@ def train_step(model: nn.Module, state: TrainState, micro_batches: list[Batch], 
     """
     optimizer, scaler = state.optimizer, state.scaler
     device = micro_batches[0].images.device
+    drawn = draw(plan.seed, state.step, plan.mixup_alpha, plan.cutmix_alpha)
 
     # 1. gradient: summed over the micro-steps, averaged over the ranks in the last of them
     counts = Counts.zero(device)
     nonfinite.remember()
     for number, batch in enumerate(micro_batches, start=1):
+        images, share = mix_images(batch.images, drawn)
         with contextlib.nullcontext() if number == len(micro_batches) else model.no_sync():
             with autocast(device, plan.precision):
-                logits = model(batch.images)
-            losses = F.cross_entropy(at_least_fp32(logits), batch.labels, reduction="none",
-                                     label_smoothing=plan.label_smoothing)
-            scaler.scale(losses.mean() / len(micro_batches)).backward()
-        counts = counts + Counts.of(logits.detach(), batch.labels, losses.detach())
+                logits = model(images)
+            loss = losses(at_least_fp32(logits), batch.labels, share, plan.label_smoothing)
+            scaler.scale(loss.mean() / len(micro_batches)).backward()
+        counts = counts + Counts.of(logits.detach(), batch.labels, loss.detach())
 
     # 2. its norm, equal on all ranks, decides for all of them whether the update is made
     scaler.unscale_(optimizer)
@@ -147,7 +152,8 @@ def evaluate(model: nn.Module, loader: ValLoader, runtime: Runtime, precision: s
              poll: Callable[[], int] = lambda: 0) -> Counts | None:
     """Counts over the whole validation set, each image once, on any number of ranks; None if `poll` asked to stop.
 
-    The loss is the plain cross-entropy, without label smoothing. Every rank does the same number of rounds, with or
+    Where the loader gives several views of an image, their probabilities are averaged (Krizhevsky et al. 2012). The
+    loss is the plain cross-entropy, without label smoothing. Every rank does the same number of rounds, with or
     without a batch, so that `poll` may be a collective.
     """
     was_training = model.training
@@ -160,16 +166,25 @@ def evaluate(model: nn.Module, loader: ValLoader, runtime: Runtime, precision: s
                 return None
             if batch is None:
                 continue
+            views = [images for view in (batch.images, *batch.other_views)
+                     for images in ((view, view.flip(3)) if loader.mirrored else (view,))]
             with autocast(runtime.device, precision):
-                logits = model(batch.images)
-            logits = at_least_fp32(logits)
-            losses = F.cross_entropy(logits, batch.labels, reduction="none", ignore_index=IGNORED_LABEL)
-            counts = counts + Counts.of(logits, batch.labels, losses)
+                logits = [at_least_fp32(model(images)) for images in views]
+            logits = average_logits(logits)
+            loss = F.cross_entropy(logits, batch.labels, reduction="none", ignore_index=IGNORED_LABEL)
+            counts = counts + Counts.of(logits, batch.labels, loss)
     finally:
         model.train(was_training)
     counts = counts.reduce(runtime)
     assert int(counts.num) == loader.num_samples, f"evaluated {int(counts.num)} of {loader.num_samples} images"
     return counts
+
+
+def average_logits(logits: list[torch.Tensor]) -> torch.Tensor:
+    """[B, C] whose softmax is the mean of the softmaxes of `logits`; one alone stays as it is."""
+    if len(logits) == 1:
+        return logits[0]
+    return torch.logsumexp(torch.stack(logits).log_softmax(2), 0) - math.log(len(logits))
 
 
 def settle_buckets(model: nn.Module, image_size: int, precision: str, device: torch.device) -> None:

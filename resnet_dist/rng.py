@@ -37,10 +37,19 @@ def philox4x32(counter: np.ndarray, key: int) -> np.ndarray:
     return np.stack([c0, c1, c2, c3], axis=1)
 
 
-def uniform(seed: int, purpose: str, epoch: int, indices: np.ndarray, count: int) -> np.ndarray:
+def draw(epoch: int, repetition: np.ndarray) -> np.ndarray:
+    """What takes the place of the epoch in `uniform` where an epoch shows a sample several times; int64 [n].
+
+    `repetition` [n] counts from 0, below 256; the first time is the epoch itself.
+    """
+    return epoch + (np.asarray(repetition, dtype=np.int64) << 24)
+
+
+def uniform(seed: int, purpose: str, epoch: int | np.ndarray, indices: np.ndarray, count: int) -> np.ndarray:
     """`count` numbers in [0, 1) for each sample: float64 [len(indices), count], of 53 random bits each.
 
-    A row depends on (seed, purpose, epoch, index) alone; its first numbers do not depend on `count`.
+    `epoch` is one for all samples, or one for each ([len(indices)], see `draw`). A row depends on (seed, purpose,
+    epoch, index) alone; its first numbers do not depend on `count`.
     """
     indices = np.asarray(indices, dtype=np.uint64)
     blocks = (count + 1) // 2                                # a block of 128 bits makes two numbers
@@ -48,7 +57,7 @@ def uniform(seed: int, purpose: str, epoch: int, indices: np.ndarray, count: int
     counter[..., 0] = np.arange(blocks, dtype=np.uint64)
     counter[..., 1] = (indices & _LOW_32)[:, None]
     counter[..., 2] = (indices >> np.uint64(32))[:, None]
-    counter[..., 3] = epoch
+    counter[..., 3] = np.asarray(epoch, dtype=np.uint64).reshape(-1, 1)
     words = philox4x32(counter.reshape(-1, 4), derive_seed(seed, purpose)).reshape(len(indices), blocks * 2, 2)
     bits = (words[..., 0] << np.uint64(21)) | (words[..., 1] >> np.uint64(11))     # 32 + 21 bits
     return (bits.astype(np.float64) * 2.0**-53)[:, :count]

@@ -30,10 +30,16 @@ from resnet_dist.rng import derive_seed
 from resnet_dist.schedule import build_schedule, epochs_to_steps, peak_lr
 
 
-def check_layout(global_batch_size: int, world_size: int, grad_accum_steps: int) -> int:
-    """The local batch size; ValueError with the nearest layouts when the global batch does not divide."""
+def check_layout(global_batch_size: int, world_size: int, grad_accum_steps: int, pairs: bool = False) -> int:
+    """The local batch size; ValueError with the nearest layouts when the global batch does not divide.
+
+    `pairs`: whether mixup or CutMix mixes pairs of images, neither of them with an image of another rank.
+    """
     share = world_size * grad_accum_steps
     if global_batch_size % share == 0:
+        if pairs and global_batch_size // share % 2:
+            raise ValueError(f"augment.mixup_alpha and augment.cutmix_alpha mix pairs of images, but the batch of a "
+                             f"rank is {global_batch_size} / {share} = {global_batch_size // share}: make it even")
         return global_batch_size // share
     batches = sorted({max(1, global_batch_size // share) * share, (global_batch_size // share + 1) * share})
     ranks = [n for n in range(1, global_batch_size + 1) if global_batch_size % (n * grad_accum_steps) == 0]
@@ -43,6 +49,17 @@ def check_layout(global_batch_size: int, world_size: int, grad_accum_steps: int)
         ways.append(f"{' or '.join(map(str, nearest))} ranks")
     raise ValueError(f"train.global_batch_size is {global_batch_size}: it does not divide by {world_size} ranks * "
                      f"{grad_accum_steps} train.grad_accum_steps = {share}; nearest layouts: {', or '.join(ways)}")
+
+
+def build_loaders(config: Config, runtime: Runtime) -> tuple[TrainLoader, ValLoader]:
+    """This rank's two loaders. Raises ValueError on every rank when the data is not as it must be."""
+    dtype = engine.DTYPES[config.train.precision]
+    train_loader = build_train_loader(
+        config.data, runtime, augment=config.augment, seed=config.seed, dtype=dtype, output_dir=config.output_dir,
+        global_batch_size=config.train.global_batch_size, grad_accum_steps=config.train.grad_accum_steps)
+    val_loader = build_val_loader(config.data, runtime, dtype=dtype, output_dir=config.output_dir)
+    check_same_classes(train_loader.class_names, val_loader.class_names)
+    return train_loader, val_loader
 
 
 def build_plan(config: Config, steps_per_epoch: int) -> engine.Plan:
@@ -55,6 +72,7 @@ def build_plan(config: Config, steps_per_epoch: int) -> engine.Plan:
         total_steps=max(1, epochs_to_steps(train.epochs, steps_per_epoch)), steps_per_epoch=steps_per_epoch,
         grad_accum_steps=train.grad_accum_steps, global_batch_size=train.global_batch_size, precision=train.precision,
         label_smoothing=train.label_smoothing, clip_grad_norm=train.clip_grad_norm,
+        mixup_alpha=config.augment.mixup_alpha, cutmix_alpha=config.augment.cutmix_alpha,
         eval_interval_steps=interval(train.eval_interval_epochs),
         checkpoint_interval_steps=(interval(config.checkpoint.interval_epochs), config.checkpoint.interval_steps),
         log_interval_steps=config.log.interval_steps, max_nonfinite_steps=train.max_nonfinite_steps, seed=config.seed,
@@ -182,13 +200,9 @@ def compose(config: Config, runtime: Runtime, log: Log) -> int:
         log.warn(remark)
 
     # 1. layout and data
-    local_batch_size = check_layout(config.train.global_batch_size, runtime.world_size, config.train.grad_accum_steps)
-    dtype = engine.DTYPES[config.train.precision]
-    train_loader = build_train_loader(
-        config.data, runtime, seed=config.seed, dtype=dtype, output_dir=config.output_dir,
-        global_batch_size=config.train.global_batch_size, grad_accum_steps=config.train.grad_accum_steps)
-    val_loader = build_val_loader(config.data, runtime, dtype=dtype, output_dir=config.output_dir)
-    check_same_classes(train_loader.class_names, val_loader.class_names)
+    local_batch_size = check_layout(config.train.global_batch_size, runtime.world_size, config.train.grad_accum_steps,
+                                    pairs=config.augment.mixup_alpha + config.augment.cutmix_alpha > 0)
+    train_loader, val_loader = build_loaders(config, runtime)
     num_classes = check_num_classes(config.model.num_classes, len(train_loader.class_names))
     config = replace(config, model=replace(config.model, num_classes=num_classes))
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from resnet_dist.config import DataConfig
+from resnet_dist.config import AugmentConfig, DataConfig
 from resnet_dist.data.index import build_index
 from resnet_dist.data.loader import DaliTrainLoader, DaliValLoader
 
@@ -48,10 +48,11 @@ def write_split(folder: str, files: list[bytes], classes: int = 3, split: str = 
     return build_index(str(folder), split, OneProcess())
 
 
-def train_loader(index, folder, *, rank=0, world_size=1, grad_accum_steps=1, global_batch_size=8, dtype=torch.float32,
-                 **config) -> DaliTrainLoader:
+def train_loader(index, folder, *, augment=None, rank=0, world_size=1, grad_accum_steps=1, global_batch_size=8,
+                 dtype=torch.float32, **config) -> DaliTrainLoader:
     return DaliTrainLoader(
-        index, DataConfig(**{"train_crop_size": 32, **config}), seed=5, global_batch_size=global_batch_size,
+        index, DataConfig(**{"train_crop_size": 32, **config}), augment or AugmentConfig(),
+        seed=5, global_batch_size=global_batch_size,
         grad_accum_steps=grad_accum_steps, rank=rank, world_size=world_size, dtype=dtype, device=torch.device("cpu"),
         threads=2, output_dir=str(folder))
 

@@ -11,7 +11,10 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, RandomResizedCrop, Resize
 from torchvision.transforms import transforms as tv_transforms
 
+from resnet_dist.config import DataConfig
 from resnet_dist.data import crops
+from resnet_dist.data.finish import cut
+from resnet_dist.rng import draw
 
 SCALE, RATIO = (0.08, 1.0), (0.75, 4 / 3)
 
@@ -75,6 +78,67 @@ def test_windows_lie_inside_and_depend_on_the_sample_alone():
     assert not np.array_equal(windows, crops.random_windows(3, 2, rows, heights, widths, SCALE, RATIO))
 
 
+def test_repetitions_of_a_sample_are_cut_differently():
+    """And the first one as in an epoch that shows each sample once."""
+    rows, sides = np.array([7, 8, 7, 7]), np.full(4, 300)
+    windows = crops.random_windows(3, draw(2, np.array([0, 0, 1, 2])), rows, sides, sides, SCALE, RATIO)
+    assert np.array_equal(windows[:2], crops.random_windows(3, 2, rows[:2], sides[:2], sides[:2], SCALE, RATIO))
+    assert len({tuple(window) for window in windows[[0, 2, 3]].tolist()}) == 3
+
+
+def test_scale_jitter_is_resize_and_random_crop():
+    """The shorter side uniform in the range, both ends included, the other one in proportion; the square anywhere."""
+    n, config = 20_000, DataConfig(train_crop="scale_jitter", scale_jitter=(256, 264))
+    heights, widths = np.full(n, 300), np.full(n, 450)
+    geometry = crops.train_geometry(1, 0, np.arange(n), heights, widths, 224, config)
+    (view,) = geometry.views
+    assert (geometry.windows == (0, 0, 300, 450)).all()
+    shorter, counts = np.unique(view.sizes[:, 0], return_counts=True)
+    assert shorter.tolist() == list(range(256, 265))
+    assert counts.min() > 0.9 * n / 9
+    for size in np.unique(view.sizes, axis=0):
+        assert tuple(size) == Resize(int(size[0]))(Image.new("L", (450, 300))).size[::-1]
+    last = view.sizes - 224
+    assert (view.offsets >= 0).all()
+    assert (view.offsets <= last).all()
+    assert ((view.offsets == 0).any(0) & (view.offsets == last).any(0)).all()
+    assert abs((view.offsets / last).mean() - 0.5) < 0.01
+
+
+def test_pad_and_crop_is_torchvisions_random_crop():
+    """Every one of the 9 x 9 places of RandomCrop(32, padding=4), about equally often, with the same pixels."""
+    n = 20_000
+    sides = np.full(n, 32)
+    (view,) = crops.train_geometry(1, 0, np.arange(n), sides, sides, 32, DataConfig(train_crop="pad")).views
+    assert (view.sizes == 32).all()
+    places, counts = np.unique(view.offsets, axis=0, return_counts=True)
+    assert len(places) == 81
+    assert (places.min(), places.max(), counts.min() > 0.7 * n / 81) == (-4, 4, True)
+    pixels = torch.randint(1, 256, (32, 32, 3), dtype=torch.uint8)
+    padded = tv.pad(pixels.permute(2, 0, 1), 4)
+    for y, x in places.tolist():
+        assert torch.equal(cut(pixels, (32, 32), (y, x), 0, 32).permute(2, 0, 1), tv.crop(padded, y + 4, x + 4, 32, 32))
+
+
+def test_progressive_side():
+    config = DataConfig(train_crop_size=200, progressive_start_size=128, progressive_epochs=(2, 6))
+    assert [crops.train_side(epoch, config) for epoch in range(8)] == [128, 128, 128, 160, 160, 192, 200, 200]
+    assert crops.train_side(0, DataConfig(train_crop_size=200)) == 200
+
+
+def test_ten_crops_and_scales_are_torchvisions():
+    """Corners and centre of TenCrop (its other five are mirror images, see engine.evaluate); squares of each scale."""
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (40, 61, 3), dtype=np.uint8))
+    sides = np.array([40]), np.array([61])
+    views = crops.val_geometry(*sides, DataConfig(val_resize_size=40, val_crop_size=32, val_crops="ten")).views
+    ours = [cut(image, (40, 61), view.offsets[0].tolist(), 0, view.side).permute(2, 0, 1) for view in views]
+    *corners, center = tv.five_crop(image.permute(2, 0, 1), 32)
+    assert all(torch.equal(a, b) for a, b in zip(ours, [center, *corners], strict=True))
+    views = crops.val_geometry(*sides, DataConfig(val_scales=(20, 40))).views
+    assert [(view.side, view.sizes[0].tolist(), view.offsets[0].tolist()) for view in views] == [
+        (20, [20, 30], [0, 5]), (40, [40, 61], [0, 10])]
+
+
 def test_flips():
     rows = np.arange(20000)
     assert abs(crops.flips(0, 0, rows, 0.5).mean() - 0.5) < 0.015
@@ -89,8 +153,9 @@ def test_evaluation_geometry_is_torchvisions():
     for _ in range(60):
         height, width = (int(side) for side in rng.integers(1, 120, 2))
         resize, crop = (int(side) for side in rng.integers(1, 60, 2))
-        (sides,), (offset,) = (crops.val_geometry([height], [width], resize_size=resize, crop_size=crop).sizes,
-                               crops.val_geometry([height], [width], resize_size=resize, crop_size=crop).offsets)
+        config = DataConfig(val_resize_size=resize, val_crop_size=crop)
+        (view,) = crops.val_geometry(np.array([height]), np.array([width]), config).views
+        (sides,), (offset,) = view.sizes, view.offsets
         resized = Resize(resize)(Image.new("L", (width, height)))
         assert tuple(sides) == resized.size[::-1]
         coordinates = torch.arange(1, sides[0] * sides[1] + 1).reshape(1, *sides)

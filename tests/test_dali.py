@@ -13,7 +13,7 @@ from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 from resnet_dist.config import DataConfig
 from resnet_dist.data import crops
 from resnet_dist.data.dali import Decoder, Job, build_pipeline, windows_to_torch
-from resnet_dist.data.loader import Normalizer, cut, resize_exact
+from resnet_dist.data.finish import Normalizer, cut, resize_exact
 from resnet_dist.data.read import Encoded, image_size
 
 SIZES = [(375, 500), (500, 375), (333, 501), (257, 256), (256, 256), (255, 700), (97, 640), (640, 97), (31, 33), (1, 1),
@@ -48,10 +48,10 @@ def decode(files: list[bytes], windows) -> list[np.ndarray]:
     """Windows of some files, through the decoder of the CPU form."""
     images = [Encoded(row, data, *image_size(data)) for row, data in enumerate(files)]
     windows = np.array(windows)
-    job = Job(np.arange(len(files)), images=images, geometry=crops.Geometry(windows, windows, windows, windows[:, 0]))
-    decoder = Decoder(crop_size=8, local_batch_size=len(files), threads=2, device=torch.device("cpu"))
+    job = Job(np.arange(len(files)), images=images, geometry=crops.Geometry(windows, (), windows[:, 0]))
+    decoder = Decoder(local_batch_size=len(files), threads=2, device=torch.device("cpu"))
     decoder.submit(job)
-    return [pixels.numpy().copy() for pixels in windows_to_torch(decoder.collect()[1])]
+    return [pixels.numpy().copy() for pixels in windows_to_torch(decoder.collect()[1][0])]
 
 
 def test_decoded_windows_are_pillows_pixels():
@@ -108,22 +108,22 @@ def test_graph_that_finishes_has_the_same_geometry():
     """
     files = [encode(picture(*size, seed)) for seed, size in enumerate(SIZES)]
     heights, widths = np.array([image_size(data) for data in files]).T
-    pipeline = build_pipeline(crop_size=64, local_batch_size=len(files), threads=2, device_id=None, decode="cpu",
-                              finish=True)
-    rows, fields = np.arange(len(files)), ("windows", "sizes", "offsets", "flips")
+    pipeline = build_pipeline(local_batch_size=len(files), threads=2, device_id=None, decode="cpu", views=1)
+    rows = np.arange(len(files))
     geometries = [
-        (0, crops.val_geometry(heights, widths, resize_size=72, crop_size=64)),
-        (None, crops.val_geometry(heights, widths, resize_size=50, crop_size=64)),
-        (2, crops.train_geometry(0, 0, rows, heights, widths, crop_size=64, scale=(0.08, 1.0), ratio=(0.75, 4 / 3),
-                                 flip_probability=0.5)),
+        (0, crops.val_geometry(heights, widths, DataConfig(val_resize_size=72, val_crop_size=64))),
+        (None, crops.val_geometry(heights, widths, DataConfig(val_resize_size=50, val_crop_size=64))),
+        (2, crops.train_geometry(0, 0, rows, heights, widths, 64, DataConfig())),
     ]
     for inner, geometry in geometries:
-        windows, sizes, offsets, flips = (getattr(geometry, name) for name in fields)
+        windows, flips, (view,) = geometry.windows, geometry.flips, geometry.views
+        sizes, offsets = view.sizes, view.offsets
         pipeline.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in files])
         pipeline.feed_input("anchor", windows[:, :2].astype(np.int32).copy())
         pipeline.feed_input("extent", windows[:, 2:].astype(np.int32).copy())
-        pipeline.feed_input("size", sizes.astype(np.float32))
-        pipeline.feed_input("offset", offsets.astype(np.int32))
+        pipeline.feed_input("size0", sizes.astype(np.float32))
+        pipeline.feed_input("offset0", offsets.astype(np.int32))
+        pipeline.feed_input("square0", np.full((len(files), 2), 64, np.int32))
         pipeline.feed_input("flip", flips.astype(np.int32))
         pipeline.schedule_run()
         finished = np.asarray(pipeline.share_outputs()[0].as_tensor())
@@ -163,7 +163,7 @@ def protobuf_fields(data: bytes):
 
 def test_gpu_form_places_decode_and_resize_on_the_gpu():
     """Defined and serialized without a GPU: DALI checks operators, arguments and devices on the way."""
-    pipeline = build_pipeline(crop_size=224, local_batch_size=8, threads=4, device_id=None, decode="mixed", finish=True)
+    pipeline = build_pipeline(local_batch_size=8, threads=4, device_id=None, decode="mixed", views=1)
     operators = {}
     for number, value in protobuf_fields(pipeline.serialize()):
         if number == 5:                                                      # an operator: name 1, arguments 4
@@ -175,7 +175,7 @@ def test_gpu_form_places_decode_and_resize_on_the_gpu():
 
 
 def test_cpu_form_ends_after_the_window():
-    pipeline = build_pipeline(crop_size=224, local_batch_size=8, threads=4, device_id=None, decode="cpu", finish=False)
+    pipeline = build_pipeline(local_batch_size=8, threads=4, device_id=None, decode="cpu", views=0)
     assert b"Resize" not in pipeline.serialize()
 
 
@@ -185,6 +185,8 @@ def test_normalizer(dtype, width):
     config = DataConfig()
     pixels = torch.randint(0, 256, (3, 37, width, 3), dtype=torch.uint8)
     out = torch.empty(pixels.shape, dtype=dtype)
-    Normalizer(config, width, dtype, torch.device("cpu"))(pixels, out)
+    normalize = Normalizer(config, dtype, torch.device("cpu"))
+    normalize.prepare(width)
+    normalize(pixels, out)
     expected = (pixels.double() / 255 - torch.tensor(config.mean)) / torch.tensor(config.std)
     assert (out.double() - expected).abs().max() <= {torch.float32: 1e-6}.get(dtype, 3 * torch.finfo(dtype).eps)

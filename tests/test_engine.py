@@ -173,11 +173,28 @@ def test_the_whole_step_runs_on_meta(name):
 class ListLoader:
     """A validation loader over given batches."""
 
+    mirrored = False
+
     def __init__(self, batches, num_samples):
         self.items, self.num_samples, self.rounds = batches, num_samples, len(batches)
 
     def __iter__(self):
         return iter(self.items)
+
+
+def test_views_are_averaged_as_probabilities():
+    """Two views and their mirror images: the mean of four softmaxes, and its cross-entropy."""
+    torch.manual_seed(0)
+    model = resnet18(num_classes=10).eval()
+    first, second = make_batch(6), make_batch(6, image=96, seed=1)
+    loader = ListLoader([replace(first, other_views=(second.images,))], 6)
+    loader.mirrored = True
+    counts = evaluate(model, loader, Alone(), "fp32").result()
+    with torch.no_grad():
+        views = [images for view in (first.images, second.images) for images in (view, view.flip(3))]
+        mean = torch.stack([model(images).double().softmax(1) for images in views]).mean(0)
+    assert counts["loss"] == pytest.approx(-mean.log().gather(1, first.labels[:, None]).mean().item(), rel=1e-6)
+    assert counts["correct1"] == int((mean.argmax(1) == first.labels).sum())
 
 
 def test_evaluation_counts_each_image_once():

@@ -29,7 +29,7 @@ class _NoImages:
     """A validation set of nothing, so that the loop's last evaluation takes no time."""
 
     num_samples = rounds = num_bad = 0
-    class_names = ()
+    mirrored, class_names = False, ()
 
     def __iter__(self):
         return iter(())
@@ -54,9 +54,10 @@ def run(config: Config, windows: int, steps: int, as_json: bool) -> int:
 def measure(config: Config, runtime: Runtime, windows: int, steps: int, as_json: bool) -> int:
     """Build the run, alternate the two loops, report. Each window begins with a quarter as many steps not counted."""
     local = composition.check_layout(config.train.global_batch_size, runtime.world_size, config.train.grad_accum_steps)
-    loader = build_train_loader(config.data, runtime, seed=config.seed, dtype=engine.DTYPES[config.train.precision],
-                                output_dir=config.output_dir, grad_accum_steps=config.train.grad_accum_steps,
-                                global_batch_size=config.train.global_batch_size)
+    loader = build_train_loader(
+        config.data, runtime, augment=config.augment, seed=config.seed, dtype=engine.DTYPES[config.train.precision],
+        output_dir=config.output_dir, grad_accum_steps=config.train.grad_accum_steps,
+        global_batch_size=config.train.global_batch_size)
     interval = max(1, steps // 4)                        # a log line each, the first of a window is not counted
     plan = replace(composition.build_plan(config, loader.steps_per_epoch), eval_interval_steps=0,
                    checkpoint_interval_steps=(0,), log_interval_steps=interval, max_nonfinite_steps=10**9)

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from resnet_dist.config import DataConfig
+from resnet_dist.config import AugmentConfig, DataConfig
 from resnet_dist.data.digits import write_digits
 from resnet_dist.data.index import Index, build_index
 from resnet_dist.data.loader import DaliTrainLoader, DaliValLoader
@@ -17,7 +17,7 @@ _GPU_THREADS = 4                 # enough to parse headers and feed the decoder;
 
 def build_train_loader(
     config: DataConfig, runtime: Runtime, *, seed: int, global_batch_size: int, grad_accum_steps: int,
-    dtype: torch.dtype, output_dir: str,
+    dtype: torch.dtype, output_dir: str, augment: AugmentConfig | None = None,
 ) -> TrainLoader:
     """This rank's share of the training set; call it on every rank.
 
@@ -30,9 +30,10 @@ def build_train_loader(
         return SyntheticTrainLoader(config, runtime, seed=seed, dtype=dtype, global_batch_size=global_batch_size,
                                     grad_accum_steps=grad_accum_steps)
     return DaliTrainLoader(
-        _index(config, runtime, "train"), config, seed=seed, global_batch_size=global_batch_size,
-        grad_accum_steps=grad_accum_steps, rank=runtime.rank, world_size=runtime.world_size, dtype=dtype,
-        device=runtime.device, threads=_threads(config, runtime), output_dir=output_dir)
+        _index(config, runtime, "train"), config, augment or AugmentConfig(), seed=seed,
+        global_batch_size=global_batch_size, grad_accum_steps=grad_accum_steps, rank=runtime.rank,
+        world_size=runtime.world_size, dtype=dtype, device=runtime.device, threads=_threads(config, runtime),
+        output_dir=output_dir)
 
 
 def build_val_loader(config: DataConfig, runtime: Runtime, *, dtype: torch.dtype, output_dir: str) -> ValLoader:

@@ -1,54 +1,109 @@
-"""Where an image is cut: random windows and flips in training, the central crop in evaluation.
+"""Where an image is cut: random windows and flips in training, central squares in evaluation.
 
-All windows are int64 rows (y, x, height, width) in pixels. Both kinds of geometry have one form, so that one decoder
-does both: decode a window, resize it, take a square out of the result, mirror it. Training geometry is a pure function
-of (seed, epoch, row, image size) and is computed for a whole batch at once: a few microseconds per image.
+All windows are int64 rows (y, x, height, width) in pixels. All kinds of geometry have one form, so that one decoder
+does them all: decode a window, resize it, take a square out of the result (or several, each of its own resizing),
+mirror it. Training geometry is a pure function of (seed, epoch, row, image size) and is computed for a whole batch at
+once: a few microseconds per image.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from resnet_dist.config import DataConfig
 from resnet_dist.rng import uniform
 
 TRIES = 10
 _PER_SAMPLE = 2 * TRIES + 2                                     # an area and a ratio for each try, then the position
+_SIDE_STEP = 32                                                 # progressive sides are multiples of it
+
+
+@dataclass(frozen=True)
+class View:
+    """How one square is taken out of the decoded window of each image of a batch; int64, in pixels."""
+
+    sizes: np.ndarray
+    """[n, 2]: the (height, width) that the window is resized to"""
+    offsets: np.ndarray
+    """[n, 2]: the (y, x) in the resized window where the square begins; what lies outside of it is black"""
+    side: int
+    """of the square"""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What is done with each image of a batch, in this order; all int64, in pixels."""
+    """What is done with each image of a batch, in this order."""
 
     windows: np.ndarray
-    """[n, 4]: the (y, x, height, width) of the image that is decoded"""
-    sizes: np.ndarray
-    """[n, 2]: the (height, width) that the window is resized to"""
-    offsets: np.ndarray
-    """[n, 2]: the (y, x) in the resized window where the square begins; negative means black padding"""
+    """int64 [n, 4]: the (y, x, height, width) of the image that is decoded"""
+    views: tuple[View, ...]
+    """the squares: one in training, one or more in evaluation"""
     flips: np.ndarray
-    """[n]: 1 where the square is mirrored, else 0"""
+    """int64 [n]: 1 where the squares are mirrored, else 0"""
+
+
+def train_side(epoch: int, config: DataConfig) -> int:
+    """Side of the training crop in an epoch: `train_crop_size`, or what progressive resizing gives, in pixels.
+
+    Between the two `progressive_epochs` it rises linearly, rounded to a multiple of 32 (Leclerc et al. 2023, FFCV).
+    """
+    start, (begin, end) = config.progressive_start_size, config.progressive_epochs
+    if not start or epoch >= end:
+        return config.train_crop_size
+    progress = max(0.0, (epoch - begin) / max(end - begin, 1e-9))
+    return max(_SIDE_STEP, round((start + (config.train_crop_size - start) * progress) / _SIDE_STEP) * _SIDE_STEP)
 
 
 def train_geometry(
-    seed: int, epoch: int, rows: np.ndarray, heights: np.ndarray, widths: np.ndarray, *,
-    crop_size: int, scale: tuple[float, float], ratio: tuple[float, float], flip_probability: float,
+    seed: int, epoch: int | np.ndarray, rows: np.ndarray, heights: np.ndarray, widths: np.ndarray, side: int,
+    config: DataConfig,
 ) -> Geometry:
-    """Random resized crops and flips for the samples `rows`, whose images are `heights` x `widths`."""
-    windows = random_windows(seed, epoch, rows, heights, widths, scale, ratio)
-    mirrored = flips(seed, epoch, rows, flip_probability).astype(np.int64)
-    return Geometry(windows, np.full((len(windows), 2), crop_size), np.zeros((len(windows), 2), np.int64), mirrored)
+    """Random crops of `side` pixels (`config.train_crop`) and flips of the samples `rows`: images `heights` x `widths`.
+
+    `epoch` is one number, or one for each sample (rng.draw).
+    """
+    mirrored = flips(seed, epoch, rows, config.flip_probability).astype(np.int64)
+    if config.train_crop == "random_resized":
+        windows = random_windows(seed, epoch, rows, heights, widths, config.crop_scale, config.crop_ratio)
+        return Geometry(windows, (View(np.full((len(windows), 2), side), np.zeros((len(windows), 2), np.int64), side),),
+                        mirrored)
+    numbers = uniform(seed, "crop", epoch, rows, 3)
+    low, high = config.scale_jitter if config.train_crop == "scale_jitter" else (side, side)
+    shorter = low + np.floor(numbers[:, 0] * (high - low + 1)).astype(np.int64)
+    sizes = resized_sides(heights, widths, shorter)
+    border = config.pad if config.train_crop == "pad" else 0
+    room = sizes - side + 2 * border + 1                        # places for the square along each side
+    offsets = np.floor(numbers[:, 1:] * room).astype(np.int64) - border
+    return Geometry(whole_windows(heights, widths), (View(sizes, offsets, side),), mirrored)
 
 
-def val_geometry(heights: np.ndarray, widths: np.ndarray, *, resize_size: int, crop_size: int) -> Geometry:
-    """The whole image, its shorter side resized to `resize_size`, and the central square of `crop_size`."""
-    windows = np.array([(0, 0, height, width) for height, width in zip(heights, widths, strict=True)], np.int64)
-    sizes = np.array([resized_sides(int(h), int(w), resize_size) for _, _, h, w in windows], np.int64)
-    offsets = np.array([[center_offset(int(side), crop_size) for side in pair] for pair in sizes], np.int64)
-    return Geometry(windows, sizes, offsets, np.zeros(len(windows), np.int64))
+def val_geometry(heights: np.ndarray, widths: np.ndarray, config: DataConfig) -> Geometry:
+    """The squares of evaluation, taken out of the whole image, whose shorter side is resized.
+
+    One central square; or its four corners and the centre (`val_crops` ten, whose mirror images are taken on the
+    device); or, for each of `val_scales`, the central square of the image resized to that shorter side.
+    """
+    scales = [(side, side) for side in config.val_scales] or [(config.val_resize_size, config.val_crop_size)]
+    views = []
+    for resize_size, side in scales:
+        sizes = resized_sides(heights, widths, np.full(len(heights), resize_size))
+        center = center_offsets(sizes, side)
+        views.append(View(sizes, center, side))
+        if config.val_crops == "ten":
+            last = sizes - side                                  # never negative: val_resize_size >= val_crop_size
+            corners = [(0, 0), (0, 1), (1, 0), (1, 1)]
+            views += [View(sizes, last * np.array(corner), side) for corner in corners]
+    return Geometry(whole_windows(heights, widths), tuple(views), np.zeros(len(heights), np.int64))
+
+
+def whole_windows(heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """The windows that are the images themselves: int64 [n, 4]."""
+    zeros = np.zeros(len(heights), np.int64)
+    return np.stack([zeros, zeros, np.asarray(heights, np.int64), np.asarray(widths, np.int64)], axis=1)
 
 
 def random_windows(
-    seed: int, epoch: int, rows: np.ndarray, heights: np.ndarray, widths: np.ndarray,
+    seed: int, epoch: int | np.ndarray, rows: np.ndarray, heights: np.ndarray, widths: np.ndarray,
     scale: tuple[float, float], ratio: tuple[float, float],
 ) -> np.ndarray:
     """Random resized crops (Szegedy et al. 2014, section 6) for the samples `rows` of images `heights` x `widths`.
@@ -99,24 +154,24 @@ def _clamped_sides(
     return np.maximum(tall, 1), np.maximum(wide, 1)
 
 
-def flips(seed: int, epoch: int, rows: np.ndarray, probability: float) -> np.ndarray:
+def flips(seed: int, epoch: int | np.ndarray, rows: np.ndarray, probability: float) -> np.ndarray:
     """Whether each of the samples `rows` is mirrored: bool [n]."""
     return uniform(seed, "flip", epoch, rows, 1)[:, 0] < probability
 
 
-def resized_sides(height: int, width: int, shorter_side: int) -> tuple[int, int]:
-    """(height, width) after the shorter side is brought to `shorter_side`; the other one is truncated.
+def resized_sides(heights: np.ndarray, widths: np.ndarray, shorter: np.ndarray) -> np.ndarray:
+    """(height, width) after each shorter side is brought to `shorter`; the other one is truncated. int64 [n, 2].
 
-    These are the sides of torchvision's `Resize(shorter_side)`.
+    These are the sides of torchvision's `Resize(shorter)`.
     """
-    short = min(height, width)
-    return shorter_side * height // short, shorter_side * width // short
+    sides = np.stack([heights, widths], axis=1).astype(np.int64)
+    return np.asarray(shorter)[:, None] * sides // sides.min(axis=1, keepdims=True)
 
 
-def center_offset(side: int, crop: int) -> int:
-    """Where a central crop of `crop` pixels begins on a side of `side` pixels.
+def center_offsets(sizes: np.ndarray, side: int) -> np.ndarray:
+    """Where a central square of `side` pixels begins in images of `sizes` [n, 2]: int64 [n, 2].
 
-    Rounded half to even as in torchvision's `center_crop`. Negative where the side is shorter than the crop: there
+    Rounded half to even as in torchvision's `center_crop`. Negative where a side is shorter than the square: there
     torchvision pads with black, the odd pixel after the image, and so do we.
     """
-    return round((side - crop) / 2) if side >= crop else -((crop - side) // 2)
+    return np.where(sizes >= side, np.rint((sizes - side) / 2), -((side - sizes) // 2)).astype(np.int64)

@@ -1,9 +1,9 @@
 """Decoding with NVIDIA DALI, which only this file imports: the graph, and a pipeline that can be fed and mended.
 
 One graph serves training and evaluation, and both devices: encoded bytes and a window -> decode only that window ->
-resize with antialias -> a square out of it -> mirror -> uint8 HWC. On a GPU all of it runs there (decode "mixed"). On
-the CPU the graph ends after the window and torch goes on (loader.py). Everything random comes in as numbers (crops.py);
-the graph has no state.
+for each view: resize with antialias -> a square out of it -> mirror -> uint8 HWC. On a GPU all of it runs there (decode
+"mixed"). On the CPU the graph ends after the window and torch goes on (finish.py). Everything random comes in as
+numbers (crops.py); the graph has no state.
 
 The CPU decoder gives the very pixels of Pillow, of whole images and of windows alike (measured: no difference on 500
 photographs, with every chroma subsampling, progressive, grayscale, CMYK, and PNG of 1 to 8 bits with or without
@@ -24,15 +24,14 @@ from resnet_dist.data.crops import Geometry
 from resnet_dist.data.read import Encoded
 
 
-def build_pipeline(
-    *, crop_size: int, local_batch_size: int, threads: int, device_id: int | None, decode: str, finish: bool,
-):
+def build_pipeline(*, local_batch_size: int, threads: int, device_id: int | None, decode: str, views: int):
     """The DALI graph, not yet run.
 
-    decode: "cpu", or "mixed" for a GPU; finish: whether resize, square and mirror are DALI's as well. Their device
-    follows the decoder's. The GPU form can be defined and serialized without a GPU (device_id None). Inputs by name:
-    encoded (uint8), anchor and extent (y, x and height, width of the window), and to finish: size, offset, flip.
-    Output: uint8 HWC, of shape [extent] or [crop_size, crop_size, 3].
+    decode: "cpu", or "mixed" for a GPU; views: how many squares are resized, cut and mirrored by DALI as well, 0 for
+    none. Their device follows the decoder's. The GPU form can be defined and serialized without a GPU (device_id None).
+    Inputs by name: encoded (uint8), anchor and extent (y, x and height, width of the window), flip, and for each view:
+    size0, offset0, square0 (height, width of the square: an input, so that it may change without a new pipeline).
+    Outputs: the window, uint8 HWC; or the views.
     """
     from nvidia import dali
     from nvidia.dali import fn, types
@@ -49,14 +48,22 @@ def build_pipeline(
             fn.external_source(name="anchor", dtype=types.INT32, ndim=1),
             fn.external_source(name="extent", dtype=types.INT32, ndim=1),
             axes=(0, 1), device=decode, output_type=types.RGB, adjust_orientation=False, **like_pillow)
-        if finish:
-            pixels = fn.resize(pixels, size=fn.external_source(name="size", dtype=types.FLOAT, ndim=1),
-                               interp_type=types.INTERP_LINEAR, antialias=True)
-            pixels = fn.slice(pixels, start=fn.external_source(name="offset", dtype=types.INT32, ndim=1),
-                              shape=(crop_size, crop_size), axes=(0, 1), out_of_bounds_policy="pad", fill_values=0)
-            pixels = fn.flip(pixels, horizontal=fn.external_source(name="flip", dtype=types.INT32, ndim=0))
-        pipeline.set_outputs(pixels)
+        flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0) if views else None
+        pipeline.set_outputs(*[_view(pixels, number, flip) for number in range(views)] or [pixels])
     return pipeline
+
+
+def _view(pixels, number: int, flip):
+    """One square of the decoded window, resized, cut and mirrored, in the graph that is being defined."""
+    from nvidia.dali import fn, types
+
+    def pair(name: str, dtype):
+        return fn.external_source(name=f"{name}{number}", dtype=dtype, ndim=1)
+
+    pixels = fn.resize(pixels, size=pair("size", types.FLOAT), interp_type=types.INTERP_LINEAR, antialias=True)
+    pixels = fn.slice(pixels, start=pair("offset", types.INT32), shape=pair("square", types.INT32), axes=(0, 1),
+                      out_of_bounds_policy="pad", fill_values=0)
+    return fn.flip(pixels, horizontal=flip)
 
 
 @dataclass
@@ -67,6 +74,10 @@ class Job:
     """int64 [n], what the epoch's order asks for"""
     epoch: int = 0
     step: int = 0
+    draws: np.ndarray | int = 0
+    """the epoch and, where an epoch shows an image several times, which time it is (rng.draw)"""
+    side: int = 0
+    """of the training crop, in pixels"""
     images: list[Encoded] = field(default_factory=list)
     geometry: Geometry | None = None
 
@@ -74,12 +85,12 @@ class Job:
 class Decoder:
     """A DALI pipeline with the batches that were given to it and not yet taken out, oldest first."""
 
-    def __init__(self, *, crop_size: int, local_batch_size: int, threads: int, device: torch.device) -> None:
-        """`local_batch_size`: of the largest batch; `threads`: that decode, on the CPU."""
+    def __init__(self, *, local_batch_size: int, threads: int, device: torch.device, views: int = 1) -> None:
+        """`local_batch_size`: of the largest batch; `threads`: that decode, on the CPU; `views`: that a GPU makes."""
         self.local_batch_size = local_batch_size
         on_gpu = device.type == "cuda"
-        self.arguments = {"crop_size": crop_size, "threads": threads, "device_id": device.index if on_gpu else None,
-                          "decode": "mixed" if on_gpu else "cpu", "finish": on_gpu}
+        self.arguments = {"threads": threads, "device_id": device.index if on_gpu else None,
+                          "decode": "mixed" if on_gpu else "cpu", "views": views if on_gpu else 0}
         self.pending: deque[Job] = deque()
         self.restart()
 
@@ -103,13 +114,13 @@ class Decoder:
             self.failure = error
 
     def collect(self):
-        """(job, DALI's TensorList) of the oldest batch.
+        """(job, DALI's TensorLists: the windows, or a list for each view) of the oldest batch.
 
         Raises RuntimeError when it, or one behind it, has failed; all of them are still pending then.
         """
         if self.fed == 0:
             raise self.failure
-        (decoded,) = self.pipeline.share_outputs()
+        decoded = self.pipeline.share_outputs()
         self.pipeline.release_outputs()                          # its buffers live as long as `decoded` does
         self.fed -= 1
         return self.pending.popleft(), decoded
@@ -144,10 +155,12 @@ class Decoder:
         pipeline.feed_input("encoded", [np.frombuffer(job.images[slot].data, np.uint8) for slot in slots])
         pipeline.feed_input("anchor", np.ascontiguousarray(windows[:, :2]))
         pipeline.feed_input("extent", np.ascontiguousarray(windows[:, 2:]))
-        if self.arguments["finish"]:
-            pipeline.feed_input("size", geometry.sizes[slots].astype(np.float32))
-            pipeline.feed_input("offset", geometry.offsets[slots].astype(np.int32))
+        if self.arguments["views"]:
             pipeline.feed_input("flip", geometry.flips[slots].astype(np.int32))
+            for number, view in enumerate(geometry.views):
+                pipeline.feed_input(f"size{number}", view.sizes[slots].astype(np.float32))
+                pipeline.feed_input(f"offset{number}", view.offsets[slots].astype(np.int32))
+                pipeline.feed_input(f"square{number}", np.full((len(slots), 2), view.side, np.int32))
         pipeline.schedule_run()
 
 
@@ -157,7 +170,7 @@ def windows_to_torch(decoded) -> list[torch.Tensor]:
 
 
 def batch_to_torch(decoded, device: torch.device) -> torch.Tensor:
-    """A GPU batch of equal images, copied to uint8 [n, h, w, 3] on torch's current stream."""
+    """One view of a GPU batch, copied to uint8 [n, h, w, 3] on torch's current stream."""
     from nvidia.dali.plugin.pytorch import feed_ndarray
 
     batch = decoded.as_tensor()

@@ -1,10 +1,7 @@
 """Training and validation batches from image files: the threads between the index and the model.
 
 One background thread per iteration asks the readers for the next files, hands them to DALI (dali.py), finishes what
-DALI has decoded and keeps the batches ready. On the CPU, resize and normalisation run in a pool of threads, image by
-image while it is in the cache: in training with torch's uint8 kernel, which takes a fraction of the time of DALI's
-resize there and is nearer to Pillow; in evaluation with Pillow itself, so that a model is shown exactly the pixels that
-it would get from torchvision.
+DALI has decoded (finish.py; on the CPU in a pool of threads) and keeps the batches ready.
 """
 
 import atexit
@@ -13,81 +10,21 @@ import queue
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from PIL import Image
-from torch.nn import functional
 
-from resnet_dist.config import DataConfig
+from resnet_dist.config import AugmentConfig, DataConfig
 from resnet_dist.data import crops, order
 from resnet_dist.data.dali import Decoder, Job, batch_to_torch, windows_to_torch
+from resnet_dist.data.finish import SERIAL_ELEMENTS, Normalizer, cut, resize_exact, resize_fast
 from resnet_dist.data.index import Index
 from resnet_dist.data.read import Encoded, Quarantine, Reader, blank, next_good
 from resnet_dist.data.types import IGNORED_LABEL, Batch
 
 _READ_AHEAD = 2                  # batches whose files are being read while an earlier one is decoded
-_SERIAL_ELEMENTS = 32767         # torch splits an operation of more elements over its own threads
-
-
-def resize_fast(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """uint8 [h, w, 3] resized to `size`, with antialias: Pillow's arithmetic in 16 bits, vectorised.
-
-    On photographs 0.4 ms an image where Pillow takes 1.7; 0.2 % of the values differ from Pillow's by 1, one in seven
-    million by 2.
-    """
-    planes = pixels[None].permute(0, 3, 1, 2)                    # channels_last, which is what the fast kernel wants
-    return functional.interpolate(planes, size=size, mode="bilinear", antialias=True)[0].permute(1, 2, 0)
-
-
-def resize_exact(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """As `resize_fast`, by Pillow itself: the very values of torchvision's Resize on PIL images."""
-    resized = Image.fromarray(pixels.numpy()).resize(size[::-1], Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(resized))
-
-
-def cut(
-    pixels: torch.Tensor, size: tuple[int, int], offset: Sequence[int], flip: int, crop_size: int,
-    resize: Callable = resize_fast,
-) -> torch.Tensor:
-    """Resize one decoded window, take the square out of it and mirror it: uint8 [h, w, 3] to [crop, crop, 3].
-
-    The CPU's counterpart of the graph's second half. Negative offsets pad with black.
-    """
-    if size != tuple(pixels.shape[:2]):
-        pixels = resize(pixels, size)
-    if size != (crop_size, crop_size):
-        top, left = (max(place, 0) for place in offset)
-        pixels = pixels[top:top + crop_size, left:left + crop_size]
-    if tuple(pixels.shape[:2]) != (crop_size, crop_size):
-        top, left = (max(-place, 0) for place in offset)
-        padded = pixels.new_zeros(crop_size, crop_size, 3)
-        padded[top:top + pixels.shape[0], left:left + pixels.shape[1]] = pixels
-        pixels = padded
-    return pixels[None].permute(0, 3, 1, 2).flip(3)[0].permute(1, 2, 0) if flip else pixels
-
-
-class Normalizer:
-    """Pixels to what the model is fed: (pixel / 255 - mean) / std per channel, in the training precision."""
-
-    def __init__(self, config: DataConfig, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        """`width`: pixels of a row. The factors are laid out for a whole row, so that the inner loop has 3 * width
-        elements instead of 3 and can be vectorised: 0.06 ms an image of 224 pixels on the CPU instead of 0.9."""
-        mean, std = torch.tensor(config.mean, dtype=torch.float64), torch.tensor(config.std, dtype=torch.float64)
-        self.scale = (1 / (255 * std)).repeat(width).to(device, torch.float32)
-        self.shift = (-mean / std).repeat(width).to(device, torch.float32)
-        self.dtype = dtype
-
-    def __call__(self, pixels: torch.Tensor, out: torch.Tensor) -> None:
-        """Fill `out` [..., W, 3] of the training precision, contiguous, from `pixels` uint8 [..., W, 3]."""
-        rows, target = pixels.reshape(-1, len(self.scale)), out.view(-1, len(self.scale))
-        # On the CPU in pieces that torch computes in the calling thread: the loader's threads must not each start a
-        # team of their own beside the training's. A piece stays in the cache, too.
-        block = len(rows) if rows.is_cuda else max(1, _SERIAL_ELEMENTS // len(self.scale))
-        for piece, filled in zip(rows.split(block), target.split(block), strict=True):
-            torch.addcmul(self.shift, piece.float(), self.scale, out=filled)
 
 
 def _run_ahead(items: Iterator, depth: int) -> Iterator:
@@ -144,20 +81,19 @@ class _DaliLoader:
     """how the CPU resizes a window"""
 
     def __init__(
-        self, index: Index, config: DataConfig, quarantine: Quarantine, *, crop_size: int, local_batch_size: int,
-        dtype: torch.dtype, device: torch.device, threads: int,
+        self, index: Index, config: DataConfig, quarantine: Quarantine, *, local_batch_size: int, dtype: torch.dtype,
+        device: torch.device, threads: int, views: int = 1,
     ) -> None:
         self.index = index
         self.config = config
         self.quarantine = quarantine
-        self.crop_size = crop_size
         self.dtype = dtype
         self.device = device
         self.num_samples = len(index)
         self.class_names = index.class_names
         self.reader = Reader(index)
-        self.decoder = Decoder(crop_size=crop_size, local_batch_size=local_batch_size, threads=threads, device=device)
-        self.normalize = Normalizer(config, crop_size, dtype, device)
+        self.decoder = Decoder(local_batch_size=local_batch_size, threads=threads, device=device, views=views)
+        self.normalize = Normalizer(config, dtype, device)
         self.threads = threads
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="resize")
         self.running: Iterator[Batch] | None = None
@@ -231,9 +167,11 @@ class _DaliLoader:
                 self.decoder.restart()
         rows = np.array([image.row for image in job.images], dtype=np.int64)
         labels = torch.from_numpy(self._labels(job, rows))
-        if self.device.type == "cpu":
-            return Batch(self._finish_on_cpu(decoded, job.geometry), labels, rows)
-        return Batch(self._finish_on_gpu(decoded), labels.pin_memory().to(self.device, non_blocking=True), rows)
+        finish = self._finish_on_gpu if self.device.type == "cuda" else self._finish_on_cpu
+        first, *others = [finish(decoded, job, number) for number in range(len(job.geometry.views))]
+        if self.device.type == "cuda":
+            labels = labels.pin_memory().to(self.device, non_blocking=True)
+        return Batch(first, labels, rows, tuple(others))
 
     def _mend_pending(self) -> bool:
         """Treat what cannot be decoded in the first batch that has such images as bad; False when there is none."""
@@ -247,26 +185,30 @@ class _DaliLoader:
                 return True
         return False
 
-    def _finish_on_cpu(self, decoded, geometry: crops.Geometry) -> torch.Tensor:
-        windows = windows_to_torch(decoded)
-        sizes, offsets, flips = geometry.sizes.tolist(), geometry.offsets.tolist(), geometry.flips.tolist()
-        out = torch.empty(len(windows), self.crop_size, self.crop_size, 3, dtype=self.dtype)
+    def _finish_on_cpu(self, decoded, job: Job, number: int) -> torch.Tensor:
+        """The view `number` of a batch, ready for the model: [n, 3, side, side]."""
+        windows, view = windows_to_torch(decoded[0]), job.geometry.views[number]
+        sizes, offsets, flips = view.sizes.tolist(), view.offsets.tolist(), job.geometry.flips.tolist()
+        out = torch.empty(len(windows), view.side, view.side, 3, dtype=self.dtype)
+        self.normalize.prepare(view.side)
 
         def work(first: int) -> None:
-            pixels = [cut(windows[i], tuple(sizes[i]), offsets[i], flips[i], self.crop_size, self.resize)
+            pixels = [cut(windows[i], tuple(sizes[i]), offsets[i], flips[i], view.side, self.resize)
                       for i in range(first, min(first + together, len(windows)))]
             self.normalize(torch.stack(pixels), out[first:first + len(pixels)])
 
         # As many as are normalised in one piece: ten images of 32 pixels, which halves what they cost, one of 224.
-        together = max(1, _SERIAL_ELEMENTS // (3 * self.crop_size**2))
+        together = max(1, SERIAL_ELEMENTS // (3 * view.side**2))
         # One thread more would only wait for this one, and pass Python's lock to and fro.
         run = self.pool.map if self.threads > 1 else map
         list(run(work, range(0, len(windows), together)))
         return out.permute(0, 3, 1, 2)
 
-    def _finish_on_gpu(self, decoded) -> torch.Tensor:
-        pixels = batch_to_torch(decoded, self.device)
+    def _finish_on_gpu(self, decoded, job: Job, number: int) -> torch.Tensor:
+        """As `_finish_on_cpu`, of what DALI has cut already."""
+        pixels = batch_to_torch(decoded[number], self.device)
         out = torch.empty(pixels.shape, dtype=self.dtype, device=self.device)
+        self.normalize.prepare(pixels.shape[2])
         self.normalize(pixels, out)
         return out.permute(0, 3, 1, 2)
 
@@ -295,15 +237,17 @@ class DaliTrainLoader(_DaliLoader):
     resize = staticmethod(resize_fast)
 
     def __init__(
-        self, index: Index, config: DataConfig, *, seed: int, global_batch_size: int, grad_accum_steps: int, rank: int,
-        world_size: int, dtype: torch.dtype, device: torch.device, threads: int, output_dir: str,
+        self, index: Index, config: DataConfig, augment: AugmentConfig, *, seed: int, global_batch_size: int,
+        grad_accum_steps: int, rank: int, world_size: int, dtype: torch.dtype, device: torch.device, threads: int,
+        output_dir: str,
     ) -> None:
         """`threads`: of DALI and, on the CPU, of the resize pool as well. Raises ValueError when the data set is
         smaller than `global_batch_size`."""
         self.steps_per_epoch = order.steps_per_epoch(len(index), global_batch_size)
-        super().__init__(index, config, Quarantine(output_dir, "train", rank, config.max_bad_images),
-                         crop_size=config.train_crop_size, dtype=dtype, device=device, threads=threads,
+        super().__init__(index, config, Quarantine(output_dir, "train", rank, config.max_bad_images), dtype=dtype,
+                         device=device, threads=threads,
                          local_batch_size=global_batch_size // (world_size * grad_accum_steps))
+        self.augment = augment
         self.seed = seed
         self.fingerprint = index.fingerprint()
         self.layout = {"global_batch_size": global_batch_size, "grad_accum_steps": grad_accum_steps, "rank": rank,
@@ -323,7 +267,8 @@ class DaliTrainLoader(_DaliLoader):
             if epoch != known:
                 known, rows = epoch, order.permutation(self.seed, epoch, len(self.index))
             for micro_step in range(self.layout["grad_accum_steps"]):
-                yield Job(rows[order.micro_step_positions(inside, micro_step, **self.layout)], epoch, step)
+                yield Job(rows[order.micro_step_positions(inside, micro_step, **self.layout)], epoch, step,
+                          draws=epoch, side=crops.train_side(epoch, self.config))
 
     def _mend(self, job: Job, slot: int, image: Encoded) -> Encoded:
         if image.reason is None:
@@ -331,10 +276,7 @@ class DaliTrainLoader(_DaliLoader):
         return next_good(self.index, image, self.quarantine, wanted=int(job.rows[slot]), epoch=job.epoch, step=job.step)
 
     def _geometry(self, job: Job) -> crops.Geometry:
-        config = self.config
-        return crops.train_geometry(self.seed, job.epoch, job.rows, *self._sides(job), crop_size=self.crop_size,
-                                    scale=config.crop_scale, ratio=config.crop_ratio,
-                                    flip_probability=config.flip_probability)
+        return crops.train_geometry(self.seed, job.draws, job.rows, *self._sides(job), job.side, self.config)
 
     def _labels(self, job: Job, rows: np.ndarray) -> np.ndarray:
         return self.index.labels[rows]
@@ -354,9 +296,10 @@ class DaliValLoader(_DaliLoader):
         threads: int, output_dir: str,
     ) -> None:
         """`threads`: of DALI and, on the CPU, of the resize pool as well."""
-        super().__init__(index, config, Quarantine(output_dir, "val", rank, None), crop_size=config.val_crop_size,
-                         local_batch_size=min(config.val_batch_size, len(index)), dtype=dtype, device=device,
-                         threads=threads)
+        super().__init__(index, config, Quarantine(output_dir, "val", rank, None), dtype=dtype, device=device,
+                         local_batch_size=min(config.val_batch_size, len(index)), threads=threads,
+                         views=(len(config.val_scales) or 1) * (5 if config.val_crops == "ten" else 1))
+        self.mirrored = config.val_flip or config.val_crops == "ten"
         self.share = order.val_batches(len(index), config.val_batch_size, rank, world_size)
         self.rounds = len(self.share)
 
@@ -373,8 +316,7 @@ class DaliValLoader(_DaliLoader):
         return blank(image)
 
     def _geometry(self, job: Job) -> crops.Geometry:
-        heights, widths = self._sides(job)
-        return crops.val_geometry(heights, widths, resize_size=self.config.val_resize_size, crop_size=self.crop_size)
+        return crops.val_geometry(*self._sides(job), self.config)
 
     def _labels(self, job: Job, rows: np.ndarray) -> np.ndarray:
         bad = np.array([image.reason is not None for image in job.images])

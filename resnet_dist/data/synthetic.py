@@ -70,6 +70,7 @@ class SyntheticValLoader:
     """A ValLoader of a tenth as many images, of config.val_crop_size."""
 
     num_bad = 0
+    mirrored = False
 
     def __init__(self, config: DataConfig, runtime: Runtime, *, dtype: torch.dtype) -> None:
         self.num_samples = max(1, config.synthetic_images // 10)

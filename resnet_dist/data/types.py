@@ -21,6 +21,8 @@ class Batch:
     """int64 [B], class ids, on the rank's device"""
     indices: np.ndarray
     """int64 [B], rows of the data set's index, on the host"""
+    other_views: tuple[torch.Tensor, ...] = ()
+    """in evaluation: further crops of the same images, each as `images`, of its own side"""
 
 
 class TrainLoader(Protocol):
@@ -50,6 +52,8 @@ class ValLoader(Protocol):
     """how many items an iteration yields: the same on every rank"""
     num_bad: int
     """broken images that this rank has met so far"""
+    mirrored: bool
+    """whether each view counts together with its mirror image"""
 
     def __iter__(self) -> Iterator[Batch | None]:
         """`rounds` items; None where other ranks still have a batch and this one has not."""
