@@ -195,7 +195,8 @@ class _DaliLoader:
         def work(first: int) -> None:
             pixels = [cut(windows[i], tuple(sizes[i]), offsets[i], flips[i], view.side, self.resize)
                       for i in range(first, min(first + together, len(windows)))]
-            self.normalize(torch.stack(pixels), out[first:first + len(pixels)])
+            stacked = torch.stack(pixels) if len(pixels) > 1 else pixels[0][None]
+            self.normalize(stacked, out[first:first + len(pixels)])
 
         # As many as are normalised in one piece: ten images of 32 pixels, which halves what they cost, one of 224.
         together = max(1, SERIAL_ELEMENTS // (3 * view.side**2))
