@@ -17,7 +17,7 @@ from resnet_dist.config import Config, ModelConfig, OptimConfig, TrainConfig
 from resnet_dist.data.types import IGNORED_LABEL, Batch
 from resnet_dist.engine import NonFinite, evaluate, is_due, train_step
 from resnet_dist.metrics import Counts
-from resnet_dist.models.resnet import resnet18
+from resnet_dist.models.build import MODELS
 from resnet_dist.optim import build_optimizer
 from resnet_dist.run import build_plan, build_state
 
@@ -185,7 +185,7 @@ class ListLoader:
 def test_views_are_averaged_as_probabilities():
     """Two views and their mirror images: the mean of four softmaxes, and its cross-entropy."""
     torch.manual_seed(0)
-    model = resnet18(num_classes=10).eval()
+    model = MODELS["resnet18"](num_classes=10).eval()
     first, second = make_batch(6), make_batch(6, image=96, seed=1)
     loader = ListLoader([replace(first, other_views=(second.images,))], 6)
     loader.mirrored = True
@@ -199,7 +199,7 @@ def test_views_are_averaged_as_probabilities():
 
 def test_evaluation_counts_each_image_once():
     torch.manual_seed(0)
-    model = resnet18(num_classes=10).train()
+    model = MODELS["resnet18"](num_classes=10).train()
     batches = [make_batch(5, seed=1), None, make_batch(3, seed=2)]
     batches[2].labels[1] = IGNORED_LABEL
     result = evaluate(model, ListLoader(batches, 8), Alone(), "fp32").result()
@@ -217,7 +217,7 @@ def test_evaluation_counts_each_image_once():
 
 
 def test_evaluation_refuses_a_miscount_and_stops_when_asked():
-    model = resnet18(num_classes=10)
+    model = MODELS["resnet18"](num_classes=10)
     with pytest.raises(AssertionError, match="evaluated 5 of 6 images"):
         evaluate(model, ListLoader([make_batch(5)], 6), Alone(), "fp32")
     calls = iter([0, 15])

@@ -8,6 +8,7 @@ import torchvision
 from torch import nn
 
 from resnet_dist.models import resnet
+from resnet_dist.models.build import MODELS
 from resnet_dist.models.init import init_weights, zero_residual_norms
 
 
@@ -22,7 +23,7 @@ def convs(model):
 @pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d"])
 def test_convolutions_have_the_law_of_torchvision(name):
     torch.manual_seed(5)
-    ours, theirs = getattr(resnet, name)(), getattr(torchvision.models, name)()
+    ours, theirs = MODELS[name](), getattr(torchvision.models, name)()
     for (key, conv), (their_key, their_conv) in zip(convs(ours), convs(theirs), strict=True):
         assert key == their_key
         weight, std = conv.weight.detach(), math.sqrt(2 / fan_out(conv))
@@ -43,7 +44,7 @@ def test_convolutions_are_normal_not_uniform():
 
 def test_norms_and_head():
     torch.manual_seed(7)
-    model = resnet.resnet18()
+    model = MODELS["resnet18"]()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             assert torch.equal(module.weight, torch.ones_like(module.weight))
@@ -57,7 +58,7 @@ def test_norms_and_head():
 
 
 def test_every_tensor_is_drawn_anew_and_by_seed():
-    model = resnet.resnet20()
+    model = MODELS["resnet20"](10)
     states = []
     for _ in range(2):
         with torch.no_grad():
@@ -72,7 +73,7 @@ def test_every_tensor_is_drawn_anew_and_by_seed():
 
 
 def test_zero_residual_norms_touches_the_last_norm_only():
-    model = resnet.resnet50(num_classes=2)
+    model = MODELS["resnet50"](num_classes=2)
     zero_residual_norms(m for m in model.modules() if isinstance(m, resnet.Bottleneck))
     zeroed = [n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and not m.weight.any()]
     assert len(zeroed) == 16
@@ -81,5 +82,5 @@ def test_zero_residual_norms_touches_the_last_norm_only():
 
 def test_works_on_meta():
     with torch.device("meta"):
-        model = resnet.resnet50(zero_init_residual=True)
+        model = MODELS["resnet50"](zero_init_residual=True)
     assert all(t.device.type == "meta" for t in model.state_dict().values())

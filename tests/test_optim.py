@@ -6,7 +6,7 @@ from torch import nn
 
 from resnet_dist.config import OptimConfig
 from resnet_dist.ema import Ema
-from resnet_dist.models.resnet import resnet18
+from resnet_dist.models.build import MODELS
 from resnet_dist.models.sync_batch_norm import convert_sync_batch_norm
 from resnet_dist.optim import build_optimizer, parameter_groups
 
@@ -14,7 +14,7 @@ from resnet_dist.optim import build_optimizer, parameter_groups
 @pytest.mark.parametrize("sync", [False, True])
 def test_groups_follow_the_type_of_the_module(sync):
     """torchvision names the norms of a shortcut downsample.1: a search for "bn" would miss them."""
-    model = resnet18(num_classes=10)
+    model = MODELS["resnet18"](num_classes=10)
     if sync:
         model = convert_sync_batch_norm(model, device_type="cpu")
     groups = parameter_groups(model, OptimConfig(weight_decay=1e-4, norm_weight_decay=0.0, bias_weight_decay=1e-5))
@@ -26,7 +26,7 @@ def test_groups_follow_the_type_of_the_module(sync):
 
 
 def test_no_setting_means_the_same_decay_for_all():
-    assert {g["weight_decay"] for g in parameter_groups(resnet18(), OptimConfig(weight_decay=5e-4))} == {5e-4}
+    assert {g["weight_decay"] for g in parameter_groups(MODELS["resnet18"](), OptimConfig(weight_decay=5e-4))} == {5e-4}
 
 
 @pytest.mark.parametrize("nesterov", [False, True])

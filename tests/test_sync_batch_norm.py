@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from resnet_dist.models import resnet
+from resnet_dist.models.build import MODELS
 from resnet_dist.models.sync_batch_norm import SyncBatchNorm, convert_sync_batch_norm
 
 SPLITS = [(4, 4), (5, 3), (1, 31), (8, 0), (3, 4, 1)]
@@ -256,7 +257,7 @@ def test_convert_on_cuda_is_torchs_own():
 
 def test_meta():
     with torch.device("meta"):
-        network = convert_sync_batch_norm(resnet.resnet50(10), None, "meta")
+        network = convert_sync_batch_norm(MODELS["resnet50"](10), None, "meta")
         images = torch.empty(2, 3, 64, 64)
     assert isinstance(network.bn1, SyncBatchNorm)
     network(images).sum().backward()

@@ -2,26 +2,14 @@
 
 import difflib
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
-from resnet_dist.models import resnet
+from resnet_dist.models.resnet import FAMILY, ResNet
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    "resnet18": resnet.resnet18,
-    "resnet34": resnet.resnet34,
-    "resnet50": resnet.resnet50,
-    "resnet101": resnet.resnet101,
-    "resnet152": resnet.resnet152,
-    "resnext50_32x4d": resnet.resnext50_32x4d,
-    "resnext101_32x8d": resnet.resnext101_32x8d,
-    "wide_resnet50_2": resnet.wide_resnet50_2,
-    "wide_resnet101_2": resnet.wide_resnet101_2,
-    "resnet20": resnet.resnet20,
-    "resnet32": resnet.resnet32,
-    "resnet44": resnet.resnet44,
-    "resnet56": resnet.resnet56,
-    "resnet110": resnet.resnet110,
+    name: partial(ResNet, block, depths, **options) for name, (block, depths, options) in FAMILY.items()
 }
 
 

@@ -236,79 +236,26 @@ def _make_stage(
     return nn.Sequential(*blocks)
 
 
-# The constructors below pass `zero_init_residual` and `stride_in_1x1` on to ResNet.
+_CIFAR = {"stem": "cifar", "stem_channels": 16, "shortcut": "A"}     # He et al. 2015, section 4.2; 6 n + 2 layers
 
-
-def resnet18(num_classes: int = 1000, **options) -> ResNet:
-    """ResNet-18: 11.7 million parameters (He et al. 2015, table 1)."""
-    return ResNet(BasicBlock, (2, 2, 2, 2), num_classes, **options)
-
-
-def resnet34(num_classes: int = 1000, **options) -> ResNet:
-    """ResNet-34: 21.8 million parameters (He et al. 2015, table 1)."""
-    return ResNet(BasicBlock, (3, 4, 6, 3), num_classes, **options)
-
-
-def resnet50(num_classes: int = 1000, **options) -> ResNet:
-    """ResNet-50: 25.6 million parameters (He et al. 2015, table 1)."""
-    return ResNet(Bottleneck, (3, 4, 6, 3), num_classes, **options)
-
-
-def resnet101(num_classes: int = 1000, **options) -> ResNet:
-    """ResNet-101: 44.5 million parameters (He et al. 2015, table 1)."""
-    return ResNet(Bottleneck, (3, 4, 23, 3), num_classes, **options)
-
-
-def resnet152(num_classes: int = 1000, **options) -> ResNet:
-    """ResNet-152: 60.2 million parameters (He et al. 2015, table 1)."""
-    return ResNet(Bottleneck, (3, 8, 36, 3), num_classes, **options)
-
-
-def resnext50_32x4d(num_classes: int = 1000, **options) -> ResNet:
-    """ResNeXt-50 with 32 groups of 4 channels: 25.0 million parameters (Xie et al. 2016, table 1)."""
-    return ResNet(Bottleneck, (3, 4, 6, 3), num_classes, groups=32, width_per_group=4, **options)
-
-
-def resnext101_32x8d(num_classes: int = 1000, **options) -> ResNet:
-    """ResNeXt-101 with 32 groups of 8 channels: 88.8 million parameters (torchvision's variant)."""
-    return ResNet(Bottleneck, (3, 4, 23, 3), num_classes, groups=32, width_per_group=8, **options)
-
-
-def wide_resnet50_2(num_classes: int = 1000, **options) -> ResNet:
-    """ResNet-50 with 3x3 convolutions twice as wide: 68.9 million parameters (Zagoruyko and Komodakis 2016)."""
-    return ResNet(Bottleneck, (3, 4, 6, 3), num_classes, width_per_group=128, **options)
-
-
-def wide_resnet101_2(num_classes: int = 1000, **options) -> ResNet:
-    """ResNet-101 with 3x3 convolutions twice as wide: 126.9 million parameters (torchvision's variant)."""
-    return ResNet(Bottleneck, (3, 4, 23, 3), num_classes, width_per_group=128, **options)
-
-
-def _cifar_resnet(n: int, num_classes: int, options: dict) -> ResNet:
-    """The network of 6 n + 2 layers for 32x32 images (He et al. 2015, section 4.2)."""
-    return ResNet(BasicBlock, (n, n, n), num_classes, stem="cifar", stem_channels=16, shortcut="A", **options)
-
-
-def resnet20(num_classes: int = 10, **options) -> ResNet:
-    """CIFAR ResNet-20: 0.27 million parameters (He et al. 2015, table 6)."""
-    return _cifar_resnet(3, num_classes, options)
-
-
-def resnet32(num_classes: int = 10, **options) -> ResNet:
-    """CIFAR ResNet-32: 0.46 million parameters (He et al. 2015, table 6)."""
-    return _cifar_resnet(5, num_classes, options)
-
-
-def resnet44(num_classes: int = 10, **options) -> ResNet:
-    """CIFAR ResNet-44: 0.66 million parameters (He et al. 2015, table 6)."""
-    return _cifar_resnet(7, num_classes, options)
-
-
-def resnet56(num_classes: int = 10, **options) -> ResNet:
-    """CIFAR ResNet-56: 0.85 million parameters (He et al. 2015, table 6)."""
-    return _cifar_resnet(9, num_classes, options)
-
-
-def resnet110(num_classes: int = 10, **options) -> ResNet:
-    """CIFAR ResNet-110: 1.7 million parameters (He et al. 2015, table 6)."""
-    return _cifar_resnet(18, num_classes, options)
+FAMILY: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...], dict]] = {
+    # He et al. 2015, table 1: 11.7, 21.8, 25.6, 44.5 and 60.2 million parameters
+    "resnet18": (BasicBlock, (2, 2, 2, 2), {}),
+    "resnet34": (BasicBlock, (3, 4, 6, 3), {}),
+    "resnet50": (Bottleneck, (3, 4, 6, 3), {}),
+    "resnet101": (Bottleneck, (3, 4, 23, 3), {}),
+    "resnet152": (Bottleneck, (3, 8, 36, 3), {}),
+    # Xie et al. 2016, table 1, and torchvision's larger one: 25.0 and 88.8 million
+    "resnext50_32x4d": (Bottleneck, (3, 4, 6, 3), {"groups": 32, "width_per_group": 4}),
+    "resnext101_32x8d": (Bottleneck, (3, 4, 23, 3), {"groups": 32, "width_per_group": 8}),
+    # Zagoruyko and Komodakis 2016, 3x3 convolutions twice as wide: 68.9 and 126.9 million
+    "wide_resnet50_2": (Bottleneck, (3, 4, 6, 3), {"width_per_group": 128}),
+    "wide_resnet101_2": (Bottleneck, (3, 4, 23, 3), {"width_per_group": 128}),
+    # He et al. 2015, table 6, for images of 32x32: 0.27, 0.46, 0.66, 0.85 and 1.7 million
+    "resnet20": (BasicBlock, (3, 3, 3), _CIFAR),
+    "resnet32": (BasicBlock, (5, 5, 5), _CIFAR),
+    "resnet44": (BasicBlock, (7, 7, 7), _CIFAR),
+    "resnet56": (BasicBlock, (9, 9, 9), _CIFAR),
+    "resnet110": (BasicBlock, (18, 18, 18), _CIFAR),
+}
+"""Each name's block, blocks per stage, and further arguments of `ResNet`."""
