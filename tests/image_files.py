@@ -8,19 +8,22 @@ import torch
 from PIL import Image
 
 from resnet_dist.config import AugmentConfig, DataConfig
-from resnet_dist.data.index import build_index
 from resnet_dist.data.loader import DaliTrainLoader, DaliValLoader
+from resnet_dist.data.scan import build_index
 
 
 class OneProcess:
     """As much of a Runtime as the data path needs, without a process group."""
 
-    is_main, rank, world_size, local_world_size, device = True, 0, 1, 1, torch.device("cpu")
+    is_main, rank, local_rank, world_size, local_world_size, device = True, 0, 0, 1, 1, torch.device("cpu")
 
     def on_main(self, function):
         return function()
 
     bytes_from_main = on_main
+
+    def sum_integer(self, number):
+        return number
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:

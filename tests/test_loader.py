@@ -89,7 +89,7 @@ def test_every_sample_once_per_epoch_except_the_tail(good, tmp_path, world_size)
         rows = np.concatenate([rows for rows, _, _ in gathered[3 * epoch:3 * epoch + 3]])
         assert len(set(rows.tolist())) == len(rows) == 36
     for rows, labels, _ in gathered:
-        assert np.array_equal(labels, good.labels[rows])
+        assert np.array_equal(labels, good.labels_of(rows))
 
 
 def test_batches_are_as_the_model_wants_them(good, tmp_path):
@@ -159,7 +159,7 @@ def test_bad_files_are_replaced_the_same_way_on_every_layout(mixed, tmp_path):
     clean.close()
     for (rows, labels, images), asked in zip(one, wanted, strict=True):
         assert rows.tolist() == [REPLACED.get(row, row) for row in asked.tolist()]
-        assert np.array_equal(labels, mixed.labels[rows])
+        assert np.array_equal(labels, mixed.labels_of(rows))
         assert torch.isfinite(images).all()
     lines = [json.loads(line) for line in (tmp_path / "one" / "quarantine.jsonl").read_text().splitlines()]
     seen = {row for rows in wanted for row in rows.tolist()}
@@ -195,7 +195,7 @@ def test_validation_counts_every_image_once(mixed, tmp_path, world_size):
             assert len(items) == loader.rounds
             for batch in filter(None, items):
                 for row, label, image in zip(batch.indices.tolist(), batch.labels.tolist(), batch.images, strict=True):
-                    assert label == (IGNORED_LABEL if row in REPLACED else mixed.labels[row])
+                    assert label == (IGNORED_LABEL if row in REPLACED else mixed.labels_of(row))
                     assert (row in expected) == (repeat == 1)
                     assert row not in REPLACED or (image.amax((1, 2)) == image.amin((1, 2))).all()
                     assert torch.equal(expected.setdefault(row, image), image)

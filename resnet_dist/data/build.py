@@ -6,8 +6,9 @@ import torch
 
 from resnet_dist.config import AugmentConfig, DataConfig
 from resnet_dist.data.digits import write_digits
-from resnet_dist.data.index import Index, build_index
+from resnet_dist.data.index import Index
 from resnet_dist.data.loader import DaliTrainLoader, DaliValLoader
+from resnet_dist.data.scan import build_index
 from resnet_dist.data.synthetic import SyntheticTrainLoader, SyntheticValLoader
 from resnet_dist.data.types import TrainLoader, ValLoader
 from resnet_dist.distributed import Runtime
@@ -30,7 +31,7 @@ def build_train_loader(
         return SyntheticTrainLoader(config, runtime, seed=seed, dtype=dtype, global_batch_size=global_batch_size,
                                     grad_accum_steps=grad_accum_steps)
     return DaliTrainLoader(
-        _index(config, runtime, "train"), config, augment or AugmentConfig(), seed=seed,
+        _index(config, runtime, "train", config.exclude), config, augment or AugmentConfig(), seed=seed,
         global_batch_size=global_batch_size, grad_accum_steps=grad_accum_steps, rank=runtime.rank,
         world_size=runtime.world_size, dtype=dtype, device=runtime.device, threads=_threads(config, runtime),
         output_dir=output_dir)
@@ -45,11 +46,11 @@ def build_val_loader(config: DataConfig, runtime: Runtime, *, dtype: torch.dtype
         device=runtime.device, threads=_threads(config, runtime), output_dir=output_dir)
 
 
-def _index(config: DataConfig, runtime: Runtime, split: str) -> Index:
-    """The images of a split; the digits are written by one process first."""
+def _index(config: DataConfig, runtime: Runtime, split: str, exclude: str = "") -> Index:
+    """The images of a split, but those of the list `exclude`; the digits are written by one process first."""
     if config.kind == "digits":
         runtime.on_main(lambda: write_digits(config.data_dir))
-    return build_index(config.data_dir, split, runtime)
+    return build_index(config.data_dir, split, runtime, exclude)
 
 
 def _threads(config: DataConfig, runtime: Runtime) -> int:

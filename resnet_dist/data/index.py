@@ -1,76 +1,199 @@
-"""The list of a data set's images: class names, and for each row a file and a label.
+"""The list of a data set's images: class names, and for each row a file, or a place in a tar shard, and a label.
 
-The layout is torchvision's ImageFolder (one folder per class, classes and files sorted by name), so class ids agree
-with models trained there. The list is made once and cached beside the data in one file; a folder's modification time
-changes with every file that is added or removed, which is how a cache knows that it is out of date.
+The list is one binary file that every process of a machine maps: opening it costs the same for a thousand images and
+for a billion, its pages are shared, and nothing of its size is ever built. Rows are ordered by class and then by file
+name, so that row i is the same image in class folders and in shards packed from them. Who makes the file: scan.py for
+what it finds, `resnet-dist data pack` for what it writes.
+
+The file: magic, version, CRC-32 and length of a JSON text; that text, with everything that is small; then at the next
+multiple of 64 bytes the arrays of _DTYPES, little-endian, each from a multiple of 64 bytes on.
 """
 
 import hashlib
-import io
+import json
+import math
 import os
+import struct
 import tempfile
-import time
-import warnings
-from dataclasses import dataclass
+import zlib
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 """File names, in any case, that count as images."""
+SHARD_INDEX = "index.bin"
+"""Name of the index file that lies beside the tar shards of a split."""
 
-_VERSION = 1
-_SETTLED_NS = 2_000_000_000      # a folder changed this shortly before its scan may change again within one tick
+_PREFIX = struct.Struct("<8sIIQ")
+_MAGIC, _VERSION = b"resndist", 2
+_DTYPES = {"labels": "<i4", "starts": "<i8", "names": "u1", "shard": "<i4", "offset": "<i8", "length": "<i8"}
+_ALIGN = 64
 
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """The images of one split. Rows are ordered by class, then by file name.
-
-    The file names live in one block of bytes: 1.28 million of them take 25 MB instead of 120 MB as Python strings.
-    """
+    """The images of one split. Rows are ordered by class, then by file name; those of `excluded` do not count."""
 
     class_names: tuple[str, ...]
-    """folder names, sorted; the position is the class id"""
-    labels: np.ndarray
-    """int64 [n], class ids"""
+    """sorted; the position is the class id"""
     root: str
     """absolute path of the split's folder"""
-    names: np.ndarray
-    """uint8 [total], all file names one after the other"""
-    offsets: np.ndarray
-    """int64 [n + 1], where each name starts in `names`"""
+    shards: tuple[str, ...]
+    """file names of the tar shards in `root`; empty for class folders"""
+    arrays: dict[str, np.ndarray]
+    """of the file: labels int32 [n], starts int64 [n + 1] of the names in names uint8, and for shards shard int32 [n],
+    offset int64 [n], length int64 [n]"""
+    stored_fingerprint: str
+    """of all images of the file"""
+    excluded: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    """int64 [k], sorted: places in the arrays that are left out"""
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.arrays["labels"]) - len(self.excluded)
 
     def fingerprint(self) -> str:
-        """A short text that changes with the classes, the file names or their order; not with the files' contents."""
-        state = hashlib.blake2b("\0".join(self.class_names).encode(errors="surrogateescape"), digest_size=8)
-        for array in (self.labels, self.offsets, self.names):
-            state.update(np.ascontiguousarray(array))
-        return state.hexdigest()
+        """A short text that changes with the classes, the file names or their order; not with the files' contents, nor
+        between class folders and shards packed from them."""
+        if not len(self.excluded):
+            return self.stored_fingerprint
+        return _digest(self.stored_fingerprint.encode(), self.excluded.astype("<i8"))
+
+    def labels_of(self, rows: np.ndarray) -> np.ndarray:
+        """The class ids of `rows` (int64 [B]): int64 [B]."""
+        return self.arrays["labels"][self._stored(rows)].astype(np.int64)
+
+    def place(self, row: int) -> tuple[str, int, int]:
+        """Where the image's bytes are: (absolute path, offset, length); length -1 for a file of its own."""
+        stored = self._stored(row)
+        if not self.shards:
+            return os.path.join(self.root, self._name(stored)), 0, -1
+        shard, offset, length = (int(self.arrays[name][stored]) for name in ("shard", "offset", "length"))
+        return os.path.join(self.root, self.shards[shard]), offset, length
+
+    def name(self, row: int) -> str:
+        """`<class>/<file>`, which is unique in the split."""
+        return self._name(self._stored(row))
 
     def path(self, row: int) -> str:
-        """Absolute path of the image in `row`."""
-        name = os.fsdecode(self.names[self.offsets[row]:self.offsets[row + 1]].tobytes())
-        return os.path.join(self.root, self.class_names[self.labels[row]], name)
+        """The image's absolute path for messages; of one in a shard, `<shard>:<class>/<file>`."""
+        file = self.place(row)[0]
+        return f"{file}:{self.name(row)}" if self.shards else file
+
+    def find(self, name: str) -> int | None:
+        """The place in the arrays of `<class>/<file>`, found by bisection; None when there is no such image."""
+        folder, _, file = name.rpartition("/")
+        if folder not in self.class_names:
+            return None
+        # Keys of the array's own type: numpy would convert the whole array for another one.
+        label, labels = self.class_names.index(folder), self.arrays["labels"]
+        first, stop = (int(np.searchsorted(labels, np.int32(key))) for key in (label, label + 1))
+        wanted = os.fsencode(file)
+        stored = first + bisect_left(range(first, stop), wanted, key=self._file)
+        return stored if stored < stop and self._file(stored) == wanted else None
+
+    def _stored(self, rows):
+        """The places of `rows` in the arrays: each excluded one before a row moves it up."""
+        if not len(self.excluded):
+            return rows
+        return rows + np.searchsorted(self.excluded - np.arange(len(self.excluded)), rows, side="right")
+
+    def _file(self, stored: int) -> bytes:
+        start, stop = self.arrays["starts"][stored:stored + 2]
+        return self.arrays["names"][start:stop].tobytes()
+
+    def _name(self, stored: int) -> str:
+        return f"{self.class_names[self.arrays['labels'][stored]]}/{os.fsdecode(self._file(stored))}"
 
 
-def build_index(data_dir: str, split: str, runtime) -> Index:
-    """The index of data_dir/`split`/ ("train" or "val"), the same on every rank; call it on all of them.
+def write_index(path: str, class_names: Sequence[str], labels: Sequence[int], names: Sequence[bytes], *,
+                shards: Sequence[str] = (), places: Sequence | None = None) -> None:
+    """Write the index of tar shards that lie in the folder of `path`, complete; rows may come in any order.
 
-    Only the main process touches the storage; the others get its bytes, so that many ranks cost one scan and cannot
-    disagree. Raises ValueError, on every rank, when the folder is missing, empty or not sorted into class folders.
+    names: file names without the class, as os.fsencode gives them; shards: file names; places: (number of the shard,
+    offset, length in bytes) for each row. Written beside and renamed. Raises OSError, and ValueError as `encode_index`.
     """
-    payload = runtime.bytes_from_main(lambda: _read_or_scan(data_dir, split))
-    return _decode(payload, os.path.abspath(os.path.join(data_dir, split)))
+    sizes = [os.path.getsize(os.path.join(os.path.dirname(path), shard)) for shard in shards]
+    write_whole(path, encode_index(class_names, labels, names, shards=shards, places=places, stamps=sizes)[0])
+
+
+def encode_index(class_names: Sequence[str], labels: Sequence[int], names: Sequence[bytes], *,
+                 shards: Sequence[str] = (), places: Sequence | None = None, stamps: Sequence[int] = ()
+                 ) -> tuple[bytes, str]:
+    """(bytes of an index file, its fingerprint), for rows in any order; arguments as `write_index`.
+
+    stamps: numbers that change with what the index was made from (the folders' times or the shards' sizes). Raises
+    ValueError when two images of a class have one name.
+    """
+    rows = sorted(range(len(names)), key=lambda row: (labels[row], names[row]))
+    names = [names[row] for row in rows]
+    arrays = {"labels": np.asarray(labels, dtype="<i4")[rows],
+              "starts": np.cumsum([0, *map(len, names)], dtype="<i8"),
+              "names": np.frombuffer(b"".join(names), dtype=np.uint8)}
+    for row in range(1, len(names)):
+        if names[row] == names[row - 1] and arrays["labels"][row] == arrays["labels"][row - 1]:
+            raise ValueError(f"the image {class_names[arrays['labels'][row]]}/{os.fsdecode(names[row])} is there "
+                             f"twice: the images of a class need different names; remove or rename one of the two")
+    fingerprint = _digest("\0".join(class_names).encode(errors="surrogateescape"), *arrays.values())
+    if shards:
+        table = np.asarray(places, dtype="<i8")[rows]
+        arrays.update(shard=table[:, 0], offset=table[:, 1], length=table[:, 2])
+    counts = {name: len(array) for name, array in arrays.items()}
+    parts = [encode_header(counts, {"classes": list(class_names), "shards": list(shards), "stamps": list(stamps),
+                                    "fingerprint": fingerprint})]
+    for name, array in arrays.items():
+        parts.append(_padded(array.astype(_DTYPES[name], copy=False).tobytes()))
+    return b"".join(parts), fingerprint
+
+
+def encode_header(counts: dict[str, int], facts: dict) -> bytes:
+    """All that comes before the arrays, which have `counts` elements each; `facts` are classes, shards and so on."""
+    text = json.dumps({**facts, "counts": counts}).encode()
+    return _padded(_PREFIX.pack(_MAGIC, _VERSION, zlib.crc32(text), len(text)) + text)
+
+
+def write_whole(path: str, payload: bytes) -> None:
+    """Write a file in one move: it is there completely or not at all. Raises OSError."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", dir=os.path.dirname(path) or ".")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(payload)
+        os.chmod(temporary, 0o644)                           # mkstemp's 0600 would lock out other users of the data
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def open_index(path: str, root: str) -> tuple[Index, list[int]]:
+    """The index in the file `path` of the split in the folder `root`, and its stamps (see `encode_index`).
+
+    Only the header is read. Raises OSError, or ValueError when the file is damaged or not of its full length.
+    """
+    with open(path, "rb") as file:
+        prefix = file.read(_PREFIX.size).ljust(_PREFIX.size, b"\0")
+        magic, version, checksum, length = _PREFIX.unpack(prefix)
+        text = file.read(length) if magic == _MAGIC and version == _VERSION else b""
+        if len(text) != length or not text or zlib.crc32(text) != checksum:
+            raise ValueError(f"{path} is no index of this version, or damaged")
+        facts, mapped = json.loads(text), np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))
+    places, start = {}, _aligned(_PREFIX.size + length)
+    for name, count in facts["counts"].items():
+        places[name] = slice(start, start + count * np.dtype(_DTYPES[name]).itemsize)
+        start = _aligned(places[name].stop)
+    if start != len(mapped):
+        raise ValueError(f"{path} has {len(mapped)} bytes, not the {start} that its header tells")
+    arrays = {name: mapped[place].view(_DTYPES[name]) for name, place in places.items()}
+    return Index(tuple(facts["classes"]), root, tuple(facts["shards"]), arrays, facts["fingerprint"]), facts["stamps"]
 
 
 def check_same_classes(train_names: tuple[str, ...], val_names: tuple[str, ...]) -> None:
     """Raise ValueError when the two splits have different classes: class ids of one would be shifted in the other."""
     if train_names == val_names:
         return
-    parts = [f"{len(names)} only in {split}/ ({_some(sorted(names))})" for split, names in
+    parts = [f"{len(names)} only in {split}/ ({some(sorted(names))})" for split, names in
              (("train", set(train_names) - set(val_names)), ("val", set(val_names) - set(train_names))) if names]
     raise ValueError(f"data.data_dir: train/ has {len(train_names)} classes and val/ has {len(val_names)}, and they "
                      f"differ: {', '.join(parts)}. Both need the same class folders, since a class id is the folder's "
@@ -85,156 +208,22 @@ def check_num_classes(num_classes: int | None, found: int) -> int:
     return found
 
 
-def _read_or_scan(data_dir: str, split: str) -> bytes:
-    """The encoded index: the cache beside the data where it still holds, else a scan that renews it."""
-    classes = _class_folders(data_dir, split)
-    root = os.path.join(data_dir, split)
-    cache = os.path.join(data_dir, f".resnet_dist_{split}_index.npz")
-    mtimes = [os.stat(os.path.join(root, name)).st_mtime_ns for name in classes]
-    try:
-        with open(cache, "rb") as file:
-            payload = file.read()
-        with np.load(io.BytesIO(payload)) as stored:
-            if (int(stored["version"]) == _VERSION and _split_names(stored["classes"]) == tuple(classes)
-                    and stored["mtimes"].tolist() == mtimes):
-                _decode(payload, root)
-                return payload
-    except Exception:        # no cache yet, or a damaged one, which fails in many ways: it is never worth an error
-        pass
-    payload = _scan(root, classes, mtimes)
-    _write_cache(cache, payload)
-    return payload
-
-
-def _scan(root: str, classes: list[str], mtimes: list[int]) -> bytes:
-    """List every class folder, in the order of `classes`, and encode the result."""
-    started = time.time_ns()
-    blobs, lengths, counts, empty = [], [], [], []
-    for name in classes:
-        files = [os.fsencode(file) for file in _images(os.path.join(root, name))]
-        blobs.append(b"".join(files))
-        lengths.append(np.fromiter(map(len, files), dtype=np.int64, count=len(files)))
-        counts.append(len(files))
-        if not files:
-            empty.append(name)
-    if empty:
-        inner = next((entry.name for entry in os.scandir(os.path.join(root, empty[0])) if entry.is_dir()), None)
-        hint = f" ({empty[0]}/ has a folder {inner}/: images must lie in the class folder itself)" if inner else ""
-        raise ValueError(f"data.data_dir {os.path.dirname(root)!r}: {len(empty)} of {len(classes)} class folders in "
-                         f"{os.path.basename(root)}/ have no image ({', '.join(SUFFIXES)}): {_some(empty)}{hint}. "
-                         f"Put images in, or remove these folders")
-    # A change within the clock's tick of the scan would leave the time as it was: such a folder is not to be trusted.
-    trusted = [mtime if mtime < started - _SETTLED_NS else -1 for mtime in mtimes]
-    buffer = io.BytesIO()
-    np.savez(buffer, version=_VERSION, classes=_joined(classes), mtimes=np.array(trusted, dtype=np.int64),
-             counts=np.array(counts, dtype=np.int64), names=np.frombuffer(b"".join(blobs), dtype=np.uint8),
-             lengths=np.concatenate(lengths).astype(np.uint16))
-    return buffer.getvalue()
-
-
-def _decode(payload: bytes, root: str) -> Index:
-    """The index from its encoded form; ValueError or KeyError when that is damaged."""
-    with np.load(io.BytesIO(payload)) as stored:
-        counts, lengths, names = stored["counts"], stored["lengths"], stored["names"]
-        class_names = _split_names(stored["classes"])
-    offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths, dtype=np.int64)])
-    if len(counts) != len(class_names) or counts.sum() != len(lengths) or offsets[-1] != len(names):
-        raise ValueError("the parts of the cached index do not fit together")
-    labels = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
-    return Index(class_names, labels, root, names, offsets)
-
-
-def _write_cache(path: str, payload: bytes) -> None:
-    """Write the cache in one move; a folder that cannot be written to costs a scan at every start, nothing more."""
-    temporary = None
-    try:
-        descriptor, temporary = tempfile.mkstemp(prefix=os.path.basename(path) + ".", dir=os.path.dirname(path))
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(payload)
-        os.chmod(temporary, 0o644)                           # mkstemp's 0600 would lock out other users of the data
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-        warnings.warn(f"the list of images could not be kept in {path} ({error.strerror}): the folder is scanned again "
-                      f"at every start", stacklevel=4)
-
-
-def _class_folders(data_dir: str, split: str) -> list[str]:
-    """The sorted class folders of a split; raises ValueError with the way out when they are not there."""
-    if not data_dir:
-        raise ValueError("data.data_dir is empty: name the folder that holds train/ and val/, for instance "
-                         "--data.data_dir /data/imagenet, or try --data.kind digits, which needs no data")
-    if not os.path.isdir(data_dir):
-        state = "is a file" if os.path.exists(data_dir) else "does not exist"
-        raise ValueError(f"data.data_dir {data_dir!r} {state}: name the folder that holds train/ and val/ (seen from "
-                         f"this machine: {os.path.abspath(data_dir)})")
-    root = os.path.join(data_dir, split)
-    if not os.path.isdir(root):
-        raise ValueError(_no_split(data_dir, split))
-    classes = _folders(root)
-    loose = _images(root)
-    if not classes:
-        raise ValueError(_flat_split(root, loose) if loose else
-                         f"data.data_dir {data_dir!r}: {split}/ is empty; it needs one folder per class, with images")
-    if loose:
-        warnings.warn(f"{len(loose)} images lie in {root} beside the class folders ({_some(loose)}): they are not used",
-                      stacklevel=4)
-    return classes
-
-
-def _no_split(data_dir: str, split: str) -> str:
-    """Why there is no data_dir/split, as far as the folder tells."""
-    folders = _folders(data_dir)
-    rule = f"data.data_dir {data_dir!r} has no folder {split}/"
-    if not folders:
-        return f"{rule}: it has no folders at all; it must hold train/<class>/ and val/<class>/"
-    found = f"found: {_some(folders)}"
-    if not {"train", "val"} & set(folders) and _images(os.path.join(data_dir, folders[0])):
-        return (f"{rule}; {found}. It looks like a set of class folders itself: name the folder above it if this one "
-                f"is train/ or val/, else sort them into {os.path.join(data_dir, 'train')}/ and "
-                f"{os.path.join(data_dir, 'val')}/")
-    similar = [name for name in folders if split == "val" and name.lower() in ("valid", "validation", "test")]
-    hint = f"Rename or link {similar[0]}/ to val/ if that is the validation set" if similar else (
-        "It must hold train/<class>/ and val/<class>/")
-    return f"{rule}; {found}. {hint}"
-
-
-def _flat_split(root: str, loose: list[str]) -> str:
-    """What to do about images that are not sorted into class folders."""
-    split = os.path.basename(root)
-    return (f"data.data_dir {os.path.dirname(root)!r}: {split}/ is flat, its {len(loose)} images ({_some(loose)}) lie "
-            f"in it without class folders, so nothing tells their classes. Sort them into {split}/<class>/ with the "
-            f"names of train/. For ImageNet, line i of the devkit's data/ILSVRC2012_validation_ground_truth.txt is the "
-            f"ILSVRC2012_ID of ILSVRC2012_val_<i as 8 digits>.JPEG, and data/meta.mat gives the folder name (WNID, "
-            f"such as n01440764) of each ID; the IDs are not in the order of the sorted folder names, so they are not "
-            f"class ids")
-
-
-def _folders(path: str) -> list[str]:
-    """Sorted names of the folders in `path`, without hidden ones (.ipynb_checkpoints is no class)."""
-    with os.scandir(path) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _images(path: str) -> list[str]:
-    """Sorted names of the images in `path`; hidden files (macOS leaves ._name.jpg behind) are none."""
-    with os.scandir(path) as entries:
-        # Links are not followed: a broken one must show up as an unreadable image, not shorten the data set.
-        return sorted(entry.name for entry in entries if entry.name.lower().endswith(SUFFIXES)
-                      and not entry.name.startswith(".") and not entry.is_dir(follow_symlinks=False))
-
-
-def _joined(names: list[str]) -> np.ndarray:
-    """Names as bytes with a separator that no file name can contain."""
-    return np.frombuffer(b"\0".join(map(os.fsencode, names)), dtype=np.uint8)
-
-
-def _split_names(joined: np.ndarray) -> tuple[str, ...]:
-    return tuple(os.fsdecode(name) for name in joined.tobytes().split(b"\0"))
-
-
-def _some(names: list[str], count: int = 5) -> str:
+def some(names: Sequence[str], count: int = 5) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more
+
+
+def _aligned(size: int) -> int:
+    return math.ceil(size / _ALIGN) * _ALIGN
+
+
+def _padded(blob: bytes) -> bytes:
+    return blob.ljust(_aligned(len(blob)), b"\0")
+
+
+def _digest(*parts) -> str:
+    state = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        state.update(part)
+    return state.hexdigest()

@@ -280,7 +280,7 @@ class DaliTrainLoader(_DaliLoader):
         return crops.train_geometry(self.seed, job.draws, job.rows, *self._sides(job), job.side, self.config)
 
     def _labels(self, job: Job, rows: np.ndarray) -> np.ndarray:
-        return self.index.labels[rows]
+        return self.index.labels_of(rows)
 
 
 class DaliValLoader(_DaliLoader):
@@ -321,4 +321,4 @@ class DaliValLoader(_DaliLoader):
 
     def _labels(self, job: Job, rows: np.ndarray) -> np.ndarray:
         bad = np.array([image.reason is not None for image in job.images])
-        return np.where(bad, IGNORED_LABEL, self.index.labels[rows])
+        return np.where(bad, IGNORED_LABEL, self.index.labels_of(rows))

@@ -119,8 +119,10 @@ def _jpeg_header(data: bytes) -> tuple[int, int, int]:
 def load(index: Index, row: int) -> Encoded:
     """Read and check the file of one row. A file that cannot be read is a bad image like any other."""
     try:
-        with open(index.path(row), "rb", buffering=0) as file:
-            data = file.read()
+        file, offset, length = index.place(row)
+        with open(file, "rb", buffering=0) as opened:
+            opened.seek(offset)
+            data = opened.read(length)
     except OSError as error:
         return Encoded(row, b"", 0, 0, f"cannot be read: {error.strerror or error}")
     height, width, reason = _inspect(data)
