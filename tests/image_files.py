@@ -2,12 +2,14 @@
 
 import io
 import os
+import tarfile
 
 import numpy as np
 import torch
 from PIL import Image
 
 from resnet_dist.config import AugmentConfig, DataConfig
+from resnet_dist.data.index import encode_header
 from resnet_dist.data.loader import DaliTrainLoader, DaliValLoader
 from resnet_dist.data.scan import build_index
 
@@ -49,6 +51,42 @@ def write_split(folder: str, files: list[bytes], classes: int = 3, split: str = 
         with open(path, "wb") as file:
             file.write(data)
     return build_index(str(folder), split, OneProcess())
+
+
+def pack_shards(index, folder, order, shards: int, flat: bool = False, ids: bool = True):
+    """The images of an index in tar shards under `folder`, dealt out in runs of the rows' `order`; returns `folder`.
+
+    flat: as webdataset does it, without class folders; ids: with the class ids in .cls members.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, rows in enumerate(np.array_split(list(order), shards)):
+        with tarfile.open(folder / f"shard-{number:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for row in rows.tolist():
+                name = f"{row:04d}{os.path.splitext(index.name(row))[1]}" if flat else index.name(row)
+                with open(index.path(row), "rb") as file:
+                    _add_member(tar, name, file.read())
+                if ids:
+                    _add_member(tar, os.path.splitext(name)[0] + ".cls", str(index.labels_of(row)).encode())
+    return folder
+
+
+def _add_member(tar, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def simulated_index(path, n: int) -> str:
+    """An index file of `n` images in a shard, all of it zeros: a sparse file, which takes no place on the disk."""
+    counts = {"labels": n, "starts": n + 1, "names": 16 * n, "shard": n, "offset": n, "length": n}
+    header = encode_header(counts, {"classes": ["a"], "shards": ["shard.tar"], "stamps": [], "fingerprint": "none"})
+    with open(path, "wb") as file:
+        file.write(header)
+        size = len(header)
+        for count, width in zip(counts.values(), (4, 8, 1, 4, 8, 8), strict=True):
+            size += -(-count * width // 64) * 64
+        file.truncate(size)
+    return str(path)
 
 
 def train_loader(index, folder, *, augment=None, rank=0, world_size=1, grad_accum_steps=1, global_batch_size=8,

@@ -12,6 +12,7 @@ multiple of 64 bytes the arrays of _DTYPES, little-endian, each from a multiple 
 import hashlib
 import json
 import math
+import mmap
 import os
 import struct
 import tempfile
@@ -31,6 +32,7 @@ _PREFIX = struct.Struct("<8sIIQ")
 _MAGIC, _VERSION = b"resndist", 2
 _DTYPES = {"labels": "<i4", "starts": "<i8", "names": "u1", "shard": "<i4", "offset": "<i8", "length": "<i8"}
 _ALIGN = 64
+_READ_WHOLE = 2**28               # bytes of an index that is fetched at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,14 +180,17 @@ def open_index(path: str, root: str) -> tuple[Index, list[int]]:
         text = file.read(length) if magic == _MAGIC and version == _VERSION else b""
         if len(text) != length or not text or zlib.crc32(text) != checksum:
             raise ValueError(f"{path} is no index of this version, or damaged")
-        facts, mapped = json.loads(text), np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))
-    places, start = {}, _aligned(_PREFIX.size + length)
+        facts, mapped = json.loads(text), mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    # Reading around each row that is touched would be for nothing in a list that is larger than the memory.
+    mapped.madvise(mmap.MADV_WILLNEED if len(mapped) < _READ_WHOLE else mmap.MADV_RANDOM)
+    arrays, start = {}, _aligned(_PREFIX.size + length)
     for name, count in facts["counts"].items():
-        places[name] = slice(start, start + count * np.dtype(_DTYPES[name]).itemsize)
-        start = _aligned(places[name].stop)
+        stop = start + count * np.dtype(_DTYPES[name]).itemsize
+        if stop <= len(mapped):
+            arrays[name] = np.frombuffer(mapped, _DTYPES[name], count, start)
+        start = _aligned(stop)
     if start != len(mapped):
         raise ValueError(f"{path} has {len(mapped)} bytes, not the {start} that its header tells")
-    arrays = {name: mapped[place].view(_DTYPES[name]) for name, place in places.items()}
     return Index(tuple(facts["classes"]), root, tuple(facts["shards"]), arrays, facts["fingerprint"]), facts["stamps"]
 
 

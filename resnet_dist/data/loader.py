@@ -244,7 +244,7 @@ class DaliTrainLoader(_DaliLoader):
     ) -> None:
         """`threads`: of DALI and, on the CPU, of the resize pool as well. Raises ValueError when the data set is
         smaller than `global_batch_size`."""
-        self.steps_per_epoch = order.steps_per_epoch(len(index), global_batch_size)
+        self.steps_per_epoch = order.steps_per_epoch(len(index), global_batch_size, augment.repeats)
         super().__init__(index, config, Quarantine(output_dir, "train", rank, config.max_bad_images), dtype=dtype,
                          device=device, threads=threads,
                          local_batch_size=global_batch_size // (world_size * grad_accum_steps))
@@ -262,14 +262,13 @@ class DaliTrainLoader(_DaliLoader):
         return self._start(self._jobs(start_step, stop_step))
 
     def _jobs(self, start_step: int, stop_step: int) -> Iterator[Job]:
-        known, rows = None, None
         for step in range(start_step, stop_step):
             epoch, inside = order.locate(step, self.steps_per_epoch)
-            if epoch != known:
-                known, rows = epoch, order.permutation(self.seed, epoch, len(self.index))
             for micro_step in range(self.layout["grad_accum_steps"]):
-                yield Job(rows[order.micro_step_positions(inside, micro_step, **self.layout)], epoch, step,
-                          draws=epoch, side=crops.train_side(epoch, self.config))
+                positions = order.micro_step_positions(micro_step, **self.layout)
+                rows, _ = order.samples_at(self.seed, epoch, len(self.index), inside, positions,
+                                           self.layout["global_batch_size"], self.augment.repeats)
+                yield Job(rows, epoch, step, draws=epoch, side=crops.train_side(epoch, self.config))
 
     def _mend(self, job: Job, slot: int, image: Encoded) -> Encoded:
         if image.reason is None:

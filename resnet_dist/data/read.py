@@ -6,6 +6,8 @@ be decoded is found by the decoder's owner (dali.py) and ends up in the same qua
 """
 
 import dataclasses
+import errno
+import functools
 import json
 import os
 import struct
@@ -22,6 +24,11 @@ from resnet_dist.data.index import Index
 READ_THREADS = 8
 """Threads that wait for the storage. They hardly cost the processor anything: eight hide about 5 ms per file."""
 
+_OPEN_SHARDS = 256
+_WAITS = (0.1, 0.4, 1.6)         # seconds before each further try
+_PASSING = {getattr(errno, name) for name in (           # what a network file system may be over in a moment
+    "EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EINTR", "ENETDOWN", "ENETUNREACH", "ENETRESET", "EHOSTDOWN",
+    "EHOSTUNREACH", "ECONNRESET", "ECONNREFUSED", "EREMOTEIO") if hasattr(errno, name)}
 _SLOW_SECONDS = 0.5e-3           # a file that takes longer was not in the machine's memory
 
 _PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -116,15 +123,45 @@ def _jpeg_header(data: bytes) -> tuple[int, int, int]:
         position += 2 + struct.unpack_from(">H", head, 2)[0]
 
 
+class _Shard:
+    """An open file for os.pread, which needs no position and so no lock; closed when nobody uses it any more."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+_open_shard = functools.lru_cache(maxsize=_OPEN_SHARDS)(_Shard)
+
+
+def _read(path: str, offset: int, length: int) -> bytes:
+    """The bytes of a file (`length` -1), or of a place in a shard; tries again where the reason may pass."""
+    for wait in (*_WAITS, None):
+        try:
+            if length >= 0:
+                shard = _open_shard(path)                # held, so that it stays open when the cache drops it
+                return os.pread(shard.descriptor, length, offset)
+            with open(path, "rb", buffering=0) as file:
+                return file.read()
+        except OSError as error:
+            if wait is None or error.errno not in _PASSING:
+                raise
+        _open_shard.cache_clear()                        # a descriptor can be stale itself
+        time.sleep(wait)
+
+
 def load(index: Index, row: int) -> Encoded:
-    """Read and check the file of one row. A file that cannot be read is a bad image like any other."""
+    """Read and check the image of one row. One that cannot be read is a bad image like any other."""
+    path, offset, length = index.place(row)
     try:
-        file, offset, length = index.place(row)
-        with open(file, "rb", buffering=0) as opened:
-            opened.seek(offset)
-            data = opened.read(length)
+        data = _read(path, offset, length)
     except OSError as error:
         return Encoded(row, b"", 0, 0, f"cannot be read: {error.strerror or error}")
+    if len(data) < length:
+        return Encoded(row, b"", 0, 0, f"cannot be read: the shard ends after {len(data)} of its {length} bytes")
     height, width, reason = _inspect(data)
     return Encoded(row, data, height, width, reason)
 

@@ -54,13 +54,12 @@ class SyntheticTrainLoader:
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         """The micro-batches of steps [start_step, stop_step), grad_accum_steps of them for each step, in order."""
-        known_epoch, rows = -1, np.empty(0, dtype=np.int64)
         for step in range(start_step, stop_step):
             epoch, step_in_epoch = order.locate(step, self.steps_per_epoch)
-            if epoch != known_epoch:
-                known_epoch, rows = epoch, order.permutation(self._seed, epoch, self.num_samples)
             for micro_step in range(self._layout["grad_accum_steps"]):
-                yield self._bank.batch(rows[order.micro_step_positions(step_in_epoch, micro_step, **self._layout)])
+                positions = order.micro_step_positions(micro_step, **self._layout)
+                yield self._bank.batch(order.samples_at(self._seed, epoch, self.num_samples, step_in_epoch, positions,
+                                                        self._layout["global_batch_size"])[0])
 
     def close(self) -> None:
         """Nothing to end."""
