@@ -1,15 +1,20 @@
 """Headers, cheap checks, quarantine and substitution."""
 
+import errno
+import functools
 import json
+import os
 import re
+import threading
 import time
 
 import numpy as np
 import pytest
-from image_files import encode, picture, write_split
+from image_files import OneProcess, encode, pack_shards, picture, write_split
 
 from resnet_dist.data import read
 from resnet_dist.data.read import Encoded, Quarantine, Reader, blank, check, image_size, load, next_good
+from resnet_dist.data.scan import build_index
 
 
 @pytest.mark.parametrize("options", [
@@ -139,19 +144,93 @@ def test_blank_is_a_good_image_of_the_same_row():
     assert image_size(image.data) == (1, 1)
 
 
-def test_slow_storage_is_read_by_all_threads_and_fast_by_one(tmp_path, monkeypatch):
+def packed(index, tmp_path, shards=3):
+    """The same images in shards, in another order."""
+    order = np.random.default_rng(3).permutation(len(index))
+    pack_shards(index, tmp_path / "packed" / "train", order, shards)
+    return build_index(str(tmp_path / "packed"), "train", OneProcess())
+
+
+@pytest.mark.parametrize("in_shards", [False, True])
+def test_slow_storage_is_read_by_all_threads_and_fast_by_one(tmp_path, monkeypatch, in_shards):
     """Threads hide waiting, and cost processor time where there is nothing to wait for."""
     index = write_split(tmp_path, [encode(picture(20, 20, seed=i)) for i in range(16)])
+    index = packed(index, tmp_path) if in_shards else index
     reader = Reader(index, threads=4)
-    rows = np.arange(16)
+    rows, real, waiting, most = np.arange(16), read._read, set(), []
 
-    def slow(index, row):
-        time.sleep(0.002)
-        return load(index, row)
+    def slow(*place):
+        waiting.add(threading.get_ident())
+        most.append(len(waiting))
+        time.sleep(0.005)
+        waiting.discard(threading.get_ident())
+        return real(*place)
 
-    for function, shares in ((load, 1), (slow, 1), (slow, 4), (load, 4), (load, 1)):     # known from the request before
-        monkeypatch.setattr(read, "load", function)
+    for function, shares in ((real, 1), (slow, 1), (slow, 4), (real, 4), (real, 1)):     # known from the request before
+        monkeypatch.setattr(read, "_read", function)
         requested = reader.request(rows)
         assert len(requested) == shares
         assert [encoded.row for encoded in reader.collect(requested)] == rows.tolist()
+    assert max(most) == 4                                    # all of them waited at once
     reader.close()
+
+
+def test_shards_are_read_by_place(tmp_path, monkeypatch):
+    """By many threads at once, and through fewer descriptors than there are shards; none is left open."""
+    monkeypatch.setattr(read, "_open_shard", functools.lru_cache(maxsize=2)(read._Shard))
+    folder = write_split(tmp_path, [encode(picture(20 + i, 20, seed=i)) for i in range(40)])
+    index, before = packed(folder, tmp_path, shards=7), set(os.listdir("/proc/self/fd"))
+    reader = Reader(index, threads=8)
+    reader.seconds_per_file = 1.0                            # as if it were slow: all threads
+    requests = [reader.request(np.random.default_rng(seed).permutation(40)) for seed in range(20)]
+    for request in requests:
+        for image in reader.collect(request):
+            assert (image.reason, image.data) == (None, load(folder, image.row).data)
+    assert len(set(os.listdir("/proc/self/fd")) - before) == 2
+    reader.close()
+    read._open_shard.cache_clear()
+    assert not set(os.listdir("/proc/self/fd")) - before
+
+
+def test_shard_that_is_cut_off_or_gone_is_named(tmp_path):
+    index = packed(write_split(tmp_path, [encode(picture(20, 20, seed=i)) for i in range(6)]), tmp_path, shards=1)
+    read._open_shard.cache_clear()
+    last = max(range(6), key=lambda row: index.place(row)[1])
+    shard, offset, length = index.place(last)
+    os.truncate(shard, offset + 100)
+    assert load(index, last).reason == f"cannot be read: the shard ends after 100 of its {length} bytes"
+    assert index.path(last).startswith(f"{shard}:class")
+    os.unlink(shard)
+    read._open_shard.cache_clear()
+    assert load(index, 0).reason == "cannot be read: No such file or directory"
+
+
+@pytest.mark.parametrize("in_shards", [False, True])
+@pytest.mark.parametrize(("number", "failures", "waits", "reason"), [
+    (errno.EIO, 2, [0.1, 0.4], None), (errno.ESTALE, 3, [0.1, 0.4, 1.6], None), (errno.ETIMEDOUT, 1, [0.1], None),
+    (errno.EIO, 9, [0.1, 0.4, 1.6], "cannot be read: Input/output error"),
+    (errno.EACCES, 9, [], "cannot be read: Permission denied"), (errno.EISDIR, 9, [], "cannot be read: Is a directory"),
+])
+def test_what_may_pass_is_tried_again(tmp_path, monkeypatch, in_shards, number, failures, waits, reason):
+    """With growing pauses, and from a new descriptor; what will not pass is a bad image at once."""
+    index = write_split(tmp_path, [encode(picture(20, 20))])
+    index = packed(index, tmp_path, shards=1) if in_shards else index
+    slept, tries, opened, real, os_open = [], [], [], {"open": open, "pread": os.pread}, os.open
+    read._open_shard.cache_clear()
+
+    def failing(name):
+        def call(*args, **kwargs):
+            tries.append(args)
+            if len(tries) <= failures:
+                raise OSError(number, os.strerror(number))
+            return real[name](*args, **kwargs)
+        return call
+
+    monkeypatch.setattr(read.time, "sleep", slept.append)
+    monkeypatch.setattr(read.os, "pread", failing("pread"))
+    monkeypatch.setattr(read.os, "open", lambda *args: opened.append(args) or os_open(*args))
+    monkeypatch.setattr(read, "open", failing("open"), raising=False)
+    assert load(index, 0).reason == reason
+    assert slept == waits
+    assert len(tries) == len(waits) + 1
+    assert len(opened) == (len(tries) if in_shards else 0)
