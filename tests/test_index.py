@@ -107,7 +107,7 @@ def test_every_truncation_is_noticed(tmp_path):
     whole, cut = (tmp_path / ".resnet_dist_val_index.bin").read_bytes(), tmp_path / "cut"
     for length in range(len(whole)):
         cut.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="damaged|bytes"):
+        with pytest.raises(ValueError, match="damaged|bytes|empty"):
             open_index(str(cut), "")
 
 
@@ -316,7 +316,7 @@ def test_a_billion_rows_cost_what_a_million_do(tmp_path):
     for n in (10**6, 10**9):
         path = simulated_index(tmp_path / "index.bin", n)
         tracemalloc.start()
-        index = open_index(path, str(tmp_path))[0]
+        index = open_index(path, str(tmp_path))
         assert len(index) == n
         rows = np.linspace(0, n - 1, 256).astype(np.int64)
         assert index.labels_of(rows).tolist() == [0] * 256

@@ -39,17 +39,19 @@ _READ_WHOLE = 2**28               # bytes of an index that is fetched at once
 class Index:
     """The images of one split. Rows are ordered by class, then by file name; those of `excluded` do not count."""
 
-    class_names: tuple[str, ...]
-    """sorted; the position is the class id"""
     root: str
     """absolute path of the split's folder"""
+    class_names: tuple[str, ...]
+    """sorted; the position is the class id"""
     shards: tuple[str, ...]
     """file names of the tar shards in `root`; empty for class folders"""
+    stamps: tuple[int, ...]
+    """the sizes of the shards or the modification times of the class folders, -1 where one is not to be trusted"""
+    stored_fingerprint: str
+    """of all images of the file"""
     arrays: dict[str, np.ndarray]
     """of the file: labels int32 [n], starts int64 [n + 1] of the names in names uint8, and for shards shard int32 [n],
     offset int64 [n], length int64 [n]"""
-    stored_fingerprint: str
-    """of all images of the file"""
     excluded: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     """int64 [k], sorted: places in the arrays that are left out"""
 
@@ -118,16 +120,14 @@ def write_index(path: str, class_names: Sequence[str], labels: Sequence[int], na
     offset, length in bytes) for each row. Written beside and renamed. Raises OSError, and ValueError as `encode_index`.
     """
     sizes = [os.path.getsize(os.path.join(os.path.dirname(path), shard)) for shard in shards]
-    write_whole(path, encode_index(class_names, labels, names, shards=shards, places=places, stamps=sizes)[0])
+    write_whole(path, encode_index(class_names, labels, names, shards=shards, places=places, stamps=sizes))
 
 
 def encode_index(class_names: Sequence[str], labels: Sequence[int], names: Sequence[bytes], *,
-                 shards: Sequence[str] = (), places: Sequence | None = None, stamps: Sequence[int] = ()
-                 ) -> tuple[bytes, str]:
-    """(bytes of an index file, its fingerprint), for rows in any order; arguments as `write_index`.
+                 shards: Sequence[str] = (), places: Sequence | None = None, stamps: Sequence[int] = ()) -> bytes:
+    """The bytes of an index file, for rows in any order; arguments as `write_index`, stamps as in `Index`.
 
-    stamps: numbers that change with what the index was made from (the folders' times or the shards' sizes). Raises
-    ValueError when two images of a class have one name.
+    Raises ValueError when two images of a class have one name.
     """
     rows = sorted(range(len(names)), key=lambda row: (labels[row], names[row]))
     names = [names[row] for row in rows]
@@ -142,12 +142,10 @@ def encode_index(class_names: Sequence[str], labels: Sequence[int], names: Seque
     if shards:
         table = np.asarray(places, dtype="<i8")[rows]
         arrays.update(shard=table[:, 0], offset=table[:, 1], length=table[:, 2])
-    counts = {name: len(array) for name, array in arrays.items()}
-    parts = [encode_header(counts, {"classes": list(class_names), "shards": list(shards), "stamps": list(stamps),
-                                    "fingerprint": fingerprint})]
-    for name, array in arrays.items():
-        parts.append(_padded(array.astype(_DTYPES[name], copy=False).tobytes()))
-    return b"".join(parts), fingerprint
+    arrays = {name: array.astype(_DTYPES[name]) for name, array in arrays.items()}
+    header = encode_header({name: len(array) for name, array in arrays.items()}, {
+        "classes": list(class_names), "shards": list(shards), "stamps": list(stamps), "fingerprint": fingerprint})
+    return header + b"".join(_padded(array.tobytes()) for array in arrays.values())
 
 
 def encode_header(counts: dict[str, int], facts: dict) -> bytes:
@@ -169,29 +167,30 @@ def write_whole(path: str, payload: bytes) -> None:
         raise
 
 
-def open_index(path: str, root: str) -> tuple[Index, list[int]]:
-    """The index in the file `path` of the split in the folder `root`, and its stamps (see `encode_index`).
-
-    Only the header is read. Raises OSError, or ValueError when the file is damaged or not of its full length.
-    """
+def open_index(path: str, root: str) -> Index:
+    """The index in the file `path`, mapped, of the split in the folder `root`. Raises OSError or as `read_index`."""
     with open(path, "rb") as file:
-        prefix = file.read(_PREFIX.size).ljust(_PREFIX.size, b"\0")
-        magic, version, checksum, length = _PREFIX.unpack(prefix)
-        text = file.read(length) if magic == _MAGIC and version == _VERSION else b""
-        if len(text) != length or not text or zlib.crc32(text) != checksum:
-            raise ValueError(f"{path} is no index of this version, or damaged")
-        facts, mapped = json.loads(text), mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     # Reading around each row that is touched would be for nothing in a list that is larger than the memory.
     mapped.madvise(mmap.MADV_WILLNEED if len(mapped) < _READ_WHOLE else mmap.MADV_RANDOM)
-    arrays, start = {}, _aligned(_PREFIX.size + length)
+    return read_index(mapped, root)
+
+
+def read_index(buffer: bytes | mmap.mmap, root: str) -> Index:
+    """The index over the bytes of its file. Only the header is looked at; ValueError when that or the size is wrong."""
+    magic, version, checksum, length = _PREFIX.unpack(buffer[:_PREFIX.size].ljust(_PREFIX.size))
+    text = buffer[_PREFIX.size:_PREFIX.size + length] if (magic, version) == (_MAGIC, _VERSION) else b""
+    if not text or zlib.crc32(text) != checksum:
+        raise ValueError("this is no index of this version, or it is damaged")
+    facts, arrays, start = json.loads(text), {}, _aligned(_PREFIX.size + length)
     for name, count in facts["counts"].items():
         stop = start + count * np.dtype(_DTYPES[name]).itemsize
-        if stop <= len(mapped):
-            arrays[name] = np.frombuffer(mapped, _DTYPES[name], count, start)
+        if stop <= len(buffer):
+            arrays[name] = np.frombuffer(buffer, _DTYPES[name], count, start)
         start = _aligned(stop)
-    if start != len(mapped):
-        raise ValueError(f"{path} has {len(mapped)} bytes, not the {start} that its header tells")
-    return Index(tuple(facts["classes"]), root, tuple(facts["shards"]), arrays, facts["fingerprint"]), facts["stamps"]
+    if start != len(buffer):
+        raise ValueError(f"the index has {len(buffer)} bytes, not the {start} that its header tells")
+    return Index(root, *(tuple(facts[name]) for name in ("classes", "shards", "stamps")), facts["fingerprint"], arrays)
 
 
 def check_same_classes(train_names: tuple[str, ...], val_names: tuple[str, ...]) -> None:

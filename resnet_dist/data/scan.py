@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from resnet_dist.data.index import SHARD_INDEX, SUFFIXES, Index, encode_index, open_index, some, write_whole
+from resnet_dist.data.index import SHARD_INDEX, SUFFIXES, Index, encode_index, open_index, read_index, some, write_whole
 
 _SETTLED_NS = 2_000_000_000      # a folder changed this shortly before its scan may change again within one tick
 
@@ -33,56 +33,61 @@ def build_index(data_dir: str, split: str, runtime, exclude: str = "") -> Index:
     folder is missing, empty or sorted in another way, or `exclude` cannot be read.
     """
     root, held = os.path.abspath(os.path.join(data_dir, split)), []
-    path, fingerprint, token = runtime.on_main(lambda: _prepare(data_dir, split, held))
-    index = _open_same(path, root, fingerprint)
+    path, facts, token = runtime.on_main(lambda: _prepare(data_dir, split, held))
+    index = _open_same(path, root, facts)
     if runtime.sum_integer(int(index is None)):
         payload = runtime.bytes_from_main(lambda: held[0] if held else Path(path).read_bytes())
-        index = _share(payload, root, fingerprint, token, runtime, index)
+        index = _share(payload, root, facts, token, runtime, index)
     if exclude:
         stored = runtime.on_main(lambda: _excluded(index, split, exclude).tobytes())
         index = dataclasses.replace(index, excluded=np.frombuffer(stored, dtype=np.int64))
     return index
 
 
-def _prepare(data_dir: str, split: str, held: list[bytes]) -> tuple[str, str, str]:
-    """(file of the index, its fingerprint, a name for copies); the bytes go to `held` where no file can be written."""
+def _prepare(data_dir: str, split: str, held: list[bytes]) -> tuple[str, tuple, str]:
+    """(file of the index, its `_facts`, a name for copies); without a file that can be written, its bytes in `held`."""
     classes, shards = _contents(data_dir, split)
     root, token = os.path.abspath(os.path.join(data_dir, split)), os.urandom(8).hex()
     path = os.path.join(root, SHARD_INDEX) if shards else os.path.join(
         os.path.dirname(root), f".resnet_dist_{split}_index.bin")
     stats = [os.stat(os.path.join(root, name)) for name in shards or classes]
     stamps = [stat.st_size if shards else stat.st_mtime_ns for stat in stats]
-    with contextlib.suppress(OSError, ValueError, KeyError):             # none yet, or a damaged one
-        index, known = open_index(path, root)
-        if known == stamps and list(index.shards) == shards and (shards or list(index.class_names) == classes):
-            return path, index.stored_fingerprint, token
-    payload, fingerprint = _scan_shards(root, shards, stamps) if shards else _scan(root, classes, stamps)
+    with contextlib.suppress(OSError, ValueError):                       # none yet, or a damaged one
+        index = open_index(path, root)
+        if _facts(index)[1:] == (tuple(shards), tuple(stamps)) and (shards or list(index.class_names) == classes):
+            return path, _facts(index), token
+    payload = _scan_shards(root, shards, stamps) if shards else _scan(root, classes, stamps)
     try:
         write_whole(path, payload)
     except OSError as error:
         warnings.warn(f"the list of images could not be kept in {path} ({error.strerror}): the folder is scanned again "
                       f"at every start", stacklevel=4)
         held.append(payload)
-    return path, fingerprint, token
+    return "" if held else path, _facts(read_index(payload, root)), token
 
 
-def _open_same(path: str, root: str, fingerprint: str) -> Index | None:
+def _facts(index: Index) -> tuple:
+    """What tells two indices apart: their images, and what they were made from."""
+    return index.stored_fingerprint, index.shards, index.stamps
+
+
+def _open_same(path: str, root: str, facts: tuple) -> Index | None:
     """The index in a file, if this rank sees it and it is the main process's."""
     try:
-        index = open_index(path, root)[0]
+        index = open_index(path, root)
     except (OSError, ValueError):
         return None
-    return index if index.stored_fingerprint == fingerprint else None
+    return index if _facts(index) == facts else None
 
 
-def _share(payload: bytes, root: str, fingerprint: str, token: str, runtime, index: Index | None) -> Index:
+def _share(payload: bytes, root: str, facts: tuple, token: str, runtime, index: Index | None) -> Index:
     """`index`, or one over a copy that the ranks of this machine share; nobody needs the copy's name afterwards."""
     path = os.path.join(tempfile.gettempdir(), f"resnet_dist_{os.getuid()}_{token}.bin")
     if runtime.local_rank == 0:
         with contextlib.suppress(OSError):
             write_whole(path, payload)
     runtime.sum_integer(0)                               # written on every machine
-    index = index if index is not None else _open_same(path, root, fingerprint)
+    index = _open_same(path, root, facts) if index is None else index
     lost = runtime.sum_integer(int(index is None))       # mapped by every rank
     if runtime.local_rank == 0:
         with contextlib.suppress(OSError):
@@ -97,12 +102,12 @@ def _share(payload: bytes, root: str, fingerprint: str, token: str, runtime, ind
 def _excluded(index: Index, split: str, file: str) -> np.ndarray:
     """The places in the index's arrays that the list `file` names: sorted int64. Warns of names that are not there."""
     try:
-        lines = Path(file).read_text("utf-8", "surrogateescape").splitlines()
+        lines = os.fsdecode(Path(file).read_bytes()).split("\n")
     except OSError as error:
         raise ValueError(f"data.exclude {file!r} cannot be read ({error.strerror}): name a text file with one "
                          f"{split}/<class>/<file> a line, as `resnet-dist data verify` writes it, or none") from None
     others = tuple(f"{other}/" for other in ("train", "val") if other != split)
-    wanted = [line for line in lines if line and not line.startswith(others)]
+    wanted = [line.removesuffix("\r") for line in lines if line.strip() and not line.startswith(others)]
     places = {line: index.find(line.removeprefix(f"{split}/")) for line in wanted}
     unknown = [line for line, place in places.items() if place is None]
     if unknown:
@@ -111,7 +116,7 @@ def _excluded(index: Index, split: str, file: str) -> np.ndarray:
     return np.array(sorted({place for place in places.values() if place is not None}), dtype=np.int64)
 
 
-def _scan(root: str, classes: list[str], mtimes: list[int]) -> tuple[bytes, str]:
+def _scan(root: str, classes: list[str], mtimes: list[int]) -> bytes:
     """List every class folder, in the order of `classes`, and encode the result."""
     started = time.time_ns()
     found = [[os.fsencode(file) for file in _named(os.path.join(root, name), SUFFIXES)] for name in classes]
@@ -128,7 +133,7 @@ def _scan(root: str, classes: list[str], mtimes: list[int]) -> tuple[bytes, str]
     return encode_index(classes, labels.tolist(), [file for files in found for file in files], stamps=trusted)
 
 
-def _scan_shards(root: str, shards: list[str], sizes: list[int]) -> tuple[bytes, str]:
+def _scan_shards(root: str, shards: list[str], sizes: list[int]) -> bytes:
     """Read the headers of every shard, and encode the result."""
     found = [member for number, shard in enumerate(shards) for member in _members(os.path.join(root, shard), number)]
     rule = f"data.data_dir {os.path.dirname(root)!r}: the {len(shards)} tar files in {os.path.basename(root)}/"
