@@ -189,14 +189,15 @@ def test_classes_must_agree():
 
 
 NAMES = ["a/10.jpg", "a/2.jpg", "a/x.PNG", "b/1.jpg", "ä/1.jpg", "ä/é.jpg"]
+TEXTS = [name * 500 * (row + 1) for row, name in enumerate(NAMES)]
 
 
 @pytest.fixture
 def folder(tmp_path):
     """Files that hold their own names."""
     data_dir = make(tmp_path / "folder", [f"train/{name}" for name in NAMES])
-    for name in NAMES:
-        (tmp_path / "folder" / "train" / name).write_text(name * 300)
+    for name, text in zip(NAMES, TEXTS, strict=True):
+        (tmp_path / "folder" / "train" / name).write_text(text)
     make(tmp_path / "folder", [])
     return build_index(data_dir, "train", ALONE)
 
@@ -217,7 +218,7 @@ def test_shards_give_the_index_of_the_folder(folder, tmp_path, scans):
     index = build_index(str(tmp_path / "shards"), "train", ALONE)
     assert (index.class_names, labels(index), index.fingerprint()) == (
         folder.class_names, labels(folder), folder.fingerprint())
-    assert contents(index) == contents(folder) == [name * 300 for name in NAMES]
+    assert contents(index) == contents(folder) == TEXTS
     assert [index.name(row) for row in range(6)] == NAMES
     assert index.path(0) == f"{root}/shard-00000.tar:a/10.jpg"
     assert len(build_index(str(tmp_path / "shards"), "train", ALONE)) == 6
@@ -246,6 +247,16 @@ def test_written_index_is_that_of_the_headers(folder, tmp_path, scans):
         write_index(str(root / "other"), ["a"], [0, 0], [b"2.jpg"] * 2, shards=shards, places=[(0, 0, 1), (1, 0, 1)])
 
 
+def test_an_old_index_of_repacked_shards_is_not_used(folder, tmp_path, monkeypatch):
+    """Also where it cannot be replaced, and although the images are the same."""
+    root = pack_shards(folder, tmp_path / "shards" / "train", order=[4, 2, 0, 5, 3, 1], shards=2)
+    build_index(str(tmp_path / "shards"), "train", ALONE)
+    pack_shards(folder, root, order=range(6), shards=2)
+    refuse_to_write(monkeypatch, root)
+    with pytest.warns(UserWarning, match="scanned again"):
+        assert contents(build_index(str(tmp_path / "shards"), "train", ALONE)) == contents(folder)
+
+
 def test_webdataset_shards_have_the_class_in_a_file(folder, tmp_path):
     pack_shards(folder, tmp_path / "shards" / "train", order=[4, 2, 0, 5, 3, 1], shards=2, flat=True)
     index = build_index(str(tmp_path / "shards"), "train", ALONE)
@@ -269,7 +280,7 @@ def test_wrong_shards_are_named(folder, tmp_path):
     end = whole.rindex(last.encode()) // 512 * 512
     for length in (0, 100, 700, 5000, end, end + 100, end + 3000, len(whole.rstrip(b"\0"))):     # data and headers
         assert_refused(whole[:length], "shard-00000.tar is no complete")
-    assert_refused(whole[:512 * 6] + b"x" * 512 + whole[512 * 7:], "no complete")
+    assert_refused(whole[:512 * 9] + b"x" * 512 + whole[512 * 10:], "no complete")
     shard.unlink()
     pack_shards(folder, root, order=range(6), shards=1, flat=True, ids=False)
     with pytest.raises(ValueError, match="neither a class folder nor a .cls file"):
