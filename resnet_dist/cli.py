@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train a network; also what train.py does",
     "evaluate": "top-1 and top-5 of a checkpoint on the validation set",
     "benchmark": "speed of the whole loop beside a bare one on a fixed batch",
+    "data": "get a data set ready: import, pack, download, verify, show",
     "report": "a table and a plot of a run's metrics.jsonl",
 }
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
@@ -97,6 +98,19 @@ def benchmark(arguments: list[str]) -> int:
     return command.run(config, options.windows, options.steps, options.json)
 
 
+def data(arguments: list[str]) -> int:
+    """Get a data set ready."""
+    from resnet_dist.commands import data as command
+    parser = command.build_parser()
+    options, settings = parser.parse_known_args(arguments)
+    if options.command != "show":
+        return command.run(parser.parse_args(arguments))
+    config = parse_config(config_parser("resnet-dist data show", data.__doc__), settings)
+
+    from resnet_dist.commands import show
+    return show.run(config, options)
+
+
 def report(arguments: list[str]) -> int:
     """Summarise a run."""
     parser = argparse.ArgumentParser(prog="resnet-dist report", description=report.__doc__)
@@ -116,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
         if wrong:
             print(f"error: unknown command {arguments[0]!r}", file=sys.stderr)
         return 2 if wrong else 0
-    functions = {"train": train, "evaluate": evaluate, "benchmark": benchmark, "report": report}
+    functions = {"train": train, "evaluate": evaluate, "benchmark": benchmark, "data": data, "report": report}
     return functions[arguments[0]](arguments[1:])
 
 

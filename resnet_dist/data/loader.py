@@ -115,6 +115,10 @@ class _DaliLoader:
         self.pool.shutdown()
         self.decoder = None
 
+    def look(self, rows: np.ndarray, epoch: int = 0) -> Batch:
+        """What `epoch` shows of `rows` (int64 [n], at most a batch), out of turn; ends an iteration that still runs."""
+        return next(self._start(iter([Job(rows, epoch, draws=epoch, side=crops.train_side(epoch, self.config))])))
+
     def _stop(self) -> None:
         if self.running is not None:
             self.running.close()

@@ -1,0 +1,160 @@
+"""Writing tar shards that this package, webdataset and DALI's readers.webdataset read.
+
+A shard is a plain ustar file; a sample is `<class>/<stem>.<jpg|jpeg|png>` and, behind it, `<class>/<stem>.cls` with the
+class id in ASCII digits. The samples are shuffled, every time alike, for programs that read one after the other. The
+index has the order and the names of the folders, so that a run on shards sees the very same samples.
+"""
+
+import hashlib
+import io
+import json
+import os
+import sys
+import tarfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from resnet_dist.data.index import SHARD_INDEX, Index, write_index, write_whole
+from resnet_dist.data.order import rows_at
+from resnet_dist.data.read import check, image_size
+from resnet_dist.data.scan import build_index
+
+
+class Source(NamedTuple):
+    """One image: `<class>/<file>`, and where its bytes are, in a file of their own or a piece of an archive."""
+
+    name: str
+    path: str
+    offset: int
+    length: int
+
+    def read(self) -> bytes:
+        """The bytes. Raises ValueError when there are fewer than there should be."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            data = file.read(self.length)
+        if len(data) < self.length:
+            raise ValueError(f"{self.path} ends inside {self.name}: it is cut off, or was changed meanwhile")
+        return data
+
+
+def open_splits(data_dir: str) -> dict[str, Index]:
+    """The index of each split that the folder has, opened by this process alone. Raises ValueError if it has none."""
+    alone = SimpleNamespace(local_rank=0, on_main=lambda do: do(), bytes_from_main=lambda do: do(), sum_integer=int)
+    splits = [split for split in ("train", "val") if os.path.isdir(os.path.join(data_dir, split))]
+    return {split: build_index(data_dir, split, alone) for split in splits or ["train"]}
+
+
+def progress(total: int | None, title: str, unit: str = "img") -> tqdm:
+    """A progress bar with the time that is left; a line now and then where the output is no terminal."""
+    return tqdm(total=total, desc=title, unit=unit, mininterval=0.1 if sys.stderr.isatty() else 30.0)
+
+
+def pack(sources: Iterable[Source], split: str, args) -> str:
+    """Pack `sources` to out/`split`/`split`-000000.tar and so on, with an index; returns what came of it, as text.
+
+    `args` has out, shard_mb (MiB of original bytes in a shard), workers (threads), resize and quality: an image whose
+    shorter side is above `resize` is brought down to it (Pillow, Lanczos; RGB, no metadata), as JPEG of `quality`; all
+    others keep their bytes, and so do those that cannot be decoded; resize 0 keeps all. Complete shards are left as
+    they are. Raises ValueError when the folder was begun with other settings or images, or a name is too long.
+    """
+    sources, folder = sorted(sources), os.path.join(args.out, split)
+    os.makedirs(folder, exist_ok=True)
+    names = hashlib.blake2b(repr([(one.name, one.length) for one in sources]).encode("utf-8", "replace"), digest_size=8)
+    _agree(os.path.join(folder, ".pack.json"), {"resize": args.resize, "quality": args.resize and args.quality,
+                                                "shard_mb": args.shard_mb, "images": names.hexdigest()})
+    order, keys = rows_at(0, 0, len(sources), np.arange(len(sources))), _keys(sources)
+    parts = [one.name.rpartition("/") for one in sources]
+    classes = sorted({part[0] for part in parts})
+    ids = {name: label for label, name in enumerate(classes)}
+    ends = np.cumsum([sources[row].length + 3 * tarfile.BLOCKSIZE for row in order])     # two headers, and the label
+    pieces = np.split(order, np.flatnonzero(np.diff((ends - 1) // max(1, args.shard_mb << 20))) + 1)
+    paths = [os.path.join(folder, f"{split}-{number:06d}.tar") for number in range(len(pieces))]
+
+    def work(path: str, rows: np.ndarray) -> dict:
+        samples = [(keys[row], ids[parts[row][0]], sources[row]) for row in rows]
+        written = _write_shard(path, samples, args.resize, args.quality)
+        bar.update(len(rows))
+        return written
+
+    # Threads do: files, decoder and encoder work outside Python's lock.
+    with progress(len(sources), f"pack {split}") as bar, ThreadPoolExecutor(args.workers) as pool:
+        shards = list(pool.map(work, paths, pieces))
+    places = [(number, *place) for number, shard in enumerate(shards) for place in shard["places"]]
+    write_index(os.path.join(folder, SHARD_INDEX), classes, [ids[parts[row][0]] for row in order],
+                [os.fsencode(parts[row][2]) for row in order], shards=list(map(os.path.basename, paths)), places=places)
+    before, after = sum(one.length for one in sources), sum(place[2] for place in places)
+    return "\n".join([f"{split}: {len(sources)} images of {len(classes)} classes in {len(paths)} shards, "
+                      f"{before / 1e6:.2f} MB before, {after / 1e6:.2f} MB after",
+                      *(f"  kept as it was: {split}/{name}: {why}" for shard in shards for name, why in shard["kept"])])
+
+
+def _agree(path: str, settings: dict) -> None:
+    """Write the settings to a file, or raise ValueError when it has others."""
+    if os.path.exists(path):
+        with open(path) as file:
+            begun = json.load(file)
+        if begun != settings:
+            raise ValueError(f"{os.path.dirname(path)} was begun with {begun}, and this is {settings}: repeat the "
+                             f"arguments and the images, or name another folder")
+    write_whole(path, json.dumps(settings).encode())
+
+
+def _keys(sources: list[Source]) -> list[str]:
+    """The samples' names in the tar: readers end a name at its first dot, so that dots in it become _."""
+    known = {}
+    for folder, stem in (os.path.split(os.path.splitext(source.name)[0]) for source in sources):
+        key = f"{folder}/{stem.replace('.', '_')}"
+        while key in known:                                      # of a.b.jpg and a_b.jpg, or a.jpg and a.png
+            key += "_"
+        if len(os.fsencode(folder)) > 155 or len(os.fsencode(key)) - len(os.fsencode(folder)) > 96:
+            raise ValueError(f"{folder}/{stem}: a tar has room for 155 bytes of class and 95 of name: shorten it")
+        known[key] = None
+    return list(known)
+
+
+def _write_shard(path: str, samples: list[tuple[str, int, Source]], resize: int, quality: int) -> dict:
+    """Write a shard, unless it is there; returns (offset, length) of its images and what was kept, as its sidecar."""
+    sidecar = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.json")
+    if os.path.exists(path):
+        with open(sidecar) as file:
+            return json.load(file)
+    written = {"places": [], "kept": []}
+    with open(path + ".tmp", "wb") as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for key, label, source in samples:
+                data, suffix, reason = _smaller(source, resize, quality)
+                written["kept"] += [(source.name, reason)] if reason else []
+                written["places"].append((tar.offset + tarfile.BLOCKSIZE, len(data)))
+                for name, content in ((f"{key}.{suffix}", data), (f"{key}.cls", str(label).encode())):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        file.flush()
+        os.fsync(file.fileno())
+    write_whole(sidecar, json.dumps(written).encode())           # first, so that every shard has one
+    os.replace(path + ".tmp", path)
+    return written
+
+
+def _smaller(source: Source, resize: int, quality: int) -> tuple[bytes, str, str | None]:
+    """(bytes, suffix, why they are the original ones although they should be smaller)."""
+    data, suffix = source.read(), os.path.splitext(source.name)[1][1:].lower()
+    reason = check(data) if resize else None
+    if not resize or reason or min(image_size(data)) <= resize:
+        return data, suffix, reason
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.mode.startswith("I"):
+                return data, suffix, "it has 16 bits, which Pillow would clip"
+            size, buffer = [side * resize // min(image.size) for side in image.size], io.BytesIO()
+            image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=quality)
+    except Exception as error:                                   # Pillow's plugins raise what they like
+        return data, suffix, f"{type(error).__name__}: {error}"
+    return buffer.getvalue(), "jpg", None
