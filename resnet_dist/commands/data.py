@@ -5,7 +5,6 @@ Files get their names when they are complete: a command that was killed goes on 
 
 import argparse
 import functools
-import glob
 import io
 import os
 import re
@@ -181,12 +180,11 @@ def download(args: argparse.Namespace) -> None:
 
 
 def _imagenette(datasets, cache: str, split: str, size: str) -> Iterator[tuple]:
-    for half in glob.glob(os.path.join(cache, "imagenette2*/")) if split == "train" else ():
-        shutil.rmtree(half)                                      # torchvision takes an unfinished one for complete
+    for half in Path(cache).glob("imagenette2*/") if split == "train" else ():
+        shutil.rmtree(half, ignore_errors=True)                  # torchvision takes an unfinished one for complete
     datasets.Imagenette(cache, split, size=size, download=True)
-    (folder,) = glob.glob(os.path.join(cache, "imagenette2*", split))
-    for path, _ in datasets.ImageFolder(folder).samples:
-        yield os.path.relpath(path, folder), None, Path(path).read_bytes
+    for path in sorted(Path(cache).glob(f"imagenette2*/{split}/*/*.JPEG")):
+        yield f"{path.parent.name}/{path.name}", None, path.read_bytes
 
 
 def _cifar10(datasets, cache: str, split: str, size: str) -> Iterator[tuple]:

@@ -5,10 +5,10 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -48,22 +48,17 @@ def run(args: argparse.Namespace) -> int:
     # The first is kept: one of val/ where there is one, since its twin in train/ would tell the answer.
     groups = [sorted(names, key=lambda name: (name.startswith("train/"), name)) for names in same.values()]
     found["duplicate"] = [(name, f"as {names[0]}") for names in groups for name in names[1:]]
-    _report(args.report, args.data_dir, total, {kind: sorted(entries) for kind, entries in found.items()})
-    if args.write_exclude:
-        left_out = {name for kind in ("broken", "duplicate")[:1 + args.exclude_duplicates] for name, _ in found[kind]}
-        lines = [f"{name}\n" for name in sorted(left_out) if name.startswith("train/")]
-        write_whole(args.write_exclude, "".join(lines).encode("utf-8", "surrogateescape"))
-    return 1 if found["broken"] else 0
-
-
-def _report(path: str, data_dir: str, total: int, found: dict[str, list]) -> None:
-    """Write the findings as JSON and as text, and print the beginning of the text."""
-    text = [f"{total} images in {data_dir}"]
+    text = [f"{total} images in {args.data_dir}"]
     for kind, entries in found.items():
-        text += [f"{len(entries)} {kind}", *(f"  {name}: {detail}" for name, detail in entries)]
-    write_whole(path, json.dumps({"data_dir": data_dir, "images": total, **found}, indent=1).encode())
-    write_whole(os.path.splitext(path)[0] + ".txt", "\n".join([*text, ""]).encode("utf-8", "surrogateescape"))
-    print("\n".join([*text[:50], f"report: {path}"]).encode("utf-8", "replace").decode())
+        text += [f"{len(entries)} {kind}", *(f"  {name}: {detail}" for name, detail in sorted(entries))]
+    report = {"data_dir": args.data_dir, "images": total, **{kind: sorted(found[kind]) for kind in KINDS}}
+    left_out = {name for kind in ("broken", "duplicate")[:1 + args.exclude_duplicates] for name, _ in found[kind]}
+    for path, lines in ((args.report, [json.dumps(report, indent=1)]), (Path(args.report).with_suffix(".txt"), text),
+                        (args.write_exclude, sorted(name for name in left_out if name.startswith("train/")))):
+        if path:
+            write_whole(path, "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"))
+    print("\n".join([*text[:50], f"report: {args.report}"]).encode("utf-8", "replace").decode())
+    return 1 if found["broken"] else 0
 
 
 def _findings(image: Encoded, decoder: Decoder, tiny: int) -> list[tuple[str, str]]:
