@@ -11,7 +11,6 @@ multiple of 64 bytes the arrays of _DTYPES, little-endian, each from a multiple 
 
 import hashlib
 import json
-import math
 import mmap
 import os
 import struct
@@ -37,7 +36,7 @@ _READ_WHOLE = 2**28               # bytes of an index that is fetched at once
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """The images of one split. Rows are ordered by class, then by file name; those of `excluded` do not count."""
+    """The images of one split. Rows are ordered by class, then by file name; images left out have none."""
 
     root: str
     """absolute path of the split's folder"""
@@ -53,7 +52,7 @@ class Index:
     """of the file: labels int32 [n], starts int64 [n + 1] of the names in names uint8, and for shards shard int32 [n],
     offset int64 [n], length int64 [n]"""
     excluded: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    """int64 [k], sorted: places in the arrays that are left out"""
+    """int64 [k]: for each image that is left out, in order, how many rows come before it"""
 
     def __len__(self) -> int:
         return len(self.arrays["labels"]) - len(self.excluded)
@@ -99,10 +98,8 @@ class Index:
         return stored if stored < stop and self._file(stored) == wanted else None
 
     def _stored(self, rows):
-        """The places of `rows` in the arrays: each excluded one before a row moves it up."""
-        if not len(self.excluded):
-            return rows
-        return rows + np.searchsorted(self.excluded - np.arange(len(self.excluded)), rows, side="right")
+        """The places of `rows` in the arrays: each image that is left out before a row moves it up."""
+        return rows + np.searchsorted(self.excluded, rows, side="right") if len(self.excluded) else rows
 
     def _file(self, stored: int) -> bytes:
         start, stop = self.arrays["starts"][stored:stored + 2]
@@ -219,7 +216,7 @@ def some(names: Sequence[str], count: int = 5) -> str:
 
 
 def _aligned(size: int) -> int:
-    return math.ceil(size / _ALIGN) * _ALIGN
+    return size + -size % _ALIGN
 
 
 def _padded(blob: bytes) -> bytes:

@@ -100,7 +100,7 @@ def _share(payload: bytes, root: str, facts: tuple, token: str, runtime, index: 
 
 
 def _excluded(index: Index, split: str, file: str) -> np.ndarray:
-    """The places in the index's arrays that the list `file` names: sorted int64. Warns of names that are not there."""
+    """`Index.excluded` of the images that the list `file` names. Warns of names that are not there."""
     try:
         lines = os.fsdecode(Path(file).read_bytes()).split("\n")
     except OSError as error:
@@ -113,7 +113,8 @@ def _excluded(index: Index, split: str, file: str) -> np.ndarray:
     if unknown:
         warnings.warn(f"data.exclude {file!r}: {len(unknown)} of {len(places)} lines name no image of {index.root} "
                       f"({some(unknown)})", stacklevel=4)
-    return np.array(sorted({place for place in places.values() if place is not None}), dtype=np.int64)
+    found = np.unique(np.array([place for place in places.values() if place is not None], dtype=np.int64))
+    return found - np.arange(len(found))
 
 
 def _scan(root: str, classes: list[str], mtimes: list[int]) -> bytes:
@@ -164,7 +165,7 @@ def _members(path: str, number: int) -> Iterator[tuple[str | int, bytes, int, in
                 if suffix.lower() in SUFFIXES:
                     images.append((posixpath.basename(folder), file, member.offset_data, member.size))
                 elif suffix == ".cls" and not folder:
-                    ids[stem] = int(tar.extractfile(member).read())
+                    ids[stem] = max(-1, int(tar.extractfile(member).read()))
             tar.fileobj.seek(tar.offset)                 # tarfile takes damage for the end
             if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise ValueError(f"it ends or is damaged at byte {tar.offset}, before its end marker")
