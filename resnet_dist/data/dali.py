@@ -46,7 +46,7 @@ def build_pipeline(
     # The dynamic executor leaves the outputs valid after release_outputs, as long as somebody holds them.
     @dali.pipeline_def(batch_size=local_batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=1,
                        exec_dynamic=True, enable_conditionals=True)
-    def _graph():
+    def graph():
         pixels = fn.decoders.image_slice(
             fn.external_source(name="encoded", dtype=types.UINT8, ndim=1),
             fn.external_source(name="anchor", dtype=types.INT32, ndim=1),
@@ -56,7 +56,7 @@ def build_pipeline(
         squares = [_view(pixels, number, flip) for number in range(views)]
         return tuple(apply_slots(square, slots, decode == "mixed") for square in squares) or pixels
 
-    return _graph()
+    return graph()
 
 
 def _view(pixels, number: int, flip):
@@ -75,8 +75,8 @@ def _view(pixels, number: int, flip):
 def _operations(on_gpu: bool) -> list:
     """What apply_slots chooses from: nothing, all that is geometric, then the rest of augment.OPERATIONS one by one.
 
-    They are torchvision's on uint8 tensors to within 2 levels. They round where it truncates, and sharpness filters the
-    outermost pixels as well.
+    They are torchvision's to within 2 levels: for geometry and hue those on uint8 tensors, else Pillow's. Sharpness
+    filters the outermost pixels as well.
     """
     from nvidia.dali import fn, math, types
     white, over_all = types.Constant(255, dtype=types.UINT8), {"axis_names": "HW", "keep_dims": True}
@@ -98,7 +98,8 @@ def _operations(on_gpu: bool) -> list:
 
     def blend(pixels, other, share):                             # in 16 bits, where nothing is clipped
         kept = fn.brightness(pixels, brightness=share, dtype=types.INT16)
-        return to_uint8(kept + fn.brightness(other, brightness=1 - share, dtype=types.INT16))
+        left = fn.brightness(other, brightness=1 - share, brightness_shift=-0.49 / 32767, dtype=types.INT16)
+        return to_uint8(kept + left)                             # -0.49: torchvision truncates, DALI rounds
 
     def color(pixels, matrix):
         other = fn.color_space_conversion(gray(pixels), image_type=types.GRAY, output_type=types.RGB)
@@ -109,27 +110,33 @@ def _operations(on_gpu: bool) -> list:
         flat = high == low                                       # such a channel stays as it is
         return to_uint8((pixels - low * (high > low)) * (255 / (high - low + flat * white)))
 
-    def hue(pixels, matrix):                                     # of HSV: its hexagon, with red at 0, green 2, blue 4
-        red, green, blue = (pixels[:, :, i:i + 1] * 1.0 for i in range(3))
-        high = math.max(red, math.max(green, blue))
-        span = high - math.min(red, math.min(green, blue))
-        is_red, is_green = red == high, (green == high) & (red != high)
-        is_blue = is_red == is_green
-        place = is_red * (green - blue) + is_green * (blue - red) + is_blue * (red - green)
-        place = place / math.max(span, 1.0) + is_green * 2 + is_blue * 4 + here(matrix)[0, 0] * 6
-        place = place - math.floor(place / 6) * 6
-        parts = (math.fabs(place - 3) - 1, 2 - math.fabs(place - 2), 2 - math.fabs(place - 4))
-        return to_uint8(fn.cat(*(high - span + span * math.clamp(part, 0.0, 1.0) for part in parts), axis=2))
-
     return [
         lambda pixels, matrix: pixels, warp,
-        lambda pixels, matrix: fn.brightness(pixels, brightness=matrix[0, 0]), color,
+        lambda pixels, matrix: fn.brightness(pixels, brightness=matrix[0, 0], brightness_shift=-0.49 / 255), color,
         lambda pixels, matrix: blend(pixels, fn.reductions.mean(gray(pixels), keep_dims=True), matrix[0, 0]),
         lambda pixels, matrix: fn.filter(pixels, here(matrix)),
         lambda pixels, matrix: pixels & to_uint8(256 - math.pow(2.0, 8 - here(matrix)[0, 0])),
         lambda pixels, matrix: pixels ^ (pixels >= here(matrix)[0, 0]) * white, autocontrast,
         # DALI's is OpenCV's; Pillow's law is the same, seen from the other end of the scale.
-        lambda pixels, matrix: fn.equalize(pixels ^ white) ^ white, lambda pixels, matrix: pixels ^ white, hue]
+        lambda pixels, matrix: fn.equalize(pixels ^ white) ^ white, lambda pixels, matrix: pixels ^ white,
+        lambda pixels, matrix: _turn_hue(pixels, here(matrix)[0, 0])]
+
+
+def _turn_hue(pixels, turns):
+    """The hue of HSV, moved by `turns` around its hexagon, on which red lies at 0, green at 2 and blue at 4."""
+    from nvidia.dali import fn, math, types
+
+    red, green, blue = (pixels[:, :, i:i + 1] * 1.0 for i in range(3))
+    high = math.max(red, math.max(green, blue))
+    span = high - math.min(red, math.min(green, blue))
+    is_red, is_green = red == high, (green == high) & (red != high)
+    is_blue = is_red == is_green
+    place = is_red * (green - blue) + is_green * (blue - red) + is_blue * (red - green)
+    place = place / math.max(span, 1.0) + is_green * 2 + is_blue * 4 + turns * 6
+    place = place - math.floor(place / 6) * 6
+    parts = (math.fabs(place - 3) - 1, 2 - math.fabs(place - 2), 2 - math.fabs(place - 4))
+    turned = (high - span + span * math.clamp(part, 0.0, 1.0) for part in parts)
+    return fn.cast(fn.cat(*turned, axis=2), dtype=types.UINT8)
 
 
 def _select(operations: list, first: int, branch, pixels, matrix):
@@ -179,13 +186,13 @@ class Augmenter:
         from nvidia.dali import fn, types
 
         @dali.pipeline_def(enable_conditionals=True, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)
-        def _graph():
+        def graph():
             images = fn.external_source(name="pixels", dtype=types.UINT8, ndim=3, layout="HWC", no_copy=True)
             return apply_slots(images, self.slots, on_gpu=False)
 
-        pipeline, self.pipeline = self.pipeline or _graph(**self.arguments), None     # it does not survive an error
+        pipeline, self.pipeline = self.pipeline or graph(**self.arguments), None     # it does not survive an error
         pipeline.feed_input("pixels", pixels.numpy())
-        feed_slots(pipeline, plan, range(len(pixels)))
+        feed_slots(pipeline, plan, range(len(plan.ops)))
         pipeline.schedule_run()
         augmented = torch.stack(windows_to_torch(pipeline.share_outputs()[0]))
         pipeline.release_outputs()
