@@ -8,11 +8,12 @@ import pytest
 import torch
 from image_files import encode, picture, val_loader, write_split
 from PIL import Image
-from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize, functional
+from torchvision.transforms.autoaugment import _apply_op
 
-from resnet_dist.config import DataConfig
-from resnet_dist.data import crops
-from resnet_dist.data.dali import Decoder, Job, build_pipeline, windows_to_torch
+from resnet_dist.config import AugmentConfig, DataConfig
+from resnet_dist.data import augment, crops
+from resnet_dist.data.dali import Augmenter, Decoder, Job, build_pipeline, windows_to_torch
 from resnet_dist.data.finish import Normalizer, cut, resize_exact
 from resnet_dist.data.read import Encoded, image_size
 
@@ -161,17 +162,31 @@ def protobuf_fields(data: bytes):
         position += length
 
 
-def test_gpu_form_places_decode_and_resize_on_the_gpu():
-    """Defined and serialized without a GPU: DALI checks operators, arguments and devices on the way."""
-    pipeline = build_pipeline(local_batch_size=8, threads=4, device_id=None, decode="mixed", views=1)
+def placement(pipeline) -> dict[str, set]:
+    """The devices of each kind of operator in a graph."""
     operators = {}
     for number, value in protobuf_fields(pipeline.serialize()):
         if number == 5:                                                      # an operator: name 1, arguments 4
             parts = list(protobuf_fields(value))
             arguments = [dict(protobuf_fields(part)) for key, part in parts if key == 4]
-            operators[parts[0][1].decode()] = next(a[5].decode() for a in arguments if a.get(1) == b"device")
-    assert operators.pop("ExternalSource") == "cpu"
-    assert operators == {"decoders__ImageSlice": "mixed", "Resize": "gpu", "Slice": "gpu", "Flip": "gpu"}
+            device = next(a[5].decode() for a in arguments if a.get(1) == b"device")
+            operators.setdefault(parts[0][1].decode(), set()).add(device)
+    return operators
+
+
+@pytest.mark.parametrize("slots", [0, 1])
+def test_gpu_form_places_what_touches_pixels_on_the_gpu(slots):
+    """Defined and serialized without a GPU: DALI checks operators, arguments and devices on the way."""
+    pipeline = build_pipeline(local_batch_size=8, threads=4, device_id=None, decode="mixed", views=1, slots=slots)
+    operators = placement(pipeline)
+    assert operators.pop("ExternalSource") == {"cpu"}
+    assert operators.pop("decoders__ImageSlice") == {"mixed"}
+    # On the CPU as well: which operation an image gets, and its arguments.
+    for name in ("_ArithmeticGenericOp", "_TensorSubscript", "_conditional__Split"):
+        assert operators.pop(name, None) == ({"cpu", "gpu"} if slots else None)
+    assert {"Resize", "Slice", "Flip", *["WarpAffine", "Equalize", "Filter", "_conditional__Merge"] * slots} <= \
+        operators.keys()
+    assert all(devices == {"gpu"} for devices in operators.values()), operators
 
 
 def test_cpu_form_ends_after_the_window():
@@ -190,3 +205,98 @@ def test_normalizer(dtype, width):
     normalize(pixels, out)
     expected = (pixels.double() / 255 - torch.tensor(config.mean)) / torch.tensor(config.std)
     assert (out.double() - expected).abs().max() <= {torch.float32: 1e-6}.get(dtype, 3 * torch.finfo(dtype).eps)
+
+
+# Operation, parameter: what policies and jitter reach at their ends, and the neutral ones.
+CASES = [(name, value) for name, values in {
+    "identity": [0], "shear_x": [-0.99, 0.1, 0.3], "shear_y": [-0.3, 0.99], "translate_x": [-31, 7],
+    "translate_y": [9, -5], "rotate": [-135, 3.3, 30], "brightness": [0.1, 1, 1.99], "color": [0.01, 0.7, 1, 1.99],
+    "contrast": [0.01, 0.7, 1, 1.99], "sharpness": [0.01, 1, 1.3, 1.99], "posterize": [2, 4, 8],
+    "solarize": [0, 100.5, 255], "autocontrast": [0], "equalize": [0], "invert": [0], "hue": [-0.5, -0.1, 0.05, 0.3],
+}.items() for value in values]
+
+
+def plan_of(cases, side):
+    ops = np.array([[augment.OPERATIONS.index(name)] for name, _ in cases], np.int32)
+    params = np.array([[value] for _, value in cases], np.float32)
+    return augment.Plan(ops, params, augment.matrices(ops, params, side))
+
+
+def torchvisions(image: torch.Tensor, name: str, value: float) -> torch.Tensor:
+    """The operation of the same name: tensors' for geometry and hue, which has 256 values in Pillow; else Pillow's."""
+    planes = image.permute(2, 0, 1)
+    if name == "hue":
+        return functional.adjust_hue(planes, value).permute(1, 2, 0)
+    title = {"autocontrast": "AutoContrast"}.get(name, name.replace("_", " ").title().replace(" ", ""))
+    if name in augment.OPERATIONS[1:6]:
+        return _apply_op(planes, title, value, InterpolationMode.BILINEAR, None).permute(1, 2, 0)
+    value = value - 1 if name in ("brightness", "color", "contrast", "sharpness") else value
+    return torch.from_numpy(np.array(_apply_op(Image.fromarray(image.numpy()), title, value, None, None)))
+
+
+def squares(count: int, side: int) -> torch.Tensor:
+    """Pictures, one of them with a channel of one value and one of a single colour."""
+    images = torch.from_numpy(np.stack([np.asarray(picture(side, side, seed)) for seed in range(count)]))
+    images[0, ..., 1], images[1] = 77, torch.tensor([200, 10, 90], dtype=torch.uint8)
+    return images
+
+
+@pytest.mark.parametrize("gpu_form", [False, True])
+def test_operations_are_torchvisions(gpu_form, monkeypatch):
+    """Within 1 level, 2 for color, contrast and equalize, at every pixel; the outermost of sharpness excepted.
+
+    All cases are in one batch. The GPU form warps with another operator, which has a CPU form, too.
+    """
+    from nvidia.dali import fn
+
+    if gpu_form:
+        monkeypatch.setattr(fn.experimental, "warp_perspective", lambda pixels, matrix, fill_value: fn.warp_affine(
+            pixels, matrix=matrix[:2], fill_value=0.0))
+    # Pillow's equalize divides by a whole number, (pixels - brightest) // 255: of small pictures it is another law.
+    side, cases = 224, [case for case in CASES if not gpu_form or case[0] in augment.OPERATIONS[1:6]]
+    augmenter = Augmenter(slots=1, local_batch_size=len(cases), threads=1)
+    for image in squares(3, side):
+        found = augmenter(image.expand(len(cases), -1, -1, -1).contiguous(), plan_of(cases, side))
+        for (name, value), pixels in zip(cases, found, strict=True):
+            difference = (pixels.int() - torchvisions(image, name, value).int()).abs()
+            difference = difference[1:-1, 1:-1] if name == "sharpness" else difference
+            exact = value == 1 or name in ("identity", "translate_x", "translate_y", "posterize", "solarize", "invert")
+            limit = 0 if exact else 2 if name in ("color", "contrast", "equalize") else 1
+            assert difference.max() <= limit, (name, value)
+            assert difference.float().mean() < 0.8, (name, value)
+
+
+def test_augmentation_does_not_depend_on_the_batch():
+    """Nor on threads, on what came before, on an error in between; a graph serves every side and batch size."""
+    config = AugmentConfig(policy="trivialaugment", color_jitter=(0, 0.4, 0, 0.1))
+    slots = augment.num_slots(config)
+    one, three = (Augmenter(slots=slots, local_batch_size=12, threads=threads) for threads in (1, 3))
+    for side, count in ((48, 12), (80, 5)):
+        images, plan = squares(count, side), augment.plan(config, 0, 0, np.arange(count), side)
+        before, together = images.clone(), one(images, plan)
+        assert torch.equal(together, three(images, plan)) and torch.equal(images, before)
+        for row in (0, 3):
+            alone = augment.plan(config, 0, 0, np.arange(row, row + 1), side)
+            assert torch.equal(one(images[row:row + 1], alone)[0], together[row])
+        if side == 48:
+            with pytest.raises(RuntimeError):
+                one(images[:2], plan)
+    assert not torch.equal(together, images)
+
+
+def test_slots_in_the_graph_of_the_decoder_come_after_the_flip():
+    """The GPU graph's form, run on the CPU: what the second stage makes of the same squares."""
+    config, side, rows = AugmentConfig(policy="autoaugment", color_jitter=(0, 0, 0.4, 0)), 64, np.arange(8)
+    files = [encode(picture(100, 120, seed)) for seed in rows]
+    geometry = crops.train_geometry(0, 0, rows, np.full(8, 100), np.full(8, 120), side, DataConfig())
+    job = Job(rows, images=[Encoded(row, data, 100, 120) for row, data in enumerate(files)], geometry=geometry,
+              plan=augment.plan(config, 0, 0, rows, side))
+    shown = []
+    for slots in (0, augment.num_slots(config)):
+        decoder = Decoder(local_batch_size=8, threads=2, device=torch.device("cpu"))
+        decoder.arguments |= {"views": 1, "slots": slots}
+        decoder.restart()
+        decoder.submit(job)
+        shown.append(torch.stack(windows_to_torch(decoder.collect()[1][0])))
+    augmenter = Augmenter(slots=augment.num_slots(config), local_batch_size=8, threads=1)
+    assert torch.equal(augmenter(shown[0], job.plan), shown[1]) and not torch.equal(*shown)
