@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from resnet_dist.config import DataConfig
 from resnet_dist.data.crops import Geometry
 from resnet_dist.data.read import Encoded
 
@@ -57,6 +58,31 @@ def build_pipeline(
             pixels = fn.flip(pixels, horizontal=fn.external_source(name="flip", dtype=types.INT32, ndim=0))
         pipeline.set_outputs(pixels)
     return pipeline
+
+
+def plain_batches(folder: str, config: DataConfig, local_batch_size: int, threads: int, device: torch.device):
+    """DALI's pipeline for class folders as its examples write it, to compare with: batches(start, stop), float NCHW."""
+    from nvidia import dali
+    from nvidia.dali import fn
+
+    decode = {"device": "mixed" if device.type == "cuda" else "cpu"}
+    with dali.Pipeline(local_batch_size, threads, device.index if device.type == "cuda" else None) as pipeline:
+        encoded, labels = fn.readers.file(file_root=folder, random_shuffle=True)
+        pixels = fn.decoders.image_random_crop(encoded, random_area=config.crop_scale,
+                                               random_aspect_ratio=config.crop_ratio, **decode)
+        pixels = fn.crop_mirror_normalize(
+            fn.resize(pixels, size=[config.train_crop_size] * 2), mirror=fn.random.coin_flip(),
+            mean=[255 * value for value in config.mean], std=[255 * value for value in config.std])
+        pipeline.set_outputs(pixels, labels)
+
+    def batches(start: int, stop: int):
+        pipeline.schedule_run()
+        for batch in range(start, stop):
+            if batch + 1 < stop:                                 # two under way, DALI's default, and none too many
+                pipeline.schedule_run()
+            yield pipeline.share_outputs()
+            pipeline.release_outputs()
+    return batches
 
 
 @dataclass

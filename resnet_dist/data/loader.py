@@ -316,6 +316,14 @@ class DaliTrainLoader(_DaliLoader):
         """
         return self._start(self._jobs(start_step, stop_step))
 
+    def undecoded(self, start_step: int, stop_step: int) -> Iterator[Job]:
+        """As `batches`, read and with their geometry, not decoded: what a benchmark finds beside the decoding."""
+        for job in self._jobs(start_step, stop_step):
+            images = self.reader.collect(self.reader.request(job.rows))
+            job.images = [self._mend(job, slot, image) for slot, image in enumerate(images)]
+            job.geometry = self._geometry(job)
+            yield job
+
     def _jobs(self, start_step: int, stop_step: int) -> Iterator[Job]:
         known, rows = None, None
         for step in range(start_step, stop_step):
