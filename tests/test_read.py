@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from image_files import encode, picture, write_split
 
-from resnet_dist.data import read
 from resnet_dist.data.read import Encoded, Quarantine, Reader, blank, check, image_size, load, next_good
 
 
@@ -29,6 +28,15 @@ def test_png_size(mode):
     data = encode(image.convert(mode), "PNG")
     assert image_size(data) == (37, 53)
     assert check(data) is None
+
+
+def test_a_size_that_would_take_all_memory_is_refused():
+    """One flipped byte in a header, and the decoder would ask for gigabytes."""
+    data = bytearray(encode(picture(37, 53)))
+    start = data.index(b"\xff\xc0") + 5
+    data[start:start + 4] = b"\xf0\x25\xf0\x35"
+    assert image_size(bytes(data)) == (0xF025, 0xF035)
+    assert "61493 x 61477" in check(bytes(data))
 
 
 def test_exif_orientation_and_thumbnail_do_not_mislead():
@@ -139,7 +147,7 @@ def test_blank_is_a_good_image_of_the_same_row():
     assert image_size(image.data) == (1, 1)
 
 
-def test_slow_storage_is_read_by_all_threads_and_fast_by_one(tmp_path, monkeypatch):
+def test_slow_storage_is_read_by_all_threads_and_fast_by_one(tmp_path):
     """Threads hide waiting, and cost processor time where there is nothing to wait for."""
     index = write_split(tmp_path, [encode(picture(20, 20, seed=i)) for i in range(16)])
     reader = Reader(index, threads=4)
@@ -150,7 +158,7 @@ def test_slow_storage_is_read_by_all_threads_and_fast_by_one(tmp_path, monkeypat
         return load(index, row)
 
     for function, shares in ((load, 1), (slow, 1), (slow, 4), (load, 4), (load, 1)):     # known from the request before
-        monkeypatch.setattr(read, "load", function)
+        reader.load = function
         requested = reader.request(rows)
         assert len(requested) == shares
         assert [encoded.row for encoded in reader.collect(requested)] == rows.tolist()
