@@ -124,8 +124,8 @@ def test_substitutes_depend_neither_on_the_ranks_nor_on_where_a_run_goes_on(mixe
 def memory_of_epochs(rank, world_size, folder):
     """MiB in use after 50 and after 200 epochs, training and validation, with files that the decoder refuses."""
     contents = files(N)[0][9:25]
-    train = train_loader(write_split(folder, contents), folder, global_batch_size=16, train_crop_size=16)
-    val = val_loader(write_split(folder, contents[:8], split="val"), folder, val_resize_size=18, val_crop_size=16)
+    train = train_loader(write_split(folder, contents), folder, global_batch_size=16, train_crop_size=64)
+    val = val_loader(write_split(folder, contents[:8], split="val"), folder, val_resize_size=72, val_crop_size=64)
     batches, used = train.batches(0, 200), []
     for _ in range(200):
         next(batches)
@@ -138,7 +138,7 @@ def memory_of_epochs(rank, world_size, folder):
 
 
 def test_memory_does_not_grow_over_200_epochs(tmp_path):
-    """A batch held back in each epoch, or a pipeline per failure, would be tens of MiB."""
+    """A batch held back in each epoch would be a hundred MiB, a pipeline per failure tens."""
     ((before, after),) = run_ranks(memory_of_epochs, 1, str(tmp_path))
     print(f"{before:.1f} MiB after 50 epochs, {after:.1f} after 200")
     assert after < before + 30
