@@ -13,7 +13,7 @@ from resnet_dist.config import Config, check
 COMMANDS = {
     "train": "train a network; also what train.py does",
     "evaluate": "top-1 and top-5 of a checkpoint on the validation set",
-    "benchmark": "speed of the whole loop beside a bare one on a fixed batch",
+    "benchmark": "speed of the whole loop beside a bare one; benchmark loader: of the data path beside others",
     "data": "get a data set ready: import, pack, download, verify, show",
     "report": "a table and a plot of a run's metrics.jsonl",
 }
@@ -84,18 +84,25 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def benchmark(arguments: list[str]) -> int:
-    """Measure what the whole training loop costs beside a bare one, with any recipe."""
+    """Measure what the whole training loop costs beside a bare one; `benchmark loader`: the data path beside others."""
+    loader = arguments[:1] == ["loader"]
     parser = argparse.ArgumentParser(prog="resnet-dist benchmark", description=benchmark.__doc__,
                                      epilog="takes every option of training, for instance --config FILE; with several "
                                             "processes: torchrun --nproc_per_node N -m resnet_dist.cli benchmark ...")
-    parser.add_argument("--windows", type=int, default=5, help="pairs of windows (default: 5)")
-    parser.add_argument("--steps", type=int, default=40, help="steps of a window that count (default: 40)")
+    parser.add_argument("--windows", type=int, default=5, help="rounds of windows (default: 5)")
+    parser.add_argument("--steps", type=int, default=40, help="of the loop: steps of a window that count (default: 40)")
+    parser.add_argument("--images", type=int, default=2000, help="of the loader: images of a window (default: 2000)")
+    parser.add_argument("--read_delay_ms", type=float, default=0, help="of the loader: also with this added to a read")
+    parser.add_argument("--originals", default="", help="of the loader: class folders for the others (default: ours)")
     parser.add_argument("--json", action="store_true", help="print the result as one line of JSON only")
-    options, settings = parser.parse_known_args(arguments)
+    options, settings = parser.parse_known_args(arguments[loader:])
     config = parse_config(config_parser("resnet-dist benchmark", benchmark.__doc__), settings)
 
-    from resnet_dist.commands import benchmark as command
-    return command.run(config, options.windows, options.steps, options.json)
+    from resnet_dist import run
+    from resnet_dist.commands import benchmark as loop
+    from resnet_dist.commands import benchmark_loader
+    measure = benchmark_loader.measure if loader else loop.measure
+    return run.main(config, lambda config, runtime: measure(config, runtime, options))
 
 
 def data(arguments: list[str]) -> int:

@@ -18,7 +18,7 @@ LAYERS = [
 ]
 FENCES = {
     "nvidia": {"data.dali"},
-    "torchvision": {"models.zoo", "models.weights", "commands.data"},
+    "torchvision": {"models.zoo", "models.weights", "commands.data", "commands.benchmark_loader"},
     "wandb": {"log"},
     "submitit": {"launch"},
 }

@@ -36,6 +36,15 @@ def test_png_size(mode):
     assert check(data) is None
 
 
+def test_a_size_that_would_take_all_memory_is_refused():
+    """One flipped byte in a header, and the decoder would ask for gigabytes."""
+    data = bytearray(encode(picture(37, 53)))
+    start = data.index(b"\xff\xc0") + 5
+    data[start:start + 4] = b"\xf0\x25\xf0\x35"
+    assert image_size(bytes(data)) == (0xF025, 0xF035)
+    assert "61493 x 61477" in check(bytes(data))
+
+
 def test_exif_orientation_and_thumbnail_do_not_mislead():
     """The size is that of the stored pixels; a thumbnail inside the header is another JPEG with its own end marker."""
     image = picture(60, 40)

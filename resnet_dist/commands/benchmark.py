@@ -46,19 +46,17 @@ class _Records(Log):
         self.lines.append(values)
 
 
-def run(config: Config, windows: int, steps: int, as_json: bool) -> int:
-    """Measure `windows` pairs of `steps` steps each; prints on the main process."""
-    return composition.main(config, lambda config, runtime: measure(config, runtime, windows, steps, as_json))
+def measure(config: Config, runtime: Runtime, options) -> int:
+    """Build the run, alternate the two loops in `options.windows` windows of `options.steps`, report.
 
-
-def measure(config: Config, runtime: Runtime, windows: int, steps: int, as_json: bool) -> int:
-    """Build the run, alternate the two loops, report. Each window begins with a quarter as many steps not counted."""
+    Each window begins with a quarter as many steps not counted.
+    """
     local = composition.check_layout(config.train.global_batch_size, runtime.world_size, config.train.grad_accum_steps)
     loader = build_train_loader(
         config.data, runtime, augment=config.augment, seed=config.seed, dtype=engine.DTYPES[config.train.precision],
         output_dir=config.output_dir, grad_accum_steps=config.train.grad_accum_steps,
         global_batch_size=config.train.global_batch_size)
-    interval = max(1, steps // 4)                        # a log line each, the first of a window is not counted
+    interval = max(1, options.steps // 4)                        # a log line each, the first of a window is not counted
     plan = replace(composition.build_plan(config, loader.steps_per_epoch), eval_interval_steps=0,
                    checkpoint_interval_steps=(0,), log_interval_steps=interval, max_nonfinite_steps=10**9)
     state = composition.build_state(config, len(loader.class_names), runtime.device)
@@ -69,7 +67,7 @@ def measure(config: Config, runtime: Runtime, windows: int, steps: int, as_json:
     log = _Records(config.log, config.output_dir, False, {})
     bare, whole, waits, cpu_bare, cpu_whole = [], [], [], [], []
     batch = next(loader.batches(0, 1))
-    for _ in range(windows):
+    for _ in range(options.windows):
         speed, cpu = bare_loop(model, state, batch, plan, interval, 4 * interval, runtime)
         bare.append(speed)
         cpu_bare.append(cpu)
@@ -87,7 +85,7 @@ def measure(config: Config, runtime: Runtime, windows: int, steps: int, as_json:
     loader.close()
     if runtime.is_main:
         report(config, runtime, local, {"bare": bare, "whole": whole, "waits": waits, "cpu_bare": cpu_bare,
-                                        "cpu_whole": cpu_whole}, as_json)
+                                        "cpu_whole": cpu_whole}, options.json)
     return 0
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from resnet_dist.config import DataConfig
 from resnet_dist.data.augment import Plan
 from resnet_dist.data.crops import Geometry
 from resnet_dist.data.read import Encoded
@@ -200,6 +201,31 @@ class Augmenter:
         return augmented
 
 
+def plain_batches(folder: str, config: DataConfig, local_batch_size: int, threads: int, device: torch.device):
+    """DALI's pipeline for class folders as its examples write it, to compare with: batches(start, stop), float NCHW."""
+    from nvidia import dali
+    from nvidia.dali import fn
+
+    decode = {"device": "mixed" if device.type == "cuda" else "cpu"}
+    with dali.Pipeline(local_batch_size, threads, device.index if device.type == "cuda" else None) as pipeline:
+        encoded, labels = fn.readers.file(file_root=folder, random_shuffle=True)
+        pixels = fn.decoders.image_random_crop(encoded, random_area=config.crop_scale,
+                                               random_aspect_ratio=config.crop_ratio, **decode)
+        pixels = fn.crop_mirror_normalize(
+            fn.resize(pixels, size=[config.train_crop_size] * 2), mirror=fn.random.coin_flip(),
+            mean=[255 * value for value in config.mean], std=[255 * value for value in config.std])
+        pipeline.set_outputs(pixels, labels)
+
+    def batches(start: int, stop: int):
+        pipeline.schedule_run()
+        for batch in range(start, stop):
+            if batch + 1 < stop:                                 # two under way, DALI's default, and none too many
+                pipeline.schedule_run()
+            yield pipeline.share_outputs()
+            pipeline.release_outputs()
+    return batches
+
+
 @dataclass
 class Job:
     """One batch on its way through the loader."""
@@ -215,6 +241,11 @@ class Job:
     images: list[Encoded] = field(default_factory=list)
     geometry: Geometry | None = None
     plan: Plan | None = None
+    """operations on the pixels (augment.plan)"""
+    light: np.ndarray | None = None
+    """float32 [n, 3], what PCA lighting adds (augment.lighting)"""
+    boxes: np.ndarray | None = None
+    """int64 [n, 4], what is erased (augment.erasing)"""
 
 
 class Decoder:

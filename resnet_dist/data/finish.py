@@ -78,18 +78,21 @@ class Normalizer:
         """
         width = pixels.shape[-2]
         scale, shift = self.factors[width]
-        if light is not None:
-            for image, filled, added in zip(pixels, out, torch.from_numpy(light).double() / self.std, strict=True):
-                self._fill(image, filled, scale, shift + added.repeat(width).to(shift, non_blocking=True))
+        pixels, out = pixels.flatten(-2), out.flatten(-2)        # rows of all channels; of `out` no copy
+        if light is None:
+            self._fill(pixels, out, scale, shift)
             return
-        self._fill(pixels, out, scale, shift)
+        added = (torch.from_numpy(light).double() / self.std).repeat(1, width).to(shift)
+        pieces = (pixels, out, shift + added[:, None])
+        for piece in [pieces] if pixels.is_cuda else zip(*pieces, strict=True):
+            self._fill(*piece[:2], scale, piece[2])
 
     @staticmethod
     def _fill(pixels: torch.Tensor, out: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> None:
-        rows, target = pixels.reshape(-1, len(scale)), out.view(-1, len(scale))
         # On the CPU in pieces that torch computes in the calling thread: the loader's threads must not each start a
         # team of their own beside the training's. With one thread there is no team, and an image is one piece.
-        whole = rows.is_cuda or torch.get_num_threads() == 1
+        whole = pixels.is_cuda or torch.get_num_threads() == 1
+        rows, target = (pixels, out) if whole else (pixels.flatten(0, -2), out.flatten(0, -2))
         block = len(rows) if whole else max(1, SERIAL_ELEMENTS // len(scale))
         for piece, filled in zip(rows.split(block), target.split(block), strict=True):
             torch.addcmul(shift, piece.float(), scale, out=filled)

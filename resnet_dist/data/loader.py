@@ -17,12 +17,14 @@ import numpy as np
 import torch
 
 from resnet_dist.config import AugmentConfig, DataConfig
+from resnet_dist.data import augment as augmentations
 from resnet_dist.data import crops, order
-from resnet_dist.data.dali import Decoder, Job, batch_to_torch, windows_to_torch
-from resnet_dist.data.finish import SERIAL_ELEMENTS, Normalizer, cut, resize_exact, resize_fast
+from resnet_dist.data.dali import Augmenter, Decoder, Job, batch_to_torch, windows_to_torch
+from resnet_dist.data.finish import SERIAL_ELEMENTS, Normalizer, cut, erase, resize_exact, resize_fast
 from resnet_dist.data.index import Index
 from resnet_dist.data.read import Encoded, Quarantine, Reader, blank, next_good
 from resnet_dist.data.types import IGNORED_LABEL, Batch
+from resnet_dist.rng import draw
 
 _READ_AHEAD = 2                  # batches whose files are being read while an earlier one is decoded
 
@@ -82,7 +84,7 @@ class _DaliLoader:
 
     def __init__(
         self, index: Index, config: DataConfig, quarantine: Quarantine, *, local_batch_size: int, dtype: torch.dtype,
-        device: torch.device, threads: int, views: int = 1,
+        device: torch.device, threads: int, views: int = 1, slots: int = 0,
     ) -> None:
         self.index = index
         self.config = config
@@ -92,7 +94,9 @@ class _DaliLoader:
         self.num_samples = len(index)
         self.class_names = index.class_names
         self.reader = Reader(index)
-        self.decoder = Decoder(local_batch_size=local_batch_size, threads=threads, device=device, views=views)
+        self.decoder = Decoder(local_batch_size=local_batch_size, threads=threads, device=device, views=views,
+                               slots=slots)
+        self.augmenter = Augmenter(slots=slots, local_batch_size=local_batch_size, threads=threads)
         self.normalize = Normalizer(config, dtype, device)
         self.threads = threads
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="resize")
@@ -113,11 +117,11 @@ class _DaliLoader:
         self._stop()
         self.reader.close()
         self.pool.shutdown()
-        self.decoder = None
+        self.decoder = self.augmenter = None
 
     def look(self, rows: np.ndarray, epoch: int = 0) -> Batch:
         """What `epoch` shows of `rows` (int64 [n], at most a batch), out of turn; ends an iteration that still runs."""
-        return next(self._start(iter([Job(rows, epoch, draws=epoch, side=crops.train_side(epoch, self.config))])))
+        return next(self._start(iter([self._job(rows, epoch)])))
 
     def _stop(self) -> None:
         if self.running is not None:
@@ -173,6 +177,8 @@ class _DaliLoader:
         labels = torch.from_numpy(self._labels(job, rows))
         finish = self._finish_on_gpu if self.device.type == "cuda" else self._finish_on_cpu
         first, *others = [finish(decoded, job, number) for number in range(len(job.geometry.views))]
+        if job.boxes is not None:
+            erase(first.permute(0, 2, 3, 1), job.boxes)
         if self.device.type == "cuda":
             labels = labels.pin_memory().to(self.device, non_blocking=True)
         return Batch(first, labels, rows, tuple(others))
@@ -196,17 +202,23 @@ class _DaliLoader:
         out = torch.empty(len(windows), view.side, view.side, 3, dtype=self.dtype)
         self.normalize.prepare(view.side)
 
-        def work(first: int) -> None:
+        def squares(first: int) -> torch.Tensor:
             pixels = [cut(windows[i], tuple(sizes[i]), offsets[i], flips[i], view.side, self.resize)
                       for i in range(first, min(first + together, len(windows)))]
-            stacked = torch.stack(pixels) if len(pixels) > 1 else pixels[0][None]
-            self.normalize(stacked, out[first:first + len(pixels)])
+            return torch.stack(pixels) if len(pixels) > 1 else pixels[0][None]
+
+        def fill(first: int) -> None:
+            part = slice(first, first + together)
+            pixels = squares(first) if augmented is None else augmented[part]
+            self.normalize(pixels, out[part], None if job.light is None else job.light[part])
 
         # As many as are normalised in one piece: ten images of 32 pixels, which halves what they cost, one of 224.
         together = max(1, SERIAL_ELEMENTS // (3 * view.side**2))
+        firsts = range(0, len(windows), together)
         # One thread more would only wait for this one, and pass Python's lock to and fro.
         run = self.pool.map if self.threads > 1 else map
-        list(run(work, range(0, len(windows), together)))
+        augmented = None if job.plan is None else self.augmenter(torch.cat(list(run(squares, firsts))), job.plan)
+        list(run(fill, firsts))
         return out.permute(0, 3, 1, 2)
 
     def _finish_on_gpu(self, decoded, job: Job, number: int) -> torch.Tensor:
@@ -214,8 +226,12 @@ class _DaliLoader:
         pixels = batch_to_torch(decoded[number], self.device)
         out = torch.empty(pixels.shape, dtype=self.dtype, device=self.device)
         self.normalize.prepare(pixels.shape[2])
-        self.normalize(pixels, out)
+        self.normalize(pixels, out, job.light)
         return out.permute(0, 3, 1, 2)
+
+    def _job(self, rows: np.ndarray, epoch: int) -> Job:
+        """What is to be shown of `rows`."""
+        raise NotImplementedError
 
     def _sides(self, job: Job) -> tuple[np.ndarray, np.ndarray]:
         return np.array([image.height for image in job.images]), np.array([image.width for image in job.images])
@@ -250,7 +266,7 @@ class DaliTrainLoader(_DaliLoader):
         smaller than `global_batch_size`."""
         self.steps_per_epoch = order.steps_per_epoch(len(index), global_batch_size, augment.repeats)
         super().__init__(index, config, Quarantine(output_dir, "train", rank, config.max_bad_images), dtype=dtype,
-                         device=device, threads=threads,
+                         device=device, threads=threads, slots=augmentations.num_slots(augment),
                          local_batch_size=global_batch_size // (world_size * grad_accum_steps))
         self.augment = augment
         self.seed = seed
@@ -265,14 +281,28 @@ class DaliTrainLoader(_DaliLoader):
         """
         return self._start(self._jobs(start_step, stop_step))
 
+    def undecoded(self, start_step: int, stop_step: int) -> Iterator[Job]:
+        """As `batches`, read and with their geometry, not decoded: what a benchmark finds beside the decoding."""
+        for job in self._jobs(start_step, stop_step):
+            images = self.reader.collect(self.reader.request(job.rows))
+            job.images = [self._mend(job, slot, image) for slot, image in enumerate(images)]
+            job.geometry = self._geometry(job)
+            yield job
+
     def _jobs(self, start_step: int, stop_step: int) -> Iterator[Job]:
         for step in range(start_step, stop_step):
             epoch, inside = order.locate(step, self.steps_per_epoch)
             for micro_step in range(self.layout["grad_accum_steps"]):
                 positions = order.micro_step_positions(micro_step, **self.layout)
-                rows, _ = order.samples_at(self.seed, epoch, len(self.index), inside, positions,
-                                           self.layout["global_batch_size"], self.augment.repeats)
-                yield Job(rows, epoch, step, draws=epoch, side=crops.train_side(epoch, self.config))
+                rows, repetitions = order.samples_at(self.seed, epoch, len(self.index), inside, positions,
+                                                     self.layout["global_batch_size"], self.augment.repeats)
+                yield self._job(rows, epoch, step, repetitions)
+
+    def _job(self, rows: np.ndarray, epoch: int, step: int = 0, repetitions: np.ndarray | int = 0) -> Job:
+        draws, side, config = draw(epoch, repetitions), crops.train_side(epoch, self.config), self.augment
+        return Job(rows, epoch, step, draws, side, plan=augmentations.plan(config, self.seed, draws, rows, side),
+                   light=augmentations.lighting(config, self.seed, draws, rows) if config.lighting_std else None,
+                   boxes=augmentations.erasing(config, self.seed, draws, rows, side) if config.random_erasing else None)
 
     def _mend(self, job: Job, slot: int, image: Encoded) -> Encoded:
         if image.reason is None:
@@ -309,9 +339,12 @@ class DaliValLoader(_DaliLoader):
 
     def __iter__(self) -> Iterator[Batch | None]:
         """`rounds` items; None where other ranks still have a batch and this one has not."""
-        jobs = (Job(np.array(rows, dtype=np.int64)) for rows in self.share if rows is not None)
+        jobs = (self._job(np.array(rows, dtype=np.int64)) for rows in self.share if rows is not None)
         yield from self._start(jobs)
         yield from (None for rows in self.share if rows is None)     # only the last round can be without a batch
+
+    def _job(self, rows: np.ndarray, epoch: int = 0) -> Job:
+        return Job(rows, epoch)
 
     def _mend(self, job: Job, slot: int, image: Encoded) -> Encoded:
         if image.reason is None:
