@@ -77,9 +77,10 @@ def _operations(on_gpu: bool) -> list:
     """What apply_slots chooses from: nothing, all that is geometric, then the rest of augment.OPERATIONS one by one.
 
     They are torchvision's to within 2 levels: for geometry and hue those on uint8 tensors, else Pillow's. Sharpness
-    filters the outermost pixels as well.
+    filters the outermost pixels as well; equalize is exact where Pillow's step, a whole number of pixels, is coarse.
     """
     from nvidia.dali import fn, math, types
+
     white, over_all = types.Constant(255, dtype=types.UINT8), {"axis_names": "HW", "keep_dims": True}
 
     def here(matrix):                                            # what meets pixels in a formula must be where they are
