@@ -12,8 +12,8 @@ import pytest
 import torch
 from image_files import OneProcess, encode, pack_shards, picture, train_loader, val_loader, write_split
 
-from resnet_dist.config import DataConfig
-from resnet_dist.data import crops
+from resnet_dist.config import AugmentConfig, DataConfig
+from resnet_dist.data import augment, crops
 from resnet_dist.data import loader as loader_module
 from resnet_dist.data.build import build_train_loader, build_val_loader
 from resnet_dist.data.scan import build_index
@@ -122,6 +122,47 @@ def test_flips_are_those_of_the_plan(good, tmp_path):
     flipped = crops.flips(5, 0, half[0], 0.5)
     assert 5 < flipped.sum() < N - 5
     assert torch.equal(half[2], torch.where(torch.from_numpy(flipped)[:, None, None, None], always[2], never[2]))
+
+
+EVERYTHING = AugmentConfig(policy="randaugment", color_jitter=(0.4, 0.4, 0.4, 0.1), lighting_std=0.1, repeats=2,
+                           random_erasing=0.5)
+
+
+@pytest.mark.parametrize("train_crop", ["random_resized", "scale_jitter", "pad"])
+def test_augmentation_does_not_depend_on_the_layout(good, tmp_path, train_crop):
+    """With all of it on, and over an epoch's edge where the side of the crop changes."""
+    options = {"augment": EVERYTHING, "train_crop": train_crop, "scale_jitter": (64, 80), "train_crop_size": 64,
+               "progressive_start_size": 32, "progressive_epochs": (0, 2), "global_batch_size": 12}
+    expected = steps(good, tmp_path, 1, 5, **options)
+    assert [images.shape[-1] for _, _, images in expected] == [32, 32, 64, 64]     # round(1.5) is 2, to even
+    for world_size, accumulated in [(2, 1), (3, 2), (1, 4)]:
+        assert_same(steps(good, tmp_path, 1, 5, world_size, accumulated, **options), expected)
+
+
+def test_repetitions_show_an_image_differently(good, tmp_path):
+    """Half as many images in a batch, each twice, its copies as far apart as can be and cut in two ways."""
+    ((rows, _, images),) = steps(good, tmp_path, 0, 1, global_batch_size=12, augment=AugmentConfig(repeats=2))
+    assert np.array_equal(rows[:6], rows[6:])
+    assert len(set(rows.tolist())) == 6
+    assert not any(torch.equal(a, b) for a, b in zip(images[:6], images[6:], strict=True))
+    with pytest.raises(ValueError, match="augment.repeats is 5"):
+        train_loader(good, tmp_path, global_batch_size=12, augment=AugmentConfig(repeats=5))
+
+
+def test_lighting_and_erasing_are_those_of_the_plan(good, tmp_path):
+    """Lighting moves each channel of the pixels in [0, 1]; erasing sets a rectangle of the normalised image to zero."""
+    ((rows, _, plain),) = steps(good, tmp_path, 0, 1)
+    ((_, _, lit),) = steps(good, tmp_path, 0, 1, augment=AugmentConfig(lighting_std=0.5))
+    moved = augment.lighting(AugmentConfig(lighting_std=0.5), 5, 0, rows) / np.array(DataConfig().std)
+    torch.testing.assert_close(lit - plain, torch.from_numpy(moved)[:, :, None, None].float().expand_as(lit),
+                               rtol=1e-4, atol=1e-5)
+    erasing = AugmentConfig(random_erasing=1.0)
+    ((_, _, erased),) = steps(good, tmp_path, 0, 1, augment=erasing)
+    boxes = augment.erasing(erasing, 5, 0, rows, 32)
+    for image, before, (y, x, h, w) in zip(erased, plain, boxes, strict=True):
+        before[:, y:y + h, x:x + w] = 0
+        assert torch.equal(image, before)
+        assert h * w > 0
 
 
 def test_every_epoch_has_its_own_crops(good, tmp_path):

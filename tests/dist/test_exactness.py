@@ -144,6 +144,25 @@ def test_three_ranks_resume_bit_identically(digits, tmp_path):
     assert_same_run(whole, parts)
 
 
+def test_all_of_the_augmentation_resumes_bit_identically(digits, tmp_path):
+    """Policies, jitter, lighting, erasing, repetitions, mixing and a side that grows: functions of the step as well."""
+    more = ["--augment.policy", "trivialaugment", "--augment.color_jitter", "[0.4,0.4,0.4,0.1]",
+            "--augment.lighting_std", "0.1", "--augment.random_erasing", "0.3", "--augment.repeats", "2",
+            "--augment.mixup_alpha", "0.2", "--augment.cutmix_alpha", "1.0", "--data.train_crop_size", "32",
+            "--data.progressive_start_size", "16", "--data.progressive_epochs", "[0,1]", "--data.crop_scale", "[0.3,1]"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir(), parts.mkdir()
+    processes = start_app(2, arguments(digits, parts, *more), str(parts / "log"))
+    wait_for_step(parts, 14, processes)
+    for process in processes:
+        os.kill(process.pid, signal.SIGKILL)
+    wait_app(processes)
+    for folder in (whole, parts):
+        assert run_app(2, arguments(digits, folder, *more), str(folder / "log")) == [0, 0], (folder / "log").read_text()
+    assert len(resumed_steps(parts)) == 1
+    assert_same_run(whole, parts)
+
+
 def record_batches(folder):
     """The command line's main with a training step that writes down what it was given."""
     def entry(arguments):
