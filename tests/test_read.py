@@ -184,6 +184,16 @@ def test_slow_storage_is_read_by_all_threads_and_fast_by_one(tmp_path, monkeypat
     reader.close()
 
 
+def test_a_few_late_files_do_not_make_a_storage_slow(tmp_path):
+    """A busy machine delays some; only where most of them are late do threads help."""
+    index = write_split(tmp_path, [encode(picture(20, 20, seed=i)) for i in range(16)])
+    reader = Reader(index, threads=4)
+    reader.load = lambda index, row: (time.sleep(0.05 if row == 3 else 0), load(index, row))[1]
+    reader.collect(reader.request(np.arange(16)))
+    assert len(reader.request(np.arange(16))) == 1
+    reader.close()
+
+
 def test_shards_are_read_by_place(tmp_path, monkeypatch):
     """By many threads at once, and through fewer descriptors than there are shards; none is left open."""
     monkeypatch.setattr(read, "_open_shard", functools.lru_cache(maxsize=2)(read._Shard))

@@ -56,7 +56,7 @@ def measure(config: Config, runtime: Runtime, options) -> int:
         config.data, runtime, augment=config.augment, seed=config.seed, dtype=engine.DTYPES[config.train.precision],
         output_dir=config.output_dir, grad_accum_steps=config.train.grad_accum_steps,
         global_batch_size=config.train.global_batch_size)
-    interval = max(1, options.steps // 4)                        # a log line each, the first of a window is not counted
+    interval = max(1, options.steps // 4)                # a log line each, the first of a window is not counted
     plan = replace(composition.build_plan(config, loader.steps_per_epoch), eval_interval_steps=0,
                    checkpoint_interval_steps=(0,), log_interval_steps=interval, max_nonfinite_steps=10**9)
     state = composition.build_state(config, len(loader.class_names), runtime.device)
