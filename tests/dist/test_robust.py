@@ -16,7 +16,7 @@ from PIL import Image
 from test_exactness import assert_same_run, final, metrics, resumed_steps, wait_for_step
 from test_loader import assert_same, steps
 
-from resnet_dist.data.index import build_index
+from resnet_dist.data.scan import build_index
 
 N, N_VAL = 48, 31                                        # six steps of eight: no tail, every file in every epoch
 NAMES = {"train": "train/class{}/{:04d}.jpg", "val": "val/class{}/{:04d}.jpg"}
