@@ -220,10 +220,15 @@ def plain_batches(folder: str, config: DataConfig, local_batch_size: int, thread
     def batches(start: int, stop: int):
         pipeline.schedule_run()
         for batch in range(start, stop):
-            if batch + 1 < stop:                                 # two under way, DALI's default, and none too many
+            if batch + 1 < stop:
                 pipeline.schedule_run()
             yield pipeline.share_outputs()
             pipeline.release_outputs()
+
+    pipeline.schedule_run()                                      # the very first call starts two, DALI's default
+    for _ in range(2):
+        pipeline.share_outputs()
+        pipeline.release_outputs()
     return batches
 
 
