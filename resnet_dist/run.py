@@ -1,5 +1,6 @@
 """The composition root: from the config to the objects to a trained network. The only place that sees all of it."""
 
+import json
 import os
 import shlex
 import shutil
@@ -27,7 +28,7 @@ from resnet_dist.models.build import build_model
 from resnet_dist.models.sync_batch_norm import convert_sync_batch_norm
 from resnet_dist.optim import build_optimizer
 from resnet_dist.rng import derive_seed
-from resnet_dist.schedule import build_schedule, epochs_to_steps, peak_lr
+from resnet_dist.schedule import Schedule, build_schedule, epochs_to_steps, peak_lr
 
 
 def check_layout(global_batch_size: int, world_size: int, grad_accum_steps: int, pairs: bool = False) -> int:
@@ -183,6 +184,22 @@ def write_config(config: Config) -> None:
     os.replace(temporary, folder / "config.yaml")
 
 
+def save_replay(folder: Path, updates: tuple[int, int], loader: TrainLoader, schedule: Schedule, plan: engine.Plan,
+                runtime: Runtime) -> Path:
+    """Write nonfinite.json: of each of the updates (first, last) its lr and the rows (files) of every rank's batches."""
+    first, last = updates
+    everyone: list = [None] * runtime.world_size
+    rows = [batch.indices.tolist() for batch in loader.batches(first - 1, last)]
+    torch.distributed.all_gather_object(everyone, rows, group=runtime.cpu_group)
+    index, n = getattr(loader, "index", None), plan.grad_accum_steps
+    steps = [{"update": first + i, "epoch": (first + i - 1) // plan.steps_per_epoch, "lr": schedule.lr(first + i - 1),
+              "rows": [share[i * n:(i + 1) * n] for share in everyone]} for i in range(last - first + 1)]
+    files = {row: index.path(row) for share in everyone for batch in share for row in batch} if index else {}
+    path = folder / "nonfinite.json"
+    runtime.on_main(lambda: path.write_text(json.dumps({"seed": plan.seed, "updates": steps, "files": files})) and None)
+    return path
+
+
 def train(config: Config, runtime: Runtime) -> int:
     """Train, and tell the log how it ended. Returns 0, 128 + signal after a checkpoint, or as `explain`."""
     log = build_log(config.log, config.output_dir, runtime.is_main, to_dict(config))
@@ -231,10 +248,15 @@ def compose(config: Config, runtime: Runtime, log: Log) -> int:
         ended_by = engine.train(
             model, state, train_loader, val_loader, schedule, plan, runtime, saver, log, stop_signal)
         stop_signal.finish()
+        runtime.watchdog.ended.set()                     # from here on nobody waits for another
         saver.wait()                                     # a further signal must not end the last write
         train_loader.close()
         val_loader.close()
         log.say(farewell(config, state, plan, runtime, log))
+    except FloatingPointError as problem:
+        text, updates = problem.args
+        path = save_replay(Path(config.output_dir), updates, train_loader, schedule, plan, runtime)
+        raise FloatingPointError(f"{text}; {path} has their images") from problem
     finally:
         stop_signal.close()
     if saver.failure:
@@ -254,14 +276,22 @@ def main(config: Config, body: Callable[[Config, Runtime], int] = train) -> int:
     except Exception as problem:
         code = explain(problem, runtime)
     if code not in (1, 2):                               # after an error the others may never come to this point
-        distributed.stop()
+        distributed.stop(runtime)
     return code
 
 
 def explain(problem: Exception, runtime: Runtime) -> int:
-    """Say what ended this rank: in a sentence (2) if the user can mend it, else with its traceback (1)."""
+    """Say what ended this rank: in a sentence (2) if the user can mend it, else with its traceback (1).
+
+    Where a collective broke off, it is the error of the rank for which it did, with that one's code.
+    """
+    watchdog, text = runtime.watchdog, ""
     if isinstance(problem, (ValueError, FloatingPointError)):
-        runtime.say_error(str(problem))
-        return 2
-    runtime.say_error("".join(traceback.format_exception(problem)))
-    return 1
+        error = watchdog.own(str(problem), 2)
+    elif isinstance(problem, torch.distributed.DistError) or "/gloo/" in str(problem):
+        error = watchdog.blame(problem)
+    else:
+        error, text = watchdog.own(f"{type(problem).__name__}: {problem}"), "".join(traceback.format_exception(problem))
+    watchdog.say(error, text)
+    watchdog.part(2.0)
+    return error["code"]

@@ -4,6 +4,7 @@ Forking starts in milliseconds where torchrun needs seconds to import torch agai
 run no parallel region before: OpenMP's threads do not survive a fork. `tests/conftest.py` keeps it at one thread.
 """
 
+import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -120,6 +121,18 @@ def wait_app(processes: list, timeout: float = TIMEOUT_SECONDS) -> list[int]:
     if late:
         raise RuntimeError(f"ranks {late} were still running after {timeout} s")
     return [process.exitcode for process in processes]
+
+
+def wait_for_step(output_dir, step, processes):
+    """Until the run in `output_dir` has logged `step`; none of the `processes` may end before."""
+    path, deadline = output_dir / "metrics.jsonl", time.monotonic() + 60
+    while time.monotonic() < deadline:
+        assert all(process.is_alive() for process in processes), "the run ended before it could be killed"
+        with_steps = path.read_text().splitlines() if path.exists() else []
+        if with_steps and with_steps[-1].endswith("}") and json.loads(with_steps[-1])["step"] >= step:
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"step {step} was not reached")
 
 
 def free_port() -> int:

@@ -13,18 +13,11 @@ from PIL import Image
 
 from resnet_dist import checkpoint, cli, engine
 from resnet_dist.checkpoint import newest_valid
-from resnet_dist.data.digits import write_digits
+from resnet_dist.data.order import permutation
 
 SMALL = ["--data.train_crop_size", "16", "--data.val_resize_size", "16", "--data.val_crop_size", "16",
          "--train.epochs", "1", "--schedule.warmup_epochs", "0.5", "--train.global_batch_size", "120", "--log.wandb", "disabled", "--data.threads", "1",
          "--distributed.threads", "1", "--distributed.timeout_s", "60", "--log.interval_steps", "1"]
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "digits"
-    write_digits(str(folder))
-    return folder
 
 
 @pytest.fixture
@@ -222,4 +215,11 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_steps(tmp_path, digits):
         return cli.main(arguments)
 
     result = train(tmp_path, "--data.data_dir", str(digits), "--train.max_nonfinite_steps", "3", entry=entry)
-    assert_refused(result, "the updates 5 to 7", "not finite", "optim.base_lr")
+    assert_refused(result, "the updates 5 to 7", "not finite", "optim.base_lr", "norm nan", "nonfinite.json")
+    replay = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
+    assert [update["update"] for update in replay["updates"]] == [5, 6, 7]
+    order = permutation(0, 0, 1442)
+    for update in replay["updates"]:                     # ranks, micro-steps, rows: the step's share of the epoch
+        rows = [row for share in update["rows"] for batch in share for row in batch]
+        assert rows == order[120 * (update["update"] - 1):120 * update["update"]].tolist()
+        assert update["lr"] > 0 and all(os.path.isfile(replay["files"][str(row)]) for row in rows)

@@ -7,24 +7,15 @@ import json
 import os
 import re
 import signal
-import time
 
 import pytest
 import torch
-from dist_utils import run_app, start_app, wait_app
+from dist_utils import run_app, start_app, wait_app, wait_for_step
 
 from resnet_dist import cli, engine
 from resnet_dist.checkpoint import read_checkpoint, unpack_checkpoint
-from resnet_dist.data.digits import write_digits
 
 STEPS = 24
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "digits"
-    write_digits(str(folder))
-    return str(folder)
 
 
 def arguments(digits, output_dir, *more):
@@ -74,18 +65,6 @@ def assert_same_run(a, b):
 def resumed_steps(output_dir):
     """The steps from which the run's attempts went on, as they said."""
     return [int(step) for step in re.findall(r"; step (\d+), from \S*step_", (output_dir / "log").read_text())]
-
-
-def wait_for_step(output_dir, step, processes):
-    """Until the run has logged `step`."""
-    path, deadline = output_dir / "metrics.jsonl", time.monotonic() + 60
-    while time.monotonic() < deadline:
-        assert all(process.is_alive() for process in processes), "the run ended before it could be killed"
-        with_steps = path.read_text().splitlines() if path.exists() else []
-        if with_steps and with_steps[-1].endswith("}") and json.loads(with_steps[-1])["step"] >= step:
-            return
-        time.sleep(0.002)
-    raise AssertionError(f"step {step} was not reached")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,155 @@
+"""Why a rank waits: the positions of all ranks in the launcher's store, and the end of a wait that leads nowhere.
+
+A thread writes down, about once a second, where its rank is: step, phase, what its main thread is executing. So the
+others can name a rank that is stopped, stuck or gone, with its last stack, on any machine, without a collective.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+_GRACE_SECONDS = 5.0             # that a rank has to end by itself once another has failed; 30 s when the store is gone
+
+
+class Watchdog:
+    """One rank's position, and its view of the others'. `beat` marks progress, equally often on every rank.
+
+    A rank that has not moved on for 0.85 `timeout_s` ends its process with code 1 if another is behind it, or has been
+    silent for the last 0.3 of them. Where nobody is, all do the same (compile, wait for the storage) and it does
+    nothing. An error that another rank has published ends it with that one's code. When the store is gone (rank 0
+    keeps it, or torchrun), it sends itself SIGTERM: save and leave.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout_s: float) -> None:
+        self.store, self.rank, self.world_size, self.timeout_s = store, rank, world_size, timeout_s
+        self.host, self.interval = socket.gethostname(), min(1.0, timeout_s / 25)
+        self.step, self.phase, self.count, self.moved = 0, "start", 0, time.monotonic()
+        self.beats: dict[int, tuple[float, dict]] = {}   # the last known of the ranks looked at, and when it was news
+        self.error: dict | None = None                   # what another rank has published: rank, host, code, headline
+        self.lost, self.ended = False, threading.Event()
+        if world_size > 1:
+            self.store = store.clone()                   # a connection of its own: a call may block for long
+            self.store.set_timeout(timedelta(seconds=10))
+            for work in (self._pulse, self._watch):
+                threading.Thread(target=work, name="watchdog", daemon=True).start()
+
+    def beat(self, step: int, phase: str) -> None:
+        """The training thread is here now."""
+        self.step, self.phase, self.moved = step, phase, time.monotonic()
+        self.count += 1
+
+    def blame(self, problem: Exception) -> dict:
+        """The error for which a collective failed with `problem`: another rank's, or who is gone. Takes seconds."""
+        try:
+            self._look(self.world_size)
+            first = time.monotonic()
+            while time.monotonic() < first + 1 + 2 * self.interval and not self.error:
+                time.sleep(0.02)
+            self._look(self.world_size)
+            gone = self._behind(first) or "nobody seems to be gone"
+        except RuntimeError:
+            self.lost = True
+            gone = "the process that kept the ranks' store (rank 0, or torchrun) is gone"
+        reason = str(problem).splitlines()[0]
+        return self.error or self.own(f"lost at step {self.step} ({self.phase}): {gone}; {reason}")
+
+    def own(self, headline: str, code: int = 1) -> dict:
+        """An error of this rank."""
+        return {"rank": self.rank, "host": self.host, "code": code, "headline": headline}
+
+    def say(self, error: dict, text: str = "") -> None:
+        """Publish `error` (the first of several stands); print it, or `text`, unless this machine knows it already."""
+        text = text or error["headline"]
+        if error["rank"] != self.rank:
+            text = f"rank {error['rank']} on {error['host']} failed first: {text}"
+        new = error["rank"] == self.rank or error["host"] != self.host
+        with contextlib.suppress(RuntimeError):          # without a store everyone speaks
+            if not self.lost and self.store.add("failed", 1) == 1:
+                self.store.set("error", json.dumps(error))
+            new = new and (self.lost or self.store.add(f"said/{self.host}/{text}", 1) == 1)
+        if new:
+            print(f"error (rank {self.rank}): {text}", file=sys.stderr, flush=True)
+
+    def part(self, seconds: float) -> None:
+        """Watch no longer; rank 0, which may keep the store, stays up to `seconds` until all have come here."""
+        self.ended.set()
+        with contextlib.suppress(RuntimeError):
+            deadline, here = time.monotonic() + seconds, 0 if self.lost else self.store.add("parted", 1)
+            while self.rank == 0 and here < self.world_size and time.monotonic() < deadline:
+                time.sleep(0.02)
+                here = self.store.add("parted", 0)
+
+    def _pulse(self) -> None:
+        """All regular talk with the store: a call hangs when the process that keeps it is stopped."""
+        ticks, seldom = 0, max(1, int(0.05 * self.timeout_s / self.interval))
+        while not self.ended.wait(self.interval):
+            ticks, stuck = ticks + 1, time.monotonic() - self.moved > 0.5 * self.timeout_s
+            stack = list(traceback.walk_stack(sys._current_frames().get(threading.main_thread().ident)))[:8]
+            calls = [f"{os.path.basename(frame.f_code.co_filename)}:{n} {frame.f_code.co_name}" for frame, n in stack]
+            beat = {"ticks": ticks, "count": self.count, "step": self.step, "phase": self.phase, "host": self.host,
+                    "pid": os.getpid(), "stack": " < ".join(calls)}
+            try:
+                self.store.set(f"beat/{self.rank}", json.dumps(beat))
+                self._look(self.world_size if stuck and ticks % seldom == 0 else 1)
+                if self.store.check(["error"]):
+                    self.error = json.loads(self.store.get("error"))
+            except RuntimeError:
+                self.lost = True
+                return
+
+    def _look(self, ranks: int) -> None:
+        for rank in range(ranks):
+            beat = json.loads(self.store.get(f"beat/{rank}")) if self.store.check([f"beat/{rank}"]) else {"ticks": 0}
+            if beat["ticks"] and beat != self.beats.get(rank, (0, {}))[1]:
+                self.beats[rank] = time.monotonic(), beat
+
+    def _watch(self) -> None:
+        """The deadline; waits for nothing but the clock."""
+        failed = None
+        while not self.ended.wait(self.interval):
+            now, count = time.monotonic(), self.count
+            if self.error or self.lost:
+                if failed is None and not self.error:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                failed = failed or now
+                if now - failed > _GRACE_SECONDS * (1 if self.error else 6):
+                    self._leave(self.error or self.own("the process that kept the ranks' store is gone"))
+            elif now - self.moved > 0.85 * self.timeout_s:
+                behind = self._behind(now - 0.3 * self.timeout_s)
+                if behind and self.count == count:
+                    self._leave(self.own(f"waited at step {self.step} ({self.phase}), for 85 % of distributed.timeout_s"
+                                         f" = {self.timeout_s:g}, for {behind}"))
+
+    def _behind(self, since: float) -> str:
+        """All that is known of the other ranks that have been silent `since` then, or are not as far as this one."""
+        found = []
+        for rank, (heard, beat) in sorted(self.beats.items()):
+            if rank != self.rank and (heard <= since or beat["count"] < self.count):
+                state = ""
+                with contextlib.suppress(OSError):       # a process of another host, or one that is no longer there
+                    status = Path(f"/proc/{beat['pid']}/status").read_text() if beat["host"] == self.host else ""
+                    state = "".join(line.partition("\t")[2] + ", " for line in status.splitlines()[2:3])
+                found.append(f"rank {rank} (host {beat['host']}, process {beat['pid']}), {state}last heard of at step "
+                             f"{beat['step']} ({beat['phase']}) in {beat['stack']}")
+        return "; ".join(found)
+
+    def _leave(self, error: dict) -> None:
+        """End this process, whatever its main thread hangs in; the store may hang as well and is not waited for."""
+        teller = threading.Thread(target=self.say, args=(error, error["headline"]), daemon=True)
+        teller.start()
+        teller.join(self.interval)
+        if teller.is_alive():
+            print(f"error (rank {self.rank}): {error['headline']}", file=sys.stderr, flush=True)
+        time.sleep(0 if self.rank else 2 * self.interval)        # the others may read it from this very process
+        if not self.ended.is_set():
+            os._exit(error["code"])
