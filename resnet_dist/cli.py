@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": "top-1 and top-5 of a checkpoint on the validation set",
     "benchmark": "speed of the whole loop beside a bare one; benchmark loader: of the data path beside others",
     "data": "get a data set ready: import, pack, download, verify, show",
+    "doctor": "a preflight of a run: layout, folders, data, network, versions",
     "report": "a table and a plot of a run's metrics.jsonl",
 }
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
@@ -118,6 +119,14 @@ def data(arguments: list[str]) -> int:
     return show.run(config, options)
 
 
+def doctor(arguments: list[str]) -> int:
+    """Check what would end a run, also under torchrun: exit code 0, 1 with warnings, 2 with errors; --json for JSON."""
+    config = parse_config(config_parser("resnet-dist doctor", doctor.__doc__), [a for a in arguments if a != "--json"])
+
+    from resnet_dist.commands import doctor as command
+    return command.run(config, "--json" in arguments)
+
+
 def report(arguments: list[str]) -> int:
     """Summarise a run."""
     parser = argparse.ArgumentParser(prog="resnet-dist report", description=report.__doc__)
@@ -130,6 +139,7 @@ def report(arguments: list[str]) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command that the first argument names; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")        # its warnings about a lost rank are pages; we say it
     listing = "\n".join(f"  {name:10} {meaning}" for name, meaning in COMMANDS.items())
     if not arguments or arguments[0] not in COMMANDS:
         wrong = bool(arguments) and arguments[0] not in ("-h", "--help")
@@ -137,7 +147,8 @@ def main(arguments: list[str] | None = None) -> int:
         if wrong:
             print(f"error: unknown command {arguments[0]!r}", file=sys.stderr)
         return 2 if wrong else 0
-    functions = {"train": train, "evaluate": evaluate, "benchmark": benchmark, "data": data, "report": report}
+    functions = {"train": train, "evaluate": evaluate, "benchmark": benchmark, "data": data, "doctor": doctor,
+                 "report": report}
     return functions[arguments[0]](arguments[1:])
 
 

@@ -301,7 +301,7 @@ def _start_wandb(config: LogConfig, folder: Path, run_config: dict, log: Log) ->
 
         run_id = _run_id(folder)
         later = f"wandb sync {shlex.quote(str(folder / 'wandb'))}/offline-run-*-{run_id}"
-        reason = "as asked" if mode == "offline" else _why_offline(probe=mode == "auto")
+        reason = "as asked" if mode == "offline" else why_offline(probe=mode == "auto")
         if not reason:
             try:
                 run = _init_wandb(wandb, "online", run_id, config, folder, run_config)
@@ -352,7 +352,7 @@ def _run_id(folder: Path) -> str:
     return known
 
 
-def _why_offline(probe: bool) -> str:
+def why_offline(probe: bool) -> str:
     """Why W&B cannot be online here, decided within two seconds and without a question; empty if it can."""
     from wandb.sdk import wandb_setup
 

@@ -186,17 +186,15 @@ def write_config(config: Config) -> None:
 
 def save_replay(folder: Path, updates: tuple[int, int], loader: TrainLoader, schedule: Schedule, plan: engine.Plan,
                 runtime: Runtime) -> Path:
-    """Write nonfinite.json: of each of the updates (first, last) its lr and the rows (files) of every rank's batches."""
-    first, last = updates
-    everyone: list = [None] * runtime.world_size
-    rows = [batch.indices.tolist() for batch in loader.batches(first - 1, last)]
+    """Write nonfinite.json: the steps (from 0), their lr, and for each rank its batches in order, as rows and files."""
+    steps, everyone, index = range(updates[0] - 1, updates[1]), [[]] * runtime.world_size, getattr(loader, "index", None)
+    rows = [batch.indices.tolist() for batch in loader.batches(steps.start, steps.stop)]
     torch.distributed.all_gather_object(everyone, rows, group=runtime.cpu_group)
-    index, n = getattr(loader, "index", None), plan.grad_accum_steps
-    steps = [{"update": first + i, "epoch": (first + i - 1) // plan.steps_per_epoch, "lr": schedule.lr(first + i - 1),
-              "rows": [share[i * n:(i + 1) * n] for share in everyone]} for i in range(last - first + 1)]
     files = {row: index.path(row) for share in everyone for batch in share for row in batch} if index else {}
-    path = folder / "nonfinite.json"
-    runtime.on_main(lambda: path.write_text(json.dumps({"seed": plan.seed, "updates": steps, "files": files})) and None)
+    path, content = folder / "nonfinite.json", {
+        "seed": plan.seed, "steps": list(steps), "steps_per_epoch": plan.steps_per_epoch, "lr": [*map(schedule.lr, steps)],
+        "grad_accum_steps": plan.grad_accum_steps, "rows_of_ranks": everyone, "files": files}
+    runtime.on_main(lambda: path.write_text(json.dumps(content)))
     return path
 
 
@@ -254,9 +252,8 @@ def compose(config: Config, runtime: Runtime, log: Log) -> int:
         val_loader.close()
         log.say(farewell(config, state, plan, runtime, log))
     except FloatingPointError as problem:
-        text, updates = problem.args
-        path = save_replay(Path(config.output_dir), updates, train_loader, schedule, plan, runtime)
-        raise FloatingPointError(f"{text}; {path} has their images") from problem
+        path = save_replay(Path(config.output_dir), problem.args[1], train_loader, schedule, plan, runtime)
+        raise FloatingPointError(f"{problem.args[0]}; {path} has their images") from problem
     finally:
         stop_signal.close()
     if saver.failure:

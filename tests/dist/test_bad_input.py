@@ -217,9 +217,8 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_steps(tmp_path, digits):
     result = train(tmp_path, "--data.data_dir", str(digits), "--train.max_nonfinite_steps", "3", entry=entry)
     assert_refused(result, "the updates 5 to 7", "not finite", "optim.base_lr", "norm nan", "nonfinite.json")
     replay = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
-    assert [update["update"] for update in replay["updates"]] == [5, 6, 7]
-    order = permutation(0, 0, 1442)
-    for update in replay["updates"]:                     # ranks, micro-steps, rows: the step's share of the epoch
-        rows = [row for share in update["rows"] for batch in share for row in batch]
-        assert rows == order[120 * (update["update"] - 1):120 * update["update"]].tolist()
-        assert update["lr"] > 0 and all(os.path.isfile(replay["files"][str(row)]) for row in rows)
+    assert replay["steps"] == [4, 5, 6] and len(replay["lr"]) == 3 and min(replay["lr"]) > 0
+    for step, *shares in zip(replay["steps"], *replay["rows_of_ranks"], strict=True):
+        rows = [row for share in shares for row in share]
+        assert rows == permutation(0, 0, 1442)[120 * step:120 * (step + 1)].tolist()
+        assert all(os.path.isfile(replay["files"][str(row)]) for row in rows)
