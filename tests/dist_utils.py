@@ -135,6 +135,38 @@ def wait_for_step(output_dir, step, processes):
     raise AssertionError(f"step {step} was not reached")
 
 
+def record_batches(folder):
+    """The command line's main with a training step that writes down what it was given."""
+    def entry(arguments):
+        from resnet_dist import cli, engine
+
+        real, rank = engine.train_step, os.environ["RANK"]
+
+        def train_step(model, state, micro_batches, lr, *rest):
+            with open(folder / f"batches_{rank}.jsonl", "a") as file:
+                for batch in micro_batches:
+                    sums = batch.images.double().sum((1, 2, 3)).tolist()
+                    file.write(json.dumps([state.step, lr, batch.indices.tolist(), batch.labels.tolist(), sums]) + "\n")
+            return real(model, state, micro_batches, lr, *rest)
+
+        engine.train_step = train_step
+        return cli.main(arguments)
+    return entry
+
+
+def by_step(folder):
+    """For each step the learning rate and its samples (row, label, sum of the crop's pixels), over all ranks. What a
+    killed attempt had read of a step and the next one read again must be the same."""
+    steps = {}
+    for path in sorted(folder.glob("batches_*.jsonl")):
+        for line in path.read_text().splitlines():
+            step, lr, rows, labels, sums = json.loads(line)
+            seen = steps.setdefault(step, (lr, set()))
+            assert seen[0] == lr
+            seen[1].update(zip(rows, labels, sums, strict=True))
+    return {step: (lr, sorted(samples)) for step, (lr, samples) in steps.items()}
+
+
 def free_port() -> int:
     """A TCP port that nobody listens on just now."""
     with socket.socket() as probe:

@@ -10,9 +10,9 @@ import signal
 
 import pytest
 import torch
-from dist_utils import run_app, start_app, wait_app, wait_for_step
+from dist_utils import by_step, record_batches, run_app, start_app, wait_app, wait_for_step
 
-from resnet_dist import cli, engine
+from resnet_dist import engine
 from resnet_dist.checkpoint import read_checkpoint, unpack_checkpoint
 
 STEPS = 24
@@ -140,35 +140,6 @@ def test_all_of_the_augmentation_resumes_bit_identically(digits, tmp_path):
         assert run_app(2, arguments(digits, folder, *more), str(folder / "log")) == [0, 0], (folder / "log").read_text()
     assert len(resumed_steps(parts)) == 1
     assert_same_run(whole, parts)
-
-
-def record_batches(folder):
-    """The command line's main with a training step that writes down what it was given."""
-    def entry(arguments):
-        real, rank = engine.train_step, os.environ["RANK"]
-
-        def train_step(model, state, micro_batches, lr, *rest):
-            with open(folder / f"batches_{rank}.jsonl", "a") as file:
-                for batch in micro_batches:
-                    sums = batch.images.double().sum((1, 2, 3)).tolist()
-                    file.write(json.dumps([state.step, lr, batch.indices.tolist(), batch.labels.tolist(), sums]) + "\n")
-            return real(model, state, micro_batches, lr, *rest)
-
-        engine.train_step = train_step
-        return cli.main(arguments)
-    return entry
-
-
-def by_step(folder):
-    """For each step the learning rate and its samples (row, label, sum of the crop's pixels), over all ranks."""
-    steps = {}
-    for path in sorted(folder.glob("batches_*.jsonl")):
-        for line in path.read_text().splitlines():
-            step, lr, rows, labels, sums = json.loads(line)
-            seen = steps.setdefault(step, (lr, []))
-            assert seen[0] == lr
-            seen[1].extend(zip(rows, labels, sums, strict=True))
-    return {step: (lr, sorted(samples)) for step, (lr, samples) in steps.items()}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
