@@ -109,10 +109,10 @@ def start(device: str = "auto", timeout_s: float = 600.0, threads: int = 0) -> R
     backend = "nccl" if kind == "cuda" else "gloo"
     rendezvous = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(backend, timeout=limit, **rendezvous)
-    store = dist.distributed_c10d._get_default_store()
     return Runtime(rank, local_rank, world_size, local_world_size,
                    torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu"),
-                   dist.new_group(backend="gloo", timeout=limit), Watchdog(store, rank, world_size, timeout_s))
+                   dist.new_group(backend="gloo", timeout=limit),
+                   Watchdog(dist.distributed_c10d._get_default_store(), rank, world_size, timeout_s))
 
 
 def keep_freed_memory() -> None:

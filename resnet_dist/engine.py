@@ -9,7 +9,6 @@ import gc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -237,13 +236,11 @@ def train(model: nn.Module, state: TrainState, train_loader: TrainLoader, val_lo
             # 2. evaluate, once per due step; a signal ends it
             if due[1] and not ends_by_signal and state.evaluated_step != state.step:
                 with clock.excluded():
-                    ends_by_signal = not evaluate_state(state, val_loader, plan, runtime, log,
-                                                        partial(poll, "evaluation"))
+                    ends_by_signal = not evaluate_state(state, val_loader, plan, runtime, log, lambda: poll("val"))
 
             # 3. checkpoint (what is already saved is not saved again)
             if any(due[2:]) or ends_by_signal or state.best_step == state.step:
                 with clock.excluded():
-                    runtime.watchdog.beat(state.step, "checkpoint")
                     saver.save(state)
 
             # 4. leave at the end, or when any rank was asked to

@@ -8,7 +8,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -186,16 +186,15 @@ def write_config(config: Config) -> None:
 
 def save_replay(folder: Path, updates: tuple[int, int], loader: TrainLoader, schedule: Schedule, plan: engine.Plan,
                 runtime: Runtime) -> Path:
-    """Write nonfinite.json: the steps (from 0), their lr, and for each rank its batches in order, as rows and files."""
-    steps, everyone, index = range(updates[0] - 1, updates[1]), [[]] * runtime.world_size, getattr(loader, "index", None)
-    rows = [batch.indices.tolist() for batch in loader.batches(steps.start, steps.stop)]
-    torch.distributed.all_gather_object(everyone, rows, group=runtime.cpu_group)
-    files = {row: index.path(row) for share in everyone for batch in share for row in batch} if index else {}
-    path, content = folder / "nonfinite.json", {
-        "seed": plan.seed, "steps": list(steps), "steps_per_epoch": plan.steps_per_epoch, "lr": [*map(schedule.lr, steps)],
-        "grad_accum_steps": plan.grad_accum_steps, "rows_of_ranks": everyone, "files": files}
-    runtime.on_main(lambda: path.write_text(json.dumps(content)))
-    return path
+    """Write nonfinite.json: the steps (from 0), their lr, and for each rank its micro-batches, as rows and files."""
+    steps, shares, index = range(updates[0] - 1, updates[1]), [[]] * runtime.world_size, getattr(loader, "index", None)
+    own = [batch.indices.tolist() for batch in loader.batches(steps.start, steps.stop)]
+    torch.distributed.all_gather_object(shares, own, group=runtime.cpu_group)
+    files = {row: index.path(row) for share in shares for batch in share for row in batch} if index else {}
+    text = json.dumps({"plan": asdict(plan), "steps": list(steps), "lr": [schedule.lr(step) for step in steps],
+                       "rows_of_ranks": shares, "files": files})
+    runtime.on_main(lambda: (folder / "nonfinite.json").write_text(text))
+    return folder / "nonfinite.json"
 
 
 def train(config: Config, runtime: Runtime) -> int:
@@ -278,10 +277,7 @@ def main(config: Config, body: Callable[[Config, Runtime], int] = train) -> int:
 
 
 def explain(problem: Exception, runtime: Runtime) -> int:
-    """Say what ended this rank: in a sentence (2) if the user can mend it, else with its traceback (1).
-
-    Where a collective broke off, it is the error of the rank for which it did, with that one's code.
-    """
+    """Say what ended this rank: in a sentence (2) if the user can mend it, else with a traceback (1), or another's."""
     watchdog, text = runtime.watchdog, ""
     if isinstance(problem, (ValueError, FloatingPointError)):
         error = watchdog.own(str(problem), 2)

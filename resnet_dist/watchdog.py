@@ -13,12 +13,12 @@ import sys
 import threading
 import time
 import traceback
-from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
 _GRACE_SECONDS = 5.0             # that a rank has to end by itself once another has failed; 30 s when the store is gone
+_GONE = "the process that kept the ranks' store (rank 0, or torchrun) is gone"
 
 
 class Watchdog:
@@ -26,8 +26,8 @@ class Watchdog:
 
     A rank that has not moved on for 0.85 `timeout_s` ends its process with code 1 if another is behind it, or has been
     silent for the last 0.3 of them. Where nobody is, all do the same (compile, wait for the storage) and it does
-    nothing. An error that another rank has published ends it with that one's code. When the store is gone (rank 0
-    keeps it, or torchrun), it sends itself SIGTERM: save and leave.
+    nothing. An error that another rank has published ends it with that one's code. When the store is gone, it sends
+    itself SIGTERM: save and leave.
     """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, timeout_s: float) -> None:
@@ -36,32 +36,23 @@ class Watchdog:
         self.step, self.phase, self.count, self.moved = 0, "start", 0, time.monotonic()
         self.beats: dict[int, tuple[float, dict]] = {}   # the last known of the ranks looked at, and when it was news
         self.error: dict | None = None                   # what another rank has published: rank, host, code, headline
-        self.lost, self.ended = False, threading.Event()
+        self.lost, self.curious, self.ended = False, False, threading.Event()
         if world_size > 1:
             self.store = store.clone()                   # a connection of its own: a call may block for long
-            self.store.set_timeout(timedelta(seconds=10))
             for work in (self._pulse, self._watch):
                 threading.Thread(target=work, name="watchdog", daemon=True).start()
 
     def beat(self, step: int, phase: str) -> None:
         """The training thread is here now."""
-        self.step, self.phase, self.moved = step, phase, time.monotonic()
-        self.count += 1
+        self.step, self.phase, self.moved, self.count = step, phase, time.monotonic(), self.count + 1
 
-    def blame(self, problem: Exception) -> dict:
-        """The error for which a collective failed with `problem`: another rank's, or who is gone. Takes seconds."""
-        try:
-            self._look(self.world_size)
-            first = time.monotonic()
-            while time.monotonic() < first + 1 + 2 * self.interval and not self.error:
-                time.sleep(0.02)
-            self._look(self.world_size)
-            gone = self._behind(first) or "nobody seems to be gone"
-        except RuntimeError:
-            self.lost = True
-            gone = "the process that kept the ranks' store (rank 0, or torchrun) is gone"
-        reason = str(problem).splitlines()[0]
-        return self.error or self.own(f"lost at step {self.step} ({self.phase}): {gone}; {reason}")
+    def blame(self, cause: Exception) -> dict:
+        """The error for which a collective failed with `cause`: another rank's, or who is gone. Takes seconds."""
+        self.curious, deadline = True, time.monotonic() + 2 + 3 * self.interval
+        while not self.error and not self.lost and time.monotonic() < deadline:
+            time.sleep(0.02)
+        gone = _GONE if self.lost else self._behind(deadline - 1 - 2 * self.interval) or "nobody seems to be gone"
+        return self.error or self.own(f"lost at step {self.step} ({self.phase}): {gone}; {str(cause).splitlines()[0]}")
 
     def own(self, headline: str, code: int = 1) -> dict:
         """An error of this rank."""
@@ -69,14 +60,14 @@ class Watchdog:
 
     def say(self, error: dict, text: str = "") -> None:
         """Publish `error` (the first of several stands); print it, or `text`, unless this machine knows it already."""
-        text = text or error["headline"]
+        text, new = text or error["headline"], True
         if error["rank"] != self.rank:
-            text = f"rank {error['rank']} on {error['host']} failed first: {text}"
-        new = error["rank"] == self.rank or error["host"] != self.host
+            text, new = f"rank {error['rank']} on {error['host']} failed first: {text}", error["host"] != self.host
         with contextlib.suppress(RuntimeError):          # without a store everyone speaks
-            if not self.lost and self.store.add("failed", 1) == 1:
-                self.store.set("error", json.dumps(error))
-            new = new and (self.lost or self.store.add(f"said/{self.host}/{text}", 1) == 1)
+            if not self.lost:
+                if self.store.add("failed", 1) == 1:
+                    self.store.set("error", json.dumps(error))
+                new = new and self.store.add(f"said/{self.host}/{text}", 1) == 1
         if new:
             print(f"error (rank {self.rank}): {text}", file=sys.stderr, flush=True)
 
@@ -96,39 +87,43 @@ class Watchdog:
             ticks, stuck = ticks + 1, time.monotonic() - self.moved > 0.5 * self.timeout_s
             stack = list(traceback.walk_stack(sys._current_frames().get(threading.main_thread().ident)))[:8]
             calls = [f"{os.path.basename(frame.f_code.co_filename)}:{n} {frame.f_code.co_name}" for frame, n in stack]
-            beat = {"ticks": ticks, "count": self.count, "step": self.step, "phase": self.phase, "host": self.host,
-                    "pid": os.getpid(), "stack": " < ".join(calls)}
             try:
-                self.store.set(f"beat/{self.rank}", json.dumps(beat))
-                self._look(self.world_size if stuck and ticks % seldom == 0 else 1)
+                self.store.set(f"beat/{self.rank}", json.dumps({
+                    "ticks": ticks, "count": self.count, "step": self.step, "phase": self.phase, "host": self.host,
+                    "pid": os.getpid(), "stack": " < ".join(calls)}))
+                for rank in range(self.world_size if self.curious or stuck and ticks % seldom == 0 else 1):
+                    beat = json.loads(self.store.get(f"beat/{rank}")) if self.store.check([f"beat/{rank}"]) else None
+                    if beat and beat != self.beats.get(rank, (0, None))[1]:
+                        self.beats[rank] = time.monotonic(), beat
                 if self.store.check(["error"]):
                     self.error = json.loads(self.store.get("error"))
             except RuntimeError:
                 self.lost = True
                 return
 
-    def _look(self, ranks: int) -> None:
-        for rank in range(ranks):
-            beat = json.loads(self.store.get(f"beat/{rank}")) if self.store.check([f"beat/{rank}"]) else {"ticks": 0}
-            if beat["ticks"] and beat != self.beats.get(rank, (0, {}))[1]:
-                self.beats[rank] = time.monotonic(), beat
-
     def _watch(self) -> None:
-        """The deadline; waits for nothing but the clock."""
-        failed = None
+        """The deadline; waits for nothing but the clock, and ends the process."""
+        failed = verdict = None
         while not self.ended.wait(self.interval):
             now, count = time.monotonic(), self.count
             if self.error or self.lost:
                 if failed is None and not self.error:
+                    print(f"warning (rank {self.rank}): {_GONE}: saving, and leaving", file=sys.stderr, flush=True)
                     os.kill(os.getpid(), signal.SIGTERM)
                 failed = failed or now
                 if now - failed > _GRACE_SECONDS * (1 if self.error else 6):
-                    self._leave(self.error or self.own("the process that kept the ranks' store is gone"))
+                    verdict = self.error or self.own(_GONE)
             elif now - self.moved > 0.85 * self.timeout_s:
-                behind = self._behind(now - 0.3 * self.timeout_s)
+                recent = now - 0.3 * self.timeout_s
+                behind = self._behind(recent)
                 if behind and self.count == count:
-                    self._leave(self.own(f"waited at step {self.step} ({self.phase}), for 85 % of distributed.timeout_s"
-                                         f" = {self.timeout_s:g}, for {behind}"))
+                    self.lost = self.beats.get(0, (now, {}))[0] <= recent    # rank 0 may be what keeps the store
+                    verdict = self.own(f"waited at step {self.step} ({self.phase}), for 85 % of distributed.timeout_s = "
+                                       f"{self.timeout_s:g}, for {behind}")
+            if verdict:                                  # the main thread may hang, and the store: wait for neither
+                threading.Thread(target=self.say, args=(verdict,), daemon=True).start()
+                time.sleep(3 * self.interval)            # the others may read it from this very process
+                os._exit(verdict["code"])
 
     def _behind(self, since: float) -> str:
         """All that is known of the other ranks that have been silent `since` then, or are not as far as this one."""
@@ -142,14 +137,3 @@ class Watchdog:
                 found.append(f"rank {rank} (host {beat['host']}, process {beat['pid']}), {state}last heard of at step "
                              f"{beat['step']} ({beat['phase']}) in {beat['stack']}")
         return "; ".join(found)
-
-    def _leave(self, error: dict) -> None:
-        """End this process, whatever its main thread hangs in; the store may hang as well and is not waited for."""
-        teller = threading.Thread(target=self.say, args=(error, error["headline"]), daemon=True)
-        teller.start()
-        teller.join(self.interval)
-        if teller.is_alive():
-            print(f"error (rank {self.rank}): {error['headline']}", file=sys.stderr, flush=True)
-        time.sleep(0 if self.rank else 2 * self.interval)        # the others may read it from this very process
-        if not self.ended.is_set():
-            os._exit(error["code"])

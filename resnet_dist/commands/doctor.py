@@ -14,7 +14,6 @@ from resnet_dist.config import Config
 from resnet_dist.data.index import check_num_classes
 from resnet_dist.distributed import Runtime
 from resnet_dist.log import why_offline
-from resnet_dist.models.build import build_model
 from resnet_dist.schedule import peak_lr
 
 LEVELS = ("ok", "warning", "error")
@@ -22,15 +21,15 @@ LEVELS = ("ok", "warning", "error")
 
 def quick(config: Config, runtime: Runtime) -> list[dict]:
     """{check, level, text} of what can be checked without the data, in about a second; call it on every rank."""
-    return [_try(check, config, runtime) for check in (_layout, _collective, _folder)]
+    return [_try(check, config, runtime) for check in (_layout, _folder)]
 
 
 def run(config: Config, as_json: bool) -> int:
     """All checks, printed; every rank returns its own 0, 1 with warnings, or 2 with errors."""
     def body(config: Config, runtime: Runtime) -> int:
-        found = quick(config, runtime) + [_try(check, config, runtime) for check in (_data, _wandb, _versions)]
+        found = quick(config, runtime) + [_try(check, config, runtime) for check in (_data, _software)]
         told = found if runtime.is_main else [one for one in found if one["level"] != "ok"]
-        for line in [json.dumps(told)] if as_json else ["{level:9}{check:12}{text}".format(**one) for one in told]:
+        for line in [json.dumps(told)] if as_json else ["{level:9}{check:10}{text}".format(**one) for one in told]:
             print(line, flush=True)
         runtime.watchdog.part(5.0)
         return max(LEVELS.index(one["level"]) for one in found)
@@ -47,25 +46,21 @@ def _try(check, config: Config, runtime: Runtime) -> dict:
 
 def _layout(config: Config, runtime: Runtime) -> tuple[str, str]:
     batch, accumulated, augment = config.train.global_batch_size, config.train.grad_accum_steps, config.augment
-    local = composition.check_layout(batch, runtime.world_size, accumulated,
-                                     pairs=augment.mixup_alpha + augment.cutmix_alpha > 0)
+    here, backend = runtime.sum_integer(1), torch.distributed.get_backend()
+    place = f"{backend}, store at {os.environ.get('MASTER_ADDR', '-')}:{os.environ.get('MASTER_PORT', '-')}"
+    local = composition.check_layout(batch, here, accumulated, pairs=augment.mixup_alpha + augment.cutmix_alpha > 0)
     peak = peak_lr(config.optim.base_lr, config.optim.base_batch_size, batch)
     return ("ok" if 0.02 <= peak * 256 / batch <= 0.6 else "warning"), (
-        f"batch {batch} = {runtime.world_size} {runtime.device.type} ranks * {accumulated} micro-steps * {local}, peak "
-        f"lr {peak:g}, which is {peak * 256 / batch:g} for 256 images; SGD usually takes 0.05 to 0.5")
-
-
-def _collective(config: Config, runtime: Runtime) -> tuple[str, str]:
-    return "ok", (f"{runtime.sum_integer(1)} ranks answer over {torch.distributed.get_backend()}, store at "
-                  f"{os.environ.get('MASTER_ADDR', 'this process')}:{os.environ.get('MASTER_PORT', '-')}")
+        f"batch {batch} = {here} {runtime.device.type} ranks ({place}) * {accumulated} micro-steps * {local}; peak lr "
+        f"{peak:g} is {peak * 256 / batch:g} for 256 images, where SGD takes 0.05 to 0.5")
 
 
 def _folder(config: Config, runtime: Runtime) -> tuple[str, str]:
     folder = next(path for path in (Path(config.output_dir).absolute() / "x").parents if path.is_dir())
     with torch.device("meta"):
-        model = build_model(config.model, config.model.num_classes or 1000)
+        model = composition.build_state(config, config.model.num_classes or 1000, torch.device("meta")).model
     size = sum(tensor.numel() for tensor in model.parameters()) * 4 * (3 if config.train.ema_decay else 2)
-    need, free = size * (config.checkpoint.keep + 2), shutil.disk_usage(folder).free    # the best, and one being written
+    need, free = size * (config.checkpoint.keep + 2), shutil.disk_usage(folder).free   # with the best and a half-written
     tempfile.TemporaryFile(dir=folder).close()
     return "ok" if need < free else "error", (f"{folder} can be written; the checkpoints that are kept take "
                                               f"{need / 1e9:.2f} GB, and {free / 1e9:.1f} GB are free")
@@ -80,12 +75,9 @@ def _data(config: Config, runtime: Runtime) -> tuple[str, str]:
     return "warning" if bad else "ok", f"{text} classes; of {sum(len(b.indices) for b in shown)} shown {bad} are broken"
 
 
-def _wandb(config: Config, runtime: Runtime) -> tuple[str, str]:
-    reason = config.log.wandb if config.log.wandb in ("disabled", "offline") else why_offline(probe=True)
-    return ("warning" if reason and config.log.wandb == "online" else "ok"), reason or "online"
-
-
-def _versions(config: Config, runtime: Runtime) -> tuple[str, str]:
-    driver = Path("/proc/driver/nvidia/version")
+def _software(config: Config, runtime: Runtime) -> tuple[str, str]:
+    driver, asked = Path("/proc/driver/nvidia/version"), config.log.wandb
+    offline = asked if asked in ("disabled", "offline") else why_offline(probe=True)
     found = [f"{name} {metadata.version(name)}" for name in ("torch", "torchvision", "nvidia-dali-cuda120", "wandb")]
-    return "ok", ", ".join([*found, driver.read_text().splitlines()[0] if driver.exists() else "no NVIDIA driver"])
+    found += [driver.read_text().splitlines()[0] if driver.exists() else "no NVIDIA driver", f"W&B {offline or 'online'}"]
+    return "warning" if offline and asked == "online" else "ok", ", ".join(found)
