@@ -208,8 +208,7 @@ def train(model: nn.Module, state: TrainState, train_loader: TrainLoader, val_lo
           plan: Plan, runtime: Runtime, saver: Saver, log: Log, stop_signal: StopSignal) -> int:
     """Train from `state.step` to `plan.total_steps`. Returns 0, or the signal that ended it after a checkpoint.
 
-    Raises FloatingPointError(text, (first, last)) on every rank when `plan.max_nonfinite_steps` updates in a row had a
-    gradient that is not finite.
+    Raises FloatingPointError(text, (first, last)) when `plan.max_nonfinite_steps` updates in a row were left out.
     """
     def poll(phase: str) -> int:
         runtime.watchdog.beat(state.step, phase)

@@ -185,7 +185,7 @@ def write_config(config: Config) -> None:
 
 
 def save_replay(folder: Path, updates: tuple[int, int], loader: TrainLoader, schedule: Schedule, plan: engine.Plan,
-                runtime: Runtime) -> Path:
+                runtime: Runtime) -> None:
     """Write nonfinite.json: the steps (from 0), their lr, and for each rank its micro-batches, as rows and files."""
     steps, shares, index = range(updates[0] - 1, updates[1]), [[]] * runtime.world_size, getattr(loader, "index", None)
     own = [batch.indices.tolist() for batch in loader.batches(steps.start, steps.stop)]
@@ -194,7 +194,6 @@ def save_replay(folder: Path, updates: tuple[int, int], loader: TrainLoader, sch
     text = json.dumps({"plan": asdict(plan), "steps": list(steps), "lr": [schedule.lr(step) for step in steps],
                        "rows_of_ranks": shares, "files": files})
     runtime.on_main(lambda: (folder / "nonfinite.json").write_text(text))
-    return folder / "nonfinite.json"
 
 
 def train(config: Config, runtime: Runtime) -> int:
@@ -251,8 +250,8 @@ def compose(config: Config, runtime: Runtime, log: Log) -> int:
         val_loader.close()
         log.say(farewell(config, state, plan, runtime, log))
     except FloatingPointError as problem:
-        path = save_replay(Path(config.output_dir), problem.args[1], train_loader, schedule, plan, runtime)
-        raise FloatingPointError(f"{problem.args[0]}; {path} has their images") from problem
+        save_replay(Path(config.output_dir), problem.args[1], train_loader, schedule, plan, runtime)
+        raise FloatingPointError(f"{problem.args[0]}; nonfinite.json in output_dir has their images") from problem
     finally:
         stop_signal.close()
     if saver.failure:
@@ -285,6 +284,4 @@ def explain(problem: Exception, runtime: Runtime) -> int:
         error = watchdog.blame(problem)
     else:
         error, text = watchdog.own(f"{type(problem).__name__}: {problem}"), "".join(traceback.format_exception(problem))
-    watchdog.say(error, text)
-    watchdog.part(2.0)
-    return error["code"]
+    return watchdog.fail(error, text)

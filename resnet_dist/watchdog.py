@@ -58,8 +58,9 @@ class Watchdog:
         """An error of this rank."""
         return {"rank": self.rank, "host": self.host, "code": code, "headline": headline}
 
-    def say(self, error: dict, text: str = "") -> None:
-        """Publish `error` (the first of several stands); print it, or `text`, unless this machine knows it already."""
+    def fail(self, error: dict, text: str = "") -> int:
+        """Publish `error` (the first of several stands), print it, or `text`, unless this machine knows it already, and
+        part from the others; returns the exit code."""
         text, new = text or error["headline"], True
         if error["rank"] != self.rank:
             text, new = f"rank {error['rank']} on {error['host']} failed first: {text}", error["host"] != self.host
@@ -70,6 +71,8 @@ class Watchdog:
                 new = new and self.store.add(f"said/{self.host}/{text}", 1) == 1
         if new:
             print(f"error (rank {self.rank}): {text}", file=sys.stderr, flush=True)
+        self.part(2.0)
+        return error["code"]
 
     def part(self, seconds: float) -> None:
         """Watch no longer; rank 0, which may keep the store, stays up to `seconds` until all have come here."""
@@ -102,7 +105,6 @@ class Watchdog:
                 return
 
     def _watch(self) -> None:
-        """The deadline; waits for nothing but the clock, and ends the process."""
         failed = verdict = None
         while not self.ended.wait(self.interval):
             now, count = time.monotonic(), self.count
@@ -121,7 +123,7 @@ class Watchdog:
                     verdict = self.own(f"waited at step {self.step} ({self.phase}), for 85 % of distributed.timeout_s = "
                                        f"{self.timeout_s:g}, for {behind}")
             if verdict:                                  # the main thread may hang, and the store: wait for neither
-                threading.Thread(target=self.say, args=(verdict,), daemon=True).start()
+                threading.Thread(target=self.fail, args=(verdict,), daemon=True).start()
                 time.sleep(3 * self.interval)            # the others may read it from this very process
                 os._exit(verdict["code"])
 
@@ -130,10 +132,9 @@ class Watchdog:
         found = []
         for rank, (heard, beat) in sorted(self.beats.items()):
             if rank != self.rank and (heard <= since or beat["count"] < self.count):
-                state = ""
-                with contextlib.suppress(OSError):       # a process of another host, or one that is no longer there
-                    status = Path(f"/proc/{beat['pid']}/status").read_text() if beat["host"] == self.host else ""
-                    state = "".join(line.partition("\t")[2] + ", " for line in status.splitlines()[2:3])
+                pid, state = beat["pid"] if beat["host"] == self.host else "elsewhere", ""
+                with contextlib.suppress(OSError):
+                    state = Path(f"/proc/{pid}/status").read_text().splitlines()[2].removeprefix("State:\t") + ", "
                 found.append(f"rank {rank} (host {beat['host']}, process {beat['pid']}), {state}last heard of at step "
                              f"{beat['step']} ({beat['phase']}) in {beat['stack']}")
         return "; ".join(found)

@@ -46,13 +46,12 @@ def _try(check, config: Config, runtime: Runtime) -> dict:
 
 def _layout(config: Config, runtime: Runtime) -> tuple[str, str]:
     batch, accumulated, augment = config.train.global_batch_size, config.train.grad_accum_steps, config.augment
-    here, backend = runtime.sum_integer(1), torch.distributed.get_backend()
-    place = f"{backend}, store at {os.environ.get('MASTER_ADDR', '-')}:{os.environ.get('MASTER_PORT', '-')}"
+    here, place = runtime.sum_integer(1), ":".join(os.environ.get(f"MASTER_{word}", "-") for word in ("ADDR", "PORT"))
     local = composition.check_layout(batch, here, accumulated, pairs=augment.mixup_alpha + augment.cutmix_alpha > 0)
     peak = peak_lr(config.optim.base_lr, config.optim.base_batch_size, batch)
     return ("ok" if 0.02 <= peak * 256 / batch <= 0.6 else "warning"), (
-        f"batch {batch} = {here} {runtime.device.type} ranks ({place}) * {accumulated} micro-steps * {local}; peak lr "
-        f"{peak:g} is {peak * 256 / batch:g} for 256 images, where SGD takes 0.05 to 0.5")
+        f"batch {batch} = {here} ranks ({torch.distributed.get_backend()}, store at {place}) * {accumulated} micro-steps "
+        f"* {local}; peak lr {peak:g} is {peak * 256 / batch:g} for 256 images, where SGD takes 0.05 to 0.5")
 
 
 def _folder(config: Config, runtime: Runtime) -> tuple[str, str]:
@@ -60,7 +59,7 @@ def _folder(config: Config, runtime: Runtime) -> tuple[str, str]:
     with torch.device("meta"):
         model = composition.build_state(config, config.model.num_classes or 1000, torch.device("meta")).model
     size = sum(tensor.numel() for tensor in model.parameters()) * 4 * (3 if config.train.ema_decay else 2)
-    need, free = size * (config.checkpoint.keep + 2), shutil.disk_usage(folder).free   # with the best and a half-written
+    need, free = size * (config.checkpoint.keep + 2), shutil.disk_usage(folder).free   # with the best, and a new one
     tempfile.TemporaryFile(dir=folder).close()
     return "ok" if need < free else "error", (f"{folder} can be written; the checkpoints that are kept take "
                                               f"{need / 1e9:.2f} GB, and {free / 1e9:.1f} GB are free")
@@ -79,5 +78,5 @@ def _software(config: Config, runtime: Runtime) -> tuple[str, str]:
     driver, asked = Path("/proc/driver/nvidia/version"), config.log.wandb
     offline = asked if asked in ("disabled", "offline") else why_offline(probe=True)
     found = [f"{name} {metadata.version(name)}" for name in ("torch", "torchvision", "nvidia-dali-cuda120", "wandb")]
-    found += [driver.read_text().splitlines()[0] if driver.exists() else "no NVIDIA driver", f"W&B {offline or 'online'}"]
+    found += [driver.read_text().splitlines()[0] if driver.exists() else "no GPU driver", f"W&B {offline or 'online'}"]
     return "warning" if offline and asked == "online" else "ok", ", ".join(found)
