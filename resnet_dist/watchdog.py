@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 import traceback
-from pathlib import Path
 
 import torch.distributed as dist
 
@@ -59,16 +58,14 @@ class Watchdog:
         return {"rank": self.rank, "host": self.host, "code": code, "headline": headline}
 
     def fail(self, error: dict, text: str = "") -> int:
-        """Publish `error` (the first of several stands), print it, or `text`, unless this machine knows it already, and
-        part from the others; returns the exit code."""
+        """Publish `error`, print it (or `text`) unless this machine knows it already, and part; returns its code."""
         text, new = text or error["headline"], True
         if error["rank"] != self.rank:
             text, new = f"rank {error['rank']} on {error['host']} failed first: {text}", error["host"] != self.host
         with contextlib.suppress(RuntimeError):          # without a store everyone speaks
-            if not self.lost:
-                if self.store.add("failed", 1) == 1:
-                    self.store.set("error", json.dumps(error))
-                new = new and self.store.add(f"said/{self.host}/{text}", 1) == 1
+            if self.store.add("failed", 1) == 1:         # the first of several stands
+                self.store.set("error", json.dumps(error))
+            new = new and self.store.add(f"said/{self.host}/{text}", 1) == 1
         if new:
             print(f"error (rank {self.rank}): {text}", file=sys.stderr, flush=True)
         self.part(2.0)
@@ -78,7 +75,7 @@ class Watchdog:
         """Watch no longer; rank 0, which may keep the store, stays up to `seconds` until all have come here."""
         self.ended.set()
         with contextlib.suppress(RuntimeError):
-            deadline, here = time.monotonic() + seconds, 0 if self.lost else self.store.add("parted", 1)
+            deadline, here = time.monotonic() + seconds, self.store.add("parted", 1)
             while self.rank == 0 and here < self.world_size and time.monotonic() < deadline:
                 time.sleep(0.02)
                 here = self.store.add("parted", 0)
@@ -101,7 +98,7 @@ class Watchdog:
                 if self.store.check(["error"]):
                     self.error = json.loads(self.store.get("error"))
             except RuntimeError:
-                self.lost = True
+                self.lost, self.store = True, dist.HashStore()           # which nobody else sees, and nothing hangs in
                 return
 
     def _watch(self) -> None:
@@ -119,7 +116,8 @@ class Watchdog:
                 recent = now - 0.3 * self.timeout_s
                 behind = self._behind(recent)
                 if behind and self.count == count:
-                    self.lost = self.beats.get(0, (now, {}))[0] <= recent    # rank 0 may be what keeps the store
+                    if self.beats.get(0, (now, {}))[0] <= recent:        # rank 0 may be what keeps the store
+                        self.store = dist.HashStore()
                     verdict = self.own(f"waited at step {self.step} ({self.phase}), for 85 % of distributed.timeout_s = "
                                        f"{self.timeout_s:g}, for {behind}")
             if verdict:                                  # the main thread may hang, and the store: wait for neither
@@ -133,8 +131,8 @@ class Watchdog:
         for rank, (heard, beat) in sorted(self.beats.items()):
             if rank != self.rank and (heard <= since or beat["count"] < self.count):
                 pid, state = beat["pid"] if beat["host"] == self.host else "elsewhere", ""
-                with contextlib.suppress(OSError):
-                    state = Path(f"/proc/{pid}/status").read_text().splitlines()[2].removeprefix("State:\t") + ", "
+                with contextlib.suppress(OSError), open(f"/proc/{pid}/status") as status:
+                    state = status.readlines()[2].removeprefix("State:").strip() + ", "
                 found.append(f"rank {rank} (host {beat['host']}, process {beat['pid']}), {state}last heard of at step "
                              f"{beat['step']} ({beat['phase']}) in {beat['stack']}")
         return "; ".join(found)

@@ -19,15 +19,22 @@ from resnet_dist.schedule import peak_lr
 LEVELS = ("ok", "warning", "error")
 
 
-def quick(config: Config, runtime: Runtime) -> list[dict]:
+def quick(config: Config, runtime: Runtime, more: tuple = ()) -> list[dict]:
     """{check, level, text} of what can be checked without the data, in about a second; call it on every rank."""
-    return [_try(check, config, runtime) for check in (_layout, _folder)]
+    found = []
+    for check in (_layout, _folder, *more):
+        try:
+            level, text = check(config, runtime)
+        except (ValueError, OSError) as problem:
+            level, text = "error", str(problem)
+        found.append({"check": check.__name__[1:], "level": level, "text": text})
+    return found
 
 
 def run(config: Config, as_json: bool) -> int:
     """All checks, printed; every rank returns its own 0, 1 with warnings, or 2 with errors."""
     def body(config: Config, runtime: Runtime) -> int:
-        found = quick(config, runtime) + [_try(check, config, runtime) for check in (_data, _software)]
+        found = quick(config, runtime, (_data, _software))
         told = found if runtime.is_main else [one for one in found if one["level"] != "ok"]
         for line in [json.dumps(told)] if as_json else ["{level:9}{check:10}{text}".format(**one) for one in told]:
             print(line, flush=True)
@@ -36,22 +43,14 @@ def run(config: Config, as_json: bool) -> int:
     return composition.main(config, body)
 
 
-def _try(check, config: Config, runtime: Runtime) -> dict:
-    try:
-        level, text = check(config, runtime)
-    except (ValueError, OSError) as problem:
-        level, text = "error", str(problem)
-    return {"check": check.__name__[1:], "level": level, "text": text}
-
-
 def _layout(config: Config, runtime: Runtime) -> tuple[str, str]:
     batch, accumulated, augment = config.train.global_batch_size, config.train.grad_accum_steps, config.augment
-    here, place = runtime.sum_integer(1), ":".join(os.environ.get(f"MASTER_{word}", "-") for word in ("ADDR", "PORT"))
+    here, place = runtime.sum_integer(1), ":".join(os.environ.get(f"MASTER_{part}", "-") for part in ("ADDR", "PORT"))
     local = composition.check_layout(batch, here, accumulated, pairs=augment.mixup_alpha + augment.cutmix_alpha > 0)
     peak = peak_lr(config.optim.base_lr, config.optim.base_batch_size, batch)
     return ("ok" if 0.02 <= peak * 256 / batch <= 0.6 else "warning"), (
-        f"batch {batch} = {here} ranks ({torch.distributed.get_backend()}, store at {place}) * {accumulated} micro-steps "
-        f"* {local}; peak lr {peak:g} is {peak * 256 / batch:g} for 256 images, where SGD takes 0.05 to 0.5")
+        f"batch {batch} = {here} ranks ({torch.distributed.get_backend()} at {place}) * {accumulated} micro-steps * "
+        f"{local}; peak lr {peak:g} is {peak * 256 / batch:g} for 256 images, where SGD takes 0.05 to 0.5")
 
 
 def _folder(config: Config, runtime: Runtime) -> tuple[str, str]:
