@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from resnet_dist.config import Config, check
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")    # torch's warnings about a lost rank are pages; we say it
 COMMANDS = {
     "train": "train a network; also what train.py does",
     "evaluate": "top-1 and top-5 of a checkpoint on the validation set",
@@ -139,7 +140,6 @@ def report(arguments: list[str]) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command that the first argument names; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")        # its warnings about a lost rank are pages; we say it
     listing = "\n".join(f"  {name:10} {meaning}" for name, meaning in COMMANDS.items())
     if not arguments or arguments[0] not in COMMANDS:
         wrong = bool(arguments) and arguments[0] not in ("-h", "--help")

@@ -24,7 +24,7 @@ class Watchdog:
     """One rank's position, and its view of the others'. `beat` marks progress, equally often on every rank.
 
     A rank that has not moved on for 0.85 `timeout_s` ends its process with code 1 if another is behind it, or has been
-    silent for the last 0.3 of them. Where nobody is, all do the same (compile, wait for the storage) and it does
+    silent for a third of that. Where nobody is, all do the same (compile, wait for the storage) and it does
     nothing. An error that another rank has published ends it with that one's code. When the store is gone, it sends
     itself SIGTERM: save and leave.
     """
@@ -83,7 +83,7 @@ class Watchdog:
     def _pulse(self) -> None:
         """All regular talk with the store: a call hangs when the process that keeps it is stopped."""
         ticks, seldom = 0, max(1, int(0.05 * self.timeout_s / self.interval))
-        while not self.ended.wait(self.interval):
+        while not self.lost and not self.ended.wait(self.interval):
             ticks, stuck = ticks + 1, time.monotonic() - self.moved > 0.5 * self.timeout_s
             stack = list(traceback.walk_stack(sys._current_frames().get(threading.main_thread().ident)))[:8]
             calls = [f"{os.path.basename(frame.f_code.co_filename)}:{n} {frame.f_code.co_name}" for frame, n in stack]
@@ -99,7 +99,6 @@ class Watchdog:
                     self.error = json.loads(self.store.get("error"))
             except RuntimeError:
                 self.lost, self.store = True, dist.HashStore()           # which nobody else sees, and nothing hangs in
-                return
 
     def _watch(self) -> None:
         failed = verdict = None
@@ -112,14 +111,14 @@ class Watchdog:
                 failed = failed or now
                 if now - failed > _GRACE_SECONDS * (1 if self.error else 6):
                     verdict = self.error or self.own(_GONE)
-            elif now - self.moved > 0.85 * self.timeout_s:
-                recent = now - 0.3 * self.timeout_s
+            elif now - self.moved > (limit := self.timeout_s * (0.85 if count else 2.0)):        # imports starve threads
+                recent = now - 0.35 * limit
                 behind = self._behind(recent)
                 if behind and self.count == count:
                     if self.beats.get(0, (now, {}))[0] <= recent:        # rank 0 may be what keeps the store
                         self.store = dist.HashStore()
-                    verdict = self.own(f"waited at step {self.step} ({self.phase}), for 85 % of distributed.timeout_s = "
-                                       f"{self.timeout_s:g}, for {behind}")
+                    verdict = self.own(f"waited {limit:g} s at step {self.step} ({self.phase}) for {behind}; "
+                                       f"distributed.timeout_s is {self.timeout_s:g}")
             if verdict:                                  # the main thread may hang, and the store: wait for neither
                 threading.Thread(target=self.fail, args=(verdict,), daemon=True).start()
                 time.sleep(3 * self.interval)            # the others may read it from this very process

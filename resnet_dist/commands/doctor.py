@@ -25,8 +25,8 @@ def quick(config: Config, runtime: Runtime, more: tuple = ()) -> list[dict]:
     for check in (_layout, _folder, *more):
         try:
             level, text = check(config, runtime)
-        except (ValueError, OSError) as problem:
-            level, text = "error", str(problem)
+        except Exception as problem:                     # whatever it is, the run would meet it too
+            level, text = "error", f"{type(problem).__name__}: {problem}"
         found.append({"check": check.__name__[1:], "level": level, "text": text})
     return found
 

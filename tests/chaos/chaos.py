@@ -29,9 +29,9 @@ from resnet_dist import checkpoint, cli, engine
 from resnet_dist.checkpoint import read_checkpoint, unpack_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
-RANKS, EPOCHS, STEPS_PER_EPOCH = 2, 4, 12
+RANKS, EPOCHS, STEPS_PER_EPOCH = 2, 3, 12
 TOTAL_STEPS = EPOCHS * STEPS_PER_EPOCH
-STOP_TIMEOUT = 5.0               # distributed.timeout_s where a rank is stopped
+STOP_TIMEOUT = 8.0               # distributed.timeout_s where a rank is stopped
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
 SPOILS = ("flip newest", "truncate newest", "empty newest", "leftovers")
 FAULTS = ("kill one", "kill all", "kill in checkpoint", "kill in evaluation", "kill at epoch", "signal one",
@@ -41,7 +41,7 @@ CLOCK = {"time", "elapsed", "train/images_per_second", "train/data_wait_fraction
 
 
 def arguments(digits: str, folder: Path, *more: str) -> list[str]:
-    """A run of four epochs of twelve steps; a checkpoint every five steps and at each epoch, which is evaluated."""
+    """A run of three epochs of twelve steps; a checkpoint every five steps and at each epoch, which is evaluated."""
     return ["train", "--config", str(ROOT / "configs/quickstart.yaml"), "--data.data_dir", digits, "--output_dir",
             str(folder), "--data.train_crop_size", "16", "--data.val_resize_size", "16", "--data.val_crop_size", "16",
             "--train.epochs", str(EPOCHS), "--train.global_batch_size", "120", "--train.precision", "fp32",
@@ -273,7 +273,7 @@ def other_ranks(digits: str, folder: Path, seed: int) -> float:
         place.mkdir(parents=True)
     two, mixed = places
     assert run_app(2, arguments(digits, two, *more), str(two / "log"), record_batches(two)) == [0, 0]
-    for ranks, at in ((2, generator.randint(6, 20)), (3, generator.randint(26, 40))):
+    for ranks, at in ((2, generator.randint(6, 12)), (3, generator.randint(18, 26))):
         processes = start_app(ranks, arguments(digits, mixed, *more), str(mixed / "log"), record_batches(mixed))
         wait_for_step(mixed, at, processes)
         for process in processes:

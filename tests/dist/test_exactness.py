@@ -3,16 +3,18 @@
 The application runs whole, in forked processes: JPEG files, DALI, DDP, SyncBatchNorm, checkpoints.
 """
 
+import itertools
 import json
 import os
 import re
 import signal
+import time
 
 import pytest
 import torch
 from dist_utils import by_step, record_batches, run_app, start_app, wait_app, wait_for_step
 
-from resnet_dist import engine
+from resnet_dist import cli, engine
 from resnet_dist.checkpoint import read_checkpoint, unpack_checkpoint
 
 STEPS = 24
@@ -103,6 +105,26 @@ def test_a_signal_loses_no_step(digits, undisturbed, tmp_path, name, to):
     assert stopped >= 8 and metrics(tmp_path)[-1]["step"] == stopped
     assert run_app(2, arguments(digits, tmp_path), str(tmp_path / "log")) == [0, 0]
     assert f"step {stopped}, from" in (tmp_path / "log").read_text()
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_clock_locale_umask_and_home_have_no_effect(digits, undisturbed, tmp_path):
+    """Row of the table of faults: a clock that jumps back and forth, Turkish, no rights for others, a home that is none."""
+    def entry(arguments):
+        real, calls = time.time, itertools.count()
+        time.time = lambda: real() + (-1) ** next(calls) * 1e7
+        time.time_ns = lambda: int(time.time() * 1e9)
+        os.umask(0o077)
+        os.environ.pop("HOME", None) if os.environ["RANK"] == "0" else os.environ.update(HOME="/dev/null/home")
+        os.environ.update(LC_ALL="tr_TR.UTF-8", LANG="C", TZ="Pacific/Kiritimati")
+        time.tzset()
+        return cli.main(arguments)
+
+    processes = start_app(2, arguments(digits, tmp_path), str(tmp_path / "log"), entry)
+    wait_for_step(tmp_path, 8, processes)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    assert wait_app(processes) == [143, 143], (tmp_path / "log").read_text()
+    assert run_app(2, arguments(digits, tmp_path), str(tmp_path / "log"), entry) == [0, 0], (tmp_path / "log").read_text()
     assert_same_run(tmp_path, undisturbed)
 
 

@@ -65,7 +65,7 @@ def test_sigkill_of_any_rank(digits, tmp_path, victim):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_is_stopped(digits, tmp_path, victim):
     """SIGSTOP, also of the rank that keeps the store: which rank, which step, its state and last stack."""
-    processes = start(digits, tmp_path, "--distributed.timeout_s", "4")
+    processes = start(digits, tmp_path, "--distributed.timeout_s", "6")
     wait_for_step(tmp_path, 3, processes)
     os.kill(processes[victim].pid, signal.SIGSTOP)
     try:
@@ -74,7 +74,7 @@ def test_a_rank_that_is_stopped(digits, tmp_path, victim):
     finally:
         processes[victim].kill()
     for line in errors(tmp_path):
-        assert re.search(r"waited at step \d+ \(\w+\), for 85 % of distributed.timeout_s = 4, for rank ", line)
+        assert re.search(r"waited 5.1 s at step \d+ \(\w+\) for rank ", line)
         assert f"rank {victim} (host {os.uname().nodename}, process {processes[victim].pid}), T (stopped), " in line
         assert re.search(r"last heard of at step \d+ \(\w+\) in \S+\.py:\d+ ", line)
     assert errors(tmp_path)
@@ -90,7 +90,7 @@ def test_a_rank_that_is_stuck(digits, tmp_path):
         if value == 4:
             time.sleep(100)
 
-    processes = start(digits, tmp_path, "--distributed.timeout_s", "4", entry=at_step_3(1, sleep_while_waiting_for_data))
+    processes = start(digits, tmp_path, "--distributed.timeout_s", "6", entry=at_step_3(1, sleep_while_waiting_for_data))
     assert wait_app(processes, timeout=40) == [1, 1, 1]
     assert errors(tmp_path)
     for line in errors(tmp_path):
@@ -129,11 +129,11 @@ def test_a_wait_that_all_share_is_none(digits, tmp_path):
 
         def train_step(model, state, *rest):
             if state.step == 2:
-                time.sleep(4)
+                time.sleep(5.5)
             return real(model, state, *rest)
 
         engine.train_step = train_step
         return cli.main(arguments)
 
-    more = ("--distributed.timeout_s", "3", "--train.epochs", "0.5", "--schedule.warmup_epochs", "0")
+    more = ("--distributed.timeout_s", "5", "--train.epochs", "0.5", "--schedule.warmup_epochs", "0")
     assert wait_app(start(digits, tmp_path, *more, entry=entry)) == [0, 0, 0], (tmp_path / "log").read_text()
