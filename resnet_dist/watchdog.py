@@ -111,9 +111,8 @@ class Watchdog:
                 failed = failed or now
                 if now - failed > _GRACE_SECONDS * (1 if self.error else 6):
                     verdict = self.error or self.own(_GONE)
-            elif now - self.moved > (limit := self.timeout_s * (0.85 if count else 2.0)):        # imports starve threads
-                recent = now - 0.35 * limit
-                behind = self._behind(recent)
+            elif now - self.moved > (limit := self.timeout_s * (0.85 if count else 2.0)):    # imports starve threads
+                behind = self._behind(recent := now - 0.35 * limit)
                 if behind and self.count == count:
                     if self.beats.get(0, (now, {}))[0] <= recent:        # rank 0 may be what keeps the store
                         self.store = dist.HashStore()

@@ -1,4 +1,4 @@
-"""Faults thrown at a small real training run, from a seed; in the end everything equals the undisturbed run, bit for bit.
+"""Seeded faults thrown at a small real training run; in the end everything equals the undisturbed run, bit for bit.
 
     make chaos                                  # 200 faults, a log, a summary
     python tests/chaos/chaos.py --faults 50 --seed 7 --folder /tmp/chaos
@@ -159,10 +159,10 @@ class Round:
             assert saved_step(self.folder) == last_step(self.folder), "a signal costs no step"
         else:
             deadly = fault != "raise alone"              # a writer dies in the main process, whichever rank was drawn
-            dead = range(RANKS) if fault in ("kill all", "disk full") else [0 if fault == "kill in checkpoint" else victim]
+            dead = {"kill all": range(RANKS), "disk full": range(RANKS), "kill in checkpoint": [0]}.get(fault, [victim])
             assert codes == [-9 if deadly and rank in dead else 1 for rank in range(RANKS)], (fault, codes, self.tail())
         self.struck, self.resumed = (moment, last_step(self.folder)), False
-        self.say(f"{fault}{' ' + name if expected else ''}, rank {victim}, step {last_step(self.folder)}: exit codes {codes}")
+        self.say(f"{self.thrown[-1]}, rank {victim}, step {last_step(self.folder)}: exit codes {codes}")
 
     def attempt(self, at: int | None, entry=None, act=None, more: tuple = ()) -> tuple[list[int], float]:
         """Start all ranks; `act` once step `at` is logged; the exit codes, and when the end began."""
@@ -322,16 +322,18 @@ def main() -> int:
         one = Round(digits, place / "rounds" / f"{len(rounds):03d}", options.seed * 1000 + len(rounds), say)
         one.play(faults[first:first + options.per_round])
         rounds.append((one, differences(one.folder, undisturbed)))
-        say(f"round {len(rounds)}: {len(one.thrown)} faults, {'differs in ' + str(rounds[-1][1]) if rounds[-1][1] else 'equal, bit for bit'}")
-        shutil.rmtree(one.folder) if not rounds[-1][1] else None
+        found = rounds[-1][1]
+        say(f"round {len(rounds)}: {len(one.thrown)} faults; " + (f"differs in {found}" if found else "equal, bit for bit"))
+        if not found:
+            shutil.rmtree(one.folder)
     difference = other_ranks(digits, place / "rounds" / "ranks", options.seed)
     say(f"2 ranks, killed, 3 ranks, killed, 1 rank: the same samples, crops and lr; weights differ by {difference:.1e}")
     lost = [steps for one, _ in rounds for steps in one.lost]
     seconds = [value for one, _ in rounds for value in one.seconds]
     different = [number for number, (_, found) in enumerate(rounds) if found]
     kinds = sorted({fault for one, _ in rounds for fault in one.thrown})
-    say(f"{sum(len(one.thrown) for one, _ in rounds)} faults of {len(kinds)} kinds in {len(rounds)} runs; steps lost: "
-        f"{sum(lost)} in all, median {statistics.median(lost):g}, worst {max(lost)}; seconds from the fault to the next "
+    say(f"{sum(len(one.thrown) for one, _ in rounds)} faults of {len(kinds)} kinds in {len(rounds)} runs; steps "
+        f"lost: {sum(lost)} in all, median {statistics.median(lost):g}, worst {max(lost)}; seconds from the fault to the next "
         f"new step: median {statistics.median(seconds):.1f}, worst {max(seconds):.1f}; "
         f"{'rounds that differ: ' + str(different) if different else 'all runs equal the undisturbed one, bit for bit'}")
     return 1 if different else 0
