@@ -279,13 +279,14 @@ class _Wandb:
 
     def close(self, exit_code: int) -> None:
         """Send what is left, for a bounded time."""
-        self.exit_code = exit_code
+        self.exit_code, deadline = exit_code, time.monotonic() + _FINISH_SECONDS
         with contextlib.suppress(queue.Full):
             self.rows.put(None, timeout=1)
         self.thread.join(_FINISH_SECONDS + 5)
-        if self.thread.is_alive():
-            self.owner._warn_once("wandb", f"W&B did not finish within {_FINISH_SECONDS:.0f} s; its data is in "
-                                           f"{self.owner.folder / 'wandb'}")
+        if time.monotonic() > deadline:
+            folder = shlex.quote(str(self.owner.folder / "wandb"))
+            self.owner._warn_once("wandb", f"W&B did not finish within {_FINISH_SECONDS:.0f} s; to upload later: "
+                                           f"wandb sync --include-online {folder}/*run-*")
 
 
 def _start_wandb(config: LogConfig, folder: Path, run_config: dict, log: Log) -> _Wandb | None:

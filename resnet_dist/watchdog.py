@@ -108,8 +108,7 @@ class Watchdog:
                 if failed is None and not self.error:
                     print(f"warning (rank {self.rank}): {_GONE}: saving, and leaving", file=sys.stderr, flush=True)
                     os.kill(os.getpid(), signal.SIGTERM)
-                failed = failed or now
-                if now - failed > _GRACE_SECONDS * (1 if self.error else 6):
+                if now - (failed := failed or now) > _GRACE_SECONDS * (1 if self.error else 6):
                     verdict = self.error or self.own(_GONE)
             elif now - self.moved > (limit := self.timeout_s * (0.85 if count else 2.0)):    # imports starve threads
                 behind = self._behind(recent := now - 0.35 * limit)

@@ -116,7 +116,7 @@ def test_nothing_valid_is_an_error_and_nothing_at_all_is_not(tmp_path):
 
 
 def test_a_bit_flipped_anywhere_is_found(tmp_path):
-    """In every part of the file and of its digest: headers, tensors, padding, the archive's directory, the last byte."""
+    """In every part of the file and of its digest: headers, tensors, padding, the archive's list, the last byte."""
     save_steps(tmp_path, (1, 2))
     path, digest = tmp_path / "step_00000002.pt", tmp_path / "step_00000002.pt.sha256"
     whole, digits = path.read_bytes(), digest.read_bytes()

@@ -323,19 +323,21 @@ def main() -> int:
         one.play(faults[first:first + options.per_round])
         rounds.append((one, differences(one.folder, undisturbed)))
         found = rounds[-1][1]
-        say(f"round {len(rounds)}: {len(one.thrown)} faults; " + (f"differs in {found}" if found else "equal, bit for bit"))
+        outcome = f"differs in {found}" if found else "equal, bit for bit"
+        say(f"round {len(rounds)}: {len(one.thrown)} faults; {outcome}")
         if not found:
             shutil.rmtree(one.folder)
     difference = other_ranks(digits, place / "rounds" / "ranks", options.seed)
     say(f"2 ranks, killed, 3 ranks, killed, 1 rank: the same samples, crops and lr; weights differ by {difference:.1e}")
     lost = [steps for one, _ in rounds for steps in one.lost]
     seconds = [value for one, _ in rounds for value in one.seconds]
+    thrown = [fault.partition(" SIG")[0] for one, _ in rounds for fault in one.thrown]
     different = [number for number, (_, found) in enumerate(rounds) if found]
-    kinds = sorted({fault for one, _ in rounds for fault in one.thrown})
-    say(f"{sum(len(one.thrown) for one, _ in rounds)} faults of {len(kinds)} kinds in {len(rounds)} runs; steps "
-        f"lost: {sum(lost)} in all, median {statistics.median(lost):g}, worst {max(lost)}; seconds from the fault to the next "
-        f"new step: median {statistics.median(seconds):.1f}, worst {max(seconds):.1f}; "
-        f"{'rounds that differ: ' + str(different) if different else 'all runs equal the undisturbed one, bit for bit'}")
+    say("faults thrown: " + ", ".join(f"{thrown.count(kind)} x {kind}" for kind in FAULTS))
+    say(f"{len(thrown)} faults in {len(rounds)} runs, {len(lost)} new starts")
+    say(f"steps lost: {sum(lost)} in all, median {statistics.median(lost):g}, worst {max(lost)}")
+    say(f"seconds from a fault to the next new step: median {statistics.median(seconds):.1f}, worst {max(seconds):.1f}")
+    say(f"runs that differ: {different}" if different else "all runs equal the undisturbed one, bit for bit")
     return 1 if different else 0
 
 
