@@ -315,6 +315,6 @@ def report(state: TrainState, counts: Counts, grad_norm: torch.Tensor, lr: float
     first, last = nonfinite.longest_row()
     if last and last - first + 1 >= plan.max_nonfinite_steps:
         raise FloatingPointError(
-            f"the updates {first} to {last} had a loss or gradient that is not finite (none was applied; lr {lr:g}, last "
-            f"gradient norm {float(grad_norm):g}), and train.max_nonfinite_steps is {plan.max_nonfinite_steps}: lower "
-            "optim.base_lr, lengthen schedule.warmup_epochs, or set train.clip_grad_norm", (first, last))
+            f"the updates {first} to {last} had a loss or gradient that is not finite (none was applied; lr {lr:g}, "
+            f"last gradient norm {float(grad_norm):g}), and train.max_nonfinite_steps is {plan.max_nonfinite_steps}: "
+            "lower optim.base_lr, lengthen schedule.warmup_epochs, or set train.clip_grad_norm", (first, last))

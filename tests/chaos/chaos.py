@@ -281,7 +281,7 @@ def other_ranks(digits: str, folder: Path, seed: int) -> float:
         wait_app(processes)
     assert run_app(1, arguments(digits, mixed, *more), str(mixed / "log"), record_batches(mixed)) == [0]
     ours, theirs = by_step(two), by_step(mixed)
-    assert len(ours) == TOTAL_STEPS and ours == theirs
+    assert [len(samples) for _, samples in ours.values()] == [120] * TOTAL_STEPS and ours == theirs
     left, right = (torch.cat([value.double().flatten() for value in unpack_checkpoint(
         read_checkpoint(place / "checkpoints/last.pt"), "")["model"].values() if value.is_floating_point()])
         for place in places)

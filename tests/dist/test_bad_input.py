@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
 from dist_utils import run_app, start_app, wait_app, wait_for_step
@@ -15,7 +16,7 @@ from PIL import Image
 
 from resnet_dist import checkpoint, cli, engine
 from resnet_dist.checkpoint import newest_valid
-from resnet_dist.data.order import permutation
+from resnet_dist.data.order import rows_at
 
 SMALL = ["--data.train_crop_size", "16", "--data.val_resize_size", "16", "--data.val_crop_size", "16",
          "--train.epochs", "1", "--schedule.warmup_epochs", "0.5", "--train.global_batch_size", "120", "--log.wandb", "disabled", "--data.threads", "1",
@@ -289,5 +290,5 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_steps(tmp_path, digits):
     assert replay["steps"] == [4, 5, 6] and len(replay["lr"]) == 3 and min(replay["lr"]) > 0
     for step, *shares in zip(replay["steps"], *replay["rows_of_ranks"], strict=True):
         rows = [row for share in shares for row in share]
-        assert rows == permutation(0, 0, 1442)[120 * step:120 * (step + 1)].tolist()
+        assert rows == rows_at(0, 0, 1442, np.arange(120 * step, 120 * (step + 1))).tolist()
         assert all(os.path.isfile(replay["files"][str(row)]) for row in rows)
