@@ -107,7 +107,7 @@ def test_too_many_broken_images_stop_every_rank(tmp_path, data):
         path.write_bytes(b"")
     codes, printed = train(tmp_path, "--data.data_dir", str(data), "--data.max_bad_images", "5")
     assert codes == [2, 2], printed
-    assert printed.count("error (rank") == 1 and "Traceback" not in printed
+    assert 1 <= printed.count("error (rank") <= 2 and "Traceback" not in printed     # both may have met too many
     assert "data.max_bad_images" in printed and "quarantine.jsonl" in printed
 
 
