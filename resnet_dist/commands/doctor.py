@@ -14,6 +14,7 @@ from resnet_dist.config import Config
 from resnet_dist.data.index import check_num_classes
 from resnet_dist.distributed import Runtime
 from resnet_dist.log import why_offline
+from resnet_dist.models.build import build_model
 from resnet_dist.schedule import peak_lr
 
 LEVELS = ("ok", "warning", "error")
@@ -55,8 +56,7 @@ def _layout(config: Config, runtime: Runtime) -> tuple[str, str]:
 
 def _folder(config: Config, runtime: Runtime) -> tuple[str, str]:
     folder = next(path for path in (Path(config.output_dir).absolute() / "x").parents if path.is_dir())
-    with torch.device("meta"):
-        model = composition.build_state(config, config.model.num_classes or 1000, torch.device("meta")).model
+    model = build_model(config.model, config.model.num_classes or 1000)
     size = sum(tensor.numel() for tensor in model.parameters()) * 4 * (3 if config.train.ema_decay else 2)
     need, free = size * (config.checkpoint.keep + 2), shutil.disk_usage(folder).free   # with the best, and a new one
     tempfile.TemporaryFile(dir=folder).close()
