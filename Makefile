@@ -1,12 +1,16 @@
 # make quickstart: install, and train on real digits with two processes. make test: the whole test suite.
+# make chaos: 200 faults thrown at small runs (half an hour).
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test lint fmt
+.PHONY: quickstart test chaos lint fmt
 
 quickstart: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 train.py
+
+chaos: $(VENV)/installed
+	$(BIN)/python tests/chaos/chaos.py
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest

@@ -181,17 +181,17 @@ def unpack_checkpoint(payload: bytes, name: str) -> dict:
 
 
 def newest_valid(folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint of a folder that matches its digest; None where there never was one.
+    """The newest checkpoint of a folder that matches its digest and is of our format; None where there never was one.
 
     Each damaged one is warned about, and renamed (.damaged) once a valid one is found. Raises ValueError when all are
     damaged: a run is not silently started over.
     """
-    candidates = _newest_first(folder)
+    candidates = _newest_first(folder) or sorted(Path(folder).glob("step_*.pt.damaged"))
     for number, path in enumerate(candidates):
         try:
             if not _digest_path(path).exists():
                 raise ValueError(f"the checkpoint {path} has no {_digest_path(path).name} beside it")
-            read_checkpoint(path)
+            unpack_checkpoint(read_checkpoint(path), str(path))
         except ValueError as problem:
             warn(f"{problem}; trying the one before")
             continue

@@ -10,11 +10,13 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from resnet_dist.config import Config, check
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")    # torch's warnings about a lost rank are pages; we say it
 COMMANDS = {
     "train": "train a network; also what train.py does",
     "evaluate": "top-1 and top-5 of a checkpoint on the validation set",
     "benchmark": "speed of the whole loop beside a bare one; benchmark loader: of the data path beside others",
     "data": "get a data set ready: import, pack, download, verify, show",
+    "doctor": "a preflight of a run: layout, folders, data, network, versions",
     "report": "a table and a plot of a run's metrics.jsonl",
 }
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
@@ -118,6 +120,14 @@ def data(arguments: list[str]) -> int:
     return show.run(config, options)
 
 
+def doctor(arguments: list[str]) -> int:
+    """Check what would end a run, also under torchrun: exit code 0, 1 with warnings, 2 with errors; --json for JSON."""
+    config = parse_config(config_parser("resnet-dist doctor", doctor.__doc__), [a for a in arguments if a != "--json"])
+
+    from resnet_dist.commands import doctor as command
+    return command.run(config, "--json" in arguments)
+
+
 def report(arguments: list[str]) -> int:
     """Summarise a run."""
     parser = argparse.ArgumentParser(prog="resnet-dist report", description=report.__doc__)
@@ -137,7 +147,8 @@ def main(arguments: list[str] | None = None) -> int:
         if wrong:
             print(f"error: unknown command {arguments[0]!r}", file=sys.stderr)
         return 2 if wrong else 0
-    functions = {"train": train, "evaluate": evaluate, "benchmark": benchmark, "data": data, "report": report}
+    functions = {"train": train, "evaluate": evaluate, "benchmark": benchmark, "data": data, "doctor": doctor,
+                 "report": report}
     return functions[arguments[0]](arguments[1:])
 
 

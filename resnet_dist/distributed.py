@@ -2,10 +2,8 @@
 
 import contextlib
 import ctypes
-import hashlib
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +11,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from resnet_dist.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Runtime:
     device: torch.device
     cpu_group: dist.ProcessGroup | None
     """a gloo group of all ranks for small agreements that must not wait for the device"""
+    watchdog: Watchdog | None = None
+    """knows where the other ranks are"""
 
     @property
     def is_main(self) -> bool:
@@ -82,24 +84,6 @@ class Runtime:
         dist.broadcast(buffer, src=0, group=self.cpu_group)
         return buffer.numpy().tobytes()
 
-    def say_error(self, text: str) -> None:
-        """Print an error that ends this rank, unless another rank has already said the same; not a collective.
-
-        The main process, which may keep the store that the ranks ask, stays up to two seconds for the others: an error
-        that all ranks have is said once.
-        """
-        name = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-        try:
-            store = dist.distributed_c10d._get_default_store()
-            if store.add(f"said/{name}", 1) == 1:
-                print(f"error (rank {self.rank}): {text}", file=sys.stderr, flush=True)
-            store.add("ended", 1)
-            deadline = time.monotonic() + 2.0
-            while self.is_main and store.add("ended", 0) < self.world_size and time.monotonic() < deadline:
-                time.sleep(0.02)
-        except RuntimeError:                             # the rank that kept the store is gone
-            print(f"error (rank {self.rank}): {text}", file=sys.stderr, flush=True)
-
 
 def start(device: str = "auto", timeout_s: float = 600.0, threads: int = 0) -> Runtime:
     """Join the process group that the launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK, ...) describes.
@@ -127,7 +111,8 @@ def start(device: str = "auto", timeout_s: float = 600.0, threads: int = 0) -> R
     dist.init_process_group(backend, timeout=limit, **rendezvous)
     return Runtime(rank, local_rank, world_size, local_world_size,
                    torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu"),
-                   dist.new_group(backend="gloo", timeout=limit))
+                   dist.new_group(backend="gloo", timeout=limit),
+                   Watchdog(dist.distributed_c10d._get_default_store(), rank, world_size, timeout_s))
 
 
 def keep_freed_memory() -> None:
@@ -144,8 +129,9 @@ def keep_freed_memory() -> None:
         library.mallopt(top_pad, 2**26)
 
 
-def stop() -> None:
+def stop(runtime: Runtime) -> None:
     """Leave the process group."""
+    runtime.watchdog.part(10.0)
     if dist.is_initialized():
         dist.destroy_process_group()
 

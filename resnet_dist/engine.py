@@ -208,8 +208,12 @@ def train(model: nn.Module, state: TrainState, train_loader: TrainLoader, val_lo
           plan: Plan, runtime: Runtime, saver: Saver, log: Log, stop_signal: StopSignal) -> int:
     """Train from `state.step` to `plan.total_steps`. Returns 0, or the signal that ended it after a checkpoint.
 
-    Raises FloatingPointError when `plan.max_nonfinite_steps` updates in a row had a gradient that is not finite.
+    Raises FloatingPointError(text, (first, last)) when `plan.max_nonfinite_steps` updates in a row were left out.
     """
+    def poll(phase: str) -> int:
+        runtime.watchdog.beat(state.step, phase)
+        return stop_signal.poll()
+
     clock, nonfinite = Clock(), NonFinite(state.model, state.step)
     counts, grad_norm, lr, logged_step = Counts.zero(runtime.device), None, 0.0, state.step
     batches = train_loader.batches(state.step, plan.total_steps)
@@ -220,7 +224,7 @@ def train(model: nn.Module, state: TrainState, train_loader: TrainLoader, val_lo
     try:
         while True:
             # 1. log, where it is due and wherever the run is about to wait anyway: a window never spans a checkpoint
-            ends_by_signal = bool(stop_signal.poll())
+            ends_by_signal = bool(poll("log"))
             due = [is_due(state.step, interval, plan.total_steps) for interval in (
                 plan.log_interval_steps, plan.eval_interval_steps, *plan.checkpoint_interval_steps)]
             if state.step > logged_step and (any(due) or ends_by_signal):
@@ -231,7 +235,7 @@ def train(model: nn.Module, state: TrainState, train_loader: TrainLoader, val_lo
             # 2. evaluate, once per due step; a signal ends it
             if due[1] and not ends_by_signal and state.evaluated_step != state.step:
                 with clock.excluded():
-                    ends_by_signal = not evaluate_state(state, val_loader, plan, runtime, log, stop_signal.poll)
+                    ends_by_signal = not evaluate_state(state, val_loader, plan, runtime, log, lambda: poll("val"))
 
             # 3. checkpoint (what is already saved is not saved again)
             if any(due[2:]) or ends_by_signal or state.best_step == state.step:
@@ -243,10 +247,12 @@ def train(model: nn.Module, state: TrainState, train_loader: TrainLoader, val_lo
                 return stop_signal.agreed
 
             # 5. data
+            runtime.watchdog.beat(state.step, "data")
             with clock.data_wait():
                 micro_batches = [next(batches) for _ in range(plan.grad_accum_steps)]
 
             # 6. update
+            runtime.watchdog.beat(state.step, "update")
             torch.manual_seed(derive_seed(plan.seed, "step", state.step, runtime.rank))     # for dropout and its like
             lr = schedule.lr(state.step)
             step_counts, grad_norm = train_step(model, state, micro_batches, lr, plan, nonfinite)
@@ -309,6 +315,6 @@ def report(state: TrainState, counts: Counts, grad_norm: torch.Tensor, lr: float
     first, last = nonfinite.longest_row()
     if last and last - first + 1 >= plan.max_nonfinite_steps:
         raise FloatingPointError(
-            f"the updates {first} to {last} had a loss or gradient that is not finite (none of them was applied; lr "
-            f"{lr:g}), and train.max_nonfinite_steps is {plan.max_nonfinite_steps}: lower optim.base_lr, lengthen "
-            "schedule.warmup_epochs, or set train.clip_grad_norm")
+            f"the updates {first} to {last} had a loss or gradient that is not finite (none was applied; lr {lr:g}, "
+            f"last gradient norm {float(grad_norm):g}), and train.max_nonfinite_steps is {plan.max_nonfinite_steps}: "
+            "lower optim.base_lr, lengthen schedule.warmup_epochs, or set train.clip_grad_norm", (first, last))

@@ -279,13 +279,14 @@ class _Wandb:
 
     def close(self, exit_code: int) -> None:
         """Send what is left, for a bounded time."""
-        self.exit_code = exit_code
+        self.exit_code, deadline = exit_code, time.monotonic() + _FINISH_SECONDS
         with contextlib.suppress(queue.Full):
             self.rows.put(None, timeout=1)
         self.thread.join(_FINISH_SECONDS + 5)
-        if self.thread.is_alive():
-            self.owner._warn_once("wandb", f"W&B did not finish within {_FINISH_SECONDS:.0f} s; its data is in "
-                                           f"{self.owner.folder / 'wandb'}")
+        if time.monotonic() > deadline:
+            folder = shlex.quote(str(self.owner.folder / "wandb"))
+            self.owner._warn_once("wandb", f"W&B did not finish within {_FINISH_SECONDS:.0f} s; to upload later: "
+                                           f"wandb sync --include-online {folder}/*run-*")
 
 
 def _start_wandb(config: LogConfig, folder: Path, run_config: dict, log: Log) -> _Wandb | None:
@@ -301,7 +302,7 @@ def _start_wandb(config: LogConfig, folder: Path, run_config: dict, log: Log) ->
 
         run_id = _run_id(folder)
         later = f"wandb sync {shlex.quote(str(folder / 'wandb'))}/offline-run-*-{run_id}"
-        reason = "as asked" if mode == "offline" else _why_offline(probe=mode == "auto")
+        reason = "as asked" if mode == "offline" else why_offline(probe=mode == "auto")
         if not reason:
             try:
                 run = _init_wandb(wandb, "online", run_id, config, folder, run_config)
@@ -352,7 +353,7 @@ def _run_id(folder: Path) -> str:
     return known
 
 
-def _why_offline(probe: bool) -> str:
+def why_offline(probe: bool) -> str:
     """Why W&B cannot be online here, decided within two seconds and without a question; empty if it can."""
     from wandb.sdk import wandb_setup
 

@@ -1,5 +1,6 @@
 """The composition root: from the config to the objects to a trained network. The only place that sees all of it."""
 
+import json
 import os
 import shlex
 import shutil
@@ -7,7 +8,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from resnet_dist.models.build import build_model
 from resnet_dist.models.sync_batch_norm import convert_sync_batch_norm
 from resnet_dist.optim import build_optimizer
 from resnet_dist.rng import derive_seed
-from resnet_dist.schedule import build_schedule, epochs_to_steps, peak_lr
+from resnet_dist.schedule import Schedule, build_schedule, epochs_to_steps, peak_lr
 
 
 def check_layout(global_batch_size: int, world_size: int, grad_accum_steps: int, pairs: bool = False) -> int:
@@ -183,6 +184,18 @@ def write_config(config: Config) -> None:
     os.replace(temporary, folder / "config.yaml")
 
 
+def save_replay(folder: Path, updates: tuple[int, int], loader: TrainLoader, schedule: Schedule, plan: engine.Plan,
+                runtime: Runtime) -> None:
+    """Write nonfinite.json: the steps (from 0), their lr, and for each rank its micro-batches, as rows and files."""
+    steps, shares, index = range(updates[0] - 1, updates[1]), [[]] * runtime.world_size, getattr(loader, "index", None)
+    own = [batch.indices.tolist() for batch in loader.batches(steps.start, steps.stop)]
+    torch.distributed.all_gather_object(shares, own, group=runtime.cpu_group)
+    files = {row: index.path(row) for share in shares for batch in share for row in batch} if index else {}
+    text = json.dumps({"plan": asdict(plan), "steps": list(steps), "lr": [schedule.lr(step) for step in steps],
+                       "rows_of_ranks": shares, "files": files})
+    runtime.on_main(lambda: (folder / "nonfinite.json").write_text(text))
+
+
 def train(config: Config, runtime: Runtime) -> int:
     """Train, and tell the log how it ended. Returns 0, 128 + signal after a checkpoint, or as `explain`."""
     log = build_log(config.log, config.output_dir, runtime.is_main, to_dict(config))
@@ -231,10 +244,14 @@ def compose(config: Config, runtime: Runtime, log: Log) -> int:
         ended_by = engine.train(
             model, state, train_loader, val_loader, schedule, plan, runtime, saver, log, stop_signal)
         stop_signal.finish()
+        runtime.watchdog.ended.set()                     # from here on nobody waits for another
         saver.wait()                                     # a further signal must not end the last write
         train_loader.close()
         val_loader.close()
         log.say(farewell(config, state, plan, runtime, log))
+    except FloatingPointError as problem:
+        save_replay(Path(config.output_dir), problem.args[1], train_loader, schedule, plan, runtime)
+        raise FloatingPointError(f"{problem.args[0]}; nonfinite.json in output_dir has their images") from problem
     finally:
         stop_signal.close()
     if saver.failure:
@@ -254,14 +271,17 @@ def main(config: Config, body: Callable[[Config, Runtime], int] = train) -> int:
     except Exception as problem:
         code = explain(problem, runtime)
     if code not in (1, 2):                               # after an error the others may never come to this point
-        distributed.stop()
+        distributed.stop(runtime)
     return code
 
 
 def explain(problem: Exception, runtime: Runtime) -> int:
-    """Say what ended this rank: in a sentence (2) if the user can mend it, else with its traceback (1)."""
+    """Say what ended this rank: in a sentence (2) if the user can mend it, else with a traceback (1), or another's."""
+    watchdog, text = runtime.watchdog, ""
     if isinstance(problem, (ValueError, FloatingPointError)):
-        runtime.say_error(str(problem))
-        return 2
-    runtime.say_error("".join(traceback.format_exception(problem)))
-    return 1
+        error = watchdog.own(str(problem), 2)
+    elif isinstance(problem, torch.distributed.DistError) or "/gloo/" in str(problem):
+        error = watchdog.blame(problem)
+    else:
+        error, text = watchdog.own(f"{type(problem).__name__}: {problem}"), "".join(traceback.format_exception(problem))
+    return watchdog.fail(error, text)

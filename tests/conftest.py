@@ -10,6 +10,16 @@ torch.set_num_threads(1)
 os.environ.setdefault("WANDB_MODE", "disabled")
 
 
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """The embedded digits as a folder of images, for tests to read."""
+    from resnet_dist.data.digits import write_digits
+
+    folder = str(tmp_path_factory.mktemp("data") / "digits")
+    write_digits(folder)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def no_leftover_environment(monkeypatch):
     """Tests see neither a launcher's ranks nor a user's W&B key."""

@@ -4,6 +4,7 @@ Forking starts in milliseconds where torchrun needs seconds to import torch agai
 run no parallel region before: OpenMP's threads do not survive a fork. `tests/conftest.py` keeps it at one thread.
 """
 
+import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -120,6 +121,50 @@ def wait_app(processes: list, timeout: float = TIMEOUT_SECONDS) -> list[int]:
     if late:
         raise RuntimeError(f"ranks {late} were still running after {timeout} s")
     return [process.exitcode for process in processes]
+
+
+def wait_for_step(output_dir, step, processes):
+    """Until the run in `output_dir` has logged `step`; none of the `processes` may end before."""
+    path, deadline = output_dir / "metrics.jsonl", time.monotonic() + 60
+    while time.monotonic() < deadline:
+        assert all(process.is_alive() for process in processes), "the run ended before it could be killed"
+        with_steps = path.read_text().splitlines() if path.exists() else []
+        if with_steps and with_steps[-1].endswith("}") and json.loads(with_steps[-1])["step"] >= step:
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def record_batches(folder):
+    """The command line's main with a training step that writes down what it was given."""
+    def entry(arguments):
+        from resnet_dist import cli, engine
+
+        real, rank = engine.train_step, os.environ["RANK"]
+
+        def train_step(model, state, micro_batches, lr, *rest):
+            with open(folder / f"batches_{rank}.jsonl", "a") as file:
+                for batch in micro_batches:
+                    sums = batch.images.double().sum((1, 2, 3)).tolist()
+                    file.write(json.dumps([state.step, lr, batch.indices.tolist(), batch.labels.tolist(), sums]) + "\n")
+            return real(model, state, micro_batches, lr, *rest)
+
+        engine.train_step = train_step
+        return cli.main(arguments)
+    return entry
+
+
+def by_step(folder):
+    """For each step the learning rate and its samples (row, label, sum of the crop's pixels), over all ranks. What a
+    killed attempt had read of a step and the next one read again must be the same."""
+    steps = {}
+    for path in sorted(folder.glob("batches_*.jsonl")):
+        for line in path.read_text().splitlines():
+            step, lr, rows, labels, sums = json.loads(line)
+            seen = steps.setdefault(step, (lr, set()))
+            assert seen[0] == lr
+            seen[1].update(zip(rows, labels, sums, strict=True))
+    return {step: (lr, sorted(samples)) for step, (lr, samples) in steps.items()}
 
 
 def free_port() -> int:

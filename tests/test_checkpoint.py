@@ -115,6 +115,47 @@ def test_nothing_valid_is_an_error_and_nothing_at_all_is_not(tmp_path):
         newest_valid(tmp_path, lambda text: None)
 
 
+def test_a_bit_flipped_anywhere_is_found(tmp_path):
+    """In every part of the file and of its digest: headers, tensors, padding, the archive's list, the last byte."""
+    save_steps(tmp_path, (1, 2))
+    path, digest = tmp_path / "step_00000002.pt", tmp_path / "step_00000002.pt.sha256"
+    whole, digits = path.read_bytes(), digest.read_bytes()
+    places = sorted({0, 1, len(whole) - 1, *range(0, len(whole), len(whole) // 150)})
+    for place in places:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1:])
+        with pytest.raises(ValueError, match="damaged"):
+            read_checkpoint(path)
+        path.write_bytes(whole[:place])                  # and cut off there
+        with pytest.raises(ValueError, match="damaged" if place else "empty"):
+            read_checkpoint(path)
+    path.write_bytes(whole)
+    for place in range(64):
+        digest.write_bytes(digits[:place] + bytes([digits[place] ^ 1 << place % 8]) + digits[place + 1:])
+        with pytest.raises(ValueError, match="damaged|cannot be read"):
+            read_checkpoint(path)
+    digest.write_bytes(digits)
+    assert newest_valid(tmp_path, pytest.fail) == path
+
+
+def test_a_newer_format_is_not_loaded_and_the_one_before_is(tmp_path, monkeypatch):
+    save_steps(tmp_path, (1,))
+    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    save_steps(tmp_path, (2,))
+    monkeypatch.undo()
+    warnings = []
+    assert newest_valid(tmp_path, warnings.append).name == "step_00000001.pt"
+    assert "has format 2, this version reads up to 1" in warnings[0] and "the one before" in warnings[0]
+
+
+def test_a_folder_of_set_aside_ones_is_no_start_from_scratch(tmp_path):
+    save_steps(tmp_path, (1, 2))
+    (tmp_path / "step_00000002.pt").write_bytes(b"damaged")
+    newest_valid(tmp_path, lambda text: None)
+    (tmp_path / "step_00000001.pt").unlink()
+    with pytest.raises(ValueError, match="none of the 1 checkpoints"):
+        newest_valid(tmp_path, lambda text: None)
+
+
 def test_damaged_ones_are_set_aside_and_never_crowd_out_the_good(tmp_path):
     """After a fallback to step 1 the damaged step 9 does not count among the newest that are kept."""
     save_steps(tmp_path, (1, 9))

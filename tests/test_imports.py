@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "resnet_dist").rglob("*.py"))
 LAYERS = [
     {"", "config", "schedule"},
-    {"rng", "distributed", "log", "metrics", "timing", "data.types", "data.order", "data.crops", "data.index"},
+    {"rng", "watchdog", "distributed", "log", "metrics", "timing", "data.types", "data.order", "data.crops",
+     "data.index"},
     {"optim", "ema", "mix", "models.*", "data.*"},
     {"checkpoint", "engine"},
     {"run"},

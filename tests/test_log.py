@@ -262,7 +262,7 @@ def inspect(folder, home):
 def test_key_without_a_network_goes_offline_at_once(tmp_path):
     pytest.importorskip("wandb")
     code = ("config = LogConfig()\nfolder = m.Path('run')\nfolder.mkdir()\nimport wandb\nt = time.monotonic()\n"
-            "print(m._why_offline(probe=True))\nassert time.monotonic() - t < 2\n")
+            "print(m.why_offline(probe=True))\nassert time.monotonic() - t < 2\n")
     assert "cannot be reached" in in_process(tmp_path, code, WANDB_API_KEY="a" * 40).stdout
 
 

@@ -1,30 +1,26 @@
 """What a user gets wrong ends with one sentence, on every rank, and loses nothing. The whole application, two ranks."""
 
+import errno
 import json
 import os
+import re
 import shutil
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
-from dist_utils import run_app, start_app, wait_app
+from dist_utils import run_app, start_app, wait_app, wait_for_step
 from PIL import Image
 
 from resnet_dist import checkpoint, cli, engine
 from resnet_dist.checkpoint import newest_valid
-from resnet_dist.data.digits import write_digits
+from resnet_dist.data.order import rows_at
 
 SMALL = ["--data.train_crop_size", "16", "--data.val_resize_size", "16", "--data.val_crop_size", "16",
          "--train.epochs", "1", "--schedule.warmup_epochs", "0.5", "--train.global_batch_size", "120", "--log.wandb", "disabled", "--data.threads", "1",
          "--distributed.threads", "1", "--distributed.timeout_s", "60", "--log.interval_steps", "1"]
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "digits"
-    write_digits(str(folder))
-    return folder
 
 
 @pytest.fixture
@@ -110,7 +106,8 @@ def test_too_many_broken_images_stop_every_rank(tmp_path, data):
     for path in list((data / "train" / "3").glob("*.jpg"))[:60]:
         path.write_bytes(b"")
     codes, printed = train(tmp_path, "--data.data_dir", str(data), "--data.max_bad_images", "5")
-    assert 2 in codes and 0 not in codes, printed
+    assert codes == [2, 2], printed
+    assert 1 <= printed.count("error (rank") <= 2 and "Traceback" not in printed     # both may have met too many
     assert "data.max_bad_images" in printed and "quarantine.jsonl" in printed
 
 
@@ -209,6 +206,72 @@ def test_a_full_disk_while_saving(tmp_path, digits):
     assert newest_valid(tmp_path / "run" / "checkpoints", pytest.fail).name == "step_00000005.pt"
 
 
+@pytest.mark.parametrize("how", ["read-only", "removed", "taken by a file"])
+def test_a_folder_that_stops_taking_checkpoints(tmp_path, digits, how):
+    """After step 5. Each try is warned about with the reason; a folder that is merely gone is made again."""
+    folder = tmp_path / "run" / "checkpoints"
+
+    def entry(arguments):
+        import builtins
+        real, step = builtins.open, engine.train_step
+
+        def read_only(path, mode="r", *args, **kwargs):
+            if str(path).endswith(".pt.tmp") and "step_00000005" not in str(path):
+                raise OSError(errno.EROFS, "Read-only file system", str(path))
+            return real(path, mode, *args, **kwargs)
+
+        def train_step(model, state, *rest):
+            if state.step == 8 and os.environ["RANK"] == "0" and how != "read-only":
+                folder.rename(folder.with_name("moved"))
+                if how == "taken by a file":
+                    folder.write_text("")
+            return step(model, state, *rest)
+
+        if how == "read-only":
+            builtins.open = read_only
+        engine.train_step = train_step
+        return cli.main(arguments)
+
+    codes, printed = train(tmp_path, "--data.data_dir", str(digits), "--checkpoint.interval_steps", "5", entry=entry)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count('"train/loss"') == 12
+    if how == "removed":
+        assert codes == [0, 0] and "warning: could not" not in printed, printed
+        assert newest_valid(folder, pytest.fail).name == "step_00000012.pt"
+        return
+    reason = {"read-only": "Read-only file system", "taken by a file": "File exists"}[how]
+    assert codes[0] == 2, printed
+    for step in (10, 12):
+        assert re.search(rf"warning: could not save the checkpoint of step {step} to .*{reason}.*step 5 stays", printed)
+    assert re.search(r"error \(rank 0\): could not save the checkpoint of step 12", printed)
+    good = folder if how == "read-only" else folder.with_name("moved")
+    assert newest_valid(good, pytest.fail).name == "step_00000005.pt"
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path, digits):
+    """While a save takes its time. The first one waits for it; the second, more than a second later, for nothing."""
+    def entry(arguments):
+        def slow(path, content):
+            (tmp_path / "writing").touch()
+            time.sleep(50)
+
+        checkpoint.write_checkpoint = slow
+        return cli.main(arguments)
+
+    processes = start_app(2, ["train", "--config", "configs/quickstart.yaml", "--data.data_dir", str(digits),
+                              "--output_dir", str(tmp_path / "run"), *SMALL, "--train.epochs", "50"],
+                          str(tmp_path / "printed"), entry)
+    wait_for_step(tmp_path / "run", 2, processes)
+    os.kill(processes[0].pid, signal.SIGINT)
+    deadline = time.monotonic() + 40
+    while not (tmp_path / "writing").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(1.1)
+    os.kill(processes[0].pid, signal.SIGINT)
+    assert wait_app(processes, timeout=30) == [128 + signal.SIGINT] * 2, (tmp_path / "printed").read_text()
+    assert not (tmp_path / "run" / "checkpoints" / "last.pt").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_and_names_the_steps(tmp_path, digits):
     def entry(arguments):
         real = engine.train_step
@@ -222,4 +285,10 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_steps(tmp_path, digits):
         return cli.main(arguments)
 
     result = train(tmp_path, "--data.data_dir", str(digits), "--train.max_nonfinite_steps", "3", entry=entry)
-    assert_refused(result, "the updates 5 to 7", "not finite", "optim.base_lr")
+    assert_refused(result, "the updates 5 to 7", "not finite", "optim.base_lr", "norm nan", "nonfinite.json")
+    replay = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
+    assert replay["steps"] == [4, 5, 6] and len(replay["lr"]) == 3 and min(replay["lr"]) > 0
+    for step, *shares in zip(replay["steps"], *replay["rows_of_ranks"], strict=True):
+        rows = [row for share in shares for row in share]
+        assert rows == rows_at(0, 0, 1442, np.arange(120 * step, 120 * (step + 1))).tolist()
+        assert all(os.path.isfile(replay["files"][str(row)]) for row in rows)

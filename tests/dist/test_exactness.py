@@ -3,6 +3,7 @@
 The application runs whole, in forked processes: JPEG files, DALI, DDP, SyncBatchNorm, checkpoints.
 """
 
+import itertools
 import json
 import os
 import re
@@ -11,20 +12,12 @@ import time
 
 import pytest
 import torch
-from dist_utils import run_app, start_app, wait_app
+from dist_utils import by_step, record_batches, run_app, start_app, wait_app, wait_for_step
 
 from resnet_dist import cli, engine
 from resnet_dist.checkpoint import read_checkpoint, unpack_checkpoint
-from resnet_dist.data.digits import write_digits
 
 STEPS = 24
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "digits"
-    write_digits(str(folder))
-    return str(folder)
 
 
 def arguments(digits, output_dir, *more):
@@ -76,18 +69,6 @@ def resumed_steps(output_dir):
     return [int(step) for step in re.findall(r"; step (\d+), from \S*step_", (output_dir / "log").read_text())]
 
 
-def wait_for_step(output_dir, step, processes):
-    """Until the run has logged `step`."""
-    path, deadline = output_dir / "metrics.jsonl", time.monotonic() + 60
-    while time.monotonic() < deadline:
-        assert all(process.is_alive() for process in processes), "the run ended before it could be killed"
-        with_steps = path.read_text().splitlines() if path.exists() else []
-        if with_steps and with_steps[-1].endswith("}") and json.loads(with_steps[-1])["step"] >= step:
-            return
-        time.sleep(0.002)
-    raise AssertionError(f"step {step} was not reached")
-
-
 @pytest.fixture(scope="module")
 def undisturbed(digits, tmp_path_factory):
     """The uninterrupted run on two ranks."""
@@ -127,6 +108,26 @@ def test_a_signal_loses_no_step(digits, undisturbed, tmp_path, name, to):
     assert_same_run(tmp_path, undisturbed)
 
 
+def test_clock_locale_umask_and_home_have_no_effect(digits, undisturbed, tmp_path):
+    """Row of the table of faults: a clock that jumps back and forth, Turkish, no rights for others, a home that is none."""
+    def entry(arguments):
+        real, calls = time.time, itertools.count()
+        time.time = lambda: real() + (-1) ** next(calls) * 1e7
+        time.time_ns = lambda: int(time.time() * 1e9)
+        os.umask(0o077)
+        os.environ.pop("HOME", None) if os.environ["RANK"] == "0" else os.environ.update(HOME="/dev/null/home")
+        os.environ.update(LC_ALL="tr_TR.UTF-8", LANG="C", TZ="Pacific/Kiritimati")
+        time.tzset()
+        return cli.main(arguments)
+
+    processes = start_app(2, arguments(digits, tmp_path), str(tmp_path / "log"), entry)
+    wait_for_step(tmp_path, 8, processes)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    assert wait_app(processes) == [143, 143], (tmp_path / "log").read_text()
+    assert run_app(2, arguments(digits, tmp_path), str(tmp_path / "log"), entry) == [0, 0], (tmp_path / "log").read_text()
+    assert_same_run(tmp_path, undisturbed)
+
+
 def test_three_ranks_resume_bit_identically(digits, tmp_path):
     """With more than two ranks the order of additions in an all-reduce depends on the buckets of DDP."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -161,35 +162,6 @@ def test_all_of_the_augmentation_resumes_bit_identically(digits, tmp_path):
         assert run_app(2, arguments(digits, folder, *more), str(folder / "log")) == [0, 0], (folder / "log").read_text()
     assert len(resumed_steps(parts)) == 1
     assert_same_run(whole, parts)
-
-
-def record_batches(folder):
-    """The command line's main with a training step that writes down what it was given."""
-    def entry(arguments):
-        real, rank = engine.train_step, os.environ["RANK"]
-
-        def train_step(model, state, micro_batches, lr, *rest):
-            with open(folder / f"batches_{rank}.jsonl", "a") as file:
-                for batch in micro_batches:
-                    sums = batch.images.double().sum((1, 2, 3)).tolist()
-                    file.write(json.dumps([state.step, lr, batch.indices.tolist(), batch.labels.tolist(), sums]) + "\n")
-            return real(model, state, micro_batches, lr, *rest)
-
-        engine.train_step = train_step
-        return cli.main(arguments)
-    return entry
-
-
-def by_step(folder):
-    """For each step the learning rate and its samples (row, label, sum of the crop's pixels), over all ranks."""
-    steps = {}
-    for path in sorted(folder.glob("batches_*.jsonl")):
-        for line in path.read_text().splitlines():
-            step, lr, rows, labels, sums = json.loads(line)
-            seen = steps.setdefault(step, (lr, []))
-            assert seen[0] == lr
-            seen[1].extend(zip(rows, labels, sums, strict=True))
-    return {step: (lr, sorted(samples)) for step, (lr, samples) in steps.items()}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])

@@ -64,6 +64,31 @@ def test_interrupt_and_run_again(tmp_path, environment):
     assert len({path.name.rsplit("-", 1)[1] for path in (tmp_path / "run" / "wandb").glob("offline-run-*")}) == 1
 
 
+def test_sigkill_of_torchrun(tmp_path, environment):
+    """Row of the table of faults: its workers are no orphans that train on; they save, leave, and the same command goes
+    on from that very step."""
+    command = [*TORCHRUN, str(ROOT / "train.py"), "--config", str(ROOT / "configs/quickstart.yaml"), *SMALL,
+               "--output_dir", "run", "--train.epochs", "60", "--log.wandb", "disabled"]
+    with open(tmp_path / "printed", "w") as printed:
+        first = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=printed, stderr=printed)
+        deadline = time.monotonic() + 90
+        while not (steps := logged_steps(tmp_path / "run")) or steps[-1] < 4:
+            assert first.poll() is None and time.monotonic() < deadline, (tmp_path / "printed").read_text()
+            time.sleep(0.05)
+        workers = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+        assert len(workers) == 2
+        first.kill()
+        first.wait()
+    while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in workers):
+        assert time.monotonic() < deadline, "orphans"
+        time.sleep(0.05)
+    text = (tmp_path / "printed").read_text()
+    stopped = int(re.search(r"stopped at step (\d+) of", text)[1])
+    assert "kept the ranks' store" in text and "frame #" not in text and "Traceback" not in text
+    assert logged_steps(tmp_path / "run")[-1] == stopped
+    assert (tmp_path / "run" / "checkpoints" / f"step_{stopped:08d}.pt").exists()
+
+
 def test_the_quickstart_reaches_its_accuracy(tmp_path, environment):
     """No arguments at all: it says what it runs, and ends above 97 %."""
     done = subprocess.run([*TORCHRUN, str(ROOT / "train.py")], cwd=tmp_path, env=environment, stdout=subprocess.PIPE,

@@ -1,0 +1,139 @@
+"""One rank is killed, stopped, stuck or raises alone: the others say which one and where, and end. Rows of the table of
+faults; that a new start goes on bit for bit is shown by test_exactness.py and tests/chaos."""
+
+import os
+import re
+import signal
+import time
+
+import pytest
+import torch
+from dist_utils import start_app, wait_app, wait_for_step
+
+from resnet_dist import cli, engine, watchdog
+
+SMALL = ["--data.train_crop_size", "16", "--data.val_resize_size", "16", "--data.val_crop_size", "16",
+         "--train.epochs", "20", "--train.global_batch_size", "120", "--log.wandb", "disabled", "--data.threads", "1",
+         "--distributed.threads", "1", "--log.interval_steps", "1", "--checkpoint.interval_steps", "5"]
+
+
+def start(digits, folder, *more, entry=None, world_size=3):
+    return start_app(world_size, ["train", "--config", "configs/quickstart.yaml", "--data.data_dir", digits,
+                                  "--output_dir", str(folder), *SMALL, *more], str(folder / "log"), entry)
+
+
+def at_step_3(number, action, afterwards=lambda: None):
+    """The command line's main; in one rank `action()` takes the place of step 3's update."""
+    def entry(arguments):
+        real, rank = engine.train_step, os.environ["RANK"]
+        watchdog._GRACE_SECONDS = 1.0
+
+        def train_step(model, state, *rest):
+            if rank == str(number) and state.step == 3:
+                action()
+            return real(model, state, *rest)
+
+        engine.train_step = train_step
+        code = cli.main(arguments)
+        if rank == str(number):
+            afterwards()
+        return code
+    return entry
+
+
+def errors(folder):
+    """The lines that speak of an error, without their colour: none of them a traceback's."""
+    printed = (folder / "log").read_text()
+    assert "Traceback" not in printed, printed
+    return [line for line in printed.splitlines() if line.startswith("error")]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_sigkill_of_any_rank(digits, tmp_path, victim):
+    """The others end at once, in a sentence instead of the tracebacks of a broken connection."""
+    processes = start(digits, tmp_path, "--distributed.timeout_s", "6")
+    wait_for_step(tmp_path, 3, processes)
+    os.kill(processes[victim].pid, signal.SIGKILL)
+    assert wait_app(processes) == [-signal.SIGKILL if rank == victim else 1 for rank in range(3)]
+    for line in (found := errors(tmp_path)):
+        assert re.match(r"error \(rank \d\): lost at step \d+ \(\w+\): ", line)
+        assert ("kept the ranks' store" if victim == 0 else f"rank 1 (host {os.uname().nodename}, process "
+                f"{processes[1].pid})") in line
+    assert 1 <= len(found) <= 2                          # two where what they know of it differs
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_stopped(digits, tmp_path, victim):
+    """SIGSTOP, also of the rank that keeps the store: which rank, which step, its state and last stack."""
+    processes = start(digits, tmp_path, "--distributed.timeout_s", "6")
+    wait_for_step(tmp_path, 3, processes)
+    os.kill(processes[victim].pid, signal.SIGSTOP)
+    try:
+        others = [process for rank, process in enumerate(processes) if rank != victim]
+        assert wait_app(others, timeout=30) == [1, 1]
+    finally:
+        processes[victim].kill()
+    for line in errors(tmp_path):
+        assert re.search(r"waited 5.1 s at step \d+ \(\w+\) for rank ", line)
+        assert f"rank {victim} (host {os.uname().nodename}, process {processes[victim].pid}), T (stopped), " in line
+        assert re.search(r"last heard of at step \d+ \(\w+\) in \S+\.py:\d+ ", line)
+    assert errors(tmp_path)
+
+
+def test_a_rank_that_is_stuck(digits, tmp_path):
+    """Its process lives and its main thread is somewhere: the others say where, and it ends as well."""
+    def sleep_while_waiting_for_data():
+        engine.TrainState.step = property(lambda state: state.__dict__["step"], stuck)
+
+    def stuck(state, value):
+        state.__dict__["step"] = value
+        if value == 4:
+            time.sleep(100)
+
+    processes = start(digits, tmp_path, "--distributed.timeout_s", "6", entry=at_step_3(1, sleep_while_waiting_for_data))
+    assert wait_app(processes, timeout=40) == [1, 1, 1]
+    assert errors(tmp_path)
+    for line in errors(tmp_path):
+        assert "rank 1 (host " in line and "stuck < " in line
+        assert "rank 0 (host" not in line and "rank 2 (host" not in line
+
+
+def out_of_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_a_rank_that_raises_alone(digits, tmp_path):
+    """Uneven progress: its traceback is the only one, and the others take its code."""
+    assert wait_app(start(digits, tmp_path, entry=at_step_3(1, out_of_memory))) == [1, 1, 1]
+    printed = (tmp_path / "log").read_text()
+    assert printed.count("Traceback") == 1 and printed.count("error (rank") == 1, printed
+    assert "error (rank 1): Traceback" in printed and "CUDA out of memory" in printed
+
+
+def test_a_rank_that_raises_while_the_others_notice_nothing(digits, tmp_path):
+    """With NCCL no connection breaks: here the process stays. The others find its error, and leave with its code."""
+    def refuse():
+        raise ValueError("data.max_bad_images is 0 and there is one")
+
+    entry = at_step_3(1, refuse, afterwards=lambda: time.sleep(60))
+    processes = start(digits, tmp_path, entry=entry)
+    assert wait_app([processes[0], processes[2]], timeout=50) == [2, 2]
+    processes[1].kill()
+    assert errors(tmp_path) == ["error (rank 1): data.max_bad_images is 0 and there is one"]
+
+
+def test_a_wait_that_all_share_is_none(digits, tmp_path):
+    """Storage that stalls for all ranks, for longer than the limit: nobody waits for another, and nothing happens."""
+    def entry(arguments):
+        real = engine.train_step
+
+        def train_step(model, state, *rest):
+            if state.step == 2:
+                time.sleep(5.5)
+            return real(model, state, *rest)
+
+        engine.train_step = train_step
+        return cli.main(arguments)
+
+    more = ("--distributed.timeout_s", "5", "--train.epochs", "0.5", "--schedule.warmup_epochs", "0")
+    assert wait_app(start(digits, tmp_path, *more, entry=entry)) == [0, 0, 0], (tmp_path / "log").read_text()
