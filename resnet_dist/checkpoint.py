@@ -85,22 +85,20 @@ class Saver:
     def claim(self) -> None:
         """Make this process the one that may publish here. Raises OSError where the folder cannot be written.
 
-        An attempt that a cluster took for dead may go on for a minute where its node was cut off: it must not publish
-        over its successor's checkpoints, and finds in the file `attempt` that it has one.
+        An attempt that a cluster takes for dead may go on for a minute on a node that was cut off: before it saves
+        again, it finds in the file `attempt` that it has a successor.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        before = self._newest_attempt().split(" ")[0]
-        self.attempt = f"{int(before) + 1 if before.isdigit() else 1} {secrets.token_hex(8)} {socket.gethostname()}"
-        temporary = self.folder / f"attempt.{os.getpid()}.tmp"
+        number = int((self._newest_attempt() or "0").split()[0]) + 1
+        self.attempt = f"{number} {socket.gethostname()} {secrets.token_hex(8)}"
+        temporary = self.folder / f".attempt.{os.getpid()}"
         temporary.write_text(self.attempt)
         os.replace(temporary, self.folder / "attempt")
 
     def check_claim(self) -> None:
         """Raise ValueError when another process has claimed the folder since."""
-        newest = self._newest_attempt()
-        if self.attempt and newest not in ("", self.attempt):
-            raise ValueError(f"{self.folder} belongs to a newer attempt, {newest}; this one, {self.attempt}, must not "
-                             "save over its files, and ends")
+        if self.attempt and (newest := self._newest_attempt()) not in ("", self.attempt):
+            raise ValueError(f"{self.folder} belongs to a newer attempt, {newest}: {self.attempt} saves no more")
 
     def _newest_attempt(self) -> str:
         with contextlib.suppress(OSError):               # the folder may be gone, which is no claim

@@ -29,24 +29,24 @@ _PORT = "import sys, resnet_dist.launch as launch; print(launch.free_port(*sys.a
 
 @dataclass(frozen=True)
 class Attempt:
-    """What each rank of a job does, and does again after a requeue; submitit pickles it."""
+    """What each rank of a job does, and does again after a requeue; submitit pickles it.
+
+    `code` is the folder that resnet_dist must come from, `folder` the one that relative paths start from.
+    """
 
     config: Config
-    cluster: ClusterConfig
+    max_requeues: int
     code: str
-    """folder that resnet_dist must come from"""
     folder: str
-    """folder that relative paths start from"""
     command: str
-    """what the user typed"""
 
     def checkpoint(self):
         """What a requeued job runs: the same again, which finds its checkpoint."""
         import submitit
         return submitit.helpers.DelayedSubmission(self)
 
-    def __call__(self) -> int:
-        """Train as one rank. Returns 0, or raises RuntimeError when it fails; a requeued rank never returns."""
+    def __call__(self) -> None:
+        """Train as one rank. Raises RuntimeError when it fails; a rank of a job that is requeued never returns."""
         import submitit
         job, restarts = submitit.JobEnvironment(), int(os.environ.get("SLURM_RESTART_COUNT", 0))
         hand_over = signal.getsignal(signal.SIGUSR2)     # submitit's handler, which requeues
@@ -57,25 +57,25 @@ class Attempt:
         os.chdir(self.folder)
         if self.code != str(Path(__file__).resolve().parents[1]):
             raise RuntimeError(f"resnet_dist came from {__file__}, not from {self.code}: look at cluster.setup")
-        if restarts > self.cluster.max_requeues:
-            raise RuntimeError(f"requeued {restarts} times: cluster.max_requeues is {self.cluster.max_requeues}")
-        os.environ.update(ranks(job), RESNET_DIST_RESUME=self.command)
-        if not job.global_rank:
-            print(f"attempt {restarts} of job {job.job_id}, {job.num_tasks} ranks on", *job.hostnames, flush=True)
+        if restarts > self.max_requeues:
+            raise RuntimeError(f"requeued {restarts} times: cluster.max_requeues is {self.max_requeues}")
+        submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        os.environ.update({"MASTER_ADDR": "127.0.0.1"} if job.num_nodes == 1 else {}, RESNET_DIST_RESUME=self.command)
+        print(f"attempt {restarts}, rank {job.global_rank} of {job.num_tasks} on", *job.hostnames, flush=True)
         verdict = []
 
-        def goes_on(number: int) -> bool:
+        def goes_on(number: int) -> bool:                # in the main process, after the checkpoint
             verdict[:] = [decide(number, show_job(os.environ.get("SLURM_JOB_ID", "")))]
             print(f"{signal.Signals(number).name}, checkpoint, {verdict[0]}", flush=True)
             return verdict == ["go on"]
 
         from resnet_dist import run
         code = run.main(self.config, functools.partial(run.train, goes_on=goes_on))
-        if code <= 128:
-            if code:
-                raise RuntimeError(f"rank {job.global_rank} ended with code {code}, see its log")
-            return 0
-        if verdict == ["requeue"] and restarts >= self.cluster.max_requeues:
+        if code == 0:
+            return
+        if code < 128 or verdict == ["stop"]:
+            raise RuntimeError(f"rank {job.global_rank} ended with code {code}, see its log")
+        if verdict == ["requeue"] and restarts >= self.max_requeues:
             raise RuntimeError(f"not requeued: cluster.max_requeues is {restarts}; submit again to go on")
         if verdict == ["requeue"]:
             try:
@@ -83,19 +83,9 @@ class Attempt:
             except (subprocess.SubprocessError, OSError) as problem:     # requeued already, or not at all
                 if show_job(os.environ["SLURM_JOB_ID"]).get("JobState") == "RUNNING":
                     raise RuntimeError(f"SLURM does not requeue: {problem}; submit again to go on") from problem
-        elif verdict == ["stop"]:
-            raise RuntimeError(f"ended by {signal.Signals(code - 128).name}; submit again to go on")
-        elif job.name() != "slurm":
-            sys.exit(code)
-        while True:                                      # a result or an error would both look like the end of the job
+        while job.name() == "slurm":                     # a result or an error would both look like the end of the job
             time.sleep(60)
-
-
-def ranks(job) -> dict[str, str]:
-    """torch's environment of this process, from submitit's `job`; the batch script has chosen MASTER_PORT."""
-    return {"RANK": str(job.global_rank), "WORLD_SIZE": str(job.num_tasks), "LOCAL_RANK": str(job.local_rank),
-            "LOCAL_WORLD_SIZE": str(job.num_tasks // job.num_nodes),
-            "MASTER_ADDR": job.hostnames[0] if job.num_nodes > 1 else "127.0.0.1"}
+        sys.exit(code)
 
 
 def free_port(job_id: str, attempt: str) -> int:
@@ -138,30 +128,28 @@ def decide(number: int, job: dict[str, str]) -> str:
     return "requeue" if preempted[:1].isdigit() and preempted >= job["StartTime"] else "go on"
 
 
-def check_cluster(cluster: ClusterConfig) -> int:
+def count_ranks(cluster: ClusterConfig) -> int:
     """The number of ranks. Raises ValueError for what no cluster can make right."""
     tasks, limit = cluster.tasks_per_node or cluster.gpus_per_node, 60 * cluster.time_min
-    for key, holds, text in (
-            ("nodes", cluster.nodes == 1 or cluster.nodes > 1 and cluster.executor == "slurm",
-             f"it must be above 0, and 1 for the executor {cluster.executor}"),
-            ("gpus_per_node", cluster.gpus_per_node >= 0, "it must be 0 or above"),
-            ("tasks_per_node", tasks > 0, "without GPUs, name the number of processes"),
-            ("time_min", limit > 0, "it must be above 0"),
-            ("signal_delay_s", 60 <= cluster.signal_delay_s < limit, f"it must be from 60 up to the limit, {limit} s")):
+    alone = cluster.executor != "slurm"
+    for key, holds, rule in (
+            ("nodes", cluster.nodes == 1 or cluster.nodes > 1 and not alone, "above 0, and 1 where SLURM is not used"),
+            ("gpus_per_node", cluster.gpus_per_node >= 0, "0 or above"),
+            ("tasks_per_node", tasks > 0, "above 0 where there are no GPUs"),
+            ("time_min", limit > 0, "above 0"),
+            ("signal_delay_s", 60 <= cluster.signal_delay_s < limit, f"from 60 to below the limit, {limit}")):
         if not holds:
-            raise ValueError(f"cluster.{key} is {getattr(cluster, key)!r}: {text}")
+            raise ValueError(f"cluster.{key} is {getattr(cluster, key)!r}: it must be {rule}")
     return 1 if cluster.executor == "debug" else cluster.nodes * tasks
 
 
 def batch_parameters(cluster: ClusterConfig, folder: Path, code: Path, name: str, array: bool) -> dict:
     """submitit's parameters of the batch script, by SLURM's names. Each attempt and task has a log of its own."""
     python, job = cluster.python or shlex.quote(sys.executable), "%A_%a" if array else "%j"
-    setup = [*cluster.setup, f"cd {shlex.quote(str(code))}",
-             f'export MASTER_PORT=$({python} -c "{_PORT}" "${{SLURM_JOB_ID:-$$}}" "${{SLURM_RESTART_COUNT:-0}}")']
-    if cluster.executor != "slurm":
-        return {"setup": setup}
     # A SIGUSR2 before Python is ready would kill the job without a requeue. Coreutils before 8.31 cannot block it.
-    setup.append("block=$(env --block-signal=USR2 true 2>/dev/null && echo env --block-signal=USR2)")
+    setup = [*cluster.setup, f"cd {shlex.quote(str(code))}",
+             f'export MASTER_PORT=$({python} -c "{_PORT}" "${{SLURM_JOB_ID:-$$}}" "${{SLURM_RESTART_COUNT:-0}}")',
+             'block="$(env --block-signal=USR2 echo env --block-signal=USR2 2>/dev/null || true)"']
     log = f"{shlex.quote(str(folder))}/{job}_%t_attempt${{SLURM_RESTART_COUNT:-0}}_log.out"
     cpus = f" --cpus-per-task={cluster.cpus_per_gpu}" if cluster.cpus_per_gpu else ""
     wanted = {"partition": cluster.partition, "account": cluster.account, "qos": cluster.qos,
@@ -178,9 +166,9 @@ def batch_parameters(cluster: ClusterConfig, folder: Path, code: Path, name: str
 def submit(configs: list[Config], cluster: ClusterConfig, command: str) -> int:
     """Submit a job, or an array with one for each config and seed, and say how to follow it. Returns the exit code.
 
-    `command` is what the user typed. Raises ValueError when nothing can come of it, before SLURM is asked.
+    `command` is what the user typed. Raises ValueError when nothing can come of it.
     """
-    world_size = check_cluster(cluster)
+    world_size = count_ranks(cluster)
     seeds = [int(seed) for seed in cluster.seeds.split(",") if seed]
     configs = [replace(config, seed=seed, output_dir=os.path.join(config.output_dir, f"seed_{seed}"))
                for config in configs for seed in seeds] if seeds else configs
@@ -193,78 +181,70 @@ def submit(configs: list[Config], cluster: ClusterConfig, command: str) -> int:
     from resnet_dist import run
     for config in configs:
         run.check_layout(config.train.global_batch_size, world_size, config.train.grad_accum_steps)
+    if cluster.executor == "debug":
+        return run.main(configs[0])
     base, live = Path(os.path.commonpath(outputs)), Path(__file__).resolve().parents[1]
     folder = base / time.strftime(f"job_%Y%m%d_%H%M%S_{os.getpid()}")
     code = folder / "code" if cluster.snapshot else live
     parameters = batch_parameters(cluster, folder, code, base.name, len(configs) > 1)
-    if cluster.executor == "debug":
-        return run.main(configs[0])
     if cluster.dry_run:
         print(batch_script(parameters, folder, len(configs)))
-        for config in configs:
-            print(forecast(config, cluster, world_size))
+        print("\n".join(forecast(config, cluster.nodes, world_size) for config in configs))
         return 0
 
-    for part in ("resnet_dist", "train.py", "configs") if code != live else ():
-        if (live / part).is_dir():
-            shutil.copytree(live / part, code / part, ignore=shutil.ignore_patterns("__pycache__"))
-        elif (live / part).exists():
-            shutil.copy2(live / part, code)
-    attempts = [Attempt(config, cluster, str(code), os.getcwd(), command) for config in configs]
-    jobs = start_jobs(attempts, parameters, folder, world_size)
+    for part in ("resnet_dist", "configs", "train.py") if cluster.snapshot else ():
+        if (live / part).exists():                       # an installed package has no more than itself
+            copy = shutil.copytree if (live / part).is_dir() else shutil.copy2
+            copy(live / part, code / part)
+    jobs = start_jobs([Attempt(config, cluster.max_requeues, str(code), os.getcwd(), command) for config in configs],
+                      cluster, parameters, folder)
     for job, output in zip(jobs, outputs, strict=True):
         print(f"job {job.job_id}, {world_size} ranks, {output}\n  log     {folder}/{job.job_id}_0*log.out")
-    watch = f"squeue -j {jobs[0].job_id.split('_')[0]}" if cluster.executor == "slurm" else f"tail -F {folder}/*log.out"
-    stop = f"scancel {jobs[0].job_id.split('_')[0]}" if cluster.executor == "slurm" else f"kill {jobs[0].job_id}"
-    print(f"  watch   {watch}\n  cancel  {stop}\n  resume  {command}", flush=True)
+    first, slurm = jobs[0].job_id.split("_")[0], cluster.executor == "slurm"
+    print(f"  watch   {f'squeue -j {first}' if slurm else f'tail -F {folder}/*log.out'}\n"
+          f"  cancel  {'scancel' if slurm else 'kill'} {first}\n  resume  {command}", flush=True)
     return wait(jobs, folder) if cluster.wait else 0
 
 
 def batch_script(parameters: dict, folder: Path, count: int) -> str:
-    """The batch script that submitit would hand over, made without SLURM."""
+    """The batch script that submitit would hand over for `count` jobs, made without SLURM."""
     from submitit.slurm.slurm import _make_sbatch_string
     options = {key: value for key, value in parameters.items() if key != "python"}
-    return _make_sbatch_string(f"{parameters.get('python', '')} -u -m submitit.core._submit {shlex.quote(str(folder))}",
-                               folder, map_count=count if count > 1 else None, **options)
+    return _make_sbatch_string(f"{parameters['python']} -u -m submitit.core._submit {shlex.quote(str(folder))}", folder,
+                               map_count=count if count > 1 else None, **options)
 
 
-def forecast(config: Config, cluster: ClusterConfig, world_size: int) -> str:
+def forecast(config: Config, nodes: int, world_size: int) -> str:
     """Ranks, local batch, peak learning rate and steps of a run; the steps where its data can be read from here."""
     from resnet_dist import distributed, run, schedule
     from resnet_dist.data.build import build_train_loader
-    train, peak = config.train, schedule.peak_lr(
-        config.optim.base_lr, config.optim.base_batch_size, config.train.global_batch_size)
+    batch, accum, precision = config.train.global_batch_size, config.train.grad_accum_steps, config.train.precision
     try:
-        loader = build_train_loader(config.data, distributed.start("cpu"), seed=config.seed, global_batch_size=
-                                    train.global_batch_size, grad_accum_steps=train.grad_accum_steps,
-                                    dtype=run.engine.DTYPES[train.precision], output_dir="")
+        loader = build_train_loader(config.data, distributed.start("cpu"), seed=config.seed, global_batch_size=batch,
+                                    grad_accum_steps=accum, dtype=run.engine.DTYPES[precision], output_dir="")
         plan = run.build_plan(config, loader.steps_per_epoch)
         steps = f"{plan.total_steps} steps of {plan.steps_per_epoch} per epoch, {loader.num_samples} images"
-        loader.close()
     except (ValueError, OSError, ImportError) as problem:
         steps = f"number of steps not known here: {problem}"
     distributed.stop()
-    tasks = world_size // cluster.nodes
-    return (f"{config.output_dir}: ranks 0 to {world_size - 1}, {tasks} on each of {cluster.nodes} nodes; local batch "
-            f"{run.check_layout(train.global_batch_size, world_size, train.grad_accum_steps)} = "
-            f"{train.global_batch_size} / ({world_size} ranks * {train.grad_accum_steps} micro-steps); "
-            f"peak lr {peak:g}; {steps}")
+    peak = schedule.peak_lr(config.optim.base_lr, config.optim.base_batch_size, batch)
+    return (f"{config.output_dir}: ranks 0 to {world_size - 1}, {world_size // nodes} on each of {nodes} nodes; local "
+            f"batch {run.check_layout(batch, world_size, accum)} = {batch} / ({world_size} ranks * {accum} "
+            f"micro-steps); peak lr {peak:g}; {steps}")
 
 
-def start_jobs(attempts: list[Attempt], parameters: dict, folder: Path, world_size: int) -> list:
-    """Hand the attempts over to submitit; its jobs, in the same order."""
+def start_jobs(attempts: list[Attempt], cluster: ClusterConfig, parameters: dict, folder: Path) -> list:
+    """Hand the attempts over to submitit; its jobs, in the same order. Raises ValueError when SLURM refuses them."""
     import submitit
-    cluster = attempts[0].cluster
-    python = parameters.pop("python", cluster.python or shlex.quote(sys.executable))
     if cluster.executor == "slurm" and shutil.which("sbatch") is None:
-        raise ValueError("cluster.executor is 'slurm': there is no sbatch here; take local, or --cluster.dry_run true")
-    executor = submitit.AutoExecutor(folder, cluster=cluster.executor, local_python=python, slurm_python=python,
-                                     slurm_max_num_timeout=cluster.max_requeues)
-    if cluster.executor == "local":
-        executor.update_parameters(timeout_min=cluster.time_min, tasks_per_node=world_size, stderr_to_stdout=True,
-                                   gpus_per_node=cluster.gpus_per_node, local_setup=parameters["setup"])
-    else:
-        executor.update_parameters(**{f"slurm_{key}": value for key, value in parameters.items()})
+        raise ValueError("cluster.executor is 'slurm', and there is no sbatch here: take local, or --cluster.dry_run")
+    executor = submitit.AutoExecutor(folder, cluster=cluster.executor, slurm_max_num_timeout=cluster.max_requeues,
+                                     slurm_python=parameters["python"],
+                                     local_python=cluster.python or shlex.quote(sys.executable))
+    local = {"timeout_min": cluster.time_min, "tasks_per_node": parameters["ntasks_per_node"], "stderr_to_stdout": True,
+             "gpus_per_node": cluster.gpus_per_node, "local_setup": parameters["setup"]}
+    slurm = {f"slurm_{key}": value for key, value in parameters.items() if key != "python"}
+    executor.update_parameters(**(slurm if cluster.executor == "slurm" else local))
     try:
         return executor.submit_array(attempts)
     except submitit.core.utils.FailedJobError as problem:
@@ -276,21 +256,18 @@ def wait(jobs: list, folder: Path) -> int:
 
     submitit's own way takes a rank's error before a requeue, or the NODE_FAIL of a job that is requeued, for the end.
     """
-    codes = []
+    failed = 0
     for job in jobs:
         while not (state := end_state(job)):
             time.sleep(2)
-        for _ in range(15):                              # a shared folder may be slow to show what others wrote
-            results = sorted(folder.glob(f"{job.job_id}_*_result.pkl"), key=os.path.getmtime)
-            if len(results) == job.num_tasks or state != "COMPLETED":
-                break
-            time.sleep(1)
-        outcomes = {path: pickle.loads(path.read_bytes()) for path in results}
-        codes.append(int([kind for kind, _ in outcomes.values()] != ["success"] * job.num_tasks))
-        print(f"job {job.job_id}: {state}, {'failed' if codes[-1] else 'all ranks succeeded'}", flush=True)
-        if codes[-1]:
+        results = sorted(folder.glob(f"{job.job_id}_*_result.pkl"), key=os.path.getmtime)
+        outcomes = [(path.name.split("_")[-2], *pickle.loads(path.read_bytes())) for path in results]
+        good = state == "COMPLETED" or [kind for _, kind, _ in outcomes] == ["success"] * job.num_tasks
+        print(f"job {job.job_id}: {state}, {'all ranks succeeded' if good else 'failed'}", flush=True)
+        if not good:
+            failed = 1
             print(first_error(folder, job.job_id, outcomes), file=sys.stderr, flush=True)
-    return max(codes)
+    return failed
 
 
 def end_state(job) -> str:
@@ -301,20 +278,19 @@ def end_state(job) -> str:
     if not shown:                                        # long over: only accounting remembers it
         done = subprocess.run(["sacct", "-XnPo", "State", "-j", job.job_id], capture_output=True, text=True)
         shown = {"JobState": (done.stdout.split() or [""])[0]}
-    state = shown["JobState"]
-    back = state in ("NODE_FAIL", "PREEMPTED") and shown.get("Requeue") == "1"
-    return "" if back or state in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "") else state
+    back = shown["JobState"] in ("NODE_FAIL", "PREEMPTED") and shown.get("Requeue") == "1"
+    alive = back or shown["JobState"] in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED")
+    return "" if alive else shown["JobState"]
 
 
-def first_error(folder: Path, job_id: str, outcomes: dict[Path, tuple]) -> str:
-    """What the rank that failed first said; `outcomes` of the tasks by their files, the oldest first."""
-    failed = [(path.name.split("_")[-2], trace) for path, (kind, trace) in outcomes.items() if kind == "error"]
-    for task, _ in failed:
-        log = max(folder.glob(f"{job_id}_{task}_*log.out"), key=os.path.getmtime, default=None)
-        said = re.search(r"^error \(rank \d+\): .*", log.read_text(errors="replace") if log else "", re.M | re.S)
-        if said:
-            return "\n".join(said[0].splitlines()[:40])
-    if failed:
-        return f"task {failed[0][0]}: {failed[0][1]}"
+def first_error(folder: Path, job_id: str, outcomes: list[tuple]) -> str:
+    """What the rank that failed first said; `outcomes` are (task, kind, trace), the oldest first."""
+    failed = [(task, trace) for task, kind, trace in outcomes if kind == "error"]
     logs = sorted(folder.glob(f"{job_id}_*log.out"), key=os.path.getmtime)
-    return "\n".join(line for log in logs for line in [f"{log}:", *log.read_text(errors="replace").splitlines()[-10:]])
+    texts = {path: path.read_text(errors="replace") for path in logs}
+    for task, _ in failed:
+        newest = [text for path, text in texts.items() if path.name.startswith(f"{job_id}_{task}_")][-1:]
+        if said := re.search(r"^error \(rank \d+\): .*", "".join(newest), re.M | re.S):
+            return "\n".join(said[0].splitlines()[:40])
+    return f"task {failed[0][0]}: {failed[0][1]}" if failed else "\n".join(
+        line for path, text in texts.items() for line in [f"{path}:", *text.splitlines()[-10:]])

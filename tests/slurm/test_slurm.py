@@ -23,7 +23,6 @@ from resnet_dist.data.digits import write_digits
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 36
 CLOCK = {"time", "elapsed", "train/images_per_second", "train/data_wait_fraction", "train/step_seconds"}
-SLOW = 'export SLOW_SECONDS=$([ ${SLURM_RESTART_COUNT:-0} = 0 ] && echo %s || echo 0)'
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,7 @@ class Job:
 
     def __init__(self, digits, output_dir, *more, seconds=0.3, setup=(), ranks=2):
         self.output_dir = output_dir
-        lines = [f"export PYTHONPATH={Path(__file__).parent / 'slow'}", SLOW % seconds, *setup]
+        lines = [f"export PYTHONPATH={Path(__file__).parent / 'slow'}", f"export SLOW_SECONDS={seconds}", *setup]
         arguments = [*training(digits, output_dir), *[f"--cluster.setup+={line}" for line in lines],
                      "--cluster.time_min", "30", "--cluster.gpus_per_node", "2", *more]
         self.started = time.monotonic()
@@ -96,13 +95,14 @@ class Job:
         assert int(launch.show_job(self.id)["Restarts"]) == attempts - 1
         starts = [int(re.search(r"; step (\d+), from", self.log(k)).group(1)) for k in range(attempts)]
         redone = [self.logged(k)[-1] - starts[k + 1] for k in range(attempts - 1)]
-        print(f"\n{event}: resumed at {starts[1:]}, steps lost {redone}, {time.monotonic() - self.started:.0f} s in all")
+        seconds = time.monotonic() - self.started
+        print(f"\n{event}: resumed at {starts[1:]}, steps lost {redone}, {seconds:.0f} s in all")
         assert max(redone, default=0) <= lost
         assert_same_run(self.output_dir, undisturbed)
 
 
 def assert_same_run(a, b):
-    left, right = (unpack_checkpoint(read_checkpoint(folder / "checkpoints/last.pt"), "last.pt") for folder in (a, b))
+    left, right = (unpack_checkpoint(read_checkpoint(folder / "checkpoints/last.pt"), "") for folder in (a, b))
     assert left["step"] == right["step"] == STEPS
     for key in ("model", "ema"):
         assert all(torch.equal(left[key][name], right[key][name]) for name in right[key]), key
@@ -117,7 +117,7 @@ def assert_same_run(a, b):
 def time_limited(cluster, digits, tmp_path_factory):
     """Runs into its time limit while the other tests go on, on node n3."""
     return Job(digits, tmp_path_factory.mktemp("limit"), "--cluster.time_min", "2", "--cluster.signal_delay_s", "60",
-               "--cluster.extra.nodelist", "n3", seconds=3)
+               "--cluster.extra.nodelist", "n3", seconds="$([ ${SLURM_RESTART_COUNT:-0} = 0 ] && echo 3 || echo 0)")
 
 
 def test_two_nodes_with_two_ranks_each(cluster, digits, undisturbed, time_limited, tmp_path):
@@ -130,41 +130,50 @@ def test_two_nodes_with_two_ranks_each(cluster, digits, undisturbed, time_limite
     assert "all ranks succeeded" in done.stdout
     folder = next(tmp_path.glob("job_*"))
     log = next(folder.glob("*_0_attempt0_log.out")).read_text()
-    assert "4 ranks on n1 n2" in log and "batch 120 = 4 cpu ranks * 1 micro-steps * 30" in log
+    assert "attempt 0, rank 0 of 4 on n1 n2" in log and "batch 120 = 4 cpu ranks * 1 micro-steps * 30" in log
     assert "resume       python slurm/submit.py --config" in log
     assert (folder / "code/resnet_dist/engine.py").exists() and (folder / "code/configs/quickstart.yaml").exists()
     assert_same_run(tmp_path, undisturbed[4])
     print(f"\n2 nodes * 2 ranks: {time.monotonic() - started:.0f} s")
 
 
-def test_stray_term_and_a_users_signal(cluster, digits, undisturbed, tmp_path):
-    """SIGTERM that SLURM knows nothing of: saved, and on it goes. SIGUSR2: saved, requeued."""
-    job = Job(digits, tmp_path)
-    job.wait_for_step(4)
+def test_one_job_through_signals_requeue_and_preemption(cluster, digits, undisturbed, tmp_path):
+    """A SIGTERM that SLURM knows nothing of, a user's signal, a requeue, a preemption with a grace period: none costs a
+    step, and the weights are the undisturbed run's.
+    """
+    job = Job(digits, tmp_path, "--cluster.partition", "lowgrace", "--cluster.extra.nodelist", "n2")
+    job.wait_for_step(3)
     subprocess.run(["scancel", "--signal=TERM", job.id], check=True)
     job.wait_until(lambda: "SIGTERM, checkpoint, go on" in job.log(0))
-    job.wait_for_step(12)
+    job.wait_for_step(8)
     subprocess.run(["scancel", "--signal=USR2", job.id], check=True)
-    job.check(undisturbed[2], "stray TERM, then USR2")
-    assert "SIGUSR2, checkpoint, requeue" in job.log(0)
-
-
-def test_scontrol_requeue(cluster, digits, undisturbed, tmp_path):
-    job = Job(digits, tmp_path)
-    job.wait_for_step(8)
+    job.wait_for_step(14, attempt=1)
     subprocess.run(["scontrol", "requeue", job.id], check=True)
-    job.check(undisturbed[2], "scontrol requeue")
-    assert "SIGTERM, checkpoint, wait" in job.log(0)
+    job.wait_for_step(20, attempt=2)
+    preempt("n2")
+    job.check(undisturbed[2], "stray TERM; USR2, scontrol requeue, preemption with grace", attempts=4)
+    for attempt, said in enumerate(("SIGUSR2, checkpoint, requeue", "SIGTERM, checkpoint, wait",
+                                    "SIGTERM, checkpoint, requeue")):
+        assert said in job.log(attempt)
 
 
-@pytest.mark.parametrize(("partition", "verdict"), [("low", "wait"), ("lowgrace", "requeue")])
-def test_preemption(cluster, digits, undisturbed, tmp_path, partition, verdict):
-    """A job of a partition above takes the node: at once, or after a grace period in which ours leaves by itself."""
-    job = Job(digits, tmp_path, "--cluster.partition", partition, "--cluster.extra.nodelist", "n2")
-    job.wait_for_step(8)
-    subprocess.run(["sbatch", "-phigh", "-wn2", "--exclusive", "-o/dev/null", "--wrap=sleep 1"], check=True)
-    job.check(undisturbed[2], f"preemption in partition {partition}")
-    assert f"SIGTERM, checkpoint, {verdict}" in job.log(0)
+def preempt(node):
+    """A short job of a partition above takes the whole node."""
+    subprocess.run(["sbatch", "-phigh", f"-w{node}", "--exclusive", "-o/dev/null", "--wrap=sleep 1"], check=True)
+
+
+def test_preempted_at_once_and_then_cancelled(cluster, digits, tmp_path):
+    """Without a grace period SLURM requeues; a cancelled job is not brought back to life."""
+    job = Job(digits, tmp_path, "--cluster.extra.nodelist", "n2", "--cluster.gpus_per_node", "1", ranks=1)
+    job.wait_for_step(3)
+    preempt("n2")
+    job.wait_for_step(8, attempt=1)
+    subprocess.run(["scancel", job.id], check=True)
+    assert job.finish() == 1
+    assert "SIGTERM, checkpoint, wait" in job.log(0) and "SIGTERM, checkpoint, wait" in job.log(1)
+    assert f"; step {job.logged(0)[-1]}, from" in job.log(1)
+    time.sleep(3)
+    assert launch.show_job(job.id)["JobState"] == "CANCELLED" and not job.log(2)
 
 
 def processes_of(node, folder):
@@ -183,7 +192,7 @@ def test_a_node_dies(cluster, digits, undisturbed, tmp_path):
         pytest.skip("a node of a cluster that is not ours is not killed")
     job = Job(digits, tmp_path, "--cluster.nodes", "2", "--cluster.gpus_per_node", "1")
     job.wait_for_step(8)
-    assert "2 ranks on n1 n2" in job.log(0)
+    assert "rank 0 of 2 on n1 n2" in job.log(0)
     for pid in set(processes_of("n2", cluster)):
         os.kill(pid, signal.SIGKILL)
     killed = time.monotonic()
@@ -191,17 +200,7 @@ def test_a_node_dies(cluster, digits, undisturbed, tmp_path):
     print(f"\nfrom the kill to the next step: {time.monotonic() - killed:.0f} s")
     subprocess.run([str(cluster / "node.sh"), "n2"], check=True)
     job.check(undisturbed[2], "a node's processes killed", lost=5)
-    assert "2 ranks on n1 n3" in job.log(1)
-
-
-def test_cancelled_stays_cancelled(cluster, digits, tmp_path):
-    job = Job(digits, tmp_path)
-    job.wait_for_step(3)
-    subprocess.run(["scancel", job.id], check=True)
-    assert job.finish() == 1
-    assert "SIGTERM, checkpoint, wait" in job.log(0)
-    time.sleep(3)
-    assert launch.show_job(job.id)["JobState"] == "CANCELLED" and not job.log(1)
+    assert "rank 0 of 2 on n1 n3" in job.log(1)
 
 
 def test_what_fails_by_itself_is_not_requeued(cluster, digits, capsys, tmp_path):
@@ -215,7 +214,7 @@ def test_what_fails_by_itself_is_not_requeued(cluster, digits, capsys, tmp_path)
 
 
 def test_requeues_have_an_end(cluster, digits, tmp_path):
-    job = Job(digits, tmp_path, "--cluster.max_requeues", "0")
+    job = Job(digits, tmp_path, "--cluster.max_requeues", "0", "--cluster.gpus_per_node", "1", ranks=1)
     job.wait_for_step(3)
     subprocess.run(["scancel", "--signal=USR2", job.id], check=True)
     assert job.finish() == 1
