@@ -266,7 +266,7 @@ class ClusterConfig:
     """shell words that start Python in the job, for instance in a container; empty = the Python that submits"""
     setup: list[str] = field(default_factory=list)
     """shell lines of the batch script before training: modules, variables"""
-    extra: dict[str, str | int | bool] = field(default_factory=dict)
+    extra: dict[str, bool | int | str] = field(default_factory=dict)
     """further sbatch directives: `--cluster.extra.exclude n3` becomes `--exclude=n3`, true one without a value"""
     signal_delay_s: int = 120
     """seconds before the time limit at which the run saves and is requeued; at least 60 and the time of a save, since
