@@ -89,10 +89,7 @@ class Attempt:
 
 
 def free_port(job_id: str, attempt: str) -> int:
-    """A port that nobody listens on here, below those that the kernel gives away, drawn anew for each job and attempt.
-
-    Jobs that share a node do not meet, nor does a job the ghost of its last attempt.
-    """
+    """A free port of this node, below the kernel's own; jobs do not meet there, nor a job its last attempt's ghost."""
     draw = random.Random(f"{job_id}/{attempt}")
     while True:
         with contextlib.suppress(OSError), socket.socket() as probe:
@@ -102,11 +99,9 @@ def free_port(job_id: str, attempt: str) -> int:
 
 def show_job(job_id: str) -> dict[str, str]:
     """What `scontrol show job` says of a job; empty where it does not answer or knows it no more."""
-    for _ in range(3):                                   # a signal to all processes of the job may end scontrol too
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            done = subprocess.run(["scontrol", "-o", "show", "job", job_id], capture_output=True, text=True, timeout=30)
-            if done.returncode >= 0:
-                return dict(re.findall(r"(\w+)=(\S*)", done.stdout))
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(["scontrol", "-o", "show", "job", job_id], capture_output=True, text=True, timeout=30)
+        return dict(re.findall(r"(\w+)=(\S*)", done.stdout))
     return {}
 
 
@@ -131,9 +126,8 @@ def decide(number: int, job: dict[str, str]) -> str:
 def count_ranks(cluster: ClusterConfig) -> int:
     """The number of ranks. Raises ValueError for what no cluster can make right."""
     tasks, limit = cluster.tasks_per_node or cluster.gpus_per_node, 60 * cluster.time_min
-    alone = cluster.executor != "slurm"
     for key, holds, rule in (
-            ("nodes", cluster.nodes == 1 or cluster.nodes > 1 and not alone, "above 0, and 1 where SLURM is not used"),
+            ("nodes", 0 < cluster.nodes < (10**6 if cluster.executor == "slurm" else 2), "at least 1, 1 without SLURM"),
             ("gpus_per_node", cluster.gpus_per_node >= 0, "0 or above"),
             ("tasks_per_node", tasks > 0, "above 0 where there are no GPUs"),
             ("time_min", limit > 0, "above 0"),
@@ -236,19 +230,17 @@ def forecast(config: Config, nodes: int, world_size: int) -> str:
 def start_jobs(attempts: list[Attempt], cluster: ClusterConfig, parameters: dict, folder: Path) -> list:
     """Hand the attempts over to submitit; its jobs, in the same order. Raises ValueError when SLURM refuses them."""
     import submitit
-    if cluster.executor == "slurm" and shutil.which("sbatch") is None:
-        raise ValueError("cluster.executor is 'slurm', and there is no sbatch here: take local, or --cluster.dry_run")
-    executor = submitit.AutoExecutor(folder, cluster=cluster.executor, slurm_max_num_timeout=cluster.max_requeues,
-                                     slurm_python=parameters["python"],
-                                     local_python=cluster.python or shlex.quote(sys.executable))
     local = {"timeout_min": cluster.time_min, "tasks_per_node": parameters["ntasks_per_node"], "stderr_to_stdout": True,
              "gpus_per_node": cluster.gpus_per_node, "local_setup": parameters["setup"]}
     slurm = {f"slurm_{key}": value for key, value in parameters.items() if key != "python"}
-    executor.update_parameters(**(slurm if cluster.executor == "slurm" else local))
     try:
+        executor = submitit.AutoExecutor(folder, cluster=cluster.executor, slurm_max_num_timeout=cluster.max_requeues,
+                                         slurm_python=parameters["python"],
+                                         local_python=cluster.python or shlex.quote(sys.executable))
+        executor.update_parameters(**(slurm if cluster.executor == "slurm" else local))
         return executor.submit_array(attempts)
-    except submitit.core.utils.FailedJobError as problem:
-        raise ValueError(f"sbatch refuses: {problem}") from problem
+    except RuntimeError as problem:
+        raise ValueError(f"cluster.executor {cluster.executor} does not take the job: {problem}") from problem
 
 
 def wait(jobs: list, folder: Path) -> int:
@@ -285,12 +277,11 @@ def end_state(job) -> str:
 
 def first_error(folder: Path, job_id: str, outcomes: list[tuple]) -> str:
     """What the rank that failed first said; `outcomes` are (task, kind, trace), the oldest first."""
-    failed = [(task, trace) for task, kind, trace in outcomes if kind == "error"]
     logs = sorted(folder.glob(f"{job_id}_*log.out"), key=os.path.getmtime)
-    texts = {path: path.read_text(errors="replace") for path in logs}
+    failed = [(task, trace) for task, kind, trace in outcomes if kind == "error"]
     for task, _ in failed:
-        newest = [text for path, text in texts.items() if path.name.startswith(f"{job_id}_{task}_")][-1:]
+        newest = [path.read_text(errors="replace") for path in logs if path.name.startswith(f"{job_id}_{task}_")][-1:]
         if said := re.search(r"^error \(rank \d+\): .*", "".join(newest), re.M | re.S):
             return "\n".join(said[0].splitlines()[:40])
     return f"task {failed[0][0]}: {failed[0][1]}" if failed else "\n".join(
-        line for path, text in texts.items() for line in [f"{path}:", *text.splitlines()[-10:]])
+        f"{path}:\n" + "\n".join(path.read_text(errors="replace").splitlines()[-10:]) for path in logs)

@@ -22,7 +22,7 @@ HOST=$(hostname -s)
 for i in $(seq 0 7); do mknod "$D/dev/gpu$i" c 1 3; done           # plain files do not count as GPUs
 echo "NodeName=n[1-$N] Name=gpu File=$D/dev/gpu[0-7]" > "$D/gres.conf"
 # With cgroups, as on most clusters, only the first process of a task gets a signal; else every process of the job does.
-if [ -w /sys/fs/cgroup/freezer/cgroup.procs ]; then
+if [ "${PROCTRACK:-cgroup}" = cgroup ] && [ -w /sys/fs/cgroup/freezer/cgroup.procs ]; then
   TRACK=cgroup; printf 'CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\n' > "$D/cgroup.conf"
 else TRACK=linuxproc; fi
 # Short times: cred_expire (a requeued job waits that long, 120 s by default), KillWait (30), SlurmdTimeout (300).
