@@ -85,8 +85,8 @@ class Saver:
     def claim(self) -> None:
         """Make this process the one that may publish here. Raises OSError where the folder cannot be written.
 
-        An attempt that a cluster takes for dead may go on for a minute on a node that was cut off: before it saves
-        again, it finds in the file `attempt` that it has a successor.
+        An attempt that a cluster takes for dead may go on for a minute on a node that was cut off: before it logs or
+        saves again, it finds in the file `attempt` that it has a successor.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         number = int((self._newest_attempt() or "0").split()[0]) + 1

@@ -161,8 +161,8 @@ class StopSignal:
     signal, so that it cannot end a process that is not ready for it: it is let in here, and blocked again by `close`.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    """of several the later wins: SIGTERM alone may mean anything, SIGUSR2 beside it says what"""
+    SIGNALS = (0, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    """of several the later wins: SIGTERM alone may mean anything, SIGUSR2 beside it says what; 0 is none"""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
@@ -170,8 +170,8 @@ class StopSignal:
         self.interrupted_at = 0.0
         self.pid = os.getpid()
         self.pending: tuple[dist.Work, torch.Tensor] | None = None
-        self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
-        self.mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
+        self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS[1:]}
+        self.mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS[1:])
 
     def _note(self, number: int, frame) -> None:
         if os.getpid() != self.pid:                      # a forked child inherits the handler, not the duty
@@ -180,17 +180,14 @@ class StopSignal:
             if self.interrupted_at and time.monotonic() - self.interrupted_at > 1.0:
                 os._exit(128 + number)
             self.interrupted_at = self.interrupted_at or time.monotonic()
-        self.noted = max(self.noted, self._weight(number))
-
-    def _weight(self, number: int) -> int:
-        return self.SIGNALS.index(number) + 1 if number else 0
+        self.noted = max(self.noted, self.SIGNALS.index(number))
 
     def poll(self) -> int:
         """The signal that any rank had noted one call ago, on all ranks; 0 for none."""
         if self.pending is not None:
             work, flag = self.pending
             work.wait()
-            self.agreed = (0, *self.SIGNALS)[int(flag)]
+            self.agreed = self.SIGNALS[int(flag)]
         flag = torch.tensor([self.noted], dtype=torch.int32)
         self.pending = (dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group, async_op=True), flag)
         return self.agreed
@@ -202,9 +199,9 @@ class StopSignal:
             self.pending = None
 
     def forget(self) -> None:
-        """Go on as if the agreed signal had not come; one that outranks it, noted since, still counts."""
+        """Go on as if the agreed signal had not come; another one, noted since, still counts."""
         self.finish()
-        self.noted, self.agreed = self.noted if self.noted > self._weight(self.agreed) else 0, 0
+        self.noted, self.agreed = 0 if self.SIGNALS[self.noted] == self.agreed else self.noted, 0
 
     def close(self) -> None:
         """Give the signals back."""

@@ -65,7 +65,7 @@ class Attempt:
         verdict = []
 
         def goes_on(number: int) -> bool:                # in the main process, after the checkpoint
-            verdict[:] = [decide(number, show_job(os.environ.get("SLURM_JOB_ID", "")))]
+            verdict[:] = [decide(number, show_job(job.job_id))]
             print(f"{signal.Signals(number).name}, checkpoint, {verdict[0]}", flush=True)
             return verdict == ["go on"]
 
@@ -81,7 +81,7 @@ class Attempt:
             try:
                 hand_over(signal.SIGUSR2, None)          # ends this process
             except (subprocess.SubprocessError, OSError) as problem:     # requeued already, or not at all
-                if show_job(os.environ["SLURM_JOB_ID"]).get("JobState") == "RUNNING":
+                if show_job(job.job_id).get("JobState") == "RUNNING":
                     raise RuntimeError(f"SLURM does not requeue: {problem}; submit again to go on") from problem
         while job.name() == "slurm":                     # a result or an error would both look like the end of the job
             time.sleep(60)
@@ -120,7 +120,7 @@ def decide(number: int, job: dict[str, str]) -> str:
     if job.get("JobState", "RUNNING") != "RUNNING":
         return "wait"
     preempted = job.get("PreemptTime", "None")           # that of an earlier attempt lies before this one's start
-    return "requeue" if preempted[:1].isdigit() and preempted >= job["StartTime"] else "go on"
+    return "requeue" if preempted[:1].isdigit() and preempted >= job.get("StartTime", "") else "go on"
 
 
 def count_ranks(cluster: ClusterConfig) -> int:
@@ -153,7 +153,7 @@ def batch_parameters(cluster: ClusterConfig, folder: Path, code: Path, name: str
     return {"job_name": name, "time": cluster.time_min, "nodes": cluster.nodes, "setup": setup, "use_srun": False,
             "ntasks_per_node": cluster.tasks_per_node or cluster.gpus_per_node, "stderr_to_stdout": True,
             "signal_delay_s": cluster.signal_delay_s, "additional_parameters": {k: v for k, v in extra.items() if v},
-            "python": f"srun --unbuffered --kill-on-bad-exit=1 --output={log}{cpus} $block {python}",
+            "python": f"srun --unbuffered --kill-on-bad-exit=1 --export=ALL --output={log}{cpus} $block {python}",
             **{key: value for key, value in wanted.items() if value}}
 
 
@@ -182,8 +182,8 @@ def submit(configs: list[Config], cluster: ClusterConfig, command: str) -> int:
     code = folder / "code" if cluster.snapshot else live
     parameters = batch_parameters(cluster, folder, code, base.name, len(configs) > 1)
     if cluster.dry_run:
-        print(batch_script(parameters, folder, len(configs)))
-        print("\n".join(forecast(config, cluster.nodes, world_size) for config in configs))
+        print("\n".join([batch_script(parameters, folder, len(configs)),
+                         *(forecast(config, cluster.nodes, world_size) for config in configs)]))
         return 0
 
     for part in ("resnet_dist", "configs", "train.py") if cluster.snapshot else ():

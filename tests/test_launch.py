@@ -26,14 +26,16 @@ def dry_run(capsys, *arguments):
     return capsys.readouterr().out
 
 
-def test_dry_run_prints_the_batch_script_and_what_it_trains(capsys, tmp_path):
-    """Every key arrives where it should, and nothing is written or asked."""
+def test_dry_run_prints_the_batch_script_and_what_it_trains(capsys, monkeypatch, tmp_path):
+    """Every key arrives where it should; nothing is written, and SLURM need not be there."""
+    monkeypatch.setenv("PATH", "")
     said = dry_run(
         capsys, "--cluster.nodes", "4", "--cluster.gpus_per_node", "8", "--cluster.time_min", "1440",
         "--cluster.partition", "gpu", "--cluster.account", "lab", "--cluster.qos", "night",
         "--cluster.constraint", "a100", "--cluster.cpus_per_gpu", "12", "--cluster.mem_gb", "400",
         "--cluster.signal_delay_s", "180", "--cluster.setup+=module load cuda", "--cluster.extra.exclusive", "true",
-        "--cluster.extra.exclude", "n7", "--data.kind", "synthetic", "--data.synthetic_images", "2048", "--output_dir", str(tmp_path / "a run"))
+        "--cluster.extra.exclude", "n7", "--data.kind", "synthetic", "--data.synthetic_images", "2048",
+        "--output_dir", str(tmp_path / "a run"))
     for line in ("--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8", "--time=1440", "--partition=gpu",
                  "--account=lab", "--qos=night", "--constraint=a100", "--cpus-per-task=12", "--mem=400G", "--requeue",
                  "--signal=USR2@180", "--exclusive", "--exclude=n7", "--open-mode=append"):
@@ -47,7 +49,7 @@ def test_dry_run_prints_the_batch_script_and_what_it_trains(capsys, tmp_path):
     assert ("ranks 0 to 31, 8 on each of 4 nodes; local batch 32 = 1024 / (32 ranks * 1 micro-steps); peak lr 0.4; "
             "180 steps of 2 per epoch, 2048 images") in said
     assert list(tmp_path.iterdir()) == []
-    subprocess.run(["bash", "-n"], input=said[:command + 1] + srun, text=True, check=True)
+    subprocess.run(["/bin/bash", "-n"], input=said[:command + 1] + srun, text=True, check=True)
 
 
 def test_dry_run_of_an_array_and_of_data_that_is_not_here(capsys, tmp_path):
