@@ -85,8 +85,8 @@ class Saver:
     def claim(self) -> None:
         """Make this process the one that may publish here. Raises OSError where the folder cannot be written.
 
-        An attempt that a cluster takes for dead may go on for a minute on a node that was cut off: before it logs or
-        saves again, it finds in the file `attempt` that it has a successor.
+        An attempt that a cluster takes for dead may go on for a minute on a node that was cut off: it finds in the file
+        `attempt` that it has a successor, before it logs or saves again.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         number = int((self._newest_attempt() or "0").split()[0]) + 1
@@ -157,7 +157,7 @@ class Saver:
 def write_checkpoint(path: Path, content: dict, before_publishing: Callable[[], None] = lambda: None) -> None:
     """Write `content` so that at every moment `path` is absent, the old file or the new one, with its digest.
 
-    `before_publishing`, called when the bytes are on disk, may raise to leave everything as it was.
+    `before_publishing` may raise, when the bytes are on disk, to leave all as it was.
     """
     temporary = path.with_name(path.name + ".tmp")
     buffer = io.BytesIO()                                # torch.save hides why a disk does not take it

@@ -24,6 +24,7 @@ from pathlib import Path
 from resnet_dist.config import ClusterConfig, Config
 
 _OF_A_LAUNCHER = re.compile(r"SLURM_(?!CONF$|CLUSTERS$)|SUBMITIT_|TORCHELASTIC_|(LOCAL_)?(RANK|WORLD_SIZE)$|MASTER_")
+_ALIVE = ("", "PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED")
 _PORT = "import sys, resnet_dist.launch as launch; print(launch.free_port(*sys.argv[1:]))"
 
 
@@ -137,7 +138,7 @@ def count_ranks(cluster: ClusterConfig) -> int:
     return 1 if cluster.executor == "debug" else cluster.nodes * tasks
 
 
-def batch_parameters(cluster: ClusterConfig, folder: Path, code: Path, name: str, array: bool) -> dict:
+def batch_parameters(cluster: ClusterConfig, folder: Path, code: Path, array: bool) -> dict:
     """submitit's parameters of the batch script, by SLURM's names. Each attempt and task has a log of its own."""
     python, job = cluster.python or shlex.quote(sys.executable), "%A_%a" if array else "%j"
     # A SIGUSR2 before Python is ready would kill the job without a requeue. Coreutils before 8.31 cannot block it.
@@ -146,15 +147,14 @@ def batch_parameters(cluster: ClusterConfig, folder: Path, code: Path, name: str
              'block="$(env --block-signal=USR2 echo env --block-signal=USR2 2>/dev/null || true)"']
     log = f"{shlex.quote(str(folder))}/{job}_%t_attempt${{SLURM_RESTART_COUNT:-0}}_log.out"
     cpus = f" --cpus-per-task={cluster.cpus_per_gpu}" if cluster.cpus_per_gpu else ""
-    wanted = {"partition": cluster.partition, "account": cluster.account, "qos": cluster.qos,
-              "constraint": cluster.constraint, "cpus_per_task": cluster.cpus_per_gpu,
-              "mem": cluster.mem_gb and f"{cluster.mem_gb}G", "gpus_per_node": cluster.gpus_per_node}
+    wanted = {key: getattr(cluster, key) for key in ("partition", "account", "qos", "constraint", "gpus_per_node")}
+    wanted |= {"cpus_per_task": cluster.cpus_per_gpu, "mem": cluster.mem_gb and f"{cluster.mem_gb}G"}
     extra = {"requeue": True, "output": f"{folder}/{job}_batch_log.out", **cluster.extra}
-    return {"job_name": name, "time": cluster.time_min, "nodes": cluster.nodes, "setup": setup, "use_srun": False,
+    return {"job_name": folder.parent.name, "time": cluster.time_min, "nodes": cluster.nodes, "setup": setup,
             "ntasks_per_node": cluster.tasks_per_node or cluster.gpus_per_node, "stderr_to_stdout": True,
             "signal_delay_s": cluster.signal_delay_s, "additional_parameters": {k: v for k, v in extra.items() if v},
-            "python": f"srun --unbuffered --kill-on-bad-exit=1 --export=ALL --output={log}{cpus} $block {python}",
-            **{key: value for key, value in wanted.items() if value}}
+            "use_srun": False, **{key: value for key, value in wanted.items() if value}, "python":
+            f"srun --unbuffered --kill-on-bad-exit=1 --export=ALL --output={log}{cpus} $block {python}"}
 
 
 def submit(configs: list[Config], cluster: ClusterConfig, command: str) -> int:
@@ -177,10 +177,10 @@ def submit(configs: list[Config], cluster: ClusterConfig, command: str) -> int:
         run.check_layout(config.train.global_batch_size, world_size, config.train.grad_accum_steps)
     if cluster.executor == "debug":
         return run.main(configs[0])
-    base, live = Path(os.path.commonpath(outputs)), Path(__file__).resolve().parents[1]
-    folder = base / time.strftime(f"job_%Y%m%d_%H%M%S_{os.getpid()}")
+    live = Path(__file__).resolve().parents[1]
+    folder = Path(os.path.commonpath(outputs), time.strftime(f"job_%Y%m%d_%H%M%S_{os.getpid()}"))
     code = folder / "code" if cluster.snapshot else live
-    parameters = batch_parameters(cluster, folder, code, base.name, len(configs) > 1)
+    parameters = batch_parameters(cluster, folder, code, len(configs) > 1)
     if cluster.dry_run:
         print("\n".join([batch_script(parameters, folder, len(configs)),
                          *(forecast(config, cluster.nodes, world_size) for config in configs)]))
@@ -248,31 +248,30 @@ def wait(jobs: list, folder: Path) -> int:
 
     submitit's own way takes a rank's error before a requeue, or the NODE_FAIL of a job that is requeued, for the end.
     """
-    failed = 0
+    codes = []
     for job in jobs:
-        while not (state := end_state(job)):
+        while (state := state_of(job)) in _ALIVE:
             time.sleep(2)
         results = sorted(folder.glob(f"{job.job_id}_*_result.pkl"), key=os.path.getmtime)
         outcomes = [(path.name.split("_")[-2], *pickle.loads(path.read_bytes())) for path in results]
         good = state == "COMPLETED" or [kind for _, kind, _ in outcomes] == ["success"] * job.num_tasks
+        codes.append(0 if good else 1)
         print(f"job {job.job_id}: {state}, {'all ranks succeeded' if good else 'failed'}", flush=True)
         if not good:
-            failed = 1
             print(first_error(folder, job.job_id, outcomes), file=sys.stderr, flush=True)
-    return failed
+    return max(codes)
 
 
-def end_state(job) -> str:
-    """The state that a job has ended with; empty while it runs, waits, or is to be requeued."""
+def state_of(job) -> str:
+    """The state of a job in SLURM's words; a job that lost its node and will be requeued is PENDING."""
     if hasattr(job, "_process"):                         # submitit's local one
-        return job.state if job.done() else ""
+        return job.state
     shown = show_job(job.job_id)
     if not shown:                                        # long over: only accounting remembers it
         done = subprocess.run(["sacct", "-XnPo", "State", "-j", job.job_id], capture_output=True, text=True)
-        shown = {"JobState": (done.stdout.split() or [""])[0]}
-    back = shown["JobState"] in ("NODE_FAIL", "PREEMPTED") and shown.get("Requeue") == "1"
-    alive = back or shown["JobState"] in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED")
-    return "" if alive else shown["JobState"]
+        return (done.stdout.split() or [""])[0]
+    back = shown["JobState"] in ("NODE_FAIL", "PREEMPTED") and shown["Requeue"] == "1"
+    return "PENDING" if back else shown["JobState"]
 
 
 def first_error(folder: Path, job_id: str, outcomes: list[tuple]) -> str:

@@ -76,7 +76,7 @@ class Job:
         """The steps that an attempt has logged."""
         return [int(step) for step in re.findall(rf"step +(\d+)/{STEPS} .* train ", self.log(attempt))]
 
-    def wait_until(self, condition, seconds=90):
+    def wait_until(self, condition, seconds=150):
         wait_for(condition, seconds, lambda: "\n".join(path.read_text() for path in self.folder.glob("*log.out")))
 
     def wait_for_step(self, step, attempt=0):
@@ -98,7 +98,7 @@ class Job:
         assert_same_run(self.output_dir, undisturbed)
 
 
-def wait_for(condition, seconds=90, explain=str):
+def wait_for(condition, seconds=150, explain=str):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, explain()
@@ -129,7 +129,7 @@ def test_two_nodes_with_two_ranks_each(cluster, digits, undisturbed, time_limite
     started = time.monotonic()
     done = subprocess.run([sys.executable, str(ROOT / "slurm/submit.py"), *training(digits, tmp_path),
                            "--cluster.nodes", "2", "--cluster.gpus_per_node", "2", "--cluster.wait"],
-                          capture_output=True, text=True, timeout=120)
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all ranks succeeded" in done.stdout
     folder = next(tmp_path.glob("job_*"))
@@ -199,7 +199,7 @@ def test_a_node_dies(cluster, digits, undisturbed, tmp_path):
     for pid in list(processes_of("n2", cluster)):
         os.kill(pid, signal.SIGKILL)
     killed = time.monotonic()
-    job.wait_until(lambda: job.logged(1), 120)
+    job.wait_until(lambda: job.logged(1), 240)
     print(f"\nfrom the kill to the next step: {time.monotonic() - killed:.0f} s")
     subprocess.run([str(cluster / "node.sh"), "n2"], check=True)
     job.check(undisturbed[2], "a node's processes killed", lost=5)
