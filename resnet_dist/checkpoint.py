@@ -9,6 +9,8 @@ import contextlib
 import hashlib
 import io
 import os
+import secrets
+import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,17 +80,42 @@ class Saver:
         self.failure: str | None = None
         self.saved = (-1, -1)
         """step, and step of the evaluation that it knows of, of the newest good checkpoint"""
+        self.attempt = ""
+
+    def claim(self) -> None:
+        """Make this process the one that may publish here. Raises OSError where the folder cannot be written.
+
+        An attempt that a cluster takes for dead may go on for a minute on a node that was cut off: it finds in the file
+        `attempt` that it has a successor, before it logs or saves again.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        number = int((self._newest_attempt() or "0").split()[0]) + 1
+        self.attempt = f"{number} {socket.gethostname()} {secrets.token_hex(8)}"
+        temporary = self.folder / f".attempt.{os.getpid()}"
+        temporary.write_text(self.attempt)
+        os.replace(temporary, self.folder / "attempt")
+
+    def check_claim(self) -> None:
+        """Raise ValueError when another process has claimed the folder since."""
+        if self.attempt and (newest := self._newest_attempt()) not in ("", self.attempt):
+            raise ValueError(f"{self.folder} belongs to a newer attempt, {newest}: {self.attempt} saves no more")
+
+    def _newest_attempt(self) -> str:
+        with contextlib.suppress(OSError):               # the folder may be gone, which is no claim
+            return (self.folder / "attempt").read_text()
+        return ""
 
     def save(self, state: TrainState) -> None:
         """Copy the state now (tens of milliseconds for ResNet-50), write it in the background.
 
-        What is already saved is not written again.
+        What is already saved is not written again. Raises ValueError as `check_claim`.
         """
         if not self.is_main:
             return
         self.wait()
         if self.saved == (state.step, state.evaluated_step):
             return
+        self.check_claim()
         snapshot = {"format": FORMAT, **self.facts, **_copy_to_cpu(state.state_dict())}
         self.thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
         self.thread.start()
@@ -108,7 +135,7 @@ class Saver:
             if not all(torch.isfinite(t).all() for t in snapshot["model"].values() if t.is_floating_point()):
                 raise ValueError("the weights hold values that are not finite; such a state is never saved")
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_checkpoint(path, snapshot)
+            write_checkpoint(path, snapshot, self.check_claim)
             _link(self.folder / "last.pt", path.name)
             if snapshot["best_step"] == step:
                 _link(self.folder / "best.pt", path.name)
@@ -127,8 +154,11 @@ class Saver:
             leftover.unlink(missing_ok=True)
 
 
-def write_checkpoint(path: Path, content: dict) -> None:
-    """Write `content` so that at every moment `path` is absent, the old file or the new one, with its digest."""
+def write_checkpoint(path: Path, content: dict, before_publishing: Callable[[], None] = lambda: None) -> None:
+    """Write `content` so that at every moment `path` is absent, the old file or the new one, with its digest.
+
+    `before_publishing` may raise, when the bytes are on disk, to leave all as it was.
+    """
     temporary = path.with_name(path.name + ".tmp")
     buffer = io.BytesIO()                                # torch.save hides why a disk does not take it
     torch.save(content, buffer)
@@ -137,6 +167,7 @@ def write_checkpoint(path: Path, content: dict) -> None:
             file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
+        before_publishing()
         # Until the second rename the old file may still be the one there: its digest stays beside the new one.
         digests = [_sha256(buffer.getbuffer()), *_read_digests(path)]
         _write_digests(path, digests)

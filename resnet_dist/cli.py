@@ -3,16 +3,18 @@
 import argparse
 import contextlib
 import os
+import shlex
 import sys
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from resnet_dist.config import Config, check
+from resnet_dist.config import ClusterConfig, Config, check
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")    # torch's warnings about a lost rank are pages; we say it
 COMMANDS = {
     "train": "train a network; also what train.py does",
+    "submit": "train on a SLURM cluster; also what slurm/submit.py does",
     "evaluate": "top-1 and top-5 of a checkpoint on the validation set",
     "benchmark": "speed of the whole loop beside a bare one; benchmark loader: of the data path beside others",
     "data": "get a data set ready: import, pack, download, verify, show",
@@ -40,7 +42,8 @@ def parse_config(parser: ArgumentParser, arguments: list[str]) -> Config:
     silent = os.environ.get("RANK", "0") != "0"
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere if silent else sys.stderr):
         values = parser.parse_args(arguments)
-        config = Config(**{key: value for key, value in vars(parser.instantiate(values)).items() if key != "config"})
+        config = Config(**{key: value for key, value in vars(parser.instantiate(values)).items()
+                           if key not in ("config", "cluster")})
         try:
             check(config)
         except ValueError as problem:
@@ -61,6 +64,25 @@ def train(arguments: list[str]) -> int:
 
     from resnet_dist import run
     return run.main(config)
+
+
+def submit(arguments: list[str]) -> int:
+    """Train on a SLURM cluster: every option of train, and those of the cluster. Submit again to resume."""
+    parser = config_parser("submit.py", submit.__doc__)
+    parser.add_class_arguments(ClusterConfig, "cluster")
+    arguments = [f"{word}=true" if word in ("--cluster.dry_run", "--cluster.wait") and after[:2] in ("", "--") else word
+                 for word, after in zip(arguments, [*arguments[1:], ""], strict=True)]
+    first = parse_config(parser, arguments)
+    cluster = parser.instantiate(parser.parse_args(arguments)).cluster
+    configs = [parse_config(parser, ["--config", file, *arguments]) for file in cluster.configs.split(",") if file]
+    program = ["resnet-dist", "submit"] if sys.argv[0].endswith("resnet-dist") else ["python", "slurm/submit.py"]
+
+    from resnet_dist import launch
+    try:
+        return launch.submit(configs or [first], cluster, shlex.join([*program, *arguments]))
+    except ValueError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -147,8 +169,8 @@ def main(arguments: list[str] | None = None) -> int:
         if wrong:
             print(f"error: unknown command {arguments[0]!r}", file=sys.stderr)
         return 2 if wrong else 0
-    functions = {"train": train, "evaluate": evaluate, "benchmark": benchmark, "data": data, "doctor": doctor,
-                 "report": report}
+    functions = {"train": train, "submit": submit, "evaluate": evaluate, "benchmark": benchmark, "data": data,
+                 "doctor": doctor, "report": report}
     return functions[arguments[0]](arguments[1:])
 
 

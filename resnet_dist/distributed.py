@@ -89,7 +89,7 @@ def start(device: str = "auto", timeout_s: float = 600.0, threads: int = 0) -> R
     """Join the process group that the launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK, ...) describes.
 
     Without a launcher it is a group of one. Raises ValueError when `device` is "cuda" and there is none, or when the
-    machine has fewer GPUs than ranks.
+    machine has fewer GPUs than ranks; a launcher may also show each rank its own one (CUDA_VISIBLE_DEVICES).
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -97,10 +97,11 @@ def start(device: str = "auto", timeout_s: float = 600.0, threads: int = 0) -> R
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if kind == "cuda":
         visible = torch.cuda.device_count()
-        if local_rank >= visible:
+        index = 0 if visible == 1 and os.environ.get("CUDA_VISIBLE_DEVICES") else local_rank
+        if index >= visible:
             raise ValueError(f"distributed.device is {device}, but this machine shows {visible} GPUs for "
                              f"{local_world_size} ranks: start fewer processes, or take --distributed.device cpu")
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(index)
         torch.backends.cudnn.benchmark = True            # the shapes of a run stay the same
     else:
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world_size))
@@ -110,7 +111,7 @@ def start(device: str = "auto", timeout_s: float = 600.0, threads: int = 0) -> R
     rendezvous = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(backend, timeout=limit, **rendezvous)
     return Runtime(rank, local_rank, world_size, local_world_size,
-                   torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu"),
+                   torch.device(kind, index) if kind == "cuda" else torch.device("cpu"),
                    dist.new_group(backend="gloo", timeout=limit),
                    Watchdog(dist.distributed_c10d._get_default_store(), rank, world_size, timeout_s))
 
@@ -142,33 +143,37 @@ class StopSignal:
     A handler only notes the signal. `poll`, called by every rank at the same places, reduces what was noted over a
     CPU group: started in one call and read in the next, so that its latency hides behind a step. All ranks therefore
     learn of a signal, sent to any one of them, in the same call. A second SIGINT (more than a second after the first,
-    since a terminal and torchrun both deliver one key press) ends the process at once.
+    since a terminal and torchrun both deliver one key press) ends the process at once. A launcher may have blocked a
+    signal, so that it cannot end a process that is not ready for it: it is let in here, and blocked again by `close`.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    SIGNALS = (0, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    """of several the later wins: SIGTERM alone may mean anything, SIGUSR2 beside it says what; 0 is none"""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
         self.noted = self.agreed = 0
-        self.noted_at = 0.0
+        self.interrupted_at = 0.0
         self.pid = os.getpid()
         self.pending: tuple[dist.Work, torch.Tensor] | None = None
-        self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS[1:]}
+        self.mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS[1:])
 
     def _note(self, number: int, frame) -> None:
         if os.getpid() != self.pid:                      # a forked child inherits the handler, not the duty
             return
-        if self.noted == number == signal.SIGINT and time.monotonic() - self.noted_at > 1.0:
-            os._exit(128 + number)
-        if not self.noted:
-            self.noted, self.noted_at = number, time.monotonic()
+        if number == signal.SIGINT:
+            if self.interrupted_at and time.monotonic() - self.interrupted_at > 1.0:
+                os._exit(128 + number)
+            self.interrupted_at = self.interrupted_at or time.monotonic()
+        self.noted = max(self.noted, self.SIGNALS.index(number))
 
     def poll(self) -> int:
         """The signal that any rank had noted one call ago, on all ranks; 0 for none."""
         if self.pending is not None:
             work, flag = self.pending
             work.wait()
-            self.agreed = int(flag)
+            self.agreed = self.SIGNALS[int(flag)]
         flag = torch.tensor([self.noted], dtype=torch.int32)
         self.pending = (dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group, async_op=True), flag)
         return self.agreed
@@ -179,7 +184,13 @@ class StopSignal:
             self.pending[0].wait()
             self.pending = None
 
+    def forget(self) -> None:
+        """Go on as if the agreed signal had not come; another one, noted since, still counts."""
+        self.finish()
+        self.noted, self.agreed = 0 if self.SIGNALS[self.noted] == self.agreed else self.noted, 0
+
     def close(self) -> None:
         """Give the signals back."""
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
         for number, handler in self.previous.items():
             signal.signal(number, handler)

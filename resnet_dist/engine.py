@@ -228,6 +228,7 @@ def train(model: nn.Module, state: TrainState, train_loader: TrainLoader, val_lo
             due = [is_due(state.step, interval, plan.total_steps) for interval in (
                 plan.log_interval_steps, plan.eval_interval_steps, *plan.checkpoint_interval_steps)]
             if state.step > logged_step and (any(due) or ends_by_signal):
+                saver.check_claim()
                 report(state, counts, grad_norm, lr, nonfinite, clock, train_loader, plan, runtime, log)
                 counts, logged_step = Counts.zero(runtime.device), state.step
                 gc.collect(1)

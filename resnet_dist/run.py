@@ -1,5 +1,6 @@
 """The composition root: from the config to the objects to a trained network. The only place that sees all of it."""
 
+import functools
 import json
 import os
 import shlex
@@ -140,6 +141,8 @@ def resume_command(runtime: Runtime) -> str:
         own = os.path.join(os.path.dirname(sys.executable), name)
         return name if shutil.which(name) == own else os.path.relpath(own) if own.startswith(os.getcwd()) else own
 
+    if "RESNET_DIST_RESUME" in os.environ:               # of a launcher that is no torchrun
+        return os.environ["RESNET_DIST_RESUME"]
     arguments = shlex.join(sys.argv)
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return f"{program('python')} {arguments}"
@@ -196,18 +199,21 @@ def save_replay(folder: Path, updates: tuple[int, int], loader: TrainLoader, sch
     runtime.on_main(lambda: (folder / "nonfinite.json").write_text(text))
 
 
-def train(config: Config, runtime: Runtime) -> int:
-    """Train, and tell the log how it ended. Returns 0, 128 + signal after a checkpoint, or as `explain`."""
+def train(config: Config, runtime: Runtime, goes_on: Callable[[int], bool] = lambda signal: False) -> int:
+    """Train, and tell the log how it ended. Returns 0, 128 + signal after a checkpoint, or as `explain`.
+
+    After a signal and its checkpoint, `goes_on(signal)` is asked in the main process whether all train on instead.
+    """
     log = build_log(config.log, config.output_dir, runtime.is_main, to_dict(config))
     try:
-        code = compose(config, runtime, log)
+        code = compose(config, runtime, log, goes_on)
     except Exception as problem:
         code = explain(problem, runtime)                 # before the log is closed, which may take its time
     log.close(code)
     return code
 
 
-def compose(config: Config, runtime: Runtime, log: Log) -> int:
+def compose(config: Config, runtime: Runtime, log: Log, goes_on: Callable[[int], bool]) -> int:
     """Put the run together from its parts, and run it; returns as `train`."""
     for remark in remarks(config, runtime.device.type):
         log.warn(remark)
@@ -229,7 +235,7 @@ def compose(config: Config, runtime: Runtime, log: Log) -> int:
     saver = Saver(checkpoint_folder(config), config.checkpoint.keep, facts(config, train_loader), log.warn,
                   runtime.is_main)
     origin = restore(state, config, saver, runtime, log)
-    runtime.on_main(lambda: write_config(config))        # a start that was refused has left the old one as it was
+    runtime.on_main(lambda: write_config(config) or saver.claim())       # a start that was refused has changed nothing
     model = wrap_ddp(state.model, runtime.device)
     engine.settle_buckets(model, config.data.train_crop_size, config.train.precision, runtime.device)
 
@@ -241,8 +247,9 @@ def compose(config: Config, runtime: Runtime, log: Log) -> int:
             f"{plan.total_steps} steps of {plan.steps_per_epoch} per epoch; step {state.step}, {origin}")
     stop_signal = StopSignal(runtime.cpu_group)
     try:
-        ended_by = engine.train(
-            model, state, train_loader, val_loader, schedule, plan, runtime, saver, log, stop_signal)
+        parts = model, state, train_loader, val_loader, schedule, plan, runtime, saver, log, stop_signal
+        while (ended_by := engine.train(*parts)) and runtime.on_main(functools.partial(goes_on, ended_by)):
+            stop_signal.forget()
         stop_signal.finish()
         runtime.watchdog.ended.set()                     # from here on nobody waits for another
         saver.wait()                                     # a further signal must not end the last write
