@@ -207,17 +207,14 @@ class _Wandb:
 
     def __init__(self, run, location: str, log: Log) -> None:
         self.run, self.location, self.owner = run, location, log
-        self.rows: queue.Queue = queue.Queue(maxsize=10_000)
+        self.rows: queue.SimpleQueue = queue.SimpleQueue()
         self.exit_code = 1                   # until `close` knows better
         self.thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self.thread.start()
 
     def log(self, row: dict) -> None:
         """Hand over one row; never waits."""
-        try:
-            self.rows.put_nowait(row)
-        except queue.Full:
-            self.owner._warn_once("wandb", "W&B takes no more metrics; training goes on, metrics.jsonl has them")
+        self.rows.put(row)
 
     def _work(self) -> None:
         try:
@@ -232,8 +229,7 @@ class _Wandb:
     def close(self, exit_code: int) -> None:
         """Send what is left, for a bounded time."""
         self.exit_code = exit_code
-        with contextlib.suppress(queue.Full):
-            self.rows.put(None, timeout=1)
+        self.rows.put(None)
         self.thread.join(_FINISH_SECONDS + 5)
         if self.thread.is_alive():
             self.owner._warn_once("wandb", f"W&B did not finish within {_FINISH_SECONDS:.0f} s; its data is in "

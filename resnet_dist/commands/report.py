@@ -87,11 +87,9 @@ def _duration(records: list[dict]) -> str:
 
 def plot(records: list[dict], title: str, out: Path) -> None:
     """Draw loss, top-1, learning rate and speed against the epoch. Raises ImportError without matplotlib."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2, sharex=True)
     panels = {"loss": "loss (cross-entropy, nats)", "top1": "top-1 (%)", "lr": "learning rate",
               "images_per_second": "images per second, all ranks"}
