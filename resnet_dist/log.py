@@ -13,10 +13,10 @@ import secrets
 import shlex
 import socket
 import sys
-import tempfile
 import threading
 import time
 import urllib.request
+from datetime import timedelta
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -35,8 +35,6 @@ class Log:
         self.config, self.is_main, self.run_config = config, is_main, run_config
         self.folder = Path(output_dir)
         self.path = self.folder / "metrics.jsonl"
-        self.start_step = self.total_steps = 0
-        self.started = time.monotonic()
         self.bar = self.wandb = None
         self.torn = False                # whether the file may end in half a line
         self.warned: set[str] = set()
@@ -55,10 +53,11 @@ class Log:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             last_steps = _drop_lines_after(self.path, start_step)
-            self.sent = last_steps if had_run else {}
+            if had_run:
+                self.sent = last_steps
         except OSError as error:
             self._warn_once("metrics", f"metrics.jsonl cannot be prepared ({error}); training goes on")
-        self.wandb = _start_wandb(self.config, self.folder, self.run_config, self)
+        self.wandb = _start_wandb(self)
         if self.config.progress_bar and _is_terminal(sys.stderr):
             from tqdm import tqdm
 
@@ -75,23 +74,31 @@ class Log:
         """Record `values` ("train/loss": ..., "val/top1": ...) of update `step` everywhere."""
         if not self.is_main:
             return
-        values = {key: _plain(value) for key, value in values.items()}
+        # Numbers of numpy and torch become Python's; JSON has none for what is not finite.
+        values = {key: value.item() if hasattr(value, "item") else value for key, value in values.items()}
         self._write_line({"step": step, "time": round(time.time(), 3),
                           "elapsed": round(time.monotonic() - self.started, 3),
-                          **{key: _json_safe(value) for key, value in values.items()}})
-        if self.wandb is not None:
-            # A resumed run repeats steps that W&B has already: its x axis must not go back.
-            new = {key: value for key, value in values.items() if step > self.sent.get(key, -1)}
-            if new:
-                self.wandb.log({"step": step, **new})
+                          **{key: None if isinstance(value, float) and not math.isfinite(value) else value
+                             for key, value in values.items()}})
+        # A resumed run repeats steps that W&B has already: its x axis must not go back.
+        new = {key: value for key, value in values.items() if step > self.sent.get(key, -1)}
+        if self.wandb is not None and new:
+            self.wandb.log({"step": step, **new})
         self.progress(step)
-        if "train/loss" in values and self.bar is not None:
-            self.bar.set_postfix_str(_bar_text(values))
-        elif "train/loss" in values:
-            self.say(_train_line(step, self.total_steps, values, self._eta(step)))
-        for prefix in ("val", "val_ema"):
-            if f"{prefix}/top1" in values:
-                self.say(_val_line(step, self.total_steps, prefix, values))
+        for prefix in ("train", "val", "val_ema"):
+            if f"{prefix}/loss" in values:
+                self._tell(step, prefix, values)
+
+    def _tell(self, step: int, prefix: str, values: dict) -> None:
+        """Loss, top-1 and so on of the last log interval ("train") or an evaluation, as a line or beside the bar."""
+        text = _aligned(prefix, values)
+        if prefix == "train" and self.bar is not None:
+            self.bar.set_postfix_str(" ".join(text.split()))
+            return
+        if prefix == "train":                # at the mean pace so far, with evaluations and checkpoints in it
+            pace = (time.monotonic() - self.started) / max(1, step - self.start_step)
+            text += f"  eta {timedelta(seconds=round(pace * (self.total_steps - step)))}"
+        self.say(f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}  {text}")
 
     def say(self, text: str) -> None:
         """A sentence to the user, above the progress bar."""
@@ -129,11 +136,6 @@ class Log:
             self.warned.add(topic)
             self.warn(text)
 
-    def _eta(self, step: int) -> float:
-        """Seconds to the end, at the mean pace so far, with evaluations and checkpoints in it."""
-        done = step - self.start_step
-        return (time.monotonic() - self.started) / done * (self.total_steps - step) if done > 0 else math.nan
-
     def _write_line(self, record: dict) -> None:
         """Append one line. The file is opened for each: a full disk or a lost mount may come back."""
         line = (b"\n" if self.torn else b"") + json.dumps(record, allow_nan=False).encode() + b"\n"
@@ -168,24 +170,15 @@ def _drop_lines_after(path: Path, step: int) -> dict[str, int]:
     if not path.exists():
         return {}
     records = read_metrics(path)
-    kept = [record for record in records if 0 < record["step"] <= step]
-    text = "".join(json.dumps(record) + "\n" for record in kept).encode()
+    text = "".join(json.dumps(record) + "\n" for record in records if 0 < record["step"] <= step).encode()
     if text != path.read_bytes():
-        descriptor, temporary = tempfile.mkstemp(prefix=path.name + ".", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, path.stat().st_mode & 0o777)
-            os.replace(temporary, path)
-        except OSError:
-            os.unlink(temporary)
-            raise
-    last: dict[str, int] = {}
-    for record in records:
-        last |= {key: max(record["step"], last.get(key, -1)) for key in record}
-    return last
+        temporary = path.with_suffix(".tmp")
+        with open(temporary, "wb") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    return {key: record["step"] for record in records for key in record}
 
 
 def _is_terminal(stream) -> bool:
@@ -195,55 +188,18 @@ def _is_terminal(stream) -> bool:
     return False
 
 
-def _plain(value):
-    """A number of any kind (numpy, torch) as Python's."""
-    return value.item() if hasattr(value, "item") else value
+def _aligned(prefix: str, values: dict) -> str:
+    """What the console says of the last log interval (`prefix` "train") or an evaluation; speed is in images/s."""
+    def get(name: str) -> float:
+        return values.get(f"{prefix}/{name}", math.nan)
 
-
-def _json_safe(value):
-    """`value`, or None for what JSON has no number for."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _duration(seconds: float) -> str:
-    """h:mm:ss, or a dash for what is not known yet."""
-    if not math.isfinite(seconds):
-        return "-"
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-
-
-def _head(step: int, total_steps: int, values: dict) -> str:
-    return f"step {step:>{len(str(total_steps))}}/{total_steps}  epoch {values.get('train/epoch', math.nan):6.2f}"
-
-
-def _train_values(values: dict) -> tuple:
-    """Loss, top-1, learning rate, images per second, percent of the time that data was waited for."""
-    names = ("loss", "top1", "lr", "images_per_second", "data_wait_fraction")
-    loss, top1, lr, speed, wait = (values.get(f"train/{name}", math.nan) for name in names)
-    return loss, top1, lr, speed, 100 * wait
-
-
-def _train_line(step: int, total_steps: int, values: dict, eta: float) -> str:
-    """One aligned line about the last log interval."""
-    loss, top1, lr, speed, wait = _train_values(values)
+    text = (f"epoch {values.get('train/epoch', math.nan):6.2f}  {prefix:<7}  loss {get('loss'):7.4f}  "
+            f"top1 {get('top1'):6.2f} %  ")
+    if prefix != "train":
+        return f"{text}top5 {get('top5'):6.2f} %  ({get('num')} images)"
     bad = f"  bad images {values['train/bad_images']}" if values.get("train/bad_images") else ""
-    return (f"{_head(step, total_steps, values)}  train    loss {loss:7.4f}  top1 {top1:6.2f} %  lr {lr:8.3g}  "
-            f"{speed:7.0f} img/s  wait {wait:5.1f} %  eta {_duration(eta)}{bad}")
-
-
-def _val_line(step: int, total_steps: int, prefix: str, values: dict) -> str:
-    """One aligned line about an evaluation."""
-    loss, top1, top5 = (values.get(f"{prefix}/{name}", math.nan) for name in ("loss", "top1", "top5"))
-    return (f"{_head(step, total_steps, values)}  {prefix:<7}  loss {loss:7.4f}  top1 {top1:6.2f} %  "
-            f"top5 {top5:6.2f} %  ({values.get(f'{prefix}/num', '?')} images)")
-
-
-def _bar_text(values: dict) -> str:
-    """What the progress bar says beside the time that is left."""
-    loss, top1, lr, speed, wait = _train_values(values)
-    return (f"epoch {values.get('train/epoch', math.nan):.2f}, loss {loss:.3f}, top1 {top1:.1f} %, lr {lr:.3g}, "
-            f"{speed:.0f} img/s, wait {wait:.0f} %")
+    return (f"{text}lr {get('lr'):8.3g}  {get('images_per_second'):7.0f} img/s  "
+            f"wait {100 * get('data_wait_fraction'):5.1f} %{bad}")
 
 
 class _Wandb:
@@ -251,37 +207,29 @@ class _Wandb:
 
     def __init__(self, run, location: str, log: Log) -> None:
         self.run, self.location, self.owner = run, location, log
-        self.rows: queue.Queue = queue.Queue(maxsize=10_000)
-        self.exit_code = 0
+        self.rows: queue.SimpleQueue = queue.SimpleQueue()
+        self.exit_code = 1                   # until `close` knows better
         self.thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self.thread.start()
 
     def log(self, row: dict) -> None:
         """Hand over one row; never waits."""
-        try:
-            self.rows.put_nowait(row)
-        except queue.Full:
-            self.owner._warn_once("wandb", "W&B takes no more metrics; training goes on, metrics.jsonl has them")
+        self.rows.put(row)
 
     def _work(self) -> None:
-        failed = False
-        while (row := self.rows.get()) is not None:
-            try:
-                if not failed:
-                    self.run.log(row)
-            except Exception as error:       # W&B raises what it likes, and none of it matters to training
-                failed = True
-                self.owner._warn_once("wandb", f"W&B failed ({_first_line(error)}); training goes on without it")
         try:
-            self.run.finish(exit_code=self.exit_code)
-        except Exception as error:
-            self.owner._warn_once("wandb", f"the W&B run could not be finished ({_first_line(error)})")
+            try:
+                while (row := self.rows.get()) is not None:
+                    self.run.log(row)
+            finally:
+                self.run.finish(exit_code=self.exit_code)
+        except Exception as error:           # W&B raises what it likes, and none of it matters to training
+            self.owner._warn_once("wandb", f"W&B failed ({_first_line(error)}); training goes on without it")
 
     def close(self, exit_code: int) -> None:
         """Send what is left, for a bounded time."""
         self.exit_code, deadline = exit_code, time.monotonic() + _FINISH_SECONDS
-        with contextlib.suppress(queue.Full):
-            self.rows.put(None, timeout=1)
+        self.rows.put(None)
         self.thread.join(_FINISH_SECONDS + 5)
         if time.monotonic() > deadline:
             folder = shlex.quote(str(self.owner.folder / "wandb"))
@@ -289,9 +237,9 @@ class _Wandb:
                                            f"wandb sync --include-online {folder}/*run-*")
 
 
-def _start_wandb(config: LogConfig, folder: Path, run_config: dict, log: Log) -> _Wandb | None:
+def _start_wandb(log: Log) -> _Wandb | None:
     """The run, online or offline, or None with one warning at most."""
-    mode = _wandb_mode(config.wandb, os.environ.get("WANDB_MODE", ""))
+    mode = _wandb_mode(log.config.wandb, os.environ.get("WANDB_MODE", ""))
     if mode == "disabled":
         return None
     # W&B otherwise announces the credentials it found, and tries to report its own crashes, without a network too.
@@ -300,20 +248,20 @@ def _start_wandb(config: LogConfig, folder: Path, run_config: dict, log: Log) ->
     try:
         import wandb
 
-        run_id = _run_id(folder)
-        later = f"wandb sync {shlex.quote(str(folder / 'wandb'))}/offline-run-*-{run_id}"
+        run_id = _run_id(log.folder)
         reason = "as asked" if mode == "offline" else why_offline(probe=mode == "auto")
         if not reason:
             try:
-                run = _init_wandb(wandb, "online", run_id, config, folder, run_config)
+                run = _init_wandb(log, "online", run_id)
                 log.say(f"W&B: {run.url}")
                 return _Wandb(run, run.url, log)
             except Exception as error:
                 reason = f"going online failed: {_first_line(error)}"
                 wandb.teardown(exit_code=1)      # the failed attempt still holds the run's id
-        run = _init_wandb(wandb, "offline", run_id, config, folder, run_config)
+        run = _init_wandb(log, "offline", run_id)
+        later = f"wandb sync {shlex.quote(str(log.folder / 'wandb'))}/offline-run-*-{run_id}"
         log.say(f"W&B is offline ({reason}); to upload later: {later}")
-        return _Wandb(run, f"{folder / 'wandb'} (upload: {later})", log)
+        return _Wandb(run, f"{log.folder / 'wandb'} (upload: {later})", log)
     except Exception as error:
         log._warn_once("wandb", f"W&B cannot be used ({_first_line(error)}); training goes on without it "
                                 f"(--log.wandb disabled says so from the start)")
@@ -329,15 +277,17 @@ def _wandb_mode(asked: str, environment: str) -> str:
     return named if asked == "auto" else min(asked, named, key=order.index)
 
 
-def _init_wandb(wandb, mode: str, run_id: str, config: LogConfig, folder: Path, run_config: dict):
+def _init_wandb(log: Log, mode: str, run_id: str):
     """`wandb.init` without prompts, banners, code, packages, git state or captured output."""
+    import wandb
+
     wanted = {"mode": mode, "silent": True, "console": "off", "save_code": False, "disable_code": True,
               "disable_git": True, "disable_job_creation": True, "x_disable_meta": True, "x_save_requirements": False,
               "init_timeout": _INIT_SECONDS, "finish_timeout": _FINISH_SECONDS, "x_transaction_log_flush_interval": 2.0}
     settings = wandb.Settings(**{key: value for key, value in wanted.items() if key in wandb.Settings.model_fields})
-    run = wandb.init(project=config.wandb_project, entity=config.wandb_entity, dir=str(folder.absolute()), id=run_id,
-                     name=config.wandb_name or folder.absolute().name, config=run_config, resume="allow",
-                     settings=settings)
+    folder, config = log.folder.absolute(), log.config
+    run = wandb.init(project=config.wandb_project, entity=config.wandb_entity, name=config.wandb_name or folder.name,
+                     dir=str(folder), id=run_id, config=log.run_config, resume="allow", settings=settings)
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run
@@ -366,12 +316,11 @@ def why_offline(probe: bool) -> str:
 
 
 def _netrc_key(base_url: str) -> bool:
-    """Whether the netrc file has a password for this server; W&B looks for it in the same places."""
-    for path in map(os.path.expanduser, [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]):
-        with contextlib.suppress(OSError, NetrcParseError):
-            entry = netrc(path).authenticators(urlsplit(base_url).netloc)
-            if entry and entry[2]:
-                return True
+    """Whether the netrc file, where W&B keeps keys too, has a password for this server."""
+    with contextlib.suppress(OSError, NetrcParseError):
+        keys = netrc(os.path.expanduser(os.environ.get("NETRC") or "~/.netrc"))
+        entry = keys.authenticators(urlsplit(base_url).netloc)
+        return bool(entry and entry[2])
     return False
 
 

@@ -17,10 +17,8 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     weights, norms, biases = [], [], []
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            if isinstance(module, _NORMS):
-                norms.append(parameter)
-            else:
-                (biases if parameter.ndim <= 1 else weights).append(parameter)
+            group = norms if isinstance(module, _NORMS) else biases if parameter.ndim <= 1 else weights
+            group.append(parameter)
     decays = (config.weight_decay, config.norm_weight_decay, config.bias_weight_decay)
     return [{"params": group, "weight_decay": config.weight_decay if decay is None else decay}
             for group, decay in zip((weights, norms, biases), decays, strict=True) if group]

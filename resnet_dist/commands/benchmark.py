@@ -25,27 +25,6 @@ from resnet_dist.log import Log
 from resnet_dist.schedule import build_schedule
 
 
-class _NoImages:
-    """A validation set of nothing, so that the loop's last evaluation takes no time."""
-
-    num_samples = rounds = num_bad = 0
-    mirrored, class_names = False, ()
-
-    def __iter__(self):
-        return iter(())
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-
-class _Records(Log):
-    """A log that keeps the figures and says nothing."""
-
-    def metrics(self, step: int, values: dict) -> None:
-        """Keep what a log line would say."""
-        self.lines.append(values)
-
-
 def measure(config: Config, runtime: Runtime, options) -> int:
     """Build the run, alternate the two loops in `options.windows` windows of `options.steps`, report.
 
@@ -64,28 +43,29 @@ def measure(config: Config, runtime: Runtime, options) -> int:
     engine.settle_buckets(model, config.data.train_crop_size, config.train.precision, runtime.device)
     schedule = build_schedule(config.schedule, 1e-4, plan.steps_per_epoch, 10**9)
     saver = Saver(composition.checkpoint_folder(config), 1, {}, print, is_main=False)
-    log = _Records(config.log, config.output_dir, False, {})
-    bare, whole, waits, cpu_bare, cpu_whole = [], [], [], [], []
-    batch = next(loader.batches(0, 1))
+    log, lines = Log(config.log, config.output_dir, False, {}), []
+    log.metrics = lambda step, values: lines.append(values)      # it keeps the figures and says nothing
+    windows, batch = [], next(loader.batches(0, 1))
     for _ in range(options.windows):
-        speed, cpu = bare_loop(model, state, batch, plan, interval, 4 * interval, runtime)
-        bare.append(speed)
-        cpu_bare.append(cpu)
-        log.lines, cpu = [], time.process_time()
-        stop_signal = StopSignal(runtime.cpu_group)
-        engine.train(model, state, loader, _NoImages(), schedule, replace(plan, total_steps=state.step + 5 * interval),
-                     runtime, saver, log, stop_signal)
+        bare, cpu_bare = bare_loop(model, state, batch, plan, interval, 4 * interval, runtime)
+        lines.clear()
+        cpu, stop_signal, end = time.process_time(), StopSignal(runtime.cpu_group), state.step + 5 * interval
+        state.evaluated_step = end                               # no evaluation at the end
+        engine.train(model, state, loader, None, schedule, replace(plan, total_steps=end), runtime, saver, log,
+                     stop_signal)
         stop_signal.finish()
         stop_signal.close()
         # Of the whole window: the loader works ahead, and what it does for the first steps must not be left out.
-        cpu_whole.append((time.process_time() - cpu) / (5 * interval * local * plan.grad_accum_steps))
-        lines = [line for line in log.lines if "train/loss" in line][1:]
-        whole.append(config.train.global_batch_size / statistics.mean(line["train/step_seconds"] for line in lines))
-        waits.append(statistics.mean(line["train/data_wait_fraction"] for line in lines))
+        cpu_whole = (time.process_time() - cpu) / (5 * interval * local * plan.grad_accum_steps)
+        seconds, waits = (statistics.mean(line[f"train/{name}"] for line in lines[1:])
+                          for name in ("step_seconds", "data_wait_fraction"))
+        whole = config.train.global_batch_size / seconds
+        windows.append({"whole_images_per_second": whole, "bare_images_per_second": bare, "ratio": whole / bare,
+                        "cpu_ms_per_image_whole": 1e3 * cpu_whole, "cpu_ms_per_image_bare": 1e3 * cpu_bare,
+                        "cpu_ratio": cpu_bare / cpu_whole, "data_wait_fraction": waits})
     loader.close()
     if runtime.is_main:
-        report(config, runtime, local, {"bare": bare, "whole": whole, "waits": waits, "cpu_bare": cpu_bare,
-                                        "cpu_whole": cpu_whole}, options.json)
+        report(config, runtime, local, windows, options.json)
     return 0
 
 
@@ -115,32 +95,24 @@ def bare_loop(model, state, batch, plan: engine.Plan, warm_up: int, steps: int, 
     return images * runtime.world_size / (time.perf_counter() - started), (time.process_time() - cpu) / images
 
 
-def report(config: Config, runtime: Runtime, local: int, windows: dict[str, list], as_json: bool) -> None:
-    """Medians, and the ratios pair by pair."""
-    ratios = [whole / bare for whole, bare in zip(windows["whole"], windows["bare"], strict=True)]
-    cpu_ratios = [bare / whole for whole, bare in zip(windows["cpu_whole"], windows["cpu_bare"], strict=True)]
-    median = {name: statistics.median(values) for name, values in windows.items()}
+def report(config: Config, runtime: Runtime, local: int, windows: list[dict], as_json: bool) -> None:
+    """Print the medians of the windows, as text or JSON."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     if runtime.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**30
+    ratios = [window["ratio"] for window in windows]
     result = {
         "model": config.model.name, "crop": config.data.train_crop_size, "precision": config.train.precision,
-        "device": runtime.device.type, "ranks": runtime.world_size, "local_batch_size": local,
-        "whole_images_per_second": median["whole"], "bare_images_per_second": median["bare"],
-        "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
-        "cpu_ms_per_image_whole": 1e3 * median["cpu_whole"], "cpu_ms_per_image_bare": 1e3 * median["cpu_bare"],
-        "cpu_ratio": statistics.median(cpu_ratios), "data_wait_fraction": median["waits"],
-        "peak_memory_gib_per_rank": peak,
+        "device": runtime.device.type, "ranks": runtime.world_size, "local_batch_size": local, "windows": len(windows),
+        **{name: statistics.median(window[name] for window in windows) for name in windows[0]},
+        "ratio_min": min(ratios), "ratio_max": max(ratios), "peak_memory_gib_per_rank": peak,
     }
     if as_json:
         print(json.dumps(result))
         return
-    print(f"{result['model']} at {result['crop']}, {result['precision']}, {result['ranks']} {result['device']} ranks * "
-          f"{local} images, medians of {len(ratios)} windows")
-    for name, remark in (("whole", f"waits for data {100 * result['data_wait_fraction']:.1f} % of the time"),
-                         ("bare", "on one fixed batch")):
-        print(f"  {name:5} loop   {result[f'{name}_images_per_second']:8.1f} images/s, "
-              f"{result[f'cpu_ms_per_image_{name}']:.2f} ms of processor time an image, {remark}")
-    print(f"  ratio        {result['ratio']:8.3f} ({result['ratio_min']:.3f} to {result['ratio_max']:.3f}), "
-          f"of processor time {result['cpu_ratio']:.3f}\n"
-          f"  peak memory  {peak:8.2f} GiB per rank")
+    print("""{model} at {crop}, {precision}, {ranks} {device} ranks * {local_batch_size} images; of {windows} windows:
+  whole loop   {whole_images_per_second:8.1f} images/s, {cpu_ms_per_image_whole:.2f} ms of processor time an image
+  bare loop    {bare_images_per_second:8.1f} images/s, {cpu_ms_per_image_bare:.2f} ms, on one fixed batch
+  ratio        {ratio:8.3f} ({ratio_min:.3f} to {ratio_max:.3f}), of processor time {cpu_ratio:.3f}
+  data wait    {data_wait_fraction:8.1%} of the time
+  peak memory  {peak_memory_gib_per_rank:8.2f} GiB per rank""".format(**result))

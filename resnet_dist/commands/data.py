@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 _ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz")
@@ -146,19 +146,19 @@ def _members(path: str, wanted: set[str] | None, file=None) -> Iterator[tuple[ta
         raise ValueError(f"{path} is damaged or cut off ({error}): get it again") from error
 
 
-def _write_all(out: str, split: str, images: Iterable[tuple]) -> None:
+def _write_all(out: str, split: str, images: list[tuple]) -> None:
     """Write each (`<class>/<file>`, size or None, function that gives the bytes) that is not there to out/split/."""
     from resnet_dist.data.index import write_whole
     from resnet_dist.data.pack import progress
 
-    with progress(len(images) if isinstance(images, list) else None, f"write {split}") as bar:
+    with progress(len(images), f"write {split}") as bar:
         for name, size, read in images:
             path = os.path.join(out, split, name)
             if not os.path.exists(path) or size not in (None, os.path.getsize(path)):
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 write_whole(path, read())
             bar.update()
-    print(f"{split}: {bar.n} images in {os.path.join(out, split)}")
+    print(f"{split}: {len(images)} images in {os.path.join(out, split)}")
 
 
 def download(args: argparse.Namespace) -> None:

@@ -1,14 +1,16 @@
 """`resnet-dist report`: what came out of a run, as a table and a picture, from its metrics.jsonl alone."""
 
 import argparse
+import math
 import statistics
+from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 
 from resnet_dist.log import read_metrics
 
-_GREY = "#8a8a8a"
-_COLORS = {"train": _GREY, "val": "#1f5fa8", "val_ema": "#c8501e"}
-_NAMES = {"train": "train", "val": "val", "val_ema": "val, EMA"}
+_SPLITS = {"train": ("train", "#8a8a8a"), "val": ("val", "#1f5fa8"), "val_ema": ("val, EMA", "#c8501e")}
+"""Name and color of what the keys of metrics.jsonl begin with."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,14 +33,13 @@ def run(args: argparse.Namespace) -> int:
     print(summary(records, folder))
     out = Path(args.out) if args.out else folder / "metrics.png"
     try:
-        plot(records, f"{folder.absolute().name}", out)
+        plot(records, folder.absolute().name, out)
+        print(f"picture: {out}")
     except ImportError:
         print("no picture, since matplotlib is not installed: pip install resnet-dist[report]")
     except (OSError, ValueError) as error:
         print(f"error: the picture {out} cannot be written: {error}; --out names another file")
         return 2
-    else:
-        print(f"picture: {out}")
     return 0
 
 
@@ -51,68 +52,57 @@ def series(records: list[dict], key: str) -> tuple[list[float], list[float]]:
 
 def summary(records: list[dict], folder: Path) -> str:
     """The table: final and best accuracy of raw and averaged weights, length, speed."""
-    epochs = [record["train/epoch"] for record in records if record.get("train/epoch") is not None]
-    lines = [("run", str(folder)),
-             ("length", f"{records[-1]['step']} steps, {max(epochs, default=0):.2f} epochs, {_duration(records)}")]
-    for prefix, title in (("val", "val"), ("val_ema", "val, EMA")):
+    epochs = series(records, "train/epoch")[0]
+    lines = {"run": folder,
+             "length": f"{records[-1]['step']} steps, {max(epochs, default=0):.2f} epochs, {_duration(records)}"}
+    for prefix in ("val", "val_ema"):
         where, top1 = series(records, f"{prefix}/top1")
-        top5 = series(records, f"{prefix}/top5")[1]
-        if not top1 or len(top5) != len(top1):
-            continue
-        best = max(range(len(top1)), key=top1.__getitem__)
-        for name, at in (("final", len(top1) - 1), ("best", best)):
-            lines.append((f"{title} {name}", f"top-1 {top1[at]:6.2f} %   top-5 {top5[at]:6.2f} %   "
-                                             f"at epoch {where[at]:.2f}"))
-    speed = series(records, "train/images_per_second")[1]
-    waits = series(records, "train/data_wait_fraction")[1]
+        _, top5 = series(records, f"{prefix}/top5")
+        found = list(zip(top1, top5, where, strict=False))
+        for name, at in (("final", found[-1]), ("best", max(found, key=lambda one: one[0]))) if found else ():
+            lines[f"{_SPLITS[prefix][0]} {name}"] = "top-1 {:6.2f} %   top-5 {:6.2f} %   at epoch {:.2f}".format(*at)
+    _, speed = series(records, "train/images_per_second")
+    _, waits = series(records, "train/data_wait_fraction")
+    _, bad = series(records, "train/bad_images")
     if speed:
-        lines.append(("speed", f"{statistics.median(speed):.0f} images/s (median)"))
+        lines["speed"] = f"{statistics.median(speed):.0f} images/s (median)"
     if waits:
-        lines.append(("data wait", f"{100 * statistics.median(waits):.1f} % of the time (median)"))
-    bad = series(records, "train/bad_images")[1]
+        lines["data wait"] = f"{100 * statistics.median(waits):.1f} % of the time (median)"
     if bad and bad[-1]:
-        lines.append(("bad images", f"{bad[-1]:.0f}"))
-    width = max(len(name) for name, _ in lines)
-    return "\n".join(f"{name:<{width}}   {value}" for name, value in lines)
+        lines["bad images"] = f"{bad[-1]:.0f}"
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}   {value}" for name, value in lines.items())
 
 
 def _duration(records: list[dict]) -> str:
     """Time that the processes of the run took, without the breaks between them and without what was done anew."""
-    last: dict[int, float] = {}
-    for record in records:
-        if "time" in record and "elapsed" in record:
-            # Lines of one process agree on when it began, to within the clocks' drift.
-            began = record["time"] - record["elapsed"]
-            known = next((start for start in last if abs(start - began) < 2), began)
-            last[known] = record["elapsed"]
-    seconds = round(sum(last.values()))
-    runs = f" in {len(last)} runs" if len(last) > 1 else ""
-    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} h{runs}"
+    timed = [record for record in records if "elapsed" in record]
+    starts = [record["time"] - record["elapsed"] for record in timed]
+    # Lines of one process agree on when it began, to within the clocks' drift; the last of them has its length.
+    lengths = [record["elapsed"] for record, (start, after) in zip(timed, pairwise([*starts, math.inf]), strict=True)
+               if abs(after - start) > 2]
+    runs = f" in {len(lengths)} runs" if len(lengths) > 1 else ""
+    return f"{timedelta(seconds=round(sum(lengths)))} h{runs}"
 
 
 def plot(records: list[dict], title: str, out: Path) -> None:
     """Draw loss, top-1, learning rate and speed against the epoch. Raises ImportError without matplotlib."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2, sharex=True)
-    for axis, metric, label, unit, corner in ((axes[0, 0], "loss", "loss (cross-entropy, nats)", "", "upper right"),
-                                              (axes[0, 1], "top1", "top-1 (%)", " %", "lower right")):
-        for prefix, color in _COLORS.items():
+    panels = {"loss": "loss (cross-entropy, nats)", "top1": "top-1 (%)", "lr": "learning rate",
+              "images_per_second": "images per second, all ranks"}
+    for axis, (metric, label) in zip(axes.flat, panels.items(), strict=True):
+        for prefix, (name, color) in _SPLITS.items():
             where, values = series(records, f"{prefix}/{metric}")
             if values:
-                marker = "o" if prefix != "train" and len(values) <= 40 else None
-                axis.plot(where, values, color=color, linewidth=1.2 if prefix == "train" else 1.8, marker=marker,
-                          markersize=3, label=f"{_NAMES[prefix]}: {values[-1]:.4g}{unit} at the end")
+                axis.plot(where, values, color=color, linewidth=1.5, marker="o" if len(values) <= 40 else None,
+                          markersize=3, label=f"{name}: {values[-1]:.4g} at the end")
         axis.set_ylabel(label)
         if axis.lines:
-            axis.legend(frameon=False, fontsize=9, loc=corner)
-    for axis, key, label in ((axes[1, 0], "train/lr", "learning rate"),
-                             (axes[1, 1], "train/images_per_second", "images per second, all ranks")):
-        axis.plot(*series(records, key), color=_COLORS["val"], linewidth=1.5)
-        axis.set_ylabel(label)
+            axis.legend(frameon=False, fontsize=9)
+    for axis in axes[1]:
         axis.set_ylim(bottom=0)
         axis.set_xlabel("epoch")
     for axis in axes.flat:

@@ -48,10 +48,10 @@ def run(args: argparse.Namespace) -> int:
     # The first is kept: one of val/ where there is one, since its twin in train/ would tell the answer.
     groups = [sorted(names, key=lambda name: (name.startswith("train/"), name)) for names in same.values()]
     found["duplicate"] = [(name, f"as {names[0]}") for names in groups for name in names[1:]]
-    text = [f"{total} images in {args.data_dir}"]
+    found, text = {kind: sorted(entries) for kind, entries in found.items()}, [f"{total} images in {args.data_dir}"]
     for kind, entries in found.items():
-        text += [f"{len(entries)} {kind}", *(f"  {name}: {detail}" for name, detail in sorted(entries))]
-    report = {"data_dir": args.data_dir, "images": total, **{kind: sorted(found[kind]) for kind in KINDS}}
+        text += [f"{len(entries)} {kind}", *(f"  {name}: {detail}" for name, detail in entries)]
+    report = {"data_dir": args.data_dir, "images": total, **found}
     left_out = {name for kind in ("broken", "duplicate")[:1 + args.exclude_duplicates] for name, _ in found[kind]}
     for path, lines in ((args.report, [json.dumps(report, indent=1)]), (Path(args.report).with_suffix(".txt"), text),
                         (args.write_exclude, sorted(name for name in left_out if name.startswith("train/")))):

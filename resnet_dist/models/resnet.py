@@ -13,46 +13,22 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_dist.models.init import init_weights, zero_residual_norms
 
 
-def conv3x3(in_channels: int, out_channels: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """A 3x3 convolution that keeps the size at stride 1. No bias: a norm follows, which would cancel it."""
-    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, groups=groups, bias=False)
-
-
-def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    """A 1x1 convolution without bias."""
-    return nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
-
-
-class PadShortcut(nn.Module):
-    """Shortcut of option A: take every `stride`-th pixel, append zero channels. It has no parameters.
-
-    [B, C, H, W] -> [B, C + extra_channels, ceil(H / stride), ceil(W / stride)]. He et al. 2015, sections 3.3 and 4.2.
-    """
-
-    def __init__(self, extra_channels: int, stride: int) -> None:
-        super().__init__()
-        self.extra_channels = extra_channels
-        self.stride = stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x[:, :, :: self.stride, :: self.stride]
-        return F.pad(x, (0, 0, 0, 0, 0, self.extra_channels))
-
-    def extra_repr(self) -> str:
-        return f"extra_channels={self.extra_channels}, stride={self.stride}"
+def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    """A convolution that keeps the size at stride 1. No bias: a norm follows, which would cancel it."""
+    return nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
 
 
 def make_shortcut(kind: str, in_channels: int, out_channels: int, stride: int) -> nn.Module | None:
     """The path around a block, or None where the input can be added as it is.
 
-    `kind` is "A" (subsample and pad with zeros) or "B" (1x1 convolution and norm); both leave the input alone where
-    the shape does not change. He et al. 2015, section 4.1, "Identity vs. Projection Shortcuts".
+    `kind` is "A" (every `stride`-th pixel, and channels of zeros behind those there are) or "B" (1x1 convolution and
+    norm); both leave the input alone where the shape does not change. He et al. 2015, section 4.1, "Identity vs.
+    Projection Shortcuts".
     Raises ValueError for another kind.
     """
     if kind not in ("A", "B"):
@@ -60,86 +36,79 @@ def make_shortcut(kind: str, in_channels: int, out_channels: int, stride: int) -
     if stride == 1 and in_channels == out_channels:
         return None
     if kind == "A":
-        return PadShortcut(out_channels - in_channels, stride)
-    return nn.Sequential(conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels))
+        zeros = nn.ConstantPad3d((0, 0, 0, 0, 0, out_channels - in_channels), 0.0)       # of C, H, W: behind C only
+        return nn.Sequential(nn.AvgPool2d(1, stride), zeros)
+    return nn.Sequential(conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut (He et al. 2015, figure 5 left).
+class Block(nn.Module):
+    """What residual blocks share: [B, in_channels, H, W] -> [B, expansion * channels, H / stride, W / stride].
 
-    [B, in_channels, H, W] -> [B, channels, H / stride, W / stride]. `downsample` is the shortcut, None for identity.
+    `downsample` is the shortcut, None for identity.
     """
+
+    expansion: int
+
+    @property
+    def last_norm(self) -> nn.Module:
+        """The norm that ends the residual branch."""
+        return getattr(self, "bn3", self.bn2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = self.residual(x)
+        out += shortcut
+        return self.relu(out)
+
+
+class BasicBlock(Block):
+    """Two 3x3 convolutions and a shortcut (He et al. 2015, figure 5 left)."""
 
     expansion = 1
 
     def __init__(self, in_channels: int, channels: int, stride: int, downsample: nn.Module | None) -> None:
         super().__init__()
-        self.conv1 = conv3x3(in_channels, channels, stride)
+        self.conv1 = conv(in_channels, channels, 3, stride)
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
-        self.conv2 = conv3x3(channels, channels)
+        self.conv2 = conv(channels, channels, 3)
         self.bn2 = nn.BatchNorm2d(channels)
         self.downsample = downsample
 
-    @property
-    def last_norm(self) -> nn.Module:
-        """The norm that ends the residual branch."""
-        return self.bn2
-
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        out += shortcut
-        return self.relu(out)
+    def residual(self, x: Tensor) -> Tensor:
+        """The branch beside the shortcut."""
+        return self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Block):
     """1x1, 3x3 and 1x1 convolutions and a shortcut (He et al. 2015, figure 5 right).
 
-    [B, in_channels, H, W] -> [B, 4 * channels, H / stride, W / stride]. The 3x3 convolution has
-    groups * (channels * width_per_group // 64) channels: Xie et al. 2016, table 1, and Wide ResNet with one group.
-    `stride_in_1x1` puts the stride in the first 1x1 convolution as in the paper ("v1"); otherwise it sits in the 3x3
-    ("v1.5", as torchvision and fb.resnet.torch), which looks at every pixel: about half a point better and 5 % slower
-    by NVIDIA's account.
+    The 3x3 convolution has groups * (channels * width_per_group // 64) channels: Xie et al. 2016, table 1, and Wide
+    ResNet with one group. `stride_in_1x1` puts the stride in the first 1x1 convolution as in the paper ("v1");
+    otherwise it sits in the 3x3 ("v1.5", as torchvision and fb.resnet.torch), which looks at every pixel: about half a
+    point better and 5 % slower by NVIDIA's account.
     """
 
     expansion = 4
 
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        stride: int,
-        downsample: nn.Module | None,
-        groups: int = 1,
-        width_per_group: int = 64,
-        stride_in_1x1: bool = False,
-    ) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, downsample: nn.Module | None, *, groups: int,
+                 width_per_group: int, stride_in_1x1: bool) -> None:
         super().__init__()
         width = channels * width_per_group // 64 * groups
         stride1, stride2 = (stride, 1) if stride_in_1x1 else (1, stride)
-        self.conv1 = conv1x1(in_channels, width, stride1)
+        self.conv1 = conv(in_channels, width, 1, stride1)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = conv3x3(width, width, stride2, groups)
+        self.conv2 = conv(width, width, 3, stride2, groups)
         self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = conv1x1(width, channels * self.expansion)
+        self.conv3 = conv(width, channels * self.expansion, 1)
         self.bn3 = nn.BatchNorm2d(channels * self.expansion)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
 
-    @property
-    def last_norm(self) -> nn.Module:
-        """The norm that ends the residual branch."""
-        return self.bn3
-
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
+    def residual(self, x: Tensor) -> Tensor:
+        """The branch beside the shortcut."""
         out = self.relu(self.bn1(self.conv1(x)))
-        out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        out += shortcut
-        return self.relu(out)
+        return self.bn3(self.conv3(self.relu(self.bn2(self.conv2(out)))))
 
 
 class ResNet(nn.Module):
@@ -160,51 +129,41 @@ class ResNet(nn.Module):
     Raises ValueError for a stem or shortcut that is not one of these, and for groups or a width with basic blocks.
     """
 
-    def __init__(
-        self,
-        block: type[BasicBlock] | type[Bottleneck],
-        depths: Sequence[int],
-        num_classes: int = 1000,
-        *,
-        stem: str = "imagenet",
-        stem_channels: int = 64,
-        shortcut: str = "B",
-        groups: int = 1,
-        width_per_group: int = 64,
-        zero_init_residual: bool = False,
-        stride_in_1x1: bool = False,
-    ) -> None:
+    def __init__(self, block: type[Block], depths: Sequence[int], num_classes: int = 1000, *, stem: str = "imagenet",
+                 stem_channels: int = 64, shortcut: str = "B", groups: int = 1, width_per_group: int = 64,
+                 zero_init_residual: bool = False, stride_in_1x1: bool = False) -> None:
         super().__init__()
-        bottleneck_options = {"groups": groups, "width_per_group": width_per_group, "stride_in_1x1": stride_in_1x1}
+        options = {"groups": groups, "width_per_group": width_per_group, "stride_in_1x1": stride_in_1x1}
         if block is BasicBlock:
             if groups != 1 or width_per_group != 64:
-                raise ValueError(
-                    f"groups={groups}, width_per_group={width_per_group}: basic blocks have no such options"
-                )
+                raise ValueError(f"groups={groups}, width_per_group={width_per_group}: only bottlenecks have these")
             if stride_in_1x1:
                 warnings.warn("stride_in_1x1 has no effect: this network has no bottleneck blocks", stacklevel=3)
-            bottleneck_options = {}
+            options = {}
         self._make_stem(stem, stem_channels)
         self.num_stages = len(depths)
         in_channels = stem_channels
         for i, depth in enumerate(depths):
-            channels, stride = stem_channels * 2**i, 1 if i == 0 else 2
-            stage = _make_stage(block, depth, in_channels, channels, stride, shortcut, bottleneck_options)
+            channels, stage = stem_channels * 2**i, nn.Sequential()
+            for number in range(depth):
+                stride = 2 if i > 0 and number == 0 else 1
+                downsample = make_shortcut(shortcut, in_channels, channels * block.expansion, stride)
+                stage.append(block(in_channels, channels, stride, downsample, **options))
+                in_channels = channels * block.expansion
             self.add_module(f"layer{i + 1}", stage)
-            in_channels = channels * block.expansion
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(in_channels, num_classes)
         init_weights(self)
         if zero_init_residual:
-            zero_residual_norms(m for m in self.modules() if isinstance(m, (BasicBlock, Bottleneck)))
+            zero_residual_norms(m for m in self.modules() if isinstance(m, Block))
 
     def _make_stem(self, stem: str, channels: int) -> None:
         """Set conv1, bn1, relu and maxpool: [B, 3, H, W] -> [B, channels, H / 4, W / 4], or full size for "cifar"."""
         if stem == "imagenet":
-            self.conv1 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
+            self.conv1 = conv(3, channels, 7, stride=2)
             pool = nn.MaxPool2d(3, stride=2, padding=1)
         elif stem == "cifar":
-            self.conv1 = conv3x3(3, channels)
+            self.conv1 = conv(3, channels, 3)
             pool = nn.Identity()
         else:
             raise ValueError(f"stem: {stem!r} is not a kind of stem; choose 'imagenet' or 'cifar'")
@@ -219,26 +178,9 @@ class ResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
-def _make_stage(
-    block: type[BasicBlock] | type[Bottleneck],
-    depth: int,
-    in_channels: int,
-    channels: int,
-    stride: int,
-    shortcut: str,
-    options: dict,
-) -> nn.Sequential:
-    """`depth` blocks in a row; the first one changes the number of channels and the size."""
-    out_channels = channels * block.expansion
-    downsample = make_shortcut(shortcut, in_channels, out_channels, stride)
-    blocks = [block(in_channels, channels, stride, downsample, **options)]
-    blocks += [block(out_channels, channels, 1, None, **options) for _ in range(depth - 1)]
-    return nn.Sequential(*blocks)
-
-
 _CIFAR = {"stem": "cifar", "stem_channels": 16, "shortcut": "A"}     # He et al. 2015, section 4.2; 6 n + 2 layers
 
-FAMILY: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...], dict]] = {
+FAMILY: dict[str, tuple[type[Block], tuple[int, ...], dict]] = {
     # He et al. 2015, table 1: 11.7, 21.8, 25.6, 44.5 and 60.2 million parameters
     "resnet18": (BasicBlock, (2, 2, 2, 2), {}),
     "resnet34": (BasicBlock, (3, 4, 6, 3), {}),

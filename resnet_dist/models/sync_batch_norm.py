@@ -13,16 +13,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-def _dense(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """`x` laid out without gaps: as `like` if given, else in the layout it has, channels_last or contiguous.
+def _dense(x: Tensor, like: Tensor) -> Tensor:
+    """`x` without gaps, in channels_last if `like` is, else contiguous.
 
     The native kernels are fast for these layouts, and only where input and gradient have the same one.
     """
-    model = x if like is None else like
-    for memory_format, dim in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
-        if model.dim() == dim and model.is_contiguous(memory_format=memory_format):
-            return x.contiguous(memory_format=memory_format)
-    return x.contiguous()
+    channels_last = like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last)
+    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def _gather(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -83,42 +80,30 @@ class _SyncBatchNormFunction(torch.autograd.Function):
     def forward(ctx, x, weight, bias, mean, var, total, eps, group):
         ctx.save_for_backward(x, weight, mean, var)
         ctx.total, ctx.eps, ctx.group = total, eps, group
-        return F.batch_norm(x, mean, var, weight, bias, eps=eps) if x.numel() else torch.empty_like(x)
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, weight, mean, var = ctx.saved_tensors
         dy = _dense(dy, like=x)
-        if x.numel():
+        dw, db = torch.zeros_like(weight), torch.zeros_like(weight)
+        if x.numel():                        # the kernel dies of an empty batch
             # The native backward in its eval form, asked for no input gradient, gives both sums in one pass.
             _, dw, db = torch.ops.aten.native_batch_norm_backward(
-                dy, x, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
-            )
-        else:
-            dw, db = torch.zeros_like(weight), torch.zeros_like(weight)
+                dy, x, weight, mean, var, None, None, False, ctx.eps, [False, True, True])
         dx = None
         if ctx.needs_input_grad[0]:
             # dw and db stay those of this rank: DDP sums the gradients of parameters.
             mean_dw, mean_db = _gather(torch.stack((dw, db)), ctx.group).sum(0) / ctx.total
-            dx = _input_gradient(dy, x, weight, mean, var, ctx.eps, mean_dw, mean_db)
+            # Two passes over memory and one allocation, in the layout of x. The first borrows the batch norm kernel to
+            # compute s * (dy - mean_db) + offset, as it takes float32 numbers per channel beside a bf16 tensor. The
+            # second adds slope * x, where the slope must have the dtype of x: the offset takes up its rounding, so
+            # that the slope acts on x - mean.
+            slope = (-weight * mean_dw / (var + ctx.eps)).to(x.dtype)
+            dx = F.batch_norm(dy, mean_db, var, weight, -slope * mean, eps=ctx.eps)
+            dx.addcmul_(x, slope.view(-1, *[1] * (x.dim() - 2)))
         return dx, dw, db, None, None, None, None, None
-
-
-def _input_gradient(
-    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, var: Tensor, eps: float, mean_dw: Tensor, mean_db: Tensor
-) -> Tensor:
-    """s * (dy - mean_db - xhat * mean_dw) in two passes over memory and one allocation, in the layout of x.
-
-    The first pass borrows the batch norm kernel to compute s * (dy - mean_db) + offset, as it takes per-channel numbers
-    in float32 beside a bf16 tensor. The second adds slope * x, where the slope must have the dtype of x: the
-    offset takes up its rounding, so that the slope acts on x - mean.
-    """
-    if not x.numel():
-        return torch.zeros_like(x)
-    slope = (-weight * mean_dw / (var + eps)).to(x.dtype)
-    dx = F.batch_norm(dy, mean_db, var, weight, -slope * mean, eps=eps)
-    return dx.addcmul_(x, slope.view(-1, *[1] * (x.dim() - 2)))
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -133,40 +118,26 @@ class SyncBatchNorm(_BatchNorm):
     Raises ValueError when training with fewer than two values per channel over all ranks.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        process_group: dist.ProcessGroup | None = None,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+    def __init__(self, *args, process_group: dist.ProcessGroup | None = None, **options) -> None:
+        super().__init__(*args, **options)
         self.process_group = process_group
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() < 2:
             raise ValueError(f"expected an input of at least 2 dimensions [B, C, ...], got {x.dim()}")
 
-    def _world_size(self) -> int:
-        if not self.training or not dist.is_available() or not dist.is_initialized():
-            return 1
-        return dist.get_world_size(self.process_group)
-
     def forward(self, x: Tensor) -> Tensor:
-        if self._world_size() == 1:
+        if not self.training or not dist.is_initialized() or dist.get_world_size(self.process_group) == 1:
             return super().forward(x)
         self._check_input_dim(x)
-        x = _dense(x)
+        x = _dense(x, like=x)
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.no_grad():
             mean, m2, total = _merge(_gather(_local_stats(x, dtype), self.process_group))
             if total < 2:
                 raise ValueError(f"expected more than 1 value per channel when training, got {total:.0f} on all ranks")
-            self._update_running_stats(mean, m2 / (total - 1))
+            if self.track_running_stats:
+                self._update_running_stats(mean, m2 / (total - 1))
         if self.affine:
             weight, bias = self.weight.to(dtype), self.bias.to(dtype)
         else:
@@ -175,8 +146,6 @@ class SyncBatchNorm(_BatchNorm):
 
     def _update_running_stats(self, mean: Tensor, unbiased_var: Tensor) -> None:
         """Move the running statistics towards those of this batch, [C] each; the same on every rank."""
-        if self.running_mean is None:
-            return
         self.num_batches_tracked += 1
         momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
@@ -186,28 +155,14 @@ class SyncBatchNorm(_BatchNorm):
 def convert_sync_batch_norm(
     module: nn.Module, process_group: dist.ProcessGroup | None = None, device_type: str = "cpu"
 ) -> nn.Module:
-    """Replace every batch norm in `module` by a synchronised one, and return the module (a new one if itself a norm).
+    """Make every batch norm in `module` a synchronised one. Returns the module (on "cuda" a new one for a norm).
 
     On "cuda" that is `torch.nn.SyncBatchNorm`, on any other device type the one of this file. Parameters and buffers
     are the same tensors as before, so an optimizer or EMA built earlier stays valid; the training flag is kept.
     """
     if device_type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
-    if isinstance(module, _BatchNorm):
-        return _converted(module, process_group)
-    for name, child in module.named_children():
-        setattr(module, name, convert_sync_batch_norm(child, process_group, device_type))
+    for norm in module.modules():
+        if isinstance(norm, _BatchNorm):
+            norm.__class__, norm.process_group = SyncBatchNorm, process_group     # all else is that of a batch norm
     return module
-
-
-def _converted(norm: _BatchNorm, process_group: dist.ProcessGroup | None) -> SyncBatchNorm:
-    """Our SyncBatchNorm with the options and the very tensors of `norm`."""
-    # On meta nothing is allocated for the tensors that are replaced at once.
-    new = SyncBatchNorm(
-        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, process_group, device="meta"
-    )
-    for name, parameter in norm.named_parameters(recurse=False):
-        setattr(new, name, parameter)
-    for name, buffer in norm.named_buffers(recurse=False):
-        setattr(new, name, buffer)
-    return new.train(norm.training)
