@@ -84,9 +84,8 @@ def val_geometry(heights: np.ndarray, widths: np.ndarray, config: DataConfig) ->
     Where a side is shorter than the square, it is padded with black, the odd pixel after the image (torchvision).
     """
     corners = [(0, 0), (0, 1), (1, 0), (1, 1)] if config.val_crops == "ten" else []
-    views = []
-    for resize_size, side in [(side, side) for side in config.val_scales] or [
-            (config.val_resize_size, config.val_crop_size)]:
+    scales, views = [(side, side) for side in config.val_scales] or [(config.val_resize_size, config.val_crop_size)], []
+    for resize_size, side in scales:
         sizes = resized_sides(heights, widths, resize_size)
         last = sizes - side                                     # negative where it is padded, never with corners
         center = np.where(last >= 0, np.rint(last / 2), np.trunc(last / 2)).astype(np.int64)
