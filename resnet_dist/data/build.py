@@ -50,9 +50,6 @@ def _index(config: DataConfig, runtime: Runtime, split: str, exclude: str = "") 
 
 
 def _threads(config: DataConfig, runtime: Runtime) -> int:
-    """Threads of the loader: as the config says, or a fair share of the machine's cores."""
-    if config.threads:
-        return config.threads
-    if runtime.device.type == "cuda":
-        return 4                     # enough to parse headers and feed the decoder; the pixels are the GPU's work
-    return max(1, len(os.sched_getaffinity(0)) // runtime.local_world_size)
+    """Threads of the loader: as the config says; else what feeds a GPU's decoder, or a fair share of the cores."""
+    share = max(1, len(os.sched_getaffinity(0)) // runtime.local_world_size)
+    return config.threads or (4 if runtime.device.type == "cuda" else share)

@@ -132,11 +132,14 @@ def _read(path: str, offset: int, length: int) -> bytes:
     """The bytes of a file (`length` -1), or of a place in a shard; tries again where the reason may pass."""
     for wait in (*_WAITS, None):
         try:
-            if length >= 0:
-                shard = _open_shard(path)                # held, so that it stays open when the cache drops it
-                return os.pread(shard.descriptor, length, offset)
-            with open(path, "rb", buffering=0) as file:
-                return file.read()
+            if length < 0:
+                with open(path, "rb", buffering=0) as file:
+                    return file.read()
+            shard = _open_shard(path)                    # held, so that it stays open when the cache drops it
+            data = os.pread(shard.descriptor, length, offset)
+            if len(data) < length:
+                raise OSError(f"the shard ends after {len(data)} of its {length} bytes")
+            return data
         except OSError as error:
             if wait is None or error.errno not in _PASSING:
                 raise
@@ -146,15 +149,11 @@ def _read(path: str, offset: int, length: int) -> bytes:
 
 def load(index: Index, row: int) -> Encoded:
     """Read and check the image of one row. One that cannot be read is a bad image like any other."""
-    path, offset, length = index.place(row)
     try:
-        data = _read(path, offset, length)
+        data = _read(*index.place(row))
     except OSError as error:
         return Encoded(row, b"", 0, 0, f"cannot be read: {error.strerror or error}")
-    if len(data) < length:
-        return Encoded(row, b"", 0, 0, f"cannot be read: the shard ends after {len(data)} of its {length} bytes")
-    height, width, reason = _inspect(data)
-    return Encoded(row, data, height, width, reason)
+    return Encoded(row, data, *_inspect(data))
 
 
 class Reader:
