@@ -13,8 +13,6 @@ from resnet_dist.data.synthetic import SyntheticTrainLoader, SyntheticValLoader
 from resnet_dist.data.types import TrainLoader, ValLoader
 from resnet_dist.distributed import Runtime
 
-_GPU_THREADS = 4                 # enough to parse headers and feed the decoder; the pixels are the GPU's work
-
 
 def build_train_loader(
     config: DataConfig, runtime: Runtime, *, seed: int, global_batch_size: int, grad_accum_steps: int,
@@ -25,8 +23,6 @@ def build_train_loader(
     Batches are of `dtype` on the runtime's device; `output_dir` takes quarantine.jsonl. Raises ValueError on every rank
     when the data folder is not as it must be, or holds fewer images than one global batch.
     """
-    pieces = runtime.world_size * grad_accum_steps
-    assert global_batch_size % pieces == 0, f"run.py refuses a batch of {global_batch_size} in {pieces} pieces"
     if config.kind == "synthetic":
         return SyntheticTrainLoader(config, runtime, seed=seed, dtype=dtype, global_batch_size=global_batch_size,
                                     grad_accum_steps=grad_accum_steps)
@@ -54,9 +50,6 @@ def _index(config: DataConfig, runtime: Runtime, split: str, exclude: str = "") 
 
 
 def _threads(config: DataConfig, runtime: Runtime) -> int:
-    """Threads of the loader: as the config says, or a fair share of the machine's cores."""
-    if config.threads:
-        return config.threads
-    if runtime.device.type == "cuda":
-        return _GPU_THREADS
-    return max(1, len(os.sched_getaffinity(0)) // runtime.local_world_size)
+    """Threads of the loader: as the config says; else what feeds a GPU's decoder, or a fair share of the cores."""
+    share = max(1, len(os.sched_getaffinity(0)) // runtime.local_world_size)
+    return config.threads or (4 if runtime.device.type == "cuda" else share)

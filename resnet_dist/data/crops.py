@@ -62,19 +62,18 @@ def train_geometry(
 
     `epoch` is one number, or one for each sample (rng.draw).
     """
-    mirrored = flips(seed, epoch, rows, config.flip_probability).astype(np.int64)
     if config.train_crop == "random_resized":
         windows = random_windows(seed, epoch, rows, heights, widths, config.crop_scale, config.crop_ratio)
-        return Geometry(windows, (View(np.full((len(windows), 2), side), np.zeros((len(windows), 2), np.int64), side),),
-                        mirrored)
-    numbers = uniform(seed, "crop", epoch, rows, 3)
-    low, high = config.scale_jitter if config.train_crop == "scale_jitter" else (side, side)
-    shorter = low + np.floor(numbers[:, 0] * (high - low + 1)).astype(np.int64)
-    sizes = resized_sides(heights, widths, shorter)
-    border = config.pad if config.train_crop == "pad" else 0
-    room = sizes - side + 2 * border + 1                        # places for the square along each side
-    offsets = np.floor(numbers[:, 1:] * room).astype(np.int64) - border
-    return Geometry(whole_windows(heights, widths), (View(sizes, offsets, side),), mirrored)
+        sizes, offsets = np.full((len(rows), 2), side), np.zeros((len(rows), 2), np.int64)
+    else:
+        windows, numbers = whole_windows(heights, widths), uniform(seed, "crop", epoch, rows, 3)
+        low, high = config.scale_jitter if config.train_crop == "scale_jitter" else (side, side)
+        sizes = resized_sides(heights, widths, low + np.floor(numbers[:, 0] * (high - low + 1)).astype(np.int64))
+        border = config.pad if config.train_crop == "pad" else 0
+        room = sizes - side + 2 * border + 1                    # places for the square along each side
+        offsets = np.floor(numbers[:, 1:] * room).astype(np.int64) - border
+    mirrored = flips(seed, epoch, rows, config.flip_probability).astype(np.int64)
+    return Geometry(windows, (View(sizes, offsets, side),), mirrored)
 
 
 def val_geometry(heights: np.ndarray, widths: np.ndarray, config: DataConfig) -> Geometry:
@@ -82,24 +81,22 @@ def val_geometry(heights: np.ndarray, widths: np.ndarray, config: DataConfig) ->
 
     One central square; or its four corners and the centre (`val_crops` ten, whose mirror images are taken on the
     device); or, for each of `val_scales`, the central square of the image resized to that shorter side.
+    Where a side is shorter than the square, it is padded with black, the odd pixel after the image (torchvision).
     """
-    scales = [(side, side) for side in config.val_scales] or [(config.val_resize_size, config.val_crop_size)]
-    views = []
+    corners = [(0, 0), (0, 1), (1, 0), (1, 1)] if config.val_crops == "ten" else []
+    scales, views = [(side, side) for side in config.val_scales] or [(config.val_resize_size, config.val_crop_size)], []
     for resize_size, side in scales:
-        sizes = resized_sides(heights, widths, np.full(len(heights), resize_size))
-        center = center_offsets(sizes, side)
-        views.append(View(sizes, center, side))
-        if config.val_crops == "ten":
-            last = sizes - side                                  # never negative: val_resize_size >= val_crop_size
-            corners = [(0, 0), (0, 1), (1, 0), (1, 1)]
-            views += [View(sizes, last * np.array(corner), side) for corner in corners]
+        sizes = resized_sides(heights, widths, resize_size)
+        last = sizes - side                                     # negative where it is padded, never with corners
+        center = np.where(last >= 0, np.rint(last / 2), np.trunc(last / 2)).astype(np.int64)
+        views += [View(sizes, offsets, side) for offsets in (center, *(last * np.array(corner) for corner in corners))]
     return Geometry(whole_windows(heights, widths), tuple(views), np.zeros(len(heights), np.int64))
 
 
 def whole_windows(heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
     """The windows that are the images themselves: int64 [n, 4]."""
     zeros = np.zeros(len(heights), np.int64)
-    return np.stack([zeros, zeros, np.asarray(heights, np.int64), np.asarray(widths, np.int64)], axis=1)
+    return np.stack([zeros, zeros, heights, widths], axis=1).astype(np.int64)
 
 
 def random_windows(
@@ -120,38 +117,20 @@ def windows_from_uniforms(
     """The law of torchvision's `RandomResizedCrop.get_params` on uniform `numbers` [n, 22] in [0, 1); int64 [n, 4].
 
     Ten tries of (area uniform in `scale` times the image's, width over height log-uniform in `ratio`); the first window
-    that fits is placed uniformly. Where none fits: the largest central window with its ratio clamped into `ratio`.
-    Sides are rounded half to even, as torchvision's are.
+    that fits is placed uniformly. Where none fits: the largest central window with its ratio clamped into `ratio`, of
+    at least one pixel, where torchvision's could have none. Sides are rounded half to even, as torchvision's are.
     """
-    heights, widths = np.asarray(heights, dtype=np.int64)[:, None], np.asarray(widths, dtype=np.int64)[:, None]
-    areas = heights * widths * (scale[0] + (scale[1] - scale[0]) * numbers[:, 0:2 * TRIES:2])
-    low, high = np.log(ratio[0]), np.log(ratio[1])
+    images = np.stack([heights, widths], axis=1).astype(np.int64)
+    areas = images.prod(axis=1, keepdims=True) * (scale[0] + (scale[1] - scale[0]) * numbers[:, 0:2 * TRIES:2])
+    low, high = np.log(ratio)
     ratios = np.exp(low + (high - low) * numbers[:, 1:2 * TRIES:2])
-    wide, tall = np.rint(np.sqrt(areas * ratios)), np.rint(np.sqrt(areas / ratios))
-    fits = (wide > 0) & (wide <= widths) & (tall > 0) & (tall <= heights)
-    first = fits.argmax(axis=1)[:, None]
-    found = fits.any(axis=1)
-
-    heights, widths = heights[:, 0], widths[:, 0]
-    fallback_height, fallback_width = _clamped_sides(heights, widths, ratio)
-    h = np.where(found, np.take_along_axis(tall, first, 1)[:, 0], fallback_height).astype(np.int64)
-    w = np.where(found, np.take_along_axis(wide, first, 1)[:, 0], fallback_width).astype(np.int64)
-    y = np.where(found, np.floor(numbers[:, -2] * (heights - h + 1)), (heights - h) // 2)
-    x = np.where(found, np.floor(numbers[:, -1] * (widths - w + 1)), (widths - w) // 2)
-    return np.stack([y.astype(np.int64), x.astype(np.int64), h, w], axis=1)
-
-
-def _clamped_sides(
-    heights: np.ndarray, widths: np.ndarray, ratio: tuple[float, float],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Height and width of the largest window inside each image whose width over height lies in `ratio`.
-
-    At least one pixel, where torchvision's rounding could give none (a strip of one pixel, ratios far from 1).
-    """
-    actual = widths / heights
-    tall = np.where(actual < ratio[0], np.rint(widths / ratio[0]), heights)
-    wide = np.where(actual > ratio[1], np.rint(heights * ratio[1]), widths)
-    return np.maximum(tall, 1), np.maximum(wide, 1)
+    tries = np.rint(np.sqrt(np.stack([areas / ratios, areas * ratios], axis=2)))
+    fits = ((tries > 0) & (tries <= images[:, None])).all(axis=2)
+    found = fits.any(axis=1, keepdims=True)
+    clamped = np.minimum(images, np.stack([images[:, 1] / ratio[0], images[:, 0] * ratio[1]], axis=1))
+    sides = np.where(found, tries[np.arange(len(tries)), fits.argmax(axis=1)], np.maximum(np.rint(clamped), 1))
+    room = images - sides
+    return np.hstack([np.where(found, np.floor(numbers[:, -2:] * (room + 1)), room // 2), sides]).astype(np.int64)
 
 
 def flips(seed: int, epoch: int | np.ndarray, rows: np.ndarray, probability: float) -> np.ndarray:
@@ -159,19 +138,10 @@ def flips(seed: int, epoch: int | np.ndarray, rows: np.ndarray, probability: flo
     return uniform(seed, "flip", epoch, rows, 1)[:, 0] < probability
 
 
-def resized_sides(heights: np.ndarray, widths: np.ndarray, shorter: np.ndarray) -> np.ndarray:
-    """(height, width) after each shorter side is brought to `shorter`; the other one is truncated. int64 [n, 2].
+def resized_sides(heights: np.ndarray, widths: np.ndarray, shorter: int | np.ndarray) -> np.ndarray:
+    """(height, width) after the shorter side is brought to `shorter` (one, or [n]): int64 [n, 2].
 
-    These are the sides of torchvision's `Resize(shorter)`.
+    The other one is truncated, as by torchvision's `Resize(shorter)`.
     """
     sides = np.stack([heights, widths], axis=1).astype(np.int64)
-    return np.asarray(shorter)[:, None] * sides // sides.min(axis=1, keepdims=True)
-
-
-def center_offsets(sizes: np.ndarray, side: int) -> np.ndarray:
-    """Where a central square of `side` pixels begins in images of `sizes` [n, 2]: int64 [n, 2].
-
-    Rounded half to even as in torchvision's `center_crop`. Negative where a side is shorter than the square: there
-    torchvision pads with black, the odd pixel after the image, and so do we.
-    """
-    return np.where(sizes >= side, np.rint((sizes - side) / 2), -((side - sizes) // 2)).astype(np.int64)
+    return np.reshape(shorter, (-1, 1)) * sides // sides.min(axis=1, keepdims=True)

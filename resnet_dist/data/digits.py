@@ -4,8 +4,6 @@ Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI
 DOI 10.24432/C50P49, CC BY 4.0 (see digits.LICENSE.txt). 8x8 pixels with values 0..16 are packed in digits.npz.
 """
 
-import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -34,37 +32,35 @@ def write_digits(data_dir: str) -> None:
     if not data_dir:
         raise ValueError("data.data_dir is empty: name a folder that the digits can be written to, for instance "
                          "--data.data_dir data/digits")
-    target = os.path.abspath(data_dir)
-    if os.path.isfile(os.path.join(target, _COMPLETE)):
+    target = Path(data_dir).absolute()
+    if (target / _COMPLETE).is_file():
         return
-    if os.path.exists(target) and (not os.path.isdir(target) or os.listdir(target)):
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ValueError(f"data.data_dir {data_dir!r} has contents that are not the digits: with data.kind digits name "
                          f"a folder that is empty or does not exist yet; with data of your own use --data.kind folder")
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    temporary = tempfile.mkdtemp(prefix=f".{os.path.basename(target)}.", dir=os.path.dirname(target))
-    try:
-        os.chmod(temporary, 0o755)                           # mkdtemp's 0700 would lock out other users of the data
-        _write_files(temporary)
-        os.replace(temporary, target)                        # over an empty folder or none
-    except OSError:
-        if not os.path.isfile(os.path.join(target, _COMPLETE)):    # unless another run was faster
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
+        # In a folder of it: the temporary one is closed to other users.
+        folder = Path(temporary, target.name)
+        _write_files(folder)
+        try:
+            folder.replace(target)                           # over an empty folder or none
+        except OSError:
+            if not (target / _COMPLETE).is_file():           # unless another run was faster
+                raise
 
 
-def _write_files(folder: str) -> None:
+def _write_files(folder: Path) -> None:
     """All image files, and last the mark that they are complete."""
     from PIL import Image
 
     images, labels = load_digits()
     for digit in range(10):
-        for split in ("train", "val"):
-            os.makedirs(os.path.join(folder, split, str(digit)))
         for number, row in enumerate(np.flatnonzero(labels == digit)):
             # 16 * 15.94 = 255; rounding keeps the 17 levels apart. Bicubic, since 4x4 blocks are no strokes.
             pixels = np.round(images[row] * (255 / 16)).astype(np.uint8)
             image = Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BICUBIC).convert("RGB")
-            split = "val" if number % 5 == 4 else "train"
-            image.save(os.path.join(folder, split, str(digit), f"{number:04d}.jpg"), quality=95, subsampling=0)
-    Path(folder, _COMPLETE).write_text("written by resnet_dist.data.digits; the images are complete\n")
+            path = folder / ("val" if number % 5 == 4 else "train") / str(digit) / f"{number:04d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path, quality=95, subsampling=0)
+    (folder / _COMPLETE).write_text("written by resnet_dist.data.digits; the images are complete\n")

@@ -19,6 +19,7 @@ import zlib
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -60,9 +61,8 @@ class Index:
     def fingerprint(self) -> str:
         """A short text that changes with the classes, the file names or their order; not with the files' contents, nor
         between class folders and shards packed from them."""
-        if not len(self.excluded):
-            return self.stored_fingerprint
-        return _digest(self.stored_fingerprint.encode(), self.excluded.astype("<i8"))
+        left_out = self.excluded.astype("<i8").tobytes()
+        return _digest(self.stored_fingerprint.encode() + left_out) if left_out else self.stored_fingerprint
 
     def labels_of(self, rows: np.ndarray) -> np.ndarray:
         """The class ids of `rows` (int64 [B]): int64 [B]."""
@@ -90,23 +90,22 @@ class Index:
         folder, _, file = name.rpartition("/")
         if folder not in self.class_names:
             return None
-        # Keys of the array's own type: numpy would convert the whole array for another one.
-        label, labels = self.class_names.index(folder), self.arrays["labels"]
-        first, stop = (int(np.searchsorted(labels, np.int32(key))) for key in (label, label + 1))
-        wanted = os.fsencode(file)
-        stored = first + bisect_left(range(first, stop), wanted, key=self._file)
-        return stored if stored < stop and self._file(stored) == wanted else None
+        every, wanted = range(len(self.arrays["labels"])), (self.class_names.index(folder), os.fsencode(file))
+        stored = bisect_left(every, wanted, key=self._key)
+        return stored if stored in every and self._key(stored) == wanted else None
 
     def _stored(self, rows):
         """The places of `rows` in the arrays: each image that is left out before a row moves it up."""
         return rows + np.searchsorted(self.excluded, rows, side="right") if len(self.excluded) else rows
 
-    def _file(self, stored: int) -> bytes:
+    def _key(self, stored: int) -> tuple[int, bytes]:
+        """What the rows are ordered by: (class id, file name)."""
         start, stop = self.arrays["starts"][stored:stored + 2]
-        return self.arrays["names"][start:stop].tobytes()
+        return self.arrays["labels"][stored], self.arrays["names"][start:stop].tobytes()
 
     def _name(self, stored: int) -> str:
-        return f"{self.class_names[self.arrays['labels'][stored]]}/{os.fsdecode(self._file(stored))}"
+        label, file = self._key(stored)
+        return f"{self.class_names[label]}/{os.fsdecode(file)}"
 
 
 def write_index(path: str, class_names: Sequence[str], labels: Sequence[int], names: Sequence[bytes], *,
@@ -127,15 +126,14 @@ def encode_index(class_names: Sequence[str], labels: Sequence[int], names: Seque
     Raises ValueError when two images of a class have one name.
     """
     rows = sorted(range(len(names)), key=lambda row: (labels[row], names[row]))
+    for row, after in pairwise(rows):
+        if (labels[row], names[row]) == (labels[after], names[after]):
+            raise ValueError(f"the image {class_names[labels[row]]}/{os.fsdecode(names[row])} is there twice: the "
+                             f"images of a class need different names; remove or rename one of the two")
     names = [names[row] for row in rows]
-    arrays = {"labels": np.asarray(labels, dtype="<i4")[rows],
-              "starts": np.cumsum([0, *map(len, names)], dtype="<i8"),
+    arrays = {"labels": np.asarray(labels, dtype="<i4")[rows], "starts": np.cumsum([0, *map(len, names)], dtype="<i8"),
               "names": np.frombuffer(b"".join(names), dtype=np.uint8)}
-    for row in range(1, len(names)):
-        if names[row] == names[row - 1] and arrays["labels"][row] == arrays["labels"][row - 1]:
-            raise ValueError(f"the image {class_names[arrays['labels'][row]]}/{os.fsdecode(names[row])} is there "
-                             f"twice: the images of a class need different names; remove or rename one of the two")
-    fingerprint = _digest("\0".join(class_names).encode(errors="surrogateescape"), *arrays.values())
+    fingerprint = _digest(b"".join(["\0".join(class_names).encode(errors="surrogateescape"), *arrays.values()]))
     if shards:
         table = np.asarray(places, dtype="<i8")[rows]
         arrays.update(shard=table[:, 0], offset=table[:, 1], length=table[:, 2])
@@ -196,16 +194,14 @@ def check_same_classes(train_names: tuple[str, ...], val_names: tuple[str, ...])
         return
     parts = [f"{len(names)} only in {split}/ ({some(sorted(names))})" for split, names in
              (("train", set(train_names) - set(val_names)), ("val", set(val_names) - set(train_names))) if names]
-    raise ValueError(f"data.data_dir: train/ has {len(train_names)} classes and val/ has {len(val_names)}, and they "
-                     f"differ: {', '.join(parts)}. Both need the same class folders, since a class id is the folder's "
-                     f"place in the sorted list: add or remove folders until they agree")
+    raise ValueError(f"data.data_dir: the classes of train/ and val/ differ: {', '.join(parts)}. A class id is the "
+                     f"folder's place in the sorted list: add or remove folders until they agree")
 
 
 def check_num_classes(num_classes: int | None, found: int) -> int:
     """The number of classes: that of the data. Raises ValueError when `num_classes` is a number that disagrees."""
     if num_classes is not None and num_classes != found:
-        raise ValueError(f"model.num_classes is {num_classes}, but the data has {found} classes: set it to {found}, or "
-                         f"to null to take the number from the data")
+        raise ValueError(f"model.num_classes is {num_classes}, but the data has {found} classes: set it to null")
     return found
 
 
@@ -223,8 +219,5 @@ def _padded(blob: bytes) -> bytes:
     return blob.ljust(_aligned(len(blob)), b"\0")
 
 
-def _digest(*parts) -> str:
-    state = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        state.update(part)
-    return state.hexdigest()
+def _digest(blob: bytes) -> str:
+    return hashlib.blake2b(blob, digest_size=8).hexdigest()

@@ -12,7 +12,6 @@ from resnet_dist.rng import derive_seed
 
 _ROUNDS = 16                     # with 12, the orders of six samples are not quite equally likely
 _GOLDEN, _MIX1, _MIX2 = (np.uint64(word) for word in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-_SHIFTS = tuple(np.uint64(count) for count in (30, 27, 31, 1))
 
 
 def rows_at(seed: int, epoch: int, n: int, positions: np.ndarray) -> np.ndarray:
@@ -51,9 +50,9 @@ def _network(numbers: np.ndarray, a: np.uint64, b: np.uint64, keys: np.ndarray) 
 
 def _mixed(words: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser, and its upper 63 bits, to which a half can be added."""
-    words = (words ^ (words >> _SHIFTS[0])) * _MIX1
-    words = (words ^ (words >> _SHIFTS[1])) * _MIX2
-    return (words ^ (words >> _SHIFTS[2])) >> _SHIFTS[3]
+    words = (words ^ (words >> np.uint64(30))) * _MIX1
+    words = (words ^ (words >> np.uint64(27))) * _MIX2
+    return (words ^ (words >> np.uint64(31))) >> np.uint64(1)
 
 
 def samples_at(
@@ -102,17 +101,13 @@ def micro_step_positions(
     return np.arange(local, dtype=np.int64) + (micro_step * world_size + rank) * local
 
 
-def val_rounds(n: int, val_batch_size: int, world_size: int) -> int:
-    """How many times every rank is asked for an evaluation batch, so that `n` images are covered."""
-    return -(-n // (val_batch_size * world_size))
-
-
 def val_batches(n: int, val_batch_size: int, rank: int, world_size: int) -> list[range | None]:
-    """The rows of each evaluation round of `rank`: `val_rounds` items, None where there is no batch left for it.
+    """The rows of each evaluation round of `rank`: on all ranks as many, None where there is no batch left for it.
 
     The validation set is cut into batches of `val_batch_size` consecutive rows (the last one shorter), dealt out to the
     ranks in turn. The cut is the same on any number of ranks, so that the logits of an image, which in the last bits
     may depend on the shape of its batch, are the same as well.
     """
-    starts = ((turn * world_size + rank) * val_batch_size for turn in range(val_rounds(n, val_batch_size, world_size)))
-    return [range(start, min(start + val_batch_size, n)) if start < n else None for start in starts]
+    before = rank * val_batch_size                               # rows of a round that other ranks have
+    return [range(n)[first + before:first + before + val_batch_size] or None
+            for first in range(0, n, val_batch_size * world_size)]

@@ -13,6 +13,7 @@ import sys
 import tarfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -64,20 +65,20 @@ def pack(sources: Iterable[Source], split: str, args) -> str:
     others keep their bytes, and so do those that cannot be decoded; resize 0 keeps all. Complete shards are left as
     they are. Raises ValueError when the folder was begun with other settings or images, or a name is too long.
     """
-    sources, folder = sorted(sources), os.path.join(args.out, split)
-    os.makedirs(folder, exist_ok=True)
+    sources, folder = sorted(sources), Path(args.out, split)
+    folder.mkdir(parents=True, exist_ok=True)
     names = hashlib.blake2b(repr([(one.name, one.length) for one in sources]).encode("utf-8", "replace"), digest_size=8)
-    _agree(os.path.join(folder, ".pack.json"), {"resize": args.resize, "quality": args.resize and args.quality,
-                                                "shard_mb": args.shard_mb, "images": names.hexdigest()})
+    _agree(folder / ".pack.json", {"resize": args.resize, "quality": args.resize and args.quality,
+                                   "shard_mb": args.shard_mb, "images": names.hexdigest()})
     order, keys = rows_at(0, 0, len(sources), np.arange(len(sources))), _keys(sources)
     parts = [one.name.rpartition("/") for one in sources]
     classes = sorted({part[0] for part in parts})
     ids = {name: label for label, name in enumerate(classes)}
     ends = np.cumsum([sources[row].length + 3 * tarfile.BLOCKSIZE for row in order])     # two headers, and the label
     pieces = np.split(order, np.flatnonzero(np.diff((ends - 1) // max(1, args.shard_mb << 20))) + 1)
-    paths = [os.path.join(folder, f"{split}-{number:06d}.tar") for number in range(len(pieces))]
+    paths = [folder / f"{split}-{number:06d}.tar" for number in range(len(pieces))]
 
-    def work(path: str, rows: np.ndarray) -> dict:
+    def work(path: Path, rows: np.ndarray) -> dict:
         samples = [(keys[row], ids[parts[row][0]], sources[row]) for row in rows]
         written = _write_shard(path, samples, args.resize, args.quality)
         bar.update(len(rows))
@@ -87,23 +88,20 @@ def pack(sources: Iterable[Source], split: str, args) -> str:
     with progress(len(sources), f"pack {split}") as bar, ThreadPoolExecutor(args.workers) as pool:
         shards = list(pool.map(work, paths, pieces))
     places = [(number, *place) for number, shard in enumerate(shards) for place in shard["places"]]
-    write_index(os.path.join(folder, SHARD_INDEX), classes, [ids[parts[row][0]] for row in order],
-                [os.fsencode(parts[row][2]) for row in order], shards=list(map(os.path.basename, paths)), places=places)
+    write_index(str(folder / SHARD_INDEX), classes, [ids[parts[row][0]] for row in order],
+                [os.fsencode(parts[row][2]) for row in order], shards=[path.name for path in paths], places=places)
     before, after = sum(one.length for one in sources), sum(place[2] for place in places)
     return "\n".join([f"{split}: {len(sources)} images of {len(classes)} classes in {len(paths)} shards, "
                       f"{before / 1e6:.2f} MB before, {after / 1e6:.2f} MB after",
                       *(f"  kept as it was: {split}/{name}: {why}" for shard in shards for name, why in shard["kept"])])
 
 
-def _agree(path: str, settings: dict) -> None:
+def _agree(path: Path, settings: dict) -> None:
     """Write the settings to a file, or raise ValueError when it has others."""
-    if os.path.exists(path):
-        with open(path) as file:
-            begun = json.load(file)
-        if begun != settings:
-            raise ValueError(f"{os.path.dirname(path)} was begun with {begun}, and this is {settings}: repeat the "
-                             f"arguments and the images, or name another folder")
-    write_whole(path, json.dumps(settings).encode())
+    if path.exists() and (begun := json.loads(path.read_text())) != settings:
+        raise ValueError(f"{path.parent} was begun with {begun}, and this is {settings}: repeat the arguments and the "
+                         f"images, or name another folder")
+    write_whole(str(path), json.dumps(settings).encode())
 
 
 def _keys(sources: list[Source]) -> list[str]:
@@ -119,14 +117,13 @@ def _keys(sources: list[Source]) -> list[str]:
     return list(known)
 
 
-def _write_shard(path: str, samples: list[tuple[str, int, Source]], resize: int, quality: int) -> dict:
+def _write_shard(path: Path, samples: list[tuple[str, int, Source]], resize: int, quality: int) -> dict:
     """Write a shard, unless it is there; returns (offset, length) of its images and what was kept, as its sidecar."""
-    sidecar = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.json")
-    if os.path.exists(path):
-        with open(sidecar) as file:
-            return json.load(file)
+    sidecar, unfinished = path.with_name(f".{path.name}.json"), path.with_name(f"{path.name}.tmp")
+    if path.exists():
+        return json.loads(sidecar.read_text())
     written = {"places": [], "kept": []}
-    with open(path + ".tmp", "wb") as file:
+    with unfinished.open("wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for key, label, source in samples:
                 data, suffix, reason = _smaller(source, resize, quality)
@@ -138,8 +135,8 @@ def _write_shard(path: str, samples: list[tuple[str, int, Source]], resize: int,
                     tar.addfile(member, io.BytesIO(content))
         file.flush()
         os.fsync(file.fileno())
-    write_whole(sidecar, json.dumps(written).encode())           # first, so that every shard has one
-    os.replace(path + ".tmp", path)
+    write_whole(str(sidecar), json.dumps(written).encode())      # first, so that every shard has one
+    os.replace(unfinished, path)
     return written
 
 

@@ -5,6 +5,7 @@ microseconds: is it a JPEG or PNG at all, does its header give a size, is its en
 be decoded is found by the decoder's owner (dali.py) and ends up in the same quarantine.
 """
 
+import base64
 import dataclasses
 import errno
 import functools
@@ -13,7 +14,6 @@ import os
 import struct
 import time
 import warnings
-import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -26,18 +26,20 @@ READ_THREADS = 8
 
 _OPEN_SHARDS = 256
 _WAITS = (0.1, 0.4, 1.6)         # seconds before each further try
-_PASSING = {getattr(errno, name) for name in (           # what a network file system may be over in a moment
-    "EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EINTR", "ENETDOWN", "ENETUNREACH", "ENETRESET", "EHOSTDOWN",
-    "EHOSTUNREACH", "ECONNRESET", "ECONNREFUSED", "EREMOTEIO") if hasattr(errno, name)}
+_PASSING = {                                             # what a network file system may be over in a moment
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENETDOWN, errno.ENETUNREACH,
+    errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ECONNRESET, errno.ECONNREFUSED, errno.EREMOTEIO}
 _SLOW_SECONDS = 0.5e-3           # a file that takes longer was not in the machine's memory
 
 _PNG_START = b"\x89PNG\r\n\x1a\n"
-_PNG_END = b"IEND\xaeB\x60\x82"                                  # the last chunk's name and its checksum
+_PNG_END = b"IEND\xaeB`\x82"                                    # the last chunk's name and its checksum
 _JPEG_END = b"\xff\xd9"
 _MOST_PIXELS = 178_956_970       # Pillow's limit as well: a size beyond it is damage, and would take gigabytes
 _STANDALONE = frozenset([0x01, *range(0xD0, 0xD8)])              # JPEG markers without a length
 _FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}       # SOF0..SOF15 without DHT, JPG, DAC
 _SCAN, _END = 0xDA, 0xD9
+_BLACK_PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGNgYGAAAAAEAAH2FzhVAAAAAElFTkSuQmCC")     # a PNG
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,7 @@ def image_size(data: bytes) -> tuple[int, int]:
 
     Raises ValueError with the reason when there is no such header.
     """
-    if data.startswith(_PNG_START):
-        return _png_size(data)
-    return _jpeg_header(data)[:2]
+    return _header(data)[:2]
 
 
 def check(data: bytes) -> str | None:
@@ -73,33 +73,28 @@ def check(data: bytes) -> str | None:
 
 def _inspect(data: bytes) -> tuple[int, int, str | None]:
     """(height, width, reason): the size, or zeros and what is wrong."""
-    if not data:
-        return 0, 0, "the file is empty"
     try:
-        if data.startswith(_PNG_START):
-            height, width = _png_size(data)
-            complete = data.rfind(_PNG_END) > 0
-        else:
-            height, width, scan = _jpeg_header(data)
-            # Entropy-coded data cannot contain the end marker, so one after the first scan's start is the real one,
-            # whatever cameras and editors append to the file.
-            complete = data.rfind(_JPEG_END, scan) > 0
+        height, width, picture, end = _header(data)
+        if not 0 < height * width <= _MOST_PIXELS:
+            raise ValueError(f"the header gives a size of {width} x {height}")
+        # Entropy-coded data cannot contain JPEG's end marker, so one after the first scan's start is the real one,
+        # whatever cameras and editors append to the file.
+        if data.rfind(end, picture) < 0:
+            raise ValueError("the file is cut off: its end marker is missing")
     except ValueError as error:
         return 0, 0, str(error)
-    if not 0 < height * width <= _MOST_PIXELS:
-        return 0, 0, f"the header gives a size of {width} x {height}"
-    return (height, width, None) if complete else (0, 0, "the file is cut off: its end marker is missing")
+    return height, width, None
 
 
-def _png_size(data: bytes) -> tuple[int, int]:
-    if len(data) < 33 or data[12:16] != b"IHDR":
-        raise ValueError("the PNG header is damaged")
-    width, height = struct.unpack_from(">II", data, 16)
-    return height, width
-
-
-def _jpeg_header(data: bytes) -> tuple[int, int, int]:
-    """(height, width, where the first scan starts); raises ValueError when the segments cannot be followed to there."""
+def _header(data: bytes) -> tuple[int, int, int, bytes]:
+    """(height, width, where the header ends, the end marker); raises ValueError when it cannot be followed to there."""
+    if not data:
+        raise ValueError("the file is empty")
+    if data.startswith(_PNG_START):
+        if len(data) < 33 or data[12:16] != b"IHDR":
+            raise ValueError("the PNG header is damaged")
+        width, height = struct.unpack_from(">II", data, 16)
+        return height, width, 33, _PNG_END
     if not data.startswith(b"\xff\xd8"):
         raise ValueError(f"neither JPEG nor PNG: the file starts with {data[:8]!r}")
     position, size = 2, None
@@ -107,21 +102,16 @@ def _jpeg_header(data: bytes) -> tuple[int, int, int]:
         while data[position:position + 2] == b"\xff\xff":        # fill bytes are allowed before a marker
             position += 1
         head = data[position:position + 9]
-        if len(head) < 4 or head[0] != 0xFF:
+        if len(head) < 4 or head[0] != 0xFF or (head[1] in _FRAME and len(head) < 9):
             raise ValueError("the JPEG header is damaged or cut off")
         marker = head[1]
-        if marker in _STANDALONE:
-            position += 2
-            continue
-        if marker in _FRAME and size is None:
-            if len(head) < 9:
-                raise ValueError("the JPEG header is damaged or cut off")
-            size = struct.unpack_from(">HH", head, 5)
-        if marker == _SCAN and size is not None:
-            return *size, position
         if marker in (_SCAN, _END):
-            raise ValueError("the JPEG header gives no size")
-        position += 2 + struct.unpack_from(">H", head, 2)[0]
+            if size is None or marker == _END:
+                raise ValueError("the JPEG header gives no size")
+            return *size, position, _JPEG_END
+        if marker in _FRAME and size is None:
+            size = struct.unpack_from(">HH", head, 5)
+        position += 2 if marker in _STANDALONE else 2 + struct.unpack_from(">H", head, 2)[0]
 
 
 class _Shard:
@@ -142,11 +132,14 @@ def _read(path: str, offset: int, length: int) -> bytes:
     """The bytes of a file (`length` -1), or of a place in a shard; tries again where the reason may pass."""
     for wait in (*_WAITS, None):
         try:
-            if length >= 0:
-                shard = _open_shard(path)                # held, so that it stays open when the cache drops it
-                return os.pread(shard.descriptor, length, offset)
-            with open(path, "rb", buffering=0) as file:
-                return file.read()
+            if length < 0:
+                with open(path, "rb", buffering=0) as file:
+                    return file.read()
+            shard = _open_shard(path)                    # held, so that it stays open when the cache drops it
+            data = os.pread(shard.descriptor, length, offset)
+            if len(data) < length:
+                raise OSError(f"the shard ends after {len(data)} of its {length} bytes")
+            return data
         except OSError as error:
             if wait is None or error.errno not in _PASSING:
                 raise
@@ -156,15 +149,11 @@ def _read(path: str, offset: int, length: int) -> bytes:
 
 def load(index: Index, row: int) -> Encoded:
     """Read and check the image of one row. One that cannot be read is a bad image like any other."""
-    path, offset, length = index.place(row)
     try:
-        data = _read(path, offset, length)
+        data = _read(*index.place(row))
     except OSError as error:
         return Encoded(row, b"", 0, 0, f"cannot be read: {error.strerror or error}")
-    if len(data) < length:
-        return Encoded(row, b"", 0, 0, f"cannot be read: the shard ends after {len(data)} of its {length} bytes")
-    height, width, reason = _inspect(data)
-    return Encoded(row, data, height, width, reason)
+    return Encoded(row, data, *_inspect(data))
 
 
 class Reader:
@@ -253,11 +242,3 @@ def next_good(index: Index, encoded: Encoded, quarantine: Quarantine, *, wanted:
 def blank(encoded: Encoded) -> Encoded:
     """A black image in place of a bad one, with the row and the reason kept."""
     return dataclasses.replace(encoded, data=_BLACK_PIXEL, height=1, width=1)
-
-
-def _png_chunk(name: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-
-_BLACK_PIXEL = (_PNG_START + _png_chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0))
-                + _png_chunk(b"IDAT", zlib.compress(b"\0\0\0\0")) + _png_chunk(b"IEND", b""))

@@ -33,29 +33,28 @@ def build_index(data_dir: str, split: str, runtime, exclude: str = "") -> Index:
     folder is missing, empty or sorted in another way, or `exclude` cannot be read.
     """
     root, held = os.path.abspath(os.path.join(data_dir, split)), []
-    path, facts, token = runtime.on_main(lambda: _prepare(data_dir, split, held))
+    path, facts = runtime.on_main(lambda: _prepare(data_dir, split, held))
     index = _open_same(path, root, facts)
     if runtime.sum_integer(int(index is None)):
         payload = runtime.bytes_from_main(lambda: held[0] if held else Path(path).read_bytes())
-        index = _share(payload, root, facts, token, runtime, index)
+        index = _share(payload, root, facts, runtime, index)
     if exclude:
         stored = runtime.on_main(lambda: _excluded(index, split, exclude).tobytes())
         index = dataclasses.replace(index, excluded=np.frombuffer(stored, dtype=np.int64))
     return index
 
 
-def _prepare(data_dir: str, split: str, held: list[bytes]) -> tuple[str, tuple, str]:
-    """(file of the index, its `_facts`, a name for copies); without a file that can be written, its bytes in `held`."""
+def _prepare(data_dir: str, split: str, held: list[bytes]) -> tuple[str, tuple]:
+    """(file of the index, its `_facts`); where the file cannot be written its bytes come to lie in `held`."""
     classes, shards = _contents(data_dir, split)
-    root, token = os.path.abspath(os.path.join(data_dir, split)), os.urandom(8).hex()
-    path = os.path.join(root, SHARD_INDEX) if shards else os.path.join(
-        os.path.dirname(root), f".resnet_dist_{split}_index.bin")
+    root = os.path.abspath(os.path.join(data_dir, split))
+    path = f"{root}/{SHARD_INDEX}" if shards else f"{os.path.dirname(root)}/.resnet_dist_{split}_index.bin"
     stats = [os.stat(os.path.join(root, name)) for name in shards or classes]
     stamps = [stat.st_size if shards else stat.st_mtime_ns for stat in stats]
-    with contextlib.suppress(OSError, ValueError):                       # none yet, or a damaged one
+    with contextlib.suppress(OSError, ValueError):       # none yet, or a damaged one
         index = open_index(path, root)
         if _facts(index)[1:] == (tuple(shards), tuple(stamps)) and (shards or list(index.class_names) == classes):
-            return path, _facts(index), token
+            return path, _facts(index)
     payload = _scan_shards(root, shards, stamps) if shards else _scan(root, classes, stamps)
     try:
         write_whole(path, payload)
@@ -63,7 +62,7 @@ def _prepare(data_dir: str, split: str, held: list[bytes]) -> tuple[str, tuple, 
         warnings.warn(f"the list of images could not be kept in {path} ({error.strerror}): the folder is scanned again "
                       f"at every start", stacklevel=4)
         held.append(payload)
-    return "" if held else path, _facts(read_index(payload, root)), token
+    return path, _facts(read_index(payload, root))
 
 
 def _facts(index: Index) -> tuple:
@@ -80,9 +79,9 @@ def _open_same(path: str, root: str, facts: tuple) -> Index | None:
     return index if _facts(index) == facts else None
 
 
-def _share(payload: bytes, root: str, facts: tuple, token: str, runtime, index: Index | None) -> Index:
+def _share(payload: bytes, root: str, facts: tuple, runtime, index: Index | None) -> Index:
     """`index`, or one over a copy that the ranks of this machine share; nobody needs the copy's name afterwards."""
-    path = os.path.join(tempfile.gettempdir(), f"resnet_dist_{os.getuid()}_{token}.bin")
+    path = os.path.join(tempfile.gettempdir(), runtime.on_main(lambda: f"resnet_dist_{os.urandom(8).hex()}.bin"))
     if runtime.local_rank == 0:
         with contextlib.suppress(OSError):
             write_whole(path, payload)
@@ -94,8 +93,7 @@ def _share(payload: bytes, root: str, facts: tuple, token: str, runtime, index: 
             os.unlink(path)
     if lost:
         raise ValueError(f"the list of images of {root} can be kept neither beside the data nor, for {lost} ranks, in "
-                         f"the temporary folder of their machine ({tempfile.gettempdir()} here): free space there, or "
-                         f"name another folder in the environment variable TMPDIR")
+                         f"their temporary folder ({tempfile.gettempdir()} here): free space there, or set TMPDIR")
     return index
 
 
@@ -123,11 +121,10 @@ def _scan(root: str, classes: list[str], mtimes: list[int]) -> bytes:
     found = [[os.fsencode(file) for file in _named(os.path.join(root, name), SUFFIXES)] for name in classes]
     empty = [name for name, files in zip(classes, found, strict=True) if not files]
     if empty:
-        inner = next((entry.name for entry in os.scandir(os.path.join(root, empty[0])) if entry.is_dir()), None)
-        hint = f" ({empty[0]}/ has a folder {inner}/: images must lie in the class folder itself)" if inner else ""
-        raise ValueError(f"data.data_dir {os.path.dirname(root)!r}: {len(empty)} of {len(classes)} class folders in "
-                         f"{os.path.basename(root)}/ have no image ({', '.join(SUFFIXES)}): {some(empty)}{hint}. "
-                         f"Put images in, or remove these folders")
+        inner = _folders(os.path.join(root, empty[0]))
+        hint = f" ({empty[0]}/ has a folder {inner[0]}/: images must lie in the class folder itself)" if inner else ""
+        raise ValueError(f"data.data_dir: {len(empty)} of {len(classes)} class folders in {root} have no image "
+                         f"({', '.join(SUFFIXES)}): {some(empty)}{hint}. Put images in, or remove these folders")
     # A change within the clock's tick of the scan would leave the time as it was: such a folder is not to be trusted.
     trusted = [mtime if mtime < started - _SETTLED_NS else -1 for mtime in mtimes]
     labels = np.repeat(np.arange(len(classes)), [len(files) for files in found])
@@ -137,18 +134,18 @@ def _scan(root: str, classes: list[str], mtimes: list[int]) -> bytes:
 def _scan_shards(root: str, shards: list[str], sizes: list[int]) -> bytes:
     """Read the headers of every shard, and encode the result."""
     found = [member for number, shard in enumerate(shards) for member in _members(os.path.join(root, shard), number)]
-    rule = f"data.data_dir {os.path.dirname(root)!r}: the {len(shards)} tar files in {os.path.basename(root)}/"
+    rule = f"data.data_dir: the {len(shards)} tar files in {root}"
     if not found:
         raise ValueError(f"{rule} ({some(shards)}) hold no image ({', '.join(SUFFIXES)})")
-    kinds = {type(member[0]) for member in found}
+    labels, names, *places = zip(*found, strict=True)
+    kinds = set(map(type, labels))
     if len(kinds) > 1:
         raise ValueError(f"{rule} hold some images in class folders and some without: pack them in one way")
     # Numbers without names: class ids stay what they are, also where a class has no image here.
-    classes = [str(label) for label in range(max(member[0] for member in found) + 1)] if kinds == {int} else sorted(
-        {member[0] for member in found})
+    classes = list(map(str, range(max(labels) + 1))) if kinds == {int} else sorted(set(labels))
     ids = {name: label for label, name in enumerate(classes)}
-    return encode_index(classes, [ids[str(member[0])] for member in found], [member[1] for member in found],
-                        shards=shards, places=[member[2:] for member in found], stamps=sizes)
+    return encode_index(classes, [ids[str(label)] for label in labels], names, shards=shards,
+                        places=np.transpose(places), stamps=sizes)
 
 
 def _members(path: str, number: int) -> Iterator[tuple[str | int, bytes, int, int, int]]:
@@ -181,22 +178,21 @@ def _members(path: str, number: int) -> Iterator[tuple[str | int, bytes, int, in
 
 def _contents(data_dir: str, split: str) -> tuple[list[str], list[str]]:
     """The sorted class folders of a split, or else its tar files; ValueError with the way out when it has neither."""
+    rule = f"data.data_dir {data_dir!r}"
     if not data_dir:
-        raise ValueError("data.data_dir is empty: name the folder that holds train/ and val/, for instance "
-                         "--data.data_dir /data/imagenet, or try --data.kind digits, which needs no data")
+        raise ValueError("data.data_dir is empty: name the folder with train/ and val/, or try --data.kind digits")
     if not os.path.isdir(data_dir):
-        state = "is a file" if os.path.exists(data_dir) else "does not exist"
-        raise ValueError(f"data.data_dir {data_dir!r} {state}: name the folder that holds train/ and val/ (seen from "
-                         f"this machine: {os.path.abspath(data_dir)})")
+        state = "is a file" if os.path.exists(data_dir) else f"does not exist here ({os.path.abspath(data_dir)})"
+        raise ValueError(f"{rule} {state}: name the folder that holds train/ and val/")
     root = os.path.join(data_dir, split)
     if not os.path.isdir(root):
-        raise ValueError(_no_split(data_dir, split))
-    classes = _folders(root)
-    loose, shards = _named(root, SUFFIXES), _named(root, (".tar",))
+        raise ValueError(f"{rule} has no folder {split}/; {_instead(data_dir, split)}")
+    classes, loose, shards = _folders(root), _named(root, SUFFIXES), _named(root, (".tar",))
     if not classes and not shards:
-        raise ValueError(_flat_split(root, loose) if loose else
-                         f"data.data_dir {data_dir!r}: {split}/ is empty; it needs one folder per class, with images, "
-                         f"or tar shards")
+        state = f"flat, its {len(loose)} images ({some(loose)}) lie in no class folder" if loose else "empty"
+        raise ValueError(f"{rule}: {split}/ is {state}; it needs one folder per class, with images, or tar shards. "
+                         f"`resnet-dist data import-imagenet` makes them of ImageNet's archives (whose IDs of the "
+                         f"validation images stand for WNIDs in a table: they are not class ids)")
     for kind, files in (("images", loose), ("tar files", shards if classes else [])):
         if files:
             warnings.warn(f"{len(files)} {kind} lie in {root} beside the {'class folders' if classes else 'shards'} "
@@ -204,32 +200,16 @@ def _contents(data_dir: str, split: str) -> tuple[list[str], list[str]]:
     return classes, [] if classes else shards
 
 
-def _no_split(data_dir: str, split: str) -> str:
-    """Why there is no data_dir/split, as far as the folder tells."""
-    folders = _folders(data_dir)
-    rule = f"data.data_dir {data_dir!r} has no folder {split}/"
-    if not folders:
-        return f"{rule}: it has no folders at all; it must hold train/<class>/ and val/<class>/"
-    found = f"found: {some(folders)}"
-    if not {"train", "val"} & set(folders) and _named(os.path.join(data_dir, folders[0]), SUFFIXES):
-        return (f"{rule}; {found}. It looks like a set of class folders itself: name the folder above it if this one "
-                f"is train/ or val/, else sort them into {os.path.join(data_dir, 'train')}/ and "
-                f"{os.path.join(data_dir, 'val')}/")
+def _instead(data_dir: str, split: str) -> str:
+    """What there is in place of data_dir/split, and what to do about it."""
+    folders, hint = _folders(data_dir), "It must hold train/<class>/ and val/<class>/"
     similar = [name for name in folders if split == "val" and name.lower() in ("valid", "validation", "test")]
-    hint = f"Rename or link {similar[0]}/ to val/ if that is the validation set" if similar else (
-        "It must hold train/<class>/ and val/<class>/")
-    return f"{rule}; {found}. {hint}"
-
-
-def _flat_split(root: str, loose: list[str]) -> str:
-    """What to do about images that are not sorted into class folders."""
-    split = os.path.basename(root)
-    return (f"data.data_dir {os.path.dirname(root)!r}: {split}/ is flat, its {len(loose)} images ({some(loose)}) lie "
-            f"in it without class folders, so nothing tells their classes. Sort them into {split}/<class>/ with the "
-            f"names of train/. For ImageNet, line i of the devkit's data/ILSVRC2012_validation_ground_truth.txt is the "
-            f"ILSVRC2012_ID of ILSVRC2012_val_<i as 8 digits>.JPEG, and data/meta.mat gives the folder name (WNID, "
-            f"such as n01440764) of each ID; the IDs are not in the order of the sorted folder names, so they are not "
-            f"class ids")
+    if similar:
+        hint = f"Rename or link {similar[0]}/ to val/ if that is the validation set"
+    elif folders and not {"train", "val"} & set(folders) and _named(os.path.join(data_dir, folders[0]), SUFFIXES):
+        hint = "It looks like a set of class folders itself: name the folder above it, with this one as train/ or val/"
+    found = f"found: {some(folders)}" if folders else "it has no folders at all"
+    return f"{found}. {hint}"
 
 
 def _folders(path: str) -> list[str]:

@@ -18,74 +18,65 @@ from resnet_dist.rng import derive_seed
 _BANK_IMAGES = 64
 
 
-class _Bank:
-    """Normalised noise: row r of the set is image r modulo the size of the bank."""
-
-    def __init__(self, config: DataConfig, side: int, device: torch.device, dtype: torch.dtype) -> None:
-        # Not of the run's seed: training and validation draw from one bank. Labels first: they are those of every side.
-        generator = torch.Generator().manual_seed(derive_seed(0, "synthetic"))
-        self.labels = torch.randint(config.synthetic_classes, (_BANK_IMAGES,), generator=generator).to(device)
-        images = torch.randn(_BANK_IMAGES, 3, side, side, generator=generator)
-        self.images = images.to(device, dtype).contiguous(memory_format=torch.channels_last)
-
-    def batch(self, rows: np.ndarray) -> Batch:
-        """The images and labels of `rows` (int64 [B])."""
-        places = torch.from_numpy(rows % _BANK_IMAGES).to(self.labels.device, non_blocking=True)
-        images = self.images[places].contiguous(memory_format=torch.channels_last)
-        return Batch(images, self.labels[places], rows)
-
-
-class SyntheticTrainLoader:
-    """A TrainLoader of config.synthetic_images random images of config.train_crop_size."""
+class _SyntheticLoader:
+    """Normalised noise, the same for both splits: row r is image r modulo the size of the bank."""
 
     num_bad = 0
+
+    def __init__(self, config: DataConfig, side: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.class_names = tuple(f"synthetic{label:04d}" for label in range(config.synthetic_classes))
+        # Not of the run's seed, which validation does not have. Labels first: they are those of every side.
+        generator = torch.Generator().manual_seed(derive_seed(0, "synthetic"))
+        self._labels = torch.randint(config.synthetic_classes, (_BANK_IMAGES,), generator=generator).to(device)
+        images = torch.randn(_BANK_IMAGES, 3, side, side, generator=generator)
+        self._images = images.to(device, dtype, memory_format=torch.channels_last)
+
+    def _batch(self, rows: np.ndarray) -> Batch:
+        places = torch.from_numpy(rows % _BANK_IMAGES).to(self._labels.device, non_blocking=True)
+        images = self._images[places].contiguous(memory_format=torch.channels_last)
+        return Batch(images, self._labels[places], rows)
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class SyntheticTrainLoader(_SyntheticLoader):
+    """A TrainLoader of config.synthetic_images random images of config.train_crop_size."""
+
     fingerprint = "synthetic"
 
     def __init__(self, config: DataConfig, runtime: Runtime, *, seed: int, dtype: torch.dtype, global_batch_size: int,
                  grad_accum_steps: int) -> None:
         """Raises ValueError when the set is smaller than one global batch."""
+        super().__init__(config, config.train_crop_size, runtime.device, dtype)
         self.num_samples = config.synthetic_images
-        self.class_names = _class_names(config)
         self.steps_per_epoch = order.steps_per_epoch(self.num_samples, global_batch_size)
         self._seed = seed
         self._layout = {"global_batch_size": global_batch_size, "grad_accum_steps": grad_accum_steps,
                         "rank": runtime.rank, "world_size": runtime.world_size}
-        self._bank = _Bank(config, config.train_crop_size, runtime.device, dtype)
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         """The micro-batches of steps [start_step, stop_step), grad_accum_steps of them for each step, in order."""
         for step in range(start_step, stop_step):
-            epoch, step_in_epoch = order.locate(step, self.steps_per_epoch)
+            epoch, inside = order.locate(step, self.steps_per_epoch)
             for micro_step in range(self._layout["grad_accum_steps"]):
                 positions = order.micro_step_positions(micro_step, **self._layout)
-                yield self._bank.batch(order.samples_at(self._seed, epoch, self.num_samples, step_in_epoch, positions,
-                                                        self._layout["global_batch_size"])[0])
-
-    def close(self) -> None:
-        """Nothing to end."""
+                yield self._batch(order.samples_at(self._seed, epoch, self.num_samples, inside, positions,
+                                                   self._layout["global_batch_size"])[0])
 
 
-class SyntheticValLoader:
+class SyntheticValLoader(_SyntheticLoader):
     """A ValLoader of a tenth as many images, of config.val_crop_size."""
 
-    num_bad = 0
     mirrored = False
 
     def __init__(self, config: DataConfig, runtime: Runtime, *, dtype: torch.dtype) -> None:
+        super().__init__(config, config.val_crop_size, runtime.device, dtype)
         self.num_samples = max(1, config.synthetic_images // 10)
-        self.class_names = _class_names(config)
         self._shares = order.val_batches(self.num_samples, config.val_batch_size, runtime.rank, runtime.world_size)
         self.rounds = len(self._shares)
-        self._bank = _Bank(config, config.val_crop_size, runtime.device, dtype)
 
     def __iter__(self) -> Iterator[Batch | None]:
         """`rounds` items; None where other ranks still have a batch and this one has not."""
         for share in self._shares:
-            yield None if share is None else self._bank.batch(np.arange(share.start, share.stop, dtype=np.int64))
-
-    def close(self) -> None:
-        """Nothing to end."""
-
-
-def _class_names(config: DataConfig) -> tuple[str, ...]:
-    return tuple(f"synthetic{label:04d}" for label in range(config.synthetic_classes))
+            yield None if share is None else self._batch(np.array(share, dtype=np.int64))

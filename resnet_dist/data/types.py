@@ -25,38 +25,37 @@ class Batch:
     """in evaluation: further crops of the same images, each as `images`, of its own side"""
 
 
-class TrainLoader(Protocol):
-    """This rank's share of the training set, addressed by step."""
+class Loader(Protocol):
+    """This rank's share of a split."""
 
     num_samples: int
+    """of all ranks"""
     class_names: tuple[str, ...]
-    steps_per_epoch: int
     num_bad: int
     """broken images that this rank has met so far"""
+
+    def close(self) -> None:
+        """End the reader threads and free the pipeline."""
+
+
+class TrainLoader(Loader, Protocol):
+    """The training set, addressed by step."""
+
+    steps_per_epoch: int
     fingerprint: str
     """changes with the list of samples: names, order or classes"""
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         """The micro-batches of steps [start_step, stop_step), grad_accum_steps of them for each step, in order."""
 
-    def close(self) -> None:
-        """End the reader threads and free the pipeline."""
 
+class ValLoader(Loader, Protocol):
+    """The validation set: over all ranks, every image exactly once."""
 
-class ValLoader(Protocol):
-    """This rank's share of the validation set: over all ranks, every image exactly once."""
-
-    num_samples: int
-    class_names: tuple[str, ...]
     rounds: int
     """how many items an iteration yields: the same on every rank"""
-    num_bad: int
-    """broken images that this rank has met so far"""
     mirrored: bool
     """whether each view counts together with its mirror image"""
 
     def __iter__(self) -> Iterator[Batch | None]:
         """`rounds` items; None where other ranks still have a batch and this one has not."""
-
-    def close(self) -> None:
-        """End the reader threads and free the pipeline."""
