@@ -40,11 +40,11 @@ class Log:
         self.warned: set[str] = set()
         self.sent: dict[str, int] = {}   # for each key, the step up to which W&B has it from an earlier process
 
-    def start(self, start_step: int, total_steps: int) -> None:
-        """Training begins after `start_step` updates and is to end after `total_steps`.
+    def start(self, start_step: int, total_steps: int, evaluated: bool = True) -> None:
+        """Training begins after `start_step` updates, `evaluated` or not, and is to end after `total_steps`.
 
-        Lines of metrics.jsonl about later steps are dropped (an earlier process had got further than its checkpoint),
-        so that the file has each step once. The progress bar and the W&B run begin here.
+        Lines of metrics.jsonl about what comes again are dropped (an earlier process had got further than its
+        checkpoint), so that the file has each step once. The progress bar and the W&B run begin here.
         """
         if not self.is_main:
             return
@@ -52,7 +52,7 @@ class Log:
         had_run = (self.folder / "wandb_run_id").is_file()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            last_steps = _drop_lines_after(self.path, start_step)
+            last_steps = _drop_lines_after(self.path, start_step, evaluated)
             if had_run:
                 self.sent = last_steps
         except OSError as error:
@@ -165,12 +165,16 @@ def read_metrics(path: Path) -> list[dict]:
     return records
 
 
-def _drop_lines_after(path: Path, step: int) -> dict[str, int]:
-    """Rewrite the file without lines after `step`, or without any at step 0; the last step that each key had before."""
+def _drop_lines_after(path: Path, step: int, evaluated: bool) -> dict[str, int]:
+    """Rewrite the file without lines after `step`, or without any at step 0; the last step that each key had before.
+
+    Unless the state of `step` is known to be `evaluated`, its evaluation comes again, too.
+    """
     if not path.exists():
         return {}
     records = read_metrics(path)
-    text = "".join(json.dumps(record) + "\n" for record in records if 0 < record["step"] <= step).encode()
+    kept = [record for record in records if 0 < record["step"] < step + (evaluated or "val/top1" not in record)]
+    text = "".join(json.dumps(record) + "\n" for record in kept).encode()
     if text != path.read_bytes():
         temporary = path.with_suffix(".tmp")
         with open(temporary, "wb") as file:

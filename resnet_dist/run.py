@@ -240,7 +240,7 @@ def compose(config: Config, runtime: Runtime, log: Log, goes_on: Callable[[int],
     engine.settle_buckets(model, config.data.train_crop_size, config.train.precision, runtime.device)
 
     # 4. train
-    log.start(state.step, plan.total_steps)
+    log.start(state.step, plan.total_steps, evaluated=state.evaluated_step == state.step)
     log.say(f"{greeting(config, state, train_loader, val_loader)}\n"
             f"batch {plan.global_batch_size} = {runtime.world_size} {runtime.device.type} ranks * "
             f"{plan.grad_accum_steps} micro-steps * {local_batch_size}, {plan.precision}, peak lr {peak:g}, "

@@ -72,6 +72,17 @@ def test_unwritable_file_is_warned_about_once(tmp_path, capsys):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's always full device")
+def test_an_evaluation_that_comes_again_is_not_kept_twice(tmp_path):
+    """Killed between the line of an evaluation and the checkpoint that knows of it."""
+    for evaluated, steps in ((False, [12]), (True, [12, 12])):
+        log = started(tmp_path / str(evaluated))
+        log.metrics(12, TRAIN)
+        log.metrics(12, {"val/top1": 50.0})
+        again = build_log(QUIET, str(tmp_path / str(evaluated)), True, {})
+        again.start(12, 100, evaluated)
+        assert [record["step"] for record in lines(tmp_path / str(evaluated))] == steps
+
+
 def test_full_disk_does_not_stop_training(tmp_path, capsys):
     log = started(tmp_path)
     log.metrics(1, {"train/loss": 1.0})
