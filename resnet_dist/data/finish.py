@@ -6,6 +6,8 @@ itself, so that a model is shown exactly the pixels that it would get from torch
 first half and a few kernels do the rest for the whole batch.
 """
 
+import contextlib
+import ctypes
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -15,8 +17,15 @@ from torch.nn import functional
 
 from resnet_dist.config import DataConfig
 
-SERIAL_ELEMENTS = 32767
-"""torch splits an operation of more elements over its own threads."""
+
+def compute_alone() -> None:
+    """Let torch's operations in the calling thread start no team of OpenMP's threads beside the training's.
+
+    The teams cost 0.1 ms of processor time an image. torch.set_num_threads would hold for all threads.
+    """
+    torch.get_num_threads()                              # torch sets the number once itself, in each thread
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).omp_set_num_threads(1)
 
 
 def resize_fast(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -79,23 +88,10 @@ class Normalizer:
         width = pixels.shape[-2]
         scale, shift = self.factors[width]
         pixels, out = pixels.flatten(-2), out.flatten(-2)        # rows of all channels; of `out` no copy
-        if light is None:
-            self._fill(pixels, out, scale, shift)
-            return
-        added = (torch.from_numpy(light).double() / self.std).repeat(1, width).to(shift)
-        pieces = (pixels, out, shift + added[:, None])
-        for piece in [pieces] if pixels.is_cuda else zip(*pieces, strict=True):
-            self._fill(*piece[:2], scale, piece[2])
-
-    @staticmethod
-    def _fill(pixels: torch.Tensor, out: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> None:
-        # On the CPU in pieces that torch computes in the calling thread: the loader's threads must not each start a
-        # team of their own beside the training's. With one thread there is no team, and an image is one piece.
-        whole = pixels.is_cuda or torch.get_num_threads() == 1
-        rows, target = (pixels, out) if whole else (pixels.flatten(0, -2), out.flatten(0, -2))
-        block = len(rows) if whole else max(1, SERIAL_ELEMENTS // len(scale))
-        for piece, filled in zip(rows.split(block), target.split(block), strict=True):
-            torch.addcmul(shift, piece.float(), scale, out=filled)
+        if light is not None:
+            added = (torch.from_numpy(light).double() / self.std).repeat(1, width).to(shift)
+            shift = shift + added[:, None]
+        torch.addcmul(shift, pixels.float(), scale, out=out)
 
 
 def erase(images: torch.Tensor, boxes: np.ndarray) -> None:

@@ -20,12 +20,13 @@ from resnet_dist.config import AugmentConfig, DataConfig
 from resnet_dist.data import augment as augmentations
 from resnet_dist.data import crops, order
 from resnet_dist.data.dali import Augmenter, Decoder, Job, batch_to_torch, windows_to_torch
-from resnet_dist.data.finish import SERIAL_ELEMENTS, Normalizer, cut, erase, resize_exact, resize_fast
+from resnet_dist.data.finish import Normalizer, compute_alone, cut, erase, resize_exact, resize_fast
 from resnet_dist.data.index import Index
 from resnet_dist.data.read import Encoded, Quarantine, Reader, blank, next_good
 from resnet_dist.data.types import IGNORED_LABEL, Batch
 from resnet_dist.rng import draw
 
+_PIECE_ELEMENTS = 32_768         # that are normalised at once, where an image has fewer
 _READ_AHEAD = 2                  # batches whose files are being read while an earlier one is decoded
 
 
@@ -46,6 +47,7 @@ def _run_ahead(items: Iterator, depth: int) -> Iterator:
         return False
 
     def work() -> None:
+        compute_alone()
         try:
             for item in items:
                 if not put("item", item):
@@ -99,7 +101,7 @@ class _DaliLoader:
         self.augmenter = Augmenter(slots=slots, local_batch_size=local_batch_size, threads=threads)
         self.normalize = Normalizer(config, dtype, device)
         self.threads = threads
-        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="resize")
+        self.pool = ThreadPoolExecutor(threads, "resize", initializer=compute_alone)
         self.running: Iterator[Batch] | None = None
         # A process that ends with an error may not come to close(). DALI aborts it when its pipelines are taken down at
         # exit under a thread that uses them; registered after DALI's own exit function, this one runs before it.
@@ -212,8 +214,8 @@ class _DaliLoader:
             pixels = squares(first) if augmented is None else augmented[part]
             self.normalize(pixels, out[part], None if job.light is None else job.light[part])
 
-        # As many as are normalised in one piece: ten images of 32 pixels, which halves what they cost, one of 224.
-        together = max(1, SERIAL_ELEMENTS // (3 * view.side**2))
+        # As many as stay in the cache: ten images of 32 pixels, which halves what they cost, one of 224.
+        together = max(1, _PIECE_ELEMENTS // (3 * view.side**2))
         firsts = range(0, len(windows), together)
         # One thread more would only wait for this one, and pass Python's lock to and fro.
         run = self.pool.map if self.threads > 1 else map
