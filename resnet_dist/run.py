@@ -205,6 +205,8 @@ def train(config: Config, runtime: Runtime, goes_on: Callable[[int], bool] = lam
     After a signal and its checkpoint, `goes_on(signal)` is asked in the main process whether all train on instead.
     """
     log = build_log(config.log, config.output_dir, runtime.is_main, to_dict(config))
+    for remark in remarks(config, runtime.device.type):
+        log.warn(remark)
     try:
         code = compose(config, runtime, log, goes_on)
     except Exception as problem:
@@ -215,9 +217,6 @@ def train(config: Config, runtime: Runtime, goes_on: Callable[[int], bool] = lam
 
 def compose(config: Config, runtime: Runtime, log: Log, goes_on: Callable[[int], bool]) -> int:
     """Put the run together from its parts, and run it; returns as `train`."""
-    for remark in remarks(config, runtime.device.type):
-        log.warn(remark)
-
     # 1. layout and data
     local_batch_size = check_layout(config.train.global_batch_size, runtime.world_size, config.train.grad_accum_steps,
                                     pairs=config.augment.mixup_alpha + config.augment.cutmix_alpha > 0)

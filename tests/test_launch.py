@@ -194,9 +194,9 @@ def test_an_older_attempt_cannot_publish(tmp_path):
 
 @pytest.fixture
 def group_of_one():
-    distributed.start("cpu", 60)
+    runtime = distributed.start("cpu", 60)
     yield
-    distributed.stop()
+    distributed.stop(runtime)
 
 
 def test_blocked_signals_are_let_in_and_blocked_again(group_of_one):

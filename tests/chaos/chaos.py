@@ -214,14 +214,14 @@ class Round:
             def evaluation(model, loader, runtime, precision, poll):
                 return evaluate(model, loader, runtime, precision, die if rank == victim else poll)
 
-            def writing(path, content):
+            def writing(path, content, *checks):
                 if fault == "kill in checkpoint" and content["step"] >= at:
                     temporary = path.with_name(path.name + ".tmp")
                     temporary.write_bytes(b"PK" + bytes(50_000))           # half of it
                     die()
                 if fault == "disk full" and content["step"] >= at:
                     raise OSError(28, "No space left on device")
-                write(path, content)
+                write(path, content, *checks)
 
             engine.train_step, checkpoint.write_checkpoint = train_step, writing
             if fault == "kill in evaluation":

@@ -159,10 +159,10 @@ def test_a_second_signal_does_not_end_the_last_write(tmp_path, digits):
     def entry(arguments):
         real = checkpoint.write_checkpoint
 
-        def slow(path, content):
+        def slow(path, content, *checks):
             (tmp_path / "writing").touch()
             time.sleep(1.5)
-            real(path, content)
+            real(path, content, *checks)
 
         checkpoint.write_checkpoint = slow
         return cli.main(arguments)
@@ -250,7 +250,7 @@ def test_a_folder_that_stops_taking_checkpoints(tmp_path, digits, how):
 def test_a_second_ctrl_c_leaves_at_once(tmp_path, digits):
     """While a save takes its time. The first one waits for it; the second, more than a second later, for nothing."""
     def entry(arguments):
-        def slow(path, content):
+        def slow(path, content, *checks):
             (tmp_path / "writing").touch()
             time.sleep(50)
 
