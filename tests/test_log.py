@@ -71,7 +71,6 @@ def test_unwritable_file_is_warned_about_once(tmp_path, capsys):
     assert [record["step"] for record in lines(tmp_path)] == [3]
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's always full device")
 def test_an_evaluation_that_comes_again_is_not_kept_twice(tmp_path):
     """Killed between the line of an evaluation and the checkpoint that knows of it."""
     for evaluated, steps in ((False, [12]), (True, [12, 12])):
@@ -83,6 +82,7 @@ def test_an_evaluation_that_comes_again_is_not_kept_twice(tmp_path):
         assert [record["step"] for record in lines(tmp_path / str(evaluated))] == steps
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's always full device")
 def test_full_disk_does_not_stop_training(tmp_path, capsys):
     log = started(tmp_path)
     log.metrics(1, {"train/loss": 1.0})
