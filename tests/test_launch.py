@@ -233,6 +233,7 @@ def test_one_gpu_of_its_own_or_all_of_them(monkeypatch, visible, environment, in
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(torch.distributed, "new_group", lambda **_: None)
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: None)
     if index is None:
         with pytest.raises(ValueError, match="shows 1 GPUs"):
             distributed.start("cuda")
