@@ -99,7 +99,7 @@ def test_dali_reads_the_shards(source, tmp_path):
 
 def test_resize_brings_large_images_down_and_leaves_the_others(source, tmp_path, capsys):
     Image.fromarray(np.full((70, 90), 40000, np.uint16)).save(source / "train/b/deep.png")
-    assert pack(source, tmp_path / "out", "--resize", "60", "--quality", "80") == 0
+    assert pack(source, tmp_path / "out", "--resize", "60") == 0
     said = capsys.readouterr().out
     assert "kept as it was: train/b/cut.jpg: " in said and "kept as it was: train/b/deep.png: it has 16 bits" in said
     index, resized = open_index(tmp_path / "out"), set()
@@ -114,6 +114,19 @@ def test_resize_brings_large_images_down_and_leaves_the_others(source, tmp_path,
         expected = np.asarray(before.resize(image.size, Image.Resampling.LANCZOS)).astype(int)
         assert np.abs(np.asarray(image) - expected).mean() < 8
     assert resized == {"a.cat/x_y.jpg", *(f"b/{i}.JPG" for i in range(5, 12) if 50 + 5 * i > 60)}
+
+
+def test_quality_encodes_all_that_it_makes_smaller(source, tmp_path):
+    """At the same size; what would grow, or cannot be decoded, keeps its bytes."""
+    assert pack(source, tmp_path / "out", "--quality", "50") == 0
+    index, smaller = open_index(tmp_path / "out"), 0
+    for row in range(len(index)):
+        data, original = load(index, row).data, (source / "train" / index.name(row)).read_bytes()
+        assert len(data) <= len(original)
+        if data != original:
+            smaller += 1
+            assert Image.open(io.BytesIO(data)).size == Image.open(io.BytesIO(original)).size
+    assert smaller > len(index) // 2
 
 
 def killed(function, count, *arguments):

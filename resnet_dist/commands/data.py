@@ -31,8 +31,9 @@ _COMMANDS = {
 _OPTIONS = {
     "--shards": (False, "write tar shards as pack does, and no class folders"),
     "--resize": (0, "bring shorter sides above this down to it and save such images anew as JPEG; 0 = none"),
-    "--quality": (90, "JPEG quality of resized images"), "--shard_mb": (256, "MiB of original bytes in a shard"),
-    "--workers": (len(os.sched_getaffinity(0)), "threads"), "--size": ("full", "of Imagenette: full, 320px or 160px"),
+    "--quality": (0, "JPEG quality of all images that it makes smaller; 0 = 90, of the resized ones alone"),
+    "--shard_mb": (256, "MiB of original bytes in a shard"), "--workers": (len(os.sched_getaffinity(0)), "threads"),
+    "--size": ("full", "of Imagenette: full, 320px or 160px"),
     "--report": ("verify.json", "the report; the same as text goes beside it"),
     "--write_exclude": ("", "file for the list of broken training images, which data.exclude takes"),
     "--exclude_duplicates": (False, "list training images that are there twice, or in val/, as well"),

@@ -60,16 +60,17 @@ def progress(total: int | None, title: str, unit: str = "img") -> tqdm:
 def pack(sources: Iterable[Source], split: str, args) -> str:
     """Pack `sources` to out/`split`/`split`-000000.tar and so on, with an index; returns what came of it, as text.
 
-    `args` has out, shard_mb (MiB of original bytes in a shard), workers (threads), resize and quality: an image whose
-    shorter side is above `resize` is brought down to it (Pillow, Lanczos; RGB, no metadata), as JPEG of `quality`; all
-    others keep their bytes, and so do those that cannot be decoded; resize 0 keeps all. Complete shards are left as
-    they are. Raises ValueError when the folder was begun with other settings or images, or a name is too long.
+    `args` has out, shard_mb (MiB of original bytes in a shard), workers (threads), resize and quality. An image whose
+    shorter side is above `resize` (0 = none) is brought down to it (Pillow, Lanczos; RGB, no metadata), as JPEG of
+    `quality`, or 90. With a `quality` all others are encoded at it too, unless they would not become smaller. The rest
+    keep their bytes, and so do those that cannot be decoded. Complete shards are left as they are. Raises ValueError
+    when the folder was begun with other settings or images, or a name is too long.
     """
     sources, folder = sorted(sources), Path(args.out, split)
     folder.mkdir(parents=True, exist_ok=True)
     names = hashlib.blake2b(repr([(one.name, one.length) for one in sources]).encode("utf-8", "replace"), digest_size=8)
-    _agree(folder / ".pack.json", {"resize": args.resize, "quality": args.resize and args.quality,
-                                   "shard_mb": args.shard_mb, "images": names.hexdigest()})
+    _agree(folder / ".pack.json", {"resize": args.resize, "quality": args.quality, "shard_mb": args.shard_mb,
+                                   "images": names.hexdigest()})
     order, keys = rows_at(0, 0, len(sources), np.arange(len(sources))), _keys(sources)
     parts = [one.name.rpartition("/") for one in sources]
     classes = sorted({part[0] for part in parts})
@@ -143,15 +144,19 @@ def _write_shard(path: Path, samples: list[tuple[str, int, Source]], resize: int
 def _smaller(source: Source, resize: int, quality: int) -> tuple[bytes, str, str | None]:
     """(bytes, suffix, why they are the original ones although they should be smaller)."""
     data, suffix = source.read(), os.path.splitext(source.name)[1][1:].lower()
-    reason = check(data) if resize else None
-    if not resize or reason or min(image_size(data)) <= resize:
+    reason = check(data) if resize or quality else None
+    larger = not reason and 0 < resize < min(image_size(data))
+    if reason or not (quality or larger):
         return data, suffix, reason
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.mode.startswith("I"):
                 return data, suffix, "it has 16 bits, which Pillow would clip"
-            size, buffer = [side * resize // min(image.size) for side in image.size], io.BytesIO()
-            image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=quality)
+            smaller, buffer = image.convert("RGB"), io.BytesIO()
+            if larger:
+                size = [side * resize // min(image.size) for side in image.size]
+                smaller = smaller.resize(size, Image.Resampling.LANCZOS)
+            smaller.save(buffer, "JPEG", quality=quality or 90)
     except Exception as error:                                   # Pillow's plugins raise what they like
         return data, suffix, f"{type(error).__name__}: {error}"
-    return buffer.getvalue(), "jpg", None
+    return (buffer.getvalue(), "jpg", None) if larger or buffer.tell() < len(data) else (data, suffix, None)
