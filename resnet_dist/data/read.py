@@ -21,8 +21,9 @@ import numpy as np
 
 from resnet_dist.data.index import Index
 
-READ_THREADS = 8
-"""Threads that wait for the storage. They hardly cost the processor anything: eight hide about 5 ms per file."""
+READ_THREADS = 32
+"""Threads that wait for the storage, where it is slow. They hardly cost the processor anything; with 5 ms a file, 32
+read 6,400 files a second."""
 
 _OPEN_SHARDS = 256
 _WAITS = (0.1, 0.4, 1.6)         # seconds before each further try
