@@ -217,16 +217,22 @@ def newest_valid(folder: Path, warn: Callable[[str], None]) -> Path | None:
     Each damaged one is warned about, and renamed (.damaged) once a valid one is found. Raises ValueError when all are
     damaged: a run is not silently started over.
     """
-    candidates = _newest_first(folder) or sorted(Path(folder).glob("step_*.pt.damaged"))
-    for number, path in enumerate(candidates):
+    candidates, set_aside = _newest_first(folder) or sorted(Path(folder).glob("step_*.pt.damaged")), []
+    for path in candidates:
         try:
             if not _digest_path(path).exists():
                 raise ValueError(f"the checkpoint {path} has no {_digest_path(path).name} beside it")
-            unpack_checkpoint(read_checkpoint(path), str(path))
+            payload = read_checkpoint(path)
+        except ValueError as problem:
+            set_aside += [] if isinstance(problem.__cause__, OSError) else [path]    # what cannot be read may be good
+            warn(f"{problem}; trying the one before")
+            continue
+        try:
+            unpack_checkpoint(payload, str(path))        # of a newer format, for instance: whole, and not ours
         except ValueError as problem:
             warn(f"{problem}; trying the one before")
             continue
-        for damaged in candidates[:number]:
+        for damaged in set_aside:
             with contextlib.suppress(OSError):
                 damaged.rename(damaged.with_name(damaged.name + ".damaged"))
         return path
@@ -234,6 +240,14 @@ def newest_valid(folder: Path, warn: Callable[[str], None]) -> Path | None:
         raise ValueError(f"none of the {len(candidates)} checkpoints in {folder} is valid: restore one, or start over "
                          "with another output_dir")
     return None
+
+
+def refuse_lost(folder: Path) -> None:
+    """Raise ValueError where a run was here and its checkpoint folder is gone: nothing is silently started over."""
+    metrics = folder.parent / "metrics.jsonl"
+    if not (folder / "attempt").exists() and metrics.exists() and metrics.stat().st_size:
+        raise ValueError(f"{metrics} tells of a run whose folder {folder.name}/ is gone: bring it back, or remove "
+                         f"metrics.jsonl to start over, or take another output_dir")
 
 
 def check_resumable(saved: dict, facts: dict) -> list[str]:

@@ -352,6 +352,8 @@ def check(config: Config) -> None:
         refuse("data.scale_jitter", f"its lower end must not be below data.train_crop_size, {data.train_crop_size}")
     if data.progressive_start_size > data.train_crop_size:
         refuse("data.progressive_start_size", f"it must not be above data.train_crop_size, {data.train_crop_size}")
+    if data.progressive_start_size and not data.progressive_epochs[1]:
+        refuse("data.progressive_epochs", "say when the side has risen from data.progressive_start_size, as in [0, 60]")
     if data.val_scales and data.val_crops == "ten":
         refuse("data.val_scales", "they are central squares: take data.val_crops center, and data.val_flip if you like")
     if data.val_resize_size < data.val_crop_size:

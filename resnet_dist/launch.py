@@ -28,6 +28,20 @@ _ALIVE = ("", "PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "R
 _PORT = "import sys, resnet_dist.launch as launch; print(launch.free_port(*sys.argv[1:]))"
 
 
+# At the end of the batch script: ranks that were killed or lost another leave no result and no error behind.
+_REQUEUE_THE_LOST = """\
+lost() {{
+  code=$? id=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}
+  if [ $code != 0 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {limit} ] &&
+      ! ls {folder}/"$id"_*_result.pkl >/dev/null 2>&1 &&
+      scontrol -o show job "$id" 2>/dev/null | grep -q "JobState=RUNNING "; then
+    echo "a rank was lost (code $code): requeued"
+    scontrol requeue "$id"
+  fi
+}}
+trap lost EXIT"""
+
+
 @dataclass(frozen=True)
 class Attempt:
     """What each rank of a job does, and does again after a requeue; submitit pickles it.
@@ -63,6 +77,8 @@ class Attempt:
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         os.environ.update({"MASTER_ADDR": "127.0.0.1"} if job.num_nodes == 1 else {}, RESNET_DIST_RESUME=self.command)
         print(f"attempt {restarts}, rank {job.global_rank} of {job.num_tasks} on", *job.hostnames, flush=True)
+        if job.global_rank == 0 and job.name() == "slurm" and not show_job(job.job_id):
+            print("warning: scontrol does not answer here (a container?): nothing will be requeued", flush=True)
         verdict = []
 
         def goes_on(number: int) -> bool:                # in the main process, after the checkpoint
@@ -71,19 +87,26 @@ class Attempt:
             return verdict == ["go on"]
 
         from resnet_dist import run
+        from resnet_dist.watchdog import LOST
         code = run.main(self.config, functools.partial(preflight, goes_on=goes_on))
         if code == 0:
             return
+        if code == LOST and job.name() == "slurm":
+            sys.stdout.flush()
+            os._exit(code)                               # neither result nor error: the batch script requeues
         if code < 128 or verdict == ["stop"]:
             raise RuntimeError(f"rank {job.global_rank} ended with code {code}, see its log")
         if verdict == ["requeue"] and restarts >= self.max_requeues:
             raise RuntimeError(f"not requeued: cluster.max_requeues is {restarts}; submit again to go on")
-        if verdict == ["requeue"]:
+        for last in (False, False, True) if verdict == ["requeue"] else ():
+            if show_job(job.job_id).get("JobState", "RUNNING") != "RUNNING":
+                break                                    # cancelled meanwhile, or requeued already
             try:
                 hand_over(signal.SIGUSR2, None)          # ends this process
-            except (subprocess.SubprocessError, OSError) as problem:     # requeued already, or not at all
-                if show_job(job.job_id).get("JobState") == "RUNNING":
+            except (subprocess.SubprocessError, OSError) as problem:     # the controller is busy, or refuses
+                if last:
                     raise RuntimeError(f"SLURM does not requeue: {problem}; submit again to go on") from problem
+                time.sleep(5)
         while job.name() == "slurm":                     # a result or an error would both look like the end of the job
             time.sleep(60)
         sys.exit(code)
@@ -157,7 +180,8 @@ def batch_parameters(cluster: ClusterConfig, folder: Path, code: Path, array: bo
     # A SIGUSR2 before Python is ready would kill the job without a requeue. Coreutils before 8.31 cannot block it.
     setup = [*cluster.setup, f"cd {shlex.quote(str(code))}",
              f'export MASTER_PORT=$({python} -c "{_PORT}" "${{SLURM_JOB_ID:-$$}}" "${{SLURM_RESTART_COUNT:-0}}")',
-             'block="$(env --block-signal=USR2 echo env --block-signal=USR2 2>/dev/null || true)"']
+             'block="$(env --block-signal=USR2 echo env --block-signal=USR2 2>/dev/null || true)"',
+             _REQUEUE_THE_LOST.format(folder=shlex.quote(str(folder)), limit=cluster.max_requeues)]
     log = f"{shlex.quote(str(folder))}/{job}_%t_attempt${{SLURM_RESTART_COUNT:-0}}_log.out"
     cpus = f" --cpus-per-task={cluster.cpus_per_gpu}" if cluster.cpus_per_gpu else ""
     wanted = {key: getattr(cluster, key) for key in ("partition", "account", "qos", "constraint", "gpus_per_node")}
@@ -187,7 +211,8 @@ def submit(configs: list[Config], cluster: ClusterConfig, command: str) -> int:
 
     from resnet_dist import run
     for config in configs:
-        run.check_layout(config.train.global_batch_size, world_size, config.train.grad_accum_steps)
+        run.check_layout(config.train.global_batch_size, world_size, config.train.grad_accum_steps,
+                         pairs=config.augment.mixup_alpha + config.augment.cutmix_alpha > 0)
     if cluster.executor == "debug":
         return run.main(configs[0])
     live = Path(__file__).resolve().parents[1]

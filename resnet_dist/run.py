@@ -30,6 +30,7 @@ from resnet_dist.models.sync_batch_norm import convert_sync_batch_norm
 from resnet_dist.optim import build_optimizer
 from resnet_dist.rng import derive_seed
 from resnet_dist.schedule import Schedule, build_schedule, epochs_to_steps, peak_lr
+from resnet_dist.watchdog import LOST
 
 
 def check_layout(global_batch_size: int, world_size: int, grad_accum_steps: int, pairs: bool = False) -> int:
@@ -110,6 +111,8 @@ def restore(state: TrainState, config: Config, saver: Saver, runtime: Runtime, l
     section = config.checkpoint
     own = runtime.on_main(lambda: checkpoint.newest_valid(checkpoint_folder(config), log.warn))
     path = str(own or section.resume or section.init_from)
+    if not own:
+        runtime.on_main(lambda: checkpoint.refuse_lost(checkpoint_folder(config)))
     if not path:
         return "from scratch"
     if own and (section.resume or section.init_from):
@@ -276,7 +279,7 @@ def main(config: Config, body: Callable[[Config, Runtime], int] = train) -> int:
         code = body(config, runtime)
     except Exception as problem:
         code = explain(problem, runtime)
-    if code not in (1, 2):                               # after an error the others may never come to this point
+    if code not in (1, 2, LOST):                         # after an error the others may never come to this point
         distributed.stop(runtime)
     return code
 

@@ -17,14 +17,16 @@ import traceback
 import torch.distributed as dist
 
 _GRACE_SECONDS = 5.0             # that a rank has to end by itself once another has failed; 30 s when the store is gone
+LOST = 75
+"""Exit code (EX_TEMPFAIL) where another rank was lost or is stuck: the same command again goes on."""
 _GONE = "the process that kept the ranks' store (rank 0, or torchrun) is gone"
 
 
 class Watchdog:
     """One rank's position, and its view of the others'. `beat` marks progress, equally often on every rank.
 
-    A rank that has not moved on for 0.85 `timeout_s` ends its process with code 1 if another is behind it, or has been
-    silent for a third of that. Where nobody is, all do the same (compile, wait for the storage) and it does
+    A rank that has not moved on for 0.85 `timeout_s` ends its process with code LOST if another is behind it, or has
+    been silent for a third of that. Where nobody is, all do the same (compile, wait for the storage) and it does
     nothing. An error that another rank has published ends it with that one's code. When the store is gone, it sends
     itself SIGTERM: save and leave.
     """
@@ -51,7 +53,8 @@ class Watchdog:
         while not self.error and not self.lost and time.monotonic() < deadline:
             time.sleep(0.02)
         gone = _GONE if self.lost else self._behind(deadline - 1 - 2 * self.interval) or "nobody seems to be gone"
-        return self.error or self.own(f"lost at step {self.step} ({self.phase}): {gone}; {str(cause).splitlines()[0]}")
+        text = f"lost at step {self.step} ({self.phase}): {gone}; {str(cause).splitlines()[0]}"
+        return self.error or self.own(text, LOST)
 
     def own(self, headline: str, code: int = 1) -> dict:
         """An error of this rank."""
@@ -109,14 +112,14 @@ class Watchdog:
                     print(f"warning (rank {self.rank}): {_GONE}: saving, and leaving", file=sys.stderr, flush=True)
                     os.kill(os.getpid(), signal.SIGTERM)
                 if now - (failed := failed or now) > _GRACE_SECONDS * (1 if self.error else 6):
-                    verdict = self.error or self.own(_GONE)
+                    verdict = self.error or self.own(_GONE, LOST)
             elif now - self.moved > (limit := self.timeout_s * (0.85 if count else 2.0)):    # imports starve threads
                 behind = self._behind(recent := now - 0.35 * limit)
                 if behind and self.count == count:
                     if self.beats.get(0, (now, {}))[0] <= recent:        # rank 0 may be what keeps the store
                         self.store = dist.HashStore()
                     verdict = self.own(f"waited {limit:g} s at step {self.step} ({self.phase}) for {behind}; "
-                                       f"distributed.timeout_s is {self.timeout_s:g}")
+                                       f"distributed.timeout_s is {self.timeout_s:g}", LOST)
             if verdict:                                  # the main thread may hang, and the store: wait for neither
                 threading.Thread(target=self.fail, args=(verdict,), daemon=True).start()
                 time.sleep(3 * self.interval)            # the others may read it from this very process

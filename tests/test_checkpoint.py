@@ -317,3 +317,15 @@ def test_init_from_replaces_only_the_head():
     assert torch.equal(target[0].weight, source[0].weight) and torch.equal(target[2].weight, head)
     with pytest.raises(ValueError, match="another model"):
         checkpoint.load_weights(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2)), source.state_dict())
+
+
+def test_a_folder_that_is_gone_is_no_new_run(tmp_path):
+    """An old run's metrics without its checkpoint folder are an error; a run killed before its first save is none."""
+    folder = tmp_path / "checkpoints"
+    checkpoint.refuse_lost(folder)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n')
+    with pytest.raises(ValueError, match="checkpoints/ is gone.*output_dir"):
+        checkpoint.refuse_lost(folder)
+    folder.mkdir()
+    (folder / "attempt").write_text("1 x")
+    checkpoint.refuse_lost(folder)

@@ -1,6 +1,8 @@
 """The graph: pixels against Pillow and torchvision, and the placement of its GPU form."""
 
 import io
+import itertools
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +34,16 @@ FORMS = {
     "png alpha": lambda image: encode(image.convert("RGBA"), "PNG"),
     "rotated": lambda image: encode(image, exif=rotated(image)),
 }
-PHOTOGRAPHS = sorted((Path(__file__).parents[2] / "shared" / "data").glob("**/*.JPEG"))[:40]
+
+
+def photographs(count: int = 40) -> list[bytes]:
+    """ImageNet photographs, where there are some beside the project; the tests do not need them."""
+    path = Path(__file__).parents[2] / "shared" / "data" / "imagenet-sample-500.tar"
+    if not path.exists():
+        return []
+    with tarfile.open(path) as tar:
+        members = (member for member in tar if member.name.endswith(".JPEG"))
+        return [tar.extractfile(member).read() for member in itertools.islice(members, count)]
 
 
 def rotated(image: Image.Image) -> Image.Exif:
@@ -75,7 +86,7 @@ def test_evaluation_pixels_are_torchvisions(tmp_path, resize_size, crop_size):
     files = [encode(picture(*size, seed)) for seed, size in enumerate(SIZES)]
     files += [form(picture(130, 201)) for form in FORMS.values()]
     if crop_size == 224:
-        files += [path.read_bytes() for path in PHOTOGRAPHS]
+        files += photographs()
     index = write_split(tmp_path, files, split="val")
     loader = val_loader(index, tmp_path, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), val_resize_size=resize_size,
                         val_crop_size=crop_size, val_batch_size=10)
@@ -236,7 +247,9 @@ def torchvisions(image: torch.Tensor, name: str, value: float) -> torch.Tensor:
 
 def squares(count: int, side: int) -> torch.Tensor:
     """Pictures, one of them with a channel of one value and one of a single colour."""
-    images = torch.from_numpy(np.stack([np.asarray(picture(side, side, seed)) for seed in range(count)]))
+    pictures = [pil(data) for data in photographs(count // 2)]
+    pictures += [picture(side, side, seed) for seed in range(count - len(pictures))]
+    images = torch.from_numpy(np.stack([np.asarray(image.resize((side, side))) for image in pictures]))
     images[0, ..., 1], images[1] = 77, torch.tensor([200, 10, 90], dtype=torch.uint8)
     return images
 

@@ -136,5 +136,5 @@ def test_the_package_stays_small():
     commands, SLURM and the faults; what trains stays well below them."""
     lines = {module_name(path): len(path.read_text().splitlines()) for path in FILES}
     around = sum(count for name, count in lines.items() if name.startswith(("commands.", "launch", "data.pack")))
-    assert sum(lines.values()) - around < 5250
-    assert around < 1300
+    assert sum(lines.values()) - around < 5300
+    assert around < 1350

@@ -351,8 +351,8 @@ def _on_rank(rank, world_size, data_dir, blind=(), local_world_size=None, exclud
 
     scan_module.open_index = see
     if -1 in blind:                                          # nobody can write there
-        scan_module.write_whole = lambda path, payload: index_module.write_whole(
-            path.replace(data_dir, f"{data_dir}/none"), payload)
+        scan_module.write_whole = lambda path, payload, sync=False: index_module.write_whole(
+            path.replace(data_dir, f"{data_dir}/none"), payload, sync)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -394,3 +394,15 @@ def test_an_error_of_one_machine_is_one_of_all(tmp_path):
     results = run_ranks(_on_rank, 2, data_dir, (1,), 1, "", str(tmp_path / "none"))
     assert results[0] == results[1]
     assert "for 1 ranks" in results[0] and "TMPDIR" in results[0]
+
+
+def test_arrays_that_are_damaged_are_made_anew(tmp_path):
+    """The right size and a good header, and zeros behind it, as a power cut may leave a file."""
+    data_dir = make(tmp_path, ["train/a/1.jpg", "train/b/1.jpg", "train/b/2.jpg"])
+    os.utime(tmp_path / "train/a", (1, 1)), os.utime(tmp_path / "train/b", (1, 1))
+    assert build_index(data_dir, "train", OneProcess()).labels_of(np.arange(3)).tolist() == [0, 1, 1]
+    path = tmp_path / ".resnet_dist_train_index.bin"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3 * 64] + bytes(3 * 64))            # labels, starts and names are 64 bytes each
+    assert build_index(data_dir, "train", OneProcess()).labels_of(np.arange(3)).tolist() == [0, 1, 1]
+    assert path.read_bytes() == whole

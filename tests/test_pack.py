@@ -150,7 +150,7 @@ def killed(function, count, *arguments):
     assert process.exitcode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("count", [6, 8])                # before a shard is complete; between its sidecar and it
+@pytest.mark.parametrize("count", [7, 9])                # before a shard is complete; between its sidecar and it
 def test_a_killed_pack_goes_on(source, tmp_path, count):
     for i in range(6):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (400, 400, 3), np.uint8)).save(
@@ -165,6 +165,17 @@ def test_a_killed_pack_goes_on(source, tmp_path, count):
     assert pack(source, tmp_path / "out", *options) == 0
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     assert {name: (tmp_path / "out/train" / name).read_bytes() for name in expected} == expected
+
+
+def test_what_is_not_all_there_is_no_data_set(source, tmp_path):
+    """A shard that was not copied, or not written before a kill: an error, not a smaller data set."""
+    for i in range(3):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (400, 400, 3), np.uint8)).save(
+            source / f"train/b/large{i}.png")
+    assert pack(source, tmp_path / "out", "--shard_mb", "1") == 0
+    sorted((tmp_path / "out/train").glob("*.tar"))[-1].unlink()
+    with pytest.raises(ValueError, match=r"train/ has \d of \d shards: run `resnet-dist data pack` again"):
+        open_index(tmp_path / "out")
 
 
 def test_shards_of_something_else_are_not_mixed(source, tmp_path, capsys):

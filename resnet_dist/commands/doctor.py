@@ -58,10 +58,12 @@ def _folder(config: Config, runtime: Runtime) -> tuple[str, str]:
     folder = next(path for path in (Path(config.output_dir).absolute() / "x").parents if path.is_dir())
     model = build_model(config.model, config.model.num_classes or 1000)
     size = sum(tensor.numel() for tensor in model.parameters()) * 4 * (3 if config.train.ema_decay else 2)
-    need, free = size * (config.checkpoint.keep + 2), shutil.disk_usage(folder).free   # with the best, and a new one
+    have = len(list(composition.checkpoint_folder(config).glob("step_*.pt")))
+    need = size * max(1, config.checkpoint.keep + 2 - have)          # with the best, and a new one
+    free = shutil.disk_usage(folder).free
     tempfile.TemporaryFile(dir=folder).close()
-    return "ok" if need < free else "error", (f"{folder} can be written; the checkpoints that are kept take "
-                                              f"{need / 1e9:.2f} GB, and {free / 1e9:.1f} GB are free")
+    return "ok" if need < free else "warning" if have else "error", (      # a run that goes on has its old ones
+        f"{folder} can be written; the checkpoints to come take {need / 1e9:.2f} GB, and {free / 1e9:.1f} GB are free")
 
 
 def _data(config: Config, runtime: Runtime) -> tuple[str, str]:

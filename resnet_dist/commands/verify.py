@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
             name = f"{split}/{index.name(image.row)}"
             for kind, detail in _findings(image, local.decoder, args.tiny):
                 found[kind].append((name, detail))
-            same.setdefault(hashlib.blake2b(image.data, digest_size=32).digest(), []).append(name)
+            if image.data:
+                same.setdefault(hashlib.blake2b(image.data, digest_size=32).digest(), []).append(name)
             bar.update()
 
     splits = open_splits(args.data_dir)

@@ -51,7 +51,8 @@ def train_side(epoch: int, config: DataConfig) -> int:
     if not start or epoch >= end:
         return config.train_crop_size
     progress = max(0.0, (epoch - begin) / max(end - begin, 1e-9))
-    return max(_SIDE_STEP, round((start + (config.train_crop_size - start) * progress) / _SIDE_STEP) * _SIDE_STEP)
+    side = round((start + (config.train_crop_size - start) * progress) / _SIDE_STEP) * _SIDE_STEP
+    return min(config.train_crop_size, max(_SIDE_STEP, side))
 
 
 def train_geometry(

@@ -25,6 +25,8 @@ import numpy as np
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 """File names, in any case, that count as images."""
+PACK_PLAN = ".pack.json"
+"""Name of the file that says what `resnet-dist data pack` is to write, beside the shards."""
 SHARD_INDEX = "index.bin"
 """Name of the index file that lies beside the tar shards of a split."""
 
@@ -63,6 +65,11 @@ class Index:
         between class folders and shards packed from them."""
         left_out = self.excluded.astype("<i8").tobytes()
         return _digest(self.stored_fingerprint.encode() + left_out) if left_out else self.stored_fingerprint
+
+    def intact(self) -> bool:
+        """Whether the arrays are those that were written; not looked at in a file that is too large to be read."""
+        size = sum(array.nbytes for array in self.arrays.values())
+        return size > _READ_WHOLE or _fingerprint(self.class_names, self.arrays) == self.stored_fingerprint
 
     def labels_of(self, rows: np.ndarray) -> np.ndarray:
         """The class ids of `rows` (int64 [B]): int64 [B]."""
@@ -116,7 +123,7 @@ def write_index(path: str, class_names: Sequence[str], labels: Sequence[int], na
     offset, length in bytes) for each row. Written beside and renamed. Raises OSError, and ValueError as `encode_index`.
     """
     sizes = [os.path.getsize(os.path.join(os.path.dirname(path), shard)) for shard in shards]
-    write_whole(path, encode_index(class_names, labels, names, shards=shards, places=places, stamps=sizes))
+    write_whole(path, encode_index(class_names, labels, names, shards=shards, places=places, stamps=sizes), sync=True)
 
 
 def encode_index(class_names: Sequence[str], labels: Sequence[int], names: Sequence[bytes], *,
@@ -133,7 +140,7 @@ def encode_index(class_names: Sequence[str], labels: Sequence[int], names: Seque
     names = [names[row] for row in rows]
     arrays = {"labels": np.asarray(labels, dtype="<i4")[rows], "starts": np.cumsum([0, *map(len, names)], dtype="<i8"),
               "names": np.frombuffer(b"".join(names), dtype=np.uint8)}
-    fingerprint = _digest(b"".join(["\0".join(class_names).encode(errors="surrogateescape"), *arrays.values()]))
+    fingerprint = _fingerprint(class_names, arrays)
     if shards:
         table = np.asarray(places, dtype="<i8")[rows]
         arrays.update(shard=table[:, 0], offset=table[:, 1], length=table[:, 2])
@@ -149,12 +156,15 @@ def encode_header(counts: dict[str, int], facts: dict) -> bytes:
     return _padded(_PREFIX.pack(_MAGIC, _VERSION, zlib.crc32(text), len(text)) + text)
 
 
-def write_whole(path: str, payload: bytes) -> None:
-    """Write a file in one move: it is there completely or not at all. Raises OSError."""
+def write_whole(path: str, payload: bytes, sync: bool = False) -> None:
+    """Write a file in one move: it is there completely or not at all; `sync`: after a power cut too. Raises OSError."""
     descriptor, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", dir=os.path.dirname(path) or ".")
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(payload)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.chmod(temporary, 0o644)                           # mkstemp's 0600 would lock out other users of the data
         os.replace(temporary, path)
     except BaseException:
@@ -217,6 +227,12 @@ def _aligned(size: int) -> int:
 
 def _padded(blob: bytes) -> bytes:
     return blob.ljust(_aligned(len(blob)), b"\0")
+
+
+def _fingerprint(class_names: Sequence[str], arrays: dict[str, np.ndarray]) -> str:
+    """Of what the images are called and belong to, in their order."""
+    names = "\0".join(class_names).encode(errors="surrogateescape")
+    return _digest(b"".join([names, *(arrays[name] for name in ("labels", "starts", "names"))]))
 
 
 def _digest(blob: bytes) -> str:

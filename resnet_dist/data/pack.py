@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from resnet_dist.data.index import SHARD_INDEX, Index, write_index, write_whole
+from resnet_dist.data.index import PACK_PLAN, SHARD_INDEX, Index, write_index, write_whole
 from resnet_dist.data.order import rows_at
 from resnet_dist.data.read import check, image_size
 from resnet_dist.data.scan import build_index
@@ -68,9 +68,6 @@ def pack(sources: Iterable[Source], split: str, args) -> str:
     """
     sources, folder = sorted(sources), Path(args.out, split)
     folder.mkdir(parents=True, exist_ok=True)
-    names = hashlib.blake2b(repr([(one.name, one.length) for one in sources]).encode("utf-8", "replace"), digest_size=8)
-    _agree(folder / ".pack.json", {"resize": args.resize, "quality": args.quality, "shard_mb": args.shard_mb,
-                                   "images": names.hexdigest()})
     order, keys = rows_at(0, 0, len(sources), np.arange(len(sources))), _keys(sources)
     parts = [one.name.rpartition("/") for one in sources]
     classes = sorted({part[0] for part in parts})
@@ -78,6 +75,9 @@ def pack(sources: Iterable[Source], split: str, args) -> str:
     ends = np.cumsum([sources[row].length + 3 * tarfile.BLOCKSIZE for row in order])     # two headers, and the label
     pieces = np.split(order, np.flatnonzero(np.diff((ends - 1) // max(1, args.shard_mb << 20))) + 1)
     paths = [folder / f"{split}-{number:06d}.tar" for number in range(len(pieces))]
+    names = hashlib.blake2b(repr([(one.name, one.length) for one in sources]).encode("utf-8", "replace"), digest_size=8)
+    _agree(folder / PACK_PLAN, {"resize": args.resize, "quality": args.quality, "shard_mb": args.shard_mb,
+                                "images": names.hexdigest(), "shards": len(paths)})
 
     def work(path: Path, rows: np.ndarray) -> dict:
         samples = [(keys[row], ids[parts[row][0]], sources[row]) for row in rows]

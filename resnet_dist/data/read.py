@@ -36,6 +36,7 @@ _PNG_START = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"IEND\xaeB`\x82"                                    # the last chunk's name and its checksum
 _JPEG_END = b"\xff\xd9"
 _MOST_PIXELS = 178_956_970       # Pillow's limit as well: a size beyond it is damage, and would take gigabytes
+_LONGEST = 200                   # longer over shorter side
 _STANDALONE = frozenset([0x01, *range(0xD0, 0xD8)])              # JPEG markers without a length
 _FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}       # SOF0..SOF15 without DHT, JPG, DAC
 _SCAN, _END = 0xDA, 0xD9
@@ -78,6 +79,8 @@ def _inspect(data: bytes) -> tuple[int, int, str | None]:
         height, width, picture, end = _header(data)
         if not 0 < height * width <= _MOST_PIXELS:
             raise ValueError(f"the header gives a size of {width} x {height}")
+        if max(height, width) > _LONGEST * min(height, width):
+            raise ValueError(f"it is {width} x {height}: resized by its shorter side it would take gigabytes")
         # Entropy-coded data cannot contain JPEG's end marker, so one after the first scan's start is the real one,
         # whatever cameras and editors append to the file.
         if data.rfind(end, picture) < 0:

@@ -8,6 +8,7 @@ changes with every file that is added or removed, and a shard's size, which is h
 
 import contextlib
 import dataclasses
+import json
 import os
 import posixpath
 import tarfile
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from resnet_dist.data import index as index_file
 from resnet_dist.data.index import SHARD_INDEX, SUFFIXES, Index, encode_index, open_index, read_index, some, write_whole
 
 _SETTLED_NS = 2_000_000_000      # a folder changed this shortly before its scan may change again within one tick
@@ -45,7 +47,7 @@ def build_index(data_dir: str, split: str, runtime, exclude: str = "") -> Index:
 
 
 def _prepare(data_dir: str, split: str, held: list[bytes]) -> tuple[str, tuple]:
-    """(file of the index, its `_facts`); where the file cannot be written its bytes come to lie in `held`."""
+    """(file of the index, its `_facts`); the bytes of one that was made just now come to lie in `held`."""
     classes, shards = _contents(data_dir, split)
     root = os.path.abspath(os.path.join(data_dir, split))
     path = f"{root}/{SHARD_INDEX}" if shards else f"{os.path.dirname(root)}/.resnet_dist_{split}_index.bin"
@@ -53,15 +55,22 @@ def _prepare(data_dir: str, split: str, held: list[bytes]) -> tuple[str, tuple]:
     stamps = [stat.st_size if shards else stat.st_mtime_ns for stat in stats]
     with contextlib.suppress(OSError, ValueError):       # none yet, or a damaged one
         index = open_index(path, root)
-        if _facts(index)[1:] == (tuple(shards), tuple(stamps)) and (shards or list(index.class_names) == classes):
+        same = _facts(index)[1:] == (tuple(shards), tuple(stamps)) and (shards or list(index.class_names) == classes)
+        if same and index.intact():
             return path, _facts(index)
+    due = 0
+    with contextlib.suppress(OSError):
+        due = json.loads(Path(root, index_file.PACK_PLAN).read_text())["shards"] if shards else 0
+    if len(shards) < due:
+        raise ValueError(f"data.data_dir {data_dir!r}: {split}/ has {len(shards)} of {due} shards: run `resnet-dist "
+                         f"data pack` again, which finishes it, or bring the missing ones")
     payload = _scan_shards(root, shards, stamps) if shards else _scan(root, classes, stamps)
+    held.append(payload)                                 # another start may replace the file before all have opened it
     try:
-        write_whole(path, payload)
+        write_whole(path, payload, sync=True)
     except OSError as error:
         warnings.warn(f"the list of images could not be kept in {path} ({error.strerror}): the folder is scanned again "
                       f"at every start", stacklevel=4)
-        held.append(payload)
     return path, _facts(read_index(payload, root))
 
 

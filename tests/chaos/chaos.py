@@ -27,6 +27,7 @@ from dist_utils import by_step, record_batches, run_app, start_app, wait_app, wa
 
 from resnet_dist import checkpoint, cli, engine
 from resnet_dist.checkpoint import read_checkpoint, unpack_checkpoint
+from resnet_dist.watchdog import LOST
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS, EPOCHS, STEPS_PER_EPOCH = 2, 3, 12
@@ -146,7 +147,7 @@ class Round:
             elif fault == "stop one":
                 os.kill(pids[victim], signal.SIGSTOP)
                 others = [process for rank, process in enumerate(processes) if rank != victim]
-                assert wait_app(others, 60) == [1] * len(others), self.tail()
+                assert wait_app(others, 60) == [LOST] * len(others), self.tail()
                 os.kill(pids[victim], signal.SIGKILL)    # as torchrun and SLURM do with what does not go
 
         by_itself = entry is not None and fault != "disk full"
@@ -160,7 +161,8 @@ class Round:
         else:
             deadly = fault != "raise alone"              # a writer dies in the main process, whichever rank was drawn
             dead = {"kill all": range(RANKS), "disk full": range(RANKS), "kill in checkpoint": [0]}.get(fault, [victim])
-            assert codes == [-9 if deadly and rank in dead else 1 for rank in range(RANKS)], (fault, codes, self.tail())
+            expected = [-9 if deadly and rank in dead else LOST if deadly else 1 for rank in range(RANKS)]
+            assert codes == expected, (fault, codes, self.tail())
         self.struck, self.resumed = (moment, last_step(self.folder)), False
         self.say(f"{self.thrown[-1]}, rank {victim}, step {last_step(self.folder)}: exit codes {codes}")
 

@@ -11,6 +11,7 @@ import torch
 from dist_utils import start_app, wait_app, wait_for_step
 
 from resnet_dist import cli, engine, watchdog
+from resnet_dist.watchdog import LOST
 
 SMALL = ["--data.train_crop_size", "16", "--data.val_resize_size", "16", "--data.val_crop_size", "16",
          "--train.epochs", "20", "--train.global_batch_size", "120", "--log.wandb", "disabled", "--data.threads", "1",
@@ -54,7 +55,7 @@ def test_sigkill_of_any_rank(digits, tmp_path, victim):
     processes = start(digits, tmp_path, "--distributed.timeout_s", "6")
     wait_for_step(tmp_path, 3, processes)
     os.kill(processes[victim].pid, signal.SIGKILL)
-    assert wait_app(processes) == [-signal.SIGKILL if rank == victim else 1 for rank in range(3)]
+    assert wait_app(processes) == [-signal.SIGKILL if rank == victim else LOST for rank in range(3)]
     for line in (found := errors(tmp_path)):
         assert re.match(r"error \(rank \d\): lost at step \d+ \(\w+\): ", line)
         assert ("kept the ranks' store" if victim == 0 else f"rank 1 (host {os.uname().nodename}, process "
@@ -70,7 +71,7 @@ def test_a_rank_that_is_stopped(digits, tmp_path, victim):
     os.kill(processes[victim].pid, signal.SIGSTOP)
     try:
         others = [process for rank, process in enumerate(processes) if rank != victim]
-        assert wait_app(others, timeout=30) == [1, 1]
+        assert wait_app(others, timeout=30) == [LOST, LOST]
     finally:
         processes[victim].kill()
     for line in errors(tmp_path):
@@ -91,7 +92,7 @@ def test_a_rank_that_is_stuck(digits, tmp_path):
             time.sleep(100)
 
     processes = start(digits, tmp_path, "--distributed.timeout_s", "6", entry=at_step_3(1, sleep_while_waiting_for_data))
-    assert wait_app(processes, timeout=40) == [1, 1, 1]
+    assert wait_app(processes, timeout=40) == [LOST] * 3
     assert errors(tmp_path)
     for line in errors(tmp_path):
         assert "rank 1 (host " in line and "stuck < " in line

@@ -206,6 +206,19 @@ def test_a_node_dies(cluster, digits, undisturbed, tmp_path):
     assert "rank 0 of 2 on n1 n3" in job.log(1)
 
 
+def test_a_rank_that_is_lost(cluster, digits, undisturbed, tmp_path):
+    """One of two ranks is killed, as by the kernel when memory is short: neither fault nor end of the job."""
+    job = Job(digits, tmp_path, "--cluster.extra.nodelist", "n1")
+    job.wait_for_step(8)
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().split(b"\0")
+            if f"SLURM_JOB_ID={job.id}".encode() in words and b"SLURM_PROCID=1" in words and b"submitit" in (
+                    path.parent / "cmdline").read_bytes():
+                os.kill(int(path.parts[2]), signal.SIGKILL)
+    job.check(undisturbed[2], "a rank killed", lost=5)
+
+
 def test_what_fails_by_itself_is_not_requeued(cluster, digits, capsys, tmp_path):
     """One rank raises: the others are ended, and the client shows that rank's error."""
     job = Job(digits, tmp_path, setup=["export FAIL_AT=1:3"], seconds=0)
