@@ -7,6 +7,7 @@ from dist_utils import run_app
 from image_files import encode, picture, write_split
 
 from resnet_dist import cli
+from resnet_dist.data.read import READ_THREADS
 
 
 def test_benchmark_of_the_loop(tmp_path):
@@ -42,7 +43,7 @@ def test_benchmark_of_the_loader(tmp_path):
         assert len(result["turns"][name]) == 2
         assert min(figures.values()) > 0
     assert loaders["resnet_dist"]["cpu_ratio"] == loaders["resnet_dist"]["ratio"] == 1
-    assert loaders["slow storage"]["images_per_second"] < 8 / 0.02       # eight threads that wait 20 ms each
+    assert loaders["slow storage"]["images_per_second"] < READ_THREADS / 0.02        # each waits 20 ms for a file
     arguments.remove("--json")
     assert run_app(1, arguments, str(output), entry) == [0], output.read_text()
     assert output.read_text().splitlines()[-1].startswith("torchvision")
