@@ -196,3 +196,14 @@ def _app(rank: int, world_size: int, port: int, arguments: list[str], output: st
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)                                   # a forked child must not run the parent's clean-up
+
+
+def equal_trees(a, b) -> bool:
+    """Whether two trees of plain values and tensors are equal, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal_trees(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal_trees, a, b))
+    return a == b

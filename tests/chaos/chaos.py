@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from dist_utils import by_step, record_batches, run_app, start_app, wait_app, wait_for_step
+from dist_utils import by_step, equal_trees, record_batches, run_app, start_app, wait_app, wait_for_step
 
 from resnet_dist import checkpoint, cli, engine
 from resnet_dist.checkpoint import read_checkpoint, unpack_checkpoint
@@ -69,17 +69,6 @@ def saved_step(folder: Path) -> int:
     """The step of the newest checkpoint file."""
     names = sorted(path.name for path in (folder / "checkpoints").glob("step_*.pt"))
     return int(re.search(r"\d+", names[-1]).group()) if names else 0
-
-
-def equal_trees(a, b) -> bool:
-    """Whether two trees of plain values and tensors are equal, bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal_trees(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(equal_trees, a, b))
-    return a == b
 
 
 def differences(folder: Path, undisturbed: Path) -> list[str]:

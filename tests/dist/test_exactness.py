@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from dist_utils import by_step, record_batches, run_app, start_app, wait_app, wait_for_step
+from dist_utils import by_step, equal_trees, record_batches, run_app, start_app, wait_app, wait_for_step
 
 from resnet_dist import cli, engine
 from resnet_dist.checkpoint import read_checkpoint, unpack_checkpoint
@@ -45,16 +45,6 @@ def comparable(lines):
     clock = {"time", "elapsed", "train/images_per_second", "train/data_wait_fraction", "train/step_seconds",
              "train/bad_images"}
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]
-
-
-def equal_trees(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal_trees(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(equal_trees, a, b))
-    return a == b
 
 
 def assert_same_run(a, b):
