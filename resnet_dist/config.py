@@ -15,13 +15,28 @@ class ModelConfig:
     """The network."""
 
     name: str = "resnet50"
-    """torchvision's spelling (resnet50, resnext50_32x4d, ...) or the CIFAR family (resnet20, resnet56, ...)"""
+    """a name of `resnet-dist models`, in torchvision's spelling (resnet50, vgg16_bn) or CIFAR's (resnet20, plain56)"""
     num_classes: int | None = None
     """number of classes; null takes it from the data, a number must agree with the data"""
     zero_init_residual: bool = False
     """start every residual block as the identity (Goyal et al. 2017, section 5.1)"""
     stride_in_1x1: bool = False
     """stride of a bottleneck in its first 1x1 convolution (v1, He et al. 2015) instead of its 3x3 (v1.5)"""
+    shortcut: Literal["default", "A", "B", "C", "none"] = "default"
+    """A: zero padding, B: projection where the shape changes, C: everywhere (He et al. 2015, section 4.1), none: a
+    plain network; default, here and below: what belongs to the name. These are options of the ResNet family"""
+    stem: Literal["default", "imagenet", "cifar", "deep"] = "default"
+    """7x7 and max pool; 3x3 for small images; three 3x3 and max pool (ResNet-C, He et al. 2018)"""
+    avg_pool_shortcut: bool = False
+    """average before a projection of stride 2 (ResNet-D, He et al. 2018)"""
+    preactivation: bool = False
+    """norm and ReLU before the convolutions (He et al. 2016, "Identity Mappings")"""
+    squeeze_excitation: bool = False
+    """weigh the channels at the end of each block (Hu et al. 2017)"""
+    stochastic_depth: float = 0.0
+    """rate at which the last block is left out in training, rising linearly from 0 (Huang et al. 2016)"""
+    blur_pool: bool = False
+    """blur before convolutions of stride 2, but for the stem's (Zhang 2019)"""
     sync_batch_norm: bool = True
     """normalise over the samples of all ranks; else each has its own, and evaluation takes those of the first"""
 
@@ -301,6 +316,7 @@ _RULES = {
     "train.epochs": _ABOVE_ZERO, "train.global_batch_size": _ABOVE_ZERO, "train.max_nonfinite_steps": _ABOVE_ZERO,
     "train.grad_accum_steps": (lambda value: value > 0, "it must be at least 1, which means no accumulation"),
     "train.label_smoothing": (lambda value: 0 <= value < 1, "it must be in [0, 1)"),
+    "model.stochastic_depth": (lambda value: 0 <= value < 1, "it must be in [0, 1)"),
     "train.ema_decay": (lambda value: 0 <= value < 1, "it must be in [0, 1), for instance 0.9999; 0 is none"),
     "train.clip_grad_norm": _NOT_NEGATIVE, "train.eval_interval_epochs": _NOT_NEGATIVE,
     "optim.base_lr": _ABOVE_ZERO, "optim.base_batch_size": _NOT_NEGATIVE, "optim.weight_decay": _NOT_NEGATIVE,

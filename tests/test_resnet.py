@@ -49,7 +49,7 @@ def randomise_norms(model):
 
 
 def test_the_table_holds_the_whole_family():
-    assert set(MODELS) == {*TORCHVISION_NAMES, *CIFAR_SIZES}
+    assert {*TORCHVISION_NAMES, *CIFAR_SIZES} < set(MODELS)
 
 
 @pytest.mark.parametrize("name", TORCHVISION_NAMES)
@@ -125,7 +125,7 @@ def test_cifar_maps_are_32_16_8():
 
 def test_shortcut_a_subsamples_and_pads():
     x = torch.randn(2, 3, 5, 6)
-    out = resnet.make_shortcut("A", 3, 7, 2)(x)
+    out = resnet.make_shortcut(3, 7, 2, resnet.Options(shortcut="A"))(x)
     assert torch.equal(out[:, :3], x[:, :, ::2, ::2])
     assert out.shape == (2, 7, 3, 3)
     assert not out[:, 3:].any()
@@ -192,7 +192,7 @@ def test_training_step_on_meta():
 
 
 def test_unknown_name_is_refused_with_the_closest():
-    with pytest.raises(ValueError, match=r"model\.name.*'resnet51'.*resnet50.*MODELS"):
+    with pytest.raises(ValueError, match=r"model\.name.*'resnet51'.*resnet50.*resnet-dist models"):
         build_model(section("resnet51"), 10)
     with pytest.raises(ValueError, match=r"model\.name.*'xyz'"):
         build_model(section("xyz"), 10)
@@ -203,7 +203,7 @@ def test_senseless_options_are_refused():
         build_on_meta("resnet18", 0)
     with pytest.raises(ValueError, match="shortcut: 'Z'"):
         resnet.ResNet(resnet.BasicBlock, (1,), shortcut="Z")
-    with pytest.raises(ValueError, match="stem: 'deep'"):
-        resnet.ResNet(resnet.BasicBlock, (1,), stem="deep")
+    with pytest.raises(ValueError, match="stem: 'Z'"):
+        resnet.ResNet(resnet.BasicBlock, (1,), stem="Z")
     with pytest.raises(ValueError, match="groups=2"):
         resnet.ResNet(resnet.BasicBlock, (1,), groups=2)
