@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "top-1 and top-5 of a checkpoint on the validation set",
     "benchmark": "speed of the whole loop beside a bare one; benchmark loader: of the data path beside others",
     "data": "get a data set ready: import, pack, download, verify, show",
+    "models": "every network: parameters, GFLOPs, published accuracy",
     "doctor": "a preflight of a run: layout, folders, data, network, versions",
     "report": "a table and a plot of a run's metrics.jsonl",
 }
@@ -159,6 +160,12 @@ def report(arguments: list[str]) -> int:
     return command.run(parser.parse_args(arguments))
 
 
+def models(arguments: list[str]) -> int:
+    """List the networks."""
+    from resnet_dist.commands import models as command
+    return command.run(arguments)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command that the first argument names; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -170,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"error: unknown command {arguments[0]!r}", file=sys.stderr)
         return 2 if wrong else 0
     functions = {"train": train, "submit": submit, "evaluate": evaluate, "benchmark": benchmark, "data": data,
-                 "doctor": doctor, "report": report}
+                 "models": models, "doctor": doctor, "report": report}
     return functions[arguments[0]](arguments[1:])
 
 

@@ -25,8 +25,8 @@ TORCHVISION_NAMES = [
 CIFAR_SIZES = {"resnet20": 0.27, "resnet32": 0.46, "resnet44": 0.66, "resnet56": 0.85, "resnet110": 1.7}
 
 
-def section(name, zero_init_residual=False, stride_in_1x1=False):
-    return SimpleNamespace(name=name, zero_init_residual=zero_init_residual, stride_in_1x1=stride_in_1x1)
+def section(name, **options):
+    return SimpleNamespace(name=name, **options)
 
 
 def build_on_meta(name, num_classes=1000, **options):
@@ -183,6 +183,111 @@ def test_channels_last_gives_the_same_logits_and_layout(name):
         logits = model(images.to(memory_format=torch.channels_last))
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     assert layouts == [True, True]
+
+
+def test_plain_networks_have_no_way_around():
+    torch.manual_seed(5)
+    block = build_model(section("plain20"), 10).eval().layer1[0]
+    x = torch.rand(2, 16, 4, 4)
+    assert torch.equal(block(x), torch.relu(block.bn2(block.conv2(torch.relu(block.bn1(block.conv1(x)))))))
+    plain, residual = build_on_meta("plain34"), build_on_meta("resnet34", shortcut="none")
+    assert {k: v.shape for k, v in plain.state_dict().items()} == {k: v.shape for k, v in residual.state_dict().items()}
+    assert not any("downsample" in key for key in plain.state_dict())
+
+
+@pytest.mark.parametrize("name", ["preresnet110", "preresnet164", "preresnet200", "wide_resnet28_10"])
+def test_preactivation_blocks_add_to_the_raw_input(name):
+    """He et al. 2016, equation 6: x + F(f(x)), with nothing after the addition; the first block follows the stem."""
+    torch.manual_seed(6)
+    with torch.device("meta"):
+        model = build_model(section(name), 10)
+    block = model.layer2[1].to_empty(device="cpu")
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    randomise_norms(block)
+    block.eval()
+    x = torch.randn(2, block.preactivation[0].num_features, 4, 4)
+    out = block.conv1(torch.relu(block.preactivation[0](x)))
+    out = block.conv2(torch.relu(block.bn1(out)))
+    if hasattr(block, "conv3"):
+        out = block.conv3(torch.relu(block.bn2(out)))
+    torch.testing.assert_close(block(x), x + out)
+    assert isinstance(model.layer1[0].preactivation, nn.Identity)
+    assert isinstance(model.activation[0], nn.BatchNorm2d)
+    norms = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    convs = sum(isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1) or "downsample" not in n
+                for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    assert norms == convs                                # one after each convolution but those of shortcuts
+
+
+def test_shortcut_c_projects_everywhere():
+    """He et al. 2015, table 3: C has "slightly" more parameters than B, and B than A."""
+    model = build_on_meta("resnet34", shortcut="C")
+    blocks = [m for m in model.modules() if isinstance(m, resnet.Block)]
+    assert all(isinstance(b.downsample[0], nn.Conv2d) for b in blocks)
+    a, b, c = (count(build_on_meta("resnet34", shortcut=kind)) for kind in "ABC")
+    assert a < b < c and b == 21_797_672
+
+
+@pytest.mark.parametrize("name", ["resnet50c", "resnet50d", "seresnet50"])
+def test_logits_equal_timm(name):
+    import timm  # takes seconds
+    torch.manual_seed(7)
+    theirs = timm.create_model(name)
+    randomise_norms(theirs)
+    ours = build_on_meta(name)
+    ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
+    images = torch.randn(1, 3, 96, 96)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), rtol=1e-4, atol=1e-4)
+
+
+def test_stochastic_depth_leaves_branches_out_in_training_only():
+    torch.manual_seed(8)
+    model = build_model(section("resnet20", stochastic_depth=0.5), 10)
+    rates = [m.drop_rate for m in model.modules() if isinstance(m, resnet.Block)]
+    assert rates == pytest.approx([0.5 * i / 8 for i in range(9)])
+    block, x = model.layer1[1].eval(), torch.rand(4000, 16, 2, 2)
+    block.drop_rate, branch = 0.25, block.residual(x)
+    assert torch.equal(block(x), torch.relu(branch + x))
+    block.residual = lambda x: branch                    # of eval mode, so that only the choice is random
+    out = block.train()(x)
+    left_out = (out == x).flatten(1).all(1)
+    assert 0.2 < left_out.float().mean() < 0.3
+    torch.testing.assert_close(out[~left_out], torch.relu(branch / 0.75 + x)[~left_out])
+
+
+def test_blur_pool_filters_before_each_stride_but_the_stems():
+    torch.manual_seed(9)
+    model = build_model(section("resnet18", blur_pool=True), 10)
+    plain = build_on_meta("resnet18", 10)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    strided = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.stride != (1, 1)]
+    assert [type(m) for m in strided] == [nn.Conv2d] + [resnet.BlurConv2d] * 6
+    conv, x = model.layer2[0].conv1, torch.randn(1, 64, 9, 9)
+    row = torch.tensor([1.0, 2, 1])
+    kernel = (row[:, None] * row / 16)[None, None]
+    blurred = torch.cat([nn.functional.conv2d(plane[:, None], kernel, padding=1) for plane in x.unbind(1)], 1)
+    torch.testing.assert_close(conv(x), nn.functional.conv2d(blurred, conv.weight, stride=2, padding=1))
+
+
+@pytest.mark.parametrize("name, options, text", [
+    ("plain20", {"zero_init_residual": True}, "zero_init_residual"),
+    ("preresnet110", {"zero_init_residual": True}, "zero_init_residual"),
+    ("plain20", {"stochastic_depth": 0.1}, "stochastic_depth"),
+    ("resnet20", {"avg_pool_shortcut": True}, "avg_pool_shortcut"),
+])
+def test_options_that_exclude_each_other_are_refused(name, options, text):
+    with pytest.raises(ValueError, match=f"model.{text} is"):
+        build_on_meta(name, 10, **options)
+
+
+@pytest.mark.parametrize("name", ["plain20", "preresnet110", "resnet29", "resnet50d", "seresnet50"])
+def test_training_step_gives_every_weight_a_gradient(name):
+    torch.manual_seed(10)
+    model = build_model(section(name, **({"stochastic_depth": 0.1, "blur_pool": True} if name[-1] != "0" else {})), 10)
+    model(torch.randn(4, 3, 32, 32)).logsumexp(1).sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 def test_training_step_on_meta():
