@@ -68,3 +68,17 @@ def test_nothing_to_report(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text("")
     assert call(tmp_path) == 2
     assert capsys.readouterr().out.count("error:") == 2
+
+
+def test_several_runs_are_compared(folder, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    other = tmp_path / "other"
+    other.mkdir()
+    line = {"step": 5, "time": 3.0, "elapsed": 2.0, "train/epoch": 0.5, "train/loss": 1.5}
+    (other / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert call(folder, other) == 0
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    assert rows[folder.name] == ["10.00", "0:01:40", "0.0300", "70.00", "95.00", "90.00"]
+    assert rows["other"] == ["0.50", "0:00:02", "1.5000", "nan", "nan", "nan"]
+    assert (folder / "metrics.png").read_bytes()[:4] == b"\x89PNG"
+    assert call(folder, tmp_path / "none") == 2
