@@ -6,7 +6,8 @@ name, so that row i is the same image in class folders and in shards packed from
 what it finds, `resnet-dist data pack` for what it writes.
 
 The file: magic, version, CRC-32 and length of a JSON text; that text, with everything that is small; then at the next
-multiple of 64 bytes the arrays of _DTYPES, little-endian, each from a multiple of 64 bytes on.
+multiple of 64 bytes a record of _COLUMNS for each row (what is known of an image lies in one page), and one more; then,
+at the next multiple of 64 bytes, the names behind each other.
 """
 
 import hashlib
@@ -31,8 +32,8 @@ SHARD_INDEX = "index.bin"
 """Name of the index file that lies beside the tar shards of a split."""
 
 _PREFIX = struct.Struct("<8sIIQ")
-_MAGIC, _VERSION = b"resndist", 2
-_DTYPES = {"labels": "<i4", "starts": "<i8", "names": "u1", "shard": "<i4", "offset": "<i8", "length": "<i8"}
+_MAGIC, _VERSION = b"resndist", 3
+_COLUMNS = [("starts", "<i8"), ("labels", "<i4"), ("shard", "<i4"), ("offset", "<i8"), ("length", "<i8")]
 _ALIGN = 64
 _READ_WHOLE = 2**28               # bytes of an index that is fetched at once
 
@@ -53,7 +54,7 @@ class Index:
     """of all images of the file"""
     arrays: dict[str, np.ndarray]
     """of the file: labels int32 [n], starts int64 [n + 1] of the names in names uint8, and for shards shard int32 [n],
-    offset int64 [n], length int64 [n]"""
+    offset int64 [n], length int64 [n]; all but the names are columns of one array of records"""
     excluded: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     """int64 [k]: for each image that is left out, in order, how many rows come before it"""
 
@@ -144,15 +145,22 @@ def encode_index(class_names: Sequence[str], labels: Sequence[int], names: Seque
     if shards:
         table = np.asarray(places, dtype="<i8")[rows]
         arrays.update(shard=table[:, 0], offset=table[:, 1], length=table[:, 2])
-    arrays = {name: array.astype(_DTYPES[name]) for name, array in arrays.items()}
-    header = encode_header({name: len(array) for name, array in arrays.items()}, {
+    records = np.zeros(len(rows) + 1, record_type(bool(shards)))
+    for name in records.dtype.names:
+        records[name][:len(arrays[name])] = arrays[name]
+    header = encode_header(len(rows), len(arrays["names"]), {
         "classes": list(class_names), "shards": list(shards), "stamps": list(stamps), "fingerprint": fingerprint})
-    return header + b"".join(_padded(array.tobytes()) for array in arrays.values())
+    return header + _padded(records.tobytes()) + _padded(arrays["names"].tobytes())
 
 
-def encode_header(counts: dict[str, int], facts: dict) -> bytes:
-    """All that comes before the arrays, which have `counts` elements each; `facts` are classes, shards and so on."""
-    text = json.dumps({**facts, "counts": counts}).encode()
+def record_type(sharded: bool) -> np.dtype:
+    """What the file knows of a row: the first two of _COLUMNS of a file, all of an image in a shard."""
+    return np.dtype(_COLUMNS if sharded else _COLUMNS[:2])
+
+
+def encode_header(rows: int, name_bytes: int, facts: dict) -> bytes:
+    """All that comes before the records of `rows` images and their names; `facts` are classes, shards and so on."""
+    text = json.dumps({**facts, "rows": rows, "name_bytes": name_bytes}).encode()
     return _padded(_PREFIX.pack(_MAGIC, _VERSION, zlib.crc32(text), len(text)) + text)
 
 
@@ -187,14 +195,14 @@ def read_index(buffer: bytes | mmap.mmap, root: str) -> Index:
     text = buffer[_PREFIX.size:_PREFIX.size + length] if (magic, version) == (_MAGIC, _VERSION) else b""
     if not text or zlib.crc32(text) != checksum:
         raise ValueError("this is no index of this version, or it is damaged")
-    facts, arrays, start = json.loads(text), {}, _aligned(_PREFIX.size + length)
-    for name, count in facts["counts"].items():
-        stop = start + count * np.dtype(_DTYPES[name]).itemsize
-        if stop <= len(buffer):
-            arrays[name] = np.frombuffer(buffer, _DTYPES[name], count, start)
-        start = _aligned(stop)
-    if start != len(buffer):
-        raise ValueError(f"the index has {len(buffer)} bytes, not the {start} that its header tells")
+    facts, start = json.loads(text), _aligned(_PREFIX.size + length)
+    kind, count = record_type(bool(facts["shards"])), facts["rows"]
+    names_start = _aligned(start + (count + 1) * kind.itemsize)
+    if (stop := _aligned(names_start + facts["name_bytes"])) != len(buffer):
+        raise ValueError(f"the index has {len(buffer)} bytes, not the {stop} that its header tells")
+    records = np.frombuffer(buffer, kind, count + 1, start)
+    arrays = {name: records[name] if name == "starts" else records[name][:count] for name in kind.names}
+    arrays["names"] = np.frombuffer(buffer, np.uint8, facts["name_bytes"], names_start)
     return Index(root, *(tuple(facts[name]) for name in ("classes", "shards", "stamps")), facts["fingerprint"], arrays)
 
 
@@ -232,7 +240,7 @@ def _padded(blob: bytes) -> bytes:
 def _fingerprint(class_names: Sequence[str], arrays: dict[str, np.ndarray]) -> str:
     """Of what the images are called and belong to, in their order."""
     names = "\0".join(class_names).encode(errors="surrogateescape")
-    return _digest(b"".join([names, *(arrays[name] for name in ("labels", "starts", "names"))]))
+    return _digest(b"".join([names, *(arrays[name].tobytes() for name in ("labels", "starts", "names"))]))
 
 
 def _digest(blob: bytes) -> str:
