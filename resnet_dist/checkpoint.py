@@ -27,7 +27,7 @@ _DEFINES_POSITION = ("seed", "train.global_batch_size", "data.kind", "data.num_s
 _DEFINES_MODEL = ("model.name", "model.num_classes", "model.stride_in_1x1", "model.shortcut", "model.stem",
                   "model.avg_pool_shortcut", "model.preactivation", "model.squeeze_excitation", "model.blur_pool")
 _FREE_TO_CHANGE = ("output_dir", "data.data_dir", "data.exclude", "data.threads", "data.prefetch_batches",
-                   "data.val_batch_size", "data.max_bad_images", "log", "checkpoint", "distributed")
+                   "data.val_batch_size", "data.max_bad_images", "log", "checkpoint", "distributed", "recipe")
 
 
 @dataclass

@@ -18,7 +18,7 @@ from torch import nn
 
 from resnet_dist import checkpoint, distributed, engine
 from resnet_dist.checkpoint import Saver, TrainState
-from resnet_dist.config import Config, remarks, to_dict
+from resnet_dist.config import Config, to_dict
 from resnet_dist.data.build import build_train_loader, build_val_loader
 from resnet_dist.data.index import check_num_classes, check_same_classes
 from resnet_dist.data.types import TrainLoader, ValLoader
@@ -28,6 +28,7 @@ from resnet_dist.log import Log, build_log
 from resnet_dist.models.build import build_model
 from resnet_dist.models.sync_batch_norm import convert_sync_batch_norm
 from resnet_dist.optim import build_optimizer
+from resnet_dist.remarks import remarks
 from resnet_dist.rng import derive_seed
 from resnet_dist.schedule import Schedule, build_schedule, epochs_to_steps, peak_lr
 from resnet_dist.watchdog import LOST

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from resnet_dist.cli import config_parser, parse_config
-from resnet_dist.config import Config, check, remarks, to_dict
+from resnet_dist.config import Config, check, to_dict
+from resnet_dist.remarks import remarks
 
 
 def parse(*arguments):
