@@ -4,27 +4,23 @@ from operator import attrgetter
 
 from resnet_dist.config import Config
 
-_USED_BY = {                                             # a choice, and the keys that only some of its kinds read
-    "optim.kind": {
-        "optim.momentum": ("sgd", "lars", "rmsprop"), "optim.nesterov": ("sgd",), "optim.trust_coefficient": ("lars",),
-        "optim.betas": ("lamb", "adamw"), "optim.alpha": ("rmsprop",),
-        "optim.eps": ("lars", "lamb", "rmsprop", "adamw")},
-    "schedule.kind": {
-        "schedule.milestones": ("step",), "schedule.gamma": ("step", "exponential"),
-        "schedule.decay_epochs": ("exponential",), "schedule.power": ("polynomial",),
-        "schedule.final_lr": ("cosine", "polynomial")},
-    "train.loss": {"train.bce_target_threshold": ("bce",)},
+_READS = {                                               # a choice, and the keys beside it that each of its kinds reads
+    "optim.kind": {"sgd": "momentum nesterov", "lars": "momentum trust_coefficient eps", "lamb": "betas eps",
+                   "rmsprop": "momentum alpha eps", "adamw": "betas eps"},
+    "schedule.kind": {"cosine": "final_lr", "step": "milestones gamma", "polynomial": "power final_lr",
+                      "exponential": "gamma decay_epochs"},
+    "train.loss": {"ce": "", "bce": "bce_target_threshold"},
 }
 
 
 def remarks(config: Config, device: str) -> list[str]:
     """Sentences about settings that have no effect as the others are, or a bad one, on `device` ("cuda", "cpu")."""
     schedule, plain, found = config.schedule, Config(), []
-    for choice, users in _USED_BY.items():
-        kind = attrgetter(choice)(config)
-        for key, kinds in users.items():
-            if kind not in kinds and (value := attrgetter(key)(config)) != attrgetter(key)(plain):
-                found.append(f"{key} is {value!r}, which {choice} {kind} does not use")
+    for choice, kinds in _READS.items():
+        kind, section = attrgetter(choice)(config), attrgetter(choice.split(".")[0])
+        for key in sorted({*" ".join(kinds.values()).split()} - {*kinds[kind].split()}):
+            if (value := getattr(section(config), key)) != getattr(section(plain), key):
+                found.append(f"{choice.split('.')[0]}.{key} is {value!r}, which {choice} {kind} does not use")
     if schedule.kind == "step" and any(milestone >= config.train.epochs for milestone in schedule.milestones):
         found.append(f"schedule.milestones {schedule.milestones} reach beyond train.epochs, {config.train.epochs}")
     if config.train.loss == "bce" and config.train.bce_target_threshold and config.train.label_smoothing:
@@ -40,3 +36,23 @@ def remarks(config: Config, device: str) -> list[str]:
     if config.distributed.threads and device == "cuda":
         found.append(f"distributed.threads is {config.distributed.threads}, which has no effect on a GPU")
     return found
+
+
+def far_from_recipe(config: Config, world_size: int) -> list[str]:
+    """Sentences about a batch, ranks, or images that a norm layer sees at once, over 4 times off the recipe's."""
+    recipe, batch, found = config.recipe, config.train.global_batch_size, []
+    ranks = recipe.world_size or world_size
+    seen, meant = batch / world_size / config.train.grad_accum_steps, (recipe.global_batch_size or batch) / ranks
+    if _far(batch, recipe.global_batch_size):
+        found.append(f"train.global_batch_size is {batch}, and the recipe's figure was reached with "
+                     f"{recipe.global_batch_size}: expect another, or take that (train.grad_accum_steps saves memory)")
+    if recipe.world_size and not config.model.sync_batch_norm and _far(seen, meant):
+        found.append(f"a norm layer sees {seen:g} images at once, on the recipe's {ranks} ranks {meant:g}: take "
+                     "model.sync_batch_norm true, or ranks and train.grad_accum_steps that come nearer")
+    elif _far(world_size, ranks):
+        found.append(f"this run has {world_size} ranks, the recipe {ranks}: only the time it takes should differ")
+    return found
+
+
+def _far(value: float, meant: float) -> bool:
+    return bool(meant) and not meant / 4 <= value <= meant * 4
