@@ -19,15 +19,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from resnet_dist.config import Config, to_dict
 from resnet_dist.ema import Ema
 
 FORMAT = 1
 _DEFINES_POSITION = ("seed", "train.global_batch_size", "data.kind", "data.num_samples", "data.fingerprint",
                      "augment.repeats")
-_DEFINES_MODEL = ("model.name", "model.num_classes", "model.stride_in_1x1", "model.shortcut", "model.stem",
+_DEFINES_MODEL = ("model.name", "model.num_classes", "model.stride_in_1x1", "model.shortcut", "model.stem", "optim.kind",
                   "model.avg_pool_shortcut", "model.preactivation", "model.squeeze_excitation", "model.blur_pool")
 _FREE_TO_CHANGE = ("output_dir", "data.data_dir", "data.exclude", "data.threads", "data.prefetch_batches",
-                   "data.val_batch_size", "data.max_bad_images", "log", "checkpoint", "distributed")
+                   "data.val_batch_size", "data.max_bad_images", "log", "checkpoint", "distributed", "recipe")
 
 
 @dataclass
@@ -256,7 +257,7 @@ def check_resumable(saved: dict, facts: dict) -> list[str]:
 
     Raises ValueError for what would make the step mean something else (seed, batch size, data) or the weights not fit.
     """
-    before, now = ({**_flatten(of["config"]), "data.num_samples": of["num_samples"],
+    before, now = ({**_flatten(to_dict(Config())), **_flatten(of["config"]), "data.num_samples": of["num_samples"],
                     "data.fingerprint": of["fingerprint"]} for of in (saved, facts))
     changed = []
     for key in sorted(before.keys() | now.keys()):
@@ -264,7 +265,8 @@ def check_resumable(saved: dict, facts: dict) -> list[str]:
         if old == new or any(key == free or key.startswith(free + ".") for free in _FREE_TO_CHANGE):
             continue
         if key in _DEFINES_MODEL:
-            raise ValueError(f"the checkpoint of step {saved['step']} holds another model: {key} was {old!r}, now "
+            what = "optimizer" if key == "optim.kind" else "model"
+            raise ValueError(f"the checkpoint of step {saved['step']} holds another {what}: {key} was {old!r}, now "
                              f"{new!r}; take another output_dir, or checkpoint.init_from for its weights")
         if key in _DEFINES_POSITION:
             raise ValueError(f"the checkpoint of step {saved['step']} cannot be continued: {key} was {old!r}, now "

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from resnet_dist.config import ClusterConfig, Config, check
+from resnet_dist.cluster import ClusterConfig
+from resnet_dist.config import Config, check
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")    # torch's warnings about a lost rank are pages; we say it
 COMMANDS = {

@@ -126,18 +126,28 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """SGD with momentum. The peak learning rate is base_lr * train.global_batch_size / base_batch_size."""
+    """The update. The peak learning rate is base_lr * train.global_batch_size / base_batch_size."""
 
+    kind: Literal["sgd", "lars", "lamb", "rmsprop", "adamw"] = "sgd"
+    """SGD; LARS (You et al. 2017) and LAMB (You et al. 2019) for large batches; RMSprop as TensorFlow has it; AdamW"""
     base_lr: float = 0.1
     """learning rate for a batch of base_batch_size images (linear scaling, Goyal et al. 2017)"""
     base_batch_size: int = 256
     """batch size that base_lr is meant for; 0 = base_lr is the peak learning rate as it stands"""
     momentum: float = 0.9
-    """momentum of SGD"""
+    """momentum of SGD, LARS and RMSprop"""
     nesterov: bool = False
-    """Nesterov momentum"""
+    """Nesterov momentum, of SGD"""
+    trust_coefficient: float = 0.001
+    """LARS: learning rate of a weight tensor as a fraction of its norm over its gradient's"""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """LAMB and AdamW: decay per step of the averages of the gradient and of its square"""
+    alpha: float = 0.9
+    """RMSprop: decay per step of the average of the gradient's square"""
+    eps: float | None = None
+    """added to the denominator; null = 0 for LARS, 1e-6 for LAMB, 1e-8 for AdamW and, below the root, for RMSprop"""
     weight_decay: float = 1e-4
-    """L2 penalty on the weights of convolutions and linear layers"""
+    """L2 penalty on the weights of convolutions and linear layers; LAMB and AdamW decay them apart from the gradient"""
     norm_weight_decay: float | None = None
     """L2 penalty on the weights and biases of norm layers; null = as weight_decay"""
     bias_weight_decay: float | None = None
@@ -146,20 +156,27 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Learning rate over the run: linear warm-up, then decay; set anew at every step."""
+    """Learning rate over the run: warm-up, then decay; set anew at every step."""
 
-    kind: Literal["cosine", "step"] = "cosine"
-    """cosine: half a cosine from the peak to final_lr; step: times gamma at each milestone"""
+    kind: Literal["cosine", "step", "polynomial", "exponential"] = "cosine"
+    """cosine: half a cosine from the peak to final_lr; step: times gamma at each milestone; polynomial: from the peak
+    to final_lr with what is left of the run to the given power; exponential: times gamma every decay_epochs"""
     warmup_epochs: float = 5.0
-    """length of the linear warm-up; 0 = none"""
+    """length of the warm-up; 0 = none"""
+    warmup_kind: Literal["linear", "constant"] = "linear"
+    """linear: rises to the peak (Goyal et al. 2017); constant: stays low, then jumps (He et al. 2015, section 4.2)"""
     warmup_start_factor: float = 0.01
     """learning rate of the warm-up's first step, as a fraction of the peak; above zero"""
     milestones: tuple[float, ...] = (30.0, 60.0, 80.0)
     """epochs at which the step schedule decays"""
     gamma: float = 0.1
-    """factor of the step schedule's decay"""
+    """factor of the step and the exponential schedule's decay"""
+    decay_epochs: float = 2.4
+    """epochs between the exponential schedule's decays, counted from the start of the run"""
+    power: float = 2.0
+    """power of the polynomial schedule"""
     final_lr: float = 0.0
-    """learning rate that the cosine ends at"""
+    """learning rate that the cosine and the polynomial schedule end at"""
 
 
 @dataclass(frozen=True)
@@ -174,6 +191,10 @@ class TrainConfig:
     """micro-steps whose gradients are added up to one update"""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """arithmetic of the forward and backward pass (autocast); weights stay in fp32"""
+    loss: Literal["ce", "bce"] = "ce"
+    """ce: cross-entropy; bce: binary cross-entropy, mean over the classes (Wightman et al. 2021); val has ce always"""
+    bce_target_threshold: float = 0.0
+    """bce: targets above it become 1, the others 0, as in timm's recipes with 0.2; 0 = they stay soft"""
     label_smoothing: float = 0.0
     """share of the target's mass that is spread over all classes (Szegedy et al. 2015, section 7)"""
     clip_grad_norm: float = 0.0
@@ -233,6 +254,16 @@ class DistributedConfig:
 
 
 @dataclass(frozen=True)
+class RecipeConfig:
+    """What the published figure of a recipe was made with; a run that is far from it says so."""
+
+    global_batch_size: int = 0
+    """images of one update; 0 = not said"""
+    world_size: int = 0
+    """number of ranks; 0 = not said"""
+
+
+@dataclass(frozen=True)
 class Config:
     """Train a residual network on a folder of images, with one process per device."""
 
@@ -249,55 +280,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
-
-
-@dataclass(frozen=True)
-class ClusterConfig:
-    """Where and how `resnet-dist submit` starts a training; no part of the training's own settings."""
-
-    executor: Literal["slurm", "local", "debug"] = "slurm"
-    """slurm: a batch job; local: processes on this machine, in the background; debug: one rank in this process"""
-    nodes: int = 1
-    """number of machines"""
-    gpus_per_node: int = 1
-    """GPUs of a node; each gets a process of its own"""
-    tasks_per_node: int = 0
-    """processes of a node; 0 = gpus_per_node. With gpus_per_node 0 they train on the CPU"""
-    time_min: int = 1440
-    """time limit of one attempt in minutes; a run that takes longer is requeued and goes on"""
-    partition: str = ""
-    """SLURM partition; empty = the cluster's default, as for account, qos and constraint"""
-    account: str = ""
-    """SLURM account"""
-    qos: str = ""
-    """SLURM quality of service"""
-    constraint: str = ""
-    """features that the nodes must have"""
-    cpus_per_gpu: int = 0
-    """CPUs of each process; 0 = the cluster's default"""
-    mem_gb: int = 0
-    """memory of a node in GiB; 0 = the cluster's default"""
-    python: str = ""
-    """shell words that start Python in the job, for instance in a container; empty = the Python that submits"""
-    setup: list[str] = field(default_factory=list)
-    """shell lines of the batch script before training: modules, variables"""
-    extra: dict[str, bool | int | str] = field(default_factory=dict)
-    """further sbatch directives: `--cluster.extra.exclude n3` becomes `--exclude=n3`, true one without a value"""
-    signal_delay_s: int = 120
-    """seconds before the time limit at which the run saves and is requeued; at least 60 and the time of a save, since
-    SLURM looks once in a minute"""
-    max_requeues: int = 100
-    """requeues, for whatever reason, after which the job ends with an error"""
-    seeds: str = ""
-    """a job array, one job for each of these seeds (0,1,2), each in a folder of its own below output_dir"""
-    configs: str = ""
-    """a job array, one job for each of these YAML files (a.yaml,b.yaml), read before all other settings"""
-    snapshot: bool = True
-    """run a copy of the code that is made now, whatever becomes of the original while the job waits"""
-    dry_run: bool = False
-    """print the batch script and what it would train; submit nothing"""
-    wait: bool = False
-    """stay until the job has ended, and show its first error"""
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
 
 
 def to_dict(config: Config) -> dict:
@@ -311,17 +294,20 @@ def to_dict(config: Config) -> dict:
 
 _ABOVE_ZERO = (lambda value: value > 0, "it must be above 0")
 _NOT_NEGATIVE = (lambda value: value is None or value >= 0, "it must be 0 or above")
+_BELOW_ONE = (lambda value: 0 <= value < 1, "it must be in [0, 1)")
 _RULES = {
     "output_dir": (bool, "name the folder of the run"),
     "train.epochs": _ABOVE_ZERO, "train.global_batch_size": _ABOVE_ZERO, "train.max_nonfinite_steps": _ABOVE_ZERO,
     "train.grad_accum_steps": (lambda value: value > 0, "it must be at least 1, which means no accumulation"),
-    "train.label_smoothing": (lambda value: 0 <= value < 1, "it must be in [0, 1)"),
-    "model.stochastic_depth": (lambda value: 0 <= value < 1, "it must be in [0, 1)"),
+    "train.label_smoothing": _BELOW_ONE, "train.bce_target_threshold": _BELOW_ONE, "model.stochastic_depth": _BELOW_ONE,
     "train.ema_decay": (lambda value: 0 <= value < 1, "it must be in [0, 1), for instance 0.9999; 0 is none"),
     "train.clip_grad_norm": _NOT_NEGATIVE, "train.eval_interval_epochs": _NOT_NEGATIVE,
     "optim.base_lr": _ABOVE_ZERO, "optim.base_batch_size": _NOT_NEGATIVE, "optim.weight_decay": _NOT_NEGATIVE,
     "optim.norm_weight_decay": _NOT_NEGATIVE, "optim.bias_weight_decay": _NOT_NEGATIVE,
-    "optim.momentum": (lambda value: 0 <= value < 1, "it must be in [0, 1)"),
+    "optim.momentum": _BELOW_ONE, "optim.alpha": _BELOW_ONE, "optim.trust_coefficient": _ABOVE_ZERO,
+    "optim.betas": (lambda value: min(value) >= 0 and max(value) < 1, "both must be in [0, 1)"),
+    "optim.eps": _NOT_NEGATIVE, "schedule.decay_epochs": _ABOVE_ZERO, "schedule.power": _ABOVE_ZERO,
+    "recipe.global_batch_size": _NOT_NEGATIVE, "recipe.world_size": _NOT_NEGATIVE,
     "schedule.warmup_epochs": _NOT_NEGATIVE, "schedule.final_lr": _NOT_NEGATIVE,
     "schedule.warmup_start_factor": (lambda value: 0 < value <= 1, "it must be in (0, 1]: zero learns nothing"),
     "schedule.gamma": (lambda value: 0 < value <= 1, "it must be in (0, 1]"),
@@ -375,26 +361,3 @@ def check(config: Config) -> None:
     if data.val_resize_size < data.val_crop_size:
         refuse("data.val_resize_size", f"it must not be below data.val_crop_size, {data.val_crop_size}: the crop would "
                                        "leave the image")
-
-
-def remarks(config: Config, device: str) -> list[str]:
-    """Sentences about settings that have no effect as the others are, or a bad one, on `device` ("cuda", "cpu")."""
-    schedule, plain = config.schedule, ScheduleConfig()
-    found = []
-    if schedule.kind == "step" and schedule.final_lr:
-        found.append(f"schedule.final_lr is {schedule.final_lr}, which the step schedule does not use")
-    if schedule.kind == "step" and any(milestone >= config.train.epochs for milestone in schedule.milestones):
-        found.append(f"schedule.milestones {schedule.milestones} reach beyond train.epochs, {config.train.epochs}")
-    if schedule.kind == "cosine" and (schedule.milestones, schedule.gamma) != (plain.milestones, plain.gamma):
-        found.append("schedule.milestones and schedule.gamma are set, which the cosine schedule does not use")
-    if config.checkpoint.resume and config.checkpoint.init_from:
-        found.append("checkpoint.init_from is set beside checkpoint.resume, which comes first")
-    if config.data.kind == "synthetic" and config.data.data_dir:
-        found.append(f"data.data_dir is {config.data.data_dir!r}, which synthetic data does not read")
-    if config.data.train_crop != "random_resized" and config.data.crop_scale != DataConfig().crop_scale:
-        found.append(f"data.crop_scale is set, which data.train_crop {config.data.train_crop} does not use")
-    if config.train.precision == "fp16" and device == "cpu":
-        found.append("train.precision is fp16, whose backward pass is about 100 times slower than bf16's on a CPU")
-    if config.distributed.threads and device == "cuda":
-        found.append(f"distributed.threads is {config.distributed.threads}, which has no effect on a GPU")
-    return found

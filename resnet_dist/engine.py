@@ -37,6 +37,8 @@ class Plan:
     global_batch_size: int
     precision: str
     label_smoothing: float
+    loss: str
+    bce_target_threshold: float
     mixup_alpha: float
     cutmix_alpha: float
     clip_grad_norm: float
@@ -105,7 +107,7 @@ def train_step(model: nn.Module, state: TrainState, micro_batches: list[Batch], 
 
     `model` is what computes (the DDP wrapper, or the plain module in a test), `state.model` what it wraps. Returns
     this rank's counts and the L2 norm of the gradient, averaged over all samples of the update, before clipping. An
-    update whose gradient is not finite is left out on the device, by the fused optimizer's `found_inf`; in fp16 the
+    update whose gradient is not finite is left out on the device, by the optimizer's `found_inf`; in fp16 the
     scaler decides that, from the same gradient.
     """
     optimizer, scaler = state.optimizer, state.scaler
@@ -120,7 +122,8 @@ def train_step(model: nn.Module, state: TrainState, micro_batches: list[Batch], 
         with contextlib.nullcontext() if number == len(micro_batches) else model.no_sync():
             with autocast(device, plan.precision):
                 logits = model(images)
-            loss = losses(at_least_fp32(logits), batch.labels, share, plan.label_smoothing)
+            loss = losses(at_least_fp32(logits), batch.labels, share, plan.label_smoothing, plan.loss,
+                          plan.bce_target_threshold)
             scaler.scale(loss.mean() / len(micro_batches)).backward()
         counts = counts + Counts.of(logits.detach(), batch.labels, loss.detach())
 
@@ -153,8 +156,8 @@ def evaluate(model: nn.Module, loader: ValLoader, runtime: Runtime, precision: s
     """Counts over the whole validation set, each image once, on any number of ranks; None if `poll` asked to stop.
 
     Where the loader gives several views of an image, their probabilities are averaged (Krizhevsky et al. 2012). The
-    loss is the plain cross-entropy, without label smoothing. Every rank does the same number of rounds, with or
-    without a batch, so that `poll` may be a collective.
+    loss is the plain cross-entropy, without label smoothing and whatever `train.loss` is. Every rank does the same
+    number of rounds, with or without a batch, so that `poll` may be a collective.
     """
     was_training = model.training
     model.eval()

@@ -21,7 +21,8 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from resnet_dist.config import ClusterConfig, Config
+from resnet_dist.cluster import ClusterConfig
+from resnet_dist.config import Config
 
 _OF_A_LAUNCHER = re.compile(r"SLURM_(?!CONF$|CLUSTERS$)|SUBMITIT_|TORCHELASTIC_|(LOCAL_)?(RANK|WORLD_SIZE)$|MASTER_")
 _ALIVE = ("", "PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED")

@@ -59,7 +59,7 @@ def mix_images(images: torch.Tensor, drawn: Draw | None) -> tuple[torch.Tensor, 
     """The images [B, 3, H, W] of a step, mixed, and the share of their own targets. B is even if `drawn`."""
     if drawn is None:
         return images, 1.0
-    neighbours = images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    neighbours = _neighbours(images)
     if drawn.box is None:
         return torch.lerp(neighbours, images, drawn.share), drawn.share
     height, width = images.shape[2:]
@@ -69,12 +69,28 @@ def mix_images(images: torch.Tensor, drawn: Draw | None) -> tuple[torch.Tensor, 
     return mixed, 1 - (bottom - top) * (right - left) / (height * width)     # what is left, in whole pixels
 
 
-def losses(logits: torch.Tensor, labels: torch.Tensor, share: float, label_smoothing: float) -> torch.Tensor:
-    """Cross-entropy of each image [B], of logits [B, C] and labels [B]; `share` of the own label, the rest of the
-    neighbour's (which is the cross-entropy with the mixed target, since that is linear in it)."""
+def _neighbours(batch: torch.Tensor) -> torch.Tensor:
+    return batch.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+
+def losses(logits: torch.Tensor, labels: torch.Tensor, share: float, label_smoothing: float, loss: str = "ce",
+           threshold: float = 0.0) -> torch.Tensor:
+    """The loss of each image [B], of logits [B, C] and labels [B]; `share` of the own label, the rest the neighbour's.
+
+    ce: cross-entropy with the mixed target; as it is linear in that, each label's own is computed, and mixed. bce: the
+    mean over the classes of softplus(x) - t * x ("ResNet strikes back", Wightman et al. 2021), with the mixed target t,
+    before mixing 1 - s + s / C at the label and s / C elsewhere with label smoothing s; with a `threshold`, t becomes 1
+    where it is above, else 0 (timm's `--bce-target-thresh`: 0.2 in its recipes).
+    """
+    if loss == "bce":
+        others = label_smoothing / logits.shape[1]
+        targets = torch.full_like(logits, others).scatter_(1, labels[:, None], 1 - label_smoothing + others)
+        if share != 1.0:
+            targets = torch.lerp(_neighbours(targets), targets, share)
+        targets = (targets > threshold).to(targets.dtype) if threshold else targets
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
     own = F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
     if share == 1.0:
         return own
-    others = labels.unflatten(0, (-1, 2)).flip(1).flatten()
-    other = F.cross_entropy(logits, others, reduction="none", label_smoothing=label_smoothing)
+    other = F.cross_entropy(logits, _neighbours(labels), reduction="none", label_smoothing=label_smoothing)
     return torch.lerp(other, own, share)

@@ -18,7 +18,7 @@ from torch import nn
 
 from resnet_dist import checkpoint, distributed, engine
 from resnet_dist.checkpoint import Saver, TrainState
-from resnet_dist.config import Config, remarks, to_dict
+from resnet_dist.config import Config, to_dict
 from resnet_dist.data.build import build_train_loader, build_val_loader
 from resnet_dist.data.index import check_num_classes, check_same_classes
 from resnet_dist.data.types import TrainLoader, ValLoader
@@ -28,6 +28,7 @@ from resnet_dist.log import Log, build_log
 from resnet_dist.models.build import build_model
 from resnet_dist.models.sync_batch_norm import convert_sync_batch_norm
 from resnet_dist.optim import build_optimizer
+from resnet_dist.remarks import far_from_recipe, remarks
 from resnet_dist.rng import derive_seed
 from resnet_dist.schedule import Schedule, build_schedule, epochs_to_steps, peak_lr
 from resnet_dist.watchdog import LOST
@@ -74,9 +75,9 @@ def build_plan(config: Config, steps_per_epoch: int) -> engine.Plan:
     return engine.Plan(
         total_steps=max(1, epochs_to_steps(train.epochs, steps_per_epoch)), steps_per_epoch=steps_per_epoch,
         grad_accum_steps=train.grad_accum_steps, global_batch_size=train.global_batch_size, precision=train.precision,
-        label_smoothing=train.label_smoothing, clip_grad_norm=train.clip_grad_norm,
+        label_smoothing=train.label_smoothing, loss=train.loss, bce_target_threshold=train.bce_target_threshold,
         mixup_alpha=config.augment.mixup_alpha, cutmix_alpha=config.augment.cutmix_alpha,
-        eval_interval_steps=interval(train.eval_interval_epochs),
+        eval_interval_steps=interval(train.eval_interval_epochs), clip_grad_norm=train.clip_grad_norm,
         checkpoint_interval_steps=(interval(config.checkpoint.interval_epochs), config.checkpoint.interval_steps),
         log_interval_steps=config.log.interval_steps, max_nonfinite_steps=train.max_nonfinite_steps, seed=config.seed,
     )
@@ -208,7 +209,7 @@ def train(config: Config, runtime: Runtime, goes_on: Callable[[int], bool] = lam
     After a signal and its checkpoint, `goes_on(signal)` is asked in the main process whether all train on instead.
     """
     log = build_log(config.log, config.output_dir, runtime.is_main, to_dict(config))
-    for remark in remarks(config, runtime.device.type):
+    for remark in remarks(config, runtime.device.type) + far_from_recipe(config, runtime.world_size):
         log.warn(remark)
     try:
         code = compose(config, runtime, log, goes_on)

@@ -1,7 +1,7 @@
 """The learning rate as a function of the step, and durations in epochs as steps. Pure functions of numbers.
 
-The laws are torch's `LinearLR` followed by `CosineAnnealingLR` or `MultiStepLR`, in closed form: the learning rate of
-a step does not depend on the steps before it, so a resumed run needs no scheduler state.
+The laws are torch's `LinearLR` or `ConstantLR`, then `CosineAnnealingLR`, `MultiStepLR`, `PolynomialLR` or `StepLR`, in
+closed form: the learning rate of a step does not depend on the steps before it, so a resumed run needs no state of it.
 """
 
 import math
@@ -23,31 +23,39 @@ def peak_lr(base_lr: float, base_batch_size: int, global_batch_size: int) -> flo
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up over `warmup_steps`, then cosine or step decay until `total_steps`."""
+    """Warm-up over `warmup_steps`, then the decay that `kind` says until `total_steps`."""
 
     kind: str
     peak_lr: float
     total_steps: int
     warmup_steps: int
+    warmup_kind: str
     warmup_start_factor: float
     milestones: tuple[int, ...]
     gamma: float
+    decay_steps: int
+    power: float
     final_lr: float
 
     def lr(self, step: int) -> float:
         """Learning rate of the update number `step`, counted from 0.
 
-        Warm-up rises from peak * warmup_start_factor at step 0 to the peak at step `warmup_steps`. The cosine (SGDR,
-        Loshchilov and Hutter 2017, equation 5, without restarts) reaches `final_lr` at `total_steps`, one step after
-        the last update. Milestones count from the start of the run, warm-up included (Goyal et al. 2017).
+        Warm-up rises from peak * warmup_start_factor at step 0 to the peak at step `warmup_steps`, or stays at the
+        former until then (Goyal et al. 2017, section 2.2). The cosine (SGDR, Loshchilov and Hutter 2017,
+        equation 5, without restarts) and the polynomial (power 2 in MLPerf's LARS reference) reach `final_lr` at
+        `total_steps`, one step after the last update. Milestones and the exponential's decays count from the start of
+        the run, warm-up included (Goyal et al. 2017; TensorFlow's code of Inception v3 and of EfficientNet).
         """
         if step < self.warmup_steps:
             start = self.warmup_start_factor
-            return self.peak_lr * (start + (1 - start) * step / self.warmup_steps)
+            return self.peak_lr * (start + (self.warmup_kind == "linear") * (1 - start) * step / self.warmup_steps)
         if self.kind == "step":
             return self.peak_lr * self.gamma ** bisect_right(self.milestones, step)
-        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        return self.final_lr + (self.peak_lr - self.final_lr) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+        if self.kind == "exponential":
+            return self.peak_lr * self.gamma ** (step // self.decay_steps)
+        progress = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        left = (1 - progress) ** self.power if self.kind == "polynomial" else (1 + math.cos(math.pi * progress)) / 2
+        return self.final_lr + (self.peak_lr - self.final_lr) * left
 
 
 def build_schedule(config: ScheduleConfig, peak: float, steps_per_epoch: int, total_steps: int) -> Schedule:
@@ -55,7 +63,8 @@ def build_schedule(config: ScheduleConfig, peak: float, steps_per_epoch: int, to
     return Schedule(
         kind=config.kind, peak_lr=peak, total_steps=total_steps,
         warmup_steps=epochs_to_steps(config.warmup_epochs, steps_per_epoch),
-        warmup_start_factor=config.warmup_start_factor,
+        warmup_kind=config.warmup_kind, warmup_start_factor=config.warmup_start_factor,
         milestones=tuple(epochs_to_steps(epoch, steps_per_epoch) for epoch in config.milestones),
-        gamma=config.gamma, final_lr=config.final_lr,
+        gamma=config.gamma, decay_steps=max(1, epochs_to_steps(config.decay_epochs, steps_per_epoch)),
+        power=config.power, final_lr=config.final_lr,
     )

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, verified, newest valid first."""
 
+import copy
 import os
 import subprocess
 from pathlib import Path
@@ -302,6 +303,11 @@ def test_what_may_change_between_attempts():
     assert len(changed) == 1 and "optim.base_lr" in changed[0]
     with pytest.raises(ValueError, match=r"another model: model\.name"):
         checkpoint.check_resumable(saved, facts(model__name="resnet18"))
+    with pytest.raises(ValueError, match="another optimizer: optim.kind was 'sgd', now 'lars'; take another"):
+        checkpoint.check_resumable(saved, facts(optim__kind="lars"))
+    older = copy.deepcopy(saved)
+    del older["config"]["optim"]["kind"], older["config"]["recipe"]      # of before these keys: it had the defaults
+    assert checkpoint.check_resumable(older, facts(recipe__world_size=8)) == []
     with pytest.raises(ValueError, match=r"train\.global_batch_size was 256, now 512"):
         checkpoint.check_resumable(saved, facts(train__global_batch_size=512))
     with pytest.raises(ValueError, match=r"data\.num_samples was 100, now 101"):

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from resnet_dist.cli import config_parser, parse_config
-from resnet_dist.config import Config, check, remarks, to_dict
+from resnet_dist.config import Config, check, to_dict
+from resnet_dist.remarks import far_from_recipe, remarks
 
 
 def parse(*arguments):
@@ -67,6 +68,11 @@ def test_unknown_keys_and_wrong_types_are_refused_by_name(capsys, tmp_path):
     (["--data.crop_scale", "[0.1, 1.5]"], ["data.crop_scale"]),
     (["--optim.weight_decay", "-1"], ["optim.weight_decay"]),
     (["--schedule.gamma", "0"], ["schedule.gamma"]),
+    (["--optim.betas", "[0.9, 1.0]"], ["optim.betas"]),
+    (["--optim.eps", "-1"], ["optim.eps"]),
+    (["--optim.trust_coefficient", "0"], ["optim.trust_coefficient"]),
+    (["--schedule.decay_epochs", "0"], ["schedule.decay_epochs"]),
+    (["--train.bce_target_threshold", "1"], ["train.bce_target_threshold"]),
 ])
 def test_rules_across_keys(capsys, arguments, words):
     message = refusal(capsys, *arguments)
@@ -82,6 +88,15 @@ def test_defaults_are_valid_and_without_remarks():
     (["--schedule.kind", "step", "--schedule.final_lr", "0.1"], "final_lr"),
     (["--schedule.kind", "step", "--schedule.milestones", "[30, 100]"], "reach beyond"),
     (["--schedule.milestones", "[7]"], "cosine"),
+    (["--schedule.power", "3"], "power"),
+    (["--schedule.kind", "polynomial", "--schedule.decay_epochs", "2"], "decay_epochs is 2.0"),
+    (["--schedule.kind", "exponential", "--schedule.final_lr", "0.1"], "final_lr"),
+    (["--optim.kind", "lamb", "--optim.momentum", "0.8"], "optim.momentum is 0.8, which optim.kind lamb does not use"),
+    (["--optim.kind", "lars", "--optim.nesterov", "true"], "optim.nesterov"),
+    (["--optim.betas", "[0.8, 0.9]"], "optim.betas"),
+    (["--optim.kind", "rmsprop", "--optim.trust_coefficient", "1"], "trust_coefficient"),
+    (["--train.bce_target_threshold", "0.2"], "bce_target_threshold"),
+    (["--train.loss", "bce", "--train.bce_target_threshold", "0.2", "--train.label_smoothing", "0.1"], "smoothing"),
     (["--checkpoint.resume", "a", "--checkpoint.init_from", "b"], "init_from"),
     (["--data.kind", "synthetic", "--data.data_dir", "x"], "data_dir"),
     (["--train.precision", "fp16"], "fp16"),
@@ -90,6 +105,22 @@ def test_settings_without_effect_are_remarked(arguments, word):
     found = remarks(parse(*arguments), "cpu")
     assert len(found) == 1
     assert word in found[0]
+
+
+@pytest.mark.parametrize(("arguments", "world_size", "words"), [
+    ([], 1, []),
+    (["--recipe.global_batch_size", "1024", "--recipe.world_size", "4"], 1, []),
+    (["--recipe.global_batch_size", "1025"], 1, ["train.global_batch_size is 256", "1025"]),
+    (["--recipe.global_batch_size", "32"], 1, ["train.global_batch_size is 256", "32"]),
+    (["--recipe.world_size", "8"], 1, ["1 ranks", "8", "time"]),
+    (["--recipe.world_size", "1"], 8, ["8 ranks", "1", "time"]),
+    (["--recipe.world_size", "8", "--model.sync_batch_norm", "false"], 1, ["sees 256 images", "32", "sync_batch_norm"]),
+    (["--recipe.world_size", "8", "--model.sync_batch_norm", "false", "--train.grad_accum_steps", "8"], 1, ["time"]),
+])
+def test_a_run_far_from_its_recipe_says_so(arguments, world_size, words):
+    found = far_from_recipe(parse(*arguments), world_size)
+    assert len(found) == bool(words)
+    assert all(word in found[0] for word in words), found
 
 
 def test_help_is_quick_and_complete():

@@ -13,7 +13,7 @@ from torch import nn
 
 from resnet_dist import engine
 from resnet_dist.checkpoint import TrainState
-from resnet_dist.config import Config, ModelConfig, OptimConfig, TrainConfig
+from resnet_dist.config import AugmentConfig, Config, ModelConfig, OptimConfig, TrainConfig
 from resnet_dist.data.types import IGNORED_LABEL, Batch
 from resnet_dist.engine import NonFinite, evaluate, is_due, train_step
 from resnet_dist.metrics import Counts
@@ -153,14 +153,44 @@ def test_fp16_scaler_lowers_its_scale_and_skips():
     assert all(torch.equal(a, b) for a, b in zip(weights, state.model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("name", ["resnet20", "resnet50"])
-def test_the_whole_step_runs_on_meta(name):
+@pytest.mark.parametrize("kind", ["sgd", "lars", "lamb", "rmsprop", "adamw"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_every_optimizer_learns_skips_and_scales(kind, precision):
+    """One update that is not finite, which leaves weights and state, then twelve that lower the loss."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, stride=4), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+    config = replace(CONFIG, train=TrainConfig(precision=precision))
+    state = TrainState(net, build_optimizer(OptimConfig(kind=kind, trust_coefficient=0.02), net),
+                       torch.amp.GradScaler("cpu", enabled=precision == "fp16"))
+    before = [p.detach().clone() for p in state.model.parameters()]
+    bad, good = make_batch(4, image=16), make_batch(8, image=16, seed=1)
+    bad.images[0, 0, 0, 0] = float("inf")
+    plan, nonfinite, losses = plan_of(config), NonFinite(state.model, 0), []
+    first = copy.deepcopy(state.optimizer.state_dict()["state"])
+    train_step(NoSync(state.model), state, [bad], 0.1, plan, nonfinite)
+    assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters(), strict=True))
+    for number, tensors in state.optimizer.state_dict()["state"].items():
+        for name, tensor in tensors.items():             # AdamW has made its state in this update, as zeros
+            assert torch.equal(tensor, first[number][name]) if number in first else not tensor.any()
+    for _ in range(12):
+        lr = {"sgd": 0.05, "lars": 0.5, "lamb": 0.02, "rmsprop": 0.01, "adamw": 0.005}[kind]
+        counts, _ = train_step(NoSync(state.model), state, [good], lr, plan, nonfinite)
+        losses.append(counts.result()["loss"])
+    assert losses[-1] < 0.7 * losses[0], losses
+    assert int(nonfinite.total) == 1
+
+
+@pytest.mark.parametrize(("name", "kind", "loss"), [
+    ("resnet20", "sgd", "ce"), ("resnet50", "sgd", "bce"), ("resnet20", "lars", "ce"), ("resnet20", "lamb", "bce"),
+    ("resnet20", "rmsprop", "ce"), ("resnet20", "adamw", "ce")])
+def test_the_whole_step_runs_on_meta(name, kind, loss):
     """No tensor on the wrong device, no stray .item(): either would raise on a device without data.
 
     In fp32, since autocast does not know this device.
     """
-    config = replace(CONFIG, model=ModelConfig(name=name), train=TrainConfig(
-        precision="fp32", clip_grad_norm=1.0, ema_decay=0.999, label_smoothing=0.1, grad_accum_steps=2))
+    config = replace(CONFIG, model=ModelConfig(name=name), optim=OptimConfig(kind=kind), train=TrainConfig(
+        precision="fp32", clip_grad_norm=1.0, ema_decay=0.999, label_smoothing=0.1, grad_accum_steps=2, loss=loss,
+        bce_target_threshold=0.2), augment=AugmentConfig(mixup_alpha=0.2))
     with torch.device("meta"):
         state = build_state(config, 1000, torch.device("meta"))
     batches = [make_batch(4, image=224, device="meta") for _ in range(2)]

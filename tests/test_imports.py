@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "resnet_dist").rglob("*.py"))
 LAYERS = [
-    {"", "config", "schedule"},
+    {"", "config", "cluster", "remarks", "schedule"},
     {"rng", "watchdog", "distributed", "log", "metrics", "timing", "data.types", "data.order", "data.crops",
      "data.index"},
     {"optim", "ema", "mix", "models.*", "data.*"},

@@ -15,7 +15,7 @@ import torch
 
 from resnet_dist import cli, distributed, launch
 from resnet_dist.checkpoint import Saver, TrainState
-from resnet_dist.config import ClusterConfig
+from resnet_dist.cluster import ClusterConfig
 from resnet_dist.distributed import StopSignal
 
 RECIPE = ["submit", "--config", "configs/resnet50.yaml"]

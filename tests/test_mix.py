@@ -76,6 +76,24 @@ def test_loss_is_that_of_the_mixed_target():
     torch.testing.assert_close(mix.losses(logits, labels, share, 0.1), expected)
 
 
+@pytest.mark.parametrize(("share", "smoothing", "threshold"), [
+    (1.0, 0.0, 0.0), (1.0, 0.1, 0.0), (0.3, 0.1, 0.0), (0.3, 0.0, 0.2), (0.1, 0.0, 0.2), (0.9, 0.1, 0.2)])
+def test_bce_is_the_literal_formula(share, smoothing, threshold):
+    """-(t log p + (1 - t) log(1 - p)), mean over the classes, for targets made one by one."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(4, 5, dtype=torch.float64), [1, 4, 2, 2]
+    found = mix.losses(logits, torch.tensor(labels), share, smoothing, "bce", threshold)
+    for i in range(4):
+        total = 0.0
+        for c in range(5):
+            own, other = (smoothing / 5 + (1 - smoothing) * (c == label) for label in (labels[i], labels[i ^ 1]))
+            target = share * own + (1 - share) * other
+            target = float(target > threshold) if threshold else target
+            p = 1 / (1 + np.exp(-logits[i, c].item()))
+            total -= target * np.log(p) + (1 - target) * np.log(1 - p)
+        assert found[i].item() == pytest.approx(total / 5, rel=1e-12)
+
+
 @pytest.mark.parametrize("alphas", [{"mixup_alpha": 0.4}, {"cutmix_alpha": 1.0}])
 def test_a_step_does_not_depend_on_how_the_batch_is_cut(alphas):
     """Four images at once, or two micro-steps of two (without batch norm's statistics)."""
