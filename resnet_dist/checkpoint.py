@@ -25,8 +25,9 @@ from resnet_dist.ema import Ema
 FORMAT = 1
 _DEFINES_POSITION = ("seed", "train.global_batch_size", "data.kind", "data.num_samples", "data.fingerprint",
                      "augment.repeats")
-_DEFINES_MODEL = ("model.name", "model.num_classes", "model.stride_in_1x1", "model.shortcut", "model.stem", "optim.kind",
-                  "model.avg_pool_shortcut", "model.preactivation", "model.squeeze_excitation", "model.blur_pool")
+_DEFINES_MODEL = ("optim.kind", *(f"model.{key}" for key in (
+    "name", "num_classes", "stride_in_1x1", "shortcut", "stem", "avg_pool_shortcut", "preactivation",
+    "squeeze_excitation", "blur_pool")))
 _FREE_TO_CHANGE = ("output_dir", "data.data_dir", "data.exclude", "data.threads", "data.prefetch_batches",
                    "data.val_batch_size", "data.max_bad_images", "log", "checkpoint", "distributed", "recipe")
 
