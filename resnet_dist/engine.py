@@ -101,14 +101,21 @@ def at_least_fp32(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+def all_logits(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """What a network returned, the logits first, then those of its auxiliary heads, if it has any and is training."""
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
 def train_step(model: nn.Module, state: TrainState, micro_batches: list[Batch], lr: float, plan: Plan,
                nonfinite: NonFinite) -> tuple[Counts, torch.Tensor]:
     """One update from `grad_accum_steps` micro-batches; nothing in it waits for the device.
 
     `model` is what computes (the DDP wrapper, or the plain module in a test), `state.model` what it wraps. Returns
-    this rank's counts and the L2 norm of the gradient, averaged over all samples of the update, before clipping. An
-    update whose gradient is not finite is left out on the device, by the optimizer's `found_inf`; in fp16 the
-    scaler decides that, from the same gradient.
+    this rank's counts and the L2 norm of the gradient, averaged over all samples of the update, before clipping. The
+    counts, and so train/loss, are of the logits alone; the gradient is that of their loss plus `auxiliary_weight` (of
+    the plain module) times the loss of each auxiliary head, with the same targets. An update whose gradient is not
+    finite is left out on the device, by the optimizer's `found_inf`; in fp16 the scaler decides that, from the same
+    gradient.
     """
     optimizer, scaler = state.optimizer, state.scaler
     device = micro_batches[0].images.device
@@ -121,11 +128,12 @@ def train_step(model: nn.Module, state: TrainState, micro_batches: list[Batch], 
         images, share = mix_images(batch.images, drawn)
         with contextlib.nullcontext() if number == len(micro_batches) else model.no_sync():
             with autocast(device, plan.precision):
-                logits = model(images)
-            loss = losses(at_least_fp32(logits), batch.labels, share, plan.label_smoothing, plan.loss,
-                          plan.bce_target_threshold)
-            scaler.scale(loss.mean() / len(micro_batches)).backward()
-        counts = counts + Counts.of(logits.detach(), batch.labels, loss.detach())
+                logits = all_logits(model(images))
+            loss, *auxiliary = [losses(at_least_fp32(each), batch.labels, share, plan.label_smoothing, plan.loss,
+                                       plan.bce_target_threshold) for each in logits]
+            objective = sum((state.model.auxiliary_weight * each for each in auxiliary), start=loss)
+            scaler.scale(objective.mean() / len(micro_batches)).backward()
+        counts = counts + Counts.of(logits[0].detach(), batch.labels, loss.detach())
 
     # 2. its norm, equal on all ranks, decides for all of them whether the update is made
     scaler.unscale_(optimizer)
@@ -195,16 +203,20 @@ def settle_buckets(model: nn.Module, image_size: int, precision: str, device: to
 
     DDP lays its buckets out anew after the first backward pass. With more than two ranks the order of additions in an
     all-reduce depends on the place in the bucket, so that the first update after a resume would round differently from
-    the same update of the uninterrupted run. In eval mode no running statistic changes.
+    the same update of the uninterrupted run. In training mode, since auxiliary heads have a gradient only there; the
+    running statistics that it changes are put back. What dropout draws is of no account: each step seeds anew.
     """
-    model.eval()
+    model.train()
+    before = [buffer.clone() for buffer in model.buffers()]
     images = torch.zeros(2, 3, image_size, image_size, device=device).contiguous(memory_format=torch.channels_last)
     for _ in range(2):                                   # the second forward pass is what moves the buckets
         with autocast(device, precision):
-            logits = model(images)
-        (logits.float().sum() * 0).backward()
+            logits = all_logits(model(images))
+        sum(each.float().sum() * 0 for each in logits).backward()
     model.zero_grad(set_to_none=True)
-    model.train()
+    with torch.no_grad():
+        for buffer, value in zip(model.buffers(), before, strict=True):
+            buffer.copy_(value)
 
 
 def train(model: nn.Module, state: TrainState, train_loader: TrainLoader, val_loader: ValLoader, schedule: Schedule,

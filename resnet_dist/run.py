@@ -27,6 +27,7 @@ from resnet_dist.ema import Ema
 from resnet_dist.log import Log, build_log
 from resnet_dist.models.build import build_model
 from resnet_dist.models.sync_batch_norm import convert_sync_batch_norm
+from resnet_dist.models.zoo import check_image_size
 from resnet_dist.optim import build_optimizer
 from resnet_dist.remarks import far_from_recipe, remarks
 from resnet_dist.rng import derive_seed
@@ -222,6 +223,7 @@ def train(config: Config, runtime: Runtime, goes_on: Callable[[int], bool] = lam
 def compose(config: Config, runtime: Runtime, log: Log, goes_on: Callable[[int], bool]) -> int:
     """Put the run together from its parts, and run it; returns as `train`."""
     # 1. layout and data
+    check_image_size(config.model.name, config.data)
     local_batch_size = check_layout(config.train.global_batch_size, runtime.world_size, config.train.grad_accum_steps,
                                     pairs=config.augment.mixup_alpha + config.augment.cutmix_alpha > 0)
     train_loader, val_loader = build_loaders(config, runtime)

@@ -20,6 +20,7 @@ LAYERS = [
 FENCES = {
     "nvidia": {"data.dali"},
     "torchvision": {"models.zoo", "models.weights", "commands.data", "commands.benchmark_loader"},
+    "timm": {"models.zoo"},
     "wandb": {"log"},
     "submitit": {"launch"},
 }

@@ -10,6 +10,7 @@ from resnet_dist.config import Config
 from resnet_dist.data.build import build_val_loader
 from resnet_dist.data.index import check_num_classes
 from resnet_dist.distributed import Runtime
+from resnet_dist.models.zoo import check_image_size
 
 
 def read(path: str) -> dict:
@@ -20,6 +21,7 @@ def read(path: str) -> dict:
 def run(saved: dict, config: Config, as_json: bool) -> int:
     """Evaluate the raw weights of `saved` and, where it has them, the averaged ones; prints on the main process."""
     def body(config: Config, runtime: Runtime) -> int:
+        check_image_size(config.model.name, config.data)
         loader = build_val_loader(config.data, runtime, dtype=engine.DTYPES[config.train.precision],
                                   output_dir=config.output_dir)
         num_classes = check_num_classes(config.model.num_classes, len(loader.class_names))

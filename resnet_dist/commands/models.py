@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_dist.models.build import MODELS
 from resnet_dist.models.resnet import FAMILY
+from resnet_dist.models.zoo import ZOO
 
 _CIFAR, _V1 = "CIFAR-10, He et al. 2015, table 6", "torchvision {}_Weights.IMAGENET1K_V1"
 _IDENTITY = "CIFAR-10, He et al. 2016"
@@ -42,6 +43,8 @@ def facts(name: str) -> dict:
         block, depths, options = FAMILY[name]
         size = 32 if options.get("stem") == "cifar" else size
         stages = f"{block.__name__} {'-'.join(map(str, depths))}"
+    if name in ZOO:
+        size, top1, source = ZOO[name].size, ZOO[name].top1, ZOO[name].source
     classes = 10 if size == 32 else 1000
     with torch.device("meta"):
         model: nn.Module = MODELS[name](num_classes=classes).eval()

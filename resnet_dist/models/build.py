@@ -8,10 +8,11 @@ from functools import partial
 from torch import nn
 
 from resnet_dist.models.resnet import FAMILY, Options, ResNet
+from resnet_dist.models.zoo import ZOO
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     name: partial(ResNet, block, depths, **options) for name, (block, depths, options) in FAMILY.items()
-}
+} | {name: entry.make for name, entry in ZOO.items()}
 
 
 def build_model(config, num_classes: int) -> nn.Module:
