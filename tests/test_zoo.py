@@ -4,8 +4,8 @@ All images are real scans, of the embedded digits, enlarged to a side at which t
 """
 
 import copy
+import json
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,10 +19,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from resnet_dist import checkpoint, engine
 from resnet_dist.checkpoint import TrainState
-from resnet_dist.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from resnet_dist.config import AugmentConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from resnet_dist.data.digits import load_digits
 from resnet_dist.data.types import Batch
+from resnet_dist.ema import Ema
 from resnet_dist.engine import NonFinite, evaluate, train_step
+from resnet_dist.mix import draw, mix_images
 from resnet_dist.models.build import build_model
 from resnet_dist.models.sync_batch_norm import SyncBatchNorm, convert_sync_batch_norm
 from resnet_dist.models.zoo import ZOO, check_image_size
@@ -38,7 +40,7 @@ FILE_LIMIT = 16e6
 """parameters up to which the state goes through a file; a larger one is copied as it is before it is written"""
 
 
-def digits(size, count):
+def batch_of(size, count):
     """The first digits, 0 to `count` - 1, as a batch of images [count, 3, size, size]."""
     pixels, labels = load_digits()
     images = torch.from_numpy(pixels[:count].astype(np.float32))[:, None] / 8 - 1
@@ -78,7 +80,8 @@ def test_trains_resumes_averages_and_evaluates(name, narrow, tmp_path):
     config = Config(model=ModelConfig(name=name), optim=OptimConfig(weight_decay=0.0),
                     train=TrainConfig(precision="bf16", ema_decay=0.9, clip_grad_norm=clip))
     state = build_state(config, 10, CPU)
-    resumed, plan, batch = copy.deepcopy(state), build_plan(config, 10), digits(size, count)
+    model, plan, batch = copy.deepcopy(state.model), build_plan(config, 10), batch_of(size, count)
+    resumed = TrainState(model, build_optimizer(config.optim, model), state.scaler, Ema(model, 0.9))
     assert all(isinstance(m, SyncBatchNorm) for m in state.model.modules() if isinstance(m, _BatchNorm))
 
     def step(state):
@@ -127,3 +130,199 @@ def test_parameters_figures_and_conversion(name):
     model = convert_sync_batch_norm(model, device_type="cuda")
     assert list(model.state_dict()) == keys
     assert sum(isinstance(m, nn.SyncBatchNorm) for m in model.modules()) == norms
+
+
+def densenet_parameters(growth, depths, channels):
+    """Huang et al. 2017, table 1, counted: per layer two norms, a 1x1 to 4 * growth and a 3x3; halving transitions."""
+    total = 3 * 49 * channels + 2 * channels
+    for number, depth in enumerate(depths):
+        for _ in range(depth):
+            total += 2 * channels + channels * 4 * growth + 8 * growth + 9 * 4 * growth * growth
+            channels += growth
+        if number < len(depths) - 1:
+            total += 2 * channels + channels * channels // 2
+            channels //= 2
+    return total + 2 * channels + 1001 * channels - channels + 1000
+
+
+def test_densenets_count_as_the_others():
+    assert densenet_parameters(32, (6, 12, 24, 16), 64) == 7978856
+
+
+@pytest.mark.parametrize("name", ["lenet5", "alexnet", "vgg11_bn", "googlenet", "inception_v4", "densenet121",
+                                  "efficientnet_b0"])
+def test_the_whole_step_runs_on_meta(name):
+    """At the native size and full width: no tensor on the wrong device, no stray .item()."""
+    config = Config(model=ModelConfig(name=name), train=TrainConfig(precision="fp32", ema_decay=0.9, loss="bce"))
+    with torch.device("meta"):
+        state = build_state(config, 1000, torch.device("meta"))
+        images, labels = torch.empty(2, 3, *[ZOO[name].size] * 2), torch.zeros(2, dtype=torch.int64)
+    counts, norm = train_step(NoSync(state.model.train()), state, [Batch(images, labels, np.arange(2))], 0.1,
+                              build_plan(config, 10), NonFinite(state.model, 0))
+    assert counts.num.device.type == norm.device.type == "meta"
+
+
+class TwoHeads(nn.Module):
+    """Logits and those of two auxiliary heads."""
+
+    auxiliary_weight = 0.25
+
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(12, 10) for _ in range(3))
+
+    def forward(self, images):
+        return tuple(head(images.flatten(1)) for head in self.heads)
+
+
+def test_auxiliary_losses_count_their_weight():
+    """Against plain torch, with mixed targets and smoothing; the counts are those of the first head alone."""
+    config = Config(train=TrainConfig(precision="fp32", label_smoothing=0.1),
+                    optim=OptimConfig(momentum=0.0, weight_decay=0.0), augment=AugmentConfig(mixup_alpha=1.0))
+    torch.manual_seed(0)
+    model, batch, plan = TwoHeads(), batch_of(2, 4), build_plan(config, 10)
+    before = copy.deepcopy(model)
+    state = TrainState(model, build_optimizer(config.optim, model), torch.amp.GradScaler("cpu", enabled=False))
+    counts, _ = train_step(NoSync(model), state, [batch], 0.5, plan, NonFinite(model, 0))
+    images, share = mix_images(batch.images, draw(config.seed, 0, 1.0, 0.0))
+    own, other = F.one_hot(batch.labels, 10), F.one_hot(batch.labels[[1, 0, 3, 2]], 10)
+    losses = [F.cross_entropy(logits, share * own + (1 - share) * other, label_smoothing=0.1)
+              for logits in before(images)]
+    (losses[0] + 0.25 * (losses[1] + losses[2])).backward()
+    assert 0.01 < share < 0.99
+    assert counts.result()["loss"] == pytest.approx(losses[0].item(), rel=1e-6)
+    for now, then in zip(model.parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(now, then - 0.5 * then.grad)
+
+
+def test_published_weights_of_auxiliary_heads():
+    with torch.device("meta"):
+        models = {name: ZOO[name].make(num_classes=10) for name in ("googlenet", "inception_v3", "vgg11")}
+    assert [getattr(model, "auxiliary_weight", 0.0) for model in models.values()] == [0.3, 0.4, 0.0]
+    assert not models["googlenet"].transform_input and not models["inception_v3"].transform_input
+
+
+def on_two_ranks(rank, world_size):
+    """An update of GoogLeNet in DDP on two of four digits, without dropout, and what became of the buffers before."""
+    return one_update(rank, lambda model: wrap_ddp(model, CPU))
+
+
+def one_update(rank, wrap):
+    config = Config(model=ModelConfig(name="googlenet"), train=TrainConfig(precision="fp32", global_batch_size=4))
+    state, batch = build_state(config, 10, CPU), batch_of(32, 4)
+    for module in state.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    own = slice(None) if rank is None else slice(2 * rank, 2 * rank + 2)
+    batch = Batch(batch.images[own], batch.labels[own], batch.indices[own])
+    model, before = wrap(state.model), copy.deepcopy(state.model.state_dict())
+    engine.settle_buckets(model, 32, "fp32", CPU)
+    assert equal_trees(before, state.model.state_dict()) and state.model.training
+    for step in range(2):                                # the second one finds what the first may have left behind
+        train_step(model, state, [batch], 0.01, build_plan(config, 10), NonFinite(state.model, step))
+    return {name: value.numpy() for name, value in state.model.state_dict().items()
+            if name.startswith(("conv1", "aux1", "aux2.fc2", "fc"))}
+
+
+def test_auxiliary_heads_on_two_ranks_equal_one_process():
+    """DDP, SyncBatchNorm and the buckets' settling, with heads that only training uses: as the whole batch at once."""
+    first, second = run_ranks(on_two_ranks, 2)
+    whole = one_update(None, NoSync)
+    for name, value in whole.items():
+        assert np.array_equal(first[name], second[name]), name
+        np.testing.assert_allclose(first[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_settling_needs_no_more_than_two_values_a_channel():
+    """The least side, where the last map is a single pixel."""
+    for name in ("googlenet", "densenet121", "efficientnet_b0", "vgg11_bn"):
+        with torch.device("meta"):
+            model = convert_sync_batch_norm(ZOO[name].make(num_classes=10))
+        engine.settle_buckets(NoSync(model), ZOO[name].min_size, "fp32", torch.device("meta"))
+
+
+def test_lenet_sees_what_table_1_says():
+    """A gradient of each map of C3 reaches the maps of S2 in the table, and no other: 60 kernels."""
+    torch.manual_seed(0)
+    model, seen = ZOO["lenet5"].make(num_classes=10), []
+    model.s2.register_forward_hook(lambda module, inputs, out: seen.append(out))
+    model.s4.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    model(batch_of(32, 1).images)
+    gradients = [torch.autograd.grad(seen[1][0, i].sum(), seen[0], retain_graph=True)[0][0] for i in range(16)]
+    table = torch.stack([gradient.abs().sum((1, 2)) > 0 for gradient in gradients]).int()
+    assert table.sum(1).tolist() == [3] * 6 + [4] * 9 + [6]
+    assert table.sum(0).tolist() == [10] * 6             # of the paper's table: each map of S2 feeds ten of C3
+    assert sum(p.numel() for p in model.c3.parameters()) == 1516
+    with torch.device("meta"), pytest.raises(RuntimeError):
+        ZOO["lenet5"].make(num_classes=10)(torch.empty(1, 3, 48, 48))
+
+
+def test_timm_networks_keep_their_function():
+    """The activation that is moved out of timm's norm stays where it was, and survives the conversion."""
+    import timm
+
+    torch.manual_seed(0)
+    theirs = timm.create_model("inception_v4", num_classes=10).eval()
+    ours = convert_sync_batch_norm(copy.deepcopy(theirs))           # the pitfall: this one has lost its activations
+    with torch.device("meta"):
+        zoo = ZOO["inception_v4"].make(num_classes=10)
+    zoo.load_state_dict(theirs.state_dict(), strict=True, assign=True)
+    zoo, images = convert_sync_batch_norm(zoo).eval(), batch_of(75, 1).images
+    with torch.inference_mode():
+        expected = theirs(images)
+        torch.testing.assert_close(zoo(images), expected)
+        assert not torch.allclose(ours(images), expected, rtol=1e-2)
+
+
+def test_without_timm_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match=r"model\.name is 'inception_v4'.*pip install 'resnet-dist\[timm\]'"):
+        build_model(ModelConfig(name="inception_v4"), 10)
+
+
+@pytest.mark.parametrize("name, data, message", [
+    ("lenet5", {}, r"data\.train_crop_size is 224: lenet5 takes 32 pixels only"),
+    ("alexnet", {"train_crop_size": 62}, r"data\.train_crop_size is 62: alexnet takes 63 pixels or more.*224"),
+    ("vgg16", {"val_crop_size": 31}, r"data\.val_crop_size is 31: vgg16 takes 32"),
+    ("densenet264", {"progressive_start_size": 28}, r"data\.progressive_start_size is 28"),
+    ("inception_v4", {"val_scales": (299, 74)}, r"data\.val_scales is 74: inception_v4 takes 75"),
+    ("inception_v3", {"train_crop_size": 298}, r"data\.train_crop_size is 298: inception_v3 takes 299"),
+])
+def test_sides_that_a_network_cannot_take_are_refused(name, data, message):
+    with pytest.raises(ValueError, match=message):
+        check_image_size(name, DataConfig(**data))
+
+
+@pytest.mark.parametrize("name, data", [("resnet50", {"train_crop_size": 8}), ("googlenet", {"train_crop_size": 15}),
+                                        ("inception_v3", {"train_crop_size": 299, "val_crop_size": 75}),
+                                        ("lenet5", {"train_crop_size": 32, "val_crop_size": 32})])
+def test_sides_that_it_can_take_are_not(name, data):
+    check_image_size(name, DataConfig(**data))
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if not name.startswith("efficientnet")])
+def test_the_least_side_is_the_least(name):
+    """One pixel less fails in a convolution or a pool, on meta."""
+    entry = ZOO[name]
+    with torch.device("meta"):
+        model, least = entry.make(num_classes=10), entry.min_train_size or entry.min_size
+        model.train()(torch.empty(2, 3, least, least))
+        with pytest.raises((RuntimeError, ValueError)):
+            model.eval()(torch.empty(2, 3, entry.min_size - 1, entry.min_size - 1))
+        if entry.min_train_size:
+            model.eval()(torch.empty(2, 3, entry.min_size, entry.min_size))
+
+
+def test_the_command_line_trains_lenet_and_refuses_a_side(digits, tmp_path):
+    """On two ranks, through JPEG files and DALI; a side that does not fit ends both before the first step."""
+    def arguments(side):
+        return ["train", "--config", "configs/quickstart.yaml", "--data.data_dir", digits, "--output_dir",
+                str(tmp_path / str(side)), "--model.name", "lenet5", "--data.train_crop_size", str(side),
+                "--data.val_resize_size", str(side), "--data.val_crop_size", str(side), "--train.epochs", "2",
+                "--schedule.warmup_epochs", "0", "--log.wandb", "disabled", "--distributed.threads", "1"]
+
+    assert run_app(2, arguments(28), str(tmp_path / "log")) == [2, 2]
+    assert "data.train_crop_size is 28: lenet5 takes 32 pixels only" in (tmp_path / "log").read_text()
+    assert run_app(2, arguments(32), str(tmp_path / "log")) == [0, 0], (tmp_path / "log").read_text()
+    last = [json.loads(line) for line in (tmp_path / "32" / "metrics.jsonl").read_text().splitlines()][-1]
+    assert last["val/top1"] > 30
