@@ -102,7 +102,7 @@ def at_least_fp32(logits: torch.Tensor) -> torch.Tensor:
 
 
 def all_logits(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """What a network returned, the logits first, then those of its auxiliary heads, if it has any and is training."""
+    """What a network returned: the logits, then, from some in training mode, those of its auxiliary heads."""
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
@@ -111,11 +111,10 @@ def train_step(model: nn.Module, state: TrainState, micro_batches: list[Batch], 
     """One update from `grad_accum_steps` micro-batches; nothing in it waits for the device.
 
     `model` is what computes (the DDP wrapper, or the plain module in a test), `state.model` what it wraps. Returns
-    this rank's counts and the L2 norm of the gradient, averaged over all samples of the update, before clipping. The
-    counts, and so train/loss, are of the logits alone; the gradient is that of their loss plus `auxiliary_weight` (of
-    the plain module) times the loss of each auxiliary head, with the same targets. An update whose gradient is not
-    finite is left out on the device, by the optimizer's `found_inf`; in fp16 the scaler decides that, from the same
-    gradient.
+    this rank's counts and the L2 norm of the gradient, averaged over all samples of the update, before clipping. An
+    update whose gradient is not finite is left out on the device, by the optimizer's `found_inf`; in fp16 the
+    scaler decides that, from the same gradient. The loss of an auxiliary head, with the same targets, adds to the
+    gradient with the factor `state.model.auxiliary_weight`; the counts, and so train/loss, are of the logits alone.
     """
     optimizer, scaler = state.optimizer, state.scaler
     device = micro_batches[0].images.device
@@ -214,9 +213,8 @@ def settle_buckets(model: nn.Module, image_size: int, precision: str, device: to
             logits = all_logits(model(images))
         sum(each.float().sum() * 0 for each in logits).backward()
     model.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        for buffer, value in zip(model.buffers(), before, strict=True):
-            buffer.copy_(value)
+    for buffer, value in zip(model.buffers(), before, strict=True):
+        buffer.copy_(value)
 
 
 def train(model: nn.Module, state: TrainState, train_loader: TrainLoader, val_loader: ValLoader, schedule: Schedule,

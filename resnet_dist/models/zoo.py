@@ -39,10 +39,9 @@ class Subsample(nn.Module):
 class LeNet5(nn.Module):
     """LeNet-5 as LeCun et al. 1998, section II.B, has it, but for its two ends. Images [B, 3, 32, 32], no other size.
 
-    Partial connections in C3, trained subsampling, a squashing function behind every layer. The paper's input is one
-    grey map: here it is R, G and B, as the data path gives them. Its output is the distance of F6 from fixed 7x12
-    bitmaps of the characters (RBF units): here a linear layer takes their place, as is usual, since other classes have
-    no such bitmaps. Weights start uniform in +-2.4 / fan-in (appendix A), biases at 0.
+    The paper's input is one grey map: here it is R, G and B, as the data path gives them. Its output is the distance of
+    F6 from fixed bitmaps of the characters (RBF units): here a linear layer takes their place, as is usual, since other
+    classes have no bitmaps. Weights start uniform in +-2.4 / fan-in (appendix A), biases at 0.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -91,8 +90,8 @@ def _timm(name: str, num_classes: int) -> nn.Module:
         import timm
         from timm.layers import ConvNormAct
     except ImportError as problem:
-        raise ValueError(f"model.name is {name!r}, which needs timm ({problem}): pip install 'resnet-dist[timm]'"
-                         ) from problem
+        way = "pip install 'resnet-dist[timm]'"
+        raise ValueError(f"model.name is {name!r}, which needs timm ({problem}): {way}") from problem
     model = timm.create_model(name, num_classes=num_classes, drop_rate=0.2)     # Szegedy et al. 2016, figure 9
     for module in [module for module in model.modules() if isinstance(module, ConvNormAct)]:
         module.bn.__class__, module.aa = nn.BatchNorm2d, module.bn.act
@@ -100,23 +99,18 @@ def _timm(name: str, num_classes: int) -> nn.Module:
 
 
 class Entry(NamedTuple):
-    """What there is to know of a network by its name."""
+    """A network: `make(num_classes=...)` gives it. Published top-1 and top-5 in percent on ImageNet, one central crop of
+    `size` pixels (None where there are none; torchvision's may belong to a better recipe than the paper's), and where
+    they stand. The least sides that it takes at all and in training, the side of the training crop; 0 = the same."""
 
     make: Callable[..., nn.Module]
-    """make(num_classes=...) gives the network with fresh weights"""
     source: str
-    """of the accuracies; those of torchvision's weights may belong to a better recipe than the paper's"""
     size: int
-    """side of the image, in pixels, that the accuracies are of"""
     top1: float | None
-    """published accuracy in percent on ImageNet's validation set, one central crop; None where there is none"""
     top5: float | None
     min_size: int = 1
-    """least side that it takes, in pixels"""
     min_train_size: int = 0
-    """least side in training, where an auxiliary head needs more; 0 = `min_size`"""
     train_size: int = 0
-    """side of the training crop that belongs to `size`, where it is another; 0 = `size`"""
 
 
 _TORCHVISION = {      # weights: size, top-1, top-5, least sides; EfficientNet: Tan and Le 2019
@@ -138,23 +132,20 @@ ZOO: dict[str, Entry] = {
     **{weights.lower(): Entry(partial(_torchvision, weights.lower()), f"torchvision {weights}_Weights.IMAGENET1K_V1",
                               *figures) for weights, figures in _TORCHVISION.items()},
     "densenet264": Entry(_densenet264, "Huang et al. 2017, table 3", 224, 77.85, 93.88, 29),
-    "inception_v4": Entry(partial(_timm, "inception_v4"), "Szegedy et al. 2016, table 2", 299, 80.0, 95.0, 75),
-    "inception_resnet_v2": Entry(partial(_timm, "inception_resnet_v2"), "Szegedy et al. 2016, table 2", 299, 80.1, 95.1,
-                                 75),
+    **{name: Entry(partial(_timm, name), "Szegedy et al. 2016, table 2", 299, top1, top5, 75)
+       for name, top1, top5 in (("inception_v4", 80.0, 95.0), ("inception_resnet_v2", 80.1, 95.1))},
 }
 """Every network of this file, by the name that `model.name` gives it."""
 
 
 def check_image_size(name: str, config) -> None:
-    """Raise ValueError where the network `name` cannot take a side of the `data` section `config`; others take any."""
-    if name not in ZOO:
-        return
-    entry, exact = ZOO[name], ZOO[name].make is LeNet5
-    val, train = entry.min_size, entry.min_train_size or entry.min_size
+    """Raise ValueError where the network `name` cannot take a side of the `data` section `config`."""
+    entry, exact = ZOO.get(name, Entry(nn.Identity, "", 1, None, None)), name == "lenet5"
+    train = entry.min_train_size or entry.min_size
     for key, side, least in (("train_crop_size", config.train_crop_size, train),
                              ("progressive_start_size", config.progressive_start_size or train, train),
-                             ("val_crop_size", config.val_crop_size, val),
-                             *(("val_scales", side, val) for side in config.val_scales)):
+                             ("val_crop_size", config.val_crop_size, entry.min_size),
+                             *(("val_scales", side, entry.min_size) for side in config.val_scales)):
         if side < least or exact and side != least:
             raise ValueError(f"data.{key} is {side}: {name} takes {least} pixels {'only' if exact else 'or more'}, and "
                              f"was made for {entry.size}; set it so, or choose another model.name")
