@@ -21,11 +21,12 @@ from torch import nn
 
 from resnet_dist.config import Config, to_dict
 from resnet_dist.ema import Ema
+from resnet_dist.models.weights import unpack
 
 FORMAT = 1
 _DEFINES_POSITION = ("seed", "train.global_batch_size", "data.kind", "data.num_samples", "data.fingerprint",
                      "augment.repeats")
-_DEFINES_MODEL = ("optim.kind", *(f"model.{key}" for key in (
+_DEFINES_MODEL = ("optim.kind", "optim.unfreeze_from", "optim.backbone_lr_scale", *(f"model.{key}" for key in (
     "name", "num_classes", "stride_in_1x1", "shortcut", "stem", "avg_pool_shortcut", "preactivation",
     "squeeze_excitation", "blur_pool")))
 _FREE_TO_CHANGE = ("output_dir", "data.data_dir", "data.exclude", "data.threads", "data.prefetch_batches",
@@ -203,15 +204,17 @@ def read_checkpoint(path: Path) -> bytes:
 
 def unpack_checkpoint(payload: bytes, name: str) -> dict:
     """The content of a checkpoint's bytes. Raises ValueError when it is none, or of a newer format than ours."""
-    try:
-        content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except Exception as problem:                         # torch raises a dozen types for a file that is none of its own
-        raise ValueError(f"{name} is not a checkpoint of torch.save with plain types: {problem}") from problem
-    if not isinstance(content, dict) or "format" not in content or "model" not in content:
+    content = unpack(payload, name)
+    if "format" not in content or "model" not in content:
         raise ValueError(f"{name} is not a checkpoint of resnet_dist: it has no 'format' and 'model'")
-    if content["format"] > FORMAT:
-        raise ValueError(f"{name} has format {content['format']}, this version reads up to {FORMAT}: update it")
+    refuse_newer(content, name)
     return content
+
+
+def refuse_newer(content: dict, name: str) -> None:
+    """Raise ValueError for a checkpoint of a newer format than ours."""
+    if isinstance(number := content.get("format"), int) and number > FORMAT:
+        raise ValueError(f"{name} has format {number}, this version reads up to {FORMAT}: update it")
 
 
 def newest_valid(folder: Path, warn: Callable[[str], None]) -> Path | None:
@@ -274,24 +277,6 @@ def check_resumable(saved: dict, facts: dict) -> list[str]:
                              f"{new!r}, and the step would mean another place in the data; take another output_dir")
         changed.append(f"{key} was {old!r}, now {new!r}")
     return changed
-
-
-def load_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> list[str]:
-    """Copy weights into a model; a head (last linear layer) of other size stays as it is. Returns the names left out.
-
-    Raises ValueError when anything but the head does not fit.
-    """
-    own = model.state_dict()
-    heads = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    head = {f"{heads[-1]}.weight", f"{heads[-1]}.bias"} if heads else set()
-    wrong = [name for name in own.keys() | weights.keys()
-             if name not in own or name not in weights or own[name].shape != weights[name].shape]
-    if set(wrong) - head:
-        names = ", ".join(sorted(set(wrong) - head)[:5])
-        raise ValueError(f"checkpoint.init_from holds another model: {len(wrong)} of {len(own)} tensors do not fit "
-                         f"({names}, ...); choose the model.name that it was made with")
-    model.load_state_dict({name: value for name, value in weights.items() if name not in wrong}, strict=False)
-    return sorted(wrong)
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict:

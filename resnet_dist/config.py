@@ -152,6 +152,11 @@ class OptimConfig:
     """L2 penalty on the weights and biases of norm layers; null = as weight_decay"""
     bias_weight_decay: float | None = None
     """L2 penalty on the biases of convolutions and linear layers; null = as weight_decay"""
+    unfreeze_from: str = ""
+    """what is trained: empty = all; head = the classifier alone; a module (layer3, features.24) = it, all after it and
+    the classifier. What comes before keeps its weights and running statistics"""
+    backbone_lr_scale: float = 1.0
+    """learning rate of all but the classifier, as a multiple of the classifier's"""
 
 
 @dataclass(frozen=True)
@@ -220,7 +225,8 @@ class CheckpointConfig:
     resume: str = ""
     """checkpoint to continue (weights, optimizer, step: everything) where output_dir has none yet"""
     init_from: str = ""
-    """checkpoint to take the weights from, at step 0, where there is nothing to resume"""
+    """weights to start from, at step 0, where there is nothing to resume: a checkpoint of ours, a .pth, .pt or
+    .safetensors of torchvision, timm or NVIDIA, or torchvision:resnet50:IMAGENET1K_V2, which is downloaded"""
 
 
 @dataclass(frozen=True)
@@ -306,6 +312,7 @@ _RULES = {
     "optim.norm_weight_decay": _NOT_NEGATIVE, "optim.bias_weight_decay": _NOT_NEGATIVE,
     "optim.momentum": _BELOW_ONE, "optim.alpha": _BELOW_ONE, "optim.trust_coefficient": _ABOVE_ZERO,
     "optim.betas": (lambda value: min(value) >= 0 and max(value) < 1, "both must be in [0, 1)"),
+    "optim.backbone_lr_scale": (lambda value: value > 0, "it must be above 0; optim.unfreeze_from head trains no more"),
     "optim.eps": _NOT_NEGATIVE, "schedule.decay_epochs": _ABOVE_ZERO, "schedule.power": _ABOVE_ZERO,
     "recipe.global_batch_size": _NOT_NEGATIVE, "recipe.world_size": _NOT_NEGATIVE,
     "schedule.warmup_epochs": _NOT_NEGATIVE, "schedule.final_lr": _NOT_NEGATIVE,

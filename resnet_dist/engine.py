@@ -91,6 +91,20 @@ class NonFinite:
         return end - length + 1, end
 
 
+def train_mode(model: nn.Module) -> None:
+    """Put a model in training mode, but for the norms of its frozen part: their statistics stay, and they say nothing.
+
+    A norm without weights goes with the layer that is defined before it.
+    """
+    model.train()
+    frozen = False
+    for module in model.modules():
+        if own := list(module.parameters(recurse=False)):
+            frozen = not any(parameter.requires_grad for parameter in own)
+        if frozen and isinstance(module, nn.modules.batchnorm._NormBase):
+            module.eval()
+
+
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """Run what is inside in the given precision, as far as that is safe; fp32 changes nothing."""
     return contextlib.nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=DTYPES[precision])
@@ -145,7 +159,7 @@ def train_step(model: nn.Module, state: TrainState, micro_batches: list[Batch], 
 
     # 3. update
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     if optimizer.defaults["fused"]:
         optimizer.grad_scale, optimizer.found_inf = None, skipped.float()
     scaler.step(optimizer)
@@ -184,7 +198,8 @@ def evaluate(model: nn.Module, loader: ValLoader, runtime: Runtime, precision: s
             loss = F.cross_entropy(logits, batch.labels, reduction="none", ignore_index=IGNORED_LABEL)
             counts = counts + Counts.of(logits, batch.labels, loss)
     finally:
-        model.train(was_training)
+        if was_training:
+            train_mode(model)
     counts = counts.reduce(runtime)
     assert int(counts.num) == loader.num_samples, f"evaluated {int(counts.num)} of {loader.num_samples} images"
     return counts
@@ -205,7 +220,7 @@ def settle_buckets(model: nn.Module, image_size: int, precision: str, device: to
     the same update of the uninterrupted run. In training mode, since auxiliary heads have a gradient only there; the
     running statistics that it changes are put back. What dropout draws is of no account: each step seeds anew.
     """
-    model.train()
+    train_mode(model)
     before = [buffer.clone() for buffer in model.buffers()]
     images = torch.zeros(2, 3, image_size, image_size, device=device).contiguous(memory_format=torch.channels_last)
     for _ in range(2):                                   # the second forward pass is what moves the buckets
@@ -230,7 +245,7 @@ def train(model: nn.Module, state: TrainState, train_loader: TrainLoader, val_lo
     clock, nonfinite = Clock(), NonFinite(state.model, state.step)
     counts, grad_norm, lr, logged_step = Counts.zero(runtime.device), None, 0.0, state.step
     batches = train_loader.batches(state.step, plan.total_steps)
-    model.train()
+    train_mode(model)
     gc.collect()
     gc.freeze()                                          # what exists now stays: no collection walks it again
     gc.disable()                                         # ranks would pause at different steps, and all wait for each

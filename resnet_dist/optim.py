@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from resnet_dist.config import OptimConfig
+from resnet_dist.models.weights import head_modules
 
 Tensors = list[torch.Tensor]
 New = tuple[Tensors, ...]
@@ -22,16 +23,27 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
 
     What a parameter is follows from the type of its module and its dimension, never from its name (`"bn" in name`
     misses a norm called `downsample.1`). `adapt` marks the first group, the one that LARS and LAMB adapt.
+    Frozen parameters are in none.
     """
     weights, norms, biases = [], [], []
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             group = norms if isinstance(module, _NORMS) else biases if parameter.ndim <= 1 else weights
-            group.append(parameter)
+            if parameter.requires_grad:                  # see weights.freeze
+                group.append(parameter)
     decays = (config.weight_decay, config.norm_weight_decay, config.bias_weight_decay)
-    return [{"params": group, "adapt": group is weights,
-             "weight_decay": config.weight_decay if decay is None else decay}
-            for group, decay in zip((weights, norms, biases), decays, strict=True) if group]
+    groups = [{"params": group, "adapt": group is weights,
+               "weight_decay": config.weight_decay if decay is None else decay}
+              for group, decay in zip((weights, norms, biases), decays, strict=True) if group]
+    return groups if config.backbone_lr_scale == 1.0 else split_head(groups, model, config.backbone_lr_scale)
+
+
+def split_head(groups: list[dict], model: nn.Module, backbone_lr_scale: float) -> list[dict]:
+    """Each group in two, backbone and head, with the factor on the step's learning rate as `lr_scale`."""
+    head = {parameter for module in head_modules(model).values() for parameter in module.parameters()}
+    return [{**group, "params": part, "lr_scale": scale} for group in groups for part, scale in (
+        ([p for p in group["params"] if p not in head], backbone_lr_scale),
+        ([p for p in group["params"] if p in head], 1.0)) if part]
 
 
 class GuardedOptimizer(torch.optim.Optimizer):

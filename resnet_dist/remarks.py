@@ -27,6 +27,11 @@ def remarks(config: Config, device: str) -> list[str]:
         found.append("train.label_smoothing has no effect: train.bce_target_threshold makes each target 0 or 1")
     if config.checkpoint.resume and config.checkpoint.init_from:
         found.append("checkpoint.init_from is set beside checkpoint.resume, which comes first")
+    optim, start = config.optim, config.checkpoint.init_from or config.checkpoint.resume
+    if not start and (optim.unfreeze_from or optim.backbone_lr_scale != 1.0):
+        found.append("optim.unfreeze_from or backbone_lr_scale holds back random weights: set checkpoint.init_from")
+    if optim.unfreeze_from == "head" and optim.backbone_lr_scale != 1.0:
+        found.append("optim.backbone_lr_scale has no effect where optim.unfreeze_from is head")
     if config.data.kind == "synthetic" and config.data.data_dir:
         found.append(f"data.data_dir is {config.data.data_dir!r}, which synthetic data does not read")
     if config.data.train_crop != "random_resized" and config.data.crop_scale != plain.data.crop_scale:

@@ -25,6 +25,7 @@ from resnet_dist.data.types import TrainLoader, ValLoader
 from resnet_dist.distributed import Runtime, StopSignal
 from resnet_dist.ema import Ema
 from resnet_dist.log import Log, build_log
+from resnet_dist.models import weights
 from resnet_dist.models.build import build_model
 from resnet_dist.models.sync_batch_norm import convert_sync_batch_norm
 from resnet_dist.models.zoo import check_image_size
@@ -90,6 +91,7 @@ def build_state(config: Config, num_classes: int, device: torch.device) -> Train
     model = build_model(config.model, num_classes)
     if config.model.sync_batch_norm:
         model = convert_sync_batch_norm(model, device_type=device.type)
+    weights.freeze(model, config.optim.unfreeze_from)
     model = model.to(device=device, memory_format=torch.channels_last)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
     ema = Ema(model, config.train.ema_decay) if config.train.ema_decay else None
@@ -119,12 +121,9 @@ def restore(state: TrainState, config: Config, saver: Saver, runtime: Runtime, l
         return "from scratch"
     if own and (section.resume or section.init_from):
         log.say(f"{own} comes before checkpoint.{'resume' if section.resume else 'init_from'}, which is left aside")
-    saved = checkpoint.unpack_checkpoint(runtime.bytes_from_main(lambda: checkpoint.read_checkpoint(Path(path))), path)
     if not own and not section.resume:
-        left_out = checkpoint.load_weights(state.model, saved["ema"] or saved["model"])
-        if state.ema:
-            state.ema.model.load_state_dict(state.model.state_dict())
-        return f"with the weights of {path}" + (f", but for {', '.join(left_out)}" if left_out else "")
+        return init_from(path, state, config, saver, runtime, log)
+    saved = checkpoint.unpack_checkpoint(runtime.bytes_from_main(lambda: checkpoint.read_checkpoint(Path(path))), path)
     for change in checkpoint.check_resumable(saved, saver.facts):
         log.warn(f"the run goes on with another setting: {change}")
     state.load_state_dict(saved)
@@ -133,6 +132,24 @@ def restore(state: TrainState, config: Config, saver: Saver, runtime: Runtime, l
     else:
         state.best_top1, state.best_step = -1.0, -1      # the file of that best is in another folder
     return f"from {path}"
+
+
+def init_from(path: str, state: TrainState, config: Config, saver: Saver, runtime: Runtime, log: Log) -> str:
+    """Take the weights of a file or of torchvision, and show a table, which is whole in init_from.txt; as `restore`."""
+    read = weights.download if path.startswith("torchvision:") else checkpoint.read_checkpoint
+    content = weights.unpack(runtime.bytes_from_main(lambda: read(path)), path)
+    checkpoint.refuse_newer(content, path)
+    rows, whole = weights.load_weights(state.model, content, path)
+    if state.ema:
+        state.ema.model.load_state_dict(state.model.state_dict())
+    title = f"weights of {path}, {'.'.join(weights.find_weights(content)[0]) or 'as they stand there'}"
+    (log.say if whole else log.warn)(f"{title}\n{weights.describe(rows)}")
+    names, now = content.get("class_names"), saver.facts["class_names"]
+    if isinstance(names, list) and names != now and len(names) == len(now):
+        log.warn(f"{path} has as many classes under other names: its head is loaded all the same")
+    table = Path(config.output_dir, "init_from.txt")
+    runtime.on_main(lambda: table.write_text(f"{title}\n{weights.describe(rows, most=sys.maxsize)}\n"))
+    return f"with the weights of {path}"
 
 
 def checkpoint_folder(config: Config) -> Path:

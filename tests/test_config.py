@@ -62,6 +62,7 @@ def test_unknown_keys_and_wrong_types_are_refused_by_name(capsys, tmp_path):
     (["--data.crop_scale", "[1.0, 0.5]"], ["data.crop_scale"]),
     (["--optim.momentum", "0", "--optim.nesterov", "true"], ["optim.nesterov", "momentum"]),
     (["--train.ema_decay", "1"], ["train.ema_decay"]),
+    (["--optim.backbone_lr_scale", "0"], ["optim.backbone_lr_scale", "unfreeze_from"]),
     (["--checkpoint.keep", "0"], ["checkpoint.keep"]),
     (["--data.std", "[0, 1, 1]"], ["data.std"]),
     (["--data.threads", "-1"], ["data.threads"]),
@@ -98,6 +99,9 @@ def test_defaults_are_valid_and_without_remarks():
     (["--train.bce_target_threshold", "0.2"], "bce_target_threshold"),
     (["--train.loss", "bce", "--train.bce_target_threshold", "0.2", "--train.label_smoothing", "0.1"], "smoothing"),
     (["--checkpoint.resume", "a", "--checkpoint.init_from", "b"], "init_from"),
+    (["--optim.unfreeze_from", "head"], "random weights"),
+    (["--optim.backbone_lr_scale", "0.1"], "random weights"),
+    (["--optim.unfreeze_from", "head", "--optim.backbone_lr_scale", "0.1", "--checkpoint.init_from", "a"], "no effect"),
     (["--data.kind", "synthetic", "--data.data_dir", "x"], "data_dir"),
     (["--train.precision", "fp16"], "fp16"),
 ])
