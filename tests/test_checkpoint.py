@@ -312,7 +312,7 @@ def test_what_may_change_between_attempts():
         checkpoint.check_resumable(saved, facts(train__global_batch_size=512))
     with pytest.raises(ValueError, match=r"data\.num_samples was 100, now 101"):
         checkpoint.check_resumable(saved, {**facts(), "num_samples": 101})
-    for key, value in (("optim__unfreeze_from", "head"), ("optim__backbone_lr_scale", 0.1)):     # other momentum buffers
+    for key, value in (("optim__unfreeze_from", "head"), ("optim__backbone_lr_scale", 0.1)):  # other buffers
         with pytest.raises(ValueError, match=key.replace("__", r"\.")):
             checkpoint.check_resumable(saved, facts(**{key: value}))
     del saved["config"]["optim"]["unfreeze_from"]        # of a version that did not know it

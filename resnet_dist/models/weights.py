@@ -51,7 +51,7 @@ def freeze(model: nn.Module, unfreeze_from: str) -> None:
     first = next((i for i, name in enumerate(names) if name.startswith(f"{unfreeze_from}.")), len(names))
     if first == len(names) and unfreeze_from != "head":
         raise ValueError(f"optim.unfreeze_from is {unfreeze_from!r}: the network has no such module with parameters; "
-                         f"choose head, {', '.join(dict.fromkeys(name.split('.')[0] for name in names))} or a part of it")
+                         f"choose head, {', '.join(dict.fromkeys(name.split('.')[0] for name in names))} or a part")
     head = {f"{name}.{kind}" for name in head_modules(model) for kind in ("weight", "bias")}
     for number, (name, parameter) in enumerate(model.named_parameters()):
         parameter.requires_grad_(number >= first or name in head)

@@ -1,0 +1,117 @@
+"""Weights that two ranks download once and train the head of; an interrupted run ends as the uninterrupted one."""
+
+import functools
+import hashlib
+import http.server
+import json
+import os
+import signal
+import threading
+
+import pytest
+import torch
+import torchvision
+from dist_utils import equal_trees, free_port, run_app, start_app, wait_app, wait_for_step
+
+from resnet_dist import cli
+from resnet_dist.checkpoint import read_checkpoint, unpack_checkpoint
+from resnet_dist.models.build import MODELS
+
+NAME = "torchvision:resnet18:IMAGENET1K_V1"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """An address of a weights file, its state dict, and the paths that were asked for."""
+    folder, asked = tmp_path_factory.mktemp("served"), []
+    torch.manual_seed(1)
+    source = MODELS["resnet20"](num_classes=1000).state_dict()
+    torch.save(source, folder / "x")
+    name = f"resnet18-{hashlib.sha256((folder / 'x').read_bytes()).hexdigest()[:8]}.pth"
+    os.rename(folder / "x", folder / name)
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments):
+            asked.append(self.path)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/{name}", source, asked
+    server.shutdown()
+    server.server_close()
+
+
+def train(digits, folder, url, *more, start=run_app):
+    """As the command line, with torchvision's weights at `url` and a cache of downloads in `folder`."""
+    def entry(arguments):
+        torch.hub.set_dir(str(folder / "hub"))
+        torchvision.models._api.WeightsEnum.url = property(lambda weights: url)
+        return cli.main(arguments)
+
+    return start(2, ["train", "--config", "configs/quickstart.yaml", "--data.data_dir", digits, "--output_dir",
+                     str(folder / "run"), "--data.train_crop_size", "16", "--data.val_resize_size", "16",
+                     "--data.val_crop_size", "16", "--train.epochs", "1", "--schedule.warmup_epochs", "0.5",
+                     "--train.global_batch_size", "120", "--train.precision", "fp32", "--train.ema_decay", "0.9",
+                     "--checkpoint.interval_steps", "5", "--log.interval_steps", "1", "--log.wandb", "disabled",
+                     "--distributed.threads", "1", "--data.threads", "1", "--distributed.timeout_s", "60",
+                     "--checkpoint.init_from", NAME, *more], str(folder / "printed"), entry)
+
+
+@pytest.mark.parametrize("kind", ["no network", "not there", "other content", "no such weights", "no such module"])
+def test_what_cannot_be_loaded_ends_every_rank(digits, tmp_path, served, kind):
+    url, more, words = served[0], (), [NAME, "could not be had", "no network", "give its path"]
+    if kind == "no network":
+        url = f"http://127.0.0.1:{free_port()}/resnet18-00000000.pth"
+    elif kind == "not there":
+        url = url.replace("resnet18", "resnet50")
+    elif kind == "other content":
+        (tmp_path / "hub/checkpoints").mkdir(parents=True)           # a download that a disk has spoilt since
+        torch.save(MODELS["resnet20"]().state_dict(), tmp_path / "hub/checkpoints" / url.rpartition("/")[2])
+        words = ["is damaged", "delete it"]
+    elif kind == "no such weights":
+        more, words = ("--checkpoint.init_from", "torchvision:resnet18:V9"), ["V9", NAME]
+    else:
+        more, words = ("--optim.unfreeze_from", "layer9"), ["optim.unfreeze_from", "layer9", "layer3"]
+    assert train(digits, tmp_path, url, *more) == [2, 2]
+    printed = (tmp_path / "printed").read_text()
+    assert printed.count("error (rank") == 1 and "Traceback" not in printed, printed
+    assert all(word in printed for word in words), printed
+    assert not (tmp_path / "run/config.yaml").exists()
+
+
+def test_a_frozen_backbone_on_two_ranks(digits, tmp_path, served):
+    url, source, asked = served
+    frozen = ("--optim.unfreeze_from", "head")
+    folders = [tmp_path / name for name in ("whole", "parts")]
+    for folder in folders:
+        folder.mkdir()
+    asked.clear()
+    assert train(digits, folders[0], url, *frozen) == [0, 0], (folders[0] / "printed").read_text()
+    assert len(asked) == 1                               # by the main process alone
+    processes = train(digits, folders[1], url, *frozen, start=start_app)
+    wait_for_step(folders[1] / "run", 6, processes)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    assert wait_app(processes) == [143, 143]
+    assert train(digits, folders[1], url, *frozen) == [0, 0]
+    whole, parts = (unpack_checkpoint(read_checkpoint(folder / "run/checkpoints/last.pt"), "") for folder in folders)
+    assert whole["step"] == 12
+    for key in ("model", "ema", "optimizer", "best_top1", "step"):
+        assert equal_trees(whole[key], parts[key]), key
+    for key, value in source.items():
+        if not key.startswith("fc."):
+            assert torch.equal(whole["model"][key], value) and torch.equal(whole["ema"][key], value), key
+    assert len(whole["optimizer"]["state"]) == 2
+
+    printed = (folders[1] / "printed").read_text()
+    assert printed.count(f"weights of {NAME}, as they stand there") == 1
+    assert "loaded     114  conv1.weight, bn1.weight, bn1.bias, ... (114 in all)" in printed
+    assert "missing      2  fc.weight (head, freshly initialised), fc.bias (head, freshly initialised)" in printed
+    table = (folders[1] / "run/init_from.txt").read_text()
+    assert all(key in table for key in source) and "warning: weights" not in printed
+    losses = [json.loads(line)["train/loss"] for line in (folders[0] / "run/metrics.jsonl").read_text().splitlines()
+              if "train/loss" in line]
+    assert losses[-1] < losses[0]
+
+    # other parameters are trained from here on: the optimizer's state does not fit, the weights do
+    assert train(digits, folders[1], url, "--optim.unfreeze_from", "layer3") == [2, 2]
+    assert "optim.unfreeze_from was 'head', now 'layer3'" in (folders[1] / "printed").read_text()
