@@ -147,8 +147,8 @@ def init_from(path: str, state: TrainState, config: Config, saver: Saver, runtim
     names, now = content.get("class_names"), saver.facts["class_names"]
     if isinstance(names, list) and names != now and len(names) == len(now):
         log.warn(f"{path} has as many classes under other names: its head is loaded all the same")
-    table = Path(config.output_dir, "init_from.txt")
-    runtime.on_main(lambda: table.write_text(f"{title}\n{weights.describe(rows, most=sys.maxsize)}\n"))
+    text, folder = f"{title}\n{weights.describe(rows, most=sys.maxsize)}\n", Path(config.output_dir)
+    runtime.on_main(lambda: folder.mkdir(parents=True, exist_ok=True) or (folder / "init_from.txt").write_text(text))
     return f"with the weights of {path}"
 
 

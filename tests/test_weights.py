@@ -16,7 +16,7 @@ from resnet_dist.checkpoint import read_checkpoint
 from resnet_dist.models import weights
 from resnet_dist.models.build import MODELS
 from resnet_dist.models.resnet import FAMILY
-from resnet_dist.models.weights import describe, find_weights, head_modules, load_weights, unpack
+from resnet_dist.models.weights import describe, download, find_weights, head_modules, load_weights, unpack
 
 
 def network(num_classes=5, name="resnet20"):
@@ -247,3 +247,27 @@ def test_the_head_is_found_by_structure():
     assert heads(googlenet, auxiliary=True) == ["aux1.fc2", "aux2.fc2", "fc"]
     assert heads(inception, auxiliary=True) == ["AuxLogits.fc", "fc"]
     assert heads(nn.Conv2d(1, 1, 1)) == []
+
+
+def test_downloads_that_cannot_be_had(tmp_path, monkeypatch):
+    """The way of a whole run, on two ranks: tests/dist/test_transfer.py. Here files stand for the network."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    name, path, url = "torchvision:resnet50:IMAGENET1K_V2", tmp_path / "hub/checkpoints/resnet50-11ad3fa6.pth", "file:///"
+    monkeypatch.setattr(torchvision.models._api.WeightsEnum, "url", property(lambda weights: url + path.name))
+    with pytest.raises(ValueError, match=rf"'{name}'.*could not be had.*no network.*{path}"):
+        download(name)
+    url = f"{tmp_path.as_uri()}/"
+    torch.save({"a": torch.zeros(2)}, tmp_path / path.name)
+    with pytest.raises(ValueError, match="could not be had .invalid hash value"):
+        download(name)
+    torch.save({"a": torch.zeros(2)}, path)              # a download that the disk has spoilt since
+    with pytest.raises(ValueError, match=rf"{path} is damaged.*delete it"):
+        download(name)
+    path.write_bytes(b"half")
+    with pytest.raises(ValueError, match=rf"could not be had.*{path}"):
+        download(name)
+    for wrong in ("torchvision:resnet50:V9", "torchvision:resnet50"):
+        with pytest.raises(ValueError, match=rf"'{wrong}'.*torchvision:resnet50:IMAGENET1K_V1, {name}"):
+            download(wrong)
+    with pytest.raises(ValueError, match="those of its own models"):
+        download("torchvision:resnet20:IMAGENET1K_V1")

@@ -57,31 +57,17 @@ def train(digits, folder, url, *more, start=run_app):
                      "--checkpoint.init_from", NAME, *more], str(folder / "printed"), entry)
 
 
-@pytest.mark.parametrize("kind", ["no network", "not there", "other content", "no such weights", "no such module"])
-def test_what_cannot_be_loaded_ends_every_rank(digits, tmp_path, served, kind):
-    url, more, words = served[0], (), [NAME, "could not be had", "no network", "give its path"]
-    if kind == "no network":
-        url = f"http://127.0.0.1:{free_port()}/resnet18-00000000.pth"
-    elif kind == "not there":
-        url = url.replace("resnet18", "resnet50")
-    elif kind == "other content":
-        (tmp_path / "hub/checkpoints").mkdir(parents=True)           # a download that a disk has spoilt since
-        torch.save(MODELS["resnet20"]().state_dict(), tmp_path / "hub/checkpoints" / url.rpartition("/")[2])
-        words = ["is damaged", "delete it"]
-    elif kind == "no such weights":
-        more, words = ("--checkpoint.init_from", "torchvision:resnet18:V9"), ["V9", NAME]
-    else:
-        more, words = ("--optim.unfreeze_from", "layer9"), ["optim.unfreeze_from", "layer9", "layer3"]
-    assert train(digits, tmp_path, url, *more) == [2, 2]
+def test_without_a_network_every_rank_ends(digits, tmp_path):
+    assert train(digits, tmp_path, f"http://127.0.0.1:{free_port()}/resnet18-00000000.pth") == [2, 2]
     printed = (tmp_path / "printed").read_text()
     assert printed.count("error (rank") == 1 and "Traceback" not in printed, printed
-    assert all(word in printed for word in words), printed
+    assert all(word in printed for word in (NAME, "could not be had", "no network", "give its path")), printed
     assert not (tmp_path / "run/config.yaml").exists()
 
 
 def test_a_frozen_backbone_on_two_ranks(digits, tmp_path, served):
     url, source, asked = served
-    frozen = ("--optim.unfreeze_from", "head")
+    frozen = ("--optim.unfreeze_from", "head", "--optim.base_lr", "0.002")
     folders = [tmp_path / name for name in ("whole", "parts")]
     for folder in folders:
         folder.mkdir()
@@ -111,7 +97,3 @@ def test_a_frozen_backbone_on_two_ranks(digits, tmp_path, served):
     losses = [json.loads(line)["train/loss"] for line in (folders[0] / "run/metrics.jsonl").read_text().splitlines()
               if "train/loss" in line]
     assert losses[-1] < losses[0]
-
-    # other parameters are trained from here on: the optimizer's state does not fit, the weights do
-    assert train(digits, folders[1], url, "--optim.unfreeze_from", "layer3") == [2, 2]
-    assert "optim.unfreeze_from was 'head', now 'layer3'" in (folders[1] / "printed").read_text()
