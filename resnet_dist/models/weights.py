@@ -106,7 +106,8 @@ def unpack(payload: bytes, name: str) -> dict:
     except Exception as problem:                         # torch raises a dozen types for a file that is none of its own
         objects = re.search(r"GLOBAL (\S+)", str(problem))
         if objects is None:
-            raise ValueError(f"{name} is damaged, or no file of torch.save or safetensors: {problem}") from problem
+            why = str(problem).split(". ")[0]            # torch goes on with advice to run what is in the file
+            raise ValueError(f"{name} is damaged, or no file of torch.save or safetensors: {why}") from problem
         raise ValueError(
             f"{name} needs Python objects ({objects[1]}), which may run any code: it is not loaded. If you trust it: "
             f"python -c \"import torch; content = torch.load('{name}', map_location='cpu', weights_only=False); "
