@@ -165,8 +165,8 @@ def test_some_tensors_that_do_not_fit_are_told():
     del source["layer3.2.bn2.running_var"], source["layer3.2.bn2.num_batches_tracked"]
     rows, whole = load_weights(MODELS["resnet20"](num_classes=5), source, "x.pth")
     assert not whole and counts(rows) == [112, 0, 0, 3, 4]
-    assert rows["skipped"] == ["bn1.bias [16] instead of [16]", "layer1.0.conv1.weight [1, 2, 3] instead of [16, 16, 3, 3]",
-                               "extra ['int']"]
+    assert rows["skipped"] == [
+        "bn1.bias [16] instead of [16]", "layer1.0.conv1.weight [1, 2, 3] instead of [16, 16, 3, 3]", "extra ['int']"]
     assert rows["missing"] == ["bn1.bias", "layer1.0.conv1.weight", "layer3.2.bn2.running_var",
                                "layer3.2.bn2.num_batches_tracked (without effect)"]
     table = describe(rows).splitlines()
