@@ -151,7 +151,7 @@ def test_another_number_of_classes_means_a_fresh_head():
     fresh = model.fc.weight.detach().clone(), model.fc.bias.detach().clone()
     rows, whole = load_weights(model, source, "x.pth")
     assert whole and counts(rows) == [114, 0, 0, 2, 2]
-    assert rows["skipped"] == ["fc.weight [10, 64], here [2, 64]", "fc.bias [10], here [2]"]
+    assert rows["skipped"] == ["fc.weight [10, 64] instead of [2, 64]", "fc.bias [10] instead of [2]"]
     assert rows["missing"] == [f"fc.{kind} (head, freshly initialised)" for kind in ("weight", "bias")]
     assert torch.equal(model.fc.weight, fresh[0]) and torch.equal(model.fc.bias, fresh[1])
     assert_equal(model, source | {"fc.weight": fresh[0], "fc.bias": fresh[1]})
@@ -165,8 +165,8 @@ def test_some_tensors_that_do_not_fit_are_told():
     del source["layer3.2.bn2.running_var"], source["layer3.2.bn2.num_batches_tracked"]
     rows, whole = load_weights(MODELS["resnet20"](num_classes=5), source, "x.pth")
     assert not whole and counts(rows) == [112, 0, 0, 3, 4]
-    assert rows["skipped"] == ["bn1.bias [16], here [16]", "layer1.0.conv1.weight [1, 2, 3], here [16, 16, 3, 3]",
-                               "extra ['int']"]
+    assert rows["skipped"] == [
+        "bn1.bias [16] instead of [16]", "layer1.0.conv1.weight [1, 2, 3] instead of [16, 16, 3, 3]", "extra ['int']"]
     assert rows["missing"] == ["bn1.bias", "layer1.0.conv1.weight", "layer3.2.bn2.running_var",
                                "layer3.2.bn2.num_batches_tracked (without effect)"]
     table = describe(rows).splitlines()

@@ -142,7 +142,7 @@ def load_weights(model: nn.Module, content: dict, name: str) -> tuple[dict[str, 
         target = next((target for target in names if target not in found and _fits(value, own[target])), None)
         if target is None:
             rows["skipped"].append(f"{key} {list(getattr(value, 'shape', [type(value).__name__]))}"
-                                   + (f", here {list(own[names[0]].shape)}" if names else ""))
+                                   + (f" instead of {list(own[names[0]].shape)}" if names else ""))
             whole = whole and bool(names and remarks[names[0]])
             continue
         found[target] = value.reshape(own[target].shape).to(own[target].dtype)
