@@ -2,6 +2,8 @@
 
 import os
 
+import nvidia.dali.fn
+import nvidia.dali.types  # noqa: F401
 import pytest
 import torch
 import torch._dynamo

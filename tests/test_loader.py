@@ -257,10 +257,8 @@ def test_validation_that_is_left_early_starts_again(good, tmp_path):
 def test_an_error_in_the_background_is_raised_in_front(good, tmp_path, monkeypatch):
     loader = train_loader(good, tmp_path)
     monkeypatch.setattr(loader_module.crops, "train_geometry", lambda *_, **__: 1 / 0)
-    started = time.monotonic()
     with pytest.raises(ZeroDivisionError):
         next(loader.batches(0, 5))
-    assert time.monotonic() - started < 5
     monkeypatch.undo()
     assert len(list(loader.batches(0, 2))) == 2                              # and the loader is as good as new
     loader.close()
