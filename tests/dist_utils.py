@@ -132,9 +132,9 @@ def wait_for_step(output_dir, step, processes, saved=-1):
     while time.monotonic() < deadline:
         assert all(process.is_alive() for process in processes), "the run ended before it could be killed"
         with_steps = path.read_text().splitlines() if path.exists() else []
-        if with_steps and with_steps[-1].endswith("}") and json.loads(with_steps[-1])["step"] >= step:
-            if max(saved_steps(output_dir), default=-1) >= saved:
-                return
+        reached = with_steps and with_steps[-1].endswith("}") and json.loads(with_steps[-1])["step"] >= step
+        if reached and max(saved_steps(output_dir), default=-1) >= saved:
+            return
         time.sleep(0.002)
     raise AssertionError(f"step {step} was not reached, or {saved} not saved")
 
@@ -159,6 +159,22 @@ def slow_from(step, entry=None):
         engine.train_step = train_step
         return (entry or cli.main)(arguments)
     return slowed
+
+
+def in_double(entry):
+    """`entry` in double precision, where it says fp32: what differs by rounding alone then hardly differs at all."""
+    def doubled(arguments):
+        from resnet_dist import engine, run
+        real = run.build_state
+        engine.DTYPES["fp32"] = torch.float64            # the loader's type, and with it the model's
+
+        def build_state(config, num_classes, device):
+            torch.set_default_dtype(torch.float64)
+            return real(config, num_classes, device)
+
+        run.build_state = build_state
+        return entry(arguments)
+    return doubled
 
 
 def record_batches(folder):

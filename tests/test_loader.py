@@ -135,7 +135,7 @@ def test_augmentation_does_not_depend_on_the_layout(good, tmp_path, train_crop):
                "progressive_start_size": 32, "progressive_epochs": (0, 2), "global_batch_size": 12}
     expected = steps(good, tmp_path, 1, 5, **options)
     assert [images.shape[-1] for _, _, images in expected] == [32, 32, 64, 64]     # round(1.5) is 2, to even
-    for world_size, accumulated in [(2, 1), (3, 2), (1, 4)]:
+    for world_size, accumulated in [(2, 1), (3, 2), (1, 4)] if train_crop == "random_resized" else [(3, 2)]:
         assert_same(steps(good, tmp_path, 1, 5, world_size, accumulated, **options), expected)
 
 
