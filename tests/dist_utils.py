@@ -210,11 +210,11 @@ def by_step(folder):
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on just now, and below those that the kernel gives to whoever asks for any: it
-    stays free until it is used, and no rank that calls there too early can be connected to itself."""
+    """A TCP port that nobody listens on just now, and below those that the kernel gives to whoever asks for any (and
+    those of tests/slurm): it stays free until it is used, and a rank that calls there too early finds nobody."""
     while True:
         with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", random.SystemRandom().randrange(20000, 32768)))
+            probe.bind(("127.0.0.1", random.SystemRandom().randrange(10000, 16000)))
             return probe.getsockname()[1]
 
 
