@@ -26,6 +26,8 @@ if [ "${PROCTRACK:-cgroup}" = cgroup ] && [ -w /sys/fs/cgroup/freezer/cgroup.pro
   TRACK=cgroup; printf 'CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\n' > "$D/cgroup.conf"
 else TRACK=linuxproc; fi
 # Short times: cred_expire (a requeued job waits that long, 120 s by default), KillWait (30), SlurmdTimeout (300).
+# A long one: MessageTimeout (10). An order to end a job that was not answered in time, on a busy machine, is given again
+# and would end the job's next attempt.
 # FirstJobId: job ids must not come again, since submitit would read an old result.
 cat > "$D/slurm.conf" <<C
 ClusterName=test
@@ -55,6 +57,7 @@ JobRequeue=1
 KillWait=10
 SlurmdTimeout=20
 SlurmctldTimeout=10
+MessageTimeout=60
 InactiveLimit=0
 FirstJobId=$(( $(date +%s) % 10000000 ))
 SlurmdParameters=config_overrides
