@@ -132,7 +132,7 @@ class Saver:
             if self.failure:
                 self.warn(self.failure)
 
-    def _write(self, snapshot: dict) -> None:
+    def _write(self, snapshot: dict, again: bool = True) -> None:
         step = snapshot["step"]
         path = self.folder / f"step_{step:08d}.pt"
         try:
@@ -146,13 +146,15 @@ class Saver:
             self._prune({path.name, f"step_{snapshot['best_step']:08d}.pt"})
             self.saved, self.failure = (step, snapshot["evaluated_step"]), None
         except Exception as problem:                     # whatever it was, training must not end for it
+            if again and isinstance(problem, FileNotFoundError):     # the folder went away meanwhile: it is made anew
+                return self._write(snapshot, again=False)
             before = f"the one of step {self.saved[0]} stays" if self.saved[0] >= 0 else "none is saved yet"
             self.failure = f"could not save the checkpoint of step {step} to {path}: {problem}; {before}"
 
     def _prune(self, protected: set[str]) -> None:
         for path in _newest_first(self.folder)[self.keep:]:
             if path.name not in protected:
-                path.unlink()
+                path.unlink(missing_ok=True)
                 _digest_path(path).unlink(missing_ok=True)
         for leftover in self.folder.glob("*.tmp"):       # of a process that was killed while it wrote
             leftover.unlink(missing_ok=True)

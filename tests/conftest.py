@@ -2,6 +2,8 @@
 
 import os
 
+import nvidia.dali.fn
+import nvidia.dali.types  # noqa: F401
 import pytest
 import torch
 import torch._dynamo
@@ -25,3 +27,5 @@ def no_leftover_environment(monkeypatch):
     """Tests see neither a launcher's ranks nor a user's W&B key."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
+    yield
+    torch.set_num_threads(1)                             # distributed.start in this process has set more

@@ -4,10 +4,12 @@ Forking starts in milliseconds where torchrun needs seconds to import torch agai
 run no parallel region before: OpenMP's threads do not survive a fork. `tests/conftest.py` keeps it at one thread.
 """
 
+import contextlib
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import random
 import socket
 import sys
 import tempfile
@@ -17,14 +19,14 @@ import traceback
 import torch
 import torch.distributed as dist
 
-TIMEOUT_SECONDS = 60
+TIMEOUT_SECONDS = 180
 
 
 def run_ranks(fn, world_size: int, *args) -> list:
     """Call `fn(rank, world_size, *args)` on `world_size` ranks and return what each returned, in order of rank.
 
     The results are pickled: return numpy arrays and plain values, not tensors. Raises RuntimeError with the traceback
-    of the first rank that fails, and when it takes longer than a minute.
+    of the first rank that fails, and when it takes longer than TIMEOUT_SECONDS.
     """
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
@@ -123,16 +125,56 @@ def wait_app(processes: list, timeout: float = TIMEOUT_SECONDS) -> list[int]:
     return [process.exitcode for process in processes]
 
 
-def wait_for_step(output_dir, step, processes):
-    """Until the run in `output_dir` has logged `step`; none of the `processes` may end before."""
-    path, deadline = output_dir / "metrics.jsonl", time.monotonic() + 60
+def wait_for_step(output_dir, step, processes, saved=-1):
+    """Until the run in `output_dir` has logged `step` and has a checkpoint of step `saved` or a later one; none of the
+    `processes` may end before. What is to be killed then should be slowed down from there on: see `slow_from`."""
+    path, deadline = output_dir / "metrics.jsonl", time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < deadline:
         assert all(process.is_alive() for process in processes), "the run ended before it could be killed"
         with_steps = path.read_text().splitlines() if path.exists() else []
-        if with_steps and with_steps[-1].endswith("}") and json.loads(with_steps[-1])["step"] >= step:
+        reached = with_steps and with_steps[-1].endswith("}") and json.loads(with_steps[-1])["step"] >= step
+        if reached and max(saved_steps(output_dir), default=-1) >= saved:
             return
         time.sleep(0.002)
-    raise AssertionError(f"step {step} was not reached")
+    raise AssertionError(f"step {step} was not reached, or {saved} not saved")
+
+
+def saved_steps(output_dir):
+    """The steps of the checkpoints that are whole: a file has its name once its digest is there."""
+    return [int(path.stem.removeprefix("step_")) for path in (output_dir / "checkpoints").glob("step_*.pt")]
+
+
+def slow_from(step, entry=None):
+    """The command line's main (or `entry`) whose updates take 0.4 s longer from that step on, so that whoever waits for
+    it finds the run under way, however busy the machine is."""
+    def slowed(arguments):
+        from resnet_dist import cli, engine
+
+        real = engine.train_step
+
+        def train_step(model, state, *rest):
+            time.sleep(0.4 if state.step >= step else 0)
+            return real(model, state, *rest)
+
+        engine.train_step = train_step
+        return (entry or cli.main)(arguments)
+    return slowed
+
+
+def in_double(entry):
+    """`entry` in double precision, where it says fp32: what differs by rounding alone then hardly differs at all."""
+    def doubled(arguments):
+        from resnet_dist import engine, run
+        real = run.build_state
+        engine.DTYPES["fp32"] = torch.float64            # the loader's type, and with it the model's
+
+        def build_state(config, num_classes, device):
+            torch.set_default_dtype(torch.float64)
+            return real(config, num_classes, device)
+
+        run.build_state = build_state
+        return entry(arguments)
+    return doubled
 
 
 def record_batches(folder):
@@ -168,10 +210,12 @@ def by_step(folder):
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port that nobody listens on just now, and below those that the kernel gives to whoever asks for any (and
+    those of tests/slurm): it stays free until it is used, and a rank that calls there too early finds nobody."""
+    while True:
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", random.SystemRandom().randrange(10000, 16000)))
+            return probe.getsockname()[1]
 
 
 def _app(rank: int, world_size: int, port: int, arguments: list[str], output: str, entry) -> None:

@@ -20,7 +20,8 @@ def test_benchmark_of_the_loop(tmp_path):
     assert result["ranks"] == 2
     assert result["local_batch_size"] == 4
     assert result["whole_images_per_second"] > 0
-    assert 0 < result["ratio"] < 2
+    assert result["bare_images_per_second"] > 0 and result["cpu_ratio"] > 0
+    assert result["ratio"] == result["whole_images_per_second"] / result["bare_images_per_second"]
 
 
 def test_benchmark_of_the_loader(tmp_path):

@@ -275,6 +275,35 @@ def test_a_folder_that_vanishes_is_made_again(tmp_path):
     assert not warnings and newest_valid(folder, pytest.fail)
 
 
+@pytest.mark.parametrize("newer_attempt", [False, True])
+@pytest.mark.parametrize("rename", [1, 2, 3])
+def test_a_folder_that_vanishes_while_it_is_written_is_made_again(tmp_path, monkeypatch, rename, newer_attempt):
+    """Before each of the renames: digest, file, digest. A newer attempt's folder in its place stays as it is."""
+    folder, real, calls = tmp_path / "checkpoints", os.replace, []
+    saver, warnings = save_steps(folder, (1,))
+    saver.claim()
+    other, _ = make_saver(folder)
+
+    def replace(source, target):
+        calls.append(target)
+        if len(calls) == rename:
+            folder.rename(tmp_path / "moved")
+            if newer_attempt:
+                other.claim()
+        real(source, target)
+
+    state = make_state()
+    state.step = 2
+    monkeypatch.setattr(os, "replace", replace)
+    saver.save(state)
+    saver.wait()
+    assert newest_valid(tmp_path / "moved", pytest.fail)
+    if newer_attempt:
+        assert "newer attempt" in warnings[0] and os.listdir(folder) == ["attempt"]
+    else:
+        assert not warnings and newest_valid(folder, pytest.fail).name == "step_00000002.pt"
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "text.pt").write_text("hello")
     torch.save({"weights": 1}, tmp_path / "other.pt")

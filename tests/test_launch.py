@@ -249,7 +249,7 @@ def test_the_local_executor_trains(tmp_path):
          "--data.train_crop_size", "16", "--data.val_resize_size", "16", "--data.val_crop_size", "16",
          "--train.epochs", "1", "--schedule.warmup_epochs", "0", "--cluster.executor", "local",
          "--cluster.gpus_per_node", "0", "--cluster.tasks_per_node", "2", "--cluster.wait"],
-        cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
+        cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FINISHED, all ranks succeeded" in done.stdout
     folder = next((tmp_path / "run").glob("job_*"))

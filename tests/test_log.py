@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -184,6 +185,7 @@ def test_mode(asked, environment, mode):
 def test_probe_is_quick(monkeypatch):
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(log_module, "_PROBE_SECONDS", 60.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         assert log_module._accepts_connections(f"http://127.0.0.1:{port}")
@@ -192,14 +194,18 @@ def test_probe_is_quick(monkeypatch):
     assert not log_module._accepts_connections(f"http://127.0.0.1:{port}")
     monkeypatch.delenv("https_proxy")
 
+    asked, answer = threading.Event(), threading.Event()
+
     def slow(*args, **kwargs):
-        time.sleep(2)
+        asked.set()
+        answer.wait()
         raise socket.gaierror("no name server")
 
     monkeypatch.setattr(socket, "getaddrinfo", slow)
-    before = time.monotonic()
-    assert not log_module._accepts_connections("https://wandb.invalid")
-    assert time.monotonic() - before < 1.5
+    monkeypatch.setattr(log_module, "_PROBE_SECONDS", 0.2)
+    assert not log_module._accepts_connections("https://wandb.invalid")      # although nothing has answered yet
+    assert asked.wait(60)
+    answer.set()
 
 
 def test_netrc(tmp_path, monkeypatch):
@@ -220,7 +226,7 @@ def in_process(tmp_path, code, **environment):
               "PYTHONPATH": str(Path(log_module.__file__).parents[1]), **environment}
     head = "import os, sys, time\nfrom resnet_dist import log as m\nfrom resnet_dist.config import LogConfig\n"
     done = subprocess.run([sys.executable, "-c", head + code], cwd=tmp_path, env=clean, capture_output=True, text=True,
-                          timeout=60, stdin=subprocess.DEVNULL)
+                          timeout=300, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -263,7 +269,7 @@ def test_offline_run_goes_on_after_a_resume(tmp_path):
 def inspect(folder, home):
     """The records of an offline run, as W&B's own tool prints them."""
     tool = Path(sys.executable).with_name("wandb")
-    done = subprocess.run([tool, "leet", "inspect", "--json", folder], capture_output=True, text=True, timeout=60,
+    done = subprocess.run([tool, "leet", "inspect", "--json", folder], capture_output=True, text=True, timeout=300,
                           env={**os.environ, "HOME": str(home), "WANDB_ERROR_REPORTING": "false"})
     if done.returncode:
         pytest.skip("this version of W&B has no tool to read its own files")
@@ -272,29 +278,29 @@ def inspect(folder, home):
 
 def test_key_without_a_network_goes_offline_at_once(tmp_path):
     pytest.importorskip("wandb")
-    code = ("config = LogConfig()\nfolder = m.Path('run')\nfolder.mkdir()\nimport wandb\nt = time.monotonic()\n"
-            "print(m.why_offline(probe=True))\nassert time.monotonic() - t < 2\n")
+    code = ("config = LogConfig()\nfolder = m.Path('run')\nfolder.mkdir()\nimport wandb\n"
+            "print(m.why_offline(probe=True))\n")
     assert "cannot be reached" in in_process(tmp_path, code, WANDB_API_KEY="a" * 40).stdout
 
 
 def test_server_that_does_not_answer_falls_back_to_offline(tmp_path):
     pytest.importorskip("wandb")
     with socket.create_server(("127.0.0.1", 0)) as server:
-        done = in_process(tmp_path, "m._INIT_SECONDS = 1.0\n" + SESSION.replace("START", "0").replace("STEPS", "(10,)"),
-                          WANDB_API_KEY="a" * 40, WANDB_BASE_URL=f"http://127.0.0.1:{server.getsockname()[1]}")
+        code = "m._INIT_SECONDS, m._PROBE_SECONDS = 1.0, 60.0\n" + SESSION
+        done = in_process(tmp_path, code.replace("START", "0").replace("STEPS", "(10,)"), WANDB_API_KEY="a" * 40,
+                          WANDB_BASE_URL=f"http://127.0.0.1:{server.getsockname()[1]}")
     assert done.stdout.count("W&B is offline (going online failed") == 1
     assert len(list((tmp_path / "run/wandb").glob("offline-run-*"))) == 1
 
 
 class Broken:
-    """A W&B run that fails or hangs in every call."""
+    """A W&B run that fails in every call, once it is `released`."""
 
-    def __init__(self, hang):
-        self.hang = hang
+    def __init__(self, released):
+        self.released = released
 
     def log(self, row):
-        if self.hang:
-            time.sleep(30)
+        self.released.wait()
         raise RuntimeError("no space\nsecond line")
 
     def finish(self, exit_code):
@@ -305,12 +311,16 @@ class Broken:
 def test_broken_wandb_gets_one_warning_and_no_time(tmp_path, monkeypatch, capsys, hang):
     monkeypatch.setattr(log_module, "_FINISH_SECONDS", -4.8)
     log = started(tmp_path)
-    log.wandb = log_module._Wandb(Broken(hang), "somewhere", log)
-    before = time.monotonic()
+    released = threading.Event()
+    if not hang:
+        released.set()
+    log.wandb = log_module._Wandb(Broken(released), "somewhere", log)
     for step in range(1, 50):
         log.metrics(step, {"train/top5": 1.0})
     log.close()
-    assert time.monotonic() - before < 2
+    assert log.wandb.thread.is_alive() or not hang      # nobody has waited for it
+    released.set()
+    log.wandb.thread.join()
     assert capsys.readouterr().err.count("warning: W&B") == 1
     assert len(lines(tmp_path)) == 49
 

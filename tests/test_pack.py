@@ -146,7 +146,7 @@ def killed(function, count, *arguments):
         os._exit(0)
     process = multiprocessing.get_context("fork").Process(target=body)
     process.start()
-    process.join(60)
+    process.join(300)
     assert process.exitcode == -signal.SIGKILL
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -160,35 +159,58 @@ def packed(index, tmp_path, shards=3):
     return build_index(str(tmp_path / "packed"), "train", OneProcess())
 
 
+class Clock(threading.local):
+    """The time of each thread, which passes as the test says."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(read.time, "perf_counter", clock.perf_counter)
+    return clock
+
+
 @pytest.mark.parametrize("in_shards", [False, True])
-def test_slow_storage_is_read_by_all_threads_and_fast_by_one(tmp_path, monkeypatch, in_shards):
+def test_slow_storage_is_read_by_all_threads_and_fast_by_one(tmp_path, monkeypatch, clock, in_shards):
     """Threads hide waiting, and cost processor time where there is nothing to wait for."""
     index = write_split(tmp_path, [encode(picture(20, 20, seed=i)) for i in range(16)])
     index = packed(index, tmp_path) if in_shards else index
     reader = Reader(index, threads=4)
-    rows, real, waiting, most = np.arange(16), read._read, set(), []
+    rows, real, together = np.arange(16), read._read, threading.Barrier(4)
 
-    def slow(*place):
-        waiting.add(threading.get_ident())
-        most.append(len(waiting))
-        time.sleep(0.005)
-        waiting.discard(threading.get_ident())
+    def fast(*place):
+        clock.now += 1e-5
         return real(*place)
 
-    for function, shares in ((real, 1), (slow, 1), (slow, 4), (real, 4), (real, 1)):     # known from the request before
+    def slow(*place):
+        clock.now += 5e-3
+        if shares == 4:
+            together.wait(60)                            # fails unless all of them wait at once
+        return real(*place)
+
+    for function, shares in ((fast, 1), (slow, 1), (slow, 4), (fast, 4), (fast, 1)):     # known from the request before
         monkeypatch.setattr(read, "_read", function)
         requested = reader.request(rows)
         assert len(requested) == shares
         assert [encoded.row for encoded in reader.collect(requested)] == rows.tolist()
-    assert max(most) == 4                                    # all of them waited at once
     reader.close()
 
 
-def test_a_few_late_files_do_not_make_a_storage_slow(tmp_path):
+def test_a_few_late_files_do_not_make_a_storage_slow(tmp_path, clock):
     """A busy machine delays some; only where most of them are late do threads help."""
     index = write_split(tmp_path, [encode(picture(20, 20, seed=i)) for i in range(16)])
     reader = Reader(index, threads=4)
-    reader.load = lambda index, row: (time.sleep(0.05 if row == 3 else 0), load(index, row))[1]
+
+    def late(index, row):
+        clock.now += 0.05 if row < 7 else 1e-5
+        return load(index, row)
+
+    reader.load = late
     reader.collect(reader.request(np.arange(16)))
     assert len(reader.request(np.arange(16))) == 1
     reader.close()

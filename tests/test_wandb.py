@@ -19,7 +19,7 @@ from resnet_dist import log as log_module
 pytest.importorskip("wandb")
 
 SESSION = """
-import sys, time
+import os, sys, time
 from resnet_dist import log as m
 from resnet_dist.config import LogConfig
 start, stop, m._FINISH_SECONDS = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
@@ -31,6 +31,8 @@ for step in range(start + 1, stop + 1):
     log.metrics(step, {"train/epoch": step / 10, "train/loss": float(step), "train/top1": 1.0})
     longest = max(longest, time.monotonic() - before)
     time.sleep(0.1)
+    while step == 20 and os.path.exists("hold"):
+        time.sleep(0.02)
 log.close(0)
 print(f"longest {longest}")
 """
@@ -53,7 +55,7 @@ def environment(tmp_path, server):
                     "PYTHONPATH": str(Path(log_module.__file__).parents[1])}
 
 
-def train(tmp_path, server, start, stop, finish_seconds=20):
+def train(tmp_path, server, start, stop, finish_seconds=90):
     """A process that logs the steps start + 1 to stop, ten a second."""
     return subprocess.Popen([sys.executable, "-c", SESSION, str(start), str(stop), str(finish_seconds)], cwd=tmp_path,
                             env=environment(tmp_path, server), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -61,17 +63,17 @@ def train(tmp_path, server, start, stop, finish_seconds=20):
 
 
 def finish(process):
-    """What it printed; no call of the log took long, whatever the server did."""
-    printed, _ = process.communicate(timeout=90)
+    """What it printed; no call of the log waited for the server, whatever it did."""
+    printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
-    assert float(printed.split("longest ")[1]) < 2, printed
+    assert float(printed.split("longest ")[1]) < 15, printed
     return printed
 
 
 def sync(tmp_path, server, folder):
     command = [Path(sys.executable).with_name("wandb"), "sync", "--include-online", str(folder)]
     done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path, server), capture_output=True, text=True,
-                          timeout=90, stdin=subprocess.DEVNULL)
+                          timeout=300, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -85,17 +87,19 @@ def logged(tmp_path):
 
 
 def lose(tmp_path, server):
-    """End the server while the run is under way."""
-    deadline = time.monotonic() + 60
+    """End the server while the run is under way: it goes no further than step 20 before."""
+    deadline = time.monotonic() + 180
     while len(logged(tmp_path)) < 10:
         assert time.monotonic() < deadline, server.requests
         time.sleep(0.02)
     server.stop()
-    assert len(server.runs[run_id(tmp_path)]["history"]) < 40
+    (tmp_path / "hold").unlink()
+    assert len(server.runs[run_id(tmp_path)]["history"]) <= 20
 
 
 def test_lost_in_the_middle_and_back_again(tmp_path, server):
     """Nothing is missing and nothing is there twice; then a second attempt goes on with the same run."""
+    (tmp_path / "hold").touch()
     process = train(tmp_path, server, 0, 60)
     lose(tmp_path, server)
     time.sleep(2)
@@ -110,6 +114,7 @@ def test_lost_in_the_middle_and_back_again(tmp_path, server):
 
 
 def test_lost_for_good_and_synced_later(tmp_path, server):
+    (tmp_path / "hold").touch()
     process = train(tmp_path, server, 0, 40, finish_seconds=2)
     lose(tmp_path, server)
     printed = finish(process)

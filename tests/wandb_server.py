@@ -12,19 +12,21 @@ import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from dist_utils import free_port
+
 ENTITY = "someone"
 
 
 class Server:
     """A server that can be ended and started again on the same port; the runs survive."""
 
-    def __init__(self, port: int = 0) -> None:
+    def __init__(self) -> None:
         self.runs: dict[str, dict] = {}
         self.requests: list[str] = []
         self.unknown: list[str] = []
         self.connections: list[socket.socket] = []
         self.lock = threading.Lock()
-        self.port = port
+        self.port = free_port()
         self.http: ThreadingHTTPServer | None = None
 
     def start(self) -> None:
@@ -62,7 +64,6 @@ class Server:
                 pass
 
         self.http = Quiet(("127.0.0.1", self.port), Handler)
-        self.port = self.http.server_port
         threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()
 
     def stop(self) -> None:

@@ -46,7 +46,7 @@ def build_pipeline(
     # With depth 1, schedule_run starts the one batch that was fed; a second may be scheduled behind it all the same.
     # The dynamic executor leaves the outputs valid after release_outputs, as long as somebody holds them.
     @dali.pipeline_def(batch_size=local_batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=1,
-                       exec_dynamic=True, enable_conditionals=True)
+                       exec_dynamic=True, enable_conditionals=slots > 0)
     def graph():
         pixels = fn.decoders.image_slice(
             fn.external_source(name="encoded", dtype=types.UINT8, ndim=1),

@@ -23,7 +23,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from dist_utils import by_step, equal_trees, record_batches, run_app, start_app, wait_app, wait_for_step
+from dist_utils import (
+    by_step,
+    equal_trees,
+    in_double,
+    record_batches,
+    run_app,
+    slow_from,
+    start_app,
+    wait_app,
+    wait_for_step,
+)
 
 from resnet_dist import checkpoint, cli, engine
 from resnet_dist.checkpoint import read_checkpoint, unpack_checkpoint
@@ -32,7 +42,7 @@ from resnet_dist.watchdog import LOST
 ROOT = Path(__file__).resolve().parents[2]
 RANKS, EPOCHS, STEPS_PER_EPOCH = 2, 3, 12
 TOTAL_STEPS = EPOCHS * STEPS_PER_EPOCH
-STOP_TIMEOUT = 8.0               # distributed.timeout_s where a rank is stopped
+STOP_TIMEOUT = 12.0              # distributed.timeout_s where a rank is stopped
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
 SPOILS = ("flip newest", "truncate newest", "empty newest", "leftovers")
 FAULTS = ("kill one", "kill all", "kill in checkpoint", "kill in evaluation", "kill at epoch", "signal one",
@@ -44,7 +54,7 @@ CLOCK = {"time", "elapsed", "train/images_per_second", "train/data_wait_fraction
 def arguments(digits: str, folder: Path, *more: str) -> list[str]:
     """A run of three epochs of twelve steps; a checkpoint every five steps and at each epoch, which is evaluated."""
     return ["train", "--config", str(ROOT / "configs/quickstart.yaml"), "--data.data_dir", digits, "--output_dir",
-            str(folder), "--data.train_crop_size", "16", "--data.val_resize_size", "16", "--data.val_crop_size", "16",
+            str(folder), "--data.train_crop_size", "8", "--data.val_resize_size", "8", "--data.val_crop_size", "8",
             "--train.epochs", str(EPOCHS), "--train.global_batch_size", "120", "--train.precision", "fp32",
             "--train.ema_decay", "0.9", "--train.eval_interval_epochs", "1", "--checkpoint.interval_steps", "5",
             "--checkpoint.interval_epochs", "1", "--log.interval_steps", "1", "--distributed.timeout_s", "60",
@@ -136,11 +146,11 @@ class Round:
             elif fault == "stop one":
                 os.kill(pids[victim], signal.SIGSTOP)
                 others = [process for rank, process in enumerate(processes) if rank != victim]
-                assert wait_app(others, 60) == [LOST] * len(others), self.tail()
+                assert wait_app(others) == [LOST] * len(others), self.tail()
                 os.kill(pids[victim], signal.SIGKILL)    # as torchrun and SLURM do with what does not go
 
         by_itself = entry is not None and fault != "disk full"
-        codes, moment = self.attempt(at, entry, None if by_itself else act, more)
+        codes, moment = self.attempt(at, entry or slow_from(at), None if by_itself else act, more)
         self.thrown.append(fault + (f" {name}" if fault.startswith("signal") else ""))
         expected = {"signal one": 128 + signal.Signals[name], "signal all": 128 + signal.Signals[name]}.get(fault)
         (self.folder / "full").unlink(missing_ok=True)
@@ -161,9 +171,10 @@ class Round:
         before = log.stat().st_size if log.exists() else 0
         processes = start_app(RANKS, arguments(self.digits, self.folder, *more), str(self.folder / "log"), entry)
         struck, moment = False, 0.0
-        deadline = time.monotonic() + 120
-        while any(process.is_alive() for process in processes):
+        deadline, alive = time.monotonic() + 300, True
+        while alive:
             assert time.monotonic() < deadline, self.tail()
+            alive = all(process.is_alive() for process in processes)     # asked first: what they did is all read below
             begun = re.search(r"per epoch; step (\d+)", log.read_text()[before:]) if log.exists() else None
             reached = last_step(self.folder) if begun else 0
             if self.struck and begun and not self.resumed:
@@ -172,15 +183,12 @@ class Round:
             if self.struck and reached > self.struck[1]:
                 self.seconds.append(time.monotonic() - self.struck[0])
                 self.struck = None
-            if act and not struck and begun and reached >= max(at, int(begun[1]) + 1):
+            if act and alive and not struck and begun and reached >= max(at, int(begun[1]) + 1):
                 struck, moment = True, time.monotonic()
                 act(processes)
-            if not all(process.is_alive() for process in processes):
-                moment = moment or time.monotonic()
-                break
             time.sleep(0.02)
-        codes = wait_app(processes, 60)
-        return codes, moment or time.monotonic()
+        moment = moment or time.monotonic()
+        return wait_app(processes), moment
 
     def entry(self, fault: str, at: int, victim: int):
         """The command line's main with a fault inside, for those that strike at a certain place of the code."""
@@ -224,6 +232,7 @@ class Round:
                     real(saver)
                     if saver.failure:
                         (folder / "full").touch()
+                        time.sleep(300)                  # until it is killed
                 checkpoint.Saver.wait = wait
             return cli.main(arguments)
 
@@ -258,19 +267,25 @@ class Round:
 
 def other_ranks(digits: str, folder: Path, seed: int) -> float:
     """The run on two ranks, and one that is killed twice and goes on with three and with one: raises AssertionError
-    unless each step had the same samples, crops and learning rate; returns the relative difference of the weights."""
+    unless each step had the same samples, crops and learning rate; returns the relative difference of the weights.
+
+    In double precision: in single, rounding moves the signs of a constant background before a ReLU.
+    """
     generator, places, more = random.Random(seed), (folder / "two", folder / "mixed"), ("--optim.base_lr", "0.05")
     for place in places:
         place.mkdir(parents=True)
     two, mixed = places
-    assert run_app(2, arguments(digits, two, *more), str(two / "log"), record_batches(two)) == [0, 0]
+    record = in_double(record_batches(two))
+    assert run_app(2, arguments(digits, two, *more), str(two / "log"), record) == [0, 0], (two / "log").read_text()
+    record = in_double(record_batches(mixed))
     for ranks, at in ((2, generator.randint(6, 12)), (3, generator.randint(18, 26))):
-        processes = start_app(ranks, arguments(digits, mixed, *more), str(mixed / "log"), record_batches(mixed))
-        wait_for_step(mixed, at, processes)
+        processes = start_app(ranks, arguments(digits, mixed, *more), str(mixed / "log"),
+                              slow_from(at, record))
+        wait_for_step(mixed, at, processes, at - 5)
         for process in processes:
             os.kill(process.pid, signal.SIGKILL)
         wait_app(processes)
-    assert run_app(1, arguments(digits, mixed, *more), str(mixed / "log"), record_batches(mixed)) == [0]
+    assert run_app(1, arguments(digits, mixed, *more), str(mixed / "log"), record) == [0], (mixed / "log").read_text()
     ours, theirs = by_step(two), by_step(mixed)
     assert [len(samples) for _, samples in ours.values()] == [120] * TOTAL_STEPS and ours == theirs
     left, right = (torch.cat([value.double().flatten() for value in unpack_checkpoint(

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
 
 import numpy as np
@@ -18,7 +19,7 @@ from resnet_dist import checkpoint, cli, engine
 from resnet_dist.checkpoint import newest_valid
 from resnet_dist.data.order import rows_at
 
-SMALL = ["--data.train_crop_size", "16", "--data.val_resize_size", "16", "--data.val_crop_size", "16",
+SMALL = ["--data.train_crop_size", "8", "--data.val_resize_size", "8", "--data.val_crop_size", "8",
          "--train.epochs", "1", "--schedule.warmup_epochs", "0.5", "--train.global_batch_size", "120", "--log.wandb", "disabled", "--data.threads", "1",
          "--distributed.threads", "1", "--distributed.timeout_s", "60", "--log.interval_steps", "1"]
 
@@ -170,7 +171,7 @@ def test_a_second_signal_does_not_end_the_last_write(tmp_path, digits):
     processes = start_app(2, ["train", "--config", "configs/quickstart.yaml", "--data.data_dir", str(digits),
                               "--output_dir", str(tmp_path / "run"), *SMALL, "--train.epochs", "50"],
                           str(tmp_path / "printed"), entry)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "metrics.jsonl").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -206,14 +207,14 @@ def test_a_full_disk_while_saving(tmp_path, digits):
     assert newest_valid(tmp_path / "run" / "checkpoints", pytest.fail).name == "step_00000005.pt"
 
 
-@pytest.mark.parametrize("how", ["read-only", "removed", "taken by a file"])
+@pytest.mark.parametrize("how", ["read-only", "removed", "removed while it is written", "taken by a file"])
 def test_a_folder_that_stops_taking_checkpoints(tmp_path, digits, how):
     """After step 5. Each try is warned about with the reason; a folder that is merely gone is made again."""
     folder = tmp_path / "run" / "checkpoints"
 
     def entry(arguments):
         import builtins
-        real, step = builtins.open, engine.train_step
+        real, step, write = builtins.open, engine.train_step, checkpoint.write_checkpoint
 
         def read_only(path, mode="r", *args, **kwargs):
             if str(path).endswith(".pt.tmp") and "step_00000005" not in str(path):
@@ -221,21 +222,37 @@ def test_a_folder_that_stops_taking_checkpoints(tmp_path, digits, how):
             return real(path, mode, *args, **kwargs)
 
         def train_step(model, state, *rest):
-            if state.step == 8 and os.environ["RANK"] == "0" and how != "read-only":
+            if state.step == 8 and os.environ["RANK"] == "0" and how in ("removed", "taken by a file"):
+                for thread in threading.enumerate():     # of step 5: it may take its time
+                    if thread.name == "checkpoint":
+                        thread.join()
                 folder.rename(folder.with_name("moved"))
                 if how == "taken by a file":
                     folder.write_text("")
             return step(model, state, *rest)
 
+        def writing(path, content, before_publishing):
+            def vanish():
+                before_publishing()
+                if content["step"] == 10 and not folder.with_name("moved").exists():
+                    folder.rename(folder.with_name("moved"))
+            write(path, content, vanish)
+
         if how == "read-only":
             builtins.open = read_only
+        if how == "removed while it is written":
+            checkpoint.write_checkpoint = writing
         engine.train_step = train_step
         return cli.main(arguments)
 
     codes, printed = train(tmp_path, "--data.data_dir", str(digits), "--checkpoint.interval_steps", "5", entry=entry)
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count('"train/loss"') == 12
-    if how == "removed":
+    good = folder if how == "read-only" else folder.with_name("moved")
+    assert newest_valid(good, pytest.fail).name == "step_00000005.pt"
+    if how.startswith("removed"):
         assert codes == [0, 0] and "warning: could not" not in printed, printed
+        assert sorted(path.name for path in folder.glob("*.pt")) == [
+            "best.pt", "last.pt", "step_00000010.pt", "step_00000012.pt"]
         assert newest_valid(folder, pytest.fail).name == "step_00000012.pt"
         return
     reason = {"read-only": "Read-only file system", "taken by a file": "File exists"}[how]
@@ -243,8 +260,6 @@ def test_a_folder_that_stops_taking_checkpoints(tmp_path, digits, how):
     for step in (10, 12):
         assert re.search(rf"warning: could not save the checkpoint of step {step} to .*{reason}.*step 5 stays", printed)
     assert re.search(r"error \(rank 0\): could not save the checkpoint of step 12", printed)
-    good = folder if how == "read-only" else folder.with_name("moved")
-    assert newest_valid(good, pytest.fail).name == "step_00000005.pt"
 
 
 def test_a_second_ctrl_c_leaves_at_once(tmp_path, digits):
@@ -252,23 +267,24 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path, digits):
     def entry(arguments):
         def slow(path, content, *checks):
             (tmp_path / "writing").touch()
-            time.sleep(50)
+            time.sleep(100)
 
         checkpoint.write_checkpoint = slow
         return cli.main(arguments)
 
     processes = start_app(2, ["train", "--config", "configs/quickstart.yaml", "--data.data_dir", str(digits),
-                              "--output_dir", str(tmp_path / "run"), *SMALL, "--train.epochs", "50"],
-                          str(tmp_path / "printed"), entry)
+                              "--output_dir", str(tmp_path / "run"), *SMALL, "--train.epochs", "50",
+                              "--checkpoint.interval_epochs", "0", "--train.eval_interval_epochs", "0"],
+                          str(tmp_path / "printed"), entry)     # the signal's save is the only one
     wait_for_step(tmp_path / "run", 2, processes)
     os.kill(processes[0].pid, signal.SIGINT)
-    deadline = time.monotonic() + 40
+    deadline = time.monotonic() + 120
     while not (tmp_path / "writing").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
     time.sleep(1.1)
     os.kill(processes[0].pid, signal.SIGINT)
-    assert wait_app(processes, timeout=30) == [128 + signal.SIGINT] * 2, (tmp_path / "printed").read_text()
+    assert wait_app(processes, timeout=80) == [128 + signal.SIGINT] * 2, (tmp_path / "printed").read_text()
     assert not (tmp_path / "run" / "checkpoints" / "last.pt").exists()
 
 

@@ -6,14 +6,13 @@ orientation, one pixel, damage that libjpeg gets over) trains like any other ima
 
 import json
 import os
-import signal
 
 import numpy as np
 import pytest
-from dist_utils import run_app, run_ranks, start_app, wait_app
+from dist_utils import run_app, run_ranks
 from image_files import OneProcess, encode, picture, train_loader, val_loader, write_split
 from PIL import Image
-from test_exactness import assert_same_run, final, metrics, resumed_steps, wait_for_step
+from test_exactness import assert_same_run, final, kill_at, metrics, resumed_steps
 from test_loader import assert_same, steps
 
 from resnet_dist.data.scan import build_index
@@ -103,12 +102,8 @@ def test_training_finishes_counts_and_names_the_bad_files(mixed, undisturbed):
 
 
 def test_killed_and_resumed_it_ends_bit_identically(mixed, undisturbed, tmp_path):
-    for step in (7, 16):
-        processes = start_app(2, arguments(mixed[0], tmp_path), str(tmp_path / "log"))
-        wait_for_step(tmp_path, step, processes)
-        for process in processes:
-            os.kill(process.pid, signal.SIGKILL)
-        wait_app(processes)
+    for step, saved in ((7, 5), (16, 10)):
+        kill_at(step, saved, 2, arguments(mixed[0], tmp_path), tmp_path)
     assert run_app(2, arguments(mixed[0], tmp_path), str(tmp_path / "log")) == [0, 0], (tmp_path / "log").read_text()
     assert len(resumed_steps(tmp_path)) == 2
     assert_same_run(tmp_path, undisturbed)

@@ -13,9 +13,13 @@ from dist_utils import start_app, wait_app, wait_for_step
 from resnet_dist import cli, engine, watchdog
 from resnet_dist.watchdog import LOST
 
-SMALL = ["--data.train_crop_size", "16", "--data.val_resize_size", "16", "--data.val_crop_size", "16",
+SMALL = ["--data.train_crop_size", "8", "--data.val_resize_size", "8", "--data.val_crop_size", "8",
          "--train.epochs", "20", "--train.global_batch_size", "120", "--log.wandb", "disabled", "--data.threads", "1",
          "--distributed.threads", "1", "--log.interval_steps", "1", "--checkpoint.interval_steps", "5"]
+
+
+LIMIT = ["--distributed.timeout_s", "12"]                # a busy machine must be able to start within it
+WAITED = "10.2 s"                                        # 0.85 of it
 
 
 def start(digits, folder, *more, entry=None, world_size=3):
@@ -52,7 +56,7 @@ def errors(folder):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_sigkill_of_any_rank(digits, tmp_path, victim):
     """The others end at once, in a sentence instead of the tracebacks of a broken connection."""
-    processes = start(digits, tmp_path, "--distributed.timeout_s", "6")
+    processes = start(digits, tmp_path, *LIMIT)
     wait_for_step(tmp_path, 3, processes)
     os.kill(processes[victim].pid, signal.SIGKILL)
     assert wait_app(processes) == [-signal.SIGKILL if rank == victim else LOST for rank in range(3)]
@@ -63,22 +67,28 @@ def test_sigkill_of_any_rank(digits, tmp_path, victim):
     assert 1 <= len(found) <= 2                          # two where what they know of it differs
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_is_stopped(digits, tmp_path, victim):
+def test_a_rank_that_is_stopped(digits, tmp_path):
     """SIGSTOP, also of the rank that keeps the store: which rank, which step, its state and last stack."""
-    processes = start(digits, tmp_path, "--distributed.timeout_s", "6")
-    wait_for_step(tmp_path, 3, processes)
-    os.kill(processes[victim].pid, signal.SIGSTOP)
+    runs = []
+    for victim in (0, 1):                                # two runs, which wait at the same time
+        folder = tmp_path / str(victim)
+        folder.mkdir()
+        runs.append((victim, folder, start(digits, folder, *LIMIT)))
     try:
-        others = [process for rank, process in enumerate(processes) if rank != victim]
-        assert wait_app(others, timeout=30) == [LOST, LOST]
+        for victim, folder, processes in runs:
+            wait_for_step(folder, 3, processes)
+            os.kill(processes[victim].pid, signal.SIGSTOP)
+        for victim, _, processes in runs:
+            assert wait_app(processes[:victim] + processes[victim + 1:]) == [LOST, LOST]
     finally:
-        processes[victim].kill()
-    for line in errors(tmp_path):
-        assert re.search(r"waited 5.1 s at step \d+ \(\w+\) for rank ", line)
-        assert f"rank {victim} (host {os.uname().nodename}, process {processes[victim].pid}), T (stopped), " in line
-        assert re.search(r"last heard of at step \d+ \(\w+\) in \S+\.py:\d+ ", line)
-    assert errors(tmp_path)
+        for victim, _, processes in runs:
+            processes[victim].kill()
+    for victim, folder, processes in runs:
+        assert errors(folder)
+        for line in errors(folder):
+            assert re.search(rf"waited {WAITED} at step \d+ \(\w+\) for rank ", line)
+            assert f"rank {victim} (host {os.uname().nodename}, process {processes[victim].pid}), T (stopped), " in line
+            assert re.search(r"last heard of at step \d+ \(\w+\) in \S+\.py:\d+ ", line)
 
 
 def test_a_rank_that_is_stuck(digits, tmp_path):
@@ -89,10 +99,10 @@ def test_a_rank_that_is_stuck(digits, tmp_path):
     def stuck(state, value):
         state.__dict__["step"] = value
         if value == 4:
-            time.sleep(100)
+            time.sleep(600)
 
-    processes = start(digits, tmp_path, "--distributed.timeout_s", "6", entry=at_step_3(1, sleep_while_waiting_for_data))
-    assert wait_app(processes, timeout=40) == [LOST] * 3
+    processes = start(digits, tmp_path, *LIMIT, entry=at_step_3(1, sleep_while_waiting_for_data))
+    assert wait_app(processes) == [LOST] * 3
     assert errors(tmp_path)
     for line in errors(tmp_path):
         assert "rank 1 (host " in line and "stuck < " in line
@@ -116,9 +126,9 @@ def test_a_rank_that_raises_while_the_others_notice_nothing(digits, tmp_path):
     def refuse():
         raise ValueError("data.max_bad_images is 0 and there is one")
 
-    entry = at_step_3(1, refuse, afterwards=lambda: time.sleep(60))
+    entry = at_step_3(1, refuse, afterwards=lambda: time.sleep(600))
     processes = start(digits, tmp_path, entry=entry)
-    assert wait_app([processes[0], processes[2]], timeout=50) == [2, 2]
+    assert wait_app([processes[0], processes[2]]) == [2, 2]
     processes[1].kill()
     assert errors(tmp_path) == ["error (rank 1): data.max_bad_images is 0 and there is one"]
 
@@ -130,11 +140,11 @@ def test_a_wait_that_all_share_is_none(digits, tmp_path):
 
         def train_step(model, state, *rest):
             if state.step == 2:
-                time.sleep(5.5)
+                time.sleep(8.5)
             return real(model, state, *rest)
 
         engine.train_step = train_step
         return cli.main(arguments)
 
-    more = ("--distributed.timeout_s", "5", "--train.epochs", "0.5", "--schedule.warmup_epochs", "0")
+    more = ("--distributed.timeout_s", "8", "--train.epochs", "0.5", "--schedule.warmup_epochs", "0")
     assert wait_app(start(digits, tmp_path, *more, entry=entry)) == [0, 0, 0], (tmp_path / "log").read_text()

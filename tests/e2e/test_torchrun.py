@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-SMALL = ["--data.train_crop_size", "16", "--data.val_resize_size", "16", "--data.val_crop_size", "16",
-         "--train.epochs", "3", "--log.interval_steps", "1"]
+SMALL = ["--data.train_crop_size", "8", "--data.val_resize_size", "8", "--data.val_crop_size", "8",
+         "--train.epochs", "2", "--log.interval_steps", "1"]
 
 
 @pytest.fixture
@@ -26,7 +26,8 @@ def environment(tmp_path):
 
 def logged_steps(folder):
     path = folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    text = path.read_text() if path.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]     # the whole ones
     return [line["step"] for line in lines if "train/loss" in line]
 
 
@@ -36,25 +37,25 @@ def test_interrupt_and_run_again(tmp_path, environment):
                "--output_dir", "run"]
     first = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                              text=True)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while not (steps := logged_steps(tmp_path / "run")) or steps[-1] < 4:
         assert first.poll() is None, first.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     first.send_signal(signal.SIGINT)
-    printed, _ = first.communicate(timeout=60)
+    printed, _ = first.communicate(timeout=180)
     assert first.returncode != 0
-    stopped = int(re.search(r"stopped at step (\d+) of 66", printed).group(1))
+    stopped = int(re.search(r"stopped at step (\d+) of 44", printed).group(1))
     assert logged_steps(tmp_path / "run")[-1] == stopped
     assert printed.count("W&B is offline") == 1
     assert "wandb sync" in printed
 
     resume = re.search(r"resume +(.*torchrun --standalone .*)", printed).group(1)
     again = subprocess.run(resume, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True,
-                           timeout=120)
+                           timeout=300)
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"step {stopped}, from run/checkpoints/step_{stopped:08d}.pt" in again.stdout
-    assert logged_steps(tmp_path / "run") == list(range(1, 67))
+    assert logged_steps(tmp_path / "run") == list(range(1, 45))
     assert "finished; best val top-1" in again.stdout
     for label, path in (("checkpoints", "run/checkpoints/last.pt"), ("config", "run/config.yaml"),
                         ("metrics", "run/metrics.jsonl")):
@@ -71,7 +72,7 @@ def test_sigkill_of_torchrun(tmp_path, environment):
                "--output_dir", "run", "--train.epochs", "60", "--log.wandb", "disabled"]
     with open(tmp_path / "printed", "w") as printed:
         first = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=printed, stderr=printed)
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while not (steps := logged_steps(tmp_path / "run")) or steps[-1] < 4:
             assert first.poll() is None and time.monotonic() < deadline, (tmp_path / "printed").read_text()
             time.sleep(0.05)
@@ -92,7 +93,7 @@ def test_sigkill_of_torchrun(tmp_path, environment):
 def test_the_quickstart_reaches_its_accuracy(tmp_path, environment):
     """No arguments at all: it says what it runs, and ends above 97 %."""
     done = subprocess.run([*TORCHRUN, str(ROOT / "train.py")], cwd=tmp_path, env=environment, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, timeout=400)
+                          stderr=subprocess.STDOUT, text=True, timeout=600)
     assert done.returncode == 0, done.stdout
     assert done.stdout.startswith("no arguments: running the quickstart, --config configs/quickstart.yaml\n")
     lines = [json.loads(line) for line in (tmp_path / "runs/quickstart/metrics.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""A SLURM cluster of three nodes for the tests of this folder: the one that SLURM_CONF names, or one of our own."""
+"""A SLURM cluster of six nodes for the tests of this folder: the one that SLURM_CONF names, or one of our own."""
 
 import os
 import shutil
@@ -28,10 +28,10 @@ def cluster():
     folder.chmod(0o755)
     port = 16800 + os.getpid() % 300 * 10
     try:
-        subprocess.run([str(HERE / "start.sh"), str(folder), "3", str(port)], check=True, timeout=60)
+        subprocess.run([str(HERE / "start.sh"), str(folder), "6", str(port)], check=True, timeout=300)
         os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
         yield folder
     finally:
         os.environ.pop("SLURM_CONF", None)
-        subprocess.run([str(HERE / "stop.sh"), str(folder)], timeout=120)
+        subprocess.run([str(HERE / "stop.sh"), str(folder)], timeout=300)
         shutil.rmtree(folder, ignore_errors=True)

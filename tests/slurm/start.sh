@@ -11,7 +11,7 @@ export PATH=$PATH:/usr/sbin:/sbin SLURM_CONF=$D/slurm.conf
 if compgen -G "$D/*.pid" >/dev/null; then echo "there are pid files in $D: is it running?" >&2; exit 1; fi
 if [ -d "$D" ] && [ -n "$(ls -A "$D")" ] && [ ! -e "$D/slurm.conf" ]; then echo "$D is not empty" >&2; exit 1; fi
 rm -rf "$D"; umask 022; mkdir -p "$D"/{state,spool,log,dev,db}
-until_true() { for _ in $(seq 300); do "$@" >/dev/null 2>&1 && return; sleep 0.1; done; echo "no answer: $*" >&2; exit 1; }
+until_true() { for _ in $(seq 900); do "$@" >/dev/null 2>&1 && return; sleep 0.1; done; echo "no answer: $*" >&2; exit 1; }
 
 head -c 1024 /dev/urandom > "$D/munge.key"; chmod 600 "$D/munge.key"
 munged --socket="$D/munge.sock" --key-file="$D/munge.key" --pid-file="$D/munged.pid" --log-file="$D/log/munged.log" \
@@ -26,6 +26,8 @@ if [ "${PROCTRACK:-cgroup}" = cgroup ] && [ -w /sys/fs/cgroup/freezer/cgroup.pro
   TRACK=cgroup; printf 'CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\n' > "$D/cgroup.conf"
 else TRACK=linuxproc; fi
 # Short times: cred_expire (a requeued job waits that long, 120 s by default), KillWait (30), SlurmdTimeout (300).
+# A long one: MessageTimeout (10). An order to end a job that was not answered in time, on a busy machine, is given again
+# and would end the job's next attempt.
 # FirstJobId: job ids must not come again, since submitit would read an old result.
 cat > "$D/slurm.conf" <<C
 ClusterName=test
@@ -52,9 +54,10 @@ MpiDefault=none
 MailProg=/bin/true
 ReturnToService=2
 JobRequeue=1
-KillWait=5
-SlurmdTimeout=10
+KillWait=10
+SlurmdTimeout=20
 SlurmctldTimeout=10
+MessageTimeout=60
 InactiveLimit=0
 FirstJobId=$(( $(date +%s) % 10000000 ))
 SlurmdParameters=config_overrides
@@ -96,8 +99,8 @@ setsid mariadbd --no-defaults --user=root --datadir="$D/db" --socket="$D/mysql.s
     </dev/null >/dev/null 2>&1 &
 until_true mariadb --no-defaults -S "$D/mysql.sock" -e 'select 1'
 MYSQL_UNIX_PORT=$D/mysql.sock slurmdbd
-until_true timeout 5 sacctmgr -nP show cluster
-timeout 20 sacctmgr -i add cluster test >/dev/null
+until_true timeout 20 sacctmgr -nP show cluster
+timeout 60 sacctmgr -i add cluster test >/dev/null
 
 slurmctld -f "$SLURM_CONF"
 cat > "$D/node.sh" <<C

@@ -1,14 +1,20 @@
-"""Trainings on a real SLURM cluster, and what may happen to them there. `pytest -s` prints what each event cost."""
+"""Trainings on a real SLURM cluster, and what may happen to them there. `pytest -rP` shows what each event cost.
+
+A scenario waits for most of its time. So four are played at once, each on nodes of its own where it has to be, and a
+test waits for one of them. The cluster has six nodes, n1 to n6.
+"""
 
 import contextlib
-import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -23,6 +29,7 @@ from resnet_dist.data.digits import write_digits
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 STEPS = 24
+SUBMITTING = threading.Lock()
 CLOCK = {"time", "elapsed", "train/images_per_second", "train/data_wait_fraction", "train/step_seconds"}
 
 
@@ -36,8 +43,8 @@ def digits(tmp_path_factory):
 def training(digits, output_dir):
     """Twelve steps an epoch on small images, each step logged, a checkpoint every five steps and at each epoch."""
     return ["--config", str(ROOT / "configs/quickstart.yaml"), "--data.data_dir", str(digits),
-            "--output_dir", str(output_dir), "--data.train_crop_size", "16", "--data.val_resize_size", "16",
-            "--data.val_crop_size", "16", "--train.epochs", "2", "--train.global_batch_size", "120",
+            "--output_dir", str(output_dir), "--data.train_crop_size", "8", "--data.val_resize_size", "8",
+            "--data.val_crop_size", "8", "--train.epochs", "2", "--train.global_batch_size", "120",
             "--train.precision", "fp32", "--train.ema_decay", "0.9", "--checkpoint.interval_steps", "5",
             "--log.interval_steps", "1", "--distributed.timeout_s", "60", "--log.wandb", "disabled",
             "--distributed.threads", "1", "--data.threads", "1"]
@@ -53,19 +60,28 @@ def undisturbed(digits, tmp_path_factory):
     return folders
 
 
+@dataclass
+class Place:
+    """What a scenario needs: the cluster's folder, the data, the undisturbed runs, and a folder of its own."""
+
+    cluster: Path | None
+    digits: Path
+    undisturbed: dict
+    folder: Path
+
+
 class Job:
     """A submitted training: two ranks on one node with fake GPUs, unless `more` says something else."""
 
-    def __init__(self, digits, output_dir, *more, seconds=0.3, setup=(), ranks=2):
-        self.output_dir = output_dir
+    def __init__(self, place, *more, seconds="0.3", setup=(), ranks=2):
+        self.place, self.output_dir, self.started = place, place.folder, time.monotonic()
         lines = [f"export PYTHONPATH={HERE / 'slow'}", f"export SLOW_SECONDS={seconds}", *setup]
-        arguments = [*training(digits, output_dir), *[f"--cluster.setup+={line}" for line in lines],
+        arguments = [*training(place.digits, self.output_dir), *[f"--cluster.setup+={line}" for line in lines],
                      "--cluster.time_min", "30", "--cluster.gpus_per_node", "2", *more]
-        self.started = time.monotonic()
-        with contextlib.redirect_stdout(io.StringIO()) as said:
+        with SUBMITTING:
             assert cli.main(["submit", *arguments]) == 0
-        self.id = re.match(r"job (\d+)", said.getvalue()).group(1)
-        self.folder = next(output_dir.glob("job_*"))
+        self.folder = next(self.output_dir.glob("job_*"))
+        self.id = next(self.folder.glob("*_submitted.pkl")).name.split("_")[0]
         self.job = submitit.SlurmJob(self.folder, self.id, tasks=range(ranks))
 
     def log(self, attempt, task=0):
@@ -76,30 +92,32 @@ class Job:
         """The steps that an attempt has logged."""
         return [int(step) for step in re.findall(rf"step +(\d+)/{STEPS} .* train ", self.log(attempt))]
 
-    def wait_until(self, condition, seconds=150):
-        wait_for(condition, seconds, lambda: "\n".join(path.read_text() for path in self.folder.glob("*log.out")))
+    def wait_until(self, condition):
+        wait_for(condition, lambda: "\n".join(path.read_text() for path in self.folder.glob("*log.out")))
 
     def wait_for_step(self, step, attempt=0):
         self.wait_until(lambda: (self.logged(attempt) or [-1])[-1] >= step)
 
     def finish(self):
         """The exit code of the client that waits."""
+        self.wait_until(lambda: launch.state_of(self.job) not in launch._ALIVE)
         return launch.wait([self.job], self.folder)
 
-    def check(self, undisturbed, event, attempts=2, lost=0):
-        """It finished with the undisturbed run's weights and metrics, in so many attempts, and says what that cost."""
+    def check(self, attempts=2, at_most=0, lost=0):
+        """It finished with the undisturbed run's weights and metrics, in so many attempts; says what that cost."""
         assert self.finish() == 0
-        assert int(launch.show_job(self.id)["Restarts"]) == attempts - 1
+        restarts = int(launch.show_job(self.id)["Restarts"])
+        assert attempts - 1 <= restarts <= max(attempts, at_most) - 1
+        attempts = restarts + 1
         starts = [int(re.search(r"; step (\d+), from", self.log(k)).group(1)) for k in range(attempts)]
-        redone = [self.logged(k)[-1] - starts[k + 1] for k in range(attempts - 1)]
-        seconds = time.monotonic() - self.started
-        print(f"\n{event}: resumed at {starts[1:]}, steps lost {redone}, {seconds:.0f} s in all")
+        redone = [(self.logged(k) or starts[k:k + 1])[-1] - starts[k + 1] for k in range(attempts - 1)]
         assert max(redone, default=0) <= lost
-        assert_same_run(self.output_dir, undisturbed)
+        assert_same_run(self.output_dir, self.place.undisturbed[2])
+        return f"resumed at {starts[1:]}, steps lost {redone}, {time.monotonic() - self.started:.0f} s in all"
 
 
-def wait_for(condition, seconds=150, explain=str):
-    deadline = time.monotonic() + seconds
+def wait_for(condition, explain=str):
+    deadline = time.monotonic() + 900
     while not condition():
         assert time.monotonic() < deadline, explain()
         time.sleep(0.2)
@@ -117,35 +135,43 @@ def assert_same_run(a, b):
     assert lines[0] == lines[1]
 
 
-@pytest.fixture(scope="module")
-def time_limited(cluster, digits, tmp_path_factory):
-    """Runs into its time limit while the other tests go on, on node n3."""
-    return Job(digits, tmp_path_factory.mktemp("limit"), "--cluster.time_min", "2", "--cluster.signal_delay_s", "60",
-               "--cluster.extra.nodelist", "n3", seconds="$([ ${SLURM_RESTART_COUNT:-0} = 0 ] && echo 4 || echo 0)")
+def time_limit(place):
+    """A warning a minute before the limit: saved, requeued, finished."""
+    job = Job(place, "--cluster.time_min", "2", "--cluster.signal_delay_s", "60", "--cluster.extra.nodelist", "n1",
+              seconds="$([ ${SLURM_RESTART_COUNT:-0} = 0 ] && echo 4 || echo 0)")
+    job.wait_for_step(1)
+    place.folder.with_name("under_way").touch()
+    said = job.check(at_most=30)                         # on a busy machine the second attempt meets the limit as well
+    assert "SIGUSR2, checkpoint, requeue" in job.log(0)
+    return said
 
 
-def test_two_nodes_with_two_ranks_each(cluster, digits, undisturbed, time_limited, tmp_path):
+def two_nodes_with_two_ranks_each(place):
     """As a user does it, who waits for the end; the code is a copy, and speaks of the original's folder nowhere."""
     started = time.monotonic()
-    done = subprocess.run([sys.executable, str(ROOT / "slurm/submit.py"), *training(digits, tmp_path),
-                           "--cluster.nodes", "2", "--cluster.gpus_per_node", "2", "--cluster.wait"],
-                          capture_output=True, text=True, timeout=300)
+    done = submit_and_wait(place, "--cluster.nodes", "2", "--cluster.extra.nodelist", "n1,n6")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all ranks succeeded" in done.stdout
-    folder = next(tmp_path.glob("job_*"))
+    folder = next(place.folder.glob("job_*"))
     log = next(folder.glob("*_0_attempt0_log.out")).read_text()
-    assert "attempt 0, rank 0 of 4 on n1 n2" in log and "batch 120 = 4 cpu ranks * 1 micro-steps * 30" in log
+    assert "attempt 0, rank 0 of 4 on n1 n6" in log and "batch 120 = 4 cpu ranks * 1 micro-steps * 30" in log
     assert "resume       python slurm/submit.py --config" in log
     assert (folder / "code/resnet_dist/engine.py").exists() and (folder / "code/configs/quickstart.yaml").exists()
-    assert_same_run(tmp_path, undisturbed[4])
-    print(f"\n2 nodes * 2 ranks: {time.monotonic() - started:.0f} s")
+    assert_same_run(place.folder, place.undisturbed[4])
+    return f"{time.monotonic() - started:.0f} s"
 
 
-def test_one_job_through_signals_requeue_and_preemption(cluster, digits, undisturbed, tmp_path):
+def submit_and_wait(place, *more):
+    """A user's command: its exit code, and what it said."""
+    return subprocess.run([sys.executable, str(ROOT / "slurm/submit.py"), *training(place.digits, place.folder),
+                           "--cluster.gpus_per_node", "2", "--cluster.wait", *more],
+                          capture_output=True, text=True, timeout=600)
+
+
+def one_job_through_signals_requeue_and_preemption(place):
     """A SIGTERM that SLURM knows nothing of, a user's signal, a requeue, a preemption with a grace period: none costs a
-    step, and the weights are the undisturbed run's.
-    """
-    job = Job(digits, tmp_path, "--cluster.partition", "lowgrace", "--cluster.extra.nodelist", "n2")
+    step, and the weights are the undisturbed run's."""
+    job = Job(place, "--cluster.partition", "lowgrace", "--cluster.extra.nodelist", "n2")
     job.wait_for_step(3)
     subprocess.run(["scancel", "--signal=TERM", job.id], check=True)
     job.wait_until(lambda: "SIGTERM, checkpoint, go on" in job.log(0))
@@ -155,10 +181,11 @@ def test_one_job_through_signals_requeue_and_preemption(cluster, digits, undistu
     subprocess.run(["scontrol", "requeue", job.id], check=True)
     job.wait_for_step(14, attempt=2)
     preempt("n2")
-    job.check(undisturbed[2], "stray TERM; USR2, scontrol requeue, preemption with grace", attempts=4)
-    for attempt, said in enumerate(("SIGUSR2, checkpoint, requeue", "SIGTERM, checkpoint, wait",
-                                    "SIGTERM, checkpoint, requeue")):
-        assert said in job.log(attempt)
+    said = job.check(attempts=4)
+    for attempt, verdict in enumerate(("SIGUSR2, checkpoint, requeue", "SIGTERM, checkpoint, wait",
+                                       "SIGTERM, checkpoint, requeue")):
+        assert verdict in job.log(attempt)
+    return said
 
 
 def preempt(node):
@@ -166,11 +193,11 @@ def preempt(node):
     subprocess.run(["sbatch", "-phigh", f"-w{node}", "--exclusive", "-o/dev/null", "--wrap=sleep 1"], check=True)
 
 
-def test_preempted_at_once_and_then_cancelled(cluster, digits, tmp_path):
+def preempted_at_once_and_then_cancelled(place):
     """Without a grace period SLURM requeues; a cancelled job is not brought back to life."""
-    job = Job(digits, tmp_path, "--cluster.extra.nodelist", "n2", "--cluster.gpus_per_node", "1", ranks=1)
+    job = Job(place, "--cluster.extra.nodelist", "n3", "--cluster.gpus_per_node", "1", ranks=1)
     job.wait_for_step(3)
-    preempt("n2")
+    preempt("n3")
     job.wait_for_step(8, attempt=1)
     subprocess.run(["scancel", job.id], check=True)
     assert job.finish() == 1
@@ -189,26 +216,26 @@ def processes_of(node, folder):
                 yield int(path.parts[2])
 
 
-def test_a_node_dies(cluster, digits, undisturbed, tmp_path):
+def a_node_dies(place):
     """Its daemon and every process on it are killed; the job comes back on the spare node."""
-    if cluster is None:
-        pytest.skip("a node of a cluster that is not ours is not killed")
-    job = Job(digits, tmp_path, "--cluster.nodes", "2", "--cluster.gpus_per_node", "1")
+    job = Job(place, "--cluster.nodes", "2", "--cluster.gpus_per_node", "1", "--cluster.extra.exclude", "n1,n2,n3")
     job.wait_for_step(8)
-    assert "rank 0 of 2 on n1 n2" in job.log(0)
-    for pid in list(processes_of("n2", cluster)):
-        os.kill(pid, signal.SIGKILL)
+    assert "rank 0 of 2 on n4 n5" in job.log(0)
+    for pid in list(processes_of("n5", place.cluster)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     killed = time.monotonic()
-    job.wait_until(lambda: job.logged(1), 240)
-    print(f"\nfrom the kill to the next step: {time.monotonic() - killed:.0f} s")
-    subprocess.run([str(cluster / "node.sh"), "n2"], check=True)
-    job.check(undisturbed[2], "a node's processes killed", lost=5)
-    assert "rank 0 of 2 on n1 n3" in job.log(1)
+    job.wait_until(lambda: job.logged(1))
+    seconds = time.monotonic() - killed
+    subprocess.run([str(place.cluster / "node.sh"), "n5"], check=True)
+    said = job.check(lost=5)
+    assert "rank 0 of 2 on n4 n6" in job.log(1)
+    return f"{said}; from the kill to the next step {seconds:.0f} s"
 
 
-def test_a_rank_that_is_lost(cluster, digits, undisturbed, tmp_path):
+def a_rank_that_is_lost(place):
     """One of two ranks is killed, as by the kernel when memory is short: neither fault nor end of the job."""
-    job = Job(digits, tmp_path, "--cluster.extra.nodelist", "n1")
+    job = Job(place, "--cluster.extra.nodelist", "n1")
     job.wait_for_step(8)
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
@@ -216,21 +243,22 @@ def test_a_rank_that_is_lost(cluster, digits, undisturbed, tmp_path):
             if f"SLURM_JOB_ID={job.id}".encode() in words and b"SLURM_PROCID=1" in words and b"submitit" in (
                     path.parent / "cmdline").read_bytes():
                 os.kill(int(path.parts[2]), signal.SIGKILL)
-    job.check(undisturbed[2], "a rank killed", lost=5)
+    return job.check(lost=5)
 
 
-def test_what_fails_by_itself_is_not_requeued(cluster, digits, capsys, tmp_path):
+def what_fails_by_itself_is_not_requeued(place):
     """One rank raises: the others are ended, and the client shows that rank's error."""
-    job = Job(digits, tmp_path, setup=["export FAIL_AT=1:3"], seconds=0)
-    assert job.finish() == 1
-    shown = launch.show_job(job.id)
+    done = submit_and_wait(place, "--cluster.extra.nodelist", "n1", "--cluster.setup+=export FAIL_AT=1:3",
+                           f"--cluster.setup+=export PYTHONPATH={HERE / 'slow'}")
+    assert done.returncode == 1, done.stdout + done.stderr
+    shown = launch.show_job(re.match(r"job (\d+), 2 ranks", done.stdout)[1])
     assert shown["JobState"] == "FAILED" and shown["Restarts"] == "0"
-    said = capsys.readouterr().err
-    assert said.startswith("error (rank 1): ") and "this rank broke, as the test asked" in said
+    assert done.stderr.startswith("error (rank 1): ") and "this rank broke, as the test asked" in done.stderr
 
 
-def test_requeues_have_an_end(cluster, digits, tmp_path):
-    job = Job(digits, tmp_path, "--cluster.max_requeues", "0", "--cluster.gpus_per_node", "1", ranks=1)
+def requeues_have_an_end(place):
+    job = Job(place, "--cluster.max_requeues", "0", "--cluster.extra.nodelist", "n1", "--cluster.gpus_per_node", "1",
+              ranks=1)
     job.wait_for_step(3)
     subprocess.run(["scancel", "--signal=USR2", job.id], check=True)
     assert job.finish() == 1
@@ -238,25 +266,53 @@ def test_requeues_have_an_end(cluster, digits, tmp_path):
     assert "cluster.max_requeues is 0" in job.log(0)
 
 
-def test_array_of_seeds(cluster, digits, capsys, tmp_path):
+def array_of_seeds(place):
     """Each seed in a folder of its own; a stray SIGTERM to one is not judged by the other's state."""
-    assert cli.main(["submit", *training(digits, tmp_path), "--cluster.gpus_per_node", "0", "--cluster.tasks_per_node",
-                     "1", "--cluster.seeds", "0,1", f"--cluster.setup+=export PYTHONPATH={HERE / 'slow'}",
-                     '--cluster.setup+=export SLOW_SECONDS=$((SLURM_ARRAY_TASK_ID * 2))e-1']) == 0
-    ids = re.findall(r"job (\d+_\d), 1 ranks, ", capsys.readouterr().out)
-    folder = next(tmp_path.glob("job_*"))
-    log = folder / f"{ids[1]}_0_attempt0_log.out"
-    wait_for(lambda: log.exists() and "step  3/" in log.read_text())
-    subprocess.run(["scancel", "--signal=TERM", ids[1]], check=True)
-    assert launch.wait([submitit.SlurmJob(folder, name) for name in ids], folder) == 0
-    assert len(re.findall(r"job \d+_[01]: COMPLETED, all ranks succeeded", capsys.readouterr().out)) == 2
+    with ThreadPoolExecutor(1) as client:
+        waiting = client.submit(
+            submit_and_wait, place, "--cluster.gpus_per_node", "0", "--cluster.tasks_per_node", "1", "--cluster.seeds",
+            "0,1", "--cluster.extra.nodelist", "n1", f"--cluster.setup+=export PYTHONPATH={HERE / 'slow'}",
+            '--cluster.setup+=export SLOW_SECONDS=$((SLURM_ARRAY_TASK_ID * 3))e-1')
+        wait_for(lambda: waiting.done() or any("step  3/" in log.read_text()
+                                               for log in place.folder.glob("job_*/*_1_0_attempt0_log.out")))
+        (log,) = place.folder.glob("job_*/*_1_0_attempt0_log.out")
+        subprocess.run(["scancel", "--signal=TERM", log.name.removesuffix("_0_attempt0_log.out")], check=True)
+        done = waiting.result()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall(r"job \d+_(\d), 1 ranks, ", done.stdout) == ["0", "1"]
+    assert re.findall(r"job \d+_(\d): COMPLETED, all ranks succeeded", done.stdout) == ["0", "1"]
     assert "SIGTERM, checkpoint, go on" in log.read_text()
-    losses = [json.loads((tmp_path / f"seed_{seed}/metrics.jsonl").read_text().splitlines()[-1])["val/loss"]
+    losses = [json.loads((place.folder / f"seed_{seed}/metrics.jsonl").read_text().splitlines()[-1])["val/loss"]
               for seed in (0, 1)]
     assert losses[0] != losses[1]
 
 
-def test_time_limit(cluster, undisturbed, time_limited):
-    """A warning a minute before the limit: saved, requeued, finished."""
-    time_limited.check(undisturbed[2], "time limit")
-    assert "SIGUSR2, checkpoint, requeue" in time_limited.log(0)
+SCENARIOS = [one_job_through_signals_requeue_and_preemption, a_node_dies, preempted_at_once_and_then_cancelled,
+             a_rank_that_is_lost, two_nodes_with_two_ranks_each, what_fails_by_itself_is_not_requeued, array_of_seeds,
+             requeues_have_an_end, time_limit]
+
+
+@pytest.fixture(scope="module")
+def played(request, cluster, digits, undisturbed, tmp_path_factory):
+    """The scenarios that were asked for, as futures. The one with the time limit begins first, and alone: its clock
+    must not run out while it waits for a busy machine."""
+    wanted = [item.callspec.params["scenario"] for item in request.session.items if item.path == request.path]
+    wanted = [scenario for scenario in wanted if cluster is not None or scenario is not a_node_dies]
+    place = tmp_path_factory.mktemp("slurm")
+    pool, futures = ThreadPoolExecutor(4), {}
+    try:
+        for scenario in sorted(wanted, key=lambda scenario: scenario is not time_limit):
+            (folder := place / scenario.__name__).mkdir()
+            futures[scenario] = pool.submit(scenario, Place(cluster, digits, undisturbed, folder))
+            if scenario is time_limit:
+                wait_for(lambda: (place / "under_way").exists() or futures[time_limit].done())
+        yield futures
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
+def test_slurm(played, scenario):
+    if scenario not in played:
+        pytest.skip("a node of a cluster that is not ours is not killed")
+    print(f"{scenario.__name__}: {scenario.__doc__ or ''}\n{played[scenario].result() or 'as expected'}")
