@@ -19,7 +19,8 @@ LAYERS = [
 ]
 FENCES = {
     "nvidia": {"data.dali"},
-    "torchvision": {"models.zoo", "models.weights", "commands.data", "commands.benchmark_loader"},
+    # commands.export proves that its file is a state dict of torchvision's own network.
+    "torchvision": {"models.zoo", "models.weights", "commands.data", "commands.benchmark_loader", "commands.export"},
     "timm": {"models.zoo"},
     "wandb": {"log"},
     "submitit": {"launch"},
@@ -138,4 +139,4 @@ def test_the_package_stays_small():
     lines = {module_name(path): len(path.read_text().splitlines()) for path in FILES}
     around = sum(count for name, count in lines.items() if name.startswith(("commands.", "launch", "data.pack")))
     assert sum(lines.values()) - around < 5300
-    assert around < 1350
+    assert around < 1550
