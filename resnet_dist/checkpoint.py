@@ -263,7 +263,7 @@ def check_resumable(saved: dict, facts: dict) -> list[str]:
 
     Raises ValueError for what would make the step mean something else (seed, batch size, data) or the weights not fit.
     """
-    before, now = ({**_flatten(to_dict(Config())), **_flatten(of["config"]), "data.num_samples": of["num_samples"],
+    before, now = ({**flatten(to_dict(Config())), **flatten(of["config"]), "data.num_samples": of["num_samples"],
                     "data.fingerprint": of["fingerprint"]} for of in (saved, facts))
     changed = []
     for key in sorted(before.keys() | now.keys()):
@@ -281,10 +281,11 @@ def check_resumable(saved: dict, facts: dict) -> list[str]:
     return changed
 
 
-def _flatten(tree: dict, prefix: str = "") -> dict:
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """Nested settings as {"section.key": value}."""
     flat = {}
     for key, value in tree.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return flat
 
 

@@ -17,6 +17,8 @@ COMMANDS = {
     "train": "train a network; also what train.py does",
     "submit": "train on a SLURM cluster; also what slurm/submit.py does",
     "evaluate": "top-1 and top-5 of a checkpoint on the validation set",
+    "predict": "the most probable classes of images, by a checkpoint",
+    "export": "a checkpoint's network for ONNX, torch.export, safetensors or torchvision",
     "benchmark": "speed of the whole loop beside a bare one; benchmark loader: of the data path beside others",
     "data": "get a data set ready: import, pack, download, verify, show",
     "models": "every network: parameters, GFLOPs, published accuracy",
@@ -88,25 +90,28 @@ def submit(arguments: list[str]) -> int:
 
 
 def evaluate(arguments: list[str]) -> int:
-    """Evaluate a checkpoint, with the settings it was trained with and those given here."""
-    parser = argparse.ArgumentParser(prog="resnet-dist evaluate", description=evaluate.__doc__,
-                                     epilog="any --section.key VALUE of training changes the checkpoint's setting, for "
-                                            "instance --data.data_dir; with several processes: "
-                                            "torchrun --nproc_per_node N -m resnet_dist.cli evaluate ...")
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="file of a run's checkpoints/ folder")
+    """Evaluate a checkpoint; with several processes: torchrun --nproc_per_node N -m resnet_dist.cli evaluate ..."""
+    parser = _checkpoint_parser("evaluate", evaluate.__doc__)
     parser.add_argument("--json", action="store_true", help="print the result as one line of JSON only")
-    options, overrides = parser.parse_known_args(arguments)
+    return _run(parser, arguments)
 
-    from resnet_dist.commands import evaluate as command
-    try:
-        saved = command.read(options.checkpoint)
-    except ValueError as problem:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {problem}", file=sys.stderr)
-        return 2
-    overlay = config_parser("resnet-dist evaluate", evaluate.__doc__)
-    overlay.set_defaults(_dotted(saved["config"]))
-    return command.run(saved, parse_config(overlay, overrides), options.json)
+
+def predict(arguments: list[str]) -> int:
+    """Print the most probable classes of images (JPEG or PNG), seen exactly as in evaluation; in one process."""
+    parser = _checkpoint_parser("predict", predict.__doc__)
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="file; folder; -: paths on stdin, one a line")
+    parser.add_argument("--top", type=int, default=5, metavar="K", help="number of classes (default: 5)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line, with an error if it failed")
+    return _run(parser, arguments)
+
+
+def export(arguments: list[str]) -> int:
+    """Write a checkpoint's network for other programs, and check that it computes the same there; in one process."""
+    parser = _checkpoint_parser("export", export.__doc__)
+    parser.add_argument("--to", required=True, choices=["onnx", "torch_export", "safetensors", "torchvision"])
+    parser.add_argument("--output", required=True, metavar="FILE", help="what to write; torch.export likes a .pt2")
+    parser.add_argument("--raw_weights", action="store_true", help="not the averaged ones, where there are any")
+    return _run(parser, arguments)
 
 
 def benchmark(arguments: list[str]) -> int:
@@ -177,17 +182,40 @@ def main(arguments: list[str] | None = None) -> int:
         if wrong:
             print(f"error: unknown command {arguments[0]!r}", file=sys.stderr)
         return 2 if wrong else 0
-    functions = {"train": train, "submit": submit, "evaluate": evaluate, "benchmark": benchmark, "data": data,
-                 "models": models, "doctor": doctor, "report": report}
+    functions = {"train": train, "submit": submit, "evaluate": evaluate, "predict": predict, "export": export,
+                 "benchmark": benchmark, "data": data, "doctor": doctor, "report": report}
     return functions[arguments[0]](arguments[1:])
 
 
-def _dotted(tree: dict, prefix: str = "") -> dict:
-    """Nested settings as {"section.key": value}."""
-    flat = {}
-    for key, value in tree.items():
-        flat.update(_dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat
+def _checkpoint_parser(command: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"resnet-dist {command}", description=description, allow_abbrev=False,
+                                     epilog="--section.key VALUE changes a setting of the checkpoint: --data.data_dir")
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="file of a run's checkpoints/ folder")
+    return parser
+
+
+def _run(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
+    """Do what the parser is named after, with its options, a checkpoint's content, and its config with changes."""
+    words, own = iter(arguments), parser._option_string_actions
+    options, others = parser.parse_known_args([          # the value of a setting is no image, wherever it stands
+        f"{word}={next(words, '')}" if word[:2] == "--" and word not in own and "=" not in word else word
+        for word in words])
+    settings = [word for word in others if word[:2] == "--" or "images" not in options]
+    options.images = [*getattr(options, "images", ()), *(word for word in others if word not in settings)]
+    if any(word.startswith("--model.") for word in settings):
+        parser.error("the settings of model are the checkpoint's: they cannot be changed")
+    with contextlib.suppress(KeyboardInterrupt):
+        from resnet_dist.checkpoint import flatten, read_checkpoint, unpack_checkpoint
+        from resnet_dist.commands import evaluate, export, predict
+        try:
+            saved = unpack_checkpoint(read_checkpoint(Path(options.checkpoint)), options.checkpoint)
+        except ValueError as problem:
+            parser.exit(2, f"error: {problem}\n" if os.environ.get("RANK", "0") == "0" else None)
+        overlay = config_parser(parser.prog, parser.description)
+        overlay.set_defaults(flatten(saved["config"]))
+        command = {"evaluate": evaluate, "predict": predict, "export": export}[parser.prog.split()[-1]]
+        return command.run(saved, parse_config(overlay, settings), options)
+    return 130
 
 
 if __name__ == "__main__":

@@ -176,8 +176,7 @@ def evaluate(model: nn.Module, loader: ValLoader, runtime: Runtime, precision: s
              poll: Callable[[], int] = lambda: 0) -> Counts | None:
     """Counts over the whole validation set, each image once, on any number of ranks; None if `poll` asked to stop.
 
-    Where the loader gives several views of an image, their probabilities are averaged (Krizhevsky et al. 2012). The
-    loss is the plain cross-entropy, without label smoothing and whatever `train.loss` is. Every rank does the same
+    The loss is the plain cross-entropy, without label smoothing and whatever `train.loss` is. Every rank does the same
     number of rounds, with or without a batch, so that `poll` may be a collective.
     """
     was_training = model.training
@@ -190,11 +189,7 @@ def evaluate(model: nn.Module, loader: ValLoader, runtime: Runtime, precision: s
                 return None
             if batch is None:
                 continue
-            views = [images for view in (batch.images, *batch.other_views)
-                     for images in ((view, view.flip(3)) if loader.mirrored else (view,))]
-            with autocast(runtime.device, precision):
-                logits = [at_least_fp32(model(images)) for images in views]
-            logits = average_logits(logits)
+            logits = predict(model, batch, loader.mirrored, precision)
             loss = F.cross_entropy(logits, batch.labels, reduction="none", ignore_index=IGNORED_LABEL)
             counts = counts + Counts.of(logits, batch.labels, loss)
     finally:
@@ -205,8 +200,14 @@ def evaluate(model: nn.Module, loader: ValLoader, runtime: Runtime, precision: s
     return counts
 
 
-def average_logits(logits: list[torch.Tensor]) -> torch.Tensor:
-    """[B, C] whose softmax is the mean of the softmaxes of `logits`; one alone stays as it is."""
+@torch.inference_mode()
+def predict(model: nn.Module, batch: Batch, mirrored: bool, precision: str) -> torch.Tensor:
+    """Logits [B, C] of an evaluation batch by a model in eval mode; `mirrored` as in ValLoader. Of several
+    views of an image the probabilities are averaged (Krizhevsky et al. 2012)."""
+    views = [images for view in (batch.images, *batch.other_views)
+             for images in ((view, view.flip(3)) if mirrored else (view,))]
+    with autocast(batch.images.device, precision):
+        logits = [at_least_fp32(model(images)) for images in views]
     if len(logits) == 1:
         return logits[0]
     return torch.logsumexp(torch.stack(logits).log_softmax(2), 0) - math.log(len(logits))

@@ -98,6 +98,17 @@ def build_state(config: Config, num_classes: int, device: torch.device) -> Train
     return TrainState(model, build_optimizer(config.optim, model), scaler, ema)
 
 
+def load_network(saved: dict, config: Config, device: torch.device, raw: bool = False) -> tuple[nn.Module, str]:
+    """The network of a checkpoint in eval mode, and which weights it has: "ema" where there are averaged ones and not
+    `raw`, else "model". Raises ValueError in one of several processes."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("this is the work of one process: start it without torchrun")
+    model = build_state(config, len(saved["class_names"]), device).model
+    weights = "ema" if saved["ema"] and not raw else "model"
+    model.load_state_dict(saved[weights])
+    return model.eval(), weights
+
+
 def wrap_ddp(model: nn.Module, device: torch.device) -> nn.parallel.DistributedDataParallel:
     """DistributedDataParallel whose buffers stay with their rank: SyncBatchNorm keeps them equal by itself."""
     with warnings.catch_warnings():                      # newer torch wants another name, which older torch lacks

@@ -29,3 +29,17 @@ def no_leftover_environment(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     yield
     torch.set_num_threads(1)                             # distributed.start in this process has set more
+
+
+@pytest.fixture(scope="session")
+def checkpoint(digits, tmp_path_factory):
+    """The path of a checkpoint: two steps on the digits at 16 pixels, with averaged weights."""
+    from dist_utils import run_app
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    assert run_app(1, ["train", "--config", "configs/quickstart.yaml", "--data.data_dir", digits, "--output_dir",
+                       str(folder), "--data.train_crop_size", "16", "--data.val_resize_size", "18",
+                       "--data.val_crop_size", "16", "--train.epochs", "0.1", "--train.ema_decay", "0.5",
+                       "--schedule.warmup_epochs", "0", "--train.eval_interval_epochs", "0", "--distributed.threads",
+                       "1", "--log.wandb", "disabled"], str(folder / "log")) == [0], (folder / "log").read_text()
+    return str(folder / "checkpoints" / "last.pt")

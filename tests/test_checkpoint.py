@@ -58,7 +58,7 @@ def test_everything_comes_back(tmp_path):
     assert not warnings
     other = make_state(seed=1, precision="fp16")
     other.load_state_dict(unpack_checkpoint(read_checkpoint(tmp_path / "last.pt"), "last.pt"))
-    flat = [checkpoint._flatten(s.state_dict()["optimizer"]["state"]) for s in (state, other)]
+    flat = [checkpoint.flatten(s.state_dict()["optimizer"]["state"]) for s in (state, other)]
     assert flat[0].keys() == flat[1].keys() and all(torch.equal(flat[0][k], flat[1][k]) for k in flat[0])
     for a, b in ((state.model, other.model), (state.ema.model, other.ema.model)):
         assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))

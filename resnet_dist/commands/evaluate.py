@@ -1,11 +1,10 @@
 """Top-1 and top-5 of a checkpoint: the same integer counts on any number of ranks."""
 
+import argparse
 import json
-from pathlib import Path
 
 from resnet_dist import engine
 from resnet_dist import run as composition
-from resnet_dist.checkpoint import read_checkpoint, unpack_checkpoint
 from resnet_dist.config import Config
 from resnet_dist.data.build import build_val_loader
 from resnet_dist.data.index import check_num_classes
@@ -13,12 +12,7 @@ from resnet_dist.distributed import Runtime
 from resnet_dist.models.zoo import check_image_size
 
 
-def read(path: str) -> dict:
-    """The content of a checkpoint. Raises ValueError where there is none."""
-    return unpack_checkpoint(read_checkpoint(Path(path)), path)
-
-
-def run(saved: dict, config: Config, as_json: bool) -> int:
+def run(saved: dict, config: Config, options: argparse.Namespace) -> int:
     """Evaluate the raw weights of `saved` and, where it has them, the averaged ones; prints on the main process."""
     def body(config: Config, runtime: Runtime) -> int:
         check_image_size(config.model.name, config.data)
@@ -37,7 +31,7 @@ def run(saved: dict, config: Config, as_json: bool) -> int:
                 results[name] = counts.result()
         loader.close()
         if runtime.is_main:
-            print(json.dumps(results) if as_json else describe(results), flush=True)
+            print(json.dumps(results) if options.json else describe(results), flush=True)
         return 0
     return composition.main(config, body)
 

@@ -33,12 +33,13 @@ def build_train_loader(
         output_dir=output_dir)
 
 
-def build_val_loader(config: DataConfig, runtime: Runtime, *, dtype: torch.dtype, output_dir: str) -> ValLoader:
-    """This rank's share of the validation set, as `build_train_loader`."""
-    if config.kind == "synthetic":
+def build_val_loader(config: DataConfig, runtime: Runtime, *, dtype: torch.dtype, output_dir: str,
+                     index: Index | None = None) -> ValLoader:
+    """This rank's share of the validation set, or of the images of `index`, as `build_train_loader`."""
+    if config.kind == "synthetic" and not index:
         return SyntheticValLoader(config, runtime, dtype=dtype)
     return DaliValLoader(
-        _index(config, runtime, "val"), config, rank=runtime.rank, world_size=runtime.world_size, dtype=dtype,
+        index or _index(config, runtime, "val"), config, rank=runtime.rank, world_size=runtime.world_size, dtype=dtype,
         device=runtime.device, threads=_threads(config, runtime), output_dir=output_dir)
 
 

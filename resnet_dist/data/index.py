@@ -206,6 +206,13 @@ def read_index(buffer: bytes | mmap.mmap, root: str) -> Index:
     return Index(root, *(tuple(facts[name]) for name in ("classes", "shards", "stamps")), facts["fingerprint"], arrays)
 
 
+def list_files(paths: Sequence[str]) -> Index:
+    """An index of single files, in the given order, that are of one class without a name."""
+    names = [os.fsencode(os.path.join(os.getcwd(), path))[1:] for path in paths]
+    return Index("/", ("",), (), (), "", {"labels": np.zeros(len(names), "<i4"), "starts": np.cumsum(
+        [0, *map(len, names)]), "names": np.frombuffer(b"".join(names), np.uint8)})
+
+
 def check_same_classes(train_names: tuple[str, ...], val_names: tuple[str, ...]) -> None:
     """Raise ValueError when the two splits have different classes: class ids of one would be shifted in the other."""
     if train_names == val_names:

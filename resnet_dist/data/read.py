@@ -208,13 +208,13 @@ class Quarantine:
         self.split = split
         self.rank = rank
         self.limit = limit
-        self.files: set[str] = set()
+        self.files: dict[str, str] = {}                      # path: reason
 
     def add(self, file: str, reason: str, *, epoch: int | None = None, step: int | None = None) -> None:
         """Record a bad file, unless it is known. Raises ValueError when it is one too many."""
         if file in self.files:
             return
-        self.files.add(file)
+        self.files[file] = reason
         line = {"path": file, "reason": reason, "split": self.split, "rank": self.rank, "epoch": epoch, "step": step}
         try:
             os.makedirs(os.path.dirname(self.path), exist_ok=True)

@@ -1,0 +1,170 @@
+"""Predictions of single images: those of evaluation, whatever else is named beside them."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+
+import pytest
+import torch
+from dist_utils import run_app
+from image_files import OneProcess, encode, picture, val_loader
+
+from resnet_dist import cli, engine
+from resnet_dist import run as composition
+from resnet_dist.checkpoint import read_checkpoint, unpack_checkpoint
+from resnet_dist.commands.predict import find_images
+from resnet_dist.config import Config, ModelConfig
+from resnet_dist.data.scan import build_index
+
+
+def main(arguments):
+    sys.stderr.reconfigure(errors="backslashreplace")    # as Python's own
+    return cli.main(arguments)
+
+
+def run(command, folder, *arguments, entry=main):
+    """Exit code and output of a command in a process of its own."""
+    log = folder / f"log{len(list(folder.glob('log*')))}"
+    [code] = run_app(1, [command, *map(str, arguments), "--distributed.threads", "1", "--data.threads", "1"], str(log),
+                     entry)
+    return code, log.read_text()
+
+
+def objects(text):
+    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+
+
+def test_a_validation_folder_gets_what_evaluation_gives_it(checkpoint, digits, tmp_path):
+    """The same top-1 and top-5 counts, of views with their mirror images; the very probabilities of these batches."""
+    settings = ["--checkpoint", checkpoint, "--json", "--data.val_flip", "true", "--data.val_batch_size", "100"]
+    code, text = run("evaluate", tmp_path, *settings)
+    counts = objects(text)[0]["ema"]
+    assert code == 0 and counts["num"] == 355 and 0 < counts["correct1"] < counts["correct5"] < 355
+    code, text = run("predict", tmp_path, *settings, f"{digits}/val")
+    assert code == 0 and "resnet20, ema weights of step 2" in text
+    found, index = objects(text), build_index(digits, "val", OneProcess())
+    assert [image["path"] for image in found] == [index.path(row) for row in range(355)]
+    ranks = [[best["class"] for best in image["predictions"]] for image in found]
+    own = [image["path"].split("/")[-2] for image in found]
+    assert sum(label == rank[0] for label, rank in zip(own, ranks, strict=True)) == counts["correct1"]
+    assert sum(label in rank for label, rank in zip(own, ranks, strict=True)) == counts["correct5"]
+
+    saved = unpack_checkpoint(read_checkpoint(checkpoint), "")
+    model, weights = composition.load_network(saved, Config(model=ModelConfig("resnet20")), torch.device("cpu"))
+    data = saved["config"]["data"] | {"val_flip": True, "val_batch_size": 100, "kind": "folder"}
+    loader, shares = val_loader(index, tmp_path, dtype=torch.bfloat16, **data), []
+    for batch in loader:
+        shares += engine.predict(model, batch, loader.mirrored, "bf16").softmax(1).tolist()
+    loader.close()
+    assert weights == "ema" and len(shares) == 355
+    for image, row in zip(found, shares, strict=True):
+        assert [best["probability"] for best in image["predictions"]] == [
+            row[best["index"]] for best in image["predictions"]] == sorted(row, reverse=True)[:5]
+
+
+def test_what_cannot_be_used_is_named_and_the_others_go_on(checkpoint, digits, tmp_path):
+    good = f"{digits}/val/3/0004.jpg"
+    (tmp_path / "text.jpg").write_text("no image")
+    (tmp_path / "cut.jpg").write_bytes(encode(picture(40, 50))[:-300])
+    strange = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    (tmp_path / "small.png").write_bytes(encode(picture(7, 300), "PNG"))
+    (tmp_path / "damaged.png").write_bytes(encode(picture(40, 50), "PNG").replace(b"IDAT", b"IDOT"))
+    shutil.copy(good, strange)
+    words = [tmp_path / "missing.jpg", "--data.val_resize_size", "16", good, tmp_path / "text.jpg", "--checkpoint",
+             checkpoint, tmp_path / "cut.jpg", tmp_path / "small.png", good, strange,
+             tmp_path / "damaged.png"]
+    code, text = run("predict", tmp_path, *words, "--json", "--top", "20")
+    found = objects(text)
+    assert code == 1 and len(found) == 8 and "Traceback" not in text
+    errors = {os.path.basename(image["path"]): image["error"] for image in found if "error" in image}
+    assert list(errors) == ["missing.jpg", "text.jpg", "cut.jpg", "damaged.png"]
+    assert "No such file" in errors["missing.jpg"] and "neither JPEG nor PNG" in errors["text.jpg"]
+    assert "end marker" in errors["cut.jpg"] and "the decoder refuses it" in errors["damaged.png"]
+    assert found[1] == found[5] == found[6] | {"path": good} and found[6]["path"] == strange
+    predictions = [image["predictions"] for image in found if "error" not in image]
+    assert [len({best["class"] for best in ranks}) for ranks in predictions] == [10] * 4      # as many as there are
+    assert all(abs(sum(best["probability"] for best in ranks) - 1) < 1e-5 for ranks in predictions)
+
+    code, text = run("predict", tmp_path, *words, "--top", "2")
+    lines = text.splitlines()
+    rows = [line for line in lines if " % " in line]
+    assert code == 1 and len(rows) == 8
+    assert len({line.index(" % ") for line in rows if "udcff" not in line}) == 1                 # aligned
+    assert rows[0].split()[0] == good and not rows[1].split()[0].startswith("/")
+    assert len([line for line in lines if line.startswith("error: ")]) == 4 and "\\udcff" in text
+    assert not list((tmp_path).glob("**/quarantine.jsonl"))
+    code, text = run("predict", tmp_path, "--checkpoint", checkpoint, tmp_path / "text.jpg")
+    assert code == 2 and "Traceback" not in text and "neither JPEG nor PNG" in text
+
+
+def test_interrupts_and_closed_pipes_are_quiet(checkpoint, digits, tmp_path):
+    def closed(arguments):
+        reader, writer = os.pipe()
+        os.close(reader)
+        sys.stdout = os.fdopen(writer, "w")
+        return cli.main(arguments)
+
+    def interrupted(arguments):
+        real = engine.predict
+
+        def predict(*parts):
+            os.kill(os.getpid(), signal.SIGINT)
+            return real(*parts)
+        engine.predict = predict
+        return cli.main(arguments)
+
+    for entry, expected in ((closed, 141), (interrupted, 130)):
+        code, text = run("predict", tmp_path, "--checkpoint", checkpoint, f"{digits}/val", entry=entry)
+        assert code == expected and text.splitlines() == ["resnet20, ema weights of step 2"]
+
+
+def test_what_is_named(tmp_path, monkeypatch):
+    for name in ("b/2.JPG", "b/10.png", "b/.hidden.jpg", "b/notes.txt", "b-c/1.jpeg", "b/.cache/1.jpg", "b/deep/0.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "b" / "deep" / "circle").symlink_to(tmp_path)
+    (tmp_path / "z").symlink_to(tmp_path / "b-c")
+    monkeypatch.chdir(tmp_path)
+    below = ["b/10.png", "b/2.JPG", "b/deep/0.jpg", "b-c/1.jpeg", "z/1.jpeg"]      # as in the index: b before b-c
+    assert find_images(["."]) == [f"./{name}" for name in below]
+    assert find_images(["b/notes.txt", "z", "gone"]) == ["b/notes.txt", "z/1.jpeg", "gone"]
+    for data in (b"b/notes.txt\n\nb-c\n\xff.jpg", b"b/notes.txt\0b-c\0\xff.jpg\0"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        assert find_images(["b", "-"]) == below[:3] + ["b/notes.txt", "b-c/1.jpeg", os.fsdecode(b"\xff.jpg")]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(encode(picture(8, 8)))))
+    with pytest.raises(ValueError, match="name /dev/stdin"):
+        find_images(["-"])
+    shutil.rmtree("b")
+    (tmp_path / "b").mkdir()
+    with pytest.raises(ValueError, match="no image: name files, folders"):
+        find_images(["b"])
+
+
+def test_bytes_from_a_pipe(checkpoint, digits, tmp_path):
+    def entry(arguments):
+        reader, writer = os.pipe()
+        with open(f"{digits}/val/3/0004.jpg", "rb") as file:
+            os.write(writer, file.read())
+        os.close(writer)
+        os.dup2(reader, 0)
+        return cli.main(arguments)
+
+    code, text = run("predict", tmp_path, "--checkpoint", checkpoint, "/dev/stdin", "--top", "1", entry=entry)
+    assert code == 0 and text.splitlines()[1].startswith("/dev/stdin  ")
+
+
+def test_refusals(checkpoint, tmp_path, monkeypatch, capsys):
+    for arguments, said in ((["--model.name", "resnet32"], "the settings of model are the checkpoint's"),
+                            (["--data.val_resize_size", "8"], "it must not be below data.val_crop_size")):
+        with pytest.raises(SystemExit) as ending:
+            cli.main(["predict", "a.jpg", "--checkpoint", checkpoint, *arguments])
+        assert ending.value.code == 2 and said in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ending:
+        cli.main(["predict", "a.jpg", "--checkpoint", str(tmp_path / "gone.pt")])
+    assert ending.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="one process: start it without torchrun"):
+        composition.load_network({}, Config(), torch.device("cpu"))
