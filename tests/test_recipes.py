@@ -19,6 +19,7 @@ from resnet_dist.cluster import ClusterConfig
 from resnet_dist.config import Config
 from resnet_dist.data.order import steps_per_epoch
 from resnet_dist.models.build import MODELS, build_model
+from resnet_dist.models.resnet import FAMILY
 from resnet_dist.optim import parameter_groups
 from resnet_dist.remarks import remarks
 from resnet_dist.run import check_layout
@@ -56,9 +57,11 @@ def network(section, num_classes: int) -> torch.nn.Module:
 
 
 def network_of(config: Config) -> torch.nn.Module:
-    """Built once for all configs that differ only in what changes no shape."""
-    section = dataclasses.replace(config.model, sync_batch_norm=True, zero_init_residual=False, stochastic_depth=0.0)
-    return network(section, data_of(config)[1])
+    """Built once for all configs that differ only in what changes no parameter's shape."""
+    same = {"sync_batch_norm": True}
+    if config.model.name in FAMILY:
+        same |= {"zero_init_residual": False, "stride_in_1x1": False, "stochastic_depth": 0.0, "blur_pool": False}
+    return network(dataclasses.replace(config.model, **same), data_of(config)[1])
 
 
 def count(module: torch.nn.Module, without: str = " ") -> int:
@@ -66,18 +69,19 @@ def count(module: torch.nn.Module, without: str = " ") -> int:
 
 
 def numbers(name: str) -> dict:
-    """What the golden file holds of a config."""
+    """What the golden file holds of a config; a group is [parameters, weight decay, lr_scale]."""
     config = load(name)
     model, train = network_of(config), config.train
     per_epoch = steps_per_epoch(data_of(config)[0], train.global_batch_size, config.augment.repeats)
     total = epochs_to_steps(train.epochs, per_epoch)
     peak = peak_lr(config.optim.base_lr, config.optim.base_batch_size, train.global_batch_size)
     schedule = build_schedule(config.schedule, peak, per_epoch, total)
-    curve = {f"{epoch:g}": schedule.lr(epochs_to_steps(epoch, per_epoch)) for epoch in EPOCHS if epoch < train.epochs}
-    groups = [{"parameters": sum(p.numel() for p in group["params"]), "weight_decay": group["weight_decay"],
-               "lr_scale": group.get("lr_scale", 1.0)} for group in parameter_groups(model, config.optim)]
-    return {"model": config.model.name, "parameters": count(model), "updates": total, "peak_lr": peak,
-            "groups": groups, "lr_at_epoch": curve | {"last update": schedule.lr(total - 1)}}
+    steps = {f"{epoch:g}": epochs_to_steps(epoch, per_epoch) for epoch in EPOCHS if epoch < train.epochs}
+    steps |= {"last update": total - 1}
+    groups = [[sum(p.numel() for p in group["params"]), group["weight_decay"], group.get("lr_scale", 1.0)]
+              for group in parameter_groups(model, config.optim)]
+    return {"model": config.model.name, "parameters": count(model), "groups": groups, "updates": total,
+            "peak_lr": peak, "lr_at_epoch": {key: float(f"{schedule.lr(step):.12g}") for key, step in steps.items()}}
 
 
 def head(name: str) -> dict[str, str]:
@@ -104,7 +108,7 @@ def table() -> str:
     lines = ["| recipe | epochs | batch | GPUs | published top-1 | top-5 | source |", "|---|---|---|---|---|---|---|"]
     for name in PUBLISHED:
         config, (top1, top5) = load(name), published(name)
-        source = re.split(r",|;| \(|\. |\.$", head(name)["Source"])[0].removeprefix("github.com/")
+        source = re.split(r",|;| \(|(?<!al)\. |\.$", head(name)["Source"])[0].removeprefix("github.com/")
         cells = (f"[{name}]({name}.yaml)", f"{round(config.train.epochs, 1):g}", f"{config.train.global_batch_size:,}",
                  config.recipe.world_size, top1, top5, source)
         lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -199,9 +203,8 @@ def test_sizes_are_those_of_torchvision_and_the_papers(name):
     millions = {"resnet20": 0.27, "resnet32": 0.46, "resnet44": 0.66, "resnet56": 0.85, "resnet110": 1.7,    # He 2015
                 "preresnet110": 1.7, "preresnet164": 1.7}                                               # He 2016
     if config.model.shortcut == "A" or config.model.name.startswith("plain"):     # He et al. 2015: of the same size
-        twin = config.model.name.replace("plain", "resnet")
-        section = dataclasses.replace(config.model, name=twin, shortcut="A", sync_batch_norm=True)
-        assert size == count(network(section, data_of(config)[1]))
+        twin = name.replace("plain", "resnet") if "plain" in name else name.replace("resnet", "plain")
+        assert size == count(network_of(load(twin)))
     elif config.model.name in millions:
         assert size / 1e6 == pytest.approx(millions[config.model.name], abs=0.05 if size > 1e6 else 0.005)
     elif config.model.name == "densenet264":                             # no published weights; about 33 million
