@@ -20,8 +20,9 @@ from resnet_dist.config import Config
 from resnet_dist.data.order import steps_per_epoch
 from resnet_dist.models.build import MODELS, build_model
 from resnet_dist.models.resnet import FAMILY
+from resnet_dist.models.zoo import check_image_size
 from resnet_dist.optim import parameter_groups
-from resnet_dist.remarks import remarks
+from resnet_dist.remarks import far_from_recipe, remarks
 from resnet_dist.run import check_layout
 from resnet_dist.schedule import build_schedule, epochs_to_steps, peak_lr
 
@@ -146,6 +147,8 @@ def test_numbers_equal_the_golden_file(name):
 def test_no_setting_is_without_effect(name):
     config = load(name)
     assert remarks(config, "cuda") == []
+    assert far_from_recipe(config, config.recipe.world_size or 1) == []
+    check_image_size(config.model.name, config.data)
     assert config.output_dir == ("runs/study" if name == "study_cifar10" else f"runs/{name}")
     assert config.model.name in MODELS
 
