@@ -183,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"error: unknown command {arguments[0]!r}", file=sys.stderr)
         return 2 if wrong else 0
     functions = {"train": train, "submit": submit, "evaluate": evaluate, "predict": predict, "export": export,
-                 "benchmark": benchmark, "data": data, "doctor": doctor, "report": report}
+                 "benchmark": benchmark, "data": data, "models": models, "doctor": doctor, "report": report}
     return functions[arguments[0]](arguments[1:])
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 
 import torch
 from torch import nn
@@ -65,6 +66,9 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one line of JSON for each network")
     options = parser.parse_args(arguments)
     names = [name for name in MODELS if options.filter in name]
+    if not names:
+        print(f"error: no network has {options.filter!r} in its name", file=sys.stderr)
+        return 2
     if not options.json:
         print(f"{'name':20} {'params/M':>8}  {'size':>4}  {'GFLOPs':>7}  {'stages':24}  {'top-1':>5}  published in")
     for name in names:
@@ -75,4 +79,4 @@ def run(arguments: list[str]) -> int:
         top1 = f"{row['top1']:.2f}" if row["top1"] else "-"
         print(f"{name:20} {row['parameters'] / 1e6:8.2f}  {row['size']:4}  {row['multiply_adds'] / 1e9:7.2f}  "
               f"{row['stages']:24}  {top1:>5}  {row['source']}".rstrip(), flush=True)
-    return 0 if names else 2
+    return 0

@@ -1,0 +1,55 @@
+"""`resnet-dist models`: every network's size and cost against a golden file, and against what torchvision publishes.
+
+After a change that is meant: `python tests/test_models.py --write` writes tests/golden/models.json anew.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torchvision
+
+from resnet_dist import cli
+from resnet_dist.commands.models import facts
+from resnet_dist.models.build import MODELS
+
+GOLDEN = Path(__file__).resolve().parent / "golden" / "models.json"
+AUXILIARY = {"googlenet": 6_379_984}      # parameters of its heads, which torchvision does not count, as it does others'
+
+
+def line(name):
+    return {key: value for key, value in facts(name).items() if key != "name"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_size_and_cost(name):
+    """Parameters and multiply-adds as torchvision's weights say them (five significant digits), and the golden ones."""
+    row = line(name)
+    assert row == json.loads(GOLDEN.read_text())[name]
+    if name in torchvision.models.list_models(torchvision.models):
+        weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].meta
+        assert row["parameters"] - AUXILIARY.get(name, 0) == weights["num_params"]
+        assert row["multiply_adds"] / 1e9 == pytest.approx(weights["_ops"], abs=6e-4)
+        if "torchvision" in row["source"] and row["source"].endswith("V1"):
+            assert row["top1"] == weights["_metrics"]["ImageNet-1K"]["acc@1"]
+
+
+def test_golden_file_has_no_other_names():
+    assert list(json.loads(GOLDEN.read_text())) == list(MODELS)
+
+
+def test_table(capsys):
+    assert cli.main(["models", "lenet"]) == 0
+    out = capsys.readouterr().out
+    assert "lenet5" in out and "resnet50" not in out
+    assert cli.main(["models", "plain20", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] == 269_722
+    assert cli.main(["models", "nonsense"]) == 2
+    assert "no network" in capsys.readouterr().err
+
+
+if __name__ == "__main__":
+    assert sys.argv[1:] == ["--write"], __doc__
+    rows = ",\n".join(f'"{name}": {json.dumps(line(name))}' for name in MODELS)
+    GOLDEN.write_text("{\n" + rows + "\n}\n")
