@@ -15,7 +15,7 @@ from resnet_dist.commands.models import facts
 from resnet_dist.models.build import MODELS
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "models.json"
-AUXILIARY = {"googlenet": 6_379_984}      # parameters of its heads, which torchvision does not count, as it does others'
+AUXILIARY = {"googlenet": 6_379_984}      # parameters of its heads, which torchvision leaves out
 
 
 def line(name):
