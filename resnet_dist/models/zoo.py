@@ -99,7 +99,7 @@ def _timm(name: str, num_classes: int) -> nn.Module:
 
 
 class Entry(NamedTuple):
-    """A network: `make(num_classes=...)` gives it. Published top-1 and top-5 in percent on ImageNet, one central crop of
+    """A network: `make(num_classes=...)` gives it; published top-1 and top-5 in percent on ImageNet, central crop of
     `size` pixels (None where there are none; torchvision's may belong to a better recipe than the paper's), and where
     they stand. The least sides that it takes at all and in training, the side of the training crop; 0 = the same."""
 
