@@ -26,6 +26,7 @@ from resnet_dist.ema import Ema
 from resnet_dist.engine import NonFinite, evaluate, train_step
 from resnet_dist.mix import draw, mix_images
 from resnet_dist.models.build import build_model
+from resnet_dist.models.init import init_weights
 from resnet_dist.models.sync_batch_norm import SyncBatchNorm, convert_sync_batch_norm
 from resnet_dist.models.zoo import ZOO, check_image_size
 from resnet_dist.optim import build_optimizer
@@ -51,11 +52,11 @@ def batch_of(size, count):
 
 def settings(name):
     """Side of the images, how many, learning rate and largest gradient (0 = as it is) that overfit in three steps."""
-    own = {"lenet5": (32, 8, 1.0, 0.0), "alexnet": (63, 8, 1.0, 1.0), "googlenet": (64, 8, 0.03, 0.0),
-           "inception_v3": (299, 2, 0.01, 0.0), "inception_v4": (75, 4, 0.02, 0.0),
+    own = {"lenet5": (32, 8, 10.0, 0.0), "alexnet": (63, 8, 1.0, 1.0), "googlenet": (64, 8, 0.03, 0.0),
+           "inception_v3": (299, 2, 0.01, 0.0), "inception_v4": (75, 4, 0.003, 0.0),
            "inception_resnet_v2": (75, 4, 0.02, 0.0)}
     family = {"vgg": (32, 4, 0.3 if name.endswith("_bn") else 1.0, 1.0), "dense": (32, 8, 0.03, 0.0),
-              "effic": (64, 4, 0.3, 1.0)}
+              "effic": (64, 4, 0.003, 0.0)}
     return own[name] if name in own else next(value for key, value in family.items() if name.startswith(key))
 
 
@@ -202,35 +203,38 @@ def test_published_weights_of_auxiliary_heads():
     assert not models["googlenet"].transform_input and not models["inception_v3"].transform_input
 
 
-def on_two_ranks(rank, world_size):
-    """An update of GoogLeNet in DDP on two of four digits, without dropout, and what became of the buffers before."""
-    return one_update(rank, lambda model: wrap_ddp(model, CPU))
+@pytest.fixture
+def double():
+    """Double precision where nothing else is said, in forked ranks too."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
-def one_update(rank, wrap):
+def two_updates(rank, world_size):
+    """Two updates of GoogLeNet in double precision, without dropout, on this rank's share of four digits; in DDP where
+    there is more than one rank. Its buckets settle before, which must leave no trace."""
     config = Config(model=ModelConfig(name="googlenet"), train=TrainConfig(precision="fp32", global_batch_size=4))
     state, batch = build_state(config, 10, CPU), batch_of(32, 4)
     for module in state.model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    own = slice(None) if rank is None else slice(2 * rank, 2 * rank + 2)
-    batch = Batch(batch.images[own], batch.labels[own], batch.indices[own])
-    model, before = wrap(state.model), copy.deepcopy(state.model.state_dict())
+    batch = Batch(*[part[rank::world_size] for part in (batch.images.double(), batch.labels, batch.indices)])
+    model = NoSync(state.model) if world_size == 1 else wrap_ddp(state.model, CPU)
+    before = copy.deepcopy(state.model.state_dict())
     engine.settle_buckets(model, 32, "fp32", CPU)
     assert equal_trees(before, state.model.state_dict()) and state.model.training
     for step in range(2):                                # the second one finds what the first may have left behind
         train_step(model, state, [batch], 0.01, build_plan(config, 10), NonFinite(state.model, step))
-    return {name: value.numpy() for name, value in state.model.state_dict().items()
-            if name.startswith(("conv1", "aux1", "aux2.fc2", "fc"))}
+    return {name: value.numpy() for name, value in state.model.state_dict().items()}
 
 
-def test_auxiliary_heads_on_two_ranks_equal_one_process():
+def test_auxiliary_heads_on_two_ranks_equal_one_process(double):
     """DDP, SyncBatchNorm and the buckets' settling, with heads that only training uses: as the whole batch at once."""
-    first, second = run_ranks(on_two_ranks, 2)
-    whole = one_update(None, NoSync)
-    for name, value in whole.items():
+    first, second = run_ranks(two_updates, 2)
+    for name, value in two_updates(0, 1).items():
         assert np.array_equal(first[name], second[name]), name
-        np.testing.assert_allclose(first[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(first[name], value, rtol=1e-6, atol=1e-9, err_msg=name)
 
 
 def test_settling_needs_no_more_than_two_values_a_channel():
@@ -262,7 +266,7 @@ def test_timm_networks_keep_their_function():
     import timm
 
     torch.manual_seed(0)
-    theirs = timm.create_model("inception_v4", num_classes=10).eval()
+    theirs = init_weights(timm.create_model("inception_v4", num_classes=10)).eval()     # a law that keeps the signal
     ours = convert_sync_batch_norm(copy.deepcopy(theirs))           # the pitfall: this one has lost its activations
     with torch.device("meta"):
         zoo = ZOO["inception_v4"].make(num_classes=10)
@@ -271,7 +275,7 @@ def test_timm_networks_keep_their_function():
     with torch.inference_mode():
         expected = theirs(images)
         torch.testing.assert_close(zoo(images), expected)
-        assert not torch.allclose(ours(images), expected, rtol=1e-2)
+        assert expected.std() > 0.01 and not torch.allclose(ours(images), expected, rtol=1e-2)
 
 
 def test_without_timm_the_error_names_the_extra(monkeypatch):
@@ -319,7 +323,7 @@ def test_the_command_line_trains_lenet_and_refuses_a_side(digits, tmp_path):
         return ["train", "--config", "configs/quickstart.yaml", "--data.data_dir", digits, "--output_dir",
                 str(tmp_path / str(side)), "--model.name", "lenet5", "--data.train_crop_size", str(side),
                 "--data.val_resize_size", str(side), "--data.val_crop_size", str(side), "--train.epochs", "2",
-                "--schedule.warmup_epochs", "0", "--log.wandb", "disabled", "--distributed.threads", "1"]
+                "--schedule.warmup_epochs", "0", "--optim.base_lr", "2", "--log.wandb", "disabled", "--distributed.threads", "1"]
 
     assert run_app(2, arguments(28), str(tmp_path / "log")) == [2, 2]
     assert "data.train_crop_size is 28: lenet5 takes 32 pixels only" in (tmp_path / "log").read_text()
