@@ -76,7 +76,7 @@ def narrow(monkeypatch):
 
 @pytest.mark.parametrize("name", ZOO)
 def test_trains_resumes_averages_and_evaluates(name, narrow, tmp_path):
-    """Three updates through the engine's step, in bf16 (two of a large one), the last also from the saved state: the loss
+    """Three updates through the engine's step, in bf16 (two if large), the last also from the saved state: the loss
     falls, and weights, momentum, average and statistics are the same, bit for bit."""
     size, count, lr, clip = settings(name)
     config = Config(model=ModelConfig(name=name), optim=OptimConfig(weight_decay=0.0),
