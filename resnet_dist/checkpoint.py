@@ -281,6 +281,16 @@ def check_resumable(saved: dict, facts: dict) -> list[str]:
     return changed
 
 
+def model_changes(saved: dict, config: Config) -> list[str]:
+    """What makes the network of a checkpoint another than that of `config`, but for the classes: its tensors may fit
+    all the same. Nothing for a file that is none of ours."""
+    if not isinstance(saved.get("config"), dict):
+        return []
+    before, now = ({**flatten(to_dict(Config())), **flatten(of)} for of in (saved["config"], to_dict(config)))
+    keys = [key for key in _DEFINES_MODEL if key.startswith("model.") and key != "model.num_classes"]
+    return [f"{key} was {before[key]!r}, now {now[key]!r}" for key in keys if before[key] != now[key]]
+
+
 def flatten(tree: dict, prefix: str = "") -> dict:
     """Nested settings as {"section.key": value}."""
     flat = {}

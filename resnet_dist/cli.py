@@ -100,7 +100,7 @@ def predict(arguments: list[str]) -> int:
     """Print the most probable classes of images (JPEG or PNG), seen exactly as in evaluation; in one process."""
     parser = _checkpoint_parser("predict", predict.__doc__)
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="file; folder; -: paths on stdin, one a line")
-    parser.add_argument("--top", type=int, default=5, metavar="K", help="number of classes (default: 5)")
+    parser.add_argument("--top", type=_positive, default=5, metavar="K", help="number of classes (default: 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line, with an error if it failed")
     return _run(parser, arguments)
 
@@ -184,7 +184,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 2 if wrong else 0
     functions = {"train": train, "submit": submit, "evaluate": evaluate, "predict": predict, "export": export,
                  "benchmark": benchmark, "data": data, "models": models, "doctor": doctor, "report": report}
-    return functions[arguments[0]](arguments[1:])
+    try:
+        return functions[arguments[0]](arguments[1:])
+    except BrokenPipeError:                              # of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # Python flushes once more at its end
+        return 141
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
 
 
 def _checkpoint_parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -212,6 +222,7 @@ def _run(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
         except ValueError as problem:
             parser.exit(2, f"error: {problem}\n" if os.environ.get("RANK", "0") == "0" else None)
         overlay = config_parser(parser.prog, parser.description)
+        overlay.usage = parser.format_usage().removeprefix("usage: ").strip()
         overlay.set_defaults(flatten(saved["config"]))
         command = {"evaluate": evaluate, "predict": predict, "export": export}[parser.prog.split()[-1]]
         return command.run(saved, parse_config(overlay, settings), options)

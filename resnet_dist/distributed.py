@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -76,9 +77,16 @@ class Runtime:
         return result
 
     def bytes_from_main(self, function: Callable[[], bytes]) -> bytes:
-        """As `on_main` for a large result: one read of a file, however many ranks there are."""
+        """As `on_main` for a large result: one read of a file, however many ranks there are.
+
+        It may take longer than the time-out of a collective: the others hear every second that it goes on.
+        """
         payload: list[bytes] = []
-        size = self.on_main(lambda: payload.append(function()) or len(payload[0]))
+        with ThreadPoolExecutor(1) as pool:
+            pending = [pool.submit(function)] if self.is_main else []
+            while self.on_main(lambda: len(wait(pending, timeout=1).not_done)):
+                pass
+            size = self.on_main(lambda: payload.append(pending[0].result()) or len(payload[0]))
         buffer = torch.frombuffer(bytearray(payload[0]), dtype=torch.uint8) if payload else torch.empty(
             size, dtype=torch.uint8)
         dist.broadcast(buffer, src=0, group=self.cpu_group)

@@ -23,7 +23,10 @@ def remarks(config: Config, device: str) -> list[str]:
                 found.append(f"{choice.split('.')[0]}.{key} is {value!r}, which {choice} {kind} does not use")
     if schedule.kind == "step" and any(milestone >= config.train.epochs for milestone in schedule.milestones):
         found.append(f"schedule.milestones {schedule.milestones} reach beyond train.epochs, {config.train.epochs}")
-    if config.train.loss == "bce" and config.train.bce_target_threshold and config.train.label_smoothing:
+    if schedule.warmup_kind == "constant" and not schedule.warmup_epochs:
+        found.append("schedule.warmup_kind is constant, which has no effect: schedule.warmup_epochs is 0")
+    mixed = config.augment.mixup_alpha or config.augment.cutmix_alpha
+    if config.train.loss == "bce" and config.train.bce_target_threshold and config.train.label_smoothing and not mixed:
         found.append("train.label_smoothing has no effect: train.bce_target_threshold makes each target 0 or 1")
     if config.checkpoint.resume and config.checkpoint.init_from:
         found.append("checkpoint.init_from is set beside checkpoint.resume, which comes first")
@@ -52,10 +55,12 @@ def far_from_recipe(config: Config, world_size: int) -> list[str]:
         found.append(f"train.global_batch_size is {batch}, and the recipe's figure was reached with "
                      f"{recipe.global_batch_size}: expect another, or take that (train.grad_accum_steps saves memory)")
     if recipe.world_size and not config.model.sync_batch_norm and _far(seen, meant):
-        found.append(f"a norm layer sees {seen:g} images at once, on the recipe's {ranks} ranks {meant:g}: take "
-                     "model.sync_batch_norm true, or ranks and train.grad_accum_steps that come nearer")
+        way = ("model.sync_batch_norm true, or fewer ranks and train.grad_accum_steps" if seen < meant else
+               "more ranks, or more train.grad_accum_steps")
+        found.append(f"a norm layer sees {seen:g} images at once, on the recipe's {ranks} ranks {meant:g}: take {way}")
     elif _far(world_size, ranks):
-        found.append(f"this run has {world_size} ranks, the recipe {ranks}: only the time it takes should differ")
+        same = "" if config.model.sync_batch_norm else ": only the time it takes should differ"
+        found.append(f"this run has {world_size} ranks, the recipe {ranks}{same}")
     return found
 
 

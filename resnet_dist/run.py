@@ -155,6 +155,9 @@ def init_from(path: str, state: TrainState, config: Config, saver: Saver, runtim
         state.ema.model.load_state_dict(state.model.state_dict())
     title = f"weights of {path}, {'.'.join(weights.find_weights(content)[0]) or 'as they stand there'}"
     (log.say if whole else log.warn)(f"{title}\n{weights.describe(rows)}")
+    if changes := checkpoint.model_changes(content, config):
+        log.warn(f"{path} is of another network, which computes something else from tensors that may fit: "
+                 f"{'; '.join(changes)}")
     names, now = content.get("class_names"), saver.facts["class_names"]
     if isinstance(names, list) and names != now and len(names) == len(now):
         log.warn(f"{path} has as many classes under other names: its head is loaded all the same")

@@ -11,7 +11,7 @@ from torch import nn
 
 from resnet_dist import checkpoint
 from resnet_dist.checkpoint import Saver, TrainState, newest_valid, read_checkpoint, unpack_checkpoint
-from resnet_dist.config import Config, OptimConfig, to_dict
+from resnet_dist.config import Config, ModelConfig, OptimConfig, to_dict
 from resnet_dist.ema import Ema
 from resnet_dist.optim import build_optimizer
 
@@ -302,6 +302,21 @@ def test_a_folder_that_vanishes_while_it_is_written_is_made_again(tmp_path, monk
         assert "newer attempt" in warnings[0] and os.listdir(folder) == ["attempt"]
     else:
         assert not warnings and newest_valid(folder, pytest.fail).name == "step_00000002.pt"
+
+
+def test_weights_of_another_network_with_the_same_tensors_are_noticed():
+    """plain20 and resnet20, strides of v1 and v1.5: every name and shape is the same."""
+    def config(**options):
+        return Config(model=ModelConfig(**options))
+
+    saved = {"config": to_dict(config(name="plain20", num_classes=10, zero_init_residual=True))}
+    assert checkpoint.model_changes(saved, config(name="plain20", num_classes=2)) == []
+    assert checkpoint.model_changes(saved, config(name="resnet20")) == ["model.name was 'plain20', now 'resnet20'"]
+    changes = checkpoint.model_changes(saved, config(name="plain20", stride_in_1x1=True, blur_pool=True))
+    assert [change.split()[0] for change in changes] == ["model.stride_in_1x1", "model.blur_pool"]
+    del saved["config"]["model"]["blur_pool"]            # of a version that did not know it
+    assert checkpoint.model_changes(saved, config(name="plain20")) == []
+    assert checkpoint.model_changes({"state_dict": {}}, config()) == []
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):

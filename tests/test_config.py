@@ -101,6 +101,7 @@ def test_defaults_are_valid_and_without_remarks():
     (["--optim.unfreeze_from", "head"], "random weights"),
     (["--optim.backbone_lr_scale", "0.1"], "random weights"),
     (["--optim.unfreeze_from", "head", "--optim.backbone_lr_scale", "0.1", "--checkpoint.init_from", "a"], "no effect"),
+    (["--schedule.warmup_epochs", "0", "--schedule.warmup_kind", "constant"], "warmup_kind"),
     (["--data.kind", "synthetic", "--data.data_dir", "x"], "data_dir"),
     (["--train.precision", "fp16"], "fp16"),
 ])
@@ -115,9 +116,10 @@ def test_settings_without_effect_are_remarked(arguments, word):
     (["--recipe.global_batch_size", "1024", "--recipe.world_size", "4"], 1, []),
     (["--recipe.global_batch_size", "1025"], 1, ["train.global_batch_size is 256", "1025"]),
     (["--recipe.global_batch_size", "32"], 1, ["train.global_batch_size is 256", "32"]),
-    (["--recipe.world_size", "8"], 1, ["1 ranks", "8", "time"]),
-    (["--recipe.world_size", "1"], 8, ["8 ranks", "1", "time"]),
-    (["--recipe.world_size", "8", "--model.sync_batch_norm", "false"], 1, ["sees 256 images", "32", "sync_batch_norm"]),
+    (["--recipe.world_size", "8"], 1, ["1 ranks, the recipe 8"]),
+    (["--recipe.world_size", "1"], 8, ["8 ranks, the recipe 1"]),
+    (["--recipe.world_size", "8", "--model.sync_batch_norm", "false"], 1, ["sees 256 images", "32", "more ranks"]),
+    (["--recipe.world_size", "1", "--model.sync_batch_norm", "false"], 8, ["sees 32 images", "256", "sync_batch_norm"]),
     (["--recipe.world_size", "8", "--model.sync_batch_norm", "false", "--train.grad_accum_steps", "8"], 1, ["time"]),
 ])
 def test_a_run_far_from_its_recipe_says_so(arguments, world_size, words):

@@ -94,6 +94,11 @@ def test_a_module_that_is_not_there(name):
         freeze(MODELS["resnet20"](num_classes=3), name)
 
 
+def test_the_first_module_would_freeze_nothing():
+    with pytest.raises(ValueError, match=r"optim\.unfreeze_from is 'conv1', where the network begins"):
+        freeze(MODELS["resnet20"](num_classes=3), "conv1")
+
+
 def test_the_backbone_may_learn_more_slowly():
     """The first update of SGD without decay is the gradient times the group's learning rate."""
     plain, before = trained(steps=1, weight_decay=0.0)

@@ -39,6 +39,15 @@ def test_golden_file_has_no_other_names():
     assert list(json.loads(GOLDEN.read_text())) == list(MODELS)
 
 
+def test_a_missing_optional_library_costs_only_its_rows(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert cli.main(["models", "inception"]) == 0
+    rows = {row.split()[0]: row for row in capsys.readouterr().out.splitlines()}
+    assert "27.16" in rows["inception_v3"] and "resnet-dist[timm]" in rows["inception_v4"]
+    assert cli.main(["models", "inception_v4", "--json"]) == 0
+    assert "resnet-dist[timm]" in json.loads(capsys.readouterr().out)["error"]
+
+
 def test_table(capsys):
     assert cli.main(["models", "lenet"]) == 0
     out = capsys.readouterr().out

@@ -143,6 +143,15 @@ def test_what_is_named(tmp_path, monkeypatch):
         find_images(["b"])
 
 
+def test_a_full_disk_is_said(checkpoint, digits, tmp_path):
+    def entry(arguments):
+        sys.stdout = open("/dev/full", "w")              # noqa: SIM115  closing it would fail
+        return cli.main(arguments)
+
+    code, text = run("predict", tmp_path, "--checkpoint", checkpoint, f"{digits}/val/3/0004.jpg", entry=entry)
+    assert code == 2 and "standard output cannot be written" in text and "Traceback" not in text
+
+
 def test_bytes_from_a_pipe(checkpoint, digits, tmp_path):
     def entry(arguments):
         reader, writer = os.pipe()
@@ -158,7 +167,9 @@ def test_bytes_from_a_pipe(checkpoint, digits, tmp_path):
 
 def test_refusals(checkpoint, tmp_path, monkeypatch, capsys):
     for arguments, said in ((["--model.name", "resnet32"], "the settings of model are the checkpoint's"),
-                            (["--data.val_resize_size", "8"], "it must not be below data.val_crop_size")):
+                            (["--data.val_resize_size", "8"], "it must not be below data.val_crop_size"),
+                            (["--top", "0"], "'0' is not a whole number of 1 or more"),
+                            (["--topp", "3"], "usage: resnet-dist predict [-h] --checkpoint")):
         with pytest.raises(SystemExit) as ending:
             cli.main(["predict", "a.jpg", "--checkpoint", checkpoint, *arguments])
         assert ending.value.code == 2 and said in capsys.readouterr().err

@@ -72,9 +72,15 @@ def run(arguments: list[str]) -> int:
     if not options.json:
         print(f"{'name':20} {'params/M':>8}  {'size':>4}  {'GFLOPs':>7}  {'stages':24}  {'top-1':>5}  published in")
     for name in names:
-        row = facts(name)
+        try:
+            row = facts(name)
+        except ValueError as problem:                    # an optional library is not there
+            row = {"name": name, "error": str(problem)}
         if options.json:
             print(json.dumps(row), flush=True)
+            continue
+        if "error" in row:
+            print(f"{name:20} {row['error']}", flush=True)
             continue
         top1 = f"{row['top1']:.2f}" if row["top1"] else "-"
         print(f"{name:20} {row['parameters'] / 1e6:8.2f}  {row['size']:4}  {row['multiply_adds'] / 1e9:7.2f}  "

@@ -27,7 +27,7 @@ def run(saved: dict, config: Config, options: argparse.Namespace) -> int:
         print(f"{config.model.name}, {weights} weights of step {saved['step']}", file=sys.stderr)
         sys.stdout.reconfigure(errors="backslashreplace")        # a file's name may be what no encoding has
         try:
-            for path, problem, best in predict(model, files, config, runtime, max(1, options.top)):
+            for path, problem, best in predict(model, files, config, runtime, options.top):
                 good += not problem
                 if options.json:
                     best = [{"class": names[i], "index": i, "probability": share} for i, share in best]
@@ -38,9 +38,11 @@ def run(saved: dict, config: Config, options: argparse.Namespace) -> int:
                 else:
                     print(*(f"{'' if row else path:{width}}  {100 * share:6.2f} %  {names[i]}"
                             for row, (i, share) in enumerate(best)), sep="\n", flush=True)
-        except BrokenPipeError:
+        except OSError as problem:                               # of standard output: the loader keeps its own
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())       # Python flushes once more at its end
-            return 141
+            if isinstance(problem, BrokenPipeError):
+                return 141
+            raise ValueError(f"standard output cannot be written: {problem}") from problem
         return (1 if good else 2) if good < len(files) else 0
     return composition.main(config, body)
 

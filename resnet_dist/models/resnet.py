@@ -49,7 +49,8 @@ class Options:
     squeeze_excitation: bool = False
     """weigh the channels at the end of each residual branch, see `SqueezeExcitation`"""
     stochastic_depth: float = 0.0
-    """rate at which the last residual branch is left out in training; it rises linearly from 0 at the stem"""
+    """rate at which the last residual branch is left out in training; it rises linearly from 0 for the first, as in
+    timm (Huang et al. 2016 begin one step above)"""
     blur_pool: bool = False
     """blur before each convolution of stride 2 but the stem's, see `BlurConv2d`"""
 

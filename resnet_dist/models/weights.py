@@ -43,7 +43,7 @@ def head_modules(model: nn.Module) -> dict[str, nn.Linear]:
 def freeze(model: nn.Module, unfreeze_from: str) -> None:
     """Leave in training the module `unfreeze_from`, all that is defined after it, and the head ("head": it alone).
 
-    "" changes nothing. Raises ValueError where there is no such module, or it has no parameters.
+    "" changes nothing. Raises ValueError where there is no such module, it has no parameters, or nothing is before it.
     """
     if not unfreeze_from:
         return
@@ -52,6 +52,9 @@ def freeze(model: nn.Module, unfreeze_from: str) -> None:
     if first == len(names) and unfreeze_from != "head":
         raise ValueError(f"optim.unfreeze_from is {unfreeze_from!r}: the network has no such module with parameters; "
                          f"choose head, {', '.join(dict.fromkeys(name.split('.')[0] for name in names))} or a part")
+    if first == 0:
+        raise ValueError(f"optim.unfreeze_from is {unfreeze_from!r}, where the network begins: nothing would be "
+                         "frozen; leave it empty, or name a later module")
     head = {f"{name}.{kind}" for name in head_modules(model) for kind in ("weight", "bias")}
     for number, (name, parameter) in enumerate(model.named_parameters()):
         parameter.requires_grad_(number >= first or name in head)

@@ -101,8 +101,7 @@ def _timm(name: str, num_classes: int) -> nn.Module:
 class Entry(NamedTuple):
     """A network: `make(num_classes=...)` gives it. Published top-1 and top-5 in percent on ImageNet, one central crop
     of `size` pixels (None where there are none; torchvision's may belong to a better recipe than the paper's), and
-    where they stand. The least sides that it takes at all and in training, the side of the training crop; 0 = the same.
-    """
+    where they stand. The least sides that it takes at all and in training; 0 = the same."""
 
     make: Callable[..., nn.Module]
     source: str
@@ -111,7 +110,6 @@ class Entry(NamedTuple):
     top5: float | None
     min_size: int = 1
     min_train_size: int = 0
-    train_size: int = 0
 
 
 _TORCHVISION = {      # weights: size, top-1, top-5, least sides; EfficientNet: Tan and Le 2019
@@ -123,7 +121,7 @@ _TORCHVISION = {      # weights: size, top-1, top-5, least sides; EfficientNet: 
     "Inception_V3": (299, 77.294, 93.450, 75, 299), "DenseNet121": (224, 74.434, 91.972, 29),
     "DenseNet161": (224, 77.138, 93.560, 29), "DenseNet169": (224, 75.600, 92.806, 29),
     "DenseNet201": (224, 76.896, 93.370, 29), "EfficientNet_B0": (224, 77.692, 93.532),
-    "EfficientNet_B1": (240, 78.642, 94.186), "EfficientNet_B2": (288, 80.608, 95.310, 1, 0, 260),
+    "EfficientNet_B1": (240, 78.642, 94.186), "EfficientNet_B2": (288, 80.608, 95.310),
     "EfficientNet_B3": (300, 82.008, 96.054), "EfficientNet_B4": (380, 83.384, 96.594),
     "EfficientNet_B5": (456, 83.444, 96.628), "EfficientNet_B6": (528, 84.008, 96.916),
     "EfficientNet_B7": (600, 84.122, 96.908),

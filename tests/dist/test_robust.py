@@ -6,9 +6,12 @@ orientation, one pixel, damage that libjpeg gets over) trains like any other ima
 
 import json
 import os
+import time
+from datetime import timedelta
 
 import numpy as np
 import pytest
+import torch
 from dist_utils import run_app, run_ranks
 from image_files import OneProcess, encode, picture, train_loader, val_loader, write_split
 from PIL import Image
@@ -16,6 +19,7 @@ from test_exactness import assert_same_run, final, kill_at, metrics, resumed_ste
 from test_loader import assert_same, steps
 
 from resnet_dist.data.scan import build_index
+from resnet_dist.distributed import Runtime
 
 N, N_VAL = 48, 31                                        # six steps of eight: no tail, every file in every epoch
 NAMES = {"train": "train/class{}/{:04d}.jpg", "val": "val/class{}/{:04d}.jpg"}
@@ -137,3 +141,23 @@ def test_memory_does_not_grow_over_200_epochs(tmp_path):
     ((before, after),) = run_ranks(memory_of_epochs, 1, str(tmp_path))
     print(f"{before:.1f} MiB after 50 epochs, {after:.1f} after 200")
     assert after < before + 30
+
+
+def _long_read(rank, world_size):
+    group = torch.distributed.new_group(timeout=timedelta(seconds=3))
+    runtime = Runtime(rank, rank, world_size, world_size, torch.device("cpu"), group)
+
+    def read():
+        time.sleep(5)
+        return b"weights"
+
+    content = runtime.bytes_from_main(read)
+    try:
+        runtime.bytes_from_main(lambda: 1 / 0)
+    except ValueError as problem:
+        return content, str(problem)
+
+
+def test_a_read_longer_than_a_collective_may_take():
+    """A download of weights, for instance: the other ranks do not give up, and hear of an error."""
+    assert run_ranks(_long_read, 2) == [(b"weights", "ZeroDivisionError: division by zero")] * 2
