@@ -246,10 +246,10 @@ def test_the_local_executor_trains(tmp_path):
     done = subprocess.run(
         [sys.executable, "slurm/submit.py", "--config", "configs/quickstart.yaml", "--log.wandb", "disabled",
          "--data.data_dir", str(tmp_path / "digits"), "--output_dir", str(tmp_path / "run"),
-         "--data.train_crop_size", "16", "--data.val_resize_size", "16", "--data.val_crop_size", "16",
+         "--data.train_crop_size", "8", "--data.val_resize_size", "8", "--data.val_crop_size", "8",
          "--train.epochs", "1", "--schedule.warmup_epochs", "0", "--cluster.executor", "local",
          "--cluster.gpus_per_node", "0", "--cluster.tasks_per_node", "2", "--cluster.wait"],
-        cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
+        cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FINISHED, all ranks succeeded" in done.stdout
     folder = next((tmp_path / "run").glob("job_*"))
