@@ -109,6 +109,7 @@ def test_interrupts_and_closed_pipes_are_quiet(checkpoint, digits, tmp_path):
 
     def interrupted(arguments):
         real = engine.predict
+        signal.signal(signal.SIGINT, signal.default_int_handler)         # a job in the background inherits "ignore"
 
         def predict(*parts):
             os.kill(os.getpid(), signal.SIGINT)
