@@ -290,7 +290,9 @@ def wait(jobs: list, folder: Path) -> int:
     """
     codes = []
     for job in jobs:
-        while (state := state_of(job)) in _ALIVE:
+        before = ""
+        while (state := state_of(job)) in _ALIVE or state != before:     # said twice: a busy controller may misspeak
+            before = state
             time.sleep(2)
         results = sorted(folder.glob(f"{job.job_id}_*_result.pkl"), key=os.path.getmtime)
         outcomes = [(path.name.split("_")[-2], *pickle.loads(path.read_bytes())) for path in results]

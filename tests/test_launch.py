@@ -152,7 +152,8 @@ class FakeJob:
 def test_the_client_shows_the_first_real_error(capsys, monkeypatch, tmp_path):
     """Rank 1 fails, rank 0 only loses its peer; an earlier attempt's NODE_FAIL and its logs do not count."""
     import pickle
-    states = iter(["JobState=NODE_FAIL Requeue=1", "JobState=PENDING", "JobState=COMPLETING", "JobState=FAILED"])
+    states = iter(["JobState=NODE_FAIL Requeue=1", "JobState=PENDING", "JobState=CANCELLED", "JobState=COMPLETING",
+                   *["JobState=FAILED"] * 2])
     monkeypatch.setattr(launch, "show_job", lambda job_id: dict(re.findall(r"(\w+)=(\S*)", next(states))))
     monkeypatch.setattr(launch.time, "sleep", lambda seconds: None)
     texts = {"7_1_attempt0": "error (rank 1): an old story\n",

@@ -105,7 +105,7 @@ class Job:
 
     def check(self, attempts=2, at_most=0, lost=0):
         """It finished with the undisturbed run's weights and metrics, in so many attempts; says what that cost."""
-        assert self.finish() == 0
+        assert self.finish() == 0, launch.show_job(self.id)
         restarts = int(launch.show_job(self.id)["Restarts"])
         assert attempts - 1 <= restarts <= max(attempts, at_most) - 1
         attempts = restarts + 1
