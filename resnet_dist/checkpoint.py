@@ -26,7 +26,7 @@ from resnet_dist.models.weights import unpack
 FORMAT = 1
 _DEFINES_POSITION = ("seed", "train.global_batch_size", "data.kind", "data.num_samples", "data.fingerprint",
                      "augment.repeats")
-_DEFINES_MODEL = ("optim.kind", "optim.unfreeze_from", "optim.backbone_lr_scale", *(f"model.{key}" for key in (
+_DEFINES_STATE = ("optim.kind", "optim.unfreeze_from", "optim.backbone_lr_scale", *(f"model.{key}" for key in (
     "name", "num_classes", "stride_in_1x1", "shortcut", "stem", "avg_pool_shortcut", "preactivation",
     "squeeze_excitation", "blur_pool")))
 _FREE_TO_CHANGE = ("output_dir", "data.data_dir", "data.exclude", "data.threads", "data.prefetch_batches",
@@ -263,14 +263,14 @@ def check_resumable(saved: dict, facts: dict) -> list[str]:
 
     Raises ValueError for what would make the step mean something else (seed, batch size, data) or the weights not fit.
     """
-    before, now = ({**flatten(to_dict(Config())), **flatten(of["config"]), "data.num_samples": of["num_samples"],
+    before, now = ({**_settings(of["config"]), "data.num_samples": of["num_samples"],
                     "data.fingerprint": of["fingerprint"]} for of in (saved, facts))
     changed = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if old == new or any(key == free or key.startswith(free + ".") for free in _FREE_TO_CHANGE):
             continue
-        if key in _DEFINES_MODEL:
+        if key in _DEFINES_STATE:
             what = "optimizer" if key.startswith("optim.") else "model"
             raise ValueError(f"the checkpoint of step {saved['step']} holds another {what}: {key} was {old!r}, now "
                              f"{new!r}; take another output_dir, or checkpoint.init_from for its weights")
@@ -286,8 +286,8 @@ def model_changes(saved: dict, config: Config) -> list[str]:
     all the same. Nothing for a file that is none of ours."""
     if not isinstance(saved.get("config"), dict):
         return []
-    before, now = ({**flatten(to_dict(Config())), **flatten(of)} for of in (saved["config"], to_dict(config)))
-    keys = [key for key in _DEFINES_MODEL if key.startswith("model.") and key != "model.num_classes"]
+    before, now = _settings(saved["config"]), _settings(to_dict(config))
+    keys = [key for key in _DEFINES_STATE if key.startswith("model.") and key != "model.num_classes"]
     return [f"{key} was {before[key]!r}, now {now[key]!r}" for key in keys if before[key] != now[key]]
 
 
@@ -297,6 +297,10 @@ def flatten(tree: dict, prefix: str = "") -> dict:
     for key, value in tree.items():
         flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return flat
+
+
+def _settings(config: dict) -> dict:
+    return {**flatten(to_dict(Config())), **flatten(config)}         # an older version did not know all of them
 
 
 def _copy_to_cpu(tree):

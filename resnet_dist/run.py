@@ -104,9 +104,9 @@ def load_network(saved: dict, config: Config, device: torch.device, raw: bool = 
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError("this is the work of one process: start it without torchrun")
     model = build_state(config, len(saved["class_names"]), device).model
-    weights = "ema" if saved["ema"] and not raw else "model"
-    model.load_state_dict(saved[weights])
-    return model.eval(), weights
+    kind = "ema" if saved["ema"] and not raw else "model"
+    model.load_state_dict(saved[kind])
+    return model.eval(), kind
 
 
 def wrap_ddp(model: nn.Module, device: torch.device) -> nn.parallel.DistributedDataParallel:

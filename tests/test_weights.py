@@ -171,7 +171,7 @@ def test_some_tensors_that_do_not_fit_are_told():
                                "layer3.2.bn2.num_batches_tracked (without effect)"]
     table = describe(rows).splitlines()
     assert [line.split()[:2] for line in table] == [[kind, str(len(names))] for kind, names in rows.items()]
-    assert "layer3.2.bn2.running_var, ... (4 in all)" in table[4]
+    assert "layer3.2.bn2.running_var and 1 more" in table[4]
 
 
 def test_half_of_the_backbone_is_the_least():

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from resnet_dist.data.index import some
+
 _NESTED = ("ema", "state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "model_ema_state_dict",
            "state_dict", "model_state_dict", "model_state", "model", "net")
 """Keys that files keep their weights under: the averaged ones come first."""
@@ -111,10 +113,9 @@ def unpack(payload: bytes, name: str) -> dict:
         if objects is None:
             why = str(problem).split(". ")[0]            # torch goes on with advice to run what is in the file
             raise ValueError(f"{name} is damaged, or no file of torch.save or safetensors: {why}") from problem
-        raise ValueError(
-            f"{name} needs Python objects ({objects[1]}), which may run any code: it is not loaded. If you trust it: "
-            f"python -c \"import torch; content = torch.load('{name}', map_location='cpu', weights_only=False); "
-            "torch.save({'state_dict': content['state_dict']}, 'weights.pth')\"") from problem
+        raise ValueError(f"{name} needs Python objects ({objects[1]}), which may run any code: it is not loaded. Let "
+                         "the program that made it save the tensors alone: torch.save({'state_dict': "
+                         "model.state_dict()}, 'weights.pth')") from problem
 
 
 def find_weights(content) -> tuple[list[str], dict]:
@@ -157,17 +158,18 @@ def load_weights(model: nn.Module, content: dict, name: str) -> tuple[dict[str, 
     if 2 * absent > needed:
         raise ValueError(
             f"checkpoint.init_from is {name!r}: it has {needed - absent} of the {needed} tensors of the network before "
-            f"its head, and half are needed. The file has {_some(weights) or 'no tensors'}; the network {_some(own)}. "
+            f"its head, and half are needed. The file has {some(list(weights), 3) or 'no tensors'}; "
+            f"the network {some(list(own), 3)}. "
             "Choose the model.name and options that it was made with")
     if broken := [key for key, value in found.items() if not torch.isfinite(value).all()]:
-        raise ValueError(f"checkpoint.init_from is {name!r}: values that are not finite in {_some(broken)}")
+        raise ValueError(f"checkpoint.init_from is {name!r}: values that are not finite in {some(broken, 3)}")
     model.load_state_dict(found, strict=False)
     return rows, whole and not absent
 
 
 def describe(rows: dict[str, list[str]], most: int = 3) -> str:
     """The rows of `load_weights` as a table, with at most so many names in each."""
-    return "\n".join(f"  {kind:8} {len(names):5}  {_some(names, most)}".rstrip() for kind, names in rows.items())
+    return "\n".join(f"  {kind:8} {len(names):5}  {some(names, most)}".rstrip() for kind, names in rows.items())
 
 
 def _candidates(key: str, head: str) -> list[str]:
@@ -184,7 +186,3 @@ def _fits(value, own: torch.Tensor) -> bool:
         return False
     return value.shape == own.shape or (
         {value.ndim, own.ndim} == {2, 4} and value.flatten(1).shape == own.flatten(1).shape)
-
-
-def _some(names, most: int = 3) -> str:
-    return ", ".join(map(str, list(names)[:most])) + (f", ... ({len(names)} in all)" if len(names) > most else "")

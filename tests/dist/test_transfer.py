@@ -90,7 +90,7 @@ def test_a_frozen_backbone_on_two_ranks(digits, tmp_path, served):
 
     printed = (folders[1] / "printed").read_text()
     assert printed.count(f"weights of {NAME}, as they stand there") == 1
-    assert "loaded     114  conv1.weight, bn1.weight, bn1.bias, ... (114 in all)" in printed
+    assert "loaded     114  conv1.weight, bn1.weight, bn1.bias and 111 more" in printed
     assert "missing      2  fc.weight (head, freshly initialised), fc.bias (head, freshly initialised)" in printed
     table = (folders[1] / "run/init_from.txt").read_text()
     assert all(key in table for key in source) and "warning: weights" not in printed
