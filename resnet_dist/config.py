@@ -194,8 +194,9 @@ class TrainConfig:
     """images of one optimizer update, over all ranks and accumulated micro-steps"""
     grad_accum_steps: int = 1
     """micro-steps whose gradients are added up to one update"""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """arithmetic of the forward and backward pass (autocast); weights stay in fp32"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """arithmetic of the forward and backward pass (autocast); weights stay in fp32. auto: bf16 where the hardware has
+    it, else fp16 on a GPU and fp32 on a CPU"""
     loss: Literal["ce", "bce"] = "ce"
     """ce: cross-entropy; bce: binary cross-entropy, mean over the classes (Wightman et al. 2021); val has ce always"""
     bce_target_threshold: float = 0.0
@@ -291,10 +292,12 @@ class Config:
 
 def to_dict(config: Config) -> dict:
     """The tree as nested plain dicts, lists and numbers, as YAML, JSON and a checkpoint can hold it."""
+
     def plain(value):
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
         return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
     return plain(dataclasses.asdict(config))
 
 
@@ -303,45 +306,100 @@ _NOT_NEGATIVE = (lambda value: value is None or value >= 0, "it must be 0 or abo
 _BELOW_ONE = (lambda value: 0 <= value < 1, "it must be in [0, 1)")
 _RULES = {
     "output_dir": (bool, "name the folder of the run"),
-    "train.epochs": _ABOVE_ZERO, "train.global_batch_size": _ABOVE_ZERO, "train.max_nonfinite_steps": _ABOVE_ZERO,
-    "train.grad_accum_steps": (lambda value: value > 0, "it must be at least 1, which means no accumulation"),
-    "train.label_smoothing": _BELOW_ONE, "train.bce_target_threshold": _BELOW_ONE, "model.stochastic_depth": _BELOW_ONE,
-    "train.ema_decay": (lambda value: 0 <= value < 1, "it must be in [0, 1), for instance 0.9999; 0 is none"),
-    "train.clip_grad_norm": _NOT_NEGATIVE, "train.eval_interval_epochs": _NOT_NEGATIVE,
-    "optim.base_lr": _ABOVE_ZERO, "optim.base_batch_size": _NOT_NEGATIVE, "optim.weight_decay": _NOT_NEGATIVE,
-    "optim.norm_weight_decay": _NOT_NEGATIVE, "optim.bias_weight_decay": _NOT_NEGATIVE,
-    "optim.momentum": _BELOW_ONE, "optim.alpha": _BELOW_ONE, "optim.trust_coefficient": _ABOVE_ZERO,
+    "train.epochs": _ABOVE_ZERO,
+    "train.global_batch_size": _ABOVE_ZERO,
+    "train.max_nonfinite_steps": _ABOVE_ZERO,
+    "train.grad_accum_steps": (
+        lambda value: value > 0,
+        "it must be at least 1, which means no accumulation",
+    ),
+    "train.label_smoothing": _BELOW_ONE,
+    "train.bce_target_threshold": _BELOW_ONE,
+    "model.stochastic_depth": _BELOW_ONE,
+    "train.ema_decay": (
+        lambda value: 0 <= value < 1,
+        "it must be in [0, 1), for instance 0.9999; 0 is none",
+    ),
+    "train.clip_grad_norm": _NOT_NEGATIVE,
+    "train.eval_interval_epochs": _NOT_NEGATIVE,
+    "optim.base_lr": _ABOVE_ZERO,
+    "optim.base_batch_size": _NOT_NEGATIVE,
+    "optim.weight_decay": _NOT_NEGATIVE,
+    "optim.norm_weight_decay": _NOT_NEGATIVE,
+    "optim.bias_weight_decay": _NOT_NEGATIVE,
+    "optim.momentum": _BELOW_ONE,
+    "optim.alpha": _BELOW_ONE,
+    "optim.trust_coefficient": _ABOVE_ZERO,
     "optim.betas": (lambda value: min(value) >= 0 and max(value) < 1, "both must be in [0, 1)"),
-    "optim.backbone_lr_scale": (lambda value: value > 0, "it must be above 0; optim.unfreeze_from head trains no more"),
-    "optim.eps": _NOT_NEGATIVE, "schedule.decay_epochs": _ABOVE_ZERO, "schedule.power": _ABOVE_ZERO,
-    "recipe.global_batch_size": _NOT_NEGATIVE, "recipe.world_size": _NOT_NEGATIVE,
-    "schedule.warmup_epochs": _NOT_NEGATIVE, "schedule.final_lr": _NOT_NEGATIVE,
-    "schedule.warmup_start_factor": (lambda value: 0 < value <= 1, "it must be in (0, 1]: zero learns nothing"),
+    "optim.backbone_lr_scale": (
+        lambda value: value > 0,
+        "it must be above 0; optim.unfreeze_from head trains no more",
+    ),
+    "optim.eps": _NOT_NEGATIVE,
+    "schedule.decay_epochs": _ABOVE_ZERO,
+    "schedule.power": _ABOVE_ZERO,
+    "recipe.global_batch_size": _NOT_NEGATIVE,
+    "recipe.world_size": _NOT_NEGATIVE,
+    "schedule.warmup_epochs": _NOT_NEGATIVE,
+    "schedule.final_lr": _NOT_NEGATIVE,
+    "schedule.warmup_start_factor": (
+        lambda value: 0 < value <= 1,
+        "it must be in (0, 1]: zero learns nothing",
+    ),
     "schedule.gamma": (lambda value: 0 < value <= 1, "it must be in (0, 1]"),
-    "data.train_crop_size": _ABOVE_ZERO, "data.val_resize_size": _ABOVE_ZERO, "data.val_crop_size": _ABOVE_ZERO,
-    "data.val_batch_size": _ABOVE_ZERO, "data.prefetch_batches": _ABOVE_ZERO, "data.synthetic_images": _ABOVE_ZERO,
-    "data.synthetic_classes": _ABOVE_ZERO, "data.threads": _NOT_NEGATIVE, "data.max_bad_images": _NOT_NEGATIVE,
-    "data.crop_scale": (lambda value: 0 < value[0] <= value[1] <= 1, "it must be (low, high), 0 < low <= high <= 1"),
-    "data.crop_ratio": (lambda value: 0 < value[0] <= value[1], "it must be (low, high), 0 < low <= high"),
+    "data.train_crop_size": _ABOVE_ZERO,
+    "data.val_resize_size": _ABOVE_ZERO,
+    "data.val_crop_size": _ABOVE_ZERO,
+    "data.val_batch_size": _ABOVE_ZERO,
+    "data.prefetch_batches": _ABOVE_ZERO,
+    "data.synthetic_images": _ABOVE_ZERO,
+    "data.synthetic_classes": _ABOVE_ZERO,
+    "data.threads": _NOT_NEGATIVE,
+    "data.max_bad_images": _NOT_NEGATIVE,
+    "data.crop_scale": (
+        lambda value: 0 < value[0] <= value[1] <= 1,
+        "it must be (low, high), 0 < low <= high <= 1",
+    ),
+    "data.crop_ratio": (
+        lambda value: 0 < value[0] <= value[1],
+        "it must be (low, high), 0 < low <= high",
+    ),
     "data.flip_probability": (lambda value: 0 <= value <= 1, "it must be in [0, 1]"),
     "data.std": (lambda value: min(value) > 0, "pixels are divided by it: it must be above 0"),
-    "data.scale_jitter": (lambda value: 0 < value[0] <= value[1], "it must be (low, high), 0 < low <= high"),
+    "data.scale_jitter": (
+        lambda value: 0 < value[0] <= value[1],
+        "it must be (low, high), 0 < low <= high",
+    ),
     "data.val_scales": (lambda value: min(value, default=1) > 0, "each must be above 0"),
-    "data.pad": _NOT_NEGATIVE, "data.progressive_start_size": _NOT_NEGATIVE,
-    "data.progressive_epochs": (lambda value: 0 <= value[0] <= value[1], "it must be (start, end), 0 <= start <= end"),
-    "augment.num_ops": _ABOVE_ZERO, "augment.magnitude": (lambda value: 0 <= value <= 30, "it must be in 0 to 30"),
-    "augment.color_jitter": (lambda value: min(value) >= 0 and value[3] <= 0.5, "each must be 0 or above, hue <= 0.5"),
-    "augment.lighting_std": _NOT_NEGATIVE, "augment.repeats": _ABOVE_ZERO,
+    "data.pad": _NOT_NEGATIVE,
+    "data.progressive_start_size": _NOT_NEGATIVE,
+    "data.progressive_epochs": (
+        lambda value: 0 <= value[0] <= value[1],
+        "it must be (start, end), 0 <= start <= end",
+    ),
+    "augment.num_ops": _ABOVE_ZERO,
+    "augment.magnitude": (lambda value: 0 <= value <= 30, "it must be in 0 to 30"),
+    "augment.color_jitter": (
+        lambda value: min(value) >= 0 and value[3] <= 0.5,
+        "each must be 0 or above, hue <= 0.5",
+    ),
+    "augment.lighting_std": _NOT_NEGATIVE,
+    "augment.repeats": _ABOVE_ZERO,
     "augment.random_erasing": (lambda value: 0 <= value <= 1, "it must be in [0, 1]"),
-    "augment.mixup_alpha": _NOT_NEGATIVE, "augment.cutmix_alpha": _NOT_NEGATIVE,
+    "augment.mixup_alpha": _NOT_NEGATIVE,
+    "augment.cutmix_alpha": _NOT_NEGATIVE,
     "checkpoint.keep": (lambda value: value > 0, "at least 1 is needed to resume from"),
-    "checkpoint.interval_epochs": _NOT_NEGATIVE, "checkpoint.interval_steps": _NOT_NEGATIVE,
-    "log.interval_steps": _ABOVE_ZERO, "distributed.timeout_s": _ABOVE_ZERO, "distributed.threads": _NOT_NEGATIVE,
+    "checkpoint.interval_epochs": _NOT_NEGATIVE,
+    "checkpoint.interval_steps": _NOT_NEGATIVE,
+    "log.interval_steps": _ABOVE_ZERO,
+    "distributed.timeout_s": _ABOVE_ZERO,
+    "distributed.threads": _NOT_NEGATIVE,
 }
 
 
 def check(config: Config) -> None:
     """Refuse what no data and no number of ranks can make right; raises ValueError naming key, value, rule, way out."""
+
     def refuse(key: str, text: str) -> None:
         raise ValueError(f"{key} is {attrgetter(key)(config)!r}: {text}")
 
@@ -355,16 +413,36 @@ def check(config: Config) -> None:
         refuse("schedule.warmup_epochs", f"it must be shorter than train.epochs, {epochs}")
     if schedule.kind == "step" and list(schedule.milestones) != sorted(set(schedule.milestones)):
         refuse("schedule.milestones", "they must rise")
-    if schedule.kind == "step" and any(milestone <= schedule.warmup_epochs for milestone in schedule.milestones):
-        refuse("schedule.milestones", f"they must come after schedule.warmup_epochs, {schedule.warmup_epochs}")
+    if schedule.kind == "step" and any(
+        milestone <= schedule.warmup_epochs for milestone in schedule.milestones
+    ):
+        refuse(
+            "schedule.milestones",
+            f"they must come after schedule.warmup_epochs, {schedule.warmup_epochs}",
+        )
     if data.train_crop == "scale_jitter" and data.scale_jitter[0] < data.train_crop_size:
-        refuse("data.scale_jitter", f"its lower end must not be below data.train_crop_size, {data.train_crop_size}")
+        refuse(
+            "data.scale_jitter",
+            f"its lower end must not be below data.train_crop_size, {data.train_crop_size}",
+        )
     if data.progressive_start_size > data.train_crop_size:
-        refuse("data.progressive_start_size", f"it must not be above data.train_crop_size, {data.train_crop_size}")
+        refuse(
+            "data.progressive_start_size",
+            f"it must not be above data.train_crop_size, {data.train_crop_size}",
+        )
     if data.progressive_start_size and not data.progressive_epochs[1]:
-        refuse("data.progressive_epochs", "say when the side has risen from data.progressive_start_size, as in [0, 60]")
+        refuse(
+            "data.progressive_epochs",
+            "say when the side has risen from data.progressive_start_size, as in [0, 60]",
+        )
     if data.val_scales and data.val_crops == "ten":
-        refuse("data.val_scales", "they are central squares: take data.val_crops center, and data.val_flip if you like")
+        refuse(
+            "data.val_scales",
+            "they are central squares: take data.val_crops center, and data.val_flip if you like",
+        )
     if data.val_resize_size < data.val_crop_size:
-        refuse("data.val_resize_size", f"it must not be below data.val_crop_size, {data.val_crop_size}: the crop would "
-                                       "leave the image")
+        refuse(
+            "data.val_resize_size",
+            f"it must not be below data.val_crop_size, {data.val_crop_size}: the crop would "
+            "leave the image",
+        )

@@ -70,7 +70,11 @@ class Runtime:
             try:
                 result = function()
             except Exception as problem:
-                error = str(problem) if isinstance(problem, ValueError) else f"{type(problem).__name__}: {problem}"
+                error = (
+                    str(problem)
+                    if isinstance(problem, ValueError)
+                    else f"{type(problem).__name__}: {problem}"
+                )
         result, error = self.broadcast_object((result, error))
         if error is not None:
             raise ValueError(error)
@@ -87,8 +91,11 @@ class Runtime:
             while self.on_main(lambda: len(wait(pending, timeout=1).not_done)):
                 pass
             size = self.on_main(lambda: payload.append(pending[0].result()) or len(payload[0]))
-        buffer = torch.frombuffer(bytearray(payload[0]), dtype=torch.uint8) if payload else torch.empty(
-            size, dtype=torch.uint8)
+        buffer = (
+            torch.frombuffer(bytearray(payload[0]), dtype=torch.uint8)
+            if payload
+            else torch.empty(size, dtype=torch.uint8)
+        )
         dist.broadcast(buffer, src=0, group=self.cpu_group)
         return buffer.numpy().tobytes()
 
@@ -107,21 +114,32 @@ def start(device: str = "auto", timeout_s: float = 600.0, threads: int = 0) -> R
         visible = torch.cuda.device_count()
         index = 0 if visible == 1 and os.environ.get("CUDA_VISIBLE_DEVICES") else local_rank
         if index >= visible:
-            raise ValueError(f"distributed.device is {device}, but this machine shows {visible} GPUs for "
-                             f"{local_world_size} ranks: start fewer processes, or take --distributed.device cpu")
+            raise ValueError(
+                f"distributed.device is {device}, but this machine shows {visible} GPUs for "
+                f"{local_world_size} ranks: start fewer processes, or take --distributed.device cpu"
+            )
         torch.cuda.set_device(index)
-        torch.backends.cudnn.benchmark = True            # the shapes of a run stay the same
+        torch.backends.cudnn.benchmark = True  # the shapes of a run stay the same
     else:
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world_size))
         keep_freed_memory()
     limit = timedelta(seconds=timeout_s)
     backend = "nccl" if kind == "cuda" else "gloo"
-    rendezvous = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    rendezvous = (
+        {}
+        if "MASTER_ADDR" in os.environ
+        else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    )
     dist.init_process_group(backend, timeout=limit, **rendezvous)
-    return Runtime(rank, local_rank, world_size, local_world_size,
-                   torch.device(kind, index) if kind == "cuda" else torch.device("cpu"),
-                   dist.new_group(backend="gloo", timeout=limit),
-                   Watchdog(dist.distributed_c10d._get_default_store(), rank, world_size, timeout_s))
+    return Runtime(
+        rank,
+        local_rank,
+        world_size,
+        local_world_size,
+        torch.device(kind, index) if kind == "cuda" else torch.device("cpu"),
+        dist.new_group(backend="gloo", timeout=limit),
+        Watchdog(dist.distributed_c10d._get_default_store(), rank, world_size, timeout_s),
+    )
 
 
 def keep_freed_memory() -> None:
@@ -130,7 +148,7 @@ def keep_freed_memory() -> None:
     torch's CPU allocator has no cache of its own. Measured on two cores: 8 to 18 % more images per second, for
     ResNet-18 at 224 pixels and ResNet-20 at 32, in fp32 and bf16. A C library without mallopt is left as it is.
     """
-    trim_threshold, top_pad, mmap_max = -1, -2, -4       # malloc.h
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
         library.mallopt(mmap_max, 0)
@@ -168,7 +186,7 @@ class StopSignal:
         self.mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS[1:])
 
     def _note(self, number: int, frame) -> None:
-        if os.getpid() != self.pid:                      # a forked child inherits the handler, not the duty
+        if os.getpid() != self.pid:  # a forked child inherits the handler, not the duty
             return
         if number == signal.SIGINT:
             if self.interrupted_at and time.monotonic() - self.interrupted_at > 1.0:
@@ -183,7 +201,10 @@ class StopSignal:
             work.wait()
             self.agreed = self.SIGNALS[int(flag)]
         flag = torch.tensor([self.noted], dtype=torch.int32)
-        self.pending = (dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group, async_op=True), flag)
+        self.pending = (
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group, async_op=True),
+            flag,
+        )
         return self.agreed
 
     def finish(self) -> None:

@@ -15,9 +15,13 @@ class Ema:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
-        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
+        pairs = list(
+            zip(self.model.state_dict().values(), model.state_dict().values(), strict=True)
+        )
         self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
-        self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]     # num_batches_tracked: counts
+        self._copied = [
+            pair for pair in pairs if not pair[0].is_floating_point()
+        ]  # num_batches_tracked: counts
 
     @torch.no_grad()
     def update(self) -> None:

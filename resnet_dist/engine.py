@@ -20,11 +20,10 @@ from resnet_dist.distributed import Runtime, StopSignal
 from resnet_dist.log import Log
 from resnet_dist.metrics import Counts
 from resnet_dist.mix import draw, losses, mix_images
+from resnet_dist.precision import autocast
 from resnet_dist.rng import derive_seed
 from resnet_dist.schedule import Schedule
 from resnet_dist.timing import Clock
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,8 @@ class NonFinite:
         device = next(model.parameters()).device
         self.step = torch.full((), step, dtype=torch.int64, device=device)
         self.in_row, self.longest, self.longest_end, self.total = torch.zeros(
-            4, dtype=torch.int64, device=device).unbind()
+            4, dtype=torch.int64, device=device
+        ).unbind()
 
     def remember(self) -> None:
         """Note the running statistics as they are before the forward pass."""
@@ -105,11 +105,6 @@ def train_mode(model: nn.Module) -> None:
             module.eval()
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """Run what is inside in the given precision, as far as that is safe; fp32 changes nothing."""
-    return contextlib.nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=DTYPES[precision])
-
-
 def at_least_fp32(logits: torch.Tensor) -> torch.Tensor:
     """The loss is computed in single precision, or in double where the model is."""
     return logits if logits.dtype == torch.float64 else logits.float()
@@ -120,8 +115,14 @@ def all_logits(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def train_step(model: nn.Module, state: TrainState, micro_batches: list[Batch], lr: float, plan: Plan,
-               nonfinite: NonFinite) -> tuple[Counts, torch.Tensor]:
+def train_step(
+    model: nn.Module,
+    state: TrainState,
+    micro_batches: list[Batch],
+    lr: float,
+    plan: Plan,
+    nonfinite: NonFinite,
+) -> tuple[Counts, torch.Tensor]:
     """One update from `grad_accum_steps` micro-batches; nothing in it waits for the device.
 
     `model` is what computes (the DDP wrapper, or the plain module in a test), `state.model` what it wraps. Returns
@@ -142,8 +143,17 @@ def train_step(model: nn.Module, state: TrainState, micro_batches: list[Batch], 
         with contextlib.nullcontext() if number == len(micro_batches) else model.no_sync():
             with autocast(device, plan.precision):
                 logits = all_logits(model(images))
-            loss, *auxiliary = [losses(at_least_fp32(each), batch.labels, share, plan.label_smoothing, plan.loss,
-                                       plan.bce_target_threshold) for each in logits]
+            loss, *auxiliary = [
+                losses(
+                    at_least_fp32(each),
+                    batch.labels,
+                    share,
+                    plan.label_smoothing,
+                    plan.loss,
+                    plan.bce_target_threshold,
+                )
+                for each in logits
+            ]
             objective = sum((state.model.auxiliary_weight * each for each in auxiliary), start=loss)
             scaler.scale(objective.mean() / len(micro_batches)).backward()
         counts = counts + Counts.of(logits[0].detach(), batch.labels, loss.detach())
@@ -151,7 +161,9 @@ def train_step(model: nn.Module, state: TrainState, micro_batches: list[Batch], 
     # 2. its norm, equal on all ranks, decides for all of them whether the update is made
     scaler.unscale_(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=None)
+    grad_norm = nn.utils.get_total_norm(
+        [p.grad for p in parameters if p.grad is not None], foreach=None
+    )
     if plan.clip_grad_norm:
         nn.utils.clip_grads_with_norm_(parameters, plan.clip_grad_norm, grad_norm, foreach=None)
     skipped = ~torch.isfinite(grad_norm)
@@ -172,8 +184,13 @@ def train_step(model: nn.Module, state: TrainState, micro_batches: list[Batch], 
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: ValLoader, runtime: Runtime, precision: str,
-             poll: Callable[[], int] = lambda: 0) -> Counts | None:
+def evaluate(
+    model: nn.Module,
+    loader: ValLoader,
+    runtime: Runtime,
+    precision: str,
+    poll: Callable[[], int] = lambda: 0,
+) -> Counts | None:
     """Counts over the whole validation set, each image once, on any number of ranks; None if `poll` asked to stop.
 
     The loss is the plain cross-entropy, without label smoothing and whatever `train.loss` is. Every rank does the same
@@ -181,7 +198,7 @@ def evaluate(model: nn.Module, loader: ValLoader, runtime: Runtime, precision: s
     """
     was_training = model.training
     model.eval()
-    runtime.broadcast_buffers(model)                     # without SyncBatchNorm every rank has statistics of its own
+    runtime.broadcast_buffers(model)  # without SyncBatchNorm every rank has statistics of its own
     counts = Counts.zero(runtime.device)
     try:
         for batch in loader:
@@ -190,13 +207,17 @@ def evaluate(model: nn.Module, loader: ValLoader, runtime: Runtime, precision: s
             if batch is None:
                 continue
             logits = predict(model, batch, loader.mirrored, precision)
-            loss = F.cross_entropy(logits, batch.labels, reduction="none", ignore_index=IGNORED_LABEL)
+            loss = F.cross_entropy(
+                logits, batch.labels, reduction="none", ignore_index=IGNORED_LABEL
+            )
             counts = counts + Counts.of(logits, batch.labels, loss)
     finally:
         if was_training:
             train_mode(model)
     counts = counts.reduce(runtime)
-    assert int(counts.num) == loader.num_samples, f"evaluated {int(counts.num)} of {loader.num_samples} images"
+    assert int(counts.num) == loader.num_samples, (
+        f"evaluated {int(counts.num)} of {loader.num_samples} images"
+    )
     return counts
 
 
@@ -204,8 +225,11 @@ def evaluate(model: nn.Module, loader: ValLoader, runtime: Runtime, precision: s
 def predict(model: nn.Module, batch: Batch, mirrored: bool, precision: str) -> torch.Tensor:
     """Logits [B, C] of an evaluation batch by a model in eval mode; `mirrored` as in ValLoader. Of several
     views of an image the probabilities are averaged (Krizhevsky et al. 2012)."""
-    views = [images for view in (batch.images, *batch.other_views)
-             for images in ((view, view.flip(3)) if mirrored else (view,))]
+    views = [
+        images
+        for view in (batch.images, *batch.other_views)
+        for images in ((view, view.flip(3)) if mirrored else (view,))
+    ]
     with autocast(batch.images.device, precision):
         logits = [at_least_fp32(model(images)) for images in views]
     if len(logits) == 1:
@@ -223,8 +247,10 @@ def settle_buckets(model: nn.Module, image_size: int, precision: str, device: to
     """
     train_mode(model)
     before = [buffer.clone() for buffer in model.buffers()]
-    images = torch.zeros(2, 3, image_size, image_size, device=device).contiguous(memory_format=torch.channels_last)
-    for _ in range(2):                                   # the second forward pass is what moves the buckets
+    images = torch.zeros(2, 3, image_size, image_size, device=device).contiguous(
+        memory_format=torch.channels_last
+    )
+    for _ in range(2):  # the second forward pass is what moves the buckets
         with autocast(device, precision):
             logits = all_logits(model(images))
         sum(each.float().sum() * 0 for each in logits).backward()
@@ -233,12 +259,23 @@ def settle_buckets(model: nn.Module, image_size: int, precision: str, device: to
         buffer.copy_(value)
 
 
-def train(model: nn.Module, state: TrainState, train_loader: TrainLoader, val_loader: ValLoader, schedule: Schedule,
-          plan: Plan, runtime: Runtime, saver: Saver, log: Log, stop_signal: StopSignal) -> int:
+def train(
+    model: nn.Module,
+    state: TrainState,
+    train_loader: TrainLoader,
+    val_loader: ValLoader,
+    schedule: Schedule,
+    plan: Plan,
+    runtime: Runtime,
+    saver: Saver,
+    log: Log,
+    stop_signal: StopSignal,
+) -> int:
     """Train from `state.step` to `plan.total_steps`. Returns 0, or the signal that ended it after a checkpoint.
 
     Raises FloatingPointError(text, (first, last)) when `plan.max_nonfinite_steps` updates in a row were left out.
     """
+
     def poll(phase: str) -> int:
         runtime.watchdog.beat(state.step, phase)
         return stop_signal.poll()
@@ -248,24 +285,34 @@ def train(model: nn.Module, state: TrainState, train_loader: TrainLoader, val_lo
     batches = train_loader.batches(state.step, plan.total_steps)
     train_mode(model)
     gc.collect()
-    gc.freeze()                                          # what exists now stays: no collection walks it again
-    gc.disable()                                         # ranks would pause at different steps, and all wait for each
+    gc.freeze()  # what exists now stays: no collection walks it again
+    gc.disable()  # ranks would pause at different steps, and all wait for each
     try:
         while True:
             # 1. log, where it is due and wherever the run is about to wait anyway: a window never spans a checkpoint
             ends_by_signal = bool(poll("log"))
-            due = [is_due(state.step, interval, plan.total_steps) for interval in (
-                plan.log_interval_steps, plan.eval_interval_steps, *plan.checkpoint_interval_steps)]
+            due = [
+                is_due(state.step, interval, plan.total_steps)
+                for interval in (
+                    plan.log_interval_steps,
+                    plan.eval_interval_steps,
+                    *plan.checkpoint_interval_steps,
+                )
+            ]
             if state.step > logged_step and (any(due) or ends_by_signal):
                 saver.check_claim()
-                report(state, counts, grad_norm, lr, nonfinite, clock, train_loader, plan, runtime, log)
+                report(
+                    state, counts, grad_norm, lr, nonfinite, clock, train_loader, plan, runtime, log
+                )
                 counts, logged_step = Counts.zero(runtime.device), state.step
                 gc.collect(1)
 
             # 2. evaluate, once per due step; a signal ends it
             if due[1] and not ends_by_signal and state.evaluated_step != state.step:
                 with clock.excluded():
-                    ends_by_signal = not evaluate_state(state, val_loader, plan, runtime, log, lambda: poll("val"))
+                    ends_by_signal = not evaluate_state(
+                        state, val_loader, plan, runtime, log, lambda: poll("val")
+                    )
 
             # 3. checkpoint (what is already saved is not saved again)
             if any(due[2:]) or ends_by_signal or state.best_step == state.step:
@@ -283,7 +330,9 @@ def train(model: nn.Module, state: TrainState, train_loader: TrainLoader, val_lo
 
             # 6. update
             runtime.watchdog.beat(state.step, "update")
-            torch.manual_seed(derive_seed(plan.seed, "step", state.step, runtime.rank))     # for dropout and its like
+            torch.manual_seed(
+                derive_seed(plan.seed, "step", state.step, runtime.rank)
+            )  # for dropout and its like
             lr = schedule.lr(state.step)
             step_counts, grad_norm = train_step(model, state, micro_batches, lr, plan, nonfinite)
             counts = counts + step_counts
@@ -300,8 +349,14 @@ def is_due(step: int, interval: int, total_steps: int) -> bool:
     return step == total_steps or (step > 0 and interval > 0 and step % interval == 0)
 
 
-def evaluate_state(state: TrainState, loader: ValLoader, plan: Plan, runtime: Runtime, log: Log,
-                   poll: Callable[[], int]) -> bool:
+def evaluate_state(
+    state: TrainState,
+    loader: ValLoader,
+    plan: Plan,
+    runtime: Runtime,
+    log: Log,
+    poll: Callable[[], int],
+) -> bool:
     """Evaluate the raw and the averaged weights, log both, keep the best; False if `poll` asked to stop.
 
     The best is that of the averaged weights where there are any.
@@ -315,36 +370,63 @@ def evaluate_state(state: TrainState, loader: ValLoader, plan: Plan, runtime: Ru
             results |= {f"{key}/{name}": value for name, value in counts.result().items()}
     bad_images = runtime.sum_integer(loader.num_bad)
     if bad_images:
-        log.warn(f"{bad_images} of {loader.num_samples} validation images cannot be decoded and count as misses; "
-                 "quarantine.jsonl names them")
+        log.warn(
+            f"{bad_images} of {loader.num_samples} validation images cannot be decoded and count as misses; "
+            "quarantine.jsonl names them"
+        )
     if bad_images and bad_images == loader.num_samples:
-        raise ValueError(f"none of the {bad_images} validation images can be decoded: see quarantine.jsonl")
+        raise ValueError(
+            f"none of the {bad_images} validation images can be decoded: see quarantine.jsonl"
+        )
     top1 = results.get("val_ema/top1", results["val/top1"])
     if top1 > state.best_top1:
         state.best_top1, state.best_step = top1, state.step
     state.evaluated_step = state.step
-    results |= {"train/epoch": state.step / plan.steps_per_epoch, "val/best_top1": state.best_top1,
-                "val/bad_images": bad_images}
+    results |= {
+        "train/epoch": state.step / plan.steps_per_epoch,
+        "val/best_top1": state.best_top1,
+        "val/bad_images": bad_images,
+    }
     log.metrics(state.step, results)
     return True
 
 
-def report(state: TrainState, counts: Counts, grad_norm: torch.Tensor, lr: float, nonfinite: NonFinite, clock: Clock,
-           loader: TrainLoader, plan: Plan, runtime: Runtime, log: Log) -> None:
+def report(
+    state: TrainState,
+    counts: Counts,
+    grad_norm: torch.Tensor,
+    lr: float,
+    nonfinite: NonFinite,
+    clock: Clock,
+    loader: TrainLoader,
+    plan: Plan,
+    runtime: Runtime,
+    log: Log,
+) -> None:
     """One log line about the steps since the last one; every rank calls it, and the ranks wait for the device.
 
     Raises FloatingPointError when too many updates in a row were left out.
     """
     result = counts.reduce(runtime).result()
-    log.metrics(state.step, {
-        "train/epoch": state.step / plan.steps_per_epoch, "train/loss": result["loss"], "train/top1": result["top1"],
-        "train/top5": result["top5"], "train/lr": lr, "train/grad_norm": float(grad_norm),
-        "train/skipped_updates": int(nonfinite.total), "train/bad_images": runtime.sum_integer(loader.num_bad),
-        **{f"train/{key}": value for key, value in clock.take().items()},
-    })
+    log.metrics(
+        state.step,
+        {
+            "train/epoch": state.step / plan.steps_per_epoch,
+            "train/loss": result["loss"],
+            "train/top1": result["top1"],
+            "train/top5": result["top5"],
+            "train/lr": lr,
+            "train/grad_norm": float(grad_norm),
+            "train/skipped_updates": int(nonfinite.total),
+            "train/bad_images": runtime.sum_integer(loader.num_bad),
+            **{f"train/{key}": value for key, value in clock.take().items()},
+        },
+    )
     first, last = nonfinite.longest_row()
     if last and last - first + 1 >= plan.max_nonfinite_steps:
         raise FloatingPointError(
             f"the updates {first} to {last} had a loss or gradient that is not finite (none was applied; lr {lr:g}, "
             f"last gradient norm {float(grad_norm):g}), and train.max_nonfinite_steps is {plan.max_nonfinite_steps}: "
-            "lower optim.base_lr, lengthen schedule.warmup_epochs, or set train.clip_grad_norm", (first, last))
+            "lower optim.base_lr, lengthen schedule.warmup_epochs, or set train.clip_grad_norm",
+            (first, last),
+        )

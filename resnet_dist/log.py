@@ -36,9 +36,11 @@ class Log:
         self.folder = Path(output_dir)
         self.path = self.folder / "metrics.jsonl"
         self.bar = self.wandb = None
-        self.torn = False                # whether the file may end in half a line
+        self.torn = False  # whether the file may end in half a line
         self.warned: set[str] = set()
-        self.sent: dict[str, int] = {}   # for each key, the step up to which W&B has it from an earlier process
+        self.sent: dict[
+            str, int
+        ] = {}  # for each key, the step up to which W&B has it from an earlier process
 
     def start(self, start_step: int, total_steps: int, evaluated: bool = True) -> None:
         """Training begins after `start_step` updates, `evaluated` or not, and is to end after `total_steps`.
@@ -56,14 +58,24 @@ class Log:
             if had_run:
                 self.sent = last_steps
         except OSError as error:
-            self._warn_once("metrics", f"metrics.jsonl cannot be prepared ({error}); training goes on")
+            self._warn_once(
+                "metrics", f"metrics.jsonl cannot be prepared ({error}); training goes on"
+            )
         self.wandb = _start_wandb(self)
         if self.config.progress_bar and _is_terminal(sys.stderr):
             from tqdm import tqdm
 
-            tqdm.monitor_interval = 0    # its watching thread is of no use to a bar that is updated at every step
-            self.bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, smoothing=0.05,
-                            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}")
+            tqdm.monitor_interval = (
+                0  # its watching thread is of no use to a bar that is updated at every step
+            )
+            self.bar = tqdm(
+                total=total_steps,
+                initial=start_step,
+                unit="step",
+                dynamic_ncols=True,
+                smoothing=0.05,
+                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
+            )
 
     def progress(self, step: int) -> None:
         """Move the progress bar; cheap enough for every step."""
@@ -75,11 +87,20 @@ class Log:
         if not self.is_main:
             return
         # Numbers of numpy and torch become Python's; JSON has none for what is not finite.
-        values = {key: value.item() if hasattr(value, "item") else value for key, value in values.items()}
-        self._write_line({"step": step, "time": round(time.time(), 3),
-                          "elapsed": round(time.monotonic() - self.started, 3),
-                          **{key: None if isinstance(value, float) and not math.isfinite(value) else value
-                             for key, value in values.items()}})
+        values = {
+            key: value.item() if hasattr(value, "item") else value for key, value in values.items()
+        }
+        self._write_line(
+            {
+                "step": step,
+                "time": round(time.time(), 3),
+                "elapsed": round(time.monotonic() - self.started, 3),
+                **{
+                    key: None if isinstance(value, float) and not math.isfinite(value) else value
+                    for key, value in values.items()
+                },
+            }
+        )
         # A resumed run repeats steps that W&B has already: its x axis must not go back.
         new = {key: value for key, value in values.items() if step > self.sent.get(key, -1)}
         if self.wandb is not None and new:
@@ -95,7 +116,7 @@ class Log:
         if prefix == "train" and self.bar is not None:
             self.bar.set_postfix_str(" ".join(text.split()))
             return
-        if prefix == "train":                # at the mean pace so far, with evaluations and checkpoints in it
+        if prefix == "train":  # at the mean pace so far, with evaluations and checkpoints in it
             pace = (time.monotonic() - self.started) / max(1, step - self.start_step)
             text += f"  eta {timedelta(seconds=round(pace * (self.total_steps - step)))}"
         self.say(f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}  {text}")
@@ -146,7 +167,10 @@ class Log:
                     raise OSError("only a part of the line could be written")
                 self.torn = False
         except OSError as error:
-            self._warn_once("metrics", f"{self.path} cannot be written ({error}); training goes on without these lines")
+            self._warn_once(
+                "metrics",
+                f"{self.path} cannot be written ({error}); training goes on without these lines",
+            )
 
 
 def build_log(config: LogConfig, output_dir: str, is_main: bool, run_config: dict) -> Log:
@@ -173,7 +197,11 @@ def _drop_lines_after(path: Path, step: int, evaluated: bool) -> dict[str, int]:
     if not path.exists():
         return {}
     records = read_metrics(path)
-    kept = [record for record in records if 0 < record["step"] < step + (evaluated or "val/top1" not in record)]
+    kept = [
+        record
+        for record in records
+        if 0 < record["step"] < step + (evaluated or "val/top1" not in record)
+    ]
     text = "".join(json.dumps(record) + "\n" for record in kept).encode()
     if text != path.read_bytes():
         temporary = path.with_suffix(".tmp")
@@ -188,22 +216,29 @@ def _drop_lines_after(path: Path, step: int, evaluated: bool) -> dict[str, int]:
 def _is_terminal(stream) -> bool:
     """Whether `stream` is a terminal with a size: containers may have one of 0 x 0, where a bar shows nothing."""
     with contextlib.suppress(OSError, ValueError):
-        return min(os.get_terminal_size(stream.fileno())) > 0        # OSError where it is no terminal at all
+        return (
+            min(os.get_terminal_size(stream.fileno())) > 0
+        )  # OSError where it is no terminal at all
     return False
 
 
 def _aligned(prefix: str, values: dict) -> str:
     """What the console says of the last log interval (`prefix` "train") or an evaluation; speed is in images/s."""
+
     def get(name: str) -> float:
         return values.get(f"{prefix}/{name}", math.nan)
 
-    text = (f"epoch {values.get('train/epoch', math.nan):6.2f}  {prefix:<7}  loss {get('loss'):7.4f}  "
-            f"top1 {get('top1'):6.2f} %  ")
+    text = (
+        f"epoch {values.get('train/epoch', math.nan):6.2f}  {prefix:<7}  loss {get('loss'):7.4f}  "
+        f"top1 {get('top1'):6.2f} %  "
+    )
     if prefix != "train":
         return f"{text}top5 {get('top5'):6.2f} %  ({get('num')} images)"
     bad = f"  bad images {values['train/bad_images']}" if values.get("train/bad_images") else ""
-    return (f"{text}lr {get('lr'):8.3g}  {get('images_per_second'):7.0f} img/s  "
-            f"wait {100 * get('data_wait_fraction'):5.1f} %{bad}")
+    return (
+        f"{text}lr {get('lr'):8.3g}  {get('images_per_second'):7.0f} img/s  "
+        f"wait {100 * get('data_wait_fraction'):5.1f} %{bad}"
+    )
 
 
 class _Wandb:
@@ -212,7 +247,7 @@ class _Wandb:
     def __init__(self, run, location: str, log: Log) -> None:
         self.run, self.location, self.owner = run, location, log
         self.rows: queue.SimpleQueue = queue.SimpleQueue()
-        self.exit_code = 1                   # until `close` knows better
+        self.exit_code = 1  # until `close` knows better
         self.thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self.thread.start()
 
@@ -227,8 +262,10 @@ class _Wandb:
                     self.run.log(row)
             finally:
                 self.run.finish(exit_code=self.exit_code)
-        except Exception as error:           # W&B raises what it likes, and none of it matters to training
-            self.owner._warn_once("wandb", f"W&B failed ({_first_line(error)}); training goes on without it")
+        except Exception as error:  # W&B raises what it likes, and none of it matters to training
+            self.owner._warn_once(
+                "wandb", f"W&B failed ({_first_line(error)}); training goes on without it"
+            )
 
     def close(self, exit_code: int) -> None:
         """Send what is left, for a bounded time."""
@@ -237,8 +274,11 @@ class _Wandb:
         self.thread.join(_FINISH_SECONDS + 5)
         if time.monotonic() > deadline:
             folder = shlex.quote(str(self.owner.folder / "wandb"))
-            self.owner._warn_once("wandb", f"W&B did not finish within {_FINISH_SECONDS:.0f} s; to upload later: "
-                                           f"wandb sync --include-online {folder}/*run-*")
+            self.owner._warn_once(
+                "wandb",
+                f"W&B did not finish within {_FINISH_SECONDS:.0f} s; to upload later: "
+                f"wandb sync --include-online {folder}/*run-*",
+            )
 
 
 def _start_wandb(log: Log) -> _Wandb | None:
@@ -261,14 +301,17 @@ def _start_wandb(log: Log) -> _Wandb | None:
                 return _Wandb(run, run.url, log)
             except Exception as error:
                 reason = f"going online failed: {_first_line(error)}"
-                wandb.teardown(exit_code=1)      # the failed attempt still holds the run's id
+                wandb.teardown(exit_code=1)  # the failed attempt still holds the run's id
         run = _init_wandb(log, "offline", run_id)
         later = f"wandb sync {shlex.quote(str(log.folder / 'wandb'))}/offline-run-*-{run_id}"
         log.say(f"W&B is offline ({reason}); to upload later: {later}")
         return _Wandb(run, f"{log.folder / 'wandb'} (upload: {later})", log)
     except Exception as error:
-        log._warn_once("wandb", f"W&B cannot be used ({_first_line(error)}); training goes on without it "
-                                f"(--log.wandb disabled says so from the start)")
+        log._warn_once(
+            "wandb",
+            f"W&B cannot be used ({_first_line(error)}); training goes on without it "
+            f"(--log.wandb disabled says so from the start)",
+        )
         return None
 
 
@@ -285,13 +328,34 @@ def _init_wandb(log: Log, mode: str, run_id: str):
     """`wandb.init` without prompts, banners, code, packages, git state or captured output."""
     import wandb
 
-    wanted = {"mode": mode, "silent": True, "console": "off", "save_code": False, "disable_code": True,
-              "disable_git": True, "disable_job_creation": True, "x_disable_meta": True, "x_save_requirements": False,
-              "init_timeout": _INIT_SECONDS, "finish_timeout": _FINISH_SECONDS, "x_transaction_log_flush_interval": 2.0}
-    settings = wandb.Settings(**{key: value for key, value in wanted.items() if key in wandb.Settings.model_fields})
+    wanted = {
+        "mode": mode,
+        "silent": True,
+        "console": "off",
+        "save_code": False,
+        "disable_code": True,
+        "disable_git": True,
+        "disable_job_creation": True,
+        "x_disable_meta": True,
+        "x_save_requirements": False,
+        "init_timeout": _INIT_SECONDS,
+        "finish_timeout": _FINISH_SECONDS,
+        "x_transaction_log_flush_interval": 2.0,
+    }
+    settings = wandb.Settings(
+        **{key: value for key, value in wanted.items() if key in wandb.Settings.model_fields}
+    )
     folder, config = log.folder.absolute(), log.config
-    run = wandb.init(project=config.wandb_project, entity=config.wandb_entity, name=config.wandb_name or folder.name,
-                     dir=str(folder), id=run_id, config=log.run_config, resume="allow", settings=settings)
+    run = wandb.init(
+        project=config.wandb_project,
+        entity=config.wandb_entity,
+        name=config.wandb_name or folder.name,
+        dir=str(folder),
+        id=run_id,
+        config=log.run_config,
+        resume="allow",
+        settings=settings,
+    )
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run
@@ -311,7 +375,9 @@ def why_offline(probe: bool) -> str:
     """Why W&B cannot be online here, decided within two seconds and without a question; empty if it can."""
     from wandb.sdk import wandb_setup
 
-    settings = wandb_setup.singleton().settings          # environment and settings files, as wandb.init reads them
+    settings = (
+        wandb_setup.singleton().settings
+    )  # environment and settings files, as wandb.init reads them
     if not (settings.api_key or settings.identity_token_file or _netrc_key(settings.base_url)):
         return f"no API key for {settings.base_url}; `wandb login` stores one"
     if probe and not _accepts_connections(settings.base_url):
@@ -338,7 +404,9 @@ def _accepts_connections(url: str) -> bool:
     answered = threading.Event()
 
     def connect() -> None:
-        with contextlib.suppress(OSError, ValueError, OverflowError):     # the last two: an address that cannot be one
+        with contextlib.suppress(
+            OSError, ValueError, OverflowError
+        ):  # the last two: an address that cannot be one
             socket.create_connection(address, timeout=_PROBE_SECONDS).close()
             answered.set()
 

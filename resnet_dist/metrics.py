@@ -24,7 +24,12 @@ class Counts:
     def zero(device: torch.device) -> "Counts":
         """Nothing counted yet."""
         integers = torch.zeros(3, dtype=torch.int64, device=device)
-        return Counts(integers[0], integers[1], torch.zeros((), dtype=torch.float64, device=device), integers[2])
+        return Counts(
+            integers[0],
+            integers[1],
+            torch.zeros((), dtype=torch.float64, device=device),
+            integers[2],
+        )
 
     @staticmethod
     def of(logits: torch.Tensor, labels: torch.Tensor, losses: torch.Tensor) -> "Counts":
@@ -39,16 +44,34 @@ class Counts:
         classes = torch.arange(logits.shape[1], device=logits.device)
         above = ((logits > own) | ((logits == own) & (classes < own_class))).sum(1)
         valid = valid & ~logits.isnan().any(1)
-        num = torch.full((), len(labels), dtype=torch.int64, device=labels.device)      # a fill: no copy from the host
-        return Counts((valid & (above < 1)).sum(), (valid & (above < 5)).sum(), losses.sum(dtype=torch.float64), num)
+        num = torch.full(
+            (), len(labels), dtype=torch.int64, device=labels.device
+        )  # a fill: no copy from the host
+        return Counts(
+            (valid & (above < 1)).sum(),
+            (valid & (above < 5)).sum(),
+            losses.sum(dtype=torch.float64),
+            num,
+        )
 
     def __add__(self, other: "Counts") -> "Counts":
-        return Counts(self.correct1 + other.correct1, self.correct5 + other.correct5,
-                      self.loss_sum + other.loss_sum, self.num + other.num)
+        return Counts(
+            self.correct1 + other.correct1,
+            self.correct5 + other.correct5,
+            self.loss_sum + other.loss_sum,
+            self.num + other.num,
+        )
 
     def _packed(self) -> torch.Tensor:
         """All four as float64 [4]: integers are exact in it below 2**53."""
-        return torch.stack([self.correct1.double(), self.correct5.double(), self.loss_sum.double(), self.num.double()])
+        return torch.stack(
+            [
+                self.correct1.double(),
+                self.correct5.double(),
+                self.loss_sum.double(),
+                self.num.double(),
+            ]
+        )
 
     def reduce(self, runtime) -> "Counts":
         """The sum over all ranks, by one all-reduce of 32 bytes."""
@@ -62,5 +85,11 @@ class Counts:
         """
         correct1, correct5, loss_sum, num = self._packed().tolist()
         share = 1 / num if num else float("nan")
-        return {"top1": 100 * correct1 * share, "top5": 100 * correct5 * share, "loss": loss_sum * share,
-                "num": int(num), "correct1": int(correct1), "correct5": int(correct5)}
+        return {
+            "top1": 100 * correct1 * share,
+            "top5": 100 * correct5 * share,
+            "loss": loss_sum * share,
+            "num": int(num),
+            "correct1": int(correct1),
+            "correct5": int(correct5),
+        }

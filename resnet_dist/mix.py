@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from resnet_dist.rng import uniform
 
-_TRIES = 64                      # of the rejection below, drawn at once
+_TRIES = 64  # of the rejection below, drawn at once
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,17 @@ def draw(seed: int, step: int, mixup_alpha: float, cutmix_alpha: float) -> Draw 
     if not cut_it:
         return Draw(share, None)
     half = 0.5 * (1 - share) ** 0.5
-    return Draw(share, (max(0.0, y - half), max(0.0, x - half), min(1.0, y + half), min(1.0, x + half)))
+    return Draw(
+        share, (max(0.0, y - half), max(0.0, x - half), min(1.0, y + half), min(1.0, x + half))
+    )
 
 
 def _beta(seed: int, step: int, alpha: float) -> float:
     """A number from Beta(alpha, alpha), by Joehnk's rejection (1964): no generator whose stream could change."""
     for block in range(10_000):
-        powers = uniform(seed, "mix/beta", block, np.array([step]), 2 * _TRIES).reshape(_TRIES, 2) ** (1 / alpha)
+        powers = uniform(seed, "mix/beta", block, np.array([step]), 2 * _TRIES).reshape(
+            _TRIES, 2
+        ) ** (1 / alpha)
         sums = powers.sum(axis=1)
         found = np.flatnonzero((sums <= 1) & (sums > 0))
         if len(found):
@@ -63,18 +67,28 @@ def mix_images(images: torch.Tensor, drawn: Draw | None) -> tuple[torch.Tensor, 
     if drawn.box is None:
         return torch.lerp(neighbours, images, drawn.share), drawn.share
     height, width = images.shape[2:]
-    top, left, bottom, right = (int(place * side) for place, side in zip(drawn.box, (height, width) * 2, strict=True))
+    top, left, bottom, right = (
+        int(place * side) for place, side in zip(drawn.box, (height, width) * 2, strict=True)
+    )
     mixed = images.clone()
     mixed[:, :, top:bottom, left:right] = neighbours[:, :, top:bottom, left:right]
-    return mixed, 1 - (bottom - top) * (right - left) / (height * width)     # what is left, in whole pixels
+    return mixed, 1 - (bottom - top) * (right - left) / (
+        height * width
+    )  # what is left, in whole pixels
 
 
 def _neighbours(batch: torch.Tensor) -> torch.Tensor:
     return batch.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
-def losses(logits: torch.Tensor, labels: torch.Tensor, share: float, label_smoothing: float, loss: str = "ce",
-           threshold: float = 0.0) -> torch.Tensor:
+def losses(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    share: float,
+    label_smoothing: float,
+    loss: str = "ce",
+    threshold: float = 0.0,
+) -> torch.Tensor:
     """The loss of each image [B], of logits [B, C] and labels [B]; `share` of the own label, the rest the neighbour's.
 
     ce: cross-entropy with the mixed target; as it is linear in that, each label's own is computed, and mixed. bce: the
@@ -84,7 +98,9 @@ def losses(logits: torch.Tensor, labels: torch.Tensor, share: float, label_smoot
     """
     if loss == "bce":
         others = label_smoothing / logits.shape[1]
-        targets = torch.full_like(logits, others).scatter_(1, labels[:, None], 1 - label_smoothing + others)
+        targets = torch.full_like(logits, others).scatter_(
+            1, labels[:, None], 1 - label_smoothing + others
+        )
         if share != 1.0:
             targets = torch.lerp(_neighbours(targets), targets, share)
         targets = (targets > threshold).to(targets.dtype) if threshold else targets
@@ -92,5 +108,7 @@ def losses(logits: torch.Tensor, labels: torch.Tensor, share: float, label_smoot
     own = F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
     if share == 1.0:
         return own
-    other = F.cross_entropy(logits, _neighbours(labels), reduction="none", label_smoothing=label_smoothing)
+    other = F.cross_entropy(
+        logits, _neighbours(labels), reduction="none", label_smoothing=label_smoothing
+    )
     return torch.lerp(other, own, share)

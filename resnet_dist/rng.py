@@ -30,8 +30,10 @@ def philox4x32(counter: np.ndarray, key: int) -> np.ndarray:
     for _ in range(10):
         product0, product1 = _MULTIPLIERS[0] * c0, _MULTIPLIERS[1] * c2
         c0, c1, c2, c3 = (
-            (product1 >> np.uint64(32)) ^ c1 ^ np.uint64(k0), product1 & _LOW_32,
-            (product0 >> np.uint64(32)) ^ c3 ^ np.uint64(k1), product0 & _LOW_32,
+            (product1 >> np.uint64(32)) ^ c1 ^ np.uint64(k0),
+            product1 & _LOW_32,
+            (product0 >> np.uint64(32)) ^ c3 ^ np.uint64(k1),
+            product0 & _LOW_32,
         )
         k0, k1 = (k0 + _WEYL[0]) & 0xFFFFFFFF, (k1 + _WEYL[1]) & 0xFFFFFFFF
     return np.stack([c0, c1, c2, c3], axis=1)
@@ -45,19 +47,23 @@ def draw(epoch: int, repetition: np.ndarray) -> np.ndarray:
     return epoch + (np.asarray(repetition, dtype=np.int64) << 24)
 
 
-def uniform(seed: int, purpose: str, epoch: int | np.ndarray, indices: np.ndarray, count: int) -> np.ndarray:
+def uniform(
+    seed: int, purpose: str, epoch: int | np.ndarray, indices: np.ndarray, count: int
+) -> np.ndarray:
     """`count` numbers in [0, 1) for each sample: float64 [len(indices), count], of 53 random bits each.
 
     `epoch` is one for all samples, or one for each ([len(indices)], see `draw`). A row depends on (seed, purpose,
     epoch, index) alone; its first numbers do not depend on `count`.
     """
     indices = np.asarray(indices, dtype=np.uint64)
-    blocks = (count + 1) // 2                                # a block of 128 bits makes two numbers
+    blocks = (count + 1) // 2  # a block of 128 bits makes two numbers
     counter = np.empty((len(indices), blocks, 4), dtype=np.uint64)
     counter[..., 0] = np.arange(blocks, dtype=np.uint64)
     counter[..., 1] = (indices & _LOW_32)[:, None]
     counter[..., 2] = (indices >> np.uint64(32))[:, None]
     counter[..., 3] = np.asarray(epoch, dtype=np.uint64).reshape(-1, 1)
-    words = philox4x32(counter.reshape(-1, 4), derive_seed(seed, purpose)).reshape(len(indices), blocks * 2, 2)
-    bits = (words[..., 0] << np.uint64(21)) | (words[..., 1] >> np.uint64(11))     # 32 + 21 bits
+    words = philox4x32(counter.reshape(-1, 4), derive_seed(seed, purpose)).reshape(
+        len(indices), blocks * 2, 2
+    )
+    bits = (words[..., 0] << np.uint64(21)) | (words[..., 1] >> np.uint64(11))  # 32 + 21 bits
     return (bits.astype(np.float64) * 2.0**-53)[:, :count]

@@ -20,7 +20,7 @@ from resnet_dist import checkpoint, distributed, engine
 from resnet_dist.checkpoint import Saver, TrainState
 from resnet_dist.config import Config, to_dict
 from resnet_dist.data.build import build_train_loader, build_val_loader
-from resnet_dist.data.index import check_num_classes, check_same_classes
+from resnet_dist.data.sources.index import check_num_classes, check_same_classes
 from resnet_dist.data.types import TrainLoader, ValLoader
 from resnet_dist.distributed import Runtime, StopSignal
 from resnet_dist.ema import Ema
@@ -30,13 +30,16 @@ from resnet_dist.models.build import build_model
 from resnet_dist.models.sync_batch_norm import convert_sync_batch_norm
 from resnet_dist.models.zoo import check_image_size
 from resnet_dist.optim import build_optimizer
+from resnet_dist.precision import DTYPES, resolve_precision
 from resnet_dist.remarks import far_from_recipe, remarks
 from resnet_dist.rng import derive_seed
 from resnet_dist.schedule import Schedule, build_schedule, epochs_to_steps, peak_lr
 from resnet_dist.watchdog import LOST
 
 
-def check_layout(global_batch_size: int, world_size: int, grad_accum_steps: int, pairs: bool = False) -> int:
+def check_layout(
+    global_batch_size: int, world_size: int, grad_accum_steps: int, pairs: bool = False
+) -> int:
     """The local batch size; ValueError with the nearest layouts when the global batch does not divide.
 
     `pairs`: whether mixup or CutMix mixes pairs of images, neither of them with an image of another rank.
@@ -44,25 +47,42 @@ def check_layout(global_batch_size: int, world_size: int, grad_accum_steps: int,
     share = world_size * grad_accum_steps
     if global_batch_size % share == 0:
         if pairs and global_batch_size // share % 2:
-            raise ValueError(f"augment.mixup_alpha and augment.cutmix_alpha mix pairs of images, but the batch of a "
-                             f"rank is {global_batch_size} / {share} = {global_batch_size // share}: make it even")
+            raise ValueError(
+                f"augment.mixup_alpha and augment.cutmix_alpha mix pairs of images, but the batch of a "
+                f"rank is {global_batch_size} / {share} = {global_batch_size // share}: make it even"
+            )
         return global_batch_size // share
-    batches = sorted({max(1, global_batch_size // share) * share, (global_batch_size // share + 1) * share})
-    ranks = [n for n in range(1, global_batch_size + 1) if global_batch_size % (n * grad_accum_steps) == 0]
+    batches = sorted(
+        {max(1, global_batch_size // share) * share, (global_batch_size // share + 1) * share}
+    )
+    ranks = [
+        n
+        for n in range(1, global_batch_size + 1)
+        if global_batch_size % (n * grad_accum_steps) == 0
+    ]
     nearest = sorted(sorted(ranks, key=lambda n: abs(n - world_size))[:2])
     ways = [f"--train.global_batch_size {' or '.join(map(str, batches))}"]
     if nearest:
         ways.append(f"{' or '.join(map(str, nearest))} ranks")
-    raise ValueError(f"train.global_batch_size is {global_batch_size}: it does not divide by {world_size} ranks * "
-                     f"{grad_accum_steps} train.grad_accum_steps = {share}; nearest layouts: {', or '.join(ways)}")
+    raise ValueError(
+        f"train.global_batch_size is {global_batch_size}: it does not divide by {world_size} ranks * "
+        f"{grad_accum_steps} train.grad_accum_steps = {share}; nearest layouts: {', or '.join(ways)}"
+    )
 
 
 def build_loaders(config: Config, runtime: Runtime) -> tuple[TrainLoader, ValLoader]:
     """This rank's two loaders. Raises ValueError on every rank when the data is not as it must be."""
-    dtype = engine.DTYPES[config.train.precision]
+    dtype = DTYPES[config.train.precision]
     train_loader = build_train_loader(
-        config.data, runtime, augment=config.augment, seed=config.seed, dtype=dtype, output_dir=config.output_dir,
-        global_batch_size=config.train.global_batch_size, grad_accum_steps=config.train.grad_accum_steps)
+        config.data,
+        runtime,
+        augment=config.augment,
+        seed=config.seed,
+        dtype=dtype,
+        output_dir=config.output_dir,
+        global_batch_size=config.train.global_batch_size,
+        grad_accum_steps=config.train.grad_accum_steps,
+    )
     val_loader = build_val_loader(config.data, runtime, dtype=dtype, output_dir=config.output_dir)
     check_same_classes(train_loader.class_names, val_loader.class_names)
     return train_loader, val_loader
@@ -70,18 +90,31 @@ def build_loaders(config: Config, runtime: Runtime) -> tuple[TrainLoader, ValLoa
 
 def build_plan(config: Config, steps_per_epoch: int) -> engine.Plan:
     """Durations of the config in steps."""
+
     def interval(epochs: float) -> int:
         return max(1, epochs_to_steps(epochs, steps_per_epoch)) if epochs else 0
 
     train = config.train
     return engine.Plan(
-        total_steps=max(1, epochs_to_steps(train.epochs, steps_per_epoch)), steps_per_epoch=steps_per_epoch,
-        grad_accum_steps=train.grad_accum_steps, global_batch_size=train.global_batch_size, precision=train.precision,
-        label_smoothing=train.label_smoothing, loss=train.loss, bce_target_threshold=train.bce_target_threshold,
-        mixup_alpha=config.augment.mixup_alpha, cutmix_alpha=config.augment.cutmix_alpha,
-        eval_interval_steps=interval(train.eval_interval_epochs), clip_grad_norm=train.clip_grad_norm,
-        checkpoint_interval_steps=(interval(config.checkpoint.interval_epochs), config.checkpoint.interval_steps),
-        log_interval_steps=config.log.interval_steps, max_nonfinite_steps=train.max_nonfinite_steps, seed=config.seed,
+        total_steps=max(1, epochs_to_steps(train.epochs, steps_per_epoch)),
+        steps_per_epoch=steps_per_epoch,
+        grad_accum_steps=train.grad_accum_steps,
+        global_batch_size=train.global_batch_size,
+        precision=train.precision,
+        label_smoothing=train.label_smoothing,
+        loss=train.loss,
+        bce_target_threshold=train.bce_target_threshold,
+        mixup_alpha=config.augment.mixup_alpha,
+        cutmix_alpha=config.augment.cutmix_alpha,
+        eval_interval_steps=interval(train.eval_interval_epochs),
+        clip_grad_norm=train.clip_grad_norm,
+        checkpoint_interval_steps=(
+            interval(config.checkpoint.interval_epochs),
+            config.checkpoint.interval_steps,
+        ),
+        log_interval_steps=config.log.interval_steps,
+        max_nonfinite_steps=train.max_nonfinite_steps,
+        seed=config.seed,
     )
 
 
@@ -98,7 +131,9 @@ def build_state(config: Config, num_classes: int, device: torch.device) -> Train
     return TrainState(model, build_optimizer(config.optim, model), scaler, ema)
 
 
-def load_network(saved: dict, config: Config, device: torch.device, raw: bool = False) -> tuple[nn.Module, str]:
+def load_network(
+    saved: dict, config: Config, device: torch.device, raw: bool = False
+) -> tuple[nn.Module, str]:
     """The network of a checkpoint in eval mode, and which weights it has: "ema" where there are averaged ones and not
     `raw`, else "model". Raises ValueError in one of several processes."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -111,10 +146,14 @@ def load_network(saved: dict, config: Config, device: torch.device, raw: bool = 
 
 def wrap_ddp(model: nn.Module, device: torch.device) -> nn.parallel.DistributedDataParallel:
     """DistributedDataParallel whose buffers stay with their rank: SyncBatchNorm keeps them equal by itself."""
-    with warnings.catch_warnings():                      # newer torch wants another name, which older torch lacks
+    with warnings.catch_warnings():  # newer torch wants another name, which older torch lacks
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-        return nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                                   broadcast_buffers=False, gradient_as_bucket_view=True)
+        return nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
 
 
 def restore(state: TrainState, config: Config, saver: Saver, runtime: Runtime, log: Log) -> str:
@@ -131,21 +170,27 @@ def restore(state: TrainState, config: Config, saver: Saver, runtime: Runtime, l
     if not path:
         return "from scratch"
     if own and (section.resume or section.init_from):
-        log.say(f"{own} comes before checkpoint.{'resume' if section.resume else 'init_from'}, which is left aside")
+        log.say(
+            f"{own} comes before checkpoint.{'resume' if section.resume else 'init_from'}, which is left aside"
+        )
     if not own and not section.resume:
         return init_from(path, state, config, saver, runtime, log)
-    saved = checkpoint.unpack_checkpoint(runtime.bytes_from_main(lambda: checkpoint.read_checkpoint(Path(path))), path)
+    saved = checkpoint.unpack_checkpoint(
+        runtime.bytes_from_main(lambda: checkpoint.read_checkpoint(Path(path))), path
+    )
     for change in checkpoint.check_resumable(saved, saver.facts):
         log.warn(f"the run goes on with another setting: {change}")
     state.load_state_dict(saved)
     if own:
         saver.saved = (state.step, state.evaluated_step)
     else:
-        state.best_top1, state.best_step = -1.0, -1      # the file of that best is in another folder
+        state.best_top1, state.best_step = -1.0, -1  # the file of that best is in another folder
     return f"from {path}"
 
 
-def init_from(path: str, state: TrainState, config: Config, saver: Saver, runtime: Runtime, log: Log) -> str:
+def init_from(
+    path: str, state: TrainState, config: Config, saver: Saver, runtime: Runtime, log: Log
+) -> str:
     """Take the weights of a file or of torchvision, and show a table, which is whole in init_from.txt; as `restore`."""
     read = weights.download if path.startswith("torchvision:") else checkpoint.read_checkpoint
     content = weights.unpack(runtime.bytes_from_main(lambda: read(path)), path)
@@ -153,16 +198,24 @@ def init_from(path: str, state: TrainState, config: Config, saver: Saver, runtim
     rows, whole = weights.load_weights(state.model, content, path)
     if state.ema:
         state.ema.model.load_state_dict(state.model.state_dict())
-    title = f"weights of {path}, {'.'.join(weights.find_weights(content)[0]) or 'as they stand there'}"
+    title = (
+        f"weights of {path}, {'.'.join(weights.find_weights(content)[0]) or 'as they stand there'}"
+    )
     (log.say if whole else log.warn)(f"{title}\n{weights.describe(rows)}")
     if changes := checkpoint.model_changes(content, config):
-        log.warn(f"{path} is of another network, which computes something else from tensors that may fit: "
-                 f"{'; '.join(changes)}")
+        log.warn(
+            f"{path} is of another network, which computes something else from tensors that may fit: "
+            f"{'; '.join(changes)}"
+        )
     names, now = content.get("class_names"), saver.facts["class_names"]
     if isinstance(names, list) and names != now and len(names) == len(now):
         log.warn(f"{path} has as many classes under other names: its head is loaded all the same")
     text, folder = f"{title}\n{weights.describe(rows, most=sys.maxsize)}\n", Path(config.output_dir)
-    runtime.on_main(lambda: folder.mkdir(parents=True, exist_ok=True) or (folder / "init_from.txt").write_text(text))
+    runtime.on_main(
+        lambda: (
+            folder.mkdir(parents=True, exist_ok=True) or (folder / "init_from.txt").write_text(text)
+        )
+    )
     return f"with the weights of {path}"
 
 
@@ -173,11 +226,18 @@ def checkpoint_folder(config: Config) -> Path:
 
 def resume_command(runtime: Runtime) -> str:
     """The command that started this run, which is the one that resumes it, with programs that the shell finds."""
+
     def program(name: str) -> str:
         own = os.path.join(os.path.dirname(sys.executable), name)
-        return name if shutil.which(name) == own else os.path.relpath(own) if own.startswith(os.getcwd()) else own
+        return (
+            name
+            if shutil.which(name) == own
+            else os.path.relpath(own)
+            if own.startswith(os.getcwd())
+            else own
+        )
 
-    if "RESNET_DIST_RESUME" in os.environ:               # of a launcher that is no torchrun
+    if "RESNET_DIST_RESUME" in os.environ:  # of a launcher that is no torchrun
         return os.environ["RESNET_DIST_RESUME"]
     arguments = shlex.join(sys.argv)
     if "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -189,29 +249,49 @@ def resume_command(runtime: Runtime) -> str:
 
 def facts(config: Config, train_loader: TrainLoader) -> dict:
     """What a checkpoint says of its run: enough to build it again, and to refuse another."""
-    return {"config": to_dict(config), "num_samples": train_loader.num_samples, "fingerprint": train_loader.fingerprint,
-            "class_names": list(train_loader.class_names)}
+    return {
+        "config": to_dict(config),
+        "num_samples": train_loader.num_samples,
+        "fingerprint": train_loader.fingerprint,
+        "class_names": list(train_loader.class_names),
+    }
 
 
-def greeting(config: Config, state: TrainState, train_loader: TrainLoader, val_loader: ValLoader) -> str:
+def greeting(
+    config: Config, state: TrainState, train_loader: TrainLoader, val_loader: ValLoader
+) -> str:
     """What is trained, and on what."""
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
-    return (f"{config.model.name}, {parameters / 1e6:.2f} M parameters, {config.model.num_classes} classes, "
-            f"{train_loader.num_samples} training and {val_loader.num_samples} validation images")
+    return (
+        f"{config.model.name}, {parameters / 1e6:.2f} M parameters, {config.model.num_classes} classes, "
+        f"{train_loader.num_samples} training and {val_loader.num_samples} validation images"
+    )
 
 
-def farewell(config: Config, state: TrainState, plan: engine.Plan, runtime: Runtime, log: Log) -> str:
+def farewell(
+    config: Config, state: TrainState, plan: engine.Plan, runtime: Runtime, log: Log
+) -> str:
     """What the user has now, and where."""
     folder = Path(config.output_dir)
-    done = "finished" if state.step >= plan.total_steps else f"stopped at step {state.step} of {plan.total_steps}"
-    best = f"; best val top-1 {state.best_top1:.2f} % at step {state.best_step}" if state.best_step >= 0 else ""
+    done = (
+        "finished"
+        if state.step >= plan.total_steps
+        else f"stopped at step {state.step} of {plan.total_steps}"
+    )
+    best = (
+        f"; best val top-1 {state.best_top1:.2f} % at step {state.best_step}"
+        if state.best_step >= 0
+        else ""
+    )
     links = [checkpoint_folder(config) / name for name in ("last.pt", "best.pt")]
-    return (f"{done}{best}\n"
-            f"  checkpoints  {', '.join(str(link) for link in links if link.exists()) or 'none'}\n"
-            f"  config       {folder / 'config.yaml'}\n"
-            f"  metrics      {folder / 'metrics.jsonl'}\n"
-            f"  W&B          {log.wandb_location()}\n"
-            f"  resume       {resume_command(runtime)}")
+    return (
+        f"{done}{best}\n"
+        f"  checkpoints  {', '.join(str(link) for link in links if link.exists()) or 'none'}\n"
+        f"  config       {folder / 'config.yaml'}\n"
+        f"  metrics      {folder / 'metrics.jsonl'}\n"
+        f"  W&B          {log.wandb_location()}\n"
+        f"  resume       {resume_command(runtime)}"
+    )
 
 
 def write_config(config: Config) -> None:
@@ -223,30 +303,55 @@ def write_config(config: Config) -> None:
     os.replace(temporary, folder / "config.yaml")
 
 
-def save_replay(folder: Path, updates: tuple[int, int], loader: TrainLoader, schedule: Schedule, plan: engine.Plan,
-                runtime: Runtime) -> None:
+def save_replay(
+    folder: Path,
+    updates: tuple[int, int],
+    loader: TrainLoader,
+    schedule: Schedule,
+    plan: engine.Plan,
+    runtime: Runtime,
+) -> None:
     """Write nonfinite.json: the steps (from 0), their lr, and for each rank its micro-batches, as rows and files."""
-    steps, shares, index = range(updates[0] - 1, updates[1]), [[]] * runtime.world_size, getattr(loader, "index", None)
+    steps, shares, index = (
+        range(updates[0] - 1, updates[1]),
+        [[]] * runtime.world_size,
+        getattr(loader, "index", None),
+    )
     own = [batch.indices.tolist() for batch in loader.batches(steps.start, steps.stop)]
     torch.distributed.all_gather_object(shares, own, group=runtime.cpu_group)
-    files = {row: index.path(row) for share in shares for batch in share for row in batch} if index else {}
-    text = json.dumps({"plan": asdict(plan), "steps": list(steps), "lr": [schedule.lr(step) for step in steps],
-                       "rows_of_ranks": shares, "files": files})
+    files = (
+        {row: index.path(row) for share in shares for batch in share for row in batch}
+        if index
+        else {}
+    )
+    text = json.dumps(
+        {
+            "plan": asdict(plan),
+            "steps": list(steps),
+            "lr": [schedule.lr(step) for step in steps],
+            "rows_of_ranks": shares,
+            "files": files,
+        }
+    )
     runtime.on_main(lambda: (folder / "nonfinite.json").write_text(text))
 
 
-def train(config: Config, runtime: Runtime, goes_on: Callable[[int], bool] = lambda signal: False) -> int:
+def train(
+    config: Config, runtime: Runtime, goes_on: Callable[[int], bool] = lambda signal: False
+) -> int:
     """Train, and tell the log how it ended. Returns 0, 128 + signal after a checkpoint, or as `explain`.
 
     After a signal and its checkpoint, `goes_on(signal)` is asked in the main process whether all train on instead.
     """
     log = build_log(config.log, config.output_dir, runtime.is_main, to_dict(config))
-    for remark in remarks(config, runtime.device.type) + far_from_recipe(config, runtime.world_size):
+    for remark in remarks(config, runtime.device.type) + far_from_recipe(
+        config, runtime.world_size
+    ):
         log.warn(remark)
     try:
         code = compose(config, runtime, log, goes_on)
     except Exception as problem:
-        code = explain(problem, runtime)                 # before the log is closed, which may take its time
+        code = explain(problem, runtime)  # before the log is closed, which may take its time
     log.close(code)
     return code
 
@@ -255,8 +360,12 @@ def compose(config: Config, runtime: Runtime, log: Log, goes_on: Callable[[int],
     """Put the run together from its parts, and run it; returns as `train`."""
     # 1. layout and data
     check_image_size(config.model.name, config.data)
-    local_batch_size = check_layout(config.train.global_batch_size, runtime.world_size, config.train.grad_accum_steps,
-                                    pairs=config.augment.mixup_alpha + config.augment.cutmix_alpha > 0)
+    local_batch_size = check_layout(
+        config.train.global_batch_size,
+        runtime.world_size,
+        config.train.grad_accum_steps,
+        pairs=config.augment.mixup_alpha + config.augment.cutmix_alpha > 0,
+    )
     train_loader, val_loader = build_loaders(config, runtime)
     num_classes = check_num_classes(config.model.num_classes, len(train_loader.class_names))
     config = replace(config, model=replace(config.model, num_classes=num_classes))
@@ -268,33 +377,59 @@ def compose(config: Config, runtime: Runtime, log: Log, goes_on: Callable[[int],
 
     # 3. model and state
     state = build_state(config, num_classes, runtime.device)
-    saver = Saver(checkpoint_folder(config), config.checkpoint.keep, facts(config, train_loader), log.warn,
-                  runtime.is_main)
+    saver = Saver(
+        checkpoint_folder(config),
+        config.checkpoint.keep,
+        facts(config, train_loader),
+        log.warn,
+        runtime.is_main,
+    )
     origin = restore(state, config, saver, runtime, log)
-    runtime.on_main(lambda: write_config(config) or saver.claim())       # a start that was refused has changed nothing
+    runtime.on_main(
+        lambda: write_config(config) or saver.claim()
+    )  # a start that was refused has changed nothing
     model = wrap_ddp(state.model, runtime.device)
-    engine.settle_buckets(model, config.data.train_crop_size, config.train.precision, runtime.device)
+    engine.settle_buckets(
+        model, config.data.train_crop_size, config.train.precision, runtime.device
+    )
 
     # 4. train
     log.start(state.step, plan.total_steps, evaluated=state.evaluated_step == state.step)
-    log.say(f"{greeting(config, state, train_loader, val_loader)}\n"
-            f"batch {plan.global_batch_size} = {runtime.world_size} {runtime.device.type} ranks * "
-            f"{plan.grad_accum_steps} micro-steps * {local_batch_size}, {plan.precision}, peak lr {peak:g}, "
-            f"{plan.total_steps} steps of {plan.steps_per_epoch} per epoch; step {state.step}, {origin}")
+    log.say(
+        f"{greeting(config, state, train_loader, val_loader)}\n"
+        f"batch {plan.global_batch_size} = {runtime.world_size} {runtime.device.type} ranks * "
+        f"{plan.grad_accum_steps} micro-steps * {local_batch_size}, {plan.precision}, peak lr {peak:g}, "
+        f"{plan.total_steps} steps of {plan.steps_per_epoch} per epoch; step {state.step}, {origin}"
+    )
     stop_signal = StopSignal(runtime.cpu_group)
     try:
-        parts = model, state, train_loader, val_loader, schedule, plan, runtime, saver, log, stop_signal
-        while (ended_by := engine.train(*parts)) and runtime.on_main(functools.partial(goes_on, ended_by)):
+        parts = (
+            model,
+            state,
+            train_loader,
+            val_loader,
+            schedule,
+            plan,
+            runtime,
+            saver,
+            log,
+            stop_signal,
+        )
+        while (ended_by := engine.train(*parts)) and runtime.on_main(
+            functools.partial(goes_on, ended_by)
+        ):
             stop_signal.forget()
         stop_signal.finish()
-        runtime.watchdog.ended.set()                     # from here on nobody waits for another
-        saver.wait()                                     # a further signal must not end the last write
+        runtime.watchdog.ended.set()  # from here on nobody waits for another
+        saver.wait()  # a further signal must not end the last write
         train_loader.close()
         val_loader.close()
         log.say(farewell(config, state, plan, runtime, log))
     except FloatingPointError as problem:
         save_replay(Path(config.output_dir), problem.args[1], train_loader, schedule, plan, runtime)
-        raise FloatingPointError(f"{problem.args[0]}; nonfinite.json in output_dir has their images") from problem
+        raise FloatingPointError(
+            f"{problem.args[0]}; nonfinite.json in output_dir has their images"
+        ) from problem
     finally:
         stop_signal.close()
     if saver.failure:
@@ -305,15 +440,19 @@ def compose(config: Config, runtime: Runtime, log: Log, goes_on: Callable[[int],
 def main(config: Config, body: Callable[[Config, Runtime], int] = train) -> int:
     """Join the other ranks, do `body(config, runtime)`, leave. Returns the exit code: the body's, or `explain`'s."""
     try:
-        runtime = distributed.start(config.distributed.device, config.distributed.timeout_s, config.distributed.threads)
+        runtime = distributed.start(
+            config.distributed.device, config.distributed.timeout_s, config.distributed.threads
+        )
     except ValueError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
+    precision = resolve_precision(config.train.precision, runtime.device)
+    config = replace(config, train=replace(config.train, precision=precision))
     try:
         code = body(config, runtime)
     except Exception as problem:
         code = explain(problem, runtime)
-    if code not in (1, 2, LOST):                         # after an error the others may never come to this point
+    if code not in (1, 2, LOST):  # after an error the others may never come to this point
         distributed.stop(runtime)
     return code
 
@@ -326,5 +465,8 @@ def explain(problem: Exception, runtime: Runtime) -> int:
     elif isinstance(problem, torch.distributed.DistError) or "/gloo/" in str(problem):
         error = watchdog.blame(problem)
     else:
-        error, text = watchdog.own(f"{type(problem).__name__}: {problem}"), "".join(traceback.format_exception(problem))
+        error, text = (
+            watchdog.own(f"{type(problem).__name__}: {problem}"),
+            "".join(traceback.format_exception(problem)),
+        )
     return watchdog.fail(error, text)

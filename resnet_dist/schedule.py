@@ -48,23 +48,38 @@ class Schedule:
         """
         if step < self.warmup_steps:
             start = self.warmup_start_factor
-            return self.peak_lr * (start + (self.warmup_kind == "linear") * (1 - start) * step / self.warmup_steps)
+            return self.peak_lr * (
+                start + (self.warmup_kind == "linear") * (1 - start) * step / self.warmup_steps
+            )
         if self.kind == "step":
             return self.peak_lr * self.gamma ** bisect_right(self.milestones, step)
         if self.kind == "exponential":
             return self.peak_lr * self.gamma ** (step // self.decay_steps)
-        progress = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
-        left = (1 - progress) ** self.power if self.kind == "polynomial" else (1 + math.cos(math.pi * progress)) / 2
+        progress = min(
+            1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        )
+        left = (
+            (1 - progress) ** self.power
+            if self.kind == "polynomial"
+            else (1 + math.cos(math.pi * progress)) / 2
+        )
         return self.final_lr + (self.peak_lr - self.final_lr) * left
 
 
-def build_schedule(config: ScheduleConfig, peak: float, steps_per_epoch: int, total_steps: int) -> Schedule:
+def build_schedule(
+    config: ScheduleConfig, peak: float, steps_per_epoch: int, total_steps: int
+) -> Schedule:
     """The schedule with its durations in steps."""
     return Schedule(
-        kind=config.kind, peak_lr=peak, total_steps=total_steps,
+        kind=config.kind,
+        peak_lr=peak,
+        total_steps=total_steps,
         warmup_steps=epochs_to_steps(config.warmup_epochs, steps_per_epoch),
-        warmup_kind=config.warmup_kind, warmup_start_factor=config.warmup_start_factor,
+        warmup_kind=config.warmup_kind,
+        warmup_start_factor=config.warmup_start_factor,
         milestones=tuple(epochs_to_steps(epoch, steps_per_epoch) for epoch in config.milestones),
-        gamma=config.gamma, decay_steps=max(1, epochs_to_steps(config.decay_epochs, steps_per_epoch)),
-        power=config.power, final_lr=config.final_lr,
+        gamma=config.gamma,
+        decay_steps=max(1, epochs_to_steps(config.decay_epochs, steps_per_epoch)),
+        power=config.power,
+        final_lr=config.final_lr,
     )

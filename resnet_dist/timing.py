@@ -52,5 +52,8 @@ class Clock:
         self._reset()
         if not steps or seconds <= 0:
             return {"images_per_second": 0.0, "data_wait_fraction": 0.0, "step_seconds": 0.0}
-        return {"images_per_second": images / seconds, "data_wait_fraction": min(1.0, waited / seconds),
-                "step_seconds": seconds / steps}
+        return {
+            "images_per_second": images / seconds,
+            "data_wait_fraction": min(1.0, waited / seconds),
+            "step_seconds": seconds / steps,
+        }

@@ -15,7 +15,7 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """The embedded digits as a folder of images, for tests to read."""
-    from resnet_dist.data.digits import write_digits
+    from resnet_dist.data.sources.digits import write_digits
 
     folder = str(tmp_path_factory.mktemp("data") / "digits")
     write_digits(folder)
@@ -25,10 +25,18 @@ def digits(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_leftover_environment(monkeypatch):
     """Tests see neither a launcher's ranks nor a user's W&B key."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "WANDB_API_KEY"):
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "WANDB_API_KEY",
+    ):
         monkeypatch.delenv(name, raising=False)
     yield
-    torch.set_num_threads(1)                             # distributed.start in this process has set more
+    torch.set_num_threads(1)  # distributed.start in this process has set more
 
 
 @pytest.fixture(scope="session")
@@ -37,9 +45,35 @@ def checkpoint(digits, tmp_path_factory):
     from dist_utils import run_app
 
     folder = tmp_path_factory.mktemp("checkpoint")
-    assert run_app(1, ["train", "--config", "configs/quickstart.yaml", "--data.data_dir", digits, "--output_dir",
-                       str(folder), "--data.train_crop_size", "16", "--data.val_resize_size", "18",
-                       "--data.val_crop_size", "16", "--train.epochs", "0.1", "--train.ema_decay", "0.5",
-                       "--schedule.warmup_epochs", "0", "--train.eval_interval_epochs", "0", "--distributed.threads",
-                       "1", "--log.wandb", "disabled"], str(folder / "log")) == [0], (folder / "log").read_text()
+    assert run_app(
+        1,
+        [
+            "train",
+            "--config",
+            "configs/quickstart.yaml",
+            "--data.data_dir",
+            digits,
+            "--output_dir",
+            str(folder),
+            "--data.train_crop_size",
+            "16",
+            "--data.val_resize_size",
+            "18",
+            "--data.val_crop_size",
+            "16",
+            "--train.epochs",
+            "0.1",
+            "--train.ema_decay",
+            "0.5",
+            "--schedule.warmup_epochs",
+            "0",
+            "--train.eval_interval_epochs",
+            "0",
+            "--distributed.threads",
+            "1",
+            "--log.wandb",
+            "disabled",
+        ],
+        str(folder / "log"),
+    ) == [0], (folder / "log").read_text()
     return str(folder / "checkpoints" / "last.pt")

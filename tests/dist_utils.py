@@ -55,7 +55,9 @@ def _collect(receivers: list) -> list:
     results, deadline = {}, time.monotonic() + TIMEOUT_SECONDS
     while len(results) < len(receivers):
         waiting = [receiver for rank, receiver in enumerate(receivers) if rank not in results]
-        ready = multiprocessing.connection.wait(waiting, timeout=max(0, deadline - time.monotonic()))
+        ready = multiprocessing.connection.wait(
+            waiting, timeout=max(0, deadline - time.monotonic())
+        )
         if not ready:
             missing = [rank for rank in range(len(receivers)) if rank not in results]
             raise RuntimeError(f"no answer from ranks {missing} after {TIMEOUT_SECONDS} s")
@@ -98,13 +100,17 @@ def start_app(world_size: int, arguments: list[str], output: str, entry=None) ->
     port = free_port()
     processes = []
     for rank in range(world_size):
-        process = context.Process(target=_app, args=(rank, world_size, port, arguments, output, entry), daemon=True)
+        process = context.Process(
+            target=_app, args=(rank, world_size, port, arguments, output, entry), daemon=True
+        )
         process.start()
         processes.append(process)
     return processes
 
 
-def run_app(world_size: int, arguments: list[str], output: str, entry=None, timeout: float = TIMEOUT_SECONDS) -> list:
+def run_app(
+    world_size: int, arguments: list[str], output: str, entry=None, timeout: float = TIMEOUT_SECONDS
+) -> list:
     """As `start_app`, and wait: the exit codes, in order of rank."""
     processes = start_app(world_size, arguments, output, entry)
     return wait_app(processes, timeout)
@@ -130,9 +136,15 @@ def wait_for_step(output_dir, step, processes, saved=-1):
     `processes` may end before. What is to be killed then should be slowed down from there on: see `slow_from`."""
     path, deadline = output_dir / "metrics.jsonl", time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < deadline:
-        assert all(process.is_alive() for process in processes), "the run ended before it could be killed"
+        assert all(process.is_alive() for process in processes), (
+            "the run ended before it could be killed"
+        )
         with_steps = path.read_text().splitlines() if path.exists() else []
-        reached = with_steps and with_steps[-1].endswith("}") and json.loads(with_steps[-1])["step"] >= step
+        reached = (
+            with_steps
+            and with_steps[-1].endswith("}")
+            and json.loads(with_steps[-1])["step"] >= step
+        )
         if reached and max(saved_steps(output_dir), default=-1) >= saved:
             return
         time.sleep(0.002)
@@ -141,12 +153,16 @@ def wait_for_step(output_dir, step, processes, saved=-1):
 
 def saved_steps(output_dir):
     """The steps of the checkpoints that are whole: a file has its name once its digest is there."""
-    return [int(path.stem.removeprefix("step_")) for path in (output_dir / "checkpoints").glob("step_*.pt")]
+    return [
+        int(path.stem.removeprefix("step_"))
+        for path in (output_dir / "checkpoints").glob("step_*.pt")
+    ]
 
 
 def slow_from(step, entry=None):
     """The command line's main (or `entry`) whose updates take 0.4 s longer from that step on, so that whoever waits for
     it finds the run under way, however busy the machine is."""
+
     def slowed(arguments):
         from resnet_dist import cli, engine
 
@@ -158,15 +174,18 @@ def slow_from(step, entry=None):
 
         engine.train_step = train_step
         return (entry or cli.main)(arguments)
+
     return slowed
 
 
 def in_double(entry):
     """`entry` in double precision, where it says fp32: what differs by rounding alone then hardly differs at all."""
+
     def doubled(arguments):
         from resnet_dist import engine, run
+
         real = run.build_state
-        engine.DTYPES["fp32"] = torch.float64            # the loader's type, and with it the model's
+        engine.DTYPES["fp32"] = torch.float64  # the loader's type, and with it the model's
 
         def build_state(config, num_classes, device):
             torch.set_default_dtype(torch.float64)
@@ -174,11 +193,13 @@ def in_double(entry):
 
         run.build_state = build_state
         return entry(arguments)
+
     return doubled
 
 
 def record_batches(folder):
     """The command line's main with a training step that writes down what it was given."""
+
     def entry(arguments):
         from resnet_dist import cli, engine
 
@@ -188,11 +209,17 @@ def record_batches(folder):
             with open(folder / f"batches_{rank}.jsonl", "a") as file:
                 for batch in micro_batches:
                     sums = batch.images.double().sum((1, 2, 3)).tolist()
-                    file.write(json.dumps([state.step, lr, batch.indices.tolist(), batch.labels.tolist(), sums]) + "\n")
+                    file.write(
+                        json.dumps(
+                            [state.step, lr, batch.indices.tolist(), batch.labels.tolist(), sums]
+                        )
+                        + "\n"
+                    )
             return real(model, state, micro_batches, lr, *rest)
 
         engine.train_step = train_step
         return cli.main(arguments)
+
     return entry
 
 
@@ -223,9 +250,17 @@ def _app(rank: int, world_size: int, port: int, arguments: list[str], output: st
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = (os.fdopen(os.dup(descriptor), "w", buffering=1) for _ in range(2))     # not pytest's
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
-                      LOCAL_WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    sys.stdout, sys.stderr = (
+        os.fdopen(os.dup(descriptor), "w", buffering=1) for _ in range(2)
+    )  # not pytest's
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if entry is None:
         from resnet_dist.cli import main as entry
@@ -239,7 +274,7 @@ def _app(rank: int, world_size: int, port: int, arguments: list[str], output: st
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)                                   # a forked child must not run the parent's clean-up
+        os._exit(code)  # a forked child must not run the parent's clean-up
 
 
 def equal_trees(a, b) -> bool:

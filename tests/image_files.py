@@ -9,15 +9,22 @@ import torch
 from PIL import Image
 
 from resnet_dist.config import AugmentConfig, DataConfig
-from resnet_dist.data.index import encode_header
-from resnet_dist.data.loader import DaliTrainLoader, DaliValLoader
-from resnet_dist.data.scan import build_index
+from resnet_dist.data.pixels.loader import DaliTrainLoader, DaliValLoader
+from resnet_dist.data.sources.index import encode_header
+from resnet_dist.data.sources.scan import build_index
 
 
 class OneProcess:
     """As much of a Runtime as the data path needs, without a process group."""
 
-    is_main, rank, local_rank, world_size, local_world_size, device = True, 0, 0, 1, 1, torch.device("cpu")
+    is_main, rank, local_rank, world_size, local_world_size, device = (
+        True,
+        0,
+        0,
+        1,
+        1,
+        torch.device("cpu"),
+    )
 
     def on_main(self, function):
         return function()
@@ -31,9 +38,13 @@ class OneProcess:
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
     """A smooth colour picture with some texture, so that wrong geometry shows and JPEG stays near it."""
     rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (height // 16 + 2, width // 16 + 2, 3), dtype=np.uint8))
+    coarse = Image.fromarray(
+        rng.integers(0, 256, (height // 16 + 2, width // 16 + 2, 3), dtype=np.uint8)
+    )
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
-    return Image.fromarray((smooth + rng.integers(-12, 13, smooth.shape)).clip(0, 255).astype(np.uint8))
+    return Image.fromarray(
+        (smooth + rng.integers(-12, 13, smooth.shape)).clip(0, 255).astype(np.uint8)
+    )
 
 
 def encode(image: Image.Image, form: str = "JPEG", **options) -> bytes:
@@ -60,13 +71,19 @@ def pack_shards(index, folder, order, shards: int, flat: bool = False, ids: bool
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number, rows in enumerate(np.array_split(list(order), shards)):
-        with tarfile.open(folder / f"shard-{number:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        with tarfile.open(
+            folder / f"shard-{number:05d}.tar", "w", format=tarfile.USTAR_FORMAT
+        ) as tar:
             for row in rows.tolist():
-                name = f"{row:04d}{os.path.splitext(index.name(row))[1]}" if flat else index.name(row)
+                name = (
+                    f"{row:04d}{os.path.splitext(index.name(row))[1]}" if flat else index.name(row)
+                )
                 with open(index.path(row), "rb") as file:
                     _add_member(tar, name, file.read())
                 if ids:
-                    _add_member(tar, os.path.splitext(name)[0] + ".cls", str(index.labels_of(row)).encode())
+                    _add_member(
+                        tar, os.path.splitext(name)[0] + ".cls", str(index.labels_of(row)).encode()
+                    )
     return folder
 
 
@@ -86,15 +103,44 @@ def simulated_index(path, n: int) -> str:
     return str(path)
 
 
-def train_loader(index, folder, *, augment=None, rank=0, world_size=1, grad_accum_steps=1, global_batch_size=8,
-                 dtype=torch.float32, **config) -> DaliTrainLoader:
+def train_loader(
+    index,
+    folder,
+    *,
+    augment=None,
+    rank=0,
+    world_size=1,
+    grad_accum_steps=1,
+    global_batch_size=8,
+    dtype=torch.float32,
+    **config,
+) -> DaliTrainLoader:
     return DaliTrainLoader(
-        index, DataConfig(**{"train_crop_size": 32, **config}), augment or AugmentConfig(),
-        seed=5, global_batch_size=global_batch_size,
-        grad_accum_steps=grad_accum_steps, rank=rank, world_size=world_size, dtype=dtype, device=torch.device("cpu"),
-        threads=2, output_dir=str(folder))
+        index,
+        DataConfig(**{"train_crop_size": 32, **config}),
+        augment or AugmentConfig(),
+        seed=5,
+        global_batch_size=global_batch_size,
+        grad_accum_steps=grad_accum_steps,
+        rank=rank,
+        world_size=world_size,
+        dtype=dtype,
+        device=torch.device("cpu"),
+        threads=2,
+        output_dir=str(folder),
+    )
 
 
-def val_loader(index, folder, *, rank=0, world_size=1, dtype=torch.float32, **config) -> DaliValLoader:
-    return DaliValLoader(index, DataConfig(**config), rank=rank, world_size=world_size, dtype=dtype,
-                         device=torch.device("cpu"), threads=2, output_dir=str(folder))
+def val_loader(
+    index, folder, *, rank=0, world_size=1, dtype=torch.float32, **config
+) -> DaliValLoader:
+    return DaliValLoader(
+        index,
+        DataConfig(**config),
+        rank=rank,
+        world_size=world_size,
+        dtype=dtype,
+        device=torch.device("cpu"),
+        threads=2,
+        output_dir=str(folder),
+    )

@@ -5,20 +5,33 @@ import math
 import numpy as np
 import pytest
 import torch
-from torchvision.transforms import AutoAugment, ColorJitter, RandAugment, RandomErasing, TrivialAugmentWide, autoaugment
+from torchvision.transforms import (
+    AutoAugment,
+    ColorJitter,
+    RandAugment,
+    RandomErasing,
+    TrivialAugmentWide,
+    autoaugment,
+)
 
 from resnet_dist.config import AugmentConfig
-from resnet_dist.data import augment
+from resnet_dist.data.sampling import augment
 from resnet_dist.rng import draw
 
 ROWS, SIDE = np.arange(30000), 224
-POLICIES = {"randaugment": RandAugment(3, 9), "trivialaugment": TrivialAugmentWide(), "autoaugment": AutoAugment()}
+POLICIES = {
+    "randaugment": RandAugment(3, 9),
+    "trivialaugment": TrivialAugmentWide(),
+    "autoaugment": AutoAugment(),
+}
 
 
 def recorded(transform, monkeypatch, count):
     """What torchvision draws: for each of `count` images a list of (operation, magnitude)."""
     done = []
-    monkeypatch.setattr(autoaugment, "_apply_op", lambda image, name, magnitude, **_: done.append((name, magnitude)))
+    monkeypatch.setattr(
+        autoaugment, "_apply_op", lambda image, name, magnitude, **_: done.append((name, magnitude))
+    )
     monkeypatch.setattr(autoaugment.F, "get_dimensions", lambda _: [3, SIDE, SIDE])
     torch.manual_seed(0)
     images = []
@@ -39,9 +52,17 @@ def ours(config, rows=ROWS):
     plan = augment.plan(config, 0, 0, rows, SIDE)
     images = []
     for ops, params in zip(plan.ops.tolist(), plan.params.tolist(), strict=True):
-        named = [(augment.OPERATIONS[op].replace("_", ""), param - (6 <= op <= 9))
-                 for op, param in zip(ops, params, strict=True)]
-        images.append([(name, value) for name, value in named if name != "identity" or config.policy != "autoaugment"])
+        named = [
+            (augment.OPERATIONS[op].replace("_", ""), param - (6 <= op <= 9))
+            for op, param in zip(ops, params, strict=True)
+        ]
+        images.append(
+            [
+                (name, value)
+                for name, value in named
+                if name != "identity" or config.policy != "autoaugment"
+            ]
+        )
     return images
 
 
@@ -49,7 +70,9 @@ def distance(a, b):
     """Kolmogorov-Smirnov, relative to the threshold at p = 0.0002."""
     a, b = np.sort(a), np.sort(b)
     grid = np.concatenate([a, b])
-    gap = np.abs(np.searchsorted(a, grid, "right") / len(a) - np.searchsorted(b, grid, "right") / len(b)).max()
+    gap = np.abs(
+        np.searchsorted(a, grid, "right") / len(a) - np.searchsorted(b, grid, "right") / len(b)
+    ).max()
     return gap / (2.15 * math.sqrt(1 / len(a) + 1 / len(b)))
 
 
@@ -66,11 +89,15 @@ def same_frequencies(a, b):
 def test_a_policy_draws_as_torchvisions(policy, monkeypatch):
     """Frequencies of (place, operation), and the magnitudes with their signs, of each operation."""
     count = 4000
-    theirs = [[(name.lower(), whole(value) if "Translate" in name else value) for name, value in image]
-              for image in recorded(POLICIES[policy], monkeypatch, count)]
+    theirs = [
+        [(name.lower(), whole(value) if "Translate" in name else value) for name, value in image]
+        for image in recorded(POLICIES[policy], monkeypatch, count)
+    ]
     mine = ours(AugmentConfig(policy=policy, num_ops=3, magnitude=9))
-    assert same_frequencies(["/".join(name for name, _ in image[:2]) for image in mine],
-                            ["/".join(name for name, _ in image[:2]) for image in theirs])
+    assert same_frequencies(
+        ["/".join(name for name, _ in image[:2]) for image in mine],
+        ["/".join(name for name, _ in image[:2]) for image in theirs],
+    )
     assert {len(image) for image in mine} == {len(image) for image in theirs}
     by_name = [{}, {}]
     for found, images in zip(by_name, (mine, theirs), strict=True):
@@ -79,10 +106,14 @@ def test_a_policy_draws_as_torchvisions(policy, monkeypatch):
     assert by_name[0].keys() == by_name[1].keys()
     for name in by_name[0]:
         grid, drawn = np.unique(by_name[0][name]), np.unique(by_name[1][name])
-        assert np.abs(grid[:, None] - drawn).min(axis=0).max() < 1e-4, name    # each of theirs is one of ours
+        assert np.abs(grid[:, None] - drawn).min(axis=0).max() < 1e-4, (
+            name
+        )  # each of theirs is one of ours
         assert len(grid) <= 2 * 31 and len(drawn) <= len(grid)
         if len(grid) == 2:
-            assert same_frequencies(np.array(by_name[0][name]) > grid.mean(), np.array(by_name[1][name]) > grid.mean())
+            assert same_frequencies(
+                np.array(by_name[0][name]) > grid.mean(), np.array(by_name[1][name]) > grid.mean()
+            )
         assert distance(np.round(by_name[0][name], 4), np.round(by_name[1][name], 4)) < 1, name
 
 
@@ -90,13 +121,17 @@ def test_a_policy_draws_as_torchvisions(policy, monkeypatch):
 def test_every_magnitude_is_torchvisions(policy):
     """The whole table of each operation that has one. (AutoAugment's are all drawn above.)"""
     names = [name.replace("_", "") for name in augment.OPERATIONS]
-    space = POLICIES[policy]._augmentation_space(*[31, (96, 96)][:1 + (policy == "randaugment")])
+    space = POLICIES[policy]._augmentation_space(*[31, (96, 96)][: 1 + (policy == "randaugment")])
     bins, positive = (np.arange(31)[:, None] + 0.5) / 31, np.full((31, 1), 0.9)
     for name, (magnitudes, signed) in space.items():
         op = names.index(name.lower())
         pick = np.full((31, 1), (op + 0.5) / 14)
-        params = [augment._policy(AugmentConfig(policy=policy, magnitude=i), pick, bins, positive, 96)[1][i, 0]
-                  for i in range(31)]
+        params = [
+            augment._policy(AugmentConfig(policy=policy, magnitude=i), pick, bins, positive, 96)[1][
+                i, 0
+            ]
+            for i in range(31)
+        ]
         theirs = whole(magnitudes.double().numpy()) if "Translate" in name else magnitudes.numpy()
         assert np.allclose(np.array(params) - (6 <= op <= 9), theirs, atol=1e-4), name
         assert signed == (1 <= op <= 9)
@@ -104,10 +139,17 @@ def test_every_magnitude_is_torchvisions(policy):
 
 def test_autoaugments_table_is_torchvisions():
     names = {name.replace("_", ""): name for name in augment.OPERATIONS}
-    theirs = [[[names[name.lower()], float(probability), strength or 0] for name, probability, strength in pair]
-              for pair in POLICIES["autoaugment"].policies]
-    mine = [[[name, float(probability), int(strength)] for name, probability, strength in pair]
-            for pair in augment._PAIRS.tolist()]
+    theirs = [
+        [
+            [names[name.lower()], float(probability), strength or 0]
+            for name, probability, strength in pair
+        ]
+        for pair in POLICIES["autoaugment"].policies
+    ]
+    mine = [
+        [[name, float(probability), int(strength)] for name, probability, strength in pair]
+        for pair in augment._PAIRS.tolist()
+    ]
     assert mine == theirs
 
 
@@ -115,11 +157,15 @@ def test_color_jitter_draws_as_torchvisions():
     jitter = ColorJitter(0.4, 1.5, 0.3, 0.1)
     plan = augment.plan(AugmentConfig(color_jitter=(0.4, 1.5, 0.3, 0.1)), 0, 0, ROWS, SIDE)
     torch.manual_seed(0)
-    theirs = [ColorJitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
-              for _ in range(4000)]
+    theirs = [
+        ColorJitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+        for _ in range(4000)
+    ]
     names = ["brightness", "contrast", "color", "hue"]
-    assert same_frequencies(["/".join(augment.OPERATIONS[op] for op in ops) for ops in plan.ops],
-                            ["/".join(names[i] for i in order.tolist()) for order, *_ in theirs])
+    assert same_frequencies(
+        ["/".join(augment.OPERATIONS[op] for op in ops) for ops in plan.ops],
+        ["/".join(names[i] for i in order.tolist()) for order, *_ in theirs],
+    )
     for i, name in enumerate(names):
         mine = plan.params[plan.ops == augment.OPERATIONS.index(name)]
         assert distance(mine, np.array([factors[i] for _, *factors in theirs])) < 1, name
@@ -133,8 +179,15 @@ def test_erasing_draws_as_torchvisions():
     assert abs(len(erased) / len(ROWS) - 0.25) < 0.01
     torch.manual_seed(0)
     blank = torch.zeros(3, SIDE, SIDE)
-    theirs = np.array([RandomErasing.get_params(blank, (0.02, 0.33), (0.3, 3.3), [0.0])[:4] for _ in range(4000)])
-    for statistic in (lambda r: r[:, 2] * r[:, 3], lambda r: r[:, 2] / r[:, 3], lambda r: r[:, 0], lambda r: r[:, 1]):
+    theirs = np.array(
+        [RandomErasing.get_params(blank, (0.02, 0.33), (0.3, 3.3), [0.0])[:4] for _ in range(4000)]
+    )
+    for statistic in (
+        lambda r: r[:, 2] * r[:, 3],
+        lambda r: r[:, 2] / r[:, 3],
+        lambda r: r[:, 0],
+        lambda r: r[:, 1],
+    ):
         assert distance(statistic(erased), statistic(theirs)) < 1
     assert (erased[:, :2] + erased[:, 2:] <= SIDE).all() and erased.min() >= 0
 
@@ -144,36 +197,59 @@ def test_lighting_has_the_published_covariance():
     assert shifts.dtype == np.float32 and not augment.lighting(AugmentConfig(), 0, 0, ROWS).any()
     scaled = augment._EIGENVECTORS * augment._EIGENVALUES * 0.1
     assert np.allclose(np.cov(shifts.T), scaled @ scaled.T, rtol=0.05, atol=2e-6)
-    along = shifts @ augment._EIGENVECTORS / (0.1 * augment._EIGENVALUES)         # the normal numbers again
+    along = (
+        shifts @ augment._EIGENVECTORS / (0.1 * augment._EIGENVALUES)
+    )  # the normal numbers again
     assert distance(along[:, 0], np.random.default_rng(0).normal(size=len(ROWS))) < 1
-    assert np.allclose((along**4).mean(axis=0), 3, atol=0.3) and abs(np.corrcoef(along.T) - np.eye(3)).max() < 0.03
+    assert (
+        np.allclose((along**4).mean(axis=0), 3, atol=0.3)
+        and abs(np.corrcoef(along.T) - np.eye(3)).max() < 0.03
+    )
 
 
-ALL = AugmentConfig(policy="autoaugment", color_jitter=(0.4, 0.4, 0.4, 0.1), lighting_std=0.1, random_erasing=0.5)
+ALL = AugmentConfig(
+    policy="autoaugment", color_jitter=(0.4, 0.4, 0.4, 0.1), lighting_std=0.1, random_erasing=0.5
+)
 
 
 def test_a_sample_does_not_depend_on_its_batch():
     rows, chosen = np.arange(100, 200), np.array([7, 80, 3])
-    for config in (ALL, AugmentConfig(policy="randaugment", num_ops=3), AugmentConfig(policy="trivialaugment")):
+    for config in (
+        ALL,
+        AugmentConfig(policy="randaugment", num_ops=3),
+        AugmentConfig(policy="trivialaugment"),
+    ):
         whole, part = (augment.plan(config, 3, 5, some, 96) for some in (rows, rows[chosen]))
         for name in ("ops", "params", "matrices"):
             assert np.array_equal(getattr(whole, name)[chosen], getattr(part, name))
         assert whole.ops.shape == (100, augment.num_slots(config))
         assert not np.array_equal(augment.plan(config, 3, 6, rows, 96).ops, whole.ops)
-        twice = augment.plan(config, 3, draw(5, np.arange(2)), rows[[7, 7]], 96)      # two copies of one sample
-        assert np.array_equal(twice.params[0], whole.params[7]) and not np.array_equal(*twice.params)
-    for function in (lambda rows: augment.lighting(ALL, 3, 5, rows), lambda rows: augment.erasing(ALL, 3, 5, rows, 96)):
+        twice = augment.plan(
+            config, 3, draw(5, np.arange(2)), rows[[7, 7]], 96
+        )  # two copies of one sample
+        assert np.array_equal(twice.params[0], whole.params[7]) and not np.array_equal(
+            *twice.params
+        )
+    for function in (
+        lambda rows: augment.lighting(ALL, 3, 5, rows),
+        lambda rows: augment.erasing(ALL, 3, 5, rows, 96),
+    ):
         assert np.array_equal(function(rows)[chosen], function(rows[chosen]))
 
 
 def test_nothing_is_planned_where_all_is_off():
-    assert augment.plan(AugmentConfig(), 0, 0, ROWS, SIDE) is None and augment.num_slots(AugmentConfig()) == 0
+    assert (
+        augment.plan(AugmentConfig(), 0, 0, ROWS, SIDE) is None
+        and augment.num_slots(AugmentConfig()) == 0
+    )
 
 
 GOLDEN = {
     "ops": [[0, 0, 15, 7, 8, 6], [5, 7, 7, 15, 8, 6]],
-    "params": [[0, 0, 0.040844597, 1.22693014, 1.31724405, 0.98610592],
-               [26.6666667, 0.8, 0.82949227, -0.06377167, 0.89500004, 0.73295569]],
+    "params": [
+        [0, 0, 0.040844597, 1.22693014, 1.31724405, 0.98610592],
+        [26.6666667, 0.8, 0.82949227, -0.06377167, 0.89500004, 0.73295569],
+    ],
     "erasing": [[54, 44, 165, 66], [6, 139, 183, 74], [0, 0, 0, 0]],
     "lighting": [[0.00476526, 0.00452941, 0.00342723]],
 }

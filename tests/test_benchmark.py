@@ -7,14 +7,33 @@ from dist_utils import run_app
 from image_files import encode, picture, write_split
 
 from resnet_dist import cli
-from resnet_dist.data.read import READ_THREADS
+from resnet_dist.data.pixels.read import READ_THREADS
 
 
 def test_benchmark_of_the_loop(tmp_path):
     output = tmp_path / "printed"
-    arguments = ["benchmark", "--json", "--windows", "1", "--steps", "4", "--model.name", "resnet20", "--data.kind",
-                 "synthetic", "--data.train_crop_size", "16", "--train.global_batch_size", "8",
-                 "--train.precision", "fp32", "--output_dir", str(tmp_path), "--distributed.threads", "1"]
+    arguments = [
+        "benchmark",
+        "--json",
+        "--windows",
+        "1",
+        "--steps",
+        "4",
+        "--model.name",
+        "resnet20",
+        "--data.kind",
+        "synthetic",
+        "--data.train_crop_size",
+        "16",
+        "--train.global_batch_size",
+        "8",
+        "--train.precision",
+        "fp32",
+        "--output_dir",
+        str(tmp_path),
+        "--distributed.threads",
+        "1",
+    ]
     assert run_app(2, arguments, str(output)) == [0, 0], output.read_text()
     result = json.loads(output.read_text().splitlines()[-1])
     assert result["ranks"] == 2
@@ -28,31 +47,65 @@ def test_benchmark_of_the_loader(tmp_path):
     """Every contender makes the same number of images; the workers' processor time is counted."""
     write_split(tmp_path / "data", [encode(picture(60, 80, i)) for i in range(12)])
     output = tmp_path / "printed"
-    arguments = ["benchmark", "loader", "--json", "--windows", "2", "--images", "30", "--read_delay_ms", "20",
-                 "--data.data_dir", str(tmp_path / "data"), "--data.train_crop_size", "32", "--data.threads", "1",
-                 "--train.global_batch_size", "8", "--output_dir", str(tmp_path), "--distributed.threads", "1"]
+    arguments = [
+        "benchmark",
+        "loader",
+        "--json",
+        "--windows",
+        "2",
+        "--images",
+        "30",
+        "--read_delay_ms",
+        "20",
+        "--data.data_dir",
+        str(tmp_path / "data"),
+        "--data.train_crop_size",
+        "32",
+        "--data.threads",
+        "1",
+        "--train.global_batch_size",
+        "8",
+        "--output_dir",
+        str(tmp_path),
+        "--distributed.threads",
+        "1",
+    ]
+
     def entry(arguments):
-        multiprocessing.current_process()._config["daemon"] = False      # it has workers of its own
+        multiprocessing.current_process()._config["daemon"] = False  # it has workers of its own
         return cli.main(arguments)
 
     assert run_app(1, arguments, str(output), entry) == [0], output.read_text()
     result = json.loads(output.read_text().splitlines()[-1])
     assert (result["images"], result["threads"], result["device"]) == (24, 1, "cpu")
     loaders = result["loaders"]
-    assert set(loaders) == {"resnet_dist", "slow storage", "plain DALI", "torchvision", "plan and reading"}
+    assert set(loaders) == {
+        "resnet_dist",
+        "slow storage",
+        "plain DALI",
+        "torchvision",
+        "plan and reading",
+    }
     for name, figures in loaders.items():
         assert len(result["turns"][name]) == 2
         assert min(figures.values()) > 0
     assert loaders["resnet_dist"]["cpu_ratio"] == loaders["resnet_dist"]["ratio"] == 1
-    assert loaders["slow storage"]["images_per_second"] < READ_THREADS / 0.02        # each waits 20 ms for a file
+    assert (
+        loaders["slow storage"]["images_per_second"] < READ_THREADS / 0.02
+    )  # each waits 20 ms for a file
     arguments.remove("--json")
     assert run_app(1, arguments, str(output), entry) == [0], output.read_text()
     assert output.read_text().splitlines()[-1].startswith("torchvision")
 
 
 def test_benchmark_of_the_loader_needs_files_and_one_process(tmp_path):
-    for world_size, more in ((1, ["--data.kind", "synthetic"]), (2, ["--data.data_dir", str(tmp_path)])):
+    for world_size, more in (
+        (1, ["--data.kind", "synthetic"]),
+        (2, ["--data.data_dir", str(tmp_path)]),
+    ):
         output = tmp_path / f"printed{world_size}"
-        codes = run_app(world_size, ["benchmark", "loader", "--output_dir", str(tmp_path), *more], str(output))
+        codes = run_app(
+            world_size, ["benchmark", "loader", "--output_dir", str(tmp_path), *more], str(output)
+        )
         assert codes == [2] * world_size, output.read_text()
         assert "without torchrun" in output.read_text()

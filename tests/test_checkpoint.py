@@ -10,20 +10,35 @@ import torch
 from torch import nn
 
 from resnet_dist import checkpoint
-from resnet_dist.checkpoint import Saver, TrainState, newest_valid, read_checkpoint, unpack_checkpoint
+from resnet_dist.checkpoint import (
+    Saver,
+    TrainState,
+    newest_valid,
+    read_checkpoint,
+    unpack_checkpoint,
+)
 from resnet_dist.config import Config, ModelConfig, OptimConfig, to_dict
 from resnet_dist.ema import Ema
 from resnet_dist.optim import build_optimizer
 
-FACTS = {"config": to_dict(Config()), "num_samples": 100, "fingerprint": "f", "class_names": ["a", "b"]}
+FACTS = {
+    "config": to_dict(Config()),
+    "num_samples": 100,
+    "fingerprint": "f",
+    "class_names": ["a", "b"],
+}
 
 
 def make_state(seed=0, precision="fp32"):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(2))
     model(torch.zeros(2, 3, 5, 5))
-    return TrainState(model, build_optimizer(OptimConfig(), model),
-                      torch.amp.GradScaler("cpu", enabled=precision == "fp16"), Ema(model, 0.9))
+    return TrainState(
+        model,
+        build_optimizer(OptimConfig(), model),
+        torch.amp.GradScaler("cpu", enabled=precision == "fp16"),
+        Ema(model, 0.9),
+    )
 
 
 def make_saver(folder, keep=3):
@@ -59,9 +74,14 @@ def test_everything_comes_back(tmp_path):
     other = make_state(seed=1, precision="fp16")
     other.load_state_dict(unpack_checkpoint(read_checkpoint(tmp_path / "last.pt"), "last.pt"))
     flat = [checkpoint.flatten(s.state_dict()["optimizer"]["state"]) for s in (state, other)]
-    assert flat[0].keys() == flat[1].keys() and all(torch.equal(flat[0][k], flat[1][k]) for k in flat[0])
+    assert flat[0].keys() == flat[1].keys() and all(
+        torch.equal(flat[0][k], flat[1][k]) for k in flat[0]
+    )
     for a, b in ((state.model, other.model), (state.ema.model, other.ema.model)):
-        assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+        assert all(
+            torch.equal(x, y)
+            for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+        )
     assert (other.step, other.evaluated_step, other.best_top1, other.best_step) == (7, 5, 42.0, 5)
     assert other.scaler.state_dict() == state.scaler.state_dict() != {}
 
@@ -80,12 +100,20 @@ def test_the_snapshot_is_of_the_moment_of_the_call(tmp_path):
 
 def test_keeps_the_newest_and_the_best_and_links_them(tmp_path):
     save_steps(tmp_path, range(1, 8), keep=2, best=(3,))
-    assert sorted(p.name for p in tmp_path.glob("step_*.pt")) == [f"step_{n:08d}.pt" for n in (3, 6, 7)]
+    assert sorted(p.name for p in tmp_path.glob("step_*.pt")) == [
+        f"step_{n:08d}.pt" for n in (3, 6, 7)
+    ]
     assert len(list(tmp_path.glob("*.sha256"))) == 3
     assert os.readlink(tmp_path / "best.pt") == "step_00000003.pt"
     assert unpack_checkpoint(read_checkpoint(tmp_path / "last.pt"), "")["step"] == 7
-    assert subprocess.run(["sha256sum", "--check", "--quiet", *(p.name for p in tmp_path.glob("*.sha256"))],
-                          cwd=tmp_path, capture_output=True).returncode == 0
+    assert (
+        subprocess.run(
+            ["sha256sum", "--check", "--quiet", *(p.name for p in tmp_path.glob("*.sha256"))],
+            cwd=tmp_path,
+            capture_output=True,
+        ).returncode
+        == 0
+    )
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "no digest"])
@@ -96,7 +124,7 @@ def test_a_damaged_newest_falls_back_and_says_so(tmp_path, damage):
     if damage == "flip":
         content[len(content) // 3] ^= 1
     elif damage == "truncate":
-        del content[len(content) // 2:]
+        del content[len(content) // 2 :]
     elif damage == "empty":
         content.clear()
     else:
@@ -104,7 +132,9 @@ def test_a_damaged_newest_falls_back_and_says_so(tmp_path, damage):
     path.write_bytes(content)
     warnings = []
     assert newest_valid(tmp_path, warnings.append) == tmp_path / "step_00000001.pt"
-    assert len(warnings) == 1 and "step_00000002.pt" in warnings[0] and "the one before" in warnings[0]
+    assert (
+        len(warnings) == 1 and "step_00000002.pt" in warnings[0] and "the one before" in warnings[0]
+    )
 
 
 def test_nothing_valid_is_an_error_and_nothing_at_all_is_not(tmp_path):
@@ -123,15 +153,19 @@ def test_a_bit_flipped_anywhere_is_found(tmp_path):
     whole, digits = path.read_bytes(), digest.read_bytes()
     places = sorted({0, 1, len(whole) - 1, *range(0, len(whole), len(whole) // 150)})
     for place in places:
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1:])
+        path.write_bytes(
+            whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :]
+        )
         with pytest.raises(ValueError, match="damaged"):
             read_checkpoint(path)
-        path.write_bytes(whole[:place])                  # and cut off there
+        path.write_bytes(whole[:place])  # and cut off there
         with pytest.raises(ValueError, match="damaged" if place else "empty"):
             read_checkpoint(path)
     path.write_bytes(whole)
     for place in range(64):
-        digest.write_bytes(digits[:place] + bytes([digits[place] ^ 1 << place % 8]) + digits[place + 1:])
+        digest.write_bytes(
+            digits[:place] + bytes([digits[place] ^ 1 << place % 8]) + digits[place + 1 :]
+        )
         with pytest.raises(ValueError, match="damaged|cannot be read"):
             read_checkpoint(path)
     digest.write_bytes(digits)
@@ -145,7 +179,10 @@ def test_a_newer_format_is_not_loaded_and_the_one_before_is(tmp_path, monkeypatc
     monkeypatch.undo()
     warnings = []
     assert newest_valid(tmp_path, warnings.append).name == "step_00000001.pt"
-    assert "has format 2, this version reads up to 1" in warnings[0] and "the one before" in warnings[0]
+    assert (
+        "has format 2, this version reads up to 1" in warnings[0]
+        and "the one before" in warnings[0]
+    )
 
 
 def test_a_folder_of_set_aside_ones_is_no_start_from_scratch(tmp_path):
@@ -184,7 +221,9 @@ def test_saving_over_a_damaged_file_does_not_bless_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.write_checkpoint(tmp_path / "step_00000002.pt", {"format": 1, "model": {}, "step": 2})
+        checkpoint.write_checkpoint(
+            tmp_path / "step_00000002.pt", {"format": 1, "model": {}, "step": 2}
+        )
     assert newest_valid(tmp_path, lambda text: None).name == "step_00000001.pt"
 
 
@@ -193,13 +232,17 @@ def test_the_optimizers_settings_are_the_present_ones():
     torch.manual_seed(0)
     model = nn.Linear(2, 2)
     plain, ours = (OptimConfig(momentum=m, weight_decay=w) for m, w in ((0.9, 1e-4), (0.8, 5e-4)))
-    saved = TrainState(model, build_optimizer(plain, model), torch.amp.GradScaler("cpu", enabled=False))
+    saved = TrainState(
+        model, build_optimizer(plain, model), torch.amp.GradScaler("cpu", enabled=False)
+    )
     saved.optimizer.state[model.weight]["momentum_buffer"].fill_(7.0)
     for momentum_before in (True, False):
         content = saved.state_dict()
         if not momentum_before:
             content["optimizer"]["state"] = {}
-        state = TrainState(model, build_optimizer(ours, model), torch.amp.GradScaler("cpu", enabled=False))
+        state = TrainState(
+            model, build_optimizer(ours, model), torch.amp.GradScaler("cpu", enabled=False)
+        )
         state.load_state_dict(content)
         group = state.optimizer.param_groups[0]
         assert (group["weight_decay"], group["momentum"]) == (5e-4, 0.8)
@@ -211,7 +254,7 @@ def test_half_written_files_do_not_count(tmp_path):
     save_steps(tmp_path, (1,))
     (tmp_path / "step_00000002.pt.tmp").write_bytes(b"PK half")
     assert newest_valid(tmp_path, pytest.fail).name == "step_00000001.pt"
-    save_steps(tmp_path, (3,))                           # the next save that succeeds sweeps them up
+    save_steps(tmp_path, (3,))  # the next save that succeeds sweeps them up
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -223,27 +266,39 @@ def test_a_kill_between_the_renames_leaves_a_valid_file(tmp_path, monkeypatch, s
 
     def replace(source, target):
         if len(calls) == {"first digest": 1, "rename": 2}[stop_after]:
-            raise KeyboardInterrupt                      # stands for the kill: nothing after it runs
+            raise KeyboardInterrupt  # stands for the kill: nothing after it runs
         calls.append(target)
         real(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.write_checkpoint(tmp_path / "step_00000001.pt", {"format": 1, "model": {}, "step": 1})
+        checkpoint.write_checkpoint(
+            tmp_path / "step_00000001.pt", {"format": 1, "model": {}, "step": 1}
+        )
     assert newest_valid(tmp_path, pytest.fail).name == "step_00000001.pt"
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, the device that is always full")
+@pytest.mark.skipif(
+    not Path("/dev/full").exists(), reason="needs /dev/full, the device that is always full"
+)
 def test_a_full_disk_is_a_warning_and_the_old_file_stays(tmp_path, monkeypatch):
     saver, warnings = save_steps(tmp_path, (1,))
-    monkeypatch.setattr("builtins.open", lambda path, mode="r", *a, _open=open, **k: _open(
-        "/dev/full" if str(path).endswith(".pt.tmp") else path, mode, *a, **k))
+    monkeypatch.setattr(
+        "builtins.open",
+        lambda path, mode="r", *a, _open=open, **k: _open(
+            "/dev/full" if str(path).endswith(".pt.tmp") else path, mode, *a, **k
+        ),
+    )
     state = make_state()
     state.step = 2
     saver.save(state)
     saver.wait()
     assert len(warnings) == 1
-    assert "step 2" in warnings[0] and "step 1 stays" in warnings[0] and "No space left on device" in warnings[0]
+    assert (
+        "step 2" in warnings[0]
+        and "step 1 stays" in warnings[0]
+        and "No space left on device" in warnings[0]
+    )
     assert saver.failure
     assert newest_valid(tmp_path, pytest.fail).name == "step_00000001.pt"
     monkeypatch.undo()
@@ -277,7 +332,9 @@ def test_a_folder_that_vanishes_is_made_again(tmp_path):
 
 @pytest.mark.parametrize("newer_attempt", [False, True])
 @pytest.mark.parametrize("rename", [1, 2, 3])
-def test_a_folder_that_vanishes_while_it_is_written_is_made_again(tmp_path, monkeypatch, rename, newer_attempt):
+def test_a_folder_that_vanishes_while_it_is_written_is_made_again(
+    tmp_path, monkeypatch, rename, newer_attempt
+):
     """Before each of the renames: digest, file, digest. A newer attempt's folder in its place stays as it is."""
     folder, real, calls = tmp_path / "checkpoints", os.replace, []
     saver, warnings = save_steps(folder, (1,))
@@ -306,15 +363,20 @@ def test_a_folder_that_vanishes_while_it_is_written_is_made_again(tmp_path, monk
 
 def test_weights_of_another_network_with_the_same_tensors_are_noticed():
     """plain20 and resnet20, strides of v1 and v1.5: every name and shape is the same."""
+
     def config(**options):
         return Config(model=ModelConfig(**options))
 
     saved = {"config": to_dict(config(name="plain20", num_classes=10, zero_init_residual=True))}
     assert checkpoint.model_changes(saved, config(name="plain20", num_classes=2)) == []
-    assert checkpoint.model_changes(saved, config(name="resnet20")) == ["model.name was 'plain20', now 'resnet20'"]
-    changes = checkpoint.model_changes(saved, config(name="plain20", stride_in_1x1=True, blur_pool=True))
+    assert checkpoint.model_changes(saved, config(name="resnet20")) == [
+        "model.name was 'plain20', now 'resnet20'"
+    ]
+    changes = checkpoint.model_changes(
+        saved, config(name="plain20", stride_in_1x1=True, blur_pool=True)
+    )
     assert [change.split()[0] for change in changes] == ["model.stride_in_1x1", "model.blur_pool"]
-    del saved["config"]["model"]["blur_pool"]            # of a version that did not know it
+    del saved["config"]["model"]["blur_pool"]  # of a version that did not know it
     assert checkpoint.model_changes(saved, config(name="plain20")) == []
     assert checkpoint.model_changes({"state_dict": {}}, config()) == []
 
@@ -324,8 +386,12 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     torch.save({"weights": 1}, tmp_path / "other.pt")
     torch.save({"format": 99, "model": {}}, tmp_path / "newer.pt")
     torch.save({"format": 1, "model": nn.Linear(1, 1)}, tmp_path / "pickle.pt")
-    for name, words in (("text", "no file of torch.save"), ("other", "not a checkpoint"), ("newer", "format 99"),
-                        ("pickle", "Python objects")):
+    for name, words in (
+        ("text", "no file of torch.save"),
+        ("other", "not a checkpoint"),
+        ("newer", "format 99"),
+        ("pickle", "Python objects"),
+    ):
         path = tmp_path / f"{name}.pt"
         with pytest.raises(ValueError, match=words):
             unpack_checkpoint(read_checkpoint(path), str(path))
@@ -347,19 +413,27 @@ def test_what_may_change_between_attempts():
     assert len(changed) == 1 and "optim.base_lr" in changed[0]
     with pytest.raises(ValueError, match=r"another model: model\.name"):
         checkpoint.check_resumable(saved, facts(model__name="resnet18"))
-    with pytest.raises(ValueError, match="another optimizer: optim.kind was 'sgd', now 'lars'; take another"):
+    with pytest.raises(
+        ValueError, match="another optimizer: optim.kind was 'sgd', now 'lars'; take another"
+    ):
         checkpoint.check_resumable(saved, facts(optim__kind="lars"))
     older = copy.deepcopy(saved)
-    del older["config"]["optim"]["kind"], older["config"]["recipe"]      # of before these keys: it had the defaults
+    del (
+        older["config"]["optim"]["kind"],
+        older["config"]["recipe"],
+    )  # of before these keys: it had the defaults
     assert checkpoint.check_resumable(older, facts(recipe__world_size=8)) == []
     with pytest.raises(ValueError, match=r"train\.global_batch_size was 256, now 512"):
         checkpoint.check_resumable(saved, facts(train__global_batch_size=512))
     with pytest.raises(ValueError, match=r"data\.num_samples was 100, now 101"):
         checkpoint.check_resumable(saved, {**facts(), "num_samples": 101})
-    for key, value in (("optim__unfreeze_from", "head"), ("optim__backbone_lr_scale", 0.1)):  # other buffers
+    for key, value in (
+        ("optim__unfreeze_from", "head"),
+        ("optim__backbone_lr_scale", 0.1),
+    ):  # other buffers
         with pytest.raises(ValueError, match=key.replace("__", r"\.")):
             checkpoint.check_resumable(saved, facts(**{key: value}))
-    del saved["config"]["optim"]["unfreeze_from"]        # of a version that did not know it
+    del saved["config"]["optim"]["unfreeze_from"]  # of a version that did not know it
     assert checkpoint.check_resumable(saved, facts()) == []
     with pytest.raises(ValueError, match=r"data\.fingerprint"):
         checkpoint.check_resumable(saved, {**facts(), "fingerprint": "g"})

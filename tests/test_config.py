@@ -24,10 +24,14 @@ def refusal(capsys, *arguments):
 
 
 def test_files_overlay_each_other_and_the_command_line_wins(tmp_path):
-    (tmp_path / "a.yaml").write_text("optim: {base_lr: 1e-4, momentum: 0.5}\nschedule: {milestones: [8, 9.5]}\n")
+    (tmp_path / "a.yaml").write_text(
+        "optim: {base_lr: 1e-4, momentum: 0.5}\nschedule: {milestones: [8, 9.5]}\n"
+    )
     (tmp_path / "b.yaml").write_text("optim: {momentum: 0.8}\n")
-    config = parse("--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml"), "--seed", "5")
-    assert config.optim.base_lr == 1e-4                  # plain PyYAML reads this as a string
+    config = parse(
+        "--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml"), "--seed", "5"
+    )
+    assert config.optim.base_lr == 1e-4  # plain PyYAML reads this as a string
     assert config.optim.momentum == 0.8
     assert config.schedule.milestones == (8.0, 9.5)
     assert config.seed == 5
@@ -35,7 +39,9 @@ def test_files_overlay_each_other_and_the_command_line_wins(tmp_path):
 
 
 def test_the_resolved_config_reads_back(tmp_path):
-    config = parse("--data.data_dir", "/data", "--model.num_classes", "7", "--optim.norm_weight_decay", "0")
+    config = parse(
+        "--data.data_dir", "/data", "--model.num_classes", "7", "--optim.norm_weight_decay", "0"
+    )
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
     assert parse("--config", str(tmp_path / "config.yaml")) == config
 
@@ -51,29 +57,38 @@ def test_unknown_keys_and_wrong_types_are_refused_by_name(capsys, tmp_path):
     assert "nowhere.yaml" in refusal(capsys, "--config", str(tmp_path / "nowhere.yaml"))
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--train.epochs", "0"], ["train.epochs", "0"]),
-    (["--schedule.warmup_epochs", "90"], ["schedule.warmup_epochs", "90"]),
-    (["--schedule.warmup_start_factor", "0"], ["schedule.warmup_start_factor"]),
-    (["--schedule.kind", "step", "--schedule.milestones", "[60, 30]"], ["schedule.milestones", "rise"]),
-    (["--schedule.kind", "step", "--schedule.milestones", "[3, 30]"], ["schedule.milestones", "warmup_epochs"]),
-    (["--data.val_resize_size", "200"], ["data.val_resize_size", "val_crop_size"]),
-    (["--data.crop_scale", "[1.0, 0.5]"], ["data.crop_scale"]),
-    (["--optim.momentum", "0", "--optim.nesterov", "true"], ["optim.nesterov", "momentum"]),
-    (["--train.ema_decay", "1"], ["train.ema_decay"]),
-    (["--optim.backbone_lr_scale", "0"], ["optim.backbone_lr_scale", "unfreeze_from"]),
-    (["--checkpoint.keep", "0"], ["checkpoint.keep"]),
-    (["--data.std", "[0, 1, 1]"], ["data.std"]),
-    (["--data.threads", "-1"], ["data.threads"]),
-    (["--data.crop_scale", "[0.1, 1.5]"], ["data.crop_scale"]),
-    (["--optim.weight_decay", "-1"], ["optim.weight_decay"]),
-    (["--schedule.gamma", "0"], ["schedule.gamma"]),
-    (["--optim.betas", "[0.9, 1.0]"], ["optim.betas"]),
-    (["--optim.eps", "-1"], ["optim.eps"]),
-    (["--optim.trust_coefficient", "0"], ["optim.trust_coefficient"]),
-    (["--schedule.decay_epochs", "0"], ["schedule.decay_epochs"]),
-    (["--train.bce_target_threshold", "1"], ["train.bce_target_threshold"]),
-])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--train.epochs", "0"], ["train.epochs", "0"]),
+        (["--schedule.warmup_epochs", "90"], ["schedule.warmup_epochs", "90"]),
+        (["--schedule.warmup_start_factor", "0"], ["schedule.warmup_start_factor"]),
+        (
+            ["--schedule.kind", "step", "--schedule.milestones", "[60, 30]"],
+            ["schedule.milestones", "rise"],
+        ),
+        (
+            ["--schedule.kind", "step", "--schedule.milestones", "[3, 30]"],
+            ["schedule.milestones", "warmup_epochs"],
+        ),
+        (["--data.val_resize_size", "200"], ["data.val_resize_size", "val_crop_size"]),
+        (["--data.crop_scale", "[1.0, 0.5]"], ["data.crop_scale"]),
+        (["--optim.momentum", "0", "--optim.nesterov", "true"], ["optim.nesterov", "momentum"]),
+        (["--train.ema_decay", "1"], ["train.ema_decay"]),
+        (["--optim.backbone_lr_scale", "0"], ["optim.backbone_lr_scale", "unfreeze_from"]),
+        (["--checkpoint.keep", "0"], ["checkpoint.keep"]),
+        (["--data.std", "[0, 1, 1]"], ["data.std"]),
+        (["--data.threads", "-1"], ["data.threads"]),
+        (["--data.crop_scale", "[0.1, 1.5]"], ["data.crop_scale"]),
+        (["--optim.weight_decay", "-1"], ["optim.weight_decay"]),
+        (["--schedule.gamma", "0"], ["schedule.gamma"]),
+        (["--optim.betas", "[0.9, 1.0]"], ["optim.betas"]),
+        (["--optim.eps", "-1"], ["optim.eps"]),
+        (["--optim.trust_coefficient", "0"], ["optim.trust_coefficient"]),
+        (["--schedule.decay_epochs", "0"], ["schedule.decay_epochs"]),
+        (["--train.bce_target_threshold", "1"], ["train.bce_target_threshold"]),
+    ],
+)
 def test_rules_across_keys(capsys, arguments, words):
     message = refusal(capsys, *arguments)
     assert all(word in message for word in words), message
@@ -84,44 +99,92 @@ def test_defaults_are_valid_and_without_remarks():
     assert remarks(Config(), "cuda") == []
 
 
-@pytest.mark.parametrize(("arguments", "word"), [
-    (["--schedule.kind", "step", "--schedule.final_lr", "0.1"], "final_lr"),
-    (["--schedule.kind", "step", "--schedule.milestones", "[30, 100]"], "reach beyond"),
-    (["--schedule.milestones", "[7]"], "cosine"),
-    (["--schedule.power", "3"], "power"),
-    (["--schedule.kind", "polynomial", "--schedule.decay_epochs", "2"], "decay_epochs is 2.0"),
-    (["--schedule.kind", "exponential", "--schedule.final_lr", "0.1"], "final_lr"),
-    (["--optim.kind", "lamb", "--optim.momentum", "0.8"], "optim.momentum is 0.8, which optim.kind lamb does not use"),
-    (["--optim.kind", "lars", "--optim.nesterov", "true"], "optim.nesterov"),
-    (["--optim.betas", "[0.8, 0.9]"], "optim.betas"),
-    (["--optim.kind", "rmsprop", "--optim.trust_coefficient", "1"], "trust_coefficient"),
-    (["--train.bce_target_threshold", "0.2"], "bce_target_threshold"),
-    (["--train.loss", "bce", "--train.bce_target_threshold", "0.2", "--train.label_smoothing", "0.1"], "smoothing"),
-    (["--checkpoint.resume", "a", "--checkpoint.init_from", "b"], "init_from"),
-    (["--optim.unfreeze_from", "head"], "random weights"),
-    (["--optim.backbone_lr_scale", "0.1"], "random weights"),
-    (["--optim.unfreeze_from", "head", "--optim.backbone_lr_scale", "0.1", "--checkpoint.init_from", "a"], "no effect"),
-    (["--schedule.warmup_epochs", "0", "--schedule.warmup_kind", "constant"], "warmup_kind"),
-    (["--data.kind", "synthetic", "--data.data_dir", "x"], "data_dir"),
-    (["--train.precision", "fp16"], "fp16"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--schedule.kind", "step", "--schedule.final_lr", "0.1"], "final_lr"),
+        (["--schedule.kind", "step", "--schedule.milestones", "[30, 100]"], "reach beyond"),
+        (["--schedule.milestones", "[7]"], "cosine"),
+        (["--schedule.power", "3"], "power"),
+        (["--schedule.kind", "polynomial", "--schedule.decay_epochs", "2"], "decay_epochs is 2.0"),
+        (["--schedule.kind", "exponential", "--schedule.final_lr", "0.1"], "final_lr"),
+        (
+            ["--optim.kind", "lamb", "--optim.momentum", "0.8"],
+            "optim.momentum is 0.8, which optim.kind lamb does not use",
+        ),
+        (["--optim.kind", "lars", "--optim.nesterov", "true"], "optim.nesterov"),
+        (["--optim.betas", "[0.8, 0.9]"], "optim.betas"),
+        (["--optim.kind", "rmsprop", "--optim.trust_coefficient", "1"], "trust_coefficient"),
+        (["--train.bce_target_threshold", "0.2"], "bce_target_threshold"),
+        (
+            [
+                "--train.loss",
+                "bce",
+                "--train.bce_target_threshold",
+                "0.2",
+                "--train.label_smoothing",
+                "0.1",
+            ],
+            "smoothing",
+        ),
+        (["--checkpoint.resume", "a", "--checkpoint.init_from", "b"], "init_from"),
+        (["--optim.unfreeze_from", "head"], "random weights"),
+        (["--optim.backbone_lr_scale", "0.1"], "random weights"),
+        (
+            [
+                "--optim.unfreeze_from",
+                "head",
+                "--optim.backbone_lr_scale",
+                "0.1",
+                "--checkpoint.init_from",
+                "a",
+            ],
+            "no effect",
+        ),
+        (["--schedule.warmup_epochs", "0", "--schedule.warmup_kind", "constant"], "warmup_kind"),
+        (["--data.kind", "synthetic", "--data.data_dir", "x"], "data_dir"),
+        (["--train.precision", "fp16"], "fp16"),
+    ],
+)
 def test_settings_without_effect_are_remarked(arguments, word):
     found = remarks(parse(*arguments), "cpu")
     assert len(found) == 1
     assert word in found[0]
 
 
-@pytest.mark.parametrize(("arguments", "world_size", "words"), [
-    ([], 1, []),
-    (["--recipe.global_batch_size", "1024", "--recipe.world_size", "4"], 1, []),
-    (["--recipe.global_batch_size", "1025"], 1, ["train.global_batch_size is 256", "1025"]),
-    (["--recipe.global_batch_size", "32"], 1, ["train.global_batch_size is 256", "32"]),
-    (["--recipe.world_size", "8"], 1, ["1 ranks, the recipe 8"]),
-    (["--recipe.world_size", "1"], 8, ["8 ranks, the recipe 1"]),
-    (["--recipe.world_size", "8", "--model.sync_batch_norm", "false"], 1, ["sees 256 images", "32", "more ranks"]),
-    (["--recipe.world_size", "1", "--model.sync_batch_norm", "false"], 8, ["sees 32 images", "256", "sync_batch_norm"]),
-    (["--recipe.world_size", "8", "--model.sync_batch_norm", "false", "--train.grad_accum_steps", "8"], 1, ["time"]),
-])
+@pytest.mark.parametrize(
+    ("arguments", "world_size", "words"),
+    [
+        ([], 1, []),
+        (["--recipe.global_batch_size", "1024", "--recipe.world_size", "4"], 1, []),
+        (["--recipe.global_batch_size", "1025"], 1, ["train.global_batch_size is 256", "1025"]),
+        (["--recipe.global_batch_size", "32"], 1, ["train.global_batch_size is 256", "32"]),
+        (["--recipe.world_size", "8"], 1, ["1 ranks, the recipe 8"]),
+        (["--recipe.world_size", "1"], 8, ["8 ranks, the recipe 1"]),
+        (
+            ["--recipe.world_size", "8", "--model.sync_batch_norm", "false"],
+            1,
+            ["sees 256 images", "32", "more ranks"],
+        ),
+        (
+            ["--recipe.world_size", "1", "--model.sync_batch_norm", "false"],
+            8,
+            ["sees 32 images", "256", "sync_batch_norm"],
+        ),
+        (
+            [
+                "--recipe.world_size",
+                "8",
+                "--model.sync_batch_norm",
+                "false",
+                "--train.grad_accum_steps",
+                "8",
+            ],
+            1,
+            ["time"],
+        ),
+    ],
+)
 def test_a_run_far_from_its_recipe_says_so(arguments, world_size, words):
     found = far_from_recipe(parse(*arguments), world_size)
     assert len(found) == bool(words)
@@ -131,12 +194,25 @@ def test_a_run_far_from_its_recipe_says_so(arguments, world_size, words):
 def test_help_is_quick_and_complete():
     """Every option with its default and a line of meaning, before torch is imported."""
     environment = {**os.environ, "COLUMNS": "100"}
-    done = subprocess.run([sys.executable, "-X", "importtime", "train.py", "--help"], capture_output=True,
-                          env=environment, check=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "train.py", "--help"],
+        capture_output=True,
+        env=environment,
+        check=True,
+        text=True,
+    )
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
-    assert "yaml" in imported and not imported & {"torch", "numpy", "nvidia.dali", "wandb", "torchvision"}
+    assert "yaml" in imported and not imported & {
+        "torch",
+        "numpy",
+        "nvidia.dali",
+        "wandb",
+        "torchvision",
+    }
     flat = config_parser("train.py", "")
-    options = [action for action in flat._actions if action.dest not in ("help", "config", "print_config")]
+    options = [
+        action for action in flat._actions if action.dest not in ("help", "config", "print_config")
+    ]
     assert len(options) > 50
     for action in options:
         assert f"--{action.dest}" in done.stdout
@@ -145,7 +221,11 @@ def test_help_is_quick_and_complete():
 
 
 def test_print_config_prints_the_tree():
-    done = subprocess.run([sys.executable, "train.py", "--optim.base_lr", "0.2", "--print_config"], capture_output=True,
-                          text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "train.py", "--optim.base_lr", "0.2", "--print_config"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     tree = yaml.safe_load(done.stdout)
     assert tree["optim"]["base_lr"] == 0.2 and tree["model"]["name"] == "resnet50"

@@ -10,17 +10,38 @@ import pytest
 import torch
 from image_files import encode, picture, val_loader, write_split
 from PIL import Image
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize, functional
+from torchvision.transforms import (
+    CenterCrop,
+    Compose,
+    InterpolationMode,
+    PILToTensor,
+    Resize,
+    functional,
+)
 from torchvision.transforms.autoaugment import _apply_op
 
 from resnet_dist.config import AugmentConfig, DataConfig
-from resnet_dist.data import augment, crops
-from resnet_dist.data.dali import Augmenter, Decoder, Job, build_pipeline, windows_to_torch
-from resnet_dist.data.finish import Normalizer, cut, resize_exact
-from resnet_dist.data.read import Encoded, image_size
+from resnet_dist.data.pixels.dali import Augmenter, Decoder, Job, build_pipeline, windows_to_torch
+from resnet_dist.data.pixels.finish import Normalizer, cut, resize_exact
+from resnet_dist.data.pixels.read import Encoded, image_size
+from resnet_dist.data.sampling import augment, crops
 
-SIZES = [(375, 500), (500, 375), (333, 501), (257, 256), (256, 256), (255, 700), (97, 640), (640, 97), (31, 33), (1, 1),
-         (1, 40), (40, 1), (225, 224), (768, 513)]
+SIZES = [
+    (375, 500),
+    (500, 375),
+    (333, 501),
+    (257, 256),
+    (256, 256),
+    (255, 700),
+    (97, 640),
+    (640, 97),
+    (31, 33),
+    (1, 1),
+    (1, 40),
+    (40, 1),
+    (225, 224),
+    (768, 513),
+]
 FORMS = {
     "rgb": lambda image: encode(image),
     "444": lambda image: encode(image, subsampling=0, quality=95),
@@ -60,7 +81,9 @@ def decode(files: list[bytes], windows) -> list[np.ndarray]:
     """Windows of some files, through the decoder of the CPU form."""
     images = [Encoded(row, data, *image_size(data)) for row, data in enumerate(files)]
     windows = np.array(windows)
-    job = Job(np.arange(len(files)), images=images, geometry=crops.Geometry(windows, (), windows[:, 0]))
+    job = Job(
+        np.arange(len(files)), images=images, geometry=crops.Geometry(windows, (), windows[:, 0])
+    )
     decoder = Decoder(local_batch_size=len(files), threads=2, device=torch.device("cpu"))
     decoder.submit(job)
     return [pixels.numpy().copy() for pixels in windows_to_torch(decoder.collect()[1][0])]
@@ -72,12 +95,14 @@ def test_decoded_windows_are_pillows_pixels():
     files = [form(picture(61, 94, seed)) for seed, form in enumerate(FORMS.values())] * 4
     corners = [(rng.integers(0, 60), rng.integers(0, 93)) for _ in files]
     windows = [(y, x, rng.integers(1, 62 - y), rng.integers(1, 95 - x)) for y, x in corners]
-    windows[:len(FORMS)] = [(0, 0, 61, 94)] * len(FORMS)
+    windows[: len(FORMS)] = [(0, 0, 61, 94)] * len(FORMS)
     for data, (y, x, h, w), pixels in zip(files, windows, decode(files, windows), strict=True):
-        assert np.array_equal(pixels, np.asarray(pil(data))[y:y + h, x:x + w])
+        assert np.array_equal(pixels, np.asarray(pil(data))[y : y + h, x : x + w])
 
 
-@pytest.mark.parametrize(("resize_size", "crop_size"), [(256, 224), (232, 224), (64, 64), (48, 64), (20, 33)])
+@pytest.mark.parametrize(
+    ("resize_size", "crop_size"), [(256, 224), (232, 224), (64, 64), (48, 64), (20, 33)]
+)
 def test_evaluation_pixels_are_torchvisions(tmp_path, resize_size, crop_size):
     """Through the whole loader, the very pixels of Resize + CenterCrop on PIL images; odd sizes, ratios and forms.
 
@@ -88,10 +113,21 @@ def test_evaluation_pixels_are_torchvisions(tmp_path, resize_size, crop_size):
     if crop_size == 224:
         files += photographs()
     index = write_split(tmp_path, files, split="val")
-    loader = val_loader(index, tmp_path, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), val_resize_size=resize_size,
-                        val_crop_size=crop_size, val_batch_size=10)
+    loader = val_loader(
+        index,
+        tmp_path,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        val_resize_size=resize_size,
+        val_crop_size=crop_size,
+        val_batch_size=10,
+    )
     reference = Compose([Resize(resize_size), CenterCrop(crop_size), PILToTensor()])
-    shown = [(int(row), image) for batch in loader for row, image in zip(batch.indices, batch.images, strict=True)]
+    shown = [
+        (int(row), image)
+        for batch in loader
+        for row, image in zip(batch.indices, batch.images, strict=True)
+    ]
     assert [row for row, _ in shown] == list(range(len(files)))
     for row, image in shown:
         assert torch.equal((image * 255).round().to(torch.uint8), reference(pil(files[row]))), row
@@ -105,8 +141,12 @@ def test_training_cut_is_pillows():
     pixels = torch.from_numpy(np.array(source))
     for _ in range(60):
         y, x = int(rng.integers(0, 299)), int(rng.integers(0, 399))
-        h, w, flip = int(rng.integers(1, 301 - y)), int(rng.integers(1, 401 - x)), bool(rng.integers(2))
-        ours = cut(pixels[y:y + h, x:x + w].contiguous(), (96, 96), (0, 0), flip, 96)
+        h, w, flip = (
+            int(rng.integers(1, 301 - y)),
+            int(rng.integers(1, 401 - x)),
+            bool(rng.integers(2)),
+        )
+        ours = cut(pixels[y : y + h, x : x + w].contiguous(), (96, 96), (0, 0), flip, 96)
         theirs = source.crop((x, y, x + w, y + h)).resize((96, 96), Image.Resampling.BILINEAR)
         theirs = np.asarray(theirs.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else theirs)
         assert np.abs(ours.numpy().astype(int) - theirs).max() <= 1
@@ -120,11 +160,16 @@ def test_graph_that_finishes_has_the_same_geometry():
     """
     files = [encode(picture(*size, seed)) for seed, size in enumerate(SIZES)]
     heights, widths = np.array([image_size(data) for data in files]).T
-    pipeline = build_pipeline(local_batch_size=len(files), threads=2, device_id=None, decode="cpu", views=1)
+    pipeline = build_pipeline(
+        local_batch_size=len(files), threads=2, device_id=None, decode="cpu", views=1
+    )
     rows = np.arange(len(files))
     geometries = [
         (0, crops.val_geometry(heights, widths, DataConfig(val_resize_size=72, val_crop_size=64))),
-        (None, crops.val_geometry(heights, widths, DataConfig(val_resize_size=50, val_crop_size=64))),
+        (
+            None,
+            crops.val_geometry(heights, widths, DataConfig(val_resize_size=50, val_crop_size=64)),
+        ),
         (2, crops.train_geometry(0, 0, rows, heights, widths, 64, DataConfig())),
     ]
     for inner, geometry in geometries:
@@ -142,14 +187,24 @@ def test_graph_that_finishes_has_the_same_geometry():
         pipeline.release_outputs()
         for row, pixels in enumerate(decode(files, windows)):
             pixels = torch.from_numpy(pixels)
-            ours = cut(pixels, tuple(sizes[row].tolist()), offsets[row].tolist(), flips[row], 64, resize_exact).numpy()
+            ours = cut(
+                pixels,
+                tuple(sizes[row].tolist()),
+                offsets[row].tolist(),
+                flips[row],
+                64,
+                resize_exact,
+            ).numpy()
             difference = np.abs(ours.astype(int) - finished[row])
             assert difference.mean() < 0.3, SIZES[row]
-            assert inner is None or difference[inner:64 - inner, inner:64 - inner].max() <= 1, SIZES[row]
+            assert inner is None or difference[inner : 64 - inner, inner : 64 - inner].max() <= 1, (
+                SIZES[row]
+            )
 
 
 def protobuf_fields(data: bytes):
     """(number, value) of each field of a protocol buffer message; enough of the format to read a graph without DALI."""
+
     def varint():
         nonlocal position
         value = shift = 0
@@ -169,7 +224,7 @@ def protobuf_fields(data: bytes):
             yield key >> 3, varint()
             continue
         length = varint() if length is None else length
-        yield key >> 3, data[position:position + length]
+        yield key >> 3, data[position : position + length]
         position += length
 
 
@@ -177,7 +232,7 @@ def placement(pipeline) -> dict[str, set]:
     """The devices of each kind of operator in a graph."""
     operators = {}
     for number, value in protobuf_fields(pipeline.serialize()):
-        if number == 5:                                                      # an operator: name 1, arguments 4
+        if number == 5:  # an operator: name 1, arguments 4
             parts = list(protobuf_fields(value))
             arguments = [dict(protobuf_fields(part)) for key, part in parts if key == 4]
             device = next(a[5].decode() for a in arguments if a.get(1) == b"device")
@@ -188,15 +243,21 @@ def placement(pipeline) -> dict[str, set]:
 @pytest.mark.parametrize("slots", [0, 1])
 def test_gpu_form_places_what_touches_pixels_on_the_gpu(slots):
     """Defined and serialized without a GPU: DALI checks operators, arguments and devices on the way."""
-    pipeline = build_pipeline(local_batch_size=8, threads=4, device_id=None, decode="mixed", views=1, slots=slots)
+    pipeline = build_pipeline(
+        local_batch_size=8, threads=4, device_id=None, decode="mixed", views=1, slots=slots
+    )
     operators = placement(pipeline)
     assert operators.pop("ExternalSource") == {"cpu"}
     assert operators.pop("decoders__ImageSlice") == {"mixed"}
     # On the CPU as well: which operation an image gets, and its arguments.
     for name in ("_ArithmeticGenericOp", "_TensorSubscript", "_conditional__Split"):
         assert operators.pop(name, None) == ({"cpu", "gpu"} if slots else None)
-    assert {"Resize", "Slice", "Flip", *["WarpAffine", "Equalize", "Filter", "_conditional__Merge"] * slots} <= \
-        operators.keys()
+    assert {
+        "Resize",
+        "Slice",
+        "Flip",
+        *["WarpAffine", "Equalize", "Filter", "_conditional__Merge"] * slots,
+    } <= operators.keys()
     assert all(devices == {"gpu"} for devices in operators.values()), operators
 
 
@@ -215,16 +276,34 @@ def test_normalizer(dtype, width):
     normalize.prepare(width)
     normalize(pixels, out)
     expected = (pixels.double() / 255 - torch.tensor(config.mean)) / torch.tensor(config.std)
-    assert (out.double() - expected).abs().max() <= {torch.float32: 1e-6}.get(dtype, 3 * torch.finfo(dtype).eps)
+    assert (out.double() - expected).abs().max() <= {torch.float32: 1e-6}.get(
+        dtype, 3 * torch.finfo(dtype).eps
+    )
 
 
 # Operation, parameter: what policies and jitter reach at their ends, and the neutral ones.
-CASES = [(name, value) for name, values in {
-    "identity": [0], "shear_x": [-0.99, 0.1, 0.3], "shear_y": [-0.3, 0.99], "translate_x": [-31, 7],
-    "translate_y": [9, -5], "rotate": [-135, 3.3, 30], "brightness": [0.1, 1, 1.99], "color": [0.01, 0.7, 1, 1.99],
-    "contrast": [0.01, 0.7, 1, 1.99], "sharpness": [0.01, 1, 1.3, 1.99], "posterize": [2, 4, 8],
-    "solarize": [0, 100.5, 255], "autocontrast": [0], "equalize": [0], "invert": [0], "hue": [-0.5, -0.1, 0.05, 0.3],
-}.items() for value in values]
+CASES = [
+    (name, value)
+    for name, values in {
+        "identity": [0],
+        "shear_x": [-0.99, 0.1, 0.3],
+        "shear_y": [-0.3, 0.99],
+        "translate_x": [-31, 7],
+        "translate_y": [9, -5],
+        "rotate": [-135, 3.3, 30],
+        "brightness": [0.1, 1, 1.99],
+        "color": [0.01, 0.7, 1, 1.99],
+        "contrast": [0.01, 0.7, 1, 1.99],
+        "sharpness": [0.01, 1, 1.3, 1.99],
+        "posterize": [2, 4, 8],
+        "solarize": [0, 100.5, 255],
+        "autocontrast": [0],
+        "equalize": [0],
+        "invert": [0],
+        "hue": [-0.5, -0.1, 0.05, 0.3],
+    }.items()
+    for value in values
+]
 
 
 def plan_of(cases, side):
@@ -238,18 +317,24 @@ def torchvisions(image: torch.Tensor, name: str, value: float) -> torch.Tensor:
     planes = image.permute(2, 0, 1)
     if name == "hue":
         return functional.adjust_hue(planes, value).permute(1, 2, 0)
-    title = {"autocontrast": "AutoContrast"}.get(name, name.replace("_", " ").title().replace(" ", ""))
+    title = {"autocontrast": "AutoContrast"}.get(
+        name, name.replace("_", " ").title().replace(" ", "")
+    )
     if name in augment.OPERATIONS[1:6]:
         return _apply_op(planes, title, value, InterpolationMode.BILINEAR, None).permute(1, 2, 0)
     value = value - 1 if name in ("brightness", "color", "contrast", "sharpness") else value
-    return torch.from_numpy(np.array(_apply_op(Image.fromarray(image.numpy()), title, value, None, None)))
+    return torch.from_numpy(
+        np.array(_apply_op(Image.fromarray(image.numpy()), title, value, None, None))
+    )
 
 
 def squares(count: int, side: int) -> torch.Tensor:
     """Pictures, one of them with a channel of one value and one of a single colour."""
     pictures = [pil(data) for data in photographs(count // 2)]
     pictures += [picture(side, side, seed) for seed in range(count - len(pictures))]
-    images = torch.from_numpy(np.stack([np.asarray(image.resize((side, side))) for image in pictures]))
+    images = torch.from_numpy(
+        np.stack([np.asarray(image.resize((side, side))) for image in pictures])
+    )
     images[0, ..., 1], images[1] = 77, torch.tensor([200, 10, 90], dtype=torch.uint8)
     return images
 
@@ -263,17 +348,32 @@ def test_operations_are_torchvisions(gpu_form, monkeypatch):
     from nvidia.dali import fn
 
     if gpu_form:
-        monkeypatch.setattr(fn.experimental, "warp_perspective", lambda pixels, matrix, fill_value: fn.warp_affine(
-            pixels, matrix=matrix[:2], fill_value=0.0))
+        monkeypatch.setattr(
+            fn.experimental,
+            "warp_perspective",
+            lambda pixels, matrix, fill_value: fn.warp_affine(
+                pixels, matrix=matrix[:2], fill_value=0.0
+            ),
+        )
     # Pillow's equalize divides by a whole number, (pixels - brightest) // 255: of small pictures it is another law.
-    side, cases = 224, [case for case in CASES if not gpu_form or case[0] in augment.OPERATIONS[1:6]]
+    side, cases = (
+        224,
+        [case for case in CASES if not gpu_form or case[0] in augment.OPERATIONS[1:6]],
+    )
     augmenter = Augmenter(slots=1, local_batch_size=len(cases), threads=1)
     for image in squares(3, side):
         found = augmenter(image.expand(len(cases), -1, -1, -1).contiguous(), plan_of(cases, side))
         for (name, value), pixels in zip(cases, found, strict=True):
             difference = (pixels.int() - torchvisions(image, name, value).int()).abs()
             difference = difference[1:-1, 1:-1] if name == "sharpness" else difference
-            exact = value == 1 or name in ("identity", "translate_x", "translate_y", "posterize", "solarize", "invert")
+            exact = value == 1 or name in (
+                "identity",
+                "translate_x",
+                "translate_y",
+                "posterize",
+                "solarize",
+                "invert",
+            )
             limit = 0 if exact else 2 if name in ("color", "contrast", "equalize") else 1
             assert difference.max() <= limit, (name, value)
             assert difference.float().mean() < 0.8, (name, value)
@@ -283,14 +383,16 @@ def test_augmentation_does_not_depend_on_the_batch():
     """Nor on threads, on what came before, on an error in between; a graph serves every side and batch size."""
     config = AugmentConfig(policy="trivialaugment", color_jitter=(0, 0.4, 0, 0.1))
     slots = augment.num_slots(config)
-    one, three = (Augmenter(slots=slots, local_batch_size=12, threads=threads) for threads in (1, 3))
+    one, three = (
+        Augmenter(slots=slots, local_batch_size=12, threads=threads) for threads in (1, 3)
+    )
     for side, count in ((48, 12), (80, 5)):
         images, plan = squares(count, side), augment.plan(config, 0, 0, np.arange(count), side)
         before, together = images.clone(), one(images, plan)
         assert torch.equal(together, three(images, plan)) and torch.equal(images, before)
         for row in (0, 3):
             alone = augment.plan(config, 0, 0, np.arange(row, row + 1), side)
-            assert torch.equal(one(images[row:row + 1], alone)[0], together[row])
+            assert torch.equal(one(images[row : row + 1], alone)[0], together[row])
         if side == 48:
             with pytest.raises(RuntimeError):
                 one(images[:2], plan)
@@ -299,11 +401,21 @@ def test_augmentation_does_not_depend_on_the_batch():
 
 def test_slots_in_the_graph_of_the_decoder_come_after_the_flip():
     """The GPU graph's form, run on the CPU: what the second stage makes of the same squares."""
-    config, side, rows = AugmentConfig(policy="autoaugment", color_jitter=(0, 0, 0.4, 0)), 64, np.arange(8)
+    config, side, rows = (
+        AugmentConfig(policy="autoaugment", color_jitter=(0, 0, 0.4, 0)),
+        64,
+        np.arange(8),
+    )
     files = [encode(picture(100, 120, seed)) for seed in rows]
-    geometry = crops.train_geometry(0, 0, rows, np.full(8, 100), np.full(8, 120), side, DataConfig())
-    job = Job(rows, images=[Encoded(row, data, 100, 120) for row, data in enumerate(files)], geometry=geometry,
-              plan=augment.plan(config, 0, 0, rows, side))
+    geometry = crops.train_geometry(
+        0, 0, rows, np.full(8, 100), np.full(8, 120), side, DataConfig()
+    )
+    job = Job(
+        rows,
+        images=[Encoded(row, data, 100, 120) for row, data in enumerate(files)],
+        geometry=geometry,
+        plan=augment.plan(config, 0, 0, rows, side),
+    )
     shown = []
     for slots in (0, augment.num_slots(config)):
         decoder = Decoder(local_batch_size=8, threads=2, device=torch.device("cpu"))

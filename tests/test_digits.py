@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet_dist.data import digits
-from resnet_dist.data.digits import load_digits, write_digits
+from resnet_dist.data.sources import digits
+from resnet_dist.data.sources.digits import load_digits, write_digits
 
 
 def listing(folder):
-    return sorted(os.path.relpath(os.path.join(place, name), folder)
-                  for place, _, names in os.walk(folder) for name in names)
+    return sorted(
+        os.path.relpath(os.path.join(place, name), folder)
+        for place, _, names in os.walk(folder)
+        for name in names
+    )
 
 
 def test_the_embedded_set():
@@ -21,7 +24,9 @@ def test_the_embedded_set():
     assert images.shape == (1797, 8, 8)
     assert (images.dtype, images.max(), images.min()) == (np.uint8, 16, 0)
     assert np.bincount(labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
-    assert hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()[:16] == "65e5b4619795efb4"
+    assert (
+        hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()[:16] == "65e5b4619795efb4"
+    )
 
 
 def test_written_once_and_complete(tmp_path):
@@ -33,7 +38,11 @@ def test_written_once_and_complete(tmp_path):
     assert sorted(os.listdir(folder / "val")) == [str(digit) for digit in range(10)]
     with Image.open(folder / "train/3/0000.jpg") as image:
         assert (image.size, image.mode, image.format) == ((32, 32), "RGB", "JPEG")
-        shrunk = np.asarray(image.convert("L").resize((8, 8), Image.Resampling.BOX), dtype=float) / 255 * 16
+        shrunk = (
+            np.asarray(image.convert("L").resize((8, 8), Image.Resampling.BOX), dtype=float)
+            / 255
+            * 16
+        )
     images, labels = load_digits()
     assert np.abs(shrunk - images[np.flatnonzero(labels == 3)[0]]).mean() < 1.0
     before = os.stat(folder / "train/3/0000.jpg").st_mtime_ns

@@ -22,9 +22,11 @@ from resnet_dist.optim import build_optimizer
 from resnet_dist.run import build_plan, build_state
 
 CPU = torch.device("cpu")
-CONFIG = Config(model=ModelConfig(name="resnet18", sync_batch_norm=False),
-                train=TrainConfig(precision="fp32", label_smoothing=0.1),
-                optim=OptimConfig(weight_decay=1e-4, momentum=0.9, nesterov=True))
+CONFIG = Config(
+    model=ModelConfig(name="resnet18", sync_batch_norm=False),
+    train=TrainConfig(precision="fp32", label_smoothing=0.1),
+    optim=OptimConfig(weight_decay=1e-4, momentum=0.9, nesterov=True),
+)
 
 
 class Alone:
@@ -55,7 +57,9 @@ class NoSync(nn.Module):
 
 def make_batch(size, image=64, classes=10, seed=0, device="cpu", dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(size, 3, image, image, generator=generator).contiguous(memory_format=torch.channels_last)
+    images = torch.randn(size, 3, image, image, generator=generator).contiguous(
+        memory_format=torch.channels_last
+    )
     labels = torch.randint(classes, (size,), generator=generator)
     return Batch(images.to(device, dtype), labels.to(device), np.arange(size))
 
@@ -69,7 +73,9 @@ def test_a_step_equals_plain_torch_with_torchvision():
     state = build_state(CONFIG, 10, CPU)
     reference = torchvision.models.resnet18(num_classes=10).to(memory_format=torch.channels_last)
     reference.load_state_dict(state.model.state_dict())
-    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    optimizer = torch.optim.SGD(
+        reference.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True
+    )
     batch, plan, nonfinite = make_batch(8), plan_of(CONFIG), NonFinite(state.model, 0)
     reference.train(), state.model.train()
     for _ in range(3):
@@ -83,33 +89,49 @@ def test_a_step_equals_plain_torch_with_torchvision():
         assert counts.result()["loss"] == pytest.approx(loss.item(), abs=1e-6)
         assert grad_norm.item() == pytest.approx(norm.item(), rel=1e-5)
     assert state.step == 3
-    for (name, ours), theirs in zip(state.model.state_dict().items(), reference.state_dict().values(), strict=True):
+    for (name, ours), theirs in zip(
+        state.model.state_dict().items(), reference.state_dict().values(), strict=True
+    ):
         assert (ours - theirs).abs().max() <= 1e-6, name
 
 
 def test_accumulated_micro_steps_equal_one_batch():
     """Without batch norm, whose statistics are those of a micro-step, four micro-batches of 2 are one of 8."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)).double()
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)
+    ).double()
     whole = make_batch(8, image=8, dtype=torch.float64)
-    parts = [Batch(whole.images[i:i + 2], whole.labels[i:i + 2], whole.indices[i:i + 2]) for i in range(0, 8, 2)]
+    parts = [
+        Batch(whole.images[i : i + 2], whole.labels[i : i + 2], whole.indices[i : i + 2])
+        for i in range(0, 8, 2)
+    ]
     results = []
     for micro_batches in ([whole], parts):
         model = copy.deepcopy(net)
-        state = TrainState(model, build_optimizer(OptimConfig(), model), torch.amp.GradScaler("cpu", enabled=False))
-        counts, norm = train_step(NoSync(model), state, micro_batches, 0.1, plan_of(CONFIG), NonFinite(state.model, 0))
+        state = TrainState(
+            model, build_optimizer(OptimConfig(), model), torch.amp.GradScaler("cpu", enabled=False)
+        )
+        counts, norm = train_step(
+            NoSync(model), state, micro_batches, 0.1, plan_of(CONFIG), NonFinite(state.model, 0)
+        )
         results.append((counts.result(), norm, model.state_dict()))
     assert results[0][0] == pytest.approx(results[1][0])
     torch.testing.assert_close(results[0][1:], results[1][1:], rtol=1e-12, atol=1e-14)
 
 
 def test_clipping_bounds_the_update():
-    config = replace(CONFIG, train=replace(CONFIG.train, clip_grad_norm=0.5),
-                     optim=OptimConfig(weight_decay=0.0, momentum=0.0))
+    config = replace(
+        CONFIG,
+        train=replace(CONFIG.train, clip_grad_norm=0.5),
+        optim=OptimConfig(weight_decay=0.0, momentum=0.0),
+    )
     state = build_state(config, 10, CPU)
     before = copy.deepcopy(state.model)
-    _, norm = train_step(NoSync(state.model), state, [make_batch(4)], 1.0, plan_of(config), NonFinite(state.model, 0))
-    assert norm > 0.5                                    # the norm before clipping is what is logged
+    _, norm = train_step(
+        NoSync(state.model), state, [make_batch(4)], 1.0, plan_of(config), NonFinite(state.model, 0)
+    )
+    assert norm > 0.5  # the norm before clipping is what is logged
     pairs = zip(state.model.parameters(), before.parameters(), strict=True)
     moved = torch.cat([(a - b).double().flatten() for a, b in pairs])
     assert moved.norm().item() == pytest.approx(0.5, rel=1e-3)
@@ -158,10 +180,19 @@ def test_fp16_scaler_lowers_its_scale_and_skips():
 def test_every_optimizer_learns_skips_and_scales(kind, precision):
     """One update that is not finite, which leaves weights and state, then twelve that lower the loss."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 16, 3, stride=4), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, stride=4),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(256, 10),
+    )
     config = replace(CONFIG, train=TrainConfig(precision=precision))
-    state = TrainState(net, build_optimizer(OptimConfig(kind=kind, trust_coefficient=0.02), net),
-                       torch.amp.GradScaler("cpu", enabled=precision == "fp16"))
+    state = TrainState(
+        net,
+        build_optimizer(OptimConfig(kind=kind, trust_coefficient=0.02), net),
+        torch.amp.GradScaler("cpu", enabled=precision == "fp16"),
+    )
     before = [p.detach().clone() for p in state.model.parameters()]
     bad, good = make_batch(4, image=16), make_batch(8, image=16, seed=1)
     bad.images[0, 0, 0, 0] = float("inf")
@@ -170,7 +201,7 @@ def test_every_optimizer_learns_skips_and_scales(kind, precision):
     train_step(NoSync(state.model), state, [bad], 0.1, plan, nonfinite)
     assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters(), strict=True))
     for number, tensors in state.optimizer.state_dict()["state"].items():
-        for name, tensor in tensors.items():             # AdamW has made its state in this update, as zeros
+        for name, tensor in tensors.items():  # AdamW has made its state in this update, as zeros
             assert torch.equal(tensor, first[number][name]) if number in first else not tensor.any()
     for _ in range(12):
         lr = {"sgd": 0.05, "lars": 0.5, "lamb": 0.02, "rmsprop": 0.01, "adamw": 0.005}[kind]
@@ -180,17 +211,37 @@ def test_every_optimizer_learns_skips_and_scales(kind, precision):
     assert int(nonfinite.total) == 1
 
 
-@pytest.mark.parametrize(("name", "kind", "loss"), [
-    ("resnet20", "sgd", "ce"), ("resnet50", "sgd", "bce"), ("resnet20", "lars", "ce"), ("resnet20", "lamb", "bce"),
-    ("resnet20", "rmsprop", "ce"), ("resnet20", "adamw", "ce")])
+@pytest.mark.parametrize(
+    ("name", "kind", "loss"),
+    [
+        ("resnet20", "sgd", "ce"),
+        ("resnet50", "sgd", "bce"),
+        ("resnet20", "lars", "ce"),
+        ("resnet20", "lamb", "bce"),
+        ("resnet20", "rmsprop", "ce"),
+        ("resnet20", "adamw", "ce"),
+    ],
+)
 def test_the_whole_step_runs_on_meta(name, kind, loss):
     """No tensor on the wrong device, no stray .item(): either would raise on a device without data.
 
     In fp32, since autocast does not know this device.
     """
-    config = replace(CONFIG, model=ModelConfig(name=name), optim=OptimConfig(kind=kind), train=TrainConfig(
-        precision="fp32", clip_grad_norm=1.0, ema_decay=0.999, label_smoothing=0.1, grad_accum_steps=2, loss=loss,
-        bce_target_threshold=0.2), augment=AugmentConfig(mixup_alpha=0.2))
+    config = replace(
+        CONFIG,
+        model=ModelConfig(name=name),
+        optim=OptimConfig(kind=kind),
+        train=TrainConfig(
+            precision="fp32",
+            clip_grad_norm=1.0,
+            ema_decay=0.999,
+            label_smoothing=0.1,
+            grad_accum_steps=2,
+            loss=loss,
+            bce_target_threshold=0.2,
+        ),
+        augment=AugmentConfig(mixup_alpha=0.2),
+    )
     with torch.device("meta"):
         state = build_state(config, 1000, torch.device("meta"))
     batches = [make_batch(4, image=224, device="meta") for _ in range(2)]
@@ -221,9 +272,13 @@ def test_views_are_averaged_as_probabilities():
     loader.mirrored = True
     counts = evaluate(model, loader, Alone(), "fp32").result()
     with torch.no_grad():
-        views = [images for view in (first.images, second.images) for images in (view, view.flip(3))]
+        views = [
+            images for view in (first.images, second.images) for images in (view, view.flip(3))
+        ]
         mean = torch.stack([model(images).double().softmax(1) for images in views]).mean(0)
-    assert counts["loss"] == pytest.approx(-mean.log().gather(1, first.labels[:, None]).mean().item(), rel=1e-6)
+    assert counts["loss"] == pytest.approx(
+        -mean.log().gather(1, first.labels[:, None]).mean().item(), rel=1e-6
+    )
     assert counts["correct1"] == int((mean.argmax(1) == first.labels).sum())
 
 
@@ -251,11 +306,16 @@ def test_evaluation_refuses_a_miscount_and_stops_when_asked():
     with pytest.raises(AssertionError, match="evaluated 5 of 6 images"):
         evaluate(model, ListLoader([make_batch(5)], 6), Alone(), "fp32")
     calls = iter([0, 15])
-    assert evaluate(model, ListLoader([make_batch(5)] * 3, 15), Alone(), "fp32", lambda: next(calls)) is None
+    assert (
+        evaluate(model, ListLoader([make_batch(5)] * 3, 15), Alone(), "fp32", lambda: next(calls))
+        is None
+    )
 
 
 def test_top5_of_few_classes_and_counts_add_up():
-    a = Counts.of(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]), torch.tensor([1.0, 2.0]))
+    a = Counts.of(
+        torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]), torch.tensor([1.0, 2.0])
+    )
     total = (a + a).result()
     assert (total["correct1"], total["correct5"], total["num"], total["loss"]) == (2, 4, 4, 1.5)
 
@@ -277,5 +337,8 @@ def test_buckets_settle_without_a_trace():
     state = build_state(config, 10, CPU)
     before = copy.deepcopy(state.model.state_dict())
     engine.settle_buckets(NoSync(state.model), 32, "bf16", CPU)
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), state.model.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(before.values(), state.model.state_dict().values(), strict=True)
+    )
     assert state.model.training and all(p.grad is None for p in state.model.parameters())

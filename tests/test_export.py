@@ -20,17 +20,23 @@ from resnet_dist.models.build import build_model
 @pytest.fixture
 def run(tmp_path, capfd):
     """Export a checkpoint: exit code, the file, and what was printed on the two streams."""
+
     def run(checkpoint, to, *more):
         output = tmp_path / f"exported.{to}"
-        code = cli.main(["export", "--checkpoint", str(checkpoint), "--to", to, "--output", str(output), *more])
+        code = cli.main(
+            ["export", "--checkpoint", str(checkpoint), "--to", to, "--output", str(output), *more]
+        )
         assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
         return code, output, *capfd.readouterr()
+
     return run
 
 
 def network(checkpoint, raw=False):
     saved = unpack_checkpoint(read_checkpoint(checkpoint), "")
-    return composition.load_network(saved, Config(model=ModelConfig("resnet20")), torch.device("cpu"), raw)[0]
+    return composition.load_network(
+        saved, Config(model=ModelConfig("resnet20")), torch.device("cpu"), raw
+    )[0]
 
 
 def images(n):
@@ -39,9 +45,21 @@ def images(n):
 
 def check_metadata(facts, checkpoint):
     digest = Path(checkpoint).resolve().with_suffix(".pt.sha256").read_text().split()[0]
-    assert facts["model"] == "resnet20" and facts["weights"] == "ema" and facts["checkpoint_sha256"] == digest
-    assert json.loads(facts["class_names"]) == list("0123456789") and json.loads(facts["mean"]) == [0.5, 0.5, 0.5]
-    assert [json.loads(facts[key]) for key in ("val_resize_size", "val_crop_size", "step")] == [18, 16, 2]
+    assert (
+        facts["model"] == "resnet20"
+        and facts["weights"] == "ema"
+        and facts["checkpoint_sha256"] == digest
+    )
+    assert json.loads(facts["class_names"]) == list("0123456789") and json.loads(facts["mean"]) == [
+        0.5,
+        0.5,
+        0.5,
+    ]
+    assert [json.loads(facts[key]) for key in ("val_resize_size", "val_crop_size", "step")] == [
+        18,
+        16,
+        2,
+    ]
 
 
 @torch.inference_mode()
@@ -49,7 +67,12 @@ def test_onnx(checkpoint, run):
     import onnxruntime
 
     code, output, out, err = run(checkpoint, "onnx")
-    assert code == 0 and err == "" and out.count("\n") == 1 and f"{output}: resnet20, ema weights of step 2" in out
+    assert (
+        code == 0
+        and err == ""
+        and out.count("\n") == 1
+        and f"{output}: resnet20, ema weights of step 2" in out
+    )
     session = onnxruntime.InferenceSession(output)
     model = network(checkpoint)
     for n in (1, 7):
@@ -60,7 +83,9 @@ def test_onnx(checkpoint, run):
 
 @torch.inference_mode()
 def test_torch_export(checkpoint, run):
-    code, output, out, err = run(checkpoint, "torch_export", "--raw_weights", "--data.val_crop_size", "12")
+    code, output, out, err = run(
+        checkpoint, "torch_export", "--raw_weights", "--data.val_crop_size", "12"
+    )
     assert code == 0 and err == "" and out.count("\n") == 1 and "model weights of step 2" in out
     facts = {"metadata.json": ""}
     with open(output, "rb") as file:
@@ -69,7 +94,9 @@ def test_torch_export(checkpoint, run):
     assert facts["weights"] == "model" and facts["val_crop_size"] == "12"
     for n in (1, 7):
         given = images(n)[:, :, :12, :12]
-        torch.testing.assert_close(program.module()(given), network(checkpoint, raw=True)(given), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            program.module()(given), network(checkpoint, raw=True)(given), atol=1e-5, rtol=0
+        )
 
 
 def test_safetensors(checkpoint, run):
@@ -83,7 +110,7 @@ def test_safetensors(checkpoint, run):
         assert all(torch.equal(file.get_tensor(name), weights[name]) for name in weights)
         check_metadata(file.metadata(), checkpoint)
     before = output.read_bytes()
-    code, output, _, err = run(checkpoint, "safetensors")                # which would be written over
+    code, output, _, err = run(checkpoint, "safetensors")  # which would be written over
     assert code == 2 and "exists" in err and output.read_bytes() == before
 
 
@@ -95,8 +122,17 @@ def fresh(path, **options):
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(std=0.1)
-    write_checkpoint(path, {"format": 1, "config": to_dict(config), "class_names": list("abcd"), "step": 1, "ema": None,
-                            "model": model.state_dict()})
+    write_checkpoint(
+        path,
+        {
+            "format": 1,
+            "config": to_dict(config),
+            "class_names": list("abcd"),
+            "step": 1,
+            "ema": None,
+            "model": model.state_dict(),
+        },
+    )
     return path, model.eval()
 
 
@@ -113,11 +149,20 @@ def test_torchvision(tmp_path, run, checkpoint):
     output.unlink()
 
     code, output, _, err = run(checkpoint, "torchvision")
-    assert code == 2 and "it has no resnet20: take onnx, torch_export or safetensors" in err and not output.exists()
+    assert (
+        code == 2
+        and "it has no resnet20: take onnx, torch_export or safetensors" in err
+        and not output.exists()
+    )
     # Of the same keys and shapes, and another network: only the logits tell.
     path, _ = fresh(tmp_path / "resnet50.pt", name="resnet50", stride_in_1x1=True)
     code, output, _, err = run(path, "torchvision")
-    assert code == 2 and "other logits" in err and "{'stride_in_1x1': True}" in err and not output.exists()
+    assert (
+        code == 2
+        and "other logits" in err
+        and "{'stride_in_1x1': True}" in err
+        and not output.exists()
+    )
     path, _ = fresh(tmp_path / "resnet18b.pt", name="resnet18", stem="deep")
     code, output, _, err = run(path, "torchvision")
     assert code == 2 and "it has no resnet18 {'stem': 'deep'}" in err and not output.exists()
@@ -130,7 +175,11 @@ def test_failures_leave_nothing(checkpoint, run, monkeypatch):
             code, output, _, err = run(checkpoint, "safetensors")
         assert code == 2 and "other logits" in err and not output.exists()
     with monkeypatch.context() as patch:
-        patch.setattr(export, "write_whole", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+        patch.setattr(
+            export,
+            "write_whole",
+            lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")),
+        )
         code, output, _, err = run(checkpoint, "safetensors")
     assert code == 2 and "No space left" in err and err.count("\n") == 1 and not output.exists()
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
@@ -152,6 +201,6 @@ def test_a_difference_is_seen():
             return super().forward(batch) + (0.002 if len(batch) > 1 else 0)
 
     assert export.difference(Model(), Model(), 16) == 0
-    assert 0.9e-4 < export.difference(Model(), Other(), 16) < 1.1e-4          # of the largest logit, 20
+    assert 0.9e-4 < export.difference(Model(), Other(), 16) < 1.1e-4  # of the largest logit, 20
     Model.scale = float("nan")
     assert not export.difference(Model(), Model(), 16) <= export.TOLERANCE

@@ -17,21 +17,28 @@ from resnet_dist.run import build_plan, build_state
 
 def trained(steps=3, **optim):
     """A small run on the CPU: the state before, and the state after it."""
-    config = Config(model=ModelConfig(name="resnet20"), optim=OptimConfig(**optim),
-                    train=TrainConfig(precision="fp32", ema_decay=0.9))
+    config = Config(
+        model=ModelConfig(name="resnet20"),
+        optim=OptimConfig(**optim),
+        train=TrainConfig(precision="fp32", ema_decay=0.9),
+    )
     state = build_state(config, 10, CPU)
     before = {key: value.clone() for key, value in state.model.state_dict().items()}
     model, plan = NoSync(state.model), build_plan(config, 10)
     engine.settle_buckets(model, 16, "fp32", CPU)
     for step in range(steps):
-        train_step(model, state, [make_batch(8, 16, seed=step)], 0.1, plan, NonFinite(state.model, step))
+        train_step(
+            model, state, [make_batch(8, 16, seed=step)], 0.1, plan, NonFinite(state.model, step)
+        )
     return state, before
 
 
 def moved(state, before):
     """The tensors that are not as they were, of the network and of its average, which must be the same."""
-    of_model, of_ema = ({key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
-                        for model in (state.model, state.ema.model))
+    of_model, of_ema = (
+        {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+        for model in (state.model, state.ema.model)
+    )
     assert of_model == of_ema
     return of_model
 
@@ -40,7 +47,11 @@ def test_a_frozen_backbone_is_bit_identical():
     """Weights, running statistics and counts, of the network and of its average; the optimizer does not know them."""
     state, before = trained(unfreeze_from="head")
     assert moved(state, before) == {"fc.weight", "fc.bias"}
-    assert len(state.optimizer.state) == sum(len(group["params"]) for group in state.optimizer.param_groups) == 2
+    assert (
+        len(state.optimizer.state)
+        == sum(len(group["params"]) for group in state.optimizer.param_groups)
+        == 2
+    )
     assert all(p.grad is None for p in state.model.parameters())
     assert len(moved(*trained())) == len(before)
 
@@ -49,17 +60,24 @@ def test_unfrozen_from_a_stage_on():
     state, before = trained(unfreeze_from="layer3")
     assert moved(state, before) == {key for key in before if key.startswith(("layer3.", "fc."))}
     state, before = trained(unfreeze_from="layer3.2.conv2", steps=1)
-    assert moved(state, before) == {key for key in before if key.startswith(("layer3.2.conv2", "layer3.2.bn2", "fc."))}
+    assert moved(state, before) == {
+        key for key in before if key.startswith(("layer3.2.conv2", "layer3.2.bn2", "fc."))
+    }
 
 
 def test_frozen_norms_stay_in_eval_throughout():
     """Also after an evaluation; then a SyncBatchNorm says nothing to the other ranks."""
+
     class Nothing(list):
         num_samples, mirrored = 0, False
 
     state, _ = trained(steps=0, unfreeze_from="layer3")
     engine.evaluate(state.model, Nothing(), Alone(), "fp32")
-    modes = {name: module.training for name, module in state.model.named_modules() if "bn" in name.split(".")[-1]}
+    modes = {
+        name: module.training
+        for name, module in state.model.named_modules()
+        if "bn" in name.split(".")[-1]
+    }
     assert len(modes) == 19
     assert modes == {name: name.startswith("layer3") for name in modes}
     assert state.model.training and state.model.layer1.training
@@ -69,8 +87,14 @@ def test_frozen_norms_stay_in_eval_throughout():
 
 
 def test_a_norm_without_weights_goes_with_the_layer_before():
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False), nn.Dropout(), nn.Conv2d(4, 4, 1),
-                          nn.BatchNorm2d(4, affine=False), nn.Linear(4, 2))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1),
+        nn.BatchNorm2d(4, affine=False),
+        nn.Dropout(),
+        nn.Conv2d(4, 4, 1),
+        nn.BatchNorm2d(4, affine=False),
+        nn.Linear(4, 2),
+    )
     freeze(model, "3")
     train_mode(model)
     assert [module.training for module in model] == [True, False, True, True, True, True]
@@ -82,9 +106,16 @@ def test_auxiliary_heads_are_heads():
         model = torchvision.models.inception_v3(init_weights=False)
     model.auxiliary_weight = 0.4
     freeze(model, "Mixed_7b")
-    trains = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trains = {
+        name.split(".")[0]
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
     assert trains == {"AuxLogits", "Mixed_7b", "Mixed_7c", "fc"}
-    assert not model.AuxLogits.conv0.conv.weight.requires_grad and model.AuxLogits.fc.weight.requires_grad
+    assert (
+        not model.AuxLogits.conv0.conv.weight.requires_grad
+        and model.AuxLogits.fc.weight.requires_grad
+    )
 
 
 @pytest.mark.parametrize("name", ["layer4", "layer", "relu", "fc.weight", "Head"])
@@ -95,7 +126,9 @@ def test_a_module_that_is_not_there(name):
 
 
 def test_the_first_module_would_freeze_nothing():
-    with pytest.raises(ValueError, match=r"optim\.unfreeze_from is 'conv1', where the network begins"):
+    with pytest.raises(
+        ValueError, match=r"optim\.unfreeze_from is 'conv1', where the network begins"
+    ):
         freeze(MODELS["resnet20"](num_classes=3), "conv1")
 
 
@@ -107,18 +140,29 @@ def test_the_backbone_may_learn_more_slowly():
     for key, parameter in plain.model.named_parameters():
         step, slow_step = (of - before[key] for of in (parameter, slow.model.get_parameter(key)))
         assert step.abs().max() > 0
-        torch.testing.assert_close(slow_step, step * (1 if key.startswith("fc") else 0.125), rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(
+            slow_step, step * (1 if key.startswith("fc") else 0.125), rtol=1e-3, atol=1e-7
+        )
 
 
 def test_groups_with_a_head_of_their_own():
     """By kind of parameter and then backbone and head; without a scale the three groups of any run."""
     model = MODELS["resnet20"](num_classes=10)
     config = {"weight_decay": 1e-4, "norm_weight_decay": 0.0, "bias_weight_decay": 1e-5}
-    plain, split = (parameter_groups(model, OptimConfig(**config, backbone_lr_scale=scale)) for scale in (1.0, 0.1))
+    plain, split = (
+        parameter_groups(model, OptimConfig(**config, backbone_lr_scale=scale))
+        for scale in (1.0, 0.1)
+    )
     assert all("lr_scale" not in group for group in plain)
-    assert [(len(group["params"]), group["weight_decay"], group["lr_scale"]) for group in split] == [
-        (19, 1e-4, 0.1), (1, 1e-4, 1.0), (38, 0.0, 0.1), (1, 1e-5, 1.0)]
+    assert [
+        (len(group["params"]), group["weight_decay"], group["lr_scale"]) for group in split
+    ] == [(19, 1e-4, 0.1), (1, 1e-4, 1.0), (38, 0.0, 0.1), (1, 1e-5, 1.0)]
     assert split[1]["params"][0] is model.fc.weight and split[3]["params"][0] is model.fc.bias
     freeze(model, "layer3")
     split = parameter_groups(model, OptimConfig(backbone_lr_scale=0.1))
-    assert [(len(group["params"]), group["lr_scale"]) for group in split] == [(6, 0.1), (1, 1.0), (12, 0.1), (1, 1.0)]
+    assert [(len(group["params"]), group["lr_scale"]) for group in split] == [
+        (6, 0.1),
+        (1, 1.0),
+        (12, 0.1),
+        (1, 1.0),
+    ]

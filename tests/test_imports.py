@@ -9,8 +9,19 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "resnet_dist").rglob("*.py"))
 LAYERS = [
     {"", "config", "cluster", "remarks", "schedule"},
-    {"rng", "watchdog", "distributed", "log", "metrics", "timing", "data.types", "data.order", "data.crops",
-     "data.index"},
+    {
+        "precision",
+        "rng",
+        "watchdog",
+        "distributed",
+        "log",
+        "metrics",
+        "timing",
+        "data.types",
+        "data.sampling.order",
+        "data.sampling.crops",
+        "data.sources.index",
+    },
     {"optim", "ema", "mix", "models.*", "data.*"},
     {"checkpoint", "engine"},
     {"run"},
@@ -18,9 +29,15 @@ LAYERS = [
     {"cli"},
 ]
 FENCES = {
-    "nvidia": {"data.dali"},
+    "nvidia": {"data.pixels.dali"},
     # commands.export proves that its file is a state dict of torchvision's own network.
-    "torchvision": {"models.zoo", "models.weights", "commands.data", "commands.benchmark_loader", "commands.export"},
+    "torchvision": {
+        "models.zoo",
+        "models.weights",
+        "commands.data",
+        "commands.benchmark_loader",
+        "commands.export",
+    },
     "timm": {"models.zoo"},
     "wandb": {"log"},
     "submitit": {"launch"},
@@ -45,8 +62,12 @@ def layer_of(name):
 def imports(path, inside_functions):
     """(imported module, line) of a file, at the top or inside functions."""
     tree = ast.parse(path.read_text())
-    inner = {id(node) for function in ast.walk(tree) if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
-             for node in ast.walk(function)}
+    inner = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for node in ast.walk(function)
+    }
     for node in ast.walk(tree):
         if (id(node) in inner) != inside_functions:
             continue
@@ -66,14 +87,27 @@ def test_imports_run_downward(name):
     for inside in (False, True):
         for imported, line in imports(MODULES[name], inside):
             target = imported.removeprefix("resnet_dist").removeprefix(".")
-            if imported.startswith("resnet_dist") and target in MODULES and target and target != name:
-                assert layer_of(target) <= layer_of(name), f"{MODULES[name]}:{line} imports upward: {imported}"
+            if (
+                imported.startswith("resnet_dist")
+                and target in MODULES
+                and target
+                and target != name
+            ):
+                assert layer_of(target) <= layer_of(name), (
+                    f"{MODULES[name]}:{line} imports upward: {imported}"
+                )
 
 
 def test_there_are_no_cycles():
-    edges = {name: {imported.removeprefix("resnet_dist.") for inside in (False, True)
-                    for imported, _ in imports(path, inside)} & set(MODULES) - {name, ""}
-             for name, path in MODULES.items()}
+    edges = {
+        name: {
+            imported.removeprefix("resnet_dist.")
+            for inside in (False, True)
+            for imported, _ in imports(path, inside)
+        }
+        & set(MODULES) - {name, ""}
+        for name, path in MODULES.items()
+    }
     done, trail = set(), []
 
     def visit(name):
@@ -108,6 +142,7 @@ def test_what_the_command_line_needs_is_light():
 
 def functions(tree):
     """All functions of a module, with whether each is public: neither it nor what is around it is private."""
+
     def walk(node, public):
         for child in ast.iter_child_nodes(node):
             if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -116,6 +151,7 @@ def functions(tree):
             else:
                 named = isinstance(child, ast.ClassDef)
                 yield from walk(child, public and not (named and child.name.startswith("_")))
+
     return walk(tree, True)
 
 
@@ -129,13 +165,38 @@ def test_files_are_small_and_documented(name):
         limit = 90 if (name, function.name) in {("run", "main"), ("engine", "train")} else 50
         length = function.end_lineno - function.lineno + 1
         assert length <= limit, f"{path}: {function.name} has {length} lines"
-        known = function.name in ("forward", "backward", "extra_repr")      # torch gives these their meaning
-        assert ast.get_docstring(function) or known or not public, f"{path}: {function.name} has no docstring"
+        known = function.name in (
+            "forward",
+            "backward",
+            "extra_repr",
+        )  # torch gives these their meaning
+        assert ast.get_docstring(function) or known or not public, (
+            f"{path}: {function.name} has no docstring"
+        )
 
 
-CORE = ("config", "run", "engine", "rng", "schedule", "mix", "optim", "ema", "metrics", "timing", "checkpoint",
-        "distributed", "data.order", "data.crops", "data.types", "data.build", "models.build", "models.resnet",
-        "models.init", "models.sync_batch_norm")
+CORE = (
+    "config",
+    "run",
+    "engine",
+    "rng",
+    "schedule",
+    "mix",
+    "optim",
+    "ema",
+    "metrics",
+    "timing",
+    "checkpoint",
+    "distributed",
+    "data.sampling.order",
+    "data.sampling.crops",
+    "data.types",
+    "data.build",
+    "models.build",
+    "models.resnet",
+    "models.init",
+    "models.sync_batch_norm",
+)
 
 
 def test_the_package_stays_small():

@@ -12,10 +12,16 @@ import torch
 from dist_utils import run_ranks
 from image_files import OneProcess, pack_shards, simulated_index
 
-from resnet_dist.data import index as index_module
-from resnet_dist.data import scan as scan_module
-from resnet_dist.data.index import SHARD_INDEX, check_num_classes, check_same_classes, open_index, write_index
-from resnet_dist.data.scan import build_index
+from resnet_dist.data.sources import index as index_module
+from resnet_dist.data.sources import scan as scan_module
+from resnet_dist.data.sources.index import (
+    SHARD_INDEX,
+    check_num_classes,
+    check_same_classes,
+    open_index,
+    write_index,
+)
+from resnet_dist.data.sources.scan import build_index
 from resnet_dist.distributed import Runtime
 
 ALONE = OneProcess()
@@ -40,7 +46,9 @@ def scans(monkeypatch):
     calls = []
     for name in ("_scan", "_scan_shards"):
         scan = getattr(scan_module, name)
-        monkeypatch.setattr(scan_module, name, lambda *args, scan=scan: calls.append(1) or scan(*args))
+        monkeypatch.setattr(
+            scan_module, name, lambda *args, scan=scan: calls.append(1) or scan(*args)
+        )
     return calls
 
 
@@ -53,15 +61,28 @@ def labels(index):
 
 
 def test_rows_are_sorted_by_class_and_name(tmp_path):
-    data_dir = make(tmp_path, ["train/b/2.jpg", "train/b/10.JPEG", "train/a/x.PNG", "train/ä/1.jpg",
-                               "train/b/notes.txt", "train/.ipynb_checkpoints/1.jpg", "train/a/._x.jpg"])
+    data_dir = make(
+        tmp_path,
+        [
+            "train/b/2.jpg",
+            "train/b/10.JPEG",
+            "train/a/x.PNG",
+            "train/ä/1.jpg",
+            "train/b/notes.txt",
+            "train/.ipynb_checkpoints/1.jpg",
+            "train/a/._x.jpg",
+        ],
+    )
     index = build_index(data_dir, "train", ALONE)
     assert index.class_names == ("a", "b", "ä")
     assert index.labels_of(np.arange(4)).dtype == np.int64
     assert labels(index) == [0, 1, 1, 2]
     assert len(index) == 4
     assert [index.name(row) for row in (0, 3)] == ["a/x.PNG", "ä/1.jpg"]
-    expected = [os.path.join(data_dir, "train", name) for name in ("a/x.PNG", "b/10.JPEG", "b/2.jpg", "ä/1.jpg")]
+    expected = [
+        os.path.join(data_dir, "train", name)
+        for name in ("a/x.PNG", "b/10.JPEG", "b/2.jpg", "ä/1.jpg")
+    ]
     assert paths(index) == expected
     assert index.place(2) == (expected[2], 0, -1)
 
@@ -81,24 +102,39 @@ def test_cache_is_used_until_a_folder_changes(tmp_path, scans):
 
 
 def test_a_folder_that_has_just_changed_is_not_trusted(tmp_path, scans):
-    data_dir = make(tmp_path, ["train/a/1.jpg"], age=-60)       # however long it takes to get to the next line
+    data_dir = make(
+        tmp_path, ["train/a/1.jpg"], age=-60
+    )  # however long it takes to get to the next line
     build_index(data_dir, "train", ALONE)
     build_index(data_dir, "train", ALONE)
     assert len(scans) == 2
 
 
-@pytest.mark.parametrize("damage", [lambda blob: b"", lambda blob: blob[:200], lambda blob: b"no index" * 1000,
-                                    lambda blob: blob[:100] + bytes(10) + blob[110:], lambda blob: blob[:-64],
-                                    lambda blob: blob[:-1], lambda blob: blob + bytes(64)])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda blob: b"",
+        lambda blob: blob[:200],
+        lambda blob: b"no index" * 1000,
+        lambda blob: blob[:100] + bytes(10) + blob[110:],
+        lambda blob: blob[:-64],
+        lambda blob: blob[:-1],
+        lambda blob: blob + bytes(64),
+    ],
+)
 def test_damaged_cache_is_made_anew(tmp_path, scans, damage):
     data_dir = make(tmp_path, ["val/a/1.jpg", "val/b/1.jpg"])
     expected = build_index(data_dir, "val", ALONE)
     cache = tmp_path / ".resnet_dist_val_index.bin"
     damaged = damage(cache.read_bytes())
-    cache.unlink()                                           # not in place, under a mapping
+    cache.unlink()  # not in place, under a mapping
     cache.write_bytes(damaged)
     index = build_index(data_dir, "val", ALONE)
-    assert (index.class_names, labels(index), paths(index)) == (expected.class_names, labels(expected), paths(expected))
+    assert (index.class_names, labels(index), paths(index)) == (
+        expected.class_names,
+        labels(expected),
+        paths(expected),
+    )
     assert len(scans) == 2
 
 
@@ -133,7 +169,10 @@ def test_unwritable_folder_costs_a_warning(tmp_path, monkeypatch):
     assert os.listdir(data_dir) == ["train"]
     assert os.listdir(tmp_path / "temporary") == []
     refuse_to_write(monkeypatch, data_dir, tmp_path / "temporary")
-    with pytest.raises(ValueError, match=r"neither beside the data nor.*temporary.*TMPDIR"), pytest.warns(UserWarning):
+    with (
+        pytest.raises(ValueError, match=r"neither beside the data nor.*temporary.*TMPDIR"),
+        pytest.warns(UserWarning),
+    ):
         build_index(data_dir, "train", ALONE)
 
 
@@ -141,20 +180,29 @@ def test_moved_data_keeps_its_cache(tmp_path, scans):
     make(tmp_path / "old", ["train/a/1.jpg"])
     build_index(str(tmp_path / "old"), "train", ALONE)
     os.rename(tmp_path / "old", tmp_path / "new")
-    assert build_index(str(tmp_path / "new"), "train", ALONE).path(0) == str(tmp_path / "new/train/a/1.jpg")
+    assert build_index(str(tmp_path / "new"), "train", ALONE).path(0) == str(
+        tmp_path / "new/train/a/1.jpg"
+    )
     assert len(scans) == 1
 
 
-@pytest.mark.parametrize(("files", "split", "words"), [
-    ([], "train", ["no folders at all"]),
-    (["images/a.txt"], "train", ["no folder train/", "found: images"]),
-    (["n01/1.jpg", "n02/1.jpg"], "train", ["class folders itself", "the folder above it"]),
-    (["train/a/1.jpg", "validation/a/1.jpg"], "val", ["no folder val/", "validation/"]),
-    (["train/readme.txt"], "train", ["train/ is empty"]),
-    (["train/a/1.jpg", "train/b/x.txt", "train/c/x.txt"], "train", ["2 of 3 class folders", "b, c"]),
-    (["train/a/images/1.jpg"], "train", ["a/ has a folder images/"]),
-    (["val/1.jpg", "val/2.jpg"], "val", ["val/ is flat", "2 images", "WNID", "not class ids"]),
-])
+@pytest.mark.parametrize(
+    ("files", "split", "words"),
+    [
+        ([], "train", ["no folders at all"]),
+        (["images/a.txt"], "train", ["no folder train/", "found: images"]),
+        (["n01/1.jpg", "n02/1.jpg"], "train", ["class folders itself", "the folder above it"]),
+        (["train/a/1.jpg", "validation/a/1.jpg"], "val", ["no folder val/", "validation/"]),
+        (["train/readme.txt"], "train", ["train/ is empty"]),
+        (
+            ["train/a/1.jpg", "train/b/x.txt", "train/c/x.txt"],
+            "train",
+            ["2 of 3 class folders", "b, c"],
+        ),
+        (["train/a/images/1.jpg"], "train", ["a/ has a folder images/"]),
+        (["val/1.jpg", "val/2.jpg"], "val", ["val/ is flat", "2 images", "WNID", "not class ids"]),
+    ],
+)
 def test_wrong_folders_are_named(tmp_path, files, split, words):
     make(tmp_path, files)
     with pytest.raises(ValueError, match=r"data\.data_dir") as caught:
@@ -181,10 +229,15 @@ def test_loose_images_are_warned_about(tmp_path):
 
 def test_classes_must_agree():
     check_same_classes(("a", "b"), ("a", "b"))
-    with pytest.raises(ValueError, match=r"1 only in train/ \(b\), 7 only in val/ \(c0, c1, c2, c3, c4 and 2 more\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"1 only in train/ \(b\), 7 only in val/ \(c0, c1, c2, c3, c4 and 2 more\)",
+    ):
         check_same_classes(("a", "b"), ("a", *(f"c{i}" for i in range(7))))
     assert check_num_classes(None, 10) == check_num_classes(10, 10) == 10
-    with pytest.raises(ValueError, match=r"model\.num_classes is 1000, but the data has 10 classes"):
+    with pytest.raises(
+        ValueError, match=r"model\.num_classes is 1000, but the data has 10 classes"
+    ):
         check_num_classes(1000, 10)
 
 
@@ -217,7 +270,10 @@ def test_shards_give_the_index_of_the_folder(folder, tmp_path, scans):
     root = pack_shards(folder, tmp_path / "shards" / "train", order=[4, 2, 0, 5, 3, 1], shards=2)
     index = build_index(str(tmp_path / "shards"), "train", ALONE)
     assert (index.class_names, labels(index), index.fingerprint()) == (
-        folder.class_names, labels(folder), folder.fingerprint())
+        folder.class_names,
+        labels(folder),
+        folder.fingerprint(),
+    )
     assert contents(index) == contents(folder) == TEXTS
     assert [index.name(row) for row in range(6)] == NAMES
     assert index.path(0) == f"{root}/shard-00000.tar:a/10.jpg"
@@ -238,13 +294,29 @@ def test_written_index_is_that_of_the_headers(folder, tmp_path, scans):
     rows = [3, 1, 5, 0, 4, 2]
     names = [os.fsencode(NAMES[row].split("/")[1]) for row in rows]
     shards = ["shard-00000.tar", "shard-00001.tar"]
-    places = [(shards.index(os.path.basename(scanned.place(row)[0])), *scanned.place(row)[1:]) for row in rows]
+    places = [
+        (shards.index(os.path.basename(scanned.place(row)[0])), *scanned.place(row)[1:])
+        for row in rows
+    ]
     expected = (root / SHARD_INDEX).read_bytes()
-    write_index(str(root / SHARD_INDEX), scanned.class_names, scanned.labels_of(np.array(rows)).tolist(), names,
-                shards=shards, places=places)
+    write_index(
+        str(root / SHARD_INDEX),
+        scanned.class_names,
+        scanned.labels_of(np.array(rows)).tolist(),
+        names,
+        shards=shards,
+        places=places,
+    )
     assert (root / SHARD_INDEX).read_bytes() == expected
     with pytest.raises(ValueError, match="image a/2.jpg is there twice"):
-        write_index(str(root / "other"), ["a"], [0, 0], [b"2.jpg"] * 2, shards=shards, places=[(0, 0, 1), (1, 0, 1)])
+        write_index(
+            str(root / "other"),
+            ["a"],
+            [0, 0],
+            [b"2.jpg"] * 2,
+            shards=shards,
+            places=[(0, 0, 1), (1, 0, 1)],
+        )
 
 
 def test_an_old_index_of_repacked_shards_is_not_used(folder, tmp_path, monkeypatch):
@@ -258,7 +330,9 @@ def test_an_old_index_of_repacked_shards_is_not_used(folder, tmp_path, monkeypat
 
 
 def test_webdataset_shards_have_the_class_in_a_file(folder, tmp_path):
-    pack_shards(folder, tmp_path / "shards" / "train", order=[4, 2, 0, 5, 3, 1], shards=2, flat=True)
+    pack_shards(
+        folder, tmp_path / "shards" / "train", order=[4, 2, 0, 5, 3, 1], shards=2, flat=True
+    )
     index = build_index(str(tmp_path / "shards"), "train", ALONE)
     assert index.class_names == ("0", "1", "2")
     assert labels(index) == labels(folder)
@@ -278,9 +352,18 @@ def test_wrong_shards_are_named(folder, tmp_path):
 
     last = contents(build_index(str(tmp_path / "shards"), "train", ALONE))[-1]
     end = whole.rindex(last.encode()) // 512 * 512
-    for length in (0, 100, 700, 5000, end, end + 100, end + 3000, len(whole.rstrip(b"\0"))):     # data and headers
+    for length in (
+        0,
+        100,
+        700,
+        5000,
+        end,
+        end + 100,
+        end + 3000,
+        len(whole.rstrip(b"\0")),
+    ):  # data and headers
         assert_refused(whole[:length], "shard-00000.tar is no complete")
-    assert_refused(whole[:512 * 9] + b"x" * 512 + whole[512 * 10:], "no complete")
+    assert_refused(whole[: 512 * 9] + b"x" * 512 + whole[512 * 10 :], "no complete")
     shard.unlink()
     pack_shards(folder, root, order=range(6), shards=1, flat=True, ids=False)
     with pytest.raises(ValueError, match="neither a class folder nor a .cls file"):
@@ -305,7 +388,9 @@ def test_exclusions_are_left_out(folder, tmp_path, packed):
     data_dir = str(tmp_path / ("shards" if packed else "folder"))
     whole, listed = build_index(data_dir, "train", ALONE), tmp_path / "exclude.txt"
     for gone in ([], [0], [5], [0, 1, 2], [1, 3, 4], [0, 2, 3, 5]):
-        listed.write_text("".join(f"train/{NAMES[row]}\n" for row in reversed(gone)) + "val/a/10.jpg\n\n")
+        listed.write_text(
+            "".join(f"train/{NAMES[row]}\n" for row in reversed(gone)) + "val/a/10.jpg\n\n"
+        )
         index = build_index(data_dir, "train", ALONE, str(listed))
         kept = [row for row in range(6) if row not in gone]
         assert len(index) == len(kept)
@@ -314,9 +399,13 @@ def test_exclusions_are_left_out(folder, tmp_path, packed):
         assert contents(index) == [contents(whole)[row] for row in kept]
         assert (index.fingerprint() == whole.fingerprint()) == (not gone)
     listed.write_text("train/a/2.jpg\ntrain/a/3.jpg\ntrain/c/2.jpg\nnonsense\ntrain/a/1\n")
-    with pytest.warns(UserWarning, match=r"data\.exclude.*4 of 5 lines name no image .*\(train/a/3\.jpg, train/c"):
+    with pytest.warns(
+        UserWarning, match=r"data\.exclude.*4 of 5 lines name no image .*\(train/a/3\.jpg, train/c"
+    ):
         assert len(build_index(data_dir, "train", ALONE, str(listed))) == 5
-    with pytest.raises(ValueError, match=r"data\.exclude '.*none' cannot be read .*train/<class>/<file> a line"):
+    with pytest.raises(
+        ValueError, match=r"data\.exclude '.*none' cannot be read .*train/<class>/<file> a line"
+    ):
         build_index(data_dir, "train", ALONE, str(tmp_path / "none"))
 
 
@@ -337,7 +426,9 @@ def test_a_billion_rows_cost_what_a_million_do(tmp_path):
         tracemalloc.stop()
 
 
-def _on_rank(rank, world_size, data_dir, blind=(), local_world_size=None, exclude="", temporary=None):
+def _on_rank(
+    rank, world_size, data_dir, blind=(), local_world_size=None, exclude="", temporary=None
+):
     """The index of a rank; ranks in `blind` do not see what lies in the data folder."""
     per_node = local_world_size or world_size
     runtime = Runtime(rank, rank % per_node, world_size, per_node, torch.device("cpu"), None)
@@ -350,9 +441,10 @@ def _on_rank(rank, world_size, data_dir, blind=(), local_world_size=None, exclud
         return real(path, root)
 
     scan_module.open_index = see
-    if -1 in blind:                                          # nobody can write there
+    if -1 in blind:  # nobody can write there
         scan_module.write_whole = lambda path, payload, sync=False: index_module.write_whole(
-            path.replace(data_dir, f"{data_dir}/none"), payload, sync)
+            path.replace(data_dir, f"{data_dir}/none"), payload, sync
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -381,7 +473,9 @@ def test_ranks_share_a_copy_where_they_cannot_see_the_file(tmp_path, blind, copi
     (tmp_path / "exclude").write_text("train/b/1.jpg\n")
     for exclude, expected in (("", [0, 1, 1]), (str(tmp_path / "exclude"), [0, 1])):
         for local_world_size in (1, 2):
-            results = run_ranks(_on_rank, 2, data_dir, blind, local_world_size, exclude, str(tmp_path / "temporary"))
+            results = run_ranks(
+                _on_rank, 2, data_dir, blind, local_world_size, exclude, str(tmp_path / "temporary")
+            )
             assert results[0][:4] == results[1][:4]
             assert results[0][1] == expected
             for rank, result in enumerate(results):
@@ -400,9 +494,17 @@ def test_arrays_that_are_damaged_are_made_anew(tmp_path):
     """The right size and a good header, and zeros behind it, as a power cut may leave a file."""
     data_dir = make(tmp_path, ["train/a/1.jpg", "train/b/1.jpg", "train/b/2.jpg"])
     os.utime(tmp_path / "train/a", (1, 1)), os.utime(tmp_path / "train/b", (1, 1))
-    assert build_index(data_dir, "train", OneProcess()).labels_of(np.arange(3)).tolist() == [0, 1, 1]
+    assert build_index(data_dir, "train", OneProcess()).labels_of(np.arange(3)).tolist() == [
+        0,
+        1,
+        1,
+    ]
     path = tmp_path / ".resnet_dist_train_index.bin"
     whole = path.read_bytes()
-    path.write_bytes(whole[:-3 * 64] + bytes(3 * 64))            # labels, starts and names are 64 bytes each
-    assert build_index(data_dir, "train", OneProcess()).labels_of(np.arange(3)).tolist() == [0, 1, 1]
+    path.write_bytes(whole[: -3 * 64] + bytes(3 * 64))  # labels, starts and names are 64 bytes each
+    assert build_index(data_dir, "train", OneProcess()).labels_of(np.arange(3)).tolist() == [
+        0,
+        1,
+        1,
+    ]
     assert path.read_bytes() == whole

@@ -30,54 +30,126 @@ def test_dry_run_prints_the_batch_script_and_what_it_trains(capsys, monkeypatch,
     """Every key arrives where it should; nothing is written, and SLURM need not be there."""
     monkeypatch.setenv("PATH", "")
     said = dry_run(
-        capsys, "--cluster.nodes", "4", "--cluster.gpus_per_node", "8", "--cluster.time_min", "1440",
-        "--cluster.partition", "gpu", "--cluster.account", "lab", "--cluster.qos", "night",
-        "--cluster.constraint", "a100", "--cluster.cpus_per_gpu", "12", "--cluster.mem_gb", "400",
-        "--cluster.signal_delay_s", "180", "--cluster.setup+=module load cuda", "--cluster.extra.exclusive", "true",
-        "--cluster.extra.exclude", "n7", "--data.kind", "synthetic", "--data.synthetic_images", "2048",
-        "--output_dir", str(tmp_path / "a run"))
-    for line in ("--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8", "--time=1440", "--partition=gpu",
-                 "--account=lab", "--qos=night", "--constraint=a100", "--cpus-per-task=12", "--mem=400G", "--requeue",
-                 "--signal=USR2@180", "--exclusive", "--exclude=n7", "--open-mode=append"):
+        capsys,
+        "--cluster.nodes",
+        "4",
+        "--cluster.gpus_per_node",
+        "8",
+        "--cluster.time_min",
+        "1440",
+        "--cluster.partition",
+        "gpu",
+        "--cluster.account",
+        "lab",
+        "--cluster.qos",
+        "night",
+        "--cluster.constraint",
+        "a100",
+        "--cluster.cpus_per_gpu",
+        "12",
+        "--cluster.mem_gb",
+        "400",
+        "--cluster.signal_delay_s",
+        "180",
+        "--cluster.setup+=module load cuda",
+        "--cluster.extra.exclusive",
+        "true",
+        "--cluster.extra.exclude",
+        "n7",
+        "--data.kind",
+        "synthetic",
+        "--data.synthetic_images",
+        "2048",
+        "--output_dir",
+        str(tmp_path / "a run"),
+    )
+    for line in (
+        "--nodes=4",
+        "--ntasks-per-node=8",
+        "--gpus-per-node=8",
+        "--time=1440",
+        "--partition=gpu",
+        "--account=lab",
+        "--qos=night",
+        "--constraint=a100",
+        "--cpus-per-task=12",
+        "--mem=400G",
+        "--requeue",
+        "--signal=USR2@180",
+        "--exclusive",
+        "--exclude=n7",
+        "--open-mode=append",
+    ):
         assert f"#SBATCH {line}\n" in said
     setup, command = said.index("\nmodule load cuda\n"), said.index("\nsrun ")
     assert setup < said.index("export MASTER_PORT=") < command
     srun = said[command:].splitlines()[1]
-    for words in (" --kill-on-bad-exit=1 ", " --cpus-per-task=12 ", "_attempt${SLURM_RESTART_COUNT:-0}_"):
+    for words in (
+        " --kill-on-bad-exit=1 ",
+        " --cpus-per-task=12 ",
+        "_attempt${SLURM_RESTART_COUNT:-0}_",
+    ):
         assert words in srun
-    assert srun.count(f"'{tmp_path}/a run/job_") == 2            # quoted for the shell
-    assert ("ranks 0 to 31, 8 on each of 4 nodes; local batch 32 = 1024 / (32 ranks * 1 micro-steps); peak lr 0.4; "
-            "180 steps of 2 per epoch, 2048 images") in said
+    assert srun.count(f"'{tmp_path}/a run/job_") == 2  # quoted for the shell
+    assert (
+        "ranks 0 to 31, 8 on each of 4 nodes; local batch 32 = 1024 / (32 ranks * 1 micro-steps); peak lr 0.4; "
+        "180 steps of 2 per epoch, 2048 images"
+    ) in said
     assert list(tmp_path.iterdir()) == []
-    subprocess.run(["/bin/bash", "-n"], input=said[:command + 1] + srun, text=True, check=True)
+    subprocess.run(["/bin/bash", "-n"], input=said[: command + 1] + srun, text=True, check=True)
 
 
 def test_dry_run_of_an_array_and_of_data_that_is_not_here(capsys, tmp_path):
     for name in "ab":
         rate = {"a": 0.1, "b": 0.2}[name]
-        (tmp_path / f"{name}.yaml").write_text(f"output_dir: {tmp_path / name}\noptim: {{base_lr: {rate}}}\n")
+        (tmp_path / f"{name}.yaml").write_text(
+            f"output_dir: {tmp_path / name}\noptim: {{base_lr: {rate}}}\n"
+        )
     profile = tmp_path / "profile.yaml"
-    profile.write_text("cluster: {partition: gpu, gpus_per_node: 4, setup: [module load cuda], extra: {hold: true}}\n")
-    arguments = ["submit", "--config", str(profile), "--cluster.configs", f"{tmp_path}/a.yaml,{tmp_path}/b.yaml",
-                 "--cluster.seeds", "0,1,2", "--cluster.dry_run", "--data.data_dir", str(tmp_path / "none")]
+    profile.write_text(
+        "cluster: {partition: gpu, gpus_per_node: 4, setup: [module load cuda], extra: {hold: true}}\n"
+    )
+    arguments = [
+        "submit",
+        "--config",
+        str(profile),
+        "--cluster.configs",
+        f"{tmp_path}/a.yaml,{tmp_path}/b.yaml",
+        "--cluster.seeds",
+        "0,1,2",
+        "--cluster.dry_run",
+        "--data.data_dir",
+        str(tmp_path / "none"),
+    ]
     assert cli.main(arguments) == 0
     said = capsys.readouterr().out
-    assert "#SBATCH --array=0-5%6\n" in said and "%A_%a_%t_attempt" in said and "#SBATCH --partition=gpu\n" in said
+    assert (
+        "#SBATCH --array=0-5%6\n" in said
+        and "%A_%a_%t_attempt" in said
+        and "#SBATCH --partition=gpu\n" in said
+    )
     assert "#SBATCH --hold\n" in said and "\nmodule load cuda\n" in said
     pattern = rf"{tmp_path}/(\S+): ranks 0 to 3.* peak lr (\S+); number of steps not known here: data.data_dir"
     assert re.findall(pattern, said) == [(f"a/seed_{seed}", "0.1") for seed in (0, 1, 2)] + [
-        (f"b/seed_{seed}", "0.2") for seed in (0, 1, 2)]
+        (f"b/seed_{seed}", "0.2") for seed in (0, 1, 2)
+    ]
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--cluster.nodes", "0"], ["cluster.nodes", "0"]),
-    (["--cluster.nodes", "2", "--cluster.executor", "local"], ["cluster.nodes", "1 without SLURM"]),
-    (["--cluster.gpus_per_node", "0"], ["cluster.tasks_per_node"]),
-    (["--cluster.signal_delay_s", "30"], ["cluster.signal_delay_s", "60"]),
-    (["--cluster.time_min", "2"], ["cluster.signal_delay_s", "120"]),
-    (["--cluster.gpus_per_node", "3"], ["train.global_batch_size", "3 ranks"]),
-    (["--cluster.seeds", "1,1"], ["output_dir", "two jobs"]),
-])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--cluster.nodes", "0"], ["cluster.nodes", "0"]),
+        (
+            ["--cluster.nodes", "2", "--cluster.executor", "local"],
+            ["cluster.nodes", "1 without SLURM"],
+        ),
+        (["--cluster.gpus_per_node", "0"], ["cluster.tasks_per_node"]),
+        (["--cluster.signal_delay_s", "30"], ["cluster.signal_delay_s", "60"]),
+        (["--cluster.time_min", "2"], ["cluster.signal_delay_s", "120"]),
+        (["--cluster.gpus_per_node", "3"], ["train.global_batch_size", "3 ranks"]),
+        (["--cluster.seeds", "1,1"], ["output_dir", "two jobs"]),
+    ],
+)
 def test_what_cannot_work_is_refused_before_slurm_is_asked(capsys, monkeypatch, arguments, words):
     monkeypatch.setenv("PATH", "")
     assert cli.main([*RECIPE, *arguments]) == 2
@@ -93,7 +165,10 @@ def test_without_slurm_it_says_so(capsys, monkeypatch, tmp_path):
 
 def test_ports():
     """Equal for all who ask, different between jobs and attempts, below the kernel's own, and free."""
-    ports = {(job, attempt): launch.free_port(job, attempt) for job, attempt in itertools.product("1234567", "012")}
+    ports = {
+        (job, attempt): launch.free_port(job, attempt)
+        for job, attempt in itertools.product("1234567", "012")
+    }
     assert all(20000 <= port < 32768 for port in ports.values())
     assert len(set(ports.values())) == len(ports)
     with socket.socket() as taken:
@@ -106,18 +181,25 @@ def test_ports():
 RUNNING = "JobId=7 JobState=RUNNING Reason=None Requeue=1 Restarts=1 StartTime=2026-01-02T10:00:00 PreemptTime="
 
 
-@pytest.mark.parametrize(("number", "shown", "verdict"), [
-    (signal.SIGUSR2, RUNNING + "None", "requeue"),
-    (signal.SIGUSR1, "", "requeue"),
-    (signal.SIGINT, RUNNING + "None", "stop"),
-    (signal.SIGTERM, RUNNING + "None", "go on"),
-    (signal.SIGTERM, RUNNING + "2026-01-02T10:30:00", "requeue"),
-    (signal.SIGTERM, RUNNING + "2026-01-02T09:30:00", "go on"),          # the preemption of an earlier attempt
-    (signal.SIGTERM, RUNNING.replace("RUNNING", "COMPLETING") + "None", "wait"),
-    (signal.SIGTERM, RUNNING.replace("RUNNING", "CANCELLED") + "None", "wait"),
-    (signal.SIGTERM, RUNNING.replace("RUNNING", "PENDING") + "2026-01-02T10:30:00", "wait"),
-    (signal.SIGTERM, "", "go on"),
-])
+@pytest.mark.parametrize(
+    ("number", "shown", "verdict"),
+    [
+        (signal.SIGUSR2, RUNNING + "None", "requeue"),
+        (signal.SIGUSR1, "", "requeue"),
+        (signal.SIGINT, RUNNING + "None", "stop"),
+        (signal.SIGTERM, RUNNING + "None", "go on"),
+        (signal.SIGTERM, RUNNING + "2026-01-02T10:30:00", "requeue"),
+        (
+            signal.SIGTERM,
+            RUNNING + "2026-01-02T09:30:00",
+            "go on",
+        ),  # the preemption of an earlier attempt
+        (signal.SIGTERM, RUNNING.replace("RUNNING", "COMPLETING") + "None", "wait"),
+        (signal.SIGTERM, RUNNING.replace("RUNNING", "CANCELLED") + "None", "wait"),
+        (signal.SIGTERM, RUNNING.replace("RUNNING", "PENDING") + "2026-01-02T10:30:00", "wait"),
+        (signal.SIGTERM, "", "go on"),
+    ],
+)
 def test_what_a_signal_means(monkeypatch, tmp_path, number, shown, verdict):
     """By what `scontrol show job` prints; a program of that name prints it here."""
     program = tmp_path / "scontrol"
@@ -139,7 +221,9 @@ def test_the_submitters_launcher_is_forgotten(capsys, monkeypatch):
     for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "MASTER_ADDR", "RANK", "LOCAL_RANK", *kept):
         monkeypatch.setenv(name, "0")
     dry_run(capsys)
-    assert {name for name in os.environ if name.startswith(("SLURM", "MASTER", "RANK", "LOCAL"))} == set(kept)
+    assert {
+        name for name in os.environ if name.startswith(("SLURM", "MASTER", "RANK", "LOCAL"))
+    } == set(kept)
 
 
 class FakeJob:
@@ -152,13 +236,25 @@ class FakeJob:
 def test_the_client_shows_the_first_real_error(capsys, monkeypatch, tmp_path):
     """Rank 1 fails, rank 0 only loses its peer; an earlier attempt's NODE_FAIL and its logs do not count."""
     import pickle
-    states = iter(["JobState=NODE_FAIL Requeue=1", "JobState=PENDING", "JobState=CANCELLED", "JobState=COMPLETING",
-                   *["JobState=FAILED"] * 2])
-    monkeypatch.setattr(launch, "show_job", lambda job_id: dict(re.findall(r"(\w+)=(\S*)", next(states))))
+
+    states = iter(
+        [
+            "JobState=NODE_FAIL Requeue=1",
+            "JobState=PENDING",
+            "JobState=CANCELLED",
+            "JobState=COMPLETING",
+            *["JobState=FAILED"] * 2,
+        ]
+    )
+    monkeypatch.setattr(
+        launch, "show_job", lambda job_id: dict(re.findall(r"(\w+)=(\S*)", next(states)))
+    )
     monkeypatch.setattr(launch.time, "sleep", lambda seconds: None)
-    texts = {"7_1_attempt0": "error (rank 1): an old story\n",
-             "7_1_attempt1": "step 3\nerror (rank 1): no memory\nfoo\n",
-             "7_0_attempt1": "error (rank 0): connection closed by peer\n"}
+    texts = {
+        "7_1_attempt0": "error (rank 1): an old story\n",
+        "7_1_attempt1": "step 3\nerror (rank 1): no memory\nfoo\n",
+        "7_0_attempt1": "error (rank 0): connection closed by peer\n",
+    }
     for number, (name, text) in enumerate(texts.items()):
         (tmp_path / f"{name}_log.out").write_text(text)
         os.utime(tmp_path / f"{name}_log.out", (number, number))
@@ -175,7 +271,12 @@ def test_the_client_shows_the_first_real_error(capsys, monkeypatch, tmp_path):
 def test_an_older_attempt_cannot_publish(tmp_path):
     """Split brain: the old writer is refused, at its next save and also in the middle of one, and leaves no trace."""
     warnings, model = [], torch.nn.Linear(2, 2)
-    state = TrainState(model, torch.optim.SGD(model.parameters()), torch.amp.GradScaler("cpu", enabled=False), step=5)
+    state = TrainState(
+        model,
+        torch.optim.SGD(model.parameters()),
+        torch.amp.GradScaler("cpu", enabled=False),
+        step=5,
+    )
     old, new = (Saver(tmp_path / "checkpoints", 3, {}, warnings.append, True) for _ in range(2))
     old.claim()
     old.save(state)
@@ -184,12 +285,18 @@ def test_an_older_attempt_cannot_publish(tmp_path):
     state.step = 10
     with pytest.raises(ValueError, match="belongs to a newer attempt, 2 "):
         old.save(state)
-    old._write({"step": 10, "evaluated_step": -1, "best_step": -1, "model": {}})         # it had begun before
+    old._write(
+        {"step": 10, "evaluated_step": -1, "best_step": -1, "model": {}}
+    )  # it had begun before
     assert "newer attempt" in old.failure
     new.save(state)
     new.wait()
     names = sorted(path.name for path in (tmp_path / "checkpoints").glob("[!.]*"))
-    assert names == ["attempt", "last.pt", *(f"step_{n:08d}.pt{end}" for n in (5, 10) for end in ("", ".sha256"))]
+    assert names == [
+        "attempt",
+        "last.pt",
+        *(f"step_{n:08d}.pt{end}" for n in (5, 10) for end in ("", ".sha256")),
+    ]
     assert warnings == []
 
 
@@ -211,20 +318,22 @@ def test_blocked_signals_are_let_in_and_blocked_again(group_of_one):
         assert (stop.poll(), stop.poll()) == (0, 0)
         os.kill(os.getpid(), signal.SIGTERM)
         assert (stop.poll(), stop.poll()) == (0, signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGUSR2)             # while it is decided about SIGTERM
+        os.kill(os.getpid(), signal.SIGUSR2)  # while it is decided about SIGTERM
         stop.forget()
         assert (stop.poll(), stop.poll()) == (0, signal.SIGUSR2)
         stop.finish()
         stop.close()
-        signal.pthread_kill(threading.get_ident(), signal.SIGUSR2)       # would end the process
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR2)  # would end the process
         assert signal.SIGUSR2 in signal.sigpending()
     finally:
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)    # takes the waiting one away
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # takes the waiting one away
         signal.signal(signal.SIGUSR2, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-@pytest.mark.parametrize(("visible", "environment", "index"), [(8, "0,1,2,3,4,5,6,7", 3), (1, "5", 0), (1, "", None)])
+@pytest.mark.parametrize(
+    ("visible", "environment", "index"), [(8, "0,1,2,3,4,5,6,7", 3), (1, "5", 0), (1, "", None)]
+)
 def test_one_gpu_of_its_own_or_all_of_them(monkeypatch, visible, environment, index):
     """A launcher may bind one GPU to each process; without that, more ranks than GPUs are refused."""
     chosen = []
@@ -245,12 +354,40 @@ def test_one_gpu_of_its_own_or_all_of_them(monkeypatch, visible, environment, in
 def test_the_local_executor_trains(tmp_path):
     """Two ranks on this machine, without SLURM, from a copy of the code; as a user who waits."""
     done = subprocess.run(
-        [sys.executable, "slurm/submit.py", "--config", "configs/quickstart.yaml", "--log.wandb", "disabled",
-         "--data.data_dir", str(tmp_path / "digits"), "--output_dir", str(tmp_path / "run"),
-         "--data.train_crop_size", "8", "--data.val_resize_size", "8", "--data.val_crop_size", "8",
-         "--train.epochs", "1", "--schedule.warmup_epochs", "0", "--cluster.executor", "local",
-         "--cluster.gpus_per_node", "0", "--cluster.tasks_per_node", "2", "--cluster.wait"],
-        cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=600)
+        [
+            sys.executable,
+            "slurm/submit.py",
+            "--config",
+            "configs/quickstart.yaml",
+            "--log.wandb",
+            "disabled",
+            "--data.data_dir",
+            str(tmp_path / "digits"),
+            "--output_dir",
+            str(tmp_path / "run"),
+            "--data.train_crop_size",
+            "8",
+            "--data.val_resize_size",
+            "8",
+            "--data.val_crop_size",
+            "8",
+            "--train.epochs",
+            "1",
+            "--schedule.warmup_epochs",
+            "0",
+            "--cluster.executor",
+            "local",
+            "--cluster.gpus_per_node",
+            "0",
+            "--cluster.tasks_per_node",
+            "2",
+            "--cluster.wait",
+        ],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FINISHED, all ranks succeeded" in done.stdout
     folder = next((tmp_path / "run").glob("job_*"))

@@ -10,13 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_files import OneProcess, encode, pack_shards, picture, train_loader, val_loader, write_split
+from image_files import (
+    OneProcess,
+    encode,
+    pack_shards,
+    picture,
+    train_loader,
+    val_loader,
+    write_split,
+)
 
 from resnet_dist.config import AugmentConfig, DataConfig
-from resnet_dist.data import augment, crops
-from resnet_dist.data import loader as loader_module
 from resnet_dist.data.build import build_train_loader, build_val_loader
-from resnet_dist.data.scan import build_index
+from resnet_dist.data.pixels import loader as loader_module
+from resnet_dist.data.sampling import augment, crops
+from resnet_dist.data.sources.scan import build_index
 from resnet_dist.data.types import IGNORED_LABEL
 
 N = 43
@@ -27,12 +35,19 @@ def decoder_refuses() -> bytes:
     """Passes the cheap checks, but its compressed data is none."""
     data = bytearray(encode(picture(40, 40), "PNG"))
     start = data.index(b"IDAT") + 6
-    data[start:start + 40] = b"\xff" * 40
+    data[start : start + 40] = b"\xff" * 40
     return bytes(data)
 
 
-BAD = {3: b"", 11: GOOD[11][:-100], 12: b"this is no image", 20: decoder_refuses(), 21: decoder_refuses(),
-       30: encode(picture(20, 20), "GIF"), N - 1: decoder_refuses()}
+BAD = {
+    3: b"",
+    11: GOOD[11][:-100],
+    12: b"this is no image",
+    20: decoder_refuses(),
+    21: decoder_refuses(),
+    30: encode(picture(20, 20), "GIF"),
+    N - 1: decoder_refuses(),
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,37 +73,55 @@ REPLACED = {3: 4, 11: 13, 12: 13, 20: 22, 21: 22, 30: 31, 33: 34, N - 1: 0}
 def steps(index, folder, start, stop, world_size=1, grad_accum_steps=1, **options):
     """Per step: rows, labels and images of the global batch, gathered from the ranks in the order of the positions."""
     layout = {"world_size": world_size, "grad_accum_steps": grad_accum_steps}
-    loaders = [train_loader(index, folder, rank=rank, **layout, **options) for rank in range(world_size)]
+    loaders = [
+        train_loader(index, folder, rank=rank, **layout, **options) for rank in range(world_size)
+    ]
     shares = [list(one.batches(start, stop)) for one in loaders]
     for one in loaders:
         one.close()
     assert {len(share) for share in shares} == {(stop - start) * grad_accum_steps}
     gathered = []
     for step in range(stop - start):
-        batches = [shares[rank][step * grad_accum_steps + micro]
-                   for micro in range(grad_accum_steps) for rank in range(world_size)]
-        gathered.append((np.concatenate([batch.indices for batch in batches]), torch.cat([b.labels for b in batches]),
-                         torch.cat([batch.images for batch in batches])))
+        batches = [
+            shares[rank][step * grad_accum_steps + micro]
+            for micro in range(grad_accum_steps)
+            for rank in range(world_size)
+        ]
+        gathered.append(
+            (
+                np.concatenate([batch.indices for batch in batches]),
+                torch.cat([b.labels for b in batches]),
+                torch.cat([batch.images for batch in batches]),
+            )
+        )
     return gathered
 
 
 def assert_same(first, second):
     assert len(first) == len(second)
-    for (rows, labels, images), (other_rows, other_labels, other_images) in zip(first, second, strict=True):
+    for (rows, labels, images), (other_rows, other_labels, other_images) in zip(
+        first, second, strict=True
+    ):
         assert np.array_equal(rows, other_rows)
         assert torch.equal(labels, other_labels)
         assert torch.equal(images, other_images)
 
 
 def loader_threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith(("loader", "read", "resize"))]
+    return [
+        thread
+        for thread in threading.enumerate()
+        if thread.name.startswith(("loader", "read", "resize"))
+    ]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_every_sample_once_per_epoch_except_the_tail(good, tmp_path, world_size):
-    gathered = steps(good, tmp_path, 0, 6, world_size, global_batch_size=12)      # two epochs of three steps
+    gathered = steps(
+        good, tmp_path, 0, 6, world_size, global_batch_size=12
+    )  # two epochs of three steps
     for epoch in range(2):
-        rows = np.concatenate([rows for rows, _, _ in gathered[3 * epoch:3 * epoch + 3]])
+        rows = np.concatenate([rows for rows, _, _ in gathered[3 * epoch : 3 * epoch + 3]])
         assert len(set(rows.tolist())) == len(rows) == 36
     for rows, labels, _ in gathered:
         assert np.array_equal(labels, good.labels_of(rows))
@@ -111,37 +144,69 @@ def test_batches_are_as_the_model_wants_them(good, tmp_path):
 def test_samples_and_crops_do_not_depend_on_the_layout(good, tmp_path):
     expected = steps(good, tmp_path, 3, 7, global_batch_size=12)
     for world_size, accumulated in [(2, 1), (3, 2), (1, 4), (4, 1)]:
-        assert_same(steps(good, tmp_path, 3, 7, world_size, accumulated, global_batch_size=12), expected)
+        assert_same(
+            steps(good, tmp_path, 3, 7, world_size, accumulated, global_batch_size=12), expected
+        )
 
 
 def test_flips_are_those_of_the_plan(good, tmp_path):
     """With the whole image as the window, an image is either itself or its mirror image, and both occur."""
-    whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (1e-3, 1e-3), "global_batch_size": N, "train_crop_size": 40}
-    never, always, half = (steps(good, tmp_path, 0, 1, flip_probability=p, **whole)[0] for p in (0.0, 1.0, 0.5))
+    whole = {
+        "crop_scale": (1.0, 1.0),
+        "crop_ratio": (1e-3, 1e-3),
+        "global_batch_size": N,
+        "train_crop_size": 40,
+    }
+    never, always, half = (
+        steps(good, tmp_path, 0, 1, flip_probability=p, **whole)[0] for p in (0.0, 1.0, 0.5)
+    )
     assert torch.equal(never[2].flip(3), always[2])
     flipped = crops.flips(5, 0, half[0], 0.5)
     assert 5 < flipped.sum() < N - 5
-    assert torch.equal(half[2], torch.where(torch.from_numpy(flipped)[:, None, None, None], always[2], never[2]))
+    assert torch.equal(
+        half[2], torch.where(torch.from_numpy(flipped)[:, None, None, None], always[2], never[2])
+    )
 
 
-EVERYTHING = AugmentConfig(policy="randaugment", color_jitter=(0.4, 0.4, 0.4, 0.1), lighting_std=0.1, repeats=2,
-                           random_erasing=0.5)
+EVERYTHING = AugmentConfig(
+    policy="randaugment",
+    color_jitter=(0.4, 0.4, 0.4, 0.1),
+    lighting_std=0.1,
+    repeats=2,
+    random_erasing=0.5,
+)
 
 
 @pytest.mark.parametrize("train_crop", ["random_resized", "scale_jitter", "pad"])
 def test_augmentation_does_not_depend_on_the_layout(good, tmp_path, train_crop):
     """With all of it on, and over an epoch's edge where the side of the crop changes."""
-    options = {"augment": EVERYTHING, "train_crop": train_crop, "scale_jitter": (64, 80), "train_crop_size": 64,
-               "progressive_start_size": 32, "progressive_epochs": (0, 2), "global_batch_size": 12}
+    options = {
+        "augment": EVERYTHING,
+        "train_crop": train_crop,
+        "scale_jitter": (64, 80),
+        "train_crop_size": 64,
+        "progressive_start_size": 32,
+        "progressive_epochs": (0, 2),
+        "global_batch_size": 12,
+    }
     expected = steps(good, tmp_path, 1, 5, **options)
-    assert [images.shape[-1] for _, _, images in expected] == [32, 32, 64, 64]     # round(1.5) is 2, to even
-    for world_size, accumulated in [(2, 1), (3, 2), (1, 4)] if train_crop == "random_resized" else [(3, 2)]:
+    assert [images.shape[-1] for _, _, images in expected] == [
+        32,
+        32,
+        64,
+        64,
+    ]  # round(1.5) is 2, to even
+    for world_size, accumulated in (
+        [(2, 1), (3, 2), (1, 4)] if train_crop == "random_resized" else [(3, 2)]
+    ):
         assert_same(steps(good, tmp_path, 1, 5, world_size, accumulated, **options), expected)
 
 
 def test_repetitions_show_an_image_differently(good, tmp_path):
     """Half as many images in a batch, each twice, its copies as far apart as can be and cut in two ways."""
-    ((rows, _, images),) = steps(good, tmp_path, 0, 1, global_batch_size=12, augment=AugmentConfig(repeats=2))
+    ((rows, _, images),) = steps(
+        good, tmp_path, 0, 1, global_batch_size=12, augment=AugmentConfig(repeats=2)
+    )
     assert np.array_equal(rows[:6], rows[6:])
     assert len(set(rows.tolist())) == 6
     assert not any(torch.equal(a, b) for a, b in zip(images[:6], images[6:], strict=True))
@@ -153,14 +218,20 @@ def test_lighting_and_erasing_are_those_of_the_plan(good, tmp_path):
     """Lighting moves each channel of the pixels in [0, 1]; erasing sets a rectangle of the normalised image to zero."""
     ((rows, _, plain),) = steps(good, tmp_path, 0, 1)
     ((_, _, lit),) = steps(good, tmp_path, 0, 1, augment=AugmentConfig(lighting_std=0.5))
-    moved = augment.lighting(AugmentConfig(lighting_std=0.5), 5, 0, rows) / np.array(DataConfig().std)
-    torch.testing.assert_close(lit - plain, torch.from_numpy(moved)[:, :, None, None].float().expand_as(lit),
-                               rtol=1e-4, atol=1e-5)
+    moved = augment.lighting(AugmentConfig(lighting_std=0.5), 5, 0, rows) / np.array(
+        DataConfig().std
+    )
+    torch.testing.assert_close(
+        lit - plain,
+        torch.from_numpy(moved)[:, :, None, None].float().expand_as(lit),
+        rtol=1e-4,
+        atol=1e-5,
+    )
     erasing = AugmentConfig(random_erasing=1.0)
     ((_, _, erased),) = steps(good, tmp_path, 0, 1, augment=erasing)
     boxes = augment.erasing(erasing, 5, 0, rows, 32)
     for image, before, (y, x, h, w) in zip(erased, plain, boxes, strict=True):
-        before[:, y:y + h, x:x + w] = 0
+        before[:, y : y + h, x : x + w] = 0
         assert torch.equal(image, before)
         assert h * w > 0
 
@@ -168,7 +239,9 @@ def test_lighting_and_erasing_are_those_of_the_plan(good, tmp_path):
 def test_every_epoch_has_its_own_crops(good, tmp_path):
     first, second = steps(good, tmp_path, 0, 2, global_batch_size=N)
     places = np.argsort(first[0]), np.argsort(second[0])
-    assert not any(torch.equal(a, b) for a, b in zip(first[2][places[0]], second[2][places[1]], strict=True))
+    assert not any(
+        torch.equal(a, b) for a, b in zip(first[2][places[0]], second[2][places[1]], strict=True)
+    )
 
 
 def test_stopping_early_and_starting_in_the_middle(good, tmp_path):
@@ -179,14 +252,20 @@ def test_stopping_early_and_starting_in_the_middle(good, tmp_path):
         for _ in itertools.islice(iterator, stopped_after):
             pass
         iterator.close()
-        assert "loader" not in [thread.name for thread in loader_threads()]       # its own; the pools stay
+        assert "loader" not in [
+            thread.name for thread in loader_threads()
+        ]  # its own; the pools stay
         continued = [(batch.indices, batch.images) for batch in loader.batches(stopped_after, 10)]
-        for (rows, images), (other_rows, other_images) in zip(expected[stopped_after:], continued, strict=True):
+        for (rows, images), (other_rows, other_images) in zip(
+            expected[stopped_after:], continued, strict=True
+        ):
             assert np.array_equal(rows, other_rows)
             assert torch.equal(images, other_images)
     abandoned = loader.batches(0, 10)
     next(abandoned)
-    assert np.array_equal(next(loader.batches(4, 5)).indices, expected[4][0])     # takes the pipeline over
+    assert np.array_equal(
+        next(loader.batches(4, 5)).indices, expected[4][0]
+    )  # takes the pipeline over
     assert list(loader.batches(3, 3)) == []
     loader.close()
     assert not loader_threads()
@@ -204,9 +283,14 @@ def test_bad_files_are_replaced_the_same_way_on_every_layout(mixed, tmp_path):
         assert rows.tolist() == [REPLACED.get(row, row) for row in asked.tolist()]
         assert np.array_equal(labels, mixed.labels_of(rows))
         assert torch.isfinite(images).all()
-    lines = [json.loads(line) for line in (tmp_path / "one" / "quarantine.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "one" / "quarantine.jsonl").read_text().splitlines()
+    ]
     seen = {row for rows in wanted for row in rows.tolist()}
-    assert sorted(line["path"] for line in lines) == sorted(mixed.path(row) for row in REPLACED if row in seen)
+    assert sorted(line["path"] for line in lines) == sorted(
+        mixed.path(row) for row in REPLACED if row in seen
+    )
     assert any("the decoder refuses it" in line["reason"] for line in lines)
 
 
@@ -220,7 +304,9 @@ def test_mixed_batch_leaves_the_good_images_alone(good, mixed, tmp_path):
 
 def test_limit_of_bad_files_stops_the_run(mixed, tmp_path):
     loader = train_loader(mixed, tmp_path, max_bad_images=3)
-    with pytest.raises(ValueError, match="4 broken train images.*data.max_bad_images = 3.*quarantine.jsonl"):
+    with pytest.raises(
+        ValueError, match="4 broken train images.*data.max_bad_images = 3.*quarantine.jsonl"
+    ):
         list(loader.batches(0, 10))
     assert loader.num_bad == 4
     loader.close()
@@ -231,13 +317,22 @@ def test_validation_counts_every_image_once(mixed, tmp_path, world_size):
     """Bad ones too, black and without a label; the same pixels on any number of ranks, again and again."""
     expected = {}
     for rank in range(world_size):
-        loader = val_loader(mixed, tmp_path, rank=rank, world_size=world_size, val_batch_size=7, val_resize_size=36,
-                            val_crop_size=32)
+        loader = val_loader(
+            mixed,
+            tmp_path,
+            rank=rank,
+            world_size=world_size,
+            val_batch_size=7,
+            val_resize_size=36,
+            val_crop_size=32,
+        )
         for repeat in range(2):
             items = list(loader)
             assert len(items) == loader.rounds
             for batch in filter(None, items):
-                for row, label, image in zip(batch.indices.tolist(), batch.labels.tolist(), batch.images, strict=True):
+                for row, label, image in zip(
+                    batch.indices.tolist(), batch.labels.tolist(), batch.images, strict=True
+                ):
                     assert label == (IGNORED_LABEL if row in REPLACED else mixed.labels_of(row))
                     assert (row in expected) == (repeat == 1)
                     assert row not in REPLACED or (image.amax((1, 2)) == image.amin((1, 2))).all()
@@ -260,7 +355,7 @@ def test_an_error_in_the_background_is_raised_in_front(good, tmp_path, monkeypat
     with pytest.raises(ZeroDivisionError):
         next(loader.batches(0, 5))
     monkeypatch.undo()
-    assert len(list(loader.batches(0, 2))) == 2                              # and the loader is as good as new
+    assert len(list(loader.batches(0, 2))) == 2  # and the loader is as good as new
     loader.close()
 
 
@@ -269,11 +364,13 @@ def test_the_thread_does_not_run_away(good, tmp_path, monkeypatch):
     loader = train_loader(good, tmp_path, prefetch_batches=2)
     made = []
     original = loader._submit
-    monkeypatch.setattr(loader, "_submit", lambda job, requested: (made.append(job.step), original(job, requested)))
+    monkeypatch.setattr(
+        loader, "_submit", lambda job, requested: (made.append(job.step), original(job, requested))
+    )
     iterator = loader.batches(0, 50)
     next(iterator)
     time.sleep(0.5)
-    assert len(made) <= 1 + 2 + 1 + 2           # taken, in the queue, waiting for the queue, in the decoder
+    assert len(made) <= 1 + 2 + 1 + 2  # taken, in the queue, waiting for the queue, in the decoder
     iterator.close()
     loader.close()
 
@@ -283,7 +380,12 @@ def test_shards_are_the_folder_bit_for_bit(mixed, tmp_path):
     there = [row for row in range(N) if os.path.exists(mixed.path(row))]
     write_split(tmp_path / "copy", [Path(mixed.path(row)).read_bytes() for row in there])
     folder = build_index(str(tmp_path / "copy"), "train", OneProcess())
-    pack_shards(folder, tmp_path / "shards" / "train", np.random.default_rng(0).permutation(len(there)), shards=4)
+    pack_shards(
+        folder,
+        tmp_path / "shards" / "train",
+        np.random.default_rng(0).permutation(len(there)),
+        shards=4,
+    )
     shards = build_index(str(tmp_path / "shards"), "train", OneProcess())
     assert shards.fingerprint() == folder.fingerprint()
     assert_same(steps(shards, tmp_path, 0, 6, world_size=2), steps(folder, tmp_path, 0, 6))
@@ -292,30 +394,56 @@ def test_shards_are_the_folder_bit_for_bit(mixed, tmp_path):
 def test_training_leaves_out_the_listed_images_and_evaluation_does_not(tmp_path):
     for split in ("train", "val"):
         write_split(tmp_path, GOOD[:12], split=split)
-    (tmp_path / "exclude.txt").write_text("train/class0/0001.jpg\ntrain/class2/0011.jpg\nval/class0/0000.jpg\n")
-    config = DataConfig(data_dir=str(tmp_path), exclude=str(tmp_path / "exclude.txt"), train_crop_size=32,
-                        val_resize_size=32, val_crop_size=32)
-    train = build_train_loader(config, OneProcess(), seed=1, global_batch_size=10, grad_accum_steps=1,
-                               dtype=torch.float32, output_dir=str(tmp_path))
+    (tmp_path / "exclude.txt").write_text(
+        "train/class0/0001.jpg\ntrain/class2/0011.jpg\nval/class0/0000.jpg\n"
+    )
+    config = DataConfig(
+        data_dir=str(tmp_path),
+        exclude=str(tmp_path / "exclude.txt"),
+        train_crop_size=32,
+        val_resize_size=32,
+        val_crop_size=32,
+    )
+    train = build_train_loader(
+        config,
+        OneProcess(),
+        seed=1,
+        global_batch_size=10,
+        grad_accum_steps=1,
+        dtype=torch.float32,
+        output_dir=str(tmp_path),
+    )
     val = build_val_loader(config, OneProcess(), dtype=torch.float32, output_dir=str(tmp_path))
     assert (train.num_samples, val.num_samples) == (10, 12)
     (batch,) = train.batches(0, 1)
     assert sorted(train.index.name(row) for row in batch.indices.tolist()) == sorted(
-        f"class{i // 4}/{i:04d}.jpg" for i in range(12) if i not in (1, 11))
+        f"class{i // 4}/{i:04d}.jpg" for i in range(12) if i not in (1, 11)
+    )
     assert [train.index.name(row).split("/")[0] for row in batch.indices.tolist()] == [
-        f"class{label}" for label in batch.labels.tolist()]
+        f"class{label}" for label in batch.labels.tolist()
+    ]
     train.close()
     val.close()
 
 
 def test_build(tmp_path):
     """Each kind of data gives loaders that agree on the classes and deliver."""
-    good = {split: write_split(tmp_path / "folder", GOOD[:12], split=split) for split in ("train", "val")}
+    good = {
+        split: write_split(tmp_path / "folder", GOOD[:12], split=split)
+        for split in ("train", "val")
+    }
     sizes = {"train_crop_size": 32, "val_resize_size": 32, "val_crop_size": 32, "val_batch_size": 5}
     for kind, count in (("folder", len(good["train"])), ("digits", 1442), ("synthetic", 1280)):
         config = DataConfig(kind=kind, data_dir=str(tmp_path / kind), **sizes)
-        train = build_train_loader(config, OneProcess(), seed=1, global_batch_size=12, grad_accum_steps=2,
-                                   dtype=torch.bfloat16, output_dir=str(tmp_path))
+        train = build_train_loader(
+            config,
+            OneProcess(),
+            seed=1,
+            global_batch_size=12,
+            grad_accum_steps=2,
+            dtype=torch.bfloat16,
+            output_dir=str(tmp_path),
+        )
         val = build_val_loader(config, OneProcess(), dtype=torch.bfloat16, output_dir=str(tmp_path))
         assert train.num_samples == count
         assert train.class_names == val.class_names

@@ -21,8 +21,14 @@ from resnet_dist.config import LogConfig
 from resnet_dist.log import build_log, read_metrics
 
 QUIET = LogConfig(wandb="disabled")
-TRAIN = {"train/epoch": 0.5, "train/loss": 1.25, "train/top1": 50.0, "train/lr": 0.1, "train/images_per_second": 1000.0,
-         "train/data_wait_fraction": 0.02}
+TRAIN = {
+    "train/epoch": 0.5,
+    "train/loss": 1.25,
+    "train/top1": 50.0,
+    "train/lr": 0.1,
+    "train/images_per_second": 1000.0,
+    "train/data_wait_fraction": 0.02,
+}
 
 
 def started(folder, start_step=0, total_steps=100, config=QUIET, is_main=True):
@@ -37,12 +43,24 @@ def lines(folder):
 
 def test_lines_are_plain_json(tmp_path):
     log = started(tmp_path)
-    log.metrics(10, {"train/loss": math.nan, "train/top1": np.float32(50), "train/lr": math.inf,
-                     "val/num": np.int64(7)})
+    log.metrics(
+        10,
+        {
+            "train/loss": math.nan,
+            "train/top1": np.float32(50),
+            "train/lr": math.inf,
+            "val/num": np.int64(7),
+        },
+    )
     (record,) = lines(tmp_path)
     assert list(record)[:2] == ["step", "time"]
     assert abs(record["time"] - time.time()) < 60
-    assert (record["train/loss"], record["train/top1"], record["train/lr"], record["val/num"]) == (None, 50.0, None, 7)
+    assert (record["train/loss"], record["train/top1"], record["train/lr"], record["val/num"]) == (
+        None,
+        50.0,
+        None,
+        7,
+    )
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
@@ -51,7 +69,7 @@ def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
     for step in (10, 20, 30, 40):
         log.metrics(step, {"train/loss": 1.0})
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 50, "tr')                  # torn by SIGKILL
+        file.write('{"step": 50, "tr')  # torn by SIGKILL
     log = started(tmp_path, start_step=20)
     assert [record["step"] for record in lines(tmp_path)] == [10, 20]
     log.metrics(30, {"train/loss": 2.0})
@@ -92,7 +110,7 @@ def test_full_disk_does_not_stop_training(tmp_path, capsys):
     log.metrics(3, {"train/loss": 1.0})
     log.path = tmp_path / "metrics.jsonl"
     with open(log.path, "a") as file:
-        file.write('{"step": 2, "ti')                   # the part that still fitted
+        file.write('{"step": 2, "ti')  # the part that still fitted
     log.metrics(4, {"train/loss": 1.0})
     assert capsys.readouterr().err.count("No space left") == 1
     assert [record["step"] for record in read_metrics(log.path)] == [1, 4]
@@ -102,13 +120,32 @@ def test_console_lines(tmp_path, capsys):
     log = started(tmp_path, total_steps=2000)
     log.metrics(50, TRAIN)
     log.metrics(1000, TRAIN)
-    log.metrics(1000, {"train/epoch": 0.5, "val/loss": 1.0, "val/top1": 76.5, "val/top5": 93.0, "val/num": 360,
-                       "val_ema/loss": 0.9, "val_ema/top1": 77.0, "val_ema/top5": 94.0, "val_ema/num": 360})
+    log.metrics(
+        1000,
+        {
+            "train/epoch": 0.5,
+            "val/loss": 1.0,
+            "val/top1": 76.5,
+            "val/top5": 93.0,
+            "val/num": 360,
+            "val_ema/loss": 0.9,
+            "val_ema/top1": 77.0,
+            "val_ema/top5": 94.0,
+            "val_ema/num": 360,
+        },
+    )
     log.say("a sentence")
     first, second, val, ema, sentence = capsys.readouterr().out.splitlines()
     assert len(first) == len(second) <= 130
-    for part in ("step   50/2000", "epoch   0.50", "loss  1.2500", "top1  50.00 %", "1000 img/s", "wait   2.0 %",
-                 "eta 0:00"):
+    for part in (
+        "step   50/2000",
+        "epoch   0.50",
+        "loss  1.2500",
+        "top1  50.00 %",
+        "1000 img/s",
+        "wait   2.0 %",
+        "eta 0:00",
+    ):
         assert part in first
     assert "val " in val
     assert "top1  76.50 %" in val
@@ -173,24 +210,42 @@ def test_closed_streams_do_not_matter(tmp_path, monkeypatch):
     assert len(lines(tmp_path)) == 1
 
 
-@pytest.mark.parametrize(("asked", "environment", "mode"), [
-    ("auto", "", "auto"), ("auto", "offline", "offline"), ("auto", "disabled", "disabled"),
-    ("auto", "dryrun", "offline"), ("auto", "online", "online"), ("online", "offline", "offline"),
-    ("offline", "online", "offline"),
-    ("disabled", "online", "disabled"), ("online", "nonsense", "online")])
+@pytest.mark.parametrize(
+    ("asked", "environment", "mode"),
+    [
+        ("auto", "", "auto"),
+        ("auto", "offline", "offline"),
+        ("auto", "disabled", "disabled"),
+        ("auto", "dryrun", "offline"),
+        ("auto", "online", "online"),
+        ("online", "offline", "offline"),
+        ("offline", "online", "offline"),
+        ("disabled", "online", "disabled"),
+        ("online", "nonsense", "online"),
+    ],
+)
 def test_mode(asked, environment, mode):
     assert log_module._wandb_mode(asked, environment) == mode
 
 
 def test_probe_is_quick(monkeypatch):
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+    for name in (
+        "http_proxy",
+        "https_proxy",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "all_proxy",
+        "ALL_PROXY",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(log_module, "_PROBE_SECONDS", 60.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         assert log_module._accepts_connections(f"http://127.0.0.1:{port}")
         monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{port}")
-        assert log_module._accepts_connections("https://wandb.invalid")      # the proxy looks up names, not we
+        assert log_module._accepts_connections(
+            "https://wandb.invalid"
+        )  # the proxy looks up names, not we
     assert not log_module._accepts_connections(f"http://127.0.0.1:{port}")
     monkeypatch.delenv("https_proxy")
 
@@ -203,7 +258,9 @@ def test_probe_is_quick(monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", slow)
     monkeypatch.setattr(log_module, "_PROBE_SECONDS", 0.2)
-    assert not log_module._accepts_connections("https://wandb.invalid")      # although nothing has answered yet
+    assert not log_module._accepts_connections(
+        "https://wandb.invalid"
+    )  # although nothing has answered yet
     assert asked.wait(60)
     answer.set()
 
@@ -220,13 +277,28 @@ def test_netrc(tmp_path, monkeypatch):
 
 def in_process(tmp_path, code, **environment):
     """Run `code` where W&B finds an empty home, and nothing outside this machine."""
-    clean = {key: value for key, value in os.environ.items()
-             if not key.upper().startswith("WANDB") and "proxy" not in key.lower()}
-    clean |= {"HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_ERROR_REPORTING": "false",
-              "PYTHONPATH": str(Path(log_module.__file__).parents[1]), **environment}
+    clean = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.upper().startswith("WANDB") and "proxy" not in key.lower()
+    }
+    clean |= {
+        "HOME": str(tmp_path),
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+        "WANDB_ERROR_REPORTING": "false",
+        "PYTHONPATH": str(Path(log_module.__file__).parents[1]),
+        **environment,
+    }
     head = "import os, sys, time\nfrom resnet_dist import log as m\nfrom resnet_dist.config import LogConfig\n"
-    done = subprocess.run([sys.executable, "-c", head + code], cwd=tmp_path, env=clean, capture_output=True, text=True,
-                          timeout=300, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        [sys.executable, "-c", head + code],
+        cwd=tmp_path,
+        env=clean,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+    )
     assert done.returncode == 0, done.stderr
     return done
 
@@ -245,22 +317,32 @@ log.close(0)
 def test_offline_run_goes_on_after_a_resume(tmp_path):
     pytest.importorskip("wandb")
     first = in_process(tmp_path, SESSION.replace("START", "0").replace("STEPS", "(10, 20, 30)"))
-    assert first.stderr == ""                           # no banner, no prompt
+    assert first.stderr == ""  # no banner, no prompt
     (sentence,) = [line for line in first.stdout.splitlines() if line.startswith("W&B")]
     run_id = (tmp_path / "run/wandb_run_id").read_text().strip()
     assert "no API key" in sentence
     assert f"wandb sync run/wandb/offline-run-*-{run_id}" in sentence
-    in_process(tmp_path, SESSION.replace("START", "20").replace("STEPS", "(30, 40)"), WANDB_API_KEY="a" * 40)
+    in_process(
+        tmp_path,
+        SESSION.replace("START", "20").replace("STEPS", "(30, 40)"),
+        WANDB_API_KEY="a" * 40,
+    )
     folders = sorted((tmp_path / "run/wandb").glob(f"offline-run-*-{run_id}"))
     assert len(folders) == 2
     records = [inspect(folder, tmp_path) for folder in folders]
-    steps = [[record["history"]["item"]["step"] for record in part if record["type"] == "history"] for part in records]
-    assert steps == [[10, 20, 30], [40]]                # 30 is there already: the axis must not go back
+    steps = [
+        [record["history"]["item"]["step"] for record in part if record["type"] == "history"]
+        for part in records
+    ]
+    assert steps == [[10, 20, 30], [40]]  # 30 is there already: the axis must not go back
     runs = [record["run"] for part in records for record in part if record["type"] == "run"]
     assert {run["run_id"] for run in runs} == {run_id}
     assert runs[0]["config"]["update"]["model"] == {"name": "resnet20"}
-    assert all(record["metric"]["step_metric"] == "step" for record in records[0]
-               if record["type"] == "metric" and "glob_name" in record["metric"])
+    assert all(
+        record["metric"]["step_metric"] == "step"
+        for record in records[0]
+        if record["type"] == "metric" and "glob_name" in record["metric"]
+    )
     assert [record["step"] for record in lines(tmp_path / "run")] == [10, 20, 30, 40]
     names = {path.name for folder in folders for path in folder.rglob("*")}
     assert not names & {"requirements.txt", "wandb-metadata.json", "output.log"}
@@ -269,8 +351,13 @@ def test_offline_run_goes_on_after_a_resume(tmp_path):
 def inspect(folder, home):
     """The records of an offline run, as W&B's own tool prints them."""
     tool = Path(sys.executable).with_name("wandb")
-    done = subprocess.run([tool, "leet", "inspect", "--json", folder], capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "HOME": str(home), "WANDB_ERROR_REPORTING": "false"})
+    done = subprocess.run(
+        [tool, "leet", "inspect", "--json", folder],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "HOME": str(home), "WANDB_ERROR_REPORTING": "false"},
+    )
     if done.returncode:
         pytest.skip("this version of W&B has no tool to read its own files")
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -278,8 +365,10 @@ def inspect(folder, home):
 
 def test_key_without_a_network_goes_offline_at_once(tmp_path):
     pytest.importorskip("wandb")
-    code = ("config = LogConfig()\nfolder = m.Path('run')\nfolder.mkdir()\nimport wandb\n"
-            "print(m.why_offline(probe=True))\n")
+    code = (
+        "config = LogConfig()\nfolder = m.Path('run')\nfolder.mkdir()\nimport wandb\n"
+        "print(m.why_offline(probe=True))\n"
+    )
     assert "cannot be reached" in in_process(tmp_path, code, WANDB_API_KEY="a" * 40).stdout
 
 
@@ -287,8 +376,12 @@ def test_server_that_does_not_answer_falls_back_to_offline(tmp_path):
     pytest.importorskip("wandb")
     with socket.create_server(("127.0.0.1", 0)) as server:
         code = "m._INIT_SECONDS, m._PROBE_SECONDS = 1.0, 60.0\n" + SESSION
-        done = in_process(tmp_path, code.replace("START", "0").replace("STEPS", "(10,)"), WANDB_API_KEY="a" * 40,
-                          WANDB_BASE_URL=f"http://127.0.0.1:{server.getsockname()[1]}")
+        done = in_process(
+            tmp_path,
+            code.replace("START", "0").replace("STEPS", "(10,)"),
+            WANDB_API_KEY="a" * 40,
+            WANDB_BASE_URL=f"http://127.0.0.1:{server.getsockname()[1]}",
+        )
     assert done.stdout.count("W&B is offline (going online failed") == 1
     assert len(list((tmp_path / "run/wandb").glob("offline-run-*"))) == 1
 
@@ -318,7 +411,7 @@ def test_broken_wandb_gets_one_warning_and_no_time(tmp_path, monkeypatch, capsys
     for step in range(1, 50):
         log.metrics(step, {"train/top5": 1.0})
     log.close()
-    assert log.wandb.thread.is_alive() or not hang      # nobody has waited for it
+    assert log.wandb.thread.is_alive() or not hang  # nobody has waited for it
     released.set()
     log.wandb.thread.join()
     assert capsys.readouterr().err.count("warning: W&B") == 1

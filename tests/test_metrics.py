@@ -13,7 +13,9 @@ from resnet_dist.metrics import Counts
 
 
 def of(logits, labels, losses=None):
-    return Counts.of(logits, labels, torch.zeros(len(labels)) if losses is None else losses).result()
+    return Counts.of(
+        logits, labels, torch.zeros(len(labels)) if losses is None else losses
+    ).result()
 
 
 @pytest.mark.parametrize("classes", [2, 4, 5, 6, 100])
@@ -39,7 +41,7 @@ def test_equal_logits_rank_by_class():
 def test_ignored_labels_and_nan_are_counted_but_never_hits():
     logits = torch.eye(4)
     labels = torch.tensor([0, IGNORED_LABEL, 2, 3])
-    logits[2, 0] = math.nan                             # another class's logit is as good as none at all
+    logits[2, 0] = math.nan  # another class's logit is as good as none at all
     logits[3] = math.nan
     result = of(logits, labels)
     assert (result["correct1"], result["correct5"], result["num"]) == (1, 1, 4)
@@ -56,8 +58,11 @@ def test_sum_and_nothing():
 
 def test_runs_on_meta():
     device = torch.device("meta")
-    counts = Counts.of(torch.empty(4, 10, device=device, dtype=torch.bfloat16),
-                       torch.empty(4, dtype=torch.int64, device=device), torch.empty(4, device=device))
+    counts = Counts.of(
+        torch.empty(4, 10, device=device, dtype=torch.bfloat16),
+        torch.empty(4, dtype=torch.int64, device=device),
+        torch.empty(4, device=device),
+    )
     total = Counts.zero(device) + counts
     assert (total.correct1.dtype, total.loss_sum.dtype) == (torch.int64, torch.float64)
     assert total.num.device == device
@@ -66,11 +71,21 @@ def test_runs_on_meta():
 def _reduce(rank, world_size):
     runtime = Runtime(rank, rank, world_size, world_size, torch.device("cpu"), None)
     big = 2**52 // 2 - 1
-    counts = Counts(torch.tensor(big), torch.tensor(rank), torch.tensor(0.5, dtype=torch.float64), torch.tensor(2))
+    counts = Counts(
+        torch.tensor(big),
+        torch.tensor(rank),
+        torch.tensor(0.5, dtype=torch.float64),
+        torch.tensor(2),
+    )
     return counts.reduce(runtime).result()
 
 
 def test_reduction_over_ranks_is_exact():
     first, second = run_ranks(_reduce, 2)
     assert first == second
-    assert (first["correct1"], first["correct5"], first["num"], first["loss"]) == (2**52 - 2, 1, 4, 0.25)
+    assert (first["correct1"], first["correct5"], first["num"], first["loss"]) == (
+        2**52 - 2,
+        1,
+        4,
+        0.25,
+    )

@@ -29,8 +29,11 @@ def test_share_is_beta(alpha):
     torch.manual_seed(0)
     theirs = np.sort(torch.distributions.Beta(alpha, alpha).sample((n,)).double().numpy())
     grid = np.concatenate([ours, theirs])
-    assert np.abs(np.searchsorted(ours, grid, "right") - np.searchsorted(theirs, grid, "right")).max() / n < 1.95 * (
-        2 / n) ** 0.5
+    assert (
+        np.abs(np.searchsorted(ours, grid, "right") - np.searchsorted(theirs, grid, "right")).max()
+        / n
+        < 1.95 * (2 / n) ** 0.5
+    )
 
 
 def test_choice_is_even_and_a_function_of_seed_and_step():
@@ -53,7 +56,10 @@ def test_cutmix_shows_the_neighbour_in_a_box_of_that_area():
         assert share > 1 - 1e-9 or (mixed[0] == 1).nonzero().diff(dim=0).abs().sum() > 0
         shares.append(share)
     torch.manual_seed(0)
-    theirs = [v2.CutMix(num_classes=2)(images, torch.tensor([0, 1, 0, 1]))[1][0, 0].item() for _ in range(500)]
+    theirs = [
+        v2.CutMix(num_classes=2)(images, torch.tensor([0, 1, 0, 1]))[1][0, 0].item()
+        for _ in range(500)
+    ]
     assert np.mean(shares) == pytest.approx(np.mean(theirs), abs=0.05)
     assert np.std(shares) == pytest.approx(np.std(theirs), abs=0.05)
 
@@ -69,15 +75,28 @@ def test_mixup_is_the_weighted_mean_of_neighbours(dtype):
 
 
 def test_loss_is_that_of_the_mixed_target():
-    logits, labels, share = torch.randn(6, 10, dtype=torch.float64), torch.tensor([1, 2, 3, 3, 9, 0]), 0.3
+    logits, labels, share = (
+        torch.randn(6, 10, dtype=torch.float64),
+        torch.tensor([1, 2, 3, 3, 9, 0]),
+        0.3,
+    )
     targets = F.one_hot(labels, 10).double()
     targets = share * targets + (1 - share) * targets[[1, 0, 3, 2, 5, 4]]
     expected = F.cross_entropy(logits, targets, reduction="none", label_smoothing=0.1)
     torch.testing.assert_close(mix.losses(logits, labels, share, 0.1), expected)
 
 
-@pytest.mark.parametrize(("share", "smoothing", "threshold"), [
-    (1.0, 0.0, 0.0), (1.0, 0.1, 0.0), (0.3, 0.1, 0.0), (0.3, 0.0, 0.2), (0.1, 0.0, 0.2), (0.9, 0.1, 0.2)])
+@pytest.mark.parametrize(
+    ("share", "smoothing", "threshold"),
+    [
+        (1.0, 0.0, 0.0),
+        (1.0, 0.1, 0.0),
+        (0.3, 0.1, 0.0),
+        (0.3, 0.0, 0.2),
+        (0.1, 0.0, 0.2),
+        (0.9, 0.1, 0.2),
+    ],
+)
 def test_bce_is_the_literal_formula(share, smoothing, threshold):
     """-(t log p + (1 - t) log(1 - p)), mean over the classes, for targets made one by one."""
     torch.manual_seed(0)
@@ -86,7 +105,10 @@ def test_bce_is_the_literal_formula(share, smoothing, threshold):
     for i in range(4):
         total = 0.0
         for c in range(5):
-            own, other = (smoothing / 5 + (1 - smoothing) * (c == label) for label in (labels[i], labels[i ^ 1]))
+            own, other = (
+                smoothing / 5 + (1 - smoothing) * (c == label)
+                for label in (labels[i], labels[i ^ 1])
+            )
             target = share * own + (1 - share) * other
             target = float(target > threshold) if threshold else target
             p = 1 / (1 + np.exp(-logits[i, c].item()))
@@ -102,9 +124,15 @@ def test_a_step_does_not_depend_on_how_the_batch_is_cut(alphas):
     for pieces in (1, 2):
         state = build_state(config, 10, CPU)
         state.model.eval()
-        parts = [replace(whole, images=images, labels=labels)
-                 for images, labels in zip(whole.images.chunk(pieces), whole.labels.chunk(pieces), strict=True)]
-        train_step(NoSync(state.model), state, parts, 0.1, plan_of(config), NonFinite(state.model, 0))
+        parts = [
+            replace(whole, images=images, labels=labels)
+            for images, labels in zip(
+                whole.images.chunk(pieces), whole.labels.chunk(pieces), strict=True
+            )
+        ]
+        train_step(
+            NoSync(state.model), state, parts, 0.1, plan_of(config), NonFinite(state.model, 0)
+        )
         results.append(copy.deepcopy(state.model.state_dict()))
     plain = build_state(CONFIG, 10, CPU)
     plain.model.eval()

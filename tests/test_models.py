@@ -30,7 +30,7 @@ def test_size_and_cost(name):
     if name in torchvision.models.list_models(torchvision.models):
         weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].meta
         assert row["multiply_adds"] / 1e9 == pytest.approx(weights["_ops"], abs=6e-4)
-        if name in FAMILY:                               # test_zoo.py has the others' parameters and figures
+        if name in FAMILY:  # test_zoo.py has the others' parameters and figures
             assert row["parameters"] == weights["num_params"]
             assert row["top1"] == weights["_metrics"]["ImageNet-1K"]["acc@1"]
 

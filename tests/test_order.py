@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from resnet_dist.data import order
+from resnet_dist.data.sampling import order
 
 
 def permutation(seed, epoch, n):
@@ -16,10 +16,24 @@ def permutation(seed, epoch, n):
 def samples_of_step(step, n, global_batch_size, world_size, grad_accum_steps=1, seed=3, repeats=1):
     """Rows and repetitions by (micro-step, rank) of one step, concatenated in that order."""
     epoch, inside = order.locate(step, order.steps_per_epoch(n, global_batch_size, repeats))
-    layout = {"global_batch_size": global_batch_size, "grad_accum_steps": grad_accum_steps, "world_size": world_size}
-    shares = [order.samples_at(seed, epoch, n, inside, order.micro_step_positions(micro, rank=rank, **layout),
-                               global_batch_size, repeats)
-              for micro in range(grad_accum_steps) for rank in range(world_size)]
+    layout = {
+        "global_batch_size": global_batch_size,
+        "grad_accum_steps": grad_accum_steps,
+        "world_size": world_size,
+    }
+    shares = [
+        order.samples_at(
+            seed,
+            epoch,
+            n,
+            inside,
+            order.micro_step_positions(micro, rank=rank, **layout),
+            global_batch_size,
+            repeats,
+        )
+        for micro in range(grad_accum_steps)
+        for rank in range(world_size)
+    ]
     return tuple(np.concatenate(part) for part in zip(*shares, strict=True))
 
 
@@ -35,7 +49,7 @@ def test_order_is_complete_and_differs_by_epoch_and_seed():
         assert np.array_equal(rows, permutation(0, 0, n))
     first = permutation(0, 0, 5041)
     for other in (permutation(0, 1, 5041), permutation(1, 0, 5041)):
-        assert (first == other).sum() < 8                                    # 1 is expected, as of unrelated ones
+        assert (first == other).sum() < 8  # 1 is expected, as of unrelated ones
 
 
 def test_rows_do_not_depend_on_what_else_is_asked():
@@ -47,14 +61,18 @@ def test_rows_do_not_depend_on_what_else_is_asked():
 @pytest.mark.parametrize("n", [1_281_167, 10**9, 10**9 + 7, 2**40 - 1])
 def test_large_orders_are_one_to_one(n):
     """Sampled: runs at both ends and in the middle, and scattered positions."""
-    places = np.unique(np.concatenate([start + np.arange(20000) for start in (0, n // 2, n - 20000)] + [
-        np.random.default_rng(1).integers(0, n, 100_000)]))
+    places = np.unique(
+        np.concatenate(
+            [start + np.arange(20000) for start in (0, n // 2, n - 20000)]
+            + [np.random.default_rng(1).integers(0, n, 100_000)]
+        )
+    )
     rows = order.rows_at(7, 3, n, places)
     assert rows.min() >= 0 and rows.max() < n
     assert len(np.unique(rows)) == len(places)
-    assert abs(np.corrcoef(places, rows)[0, 1]) < 0.015                      # 0.0025 is one standard deviation
+    assert abs(np.corrcoef(places, rows)[0, 1]) < 0.015  # 0.0025 is one standard deviation
     steps = np.diff(rows[:20000])
-    assert (np.abs(steps) < n // 1000).mean() < 0.004                        # neighbours: 0.002 are expected
+    assert (np.abs(steps) < n // 1000).mean() < 0.004  # neighbours: 0.002 are expected
     assert deviation(np.bincount(rows * 64 // n, minlength=64)) < 4
 
 
@@ -62,8 +80,16 @@ def test_order_never_changes():
     """A resumed run must see the same order, with any version of numpy and of this package."""
     assert permutation(7, 2, 10).tolist() == [6, 4, 5, 9, 0, 2, 8, 7, 3, 1]
     assert order.rows_at(7, 2, 1_281_167, np.array([0, 1, 640_000, 1_281_166])).tolist() == [
-        43162, 1104102, 532010, 1225447]
-    assert order.rows_at(0, 89, 10**9, np.array([0, 1, 999_999_999])).tolist() == [322786475, 770257251, 580768410]
+        43162,
+        1104102,
+        532010,
+        1225447,
+    ]
+    assert order.rows_at(0, 89, 10**9, np.array([0, 1, 999_999_999])).tolist() == [
+        322786475,
+        770257251,
+        580768410,
+    ]
 
 
 def deviation(counts):
@@ -99,7 +125,9 @@ def test_epochs_are_unrelated():
     orders = [permutation(1, epoch, n) for epoch in range(20)]
     for one, other in itertools.pairwise(orders):
         assert abs(np.corrcoef(one, other)[0, 1]) < 4 / math.sqrt(n)
-        assert abs(np.corrcoef(np.argsort(one)[other[:-1]], np.arange(n - 1))[0, 1]) < 4 / math.sqrt(n)
+        assert abs(
+            np.corrcoef(np.argsort(one)[other[:-1]], np.arange(n - 1))[0, 1]
+        ) < 4 / math.sqrt(n)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -107,7 +135,9 @@ def test_every_sample_once_per_epoch_except_the_tail(world_size):
     n, batch = 103, 24
     tails = []
     for epoch in range(3):
-        rows = np.concatenate([rows_of_step(step, n, batch, world_size) for step in range(4 * epoch, 4 * epoch + 4)])
+        rows = np.concatenate(
+            [rows_of_step(step, n, batch, world_size) for step in range(4 * epoch, 4 * epoch + 4)]
+        )
         assert len(rows) == len(set(rows)) == 96
         tails.append(frozenset(range(n)) - frozenset(rows))
     assert len(set(tails)) == 3
@@ -131,9 +161,11 @@ def test_repeated_samples(repeats):
         assert np.array_equal(repetitions, np.repeat(np.arange(repeats), distinct))
         for rank in np.split(rows, 4):
             assert len(set(rank)) == len(rank)
-        assert np.array_equal(samples_of_step(step, n, batch, 2, 3, repeats=repeats), (rows, repetitions))
+        assert np.array_equal(
+            samples_of_step(step, n, batch, 2, 3, repeats=repeats), (rows, repetitions)
+        )
         shown += rows[:distinct].tolist()
-    assert shown == permutation(3, 0, n)[:len(shown)].tolist()
+    assert shown == permutation(3, 0, n)[: len(shown)].tolist()
     assert order.steps_per_epoch(n, batch, repeats) == 5
 
 
@@ -155,4 +187,6 @@ def test_evaluation_covers_every_row_once_in_equal_rounds(world_size, n):
     assert {len(share) for share in shares} == {math.ceil(n / (10 * world_size))}
     batches = [batch for share in shares for batch in share if batch is not None]
     assert sorted(row for batch in batches for row in batch) == list(range(n))
-    assert {(batch.start, batch.stop) for batch in batches} == {(s, min(s + 10, n)) for s in range(0, n, 10)}
+    assert {(batch.start, batch.stop) for batch in batches} == {
+        (s, min(s + 10, n)) for s in range(0, n, 10)
+    }

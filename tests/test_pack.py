@@ -15,14 +15,17 @@ from image_files import OneProcess, encode, picture, train_loader
 from PIL import Image
 
 from resnet_dist.cli import main
-from resnet_dist.data.read import load
-from resnet_dist.data.scan import build_index
+from resnet_dist.data.pixels.read import load
+from resnet_dist.data.sources.scan import build_index
 
 FILES = {
-    "a.cat/x.JPEG": encode(picture(60, 80, 1)), "a.cat/x.png": encode(picture(40, 40, 2), "PNG"),
-    "a.cat/x.y.jpg": encode(picture(90, 50, 3)), "a.cat/x_y.jpg": encode(picture(64, 64, 4)),
+    "a.cat/x.JPEG": encode(picture(60, 80, 1)),
+    "a.cat/x.png": encode(picture(40, 40, 2), "PNG"),
+    "a.cat/x.y.jpg": encode(picture(90, 50, 3)),
+    "a.cat/x_y.jpg": encode(picture(64, 64, 4)),
     "b/cut.jpg": b"\xff\xd8 cut",
-    **{f"b/{i}.JPG": encode(picture(50 + 5 * i, 70, i)) for i in range(5, 12)}, "ü/1.jpeg": encode(picture(33, 99, 30)),
+    **{f"b/{i}.JPG": encode(picture(50 + 5 * i, 70, i)) for i in range(5, 12)},
+    "ü/1.jpeg": encode(picture(33, 99, 30)),
 }
 
 
@@ -73,8 +76,13 @@ def test_a_run_on_shards_is_a_run_on_the_folder(source, tmp_path):
 def test_samples_in_the_tar(source, tmp_path):
     assert pack(source, tmp_path / "out") == 0
     found = list(members(tmp_path / "out" / "train").items())
-    assert {name for name, _ in found[::2]} >= {"a.cat/x.jpeg", "a.cat/x_.png", "a.cat/x_y.jpg", "a.cat/x_y_.jpg",
-                                                "b/5.jpg"}
+    assert {name for name, _ in found[::2]} >= {
+        "a.cat/x.jpeg",
+        "a.cat/x_.png",
+        "a.cat/x_y.jpg",
+        "a.cat/x_y_.jpg",
+        "b/5.jpg",
+    }
     labels = {"a.cat": b"0", "b": b"1", "ü": b"2"}
     for (image, _), (label, content) in zip(found[::2], found[1::2], strict=True):
         assert label == f"{os.path.splitext(image)[0]}.cls"
@@ -88,8 +96,11 @@ def test_dali_reads_the_shards(source, tmp_path):
     assert pack(source, tmp_path / "out") == 0
     pipeline = dali.Pipeline(batch_size=len(FILES), num_threads=1, device_id=None)
     with pipeline:
-        images, labels = dali.fn.readers.webdataset(paths=[str(tmp_path / "out/train/train-000000.tar")],
-                                                    ext=["jpg;jpeg;png", "cls"], missing_component_behavior="error")
+        images, labels = dali.fn.readers.webdataset(
+            paths=[str(tmp_path / "out/train/train-000000.tar")],
+            ext=["jpg;jpeg;png", "cls"],
+            missing_component_behavior="error",
+        )
         pipeline.set_outputs(images, labels)
     images, labels = pipeline.run()
     expected = list(members(tmp_path / "out" / "train").values())
@@ -101,7 +112,10 @@ def test_resize_brings_large_images_down_and_leaves_the_others(source, tmp_path,
     Image.fromarray(np.full((70, 90), 40000, np.uint16)).save(source / "train/b/deep.png")
     assert pack(source, tmp_path / "out", "--resize", "60") == 0
     said = capsys.readouterr().out
-    assert "kept as it was: train/b/cut.jpg: " in said and "kept as it was: train/b/deep.png: it has 16 bits" in said
+    assert (
+        "kept as it was: train/b/cut.jpg: " in said
+        and "kept as it was: train/b/deep.png: it has 16 bits" in said
+    )
     index, resized = open_index(tmp_path / "out"), set()
     for row in range(len(index)):
         data, name = load(index, row).data, index.name(row)
@@ -131,12 +145,14 @@ def test_quality_encodes_all_that_it_makes_smaller(source, tmp_path):
 
 def killed(function, count, *arguments):
     """Run `function` in a process that gets SIGKILL at its `count`-th flush to the disk or rename."""
+
     def counted(original, calls):
         def call(*args):
             calls.append(1)
             if len(calls) == count:
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(*args)
+
         return call
 
     def body():
@@ -144,17 +160,19 @@ def killed(function, count, *arguments):
         os.fsync, os.replace = counted(os.fsync, calls), counted(os.replace, calls)
         function(*arguments)
         os._exit(0)
+
     process = multiprocessing.get_context("fork").Process(target=body)
     process.start()
     process.join(300)
     assert process.exitcode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("count", [7, 9])                # before a shard is complete; between its sidecar and it
+@pytest.mark.parametrize("count", [7, 9])  # before a shard is complete; between its sidecar and it
 def test_a_killed_pack_goes_on(source, tmp_path, count):
     for i in range(6):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (400, 400, 3), np.uint8)).save(
-            source / f"train/b/large{i}.png")
+            source / f"train/b/large{i}.png"
+        )
     options = ("--shard_mb", "1", "--workers", "1")
     assert pack(source, tmp_path / "whole", *options) == 0
     killed(pack, count, source, tmp_path / "out", *options)
@@ -171,10 +189,13 @@ def test_what_is_not_all_there_is_no_data_set(source, tmp_path):
     """A shard that was not copied, or not written before a kill: an error, not a smaller data set."""
     for i in range(3):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (400, 400, 3), np.uint8)).save(
-            source / f"train/b/large{i}.png")
+            source / f"train/b/large{i}.png"
+        )
     assert pack(source, tmp_path / "out", "--shard_mb", "1") == 0
     sorted((tmp_path / "out/train").glob("*.tar"))[-1].unlink()
-    with pytest.raises(ValueError, match=r"train/ has \d of \d shards: run `resnet-dist data pack` again"):
+    with pytest.raises(
+        ValueError, match=r"train/ has \d of \d shards: run `resnet-dist data pack` again"
+    ):
         open_index(tmp_path / "out")
 
 

@@ -17,19 +17,23 @@ from resnet_dist import run as composition
 from resnet_dist.checkpoint import read_checkpoint, unpack_checkpoint
 from resnet_dist.commands.predict import find_images
 from resnet_dist.config import Config, ModelConfig
-from resnet_dist.data.scan import build_index
+from resnet_dist.data.sources.scan import build_index
 
 
 def main(arguments):
-    sys.stderr.reconfigure(errors="backslashreplace")    # as Python's own
+    sys.stderr.reconfigure(errors="backslashreplace")  # as Python's own
     return cli.main(arguments)
 
 
 def run(command, folder, *arguments, entry=main):
     """Exit code and output of a command in a process of its own."""
     log = folder / f"log{len(list(folder.glob('log*')))}"
-    [code] = run_app(1, [command, *map(str, arguments), "--distributed.threads", "1", "--data.threads", "1"], str(log),
-                     entry)
+    [code] = run_app(
+        1,
+        [command, *map(str, arguments), "--distributed.threads", "1", "--data.threads", "1"],
+        str(log),
+        entry,
+    )
     return code, log.read_text()
 
 
@@ -39,7 +43,15 @@ def objects(text):
 
 def test_a_validation_folder_gets_what_evaluation_gives_it(checkpoint, digits, tmp_path):
     """The same top-1 and top-5 counts, of views with their mirror images; the very probabilities of these batches."""
-    settings = ["--checkpoint", checkpoint, "--json", "--data.val_flip", "true", "--data.val_batch_size", "100"]
+    settings = [
+        "--checkpoint",
+        checkpoint,
+        "--json",
+        "--data.val_flip",
+        "true",
+        "--data.val_batch_size",
+        "100",
+    ]
     code, text = run("evaluate", tmp_path, *settings)
     counts = objects(text)[0]["ema"]
     assert code == 0 and counts["num"] == 355 and 0 < counts["correct1"] < counts["correct5"] < 355
@@ -49,11 +61,15 @@ def test_a_validation_folder_gets_what_evaluation_gives_it(checkpoint, digits, t
     assert [image["path"] for image in found] == [index.path(row) for row in range(355)]
     ranks = [[best["class"] for best in image["predictions"]] for image in found]
     own = [image["path"].split("/")[-2] for image in found]
-    assert sum(label == rank[0] for label, rank in zip(own, ranks, strict=True)) == counts["correct1"]
+    assert (
+        sum(label == rank[0] for label, rank in zip(own, ranks, strict=True)) == counts["correct1"]
+    )
     assert sum(label in rank for label, rank in zip(own, ranks, strict=True)) == counts["correct5"]
 
     saved = unpack_checkpoint(read_checkpoint(checkpoint), "")
-    model, weights = composition.load_network(saved, Config(model=ModelConfig("resnet20")), torch.device("cpu"))
+    model, weights = composition.load_network(
+        saved, Config(model=ModelConfig("resnet20")), torch.device("cpu")
+    )
     data = saved["config"]["data"] | {"val_flip": True, "val_batch_size": 100, "kind": "folder"}
     loader, shares = val_loader(index, tmp_path, dtype=torch.bfloat16, **data), []
     for batch in loader:
@@ -61,8 +77,11 @@ def test_a_validation_folder_gets_what_evaluation_gives_it(checkpoint, digits, t
     loader.close()
     assert weights == "ema" and len(shares) == 355
     for image, row in zip(found, shares, strict=True):
-        assert [best["probability"] for best in image["predictions"]] == [
-            row[best["index"]] for best in image["predictions"]] == sorted(row, reverse=True)[:5]
+        assert (
+            [best["probability"] for best in image["predictions"]]
+            == [row[best["index"]] for best in image["predictions"]]
+            == sorted(row, reverse=True)[:5]
+        )
 
 
 def test_what_cannot_be_used_is_named_and_the_others_go_on(checkpoint, digits, tmp_path):
@@ -73,26 +92,41 @@ def test_what_cannot_be_used_is_named_and_the_others_go_on(checkpoint, digits, t
     (tmp_path / "small.png").write_bytes(encode(picture(7, 300), "PNG"))
     (tmp_path / "damaged.png").write_bytes(encode(picture(40, 50), "PNG").replace(b"IDAT", b"IDOT"))
     shutil.copy(good, strange)
-    words = [tmp_path / "missing.jpg", "--data.val_resize_size", "16", good, tmp_path / "text.jpg", "--checkpoint",
-             checkpoint, tmp_path / "cut.jpg", tmp_path / "small.png", good, strange,
-             tmp_path / "damaged.png"]
+    words = [
+        tmp_path / "missing.jpg",
+        "--data.val_resize_size",
+        "16",
+        good,
+        tmp_path / "text.jpg",
+        "--checkpoint",
+        checkpoint,
+        tmp_path / "cut.jpg",
+        tmp_path / "small.png",
+        good,
+        strange,
+        tmp_path / "damaged.png",
+    ]
     code, text = run("predict", tmp_path, *words, "--json", "--top", "20")
     found = objects(text)
     assert code == 1 and len(found) == 8 and "Traceback" not in text
-    errors = {os.path.basename(image["path"]): image["error"] for image in found if "error" in image}
+    errors = {
+        os.path.basename(image["path"]): image["error"] for image in found if "error" in image
+    }
     assert list(errors) == ["missing.jpg", "text.jpg", "cut.jpg", "damaged.png"]
     assert "No such file" in errors["missing.jpg"] and "neither JPEG nor PNG" in errors["text.jpg"]
     assert "end marker" in errors["cut.jpg"] and "the decoder refuses it" in errors["damaged.png"]
     assert found[1] == found[5] == found[6] | {"path": good} and found[6]["path"] == strange
     predictions = [image["predictions"] for image in found if "error" not in image]
-    assert [len({best["class"] for best in ranks}) for ranks in predictions] == [10] * 4      # as many as there are
+    assert [len({best["class"] for best in ranks}) for ranks in predictions] == [
+        10
+    ] * 4  # as many as there are
     assert all(abs(sum(best["probability"] for best in ranks) - 1) < 1e-5 for ranks in predictions)
 
     code, text = run("predict", tmp_path, *words, "--top", "2")
     lines = text.splitlines()
     rows = [line for line in lines if " % " in line]
     assert code == 1 and len(rows) == 8
-    assert len({line.index(" % ") for line in rows if "udcff" not in line}) == 1                 # aligned
+    assert len({line.index(" % ") for line in rows if "udcff" not in line}) == 1  # aligned
     assert rows[0].split()[0] == good and not rows[1].split()[0].startswith("/")
     assert len([line for line in lines if line.startswith("error: ")]) == 4 and "\\udcff" in text
     assert not list((tmp_path).glob("**/quarantine.jsonl"))
@@ -109,32 +143,55 @@ def test_interrupts_and_closed_pipes_are_quiet(checkpoint, digits, tmp_path):
 
     def interrupted(arguments):
         real = engine.predict
-        signal.signal(signal.SIGINT, signal.default_int_handler)         # a job in the background inherits "ignore"
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # a job in the background inherits "ignore"
 
         def predict(*parts):
             os.kill(os.getpid(), signal.SIGINT)
             return real(*parts)
+
         engine.predict = predict
         return cli.main(arguments)
 
     for entry, expected in ((closed, 141), (interrupted, 130)):
-        code, text = run("predict", tmp_path, "--checkpoint", checkpoint, f"{digits}/val", entry=entry)
+        code, text = run(
+            "predict", tmp_path, "--checkpoint", checkpoint, f"{digits}/val", entry=entry
+        )
         assert code == expected and text.splitlines() == ["resnet20, ema weights of step 2"]
 
 
 def test_what_is_named(tmp_path, monkeypatch):
-    for name in ("b/2.JPG", "b/10.png", "b/.hidden.jpg", "b/notes.txt", "b-c/1.jpeg", "b/.cache/1.jpg", "b/deep/0.jpg"):
+    for name in (
+        "b/2.JPG",
+        "b/10.png",
+        "b/.hidden.jpg",
+        "b/notes.txt",
+        "b-c/1.jpeg",
+        "b/.cache/1.jpg",
+        "b/deep/0.jpg",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "b" / "deep" / "circle").symlink_to(tmp_path)
     (tmp_path / "z").symlink_to(tmp_path / "b-c")
     monkeypatch.chdir(tmp_path)
-    below = ["b/10.png", "b/2.JPG", "b/deep/0.jpg", "b-c/1.jpeg", "z/1.jpeg"]      # as in the index: b before b-c
+    below = [
+        "b/10.png",
+        "b/2.JPG",
+        "b/deep/0.jpg",
+        "b-c/1.jpeg",
+        "z/1.jpeg",
+    ]  # as in the index: b before b-c
     assert find_images(["."]) == [f"./{name}" for name in below]
     assert find_images(["b/notes.txt", "z", "gone"]) == ["b/notes.txt", "z/1.jpeg", "gone"]
     for data in (b"b/notes.txt\n\nb-c\n\xff.jpg", b"b/notes.txt\0b-c\0\xff.jpg\0"):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-        assert find_images(["b", "-"]) == below[:3] + ["b/notes.txt", "b-c/1.jpeg", os.fsdecode(b"\xff.jpg")]
+        assert find_images(["b", "-"]) == below[:3] + [
+            "b/notes.txt",
+            "b-c/1.jpeg",
+            os.fsdecode(b"\xff.jpg"),
+        ]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(encode(picture(8, 8)))))
     with pytest.raises(ValueError, match="name /dev/stdin"):
         find_images(["-"])
@@ -146,10 +203,12 @@ def test_what_is_named(tmp_path, monkeypatch):
 
 def test_a_full_disk_is_said(checkpoint, digits, tmp_path):
     def entry(arguments):
-        sys.stdout = open("/dev/full", "w")              # noqa: SIM115  closing it would fail
+        sys.stdout = open("/dev/full", "w")  # noqa: SIM115  closing it would fail
         return cli.main(arguments)
 
-    code, text = run("predict", tmp_path, "--checkpoint", checkpoint, f"{digits}/val/3/0004.jpg", entry=entry)
+    code, text = run(
+        "predict", tmp_path, "--checkpoint", checkpoint, f"{digits}/val/3/0004.jpg", entry=entry
+    )
     assert code == 2 and "standard output cannot be written" in text and "Traceback" not in text
 
 
@@ -162,15 +221,19 @@ def test_bytes_from_a_pipe(checkpoint, digits, tmp_path):
         os.dup2(reader, 0)
         return cli.main(arguments)
 
-    code, text = run("predict", tmp_path, "--checkpoint", checkpoint, "/dev/stdin", "--top", "1", entry=entry)
+    code, text = run(
+        "predict", tmp_path, "--checkpoint", checkpoint, "/dev/stdin", "--top", "1", entry=entry
+    )
     assert code == 0 and text.splitlines()[1].startswith("/dev/stdin  ")
 
 
 def test_refusals(checkpoint, tmp_path, monkeypatch, capsys):
-    for arguments, said in ((["--model.name", "resnet32"], "the settings of model are the checkpoint's"),
-                            (["--data.val_resize_size", "8"], "it must not be below data.val_crop_size"),
-                            (["--top", "0"], "'0' is not a whole number of 1 or more"),
-                            (["--topp", "3"], "usage: resnet-dist predict [-h] --checkpoint")):
+    for arguments, said in (
+        (["--model.name", "resnet32"], "the settings of model are the checkpoint's"),
+        (["--data.val_resize_size", "8"], "it must not be below data.val_crop_size"),
+        (["--top", "0"], "'0' is not a whole number of 1 or more"),
+        (["--topp", "3"], "usage: resnet-dist predict [-h] --checkpoint"),
+    ):
         with pytest.raises(SystemExit) as ending:
             cli.main(["predict", "a.jpg", "--checkpoint", checkpoint, *arguments])
         assert ending.value.code == 2 and said in capsys.readouterr().err

@@ -11,15 +11,31 @@ import numpy as np
 import pytest
 from image_files import OneProcess, encode, pack_shards, picture, write_split
 
-from resnet_dist.data import read
-from resnet_dist.data.read import Encoded, Quarantine, Reader, blank, check, image_size, load, next_good
-from resnet_dist.data.scan import build_index
+from resnet_dist.data.pixels import read
+from resnet_dist.data.pixels.read import (
+    Encoded,
+    Quarantine,
+    Reader,
+    blank,
+    check,
+    image_size,
+    load,
+    next_good,
+)
+from resnet_dist.data.sources.scan import build_index
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"progressive": True}, {"subsampling": 0}, {"quality": 95, "optimize": True}, {"comment": b"\xff\xd9" * 20},
-    {"icc_profile": b"x" * 70000},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"progressive": True},
+        {"subsampling": 0},
+        {"quality": 95, "optimize": True},
+        {"comment": b"\xff\xd9" * 20},
+        {"icc_profile": b"x" * 70000},
+    ],
+)
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_jpeg_size(mode, options):
     data = encode(picture(37, 53).convert(mode), **options)
@@ -39,7 +55,7 @@ def test_a_size_that_would_take_all_memory_is_refused():
     """One flipped byte in a header, and the decoder would ask for gigabytes."""
     data = bytearray(encode(picture(37, 53)))
     start = data.index(b"\xff\xc0") + 5
-    data[start:start + 4] = b"\xf0\x25\xf0\x35"
+    data[start : start + 4] = b"\xf0\x25\xf0\x35"
     assert image_size(bytes(data)) == (0xF025, 0xF035)
     assert "61493 x 61477" in check(bytes(data))
 
@@ -61,31 +77,41 @@ def test_exif_orientation_and_thumbnail_do_not_mislead():
 
 def test_padding_is_tolerated():
     data = encode(picture(40, 40))
-    assert check(data[:2] + b"\xff\xff" + data[2:]) is None                  # fill bytes before a marker
+    assert check(data[:2] + b"\xff\xff" + data[2:]) is None  # fill bytes before a marker
     for tail in (b"\0" * 5000, b"\n", b"\xff", b"trailer of an editor" * 100):
         assert check(data + tail) is None
 
 
-@pytest.mark.parametrize(("data", "reason"), [
-    (b"", "empty"),
-    (b"\xff", "neither JPEG nor PNG"),
-    (b"<html>not found</html>", "neither JPEG nor PNG.*<html>"),
-    (encode(picture(20, 20), "GIF"), "neither.*GIF89a|neither.*GIF87a"),
-    (encode(picture(20, 20))[:300], "cut off"),
-    (encode(picture(200, 200))[:-100], "end marker is missing"),
-    (encode(picture(20, 20), "PNG")[:20], "PNG header"),
-    (encode(picture(20, 20), "PNG")[:-8], "end marker is missing"),
-    (b"\xff\xd8\xff\xd9\0\0", "gives no size"),
-    (b"\xff\xd8" + b"\0" * 100, "damaged"),
-    (encode(picture(20, 20)).replace(b"\x00\x14\x00\x14", b"\x00\x00\x00\x14"), "size of 20 x 0"),
-])
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b"\xff", "neither JPEG nor PNG"),
+        (b"<html>not found</html>", "neither JPEG nor PNG.*<html>"),
+        (encode(picture(20, 20), "GIF"), "neither.*GIF89a|neither.*GIF87a"),
+        (encode(picture(20, 20))[:300], "cut off"),
+        (encode(picture(200, 200))[:-100], "end marker is missing"),
+        (encode(picture(20, 20), "PNG")[:20], "PNG header"),
+        (encode(picture(20, 20), "PNG")[:-8], "end marker is missing"),
+        (b"\xff\xd8\xff\xd9\0\0", "gives no size"),
+        (b"\xff\xd8" + b"\0" * 100, "damaged"),
+        (
+            encode(picture(20, 20)).replace(b"\x00\x14\x00\x14", b"\x00\x00\x00\x14"),
+            "size of 20 x 0",
+        ),
+    ],
+)
 def test_bad_bytes(data, reason):
     assert re.search(reason, check(data))
 
 
 def test_every_cut_is_noticed():
     """Wherever a file ends too early, it is either noticed or nothing of the picture is missing."""
-    for data in (encode(picture(24, 24)), encode(picture(24, 24), progressive=True), encode(picture(24, 24), "PNG")):
+    for data in (
+        encode(picture(24, 24)),
+        encode(picture(24, 24), progressive=True),
+        encode(picture(24, 24), "PNG"),
+    ):
         assert all(check(data[:length]) is not None for length in range(len(data) - 2))
         assert check(data) is None
 
@@ -104,7 +130,10 @@ def test_reader_keeps_the_order(tmp_path):
     rows = np.random.default_rng(0).permutation(30)
     requests = [reader.request(rows), reader.request(rows[:3]), reader.request(rows[:1])]
     assert [[image.row for image in reader.collect(request)] for request in requests] == [
-        rows.tolist(), rows[:3].tolist(), rows[:1].tolist()]
+        rows.tolist(),
+        rows[:3].tolist(),
+        rows[:1].tolist(),
+    ]
     assert [image.height - 8 for image in reader.collect(reader.request(rows))] == rows.tolist()
     reader.close()
 
@@ -113,12 +142,26 @@ def test_next_good_skips_and_wraps(tmp_path):
     good = encode(picture(20, 20))
     index = write_split(tmp_path, [good, good, b"text", b"", good[:-50], b""], classes=2)
     quarantine = Quarantine(str(tmp_path / "out"), "train", rank=3, limit=10)
-    shown = [next_good(index, load(index, row), quarantine, wanted=row, epoch=1, step=7).row for row in range(6)]
+    shown = [
+        next_good(index, load(index, row), quarantine, wanted=row, epoch=1, step=7).row
+        for row in range(6)
+    ]
     assert shown == [0, 1, 0, 0, 0, 0]
-    lines = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
-    assert [line["path"] for line in lines] == [index.path(row) for row in (2, 3, 4, 5)]     # each once
-    assert lines[0] == {"path": index.path(2), "reason": "neither JPEG nor PNG: the file starts with b'text'",
-                        "split": "train", "rank": 3, "epoch": 1, "step": 7}
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    ]
+    assert [line["path"] for line in lines] == [
+        index.path(row) for row in (2, 3, 4, 5)
+    ]  # each once
+    assert lines[0] == {
+        "path": index.path(2),
+        "reason": "neither JPEG nor PNG: the file starts with b'text'",
+        "split": "train",
+        "rank": 3,
+        "epoch": 1,
+        "step": 7,
+    }
 
 
 def test_no_good_image_at_all(tmp_path):
@@ -132,8 +175,11 @@ def test_limit_names_file_reason_record_and_option(tmp_path):
     quarantine = Quarantine(str(tmp_path), "train", rank=0, limit=2)
     for name in ("a.jpg", "b.jpg", "a.jpg"):
         quarantine.add(name, "the file is empty")
-    with pytest.raises(ValueError, match=r"3 broken train images.*data.max_bad_images = 2.*c\.jpg: cut off.*"
-                                         r"quarantine\.jsonl.*raise data.max_bad_images"):
+    with pytest.raises(
+        ValueError,
+        match=r"3 broken train images.*data.max_bad_images = 2.*c\.jpg: cut off.*"
+        r"quarantine\.jsonl.*raise data.max_bad_images",
+    ):
         quarantine.add("c.jpg", "cut off")
     assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 3
 
@@ -176,7 +222,9 @@ def clock(monkeypatch):
 
 
 @pytest.mark.parametrize("in_shards", [False, True])
-def test_slow_storage_is_read_by_all_threads_and_fast_by_one(tmp_path, monkeypatch, clock, in_shards):
+def test_slow_storage_is_read_by_all_threads_and_fast_by_one(
+    tmp_path, monkeypatch, clock, in_shards
+):
     """Threads hide waiting, and cost processor time where there is nothing to wait for."""
     index = write_split(tmp_path, [encode(picture(20, 20, seed=i)) for i in range(16)])
     index = packed(index, tmp_path) if in_shards else index
@@ -190,10 +238,16 @@ def test_slow_storage_is_read_by_all_threads_and_fast_by_one(tmp_path, monkeypat
     def slow(*place):
         clock.now += 5e-3
         if shares == 4:
-            together.wait(60)                            # fails unless all of them wait at once
+            together.wait(60)  # fails unless all of them wait at once
         return real(*place)
 
-    for function, shares in ((fast, 1), (slow, 1), (slow, 4), (fast, 4), (fast, 1)):     # known from the request before
+    for function, shares in (
+        (fast, 1),
+        (slow, 1),
+        (slow, 4),
+        (fast, 4),
+        (fast, 1),
+    ):  # known from the request before
         monkeypatch.setattr(read, "_read", function)
         requested = reader.request(rows)
         assert len(requested) == shares
@@ -222,7 +276,7 @@ def test_shards_are_read_by_place(tmp_path, monkeypatch):
     folder = write_split(tmp_path, [encode(picture(20 + i, 20, seed=i)) for i in range(40)])
     index, before = packed(folder, tmp_path, shards=7), set(os.listdir("/proc/self/fd"))
     reader = Reader(index, threads=8)
-    reader.seconds_per_file = 1.0                            # as if it were slow: all threads
+    reader.seconds_per_file = 1.0  # as if it were slow: all threads
     requests = [reader.request(np.random.default_rng(seed).permutation(40)) for seed in range(20)]
     for request in requests:
         for image in reader.collect(request):
@@ -234,12 +288,19 @@ def test_shards_are_read_by_place(tmp_path, monkeypatch):
 
 
 def test_shard_that_is_cut_off_or_gone_is_named(tmp_path):
-    index = packed(write_split(tmp_path, [encode(picture(20, 20, seed=i)) for i in range(6)]), tmp_path, shards=1)
+    index = packed(
+        write_split(tmp_path, [encode(picture(20, 20, seed=i)) for i in range(6)]),
+        tmp_path,
+        shards=1,
+    )
     read._open_shard.cache_clear()
     last = max(range(6), key=lambda row: index.place(row)[1])
     shard, offset, length = index.place(last)
     os.truncate(shard, offset + 100)
-    assert load(index, last).reason == f"cannot be read: the shard ends after 100 of its {length} bytes"
+    assert (
+        load(index, last).reason
+        == f"cannot be read: the shard ends after 100 of its {length} bytes"
+    )
     assert index.path(last).startswith(f"{shard}:class")
     os.unlink(shard)
     read._open_shard.cache_clear()
@@ -247,12 +308,20 @@ def test_shard_that_is_cut_off_or_gone_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("in_shards", [False, True])
-@pytest.mark.parametrize(("number", "failures", "waits", "reason"), [
-    (errno.EIO, 2, [0.1, 0.4], None), (errno.ESTALE, 3, [0.1, 0.4, 1.6], None), (errno.ETIMEDOUT, 1, [0.1], None),
-    (errno.EIO, 9, [0.1, 0.4, 1.6], "cannot be read: Input/output error"),
-    (errno.EACCES, 9, [], "cannot be read: Permission denied"), (errno.EISDIR, 9, [], "cannot be read: Is a directory"),
-])
-def test_what_may_pass_is_tried_again(tmp_path, monkeypatch, in_shards, number, failures, waits, reason):
+@pytest.mark.parametrize(
+    ("number", "failures", "waits", "reason"),
+    [
+        (errno.EIO, 2, [0.1, 0.4], None),
+        (errno.ESTALE, 3, [0.1, 0.4, 1.6], None),
+        (errno.ETIMEDOUT, 1, [0.1], None),
+        (errno.EIO, 9, [0.1, 0.4, 1.6], "cannot be read: Input/output error"),
+        (errno.EACCES, 9, [], "cannot be read: Permission denied"),
+        (errno.EISDIR, 9, [], "cannot be read: Is a directory"),
+    ],
+)
+def test_what_may_pass_is_tried_again(
+    tmp_path, monkeypatch, in_shards, number, failures, waits, reason
+):
     """With growing pauses, and from a new descriptor; what will not pass is a bad image at once."""
     index = write_split(tmp_path, [encode(picture(20, 20))])
     index = packed(index, tmp_path, shards=1) if in_shards else index
@@ -265,6 +334,7 @@ def test_what_may_pass_is_tried_again(tmp_path, monkeypatch, in_shards, number, 
             if len(tries) <= failures:
                 raise OSError(number, os.strerror(number))
             return real[name](*args, **kwargs)
+
         return call
 
     monkeypatch.setattr(read.time, "sleep", slept.append)

@@ -15,14 +15,37 @@ def folder(tmp_path):
     records = []
     for step in range(10, 101, 10):
         elapsed = float(step if step <= 50 else step - 50)
-        records.append({"step": step, "time": elapsed + (1000 if step <= 50 else 1150), "elapsed": elapsed,
-                        "train/epoch": step / 10, "train/loss": None if step == 30 else 3.0 / step, "train/top1": step,
-                        "train/lr": 0.1, "train/images_per_second": 500.0 + step, "train/data_wait_fraction": 0.015,
-                        "train/bad_images": step // 50})
-        records.append({"step": step, "time": elapsed + (1000 if step <= 50 else 1150), "elapsed": elapsed,
-                        "train/epoch": step / 10, "val/loss": 1.0, "val/top1": 90.0 - abs(step - 80), "val/top5": 95.0,
-                        "val_ema/loss": 1.0, "val_ema/top1": 91.0, "val_ema/top5": 96.0})
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": 110')
+        records.append(
+            {
+                "step": step,
+                "time": elapsed + (1000 if step <= 50 else 1150),
+                "elapsed": elapsed,
+                "train/epoch": step / 10,
+                "train/loss": None if step == 30 else 3.0 / step,
+                "train/top1": step,
+                "train/lr": 0.1,
+                "train/images_per_second": 500.0 + step,
+                "train/data_wait_fraction": 0.015,
+                "train/bad_images": step // 50,
+            }
+        )
+        records.append(
+            {
+                "step": step,
+                "time": elapsed + (1000 if step <= 50 else 1150),
+                "elapsed": elapsed,
+                "train/epoch": step / 10,
+                "val/loss": 1.0,
+                "val/top1": 90.0 - abs(step - 80),
+                "val/top5": 95.0,
+                "val_ema/loss": 1.0,
+                "val_ema/top1": 91.0,
+                "val_ema/top5": 96.0,
+            }
+        )
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in records) + '{"step": 110'
+    )
     return tmp_path
 
 
@@ -36,7 +59,12 @@ def test_table_and_picture(folder, capsys):
     pytest.importorskip("matplotlib")
     assert call(folder) == 0
     out = capsys.readouterr().out
-    for part in ("100 steps, 10.00 epochs, 0:01:40 h in 2 runs", "555 images/s", "1.5 %", "bad images"):
+    for part in (
+        "100 steps, 10.00 epochs, 0:01:40 h in 2 runs",
+        "555 images/s",
+        "1.5 %",
+        "bad images",
+    ):
         assert part in " ".join(out.split()) or part in out
     rows = {line[:16].strip(): line for line in out.splitlines()}
     assert "70.00 %" in rows["val final"]

@@ -22,7 +22,13 @@ TORCHVISION_NAMES = [
     "wide_resnet101_2",
 ]
 # He et al. 2015, table 6, in millions of parameters.
-CIFAR_SIZES = {"resnet20": 0.27, "resnet32": 0.46, "resnet44": 0.66, "resnet56": 0.85, "resnet110": 1.7}
+CIFAR_SIZES = {
+    "resnet20": 0.27,
+    "resnet32": 0.46,
+    "resnet44": 0.66,
+    "resnet56": 0.85,
+    "resnet110": 1.7,
+}
 
 
 def section(name, **options):
@@ -61,7 +67,9 @@ def test_logits_equal_torchvision(name):
     theirs.to_empty(device="cpu").eval()
     # Drawing 127 million weights the usual way takes longer than the comparison.
     for parameter in theirs.parameters():
-        nn.init.normal_(parameter, std=(2 / max(1, parameter[0].numel())) ** 0.5 if parameter.dim() > 1 else 0.1)
+        nn.init.normal_(
+            parameter, std=(2 / max(1, parameter[0].numel())) ** 0.5 if parameter.dim() > 1 else 0.1
+        )
     for module in theirs.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.reset_parameters()
@@ -72,7 +80,9 @@ def test_logits_equal_torchvision(name):
         expected, logits = theirs(images), ours.eval()(images)
     assert logits.shape == (2, 1000)
     assert expected.std() > 1e-3
-    torch.testing.assert_close(logits / expected.std(), expected / expected.std(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        logits / expected.std(), expected / expected.std(), rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
@@ -102,7 +112,9 @@ def test_keys_shapes_and_order_equal_torchvision(name):
 
 
 def test_fewer_classes_change_only_the_head():
-    assert count(build_on_meta("resnet50", 1000)) - count(build_on_meta("resnet50", 10)) == 990 * 2049
+    assert (
+        count(build_on_meta("resnet50", 1000)) - count(build_on_meta("resnet50", 10)) == 990 * 2049
+    )
 
 
 @pytest.mark.parametrize("name, millions", CIFAR_SIZES.items())
@@ -134,7 +146,9 @@ def test_shortcut_a_subsamples_and_pads():
 def test_stride_in_1x1_moves_the_stride():
     for v1 in (False, True):
         block = build_on_meta("resnet50", stride_in_1x1=v1).layer2[0]
-        assert (block.conv1.stride, block.conv2.stride) == (((2, 2), (1, 1)) if v1 else ((1, 1), (2, 2)))
+        assert (block.conv1.stride, block.conv2.stride) == (
+            ((2, 2), (1, 1)) if v1 else ((1, 1), (2, 2))
+        )
         assert block.downsample[0].stride == (2, 2)
 
 
@@ -178,7 +192,9 @@ def test_channels_last_gives_the_same_logits_and_layout(name):
         model.to(memory_format=torch.channels_last)
         for stage in (model.layer1, model.layer3):
             stage.register_forward_hook(
-                lambda module, inputs, out: layouts.append(out.is_contiguous(memory_format=torch.channels_last))
+                lambda module, inputs, out: layouts.append(
+                    out.is_contiguous(memory_format=torch.channels_last)
+                )
             )
         logits = model(images.to(memory_format=torch.channels_last))
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
@@ -189,13 +205,19 @@ def test_plain_networks_have_no_way_around():
     torch.manual_seed(5)
     block = build_model(section("plain20"), 10).eval().layer1[0]
     x = torch.rand(2, 16, 4, 4)
-    assert torch.equal(block(x), torch.relu(block.bn2(block.conv2(torch.relu(block.bn1(block.conv1(x)))))))
+    assert torch.equal(
+        block(x), torch.relu(block.bn2(block.conv2(torch.relu(block.bn1(block.conv1(x))))))
+    )
     plain, residual = build_on_meta("plain34"), build_on_meta("resnet34", shortcut="none")
-    assert {k: v.shape for k, v in plain.state_dict().items()} == {k: v.shape for k, v in residual.state_dict().items()}
+    assert {k: v.shape for k, v in plain.state_dict().items()} == {
+        k: v.shape for k, v in residual.state_dict().items()
+    }
     assert not any("downsample" in key for key in plain.state_dict())
 
 
-@pytest.mark.parametrize("name", ["preresnet110", "preresnet164", "preresnet200", "wide_resnet28_10"])
+@pytest.mark.parametrize(
+    "name", ["preresnet110", "preresnet164", "preresnet200", "wide_resnet28_10"]
+)
 def test_preactivation_blocks_add_to_the_raw_input(name):
     """He et al. 2016, equation 6: x + F(f(x)), with nothing after the addition; the first block follows the stem."""
     torch.manual_seed(6)
@@ -215,9 +237,12 @@ def test_preactivation_blocks_add_to_the_raw_input(name):
     assert isinstance(model.layer1[0].preactivation, nn.Identity)
     assert isinstance(model.activation[0], nn.BatchNorm2d)
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-    convs = sum(isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1) or "downsample" not in n
-                for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
-    assert norms == convs                                # one after each convolution but those of shortcuts
+    convs = sum(
+        isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1) or "downsample" not in n
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Conv2d)
+    )
+    assert norms == convs  # one after each convolution but those of shortcuts
 
 
 def test_shortcut_c_projects_everywhere():
@@ -232,6 +257,7 @@ def test_shortcut_c_projects_everywhere():
 @pytest.mark.parametrize("name", ["resnet50c", "resnet50d", "seresnet50"])
 def test_logits_equal_timm(name):
     import timm  # takes seconds
+
     torch.manual_seed(7)
     theirs = timm.create_model(name)
     randomise_norms(theirs)
@@ -250,7 +276,7 @@ def test_stochastic_depth_leaves_branches_out_in_training_only():
     block, x = model.layer1[1].eval(), torch.rand(4000, 16, 2, 2)
     block.drop_rate, branch = 0.25, block.residual(x)
     assert torch.equal(block(x), torch.relu(branch + x))
-    block.residual = lambda x: branch                    # of eval mode, so that only the choice is random
+    block.residual = lambda x: branch  # of eval mode, so that only the choice is random
     out = block.train()(x)
     left_out = (out == x).flatten(1).all(1)
     assert 0.2 < left_out.float().mean() < 0.3
@@ -267,16 +293,23 @@ def test_blur_pool_filters_before_each_stride_but_the_stems():
     conv, x = model.layer2[0].conv1, torch.randn(1, 64, 9, 9)
     row = torch.tensor([1.0, 2, 1])
     kernel = (row[:, None] * row / 16)[None, None]
-    blurred = torch.cat([nn.functional.conv2d(plane[:, None], kernel, padding=1) for plane in x.unbind(1)], 1)
-    torch.testing.assert_close(conv(x), nn.functional.conv2d(blurred, conv.weight, stride=2, padding=1))
+    blurred = torch.cat(
+        [nn.functional.conv2d(plane[:, None], kernel, padding=1) for plane in x.unbind(1)], 1
+    )
+    torch.testing.assert_close(
+        conv(x), nn.functional.conv2d(blurred, conv.weight, stride=2, padding=1)
+    )
 
 
-@pytest.mark.parametrize("name, options, text", [
-    ("plain20", {"zero_init_residual": True}, "zero_init_residual"),
-    ("preresnet110", {"zero_init_residual": True}, "zero_init_residual"),
-    ("plain20", {"stochastic_depth": 0.1}, "stochastic_depth"),
-    ("resnet20", {"avg_pool_shortcut": True}, "avg_pool_shortcut"),
-])
+@pytest.mark.parametrize(
+    "name, options, text",
+    [
+        ("plain20", {"zero_init_residual": True}, "zero_init_residual"),
+        ("preresnet110", {"zero_init_residual": True}, "zero_init_residual"),
+        ("plain20", {"stochastic_depth": 0.1}, "stochastic_depth"),
+        ("resnet20", {"avg_pool_shortcut": True}, "avg_pool_shortcut"),
+    ],
+)
 def test_options_that_exclude_each_other_are_refused(name, options, text):
     with pytest.raises(ValueError, match=f"model.{text} is"):
         build_on_meta(name, 10, **options)
@@ -285,7 +318,10 @@ def test_options_that_exclude_each_other_are_refused(name, options, text):
 @pytest.mark.parametrize("name", ["plain20", "preresnet110", "resnet29", "resnet50d", "seresnet50"])
 def test_training_step_gives_every_weight_a_gradient(name):
     torch.manual_seed(10)
-    model = build_model(section(name, **({"stochastic_depth": 0.1, "blur_pool": True} if name[-1] != "0" else {})), 10)
+    model = build_model(
+        section(name, **({"stochastic_depth": 0.1, "blur_pool": True} if name[-1] != "0" else {})),
+        10,
+    )
     model(torch.randn(4, 3, 32, 32)).logsumexp(1).sum().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
 

@@ -66,10 +66,16 @@ def assert_ranks_equal_whole(ranks, whole, tolerance):
             actual = sum(r[key] for r in ranks)
         else:
             actual = ranks[0][key]
-            assert all(np.array_equal(r[key], actual) for r in ranks), f"{key} differs between ranks"
+            assert all(np.array_equal(r[key], actual) for r in ranks), (
+                f"{key} differs between ranks"
+            )
         # Sums over the batch carry the rounding of all their terms; compared as means they need no other tolerance.
-        scale = values_per_channel if key in ("dweight", "dbias") else max(1, np.abs(expected).max())
-        np.testing.assert_allclose(actual / scale, expected / scale, rtol=0, atol=tolerance, err_msg=key)
+        scale = (
+            values_per_channel if key in ("dweight", "dbias") else max(1, np.abs(expected).max())
+        )
+        np.testing.assert_allclose(
+            actual / scale, expected / scale, rtol=0, atol=tolerance, err_msg=key
+        )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -77,23 +83,38 @@ def assert_ranks_equal_whole(ranks, whole, tolerance):
 def test_ranks_equal_one_process(splits, dtype):
     for channels_last in (True, False):
         batch_options = {"channels_last": channels_last}
-        whole = step(set_weights(nn.BatchNorm2d(6, dtype=dtype)), *make_batch(sum(splits), dtype, **batch_options))
+        whole = step(
+            set_weights(nn.BatchNorm2d(6, dtype=dtype)),
+            *make_batch(sum(splits), dtype, **batch_options),
+        )
         ranks = run_ranks(rank_step, len(splits), splits, dtype, {}, batch_options)
         assert_ranks_equal_whole(ranks, whole, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(
-    "options", [{"momentum": None}, {"affine": False}, {"track_running_stats": False}, {"eps": 0.3, "momentum": 0.7}]
+    "options",
+    [
+        {"momentum": None},
+        {"affine": False},
+        {"track_running_stats": False},
+        {"eps": 0.3, "momentum": 0.7},
+    ],
 )
 def test_options_of_batch_norm(options):
-    whole = step(set_weights(nn.BatchNorm2d(6, dtype=torch.float64, **options)), *make_batch(8, torch.float64))
+    whole = step(
+        set_weights(nn.BatchNorm2d(6, dtype=torch.float64, **options)),
+        *make_batch(8, torch.float64),
+    )
     ranks = run_ranks(rank_step, 2, (5, 3), torch.float64, options, {})
     assert_ranks_equal_whole(ranks, whole, 1e-12)
 
 
 def test_a_mean_far_from_zero_does_not_cancel():
     batch_options = {"shift": 1000.0}
-    whole = step(set_weights(nn.BatchNorm2d(6, dtype=torch.float64)), *make_batch(8, torch.float64, **batch_options))
+    whole = step(
+        set_weights(nn.BatchNorm2d(6, dtype=torch.float64)),
+        *make_batch(8, torch.float64, **batch_options),
+    )
     ranks = run_ranks(rank_step, 2, (5, 3), torch.float32, {}, batch_options)
     # An input near 1000 carries an error of 3e-5 in float32.
     assert_ranks_equal_whole(ranks, whole, 3e-4)
@@ -104,14 +125,19 @@ def rank_autocast(rank, world_size, shift):
     x, dy = (t.split((20, 12))[rank] for t in make_batch(32, torch.bfloat16, shift=shift))
     with torch.autocast("cpu", torch.bfloat16):
         result = step(norm, x, dy, repeats=1)
-    dtypes = {str(t.dtype) for t in (norm.running_mean, norm.running_var, norm.weight.grad, norm.bias.grad)}
+    dtypes = {
+        str(t.dtype)
+        for t in (norm.running_mean, norm.running_var, norm.weight.grad, norm.bias.grad)
+    }
     return result, dtypes
 
 
 @pytest.mark.parametrize("shift", [0.0, 3.0])
 def test_bf16_autocast_is_as_exact_as_batch_norm(shift):
     x, dy = make_batch(32, torch.bfloat16, shift=shift)
-    exact = step(set_weights(nn.BatchNorm2d(6, dtype=torch.float64)), x.double(), dy.double(), repeats=1)
+    exact = step(
+        set_weights(nn.BatchNorm2d(6, dtype=torch.float64)), x.double(), dy.double(), repeats=1
+    )
     plain = step(set_weights(nn.BatchNorm2d(6)), x, dy, repeats=1)
     ranks = run_ranks(rank_autocast, 2, shift)
     assert all(dtypes == {"torch.float32"} for _, dtypes in ranks)
@@ -188,7 +214,9 @@ def test_without_process_group_it_is_batch_norm():
 
 def make_network():
     torch.manual_seed(9)
-    network = resnet.ResNet(resnet.BasicBlock, (1, 1), 5, stem="cifar", stem_channels=8, shortcut="A").double()
+    network = resnet.ResNet(
+        resnet.BasicBlock, (1, 1), 5, stem="cifar", stem_channels=8, shortcut="A"
+    ).double()
     return network.to(memory_format=torch.channels_last)
 
 
@@ -198,7 +226,10 @@ def make_images():
 
 
 def network_result(network):
-    tensors = {**network.state_dict(), **{f"grad {name}": p.grad for name, p in network.named_parameters()}}
+    tensors = {
+        **network.state_dict(),
+        **{f"grad {name}": p.grad for name, p in network.named_parameters()},
+    }
     return {key: value.double().numpy() for key, value in tensors.items()}
 
 
@@ -220,7 +251,9 @@ def test_network_with_ddp_and_accumulation_equals_one_process():
     for actual in run_ranks(rank_network, 2):
         assert actual.keys() == expected.keys()
         for key in expected:
-            np.testing.assert_allclose(actual[key], expected[key], rtol=1e-9, atol=1e-12, err_msg=key)
+            np.testing.assert_allclose(
+                actual[key], expected[key], rtol=1e-9, atol=1e-12, err_msg=key
+            )
 
 
 def test_convert_keeps_tensors_flags_and_options():

@@ -7,19 +7,37 @@ import pytest
 import torch
 
 from resnet_dist.config import DataConfig
-from resnet_dist.data.synthetic import SyntheticTrainLoader, SyntheticValLoader
+from resnet_dist.data.pixels.synthetic import SyntheticTrainLoader, SyntheticValLoader
 
-CONFIG = DataConfig(kind="synthetic", train_crop_size=8, val_crop_size=10, synthetic_images=100, synthetic_classes=7,
-                    val_batch_size=4)
+CONFIG = DataConfig(
+    kind="synthetic",
+    train_crop_size=8,
+    val_crop_size=10,
+    synthetic_images=100,
+    synthetic_classes=7,
+    val_batch_size=4,
+)
 
 
 def ranks(world_size):
-    return [SimpleNamespace(rank=rank, world_size=world_size, device=torch.device("cpu")) for rank in range(world_size)]
+    return [
+        SimpleNamespace(rank=rank, world_size=world_size, device=torch.device("cpu"))
+        for rank in range(world_size)
+    ]
 
 
 def train_loaders(world_size, grad_accum_steps=1, dtype=torch.float32):
-    return [SyntheticTrainLoader(CONFIG, runtime, seed=3, dtype=dtype, global_batch_size=24,
-                                 grad_accum_steps=grad_accum_steps) for runtime in ranks(world_size)]
+    return [
+        SyntheticTrainLoader(
+            CONFIG,
+            runtime,
+            seed=3,
+            dtype=dtype,
+            global_batch_size=24,
+            grad_accum_steps=grad_accum_steps,
+        )
+        for runtime in ranks(world_size)
+    ]
 
 
 def test_batches_have_the_form_of_real_ones():
@@ -39,11 +57,14 @@ def test_batches_have_the_form_of_real_ones():
 
 @pytest.mark.parametrize(("world_size", "grad_accum_steps"), [(2, 1), (3, 2), (4, 1), (1, 4)])
 def test_any_layout_sees_the_same(world_size, grad_accum_steps):
-    steps = list(train_loaders(1)[0].batches(2, 7))                 # over the end of an epoch
+    steps = list(train_loaders(1)[0].batches(2, 7))  # over the end of an epoch
     shares = [list(loader.batches(2, 7)) for loader in train_loaders(world_size, grad_accum_steps)]
     for number, whole in enumerate(steps):
-        parts = [shares[rank][number * grad_accum_steps + micro_step]
-                 for micro_step in range(grad_accum_steps) for rank in range(world_size)]
+        parts = [
+            shares[rank][number * grad_accum_steps + micro_step]
+            for micro_step in range(grad_accum_steps)
+            for rank in range(world_size)
+        ]
         assert np.concatenate([part.indices for part in parts]).tolist() == whole.indices.tolist()
         assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
         assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels)
@@ -51,7 +72,9 @@ def test_any_layout_sees_the_same(world_size, grad_accum_steps):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_evaluation_covers_every_image_once(world_size):
-    loaders = [SyntheticValLoader(CONFIG, runtime, dtype=torch.float32) for runtime in ranks(world_size)]
+    loaders = [
+        SyntheticValLoader(CONFIG, runtime, dtype=torch.float32) for runtime in ranks(world_size)
+    ]
     items = [list(loader) for loader in loaders]
     assert {len(item) for item in items} == {loader.rounds for loader in loaders}
     assert len({loader.rounds for loader in loaders}) == 1
@@ -61,5 +84,11 @@ def test_evaluation_covers_every_image_once(world_size):
 
 def test_fewer_images_than_a_batch():
     with pytest.raises(ValueError, match=r"train\.global_batch_size"):
-        SyntheticTrainLoader(CONFIG, ranks(1)[0], seed=0, dtype=torch.float32, global_batch_size=101,
-                             grad_accum_steps=1)
+        SyntheticTrainLoader(
+            CONFIG,
+            ranks(1)[0],
+            seed=0,
+            dtype=torch.float32,
+            global_batch_size=101,
+            grad_accum_steps=1,
+        )

@@ -22,10 +22,18 @@ def test_figures_of_a_window(now):
         clock.step(32)
     with clock.excluded():
         now[0] += 1000
-    assert clock.take() == {"images_per_second": 16.0, "data_wait_fraction": 0.25, "step_seconds": 2.0}
+    assert clock.take() == {
+        "images_per_second": 16.0,
+        "data_wait_fraction": 0.25,
+        "step_seconds": 2.0,
+    }
     now[0] += 1
     clock.step(8)
-    assert clock.take() == {"images_per_second": 8.0, "data_wait_fraction": 0.0, "step_seconds": 1.0}
+    assert clock.take() == {
+        "images_per_second": 8.0,
+        "data_wait_fraction": 0.0,
+        "step_seconds": 1.0,
+    }
 
 
 def test_an_error_inside_does_not_lose_the_time(now):

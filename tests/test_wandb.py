@@ -44,22 +44,38 @@ def server():
     server.start()
     yield server
     server.stop()
-    assert not server.unknown, f"the client asks for more than the server imitates: {server.unknown}"
+    assert not server.unknown, (
+        f"the client asks for more than the server imitates: {server.unknown}"
+    )
 
 
 def environment(tmp_path, server):
-    clean = {key: value for key, value in os.environ.items()
-             if not key.upper().startswith("WANDB") and "proxy" not in key.lower()}
-    return clean | {"HOME": str(tmp_path), "WANDB_BASE_URL": f"http://127.0.0.1:{server.port}", "WANDB_SILENT": "true",
-                    "WANDB_API_KEY": "a" * 40, "WANDB_ERROR_REPORTING": "false",
-                    "PYTHONPATH": str(Path(log_module.__file__).parents[1])}
+    clean = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.upper().startswith("WANDB") and "proxy" not in key.lower()
+    }
+    return clean | {
+        "HOME": str(tmp_path),
+        "WANDB_BASE_URL": f"http://127.0.0.1:{server.port}",
+        "WANDB_SILENT": "true",
+        "WANDB_API_KEY": "a" * 40,
+        "WANDB_ERROR_REPORTING": "false",
+        "PYTHONPATH": str(Path(log_module.__file__).parents[1]),
+    }
 
 
 def train(tmp_path, server, start, stop, finish_seconds=90):
     """A process that logs the steps start + 1 to stop, ten a second."""
-    return subprocess.Popen([sys.executable, "-c", SESSION, str(start), str(stop), str(finish_seconds)], cwd=tmp_path,
-                            env=environment(tmp_path, server), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            stdin=subprocess.DEVNULL, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", SESSION, str(start), str(stop), str(finish_seconds)],
+        cwd=tmp_path,
+        env=environment(tmp_path, server),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+    )
 
 
 def finish(process):
@@ -72,8 +88,15 @@ def finish(process):
 
 def sync(tmp_path, server, folder):
     command = [Path(sys.executable).with_name("wandb"), "sync", "--include-online", str(folder)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path, server), capture_output=True, text=True,
-                          timeout=300, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=environment(tmp_path, server),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -83,7 +106,11 @@ def run_id(tmp_path):
 
 def logged(tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
-    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+    return (
+        [json.loads(line)["step"] for line in path.read_text().splitlines()]
+        if path.exists()
+        else []
+    )
 
 
 def lose(tmp_path, server):
@@ -118,7 +145,10 @@ def test_lost_for_good_and_synced_later(tmp_path, server):
     process = train(tmp_path, server, 0, 40, finish_seconds=2)
     lose(tmp_path, server)
     printed = finish(process)
-    assert "did not finish within 2 s; to upload later: wandb sync --include-online run/wandb/*run-*" in printed
+    assert (
+        "did not finish within 2 s; to upload later: wandb sync --include-online run/wandb/*run-*"
+        in printed
+    )
     assert len(server.runs[run_id(tmp_path)]["history"]) < 40
     assert logged(tmp_path) == list(range(1, 41))
     server.start()
@@ -135,7 +165,7 @@ def test_unreachable_at_the_start_and_synced_later(tmp_path, server):
     (folder,) = (tmp_path / "run" / "wandb").glob(f"offline-run-*-{run_id(tmp_path)}")
     sync(tmp_path, server, folder)
     assert server.steps(run_id(tmp_path)) == list(range(1, 21))
-    printed = finish(train(tmp_path, server, 20, 25))        # the network is back for the next attempt
+    printed = finish(train(tmp_path, server, 20, 25))  # the network is back for the next attempt
     assert "W&B: http" in printed
     assert server.steps(run_id(tmp_path)) == list(range(1, 26))
     assert len(server.runs) == 1

@@ -16,7 +16,14 @@ from resnet_dist.checkpoint import read_checkpoint
 from resnet_dist.models import weights
 from resnet_dist.models.build import MODELS
 from resnet_dist.models.resnet import FAMILY
-from resnet_dist.models.weights import describe, download, find_weights, head_modules, load_weights, unpack
+from resnet_dist.models.weights import (
+    describe,
+    download,
+    find_weights,
+    head_modules,
+    load_weights,
+    unpack,
+)
 
 
 def network(num_classes=5, name="resnet20"):
@@ -43,20 +50,31 @@ def assert_equal(model, state, but=()):
 def renamed(state, **names):
     """`state` under names with these prefixes in place of ours."""
     for ours, theirs in names.items():
-        state = {theirs + key.removeprefix(ours) if key.startswith(ours) else key: value
-                 for key, value in state.items()}
+        state = {
+            theirs + key.removeprefix(ours) if key.startswith(ours) else key: value
+            for key, value in state.items()
+        }
     return state
 
 
 NVIDIA = {f"layer{i + 1}.": f"layers.{i}." for i in range(3)}
 
 
-@pytest.mark.parametrize(("names", "number"), [
-    ({}, 0),
-    ({"": "module."}, 116), ({"": "module._orig_mod.module."}, 116), ({"": "model."}, 116),
-    (NVIDIA, 108), ({"fc.": "head.fc."}, 2), ({"fc.": "last_linear."}, 2), ({"fc.": "classifier."}, 2),
-    ({"conv1.": "layer0.conv1."}, 1), ({**NVIDIA, "": "module."}, 116),
-])
+@pytest.mark.parametrize(
+    ("names", "number"),
+    [
+        ({}, 0),
+        ({"": "module."}, 116),
+        ({"": "module._orig_mod.module."}, 116),
+        ({"": "model."}, 116),
+        (NVIDIA, 108),
+        ({"fc.": "head.fc."}, 2),
+        ({"fc.": "last_linear."}, 2),
+        ({"fc.": "classifier."}, 2),
+        ({"conv1.": "layer0.conv1."}, 1),
+        ({**NVIDIA, "": "module."}, 116),
+    ],
+)
 def test_names_of_other_layouts(names, number):
     """Each renamed key is in the table, and the values come over bit for bit."""
     source = network().state_dict()
@@ -67,8 +85,21 @@ def test_names_of_other_layouts(names, number):
     assert number == 0 or all(" -> " in text for text in rows["renamed"])
 
 
-@pytest.mark.parametrize("keys", [(), ("state_dict",), ("model",), ("model_state",), ("model_state_dict",), ("net",),
-                                  ("model", "state_dict"), ("ema",), ("state_dict_ema",), ("model_ema",)])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        (),
+        ("state_dict",),
+        ("model",),
+        ("model_state",),
+        ("model_state_dict",),
+        ("net",),
+        ("model", "state_dict"),
+        ("ema",),
+        ("state_dict_ema",),
+        ("model_ema",),
+    ],
+)
 def test_nesting(keys):
     """Averaged weights are taken before raw ones, and the keys that lead there are told."""
     source = content = network().state_dict()
@@ -83,7 +114,9 @@ def test_nesting(keys):
     assert find_weights({"epoch": 3}) == find_weights([1]) == ([], {})
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50d", "seresnet50", "vgg11_bn", "densenet121", "inception_v3"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet50d", "seresnet50", "vgg11_bn", "densenet121", "inception_v3"]
+)
 def test_every_tensor_of_timm_has_its_place(name):
     """The names and shapes that timm gives today, without their values."""
     options = {"init_weights": False} if name == "inception_v3" else {}
@@ -91,14 +124,23 @@ def test_every_tensor_of_timm_has_its_place(name):
         own = MODELS[name]() if name in FAMILY else torchvision.models.get_model(name, **options)
         file = timm.create_model(name).state_dict()
     head, own = next(reversed(head_modules(own))), own.state_dict()
-    places = [next(name for name in weights._candidates(key, head) if name in own and weights._fits(value, own[name]))
-              for key, value in file.items()]
+    places = [
+        next(
+            name
+            for name in weights._candidates(key, head)
+            if name in own and weights._fits(value, own[name])
+        )
+        for key, value in file.items()
+    ]
     assert len(set(places)) == len(file)
     assert {key for key in own.keys() - set(places) if not key.startswith("AuxLogits.")} == set()
 
 
 def test_the_torchvision_layout_is_ours():
-    source, model = torchvision.models.resnet18(num_classes=3).state_dict(), MODELS["resnet18"](num_classes=3)
+    source, model = (
+        torchvision.models.resnet18(num_classes=3).state_dict(),
+        MODELS["resnet18"](num_classes=3),
+    )
     rows, whole = load_weights(model, source, "x.pth")
     assert whole and counts(rows) == [122, 0, 0, 0, 0]
     assert_equal(model, source)
@@ -106,26 +148,49 @@ def test_the_torchvision_layout_is_ours():
 
 def test_layers_in_their_other_form():
     """Squeeze-and-excitation as NVIDIA has it, linear in 2019; timm's VGG, whose linear layers are convolutions."""
+
     def layers(conv):
-        return (nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1)) if conv else (nn.Linear(8, 2), nn.Linear(2, 8))
+        return (
+            (nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1)) if conv else (nn.Linear(8, 2), nn.Linear(2, 8))
+        )
 
     for conv in (False, True):
         model = nn.Sequential(nn.Module(), nn.Linear(8, 3))
         model[0].se = nn.Module()
         model[0].se.fc1, model[0].se.fc2 = layers(True)
         (squeeze, expand), head = layers(conv), nn.Linear(8, 3)
-        file = {"0.squeeze.squeeze.weight": squeeze.weight, "0.squeeze.squeeze.bias": squeeze.bias,
-                "0.squeeze.expand.weight": expand.weight, "0.squeeze.expand.bias": expand.bias,
-                "1.weight": head.weight, "1.bias": head.bias}
+        file = {
+            "0.squeeze.squeeze.weight": squeeze.weight,
+            "0.squeeze.squeeze.bias": squeeze.bias,
+            "0.squeeze.expand.weight": expand.weight,
+            "0.squeeze.expand.bias": expand.bias,
+            "1.weight": head.weight,
+            "1.bias": head.bias,
+        }
         rows, whole = load_weights(model, file, "x.pth")
         assert whole and counts(rows) == ([2, 4, 0, 0, 0] if conv else [2, 2, 2, 0, 0])
         assert torch.equal(model[0].se.fc2.weight.flatten(1), expand.weight.flatten(1))
         assert conv or "0.squeeze.squeeze.weight -> 0.se.fc1.weight" in rows["reshaped"]
     model = nn.Module()
-    model.classifier = nn.Sequential(nn.Linear(2 * 49, 6), nn.ReLU(), nn.Dropout(), nn.Linear(6, 6), nn.ReLU(),
-                                     nn.Dropout(), nn.Linear(6, 3))
-    parts = {"pre_logits.fc1.": nn.Conv2d(2, 6, 7), "pre_logits.fc2.": nn.Conv2d(6, 6, 1), "head.fc.": nn.Linear(6, 3)}
-    file = {prefix + key: value for prefix, module in parts.items() for key, value in module.state_dict().items()}
+    model.classifier = nn.Sequential(
+        nn.Linear(2 * 49, 6),
+        nn.ReLU(),
+        nn.Dropout(),
+        nn.Linear(6, 6),
+        nn.ReLU(),
+        nn.Dropout(),
+        nn.Linear(6, 3),
+    )
+    parts = {
+        "pre_logits.fc1.": nn.Conv2d(2, 6, 7),
+        "pre_logits.fc2.": nn.Conv2d(6, 6, 1),
+        "head.fc.": nn.Linear(6, 3),
+    }
+    file = {
+        prefix + key: value
+        for prefix, module in parts.items()
+        for key, value in module.state_dict().items()
+    }
     assert counts(load_weights(model, file, "x.pth")[0]) == [0, 4, 2, 0, 0]
     image = torch.randn(4, 2, 7, 7)
     hidden = parts["pre_logits.fc2."](parts["pre_logits.fc1."](image).relu()).relu().flatten(1)
@@ -135,15 +200,26 @@ def test_layers_in_their_other_form():
 def test_old_densenet_names():
     """Those of torchvision's files of 2017, which its own loader mends."""
     model = torchvision.models.DenseNet(4, (2, 2), 8, num_classes=3)
-    source = {key: torch.rand_like(value) if value.is_floating_point() else value
-              for key, value in model.state_dict().items()}
-    old = {key.replace("norm1.", "norm.1.").replace("norm2.", "norm.2.").replace("conv1.", "conv.1.")
-           .replace("conv2.", "conv.2."): value for key, value in source.items() if "num_batches" not in key}
+    source = {
+        key: torch.rand_like(value) if value.is_floating_point() else value
+        for key, value in model.state_dict().items()
+    }
+    old = {
+        key.replace("norm1.", "norm.1.")
+        .replace("norm2.", "norm.2.")
+        .replace("conv1.", "conv.1.")
+        .replace("conv2.", "conv.2."): value
+        for key, value in source.items()
+        if "num_batches" not in key
+    }
     assert old.keys() != source.keys()
     rows, whole = load_weights(model, old, "x.pth")
     assert whole and counts(rows)[2:4] == [0, 0] and len(rows["renamed"]) == 40
     assert all(text.endswith("num_batches_tracked (without effect)") for text in rows["missing"])
-    assert_equal(model, {**model.state_dict(), **{key: source[key] for key in source if "num_batches" not in key}})
+    assert_equal(
+        model,
+        {**model.state_dict(), **{key: source[key] for key in source if "num_batches" not in key}},
+    )
 
 
 def test_another_number_of_classes_means_a_fresh_head():
@@ -151,8 +227,13 @@ def test_another_number_of_classes_means_a_fresh_head():
     fresh = model.fc.weight.detach().clone(), model.fc.bias.detach().clone()
     rows, whole = load_weights(model, source, "x.pth")
     assert whole and counts(rows) == [114, 0, 0, 2, 2]
-    assert rows["skipped"] == ["fc.weight [10, 64] instead of [2, 64]", "fc.bias [10] instead of [2]"]
-    assert rows["missing"] == [f"fc.{kind} (head, freshly initialised)" for kind in ("weight", "bias")]
+    assert rows["skipped"] == [
+        "fc.weight [10, 64] instead of [2, 64]",
+        "fc.bias [10] instead of [2]",
+    ]
+    assert rows["missing"] == [
+        f"fc.{kind} (head, freshly initialised)" for kind in ("weight", "bias")
+    ]
     assert torch.equal(model.fc.weight, fresh[0]) and torch.equal(model.fc.bias, fresh[1])
     assert_equal(model, source | {"fc.weight": fresh[0], "fc.bias": fresh[1]})
 
@@ -166,11 +247,20 @@ def test_some_tensors_that_do_not_fit_are_told():
     rows, whole = load_weights(MODELS["resnet20"](num_classes=5), source, "x.pth")
     assert not whole and counts(rows) == [112, 0, 0, 3, 4]
     assert rows["skipped"] == [
-        "bn1.bias [16] instead of [16]", "layer1.0.conv1.weight [1, 2, 3] instead of [16, 16, 3, 3]", "extra ['int']"]
-    assert rows["missing"] == ["bn1.bias", "layer1.0.conv1.weight", "layer3.2.bn2.running_var",
-                               "layer3.2.bn2.num_batches_tracked (without effect)"]
+        "bn1.bias [16] instead of [16]",
+        "layer1.0.conv1.weight [1, 2, 3] instead of [16, 16, 3, 3]",
+        "extra ['int']",
+    ]
+    assert rows["missing"] == [
+        "bn1.bias",
+        "layer1.0.conv1.weight",
+        "layer3.2.bn2.running_var",
+        "layer3.2.bn2.num_batches_tracked (without effect)",
+    ]
     table = describe(rows).splitlines()
-    assert [line.split()[:2] for line in table] == [[kind, str(len(names))] for kind, names in rows.items()]
+    assert [line.split()[:2] for line in table] == [
+        [kind, str(len(names))] for kind, names in rows.items()
+    ]
     assert "layer3.2.bn2.running_var and 1 more" in table[4]
 
 
@@ -179,7 +269,9 @@ def test_half_of_the_backbone_is_the_least():
     source, model = network().state_dict(), MODELS["resnet20"](num_classes=5)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for content in ({}, {"model": {}}, {"a.b": torch.zeros(3)}, {"fc.weight": source["fc.weight"]}):
-        with pytest.raises(ValueError, match=r"'x\.pth'.* of the 95 tensors .*conv1\.weight, .*model\.name"):
+        with pytest.raises(
+            ValueError, match=r"'x\.pth'.* of the 95 tensors .*conv1\.weight, .*model\.name"
+        ):
             load_weights(model, content, "x.pth")
     assert_equal(model, before)
     needed = [key for key in source if "fc." not in key and "num_batches" not in key]
@@ -200,8 +292,10 @@ def test_values_that_are_not_finite_are_refused():
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_files(tmp_path, suffix):
     """Half precision becomes single, without loss; what is cut off is damaged."""
-    source = {key: value.half() if value.is_floating_point() else value
-              for key, value in network().state_dict().items()}
+    source = {
+        key: value.half() if value.is_floating_point() else value
+        for key, value in network().state_dict().items()
+    }
     path = tmp_path / f"x.{suffix}"
     if suffix == "pth":
         torch.save({"epoch": 1, "args": argparse.Namespace(lr=0.1), "state_dict": source}, path)
@@ -211,7 +305,7 @@ def test_files(tmp_path, suffix):
     assert load_weights(model, unpack(payload, str(path)), str(path))[1]
     assert model.fc.weight.dtype == torch.float32
     assert_equal(model, {key: value.float() for key, value in source.items()})
-    for damaged in (payload[:len(payload) // 2], b"", b"\0" * 100):
+    for damaged in (payload[: len(payload) // 2], b"", b"\0" * 100):
         with pytest.raises(ValueError, match=rf"x\.{suffix} is damaged, or no file of"):
             unpack(damaged, str(path))
 
@@ -220,7 +314,9 @@ def test_objects_are_not_loaded(monkeypatch):
     """Python objects could run any code: of them only argparse's settings are let through."""
     buffer = io.BytesIO()
     torch.save({"state_dict": network().state_dict(), "best": Counter("a"), "run": print}, buffer)
-    with pytest.raises(ValueError, match=r"x\.pth needs Python objects \(\S+\).*not loaded.*'weights\.pth'"):
+    with pytest.raises(
+        ValueError, match=r"x\.pth needs Python objects \(\S+\).*not loaded.*'weights\.pth'"
+    ):
         unpack(buffer.getvalue(), "x.pth")
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(ValueError, match=r"needs safetensors: pip install 'resnet-dist\[export\]'"):
@@ -229,6 +325,7 @@ def test_objects_are_not_loaded(monkeypatch):
 
 def test_the_head_is_found_by_structure():
     """Never by its name, also where linear layers before it have as many outputs."""
+
     def heads(model, auxiliary=False):
         if auxiliary:
             model.auxiliary_weight = 0.3
@@ -237,12 +334,17 @@ def test_the_head_is_found_by_structure():
     models = torchvision.models
     with torch.device("meta"):
         for builder, classes, expected in (
-                (MODELS["resnet20"], 10, "fc"), (models.alexnet, 4096, "classifier.6"),
-                (models.vgg11, 4096, "classifier.6"), (models.densenet121, 10, "classifier"),
-                (models.efficientnet_b0, 10, "classifier.1")):
+            (MODELS["resnet20"], 10, "fc"),
+            (models.alexnet, 4096, "classifier.6"),
+            (models.vgg11, 4096, "classifier.6"),
+            (models.densenet121, 10, "classifier"),
+            (models.efficientnet_b0, 10, "classifier.1"),
+        ):
             assert heads(builder(num_classes=classes)) == [expected]
-        googlenet, inception = (builder(num_classes=1024, init_weights=False, aux_logits=True)
-                                for builder in (models.googlenet, models.inception_v3))
+        googlenet, inception = (
+            builder(num_classes=1024, init_weights=False, aux_logits=True)
+            for builder in (models.googlenet, models.inception_v3)
+        )
     assert heads(googlenet) == ["fc"]
     assert heads(googlenet, auxiliary=True) == ["aux1.fc2", "aux2.fc2", "fc"]
     assert heads(inception, auxiliary=True) == ["AuxLogits.fc", "fc"]
@@ -252,22 +354,30 @@ def test_the_head_is_found_by_structure():
 def test_downloads_that_cannot_be_had(tmp_path, monkeypatch):
     """The way of a whole run, on two ranks: tests/dist/test_transfer.py. Here files stand for the network."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    name, path, url = "torchvision:resnet50:IMAGENET1K_V2", tmp_path / "hub/checkpoints/resnet50-11ad3fa6.pth", "file:///"
-    monkeypatch.setattr(torchvision.models._api.WeightsEnum, "url", property(lambda weights: url + path.name))
+    name, path, url = (
+        "torchvision:resnet50:IMAGENET1K_V2",
+        tmp_path / "hub/checkpoints/resnet50-11ad3fa6.pth",
+        "file:///",
+    )
+    monkeypatch.setattr(
+        torchvision.models._api.WeightsEnum, "url", property(lambda weights: url + path.name)
+    )
     with pytest.raises(ValueError, match=rf"'{name}'.*could not be had.*no network.*{path}"):
         download(name)
     url = f"{tmp_path.as_uri()}/"
     torch.save({"a": torch.zeros(2)}, tmp_path / path.name)
     with pytest.raises(ValueError, match="could not be had .invalid hash value"):
         download(name)
-    torch.save({"a": torch.zeros(2)}, path)              # a download that the disk has spoilt since
+    torch.save({"a": torch.zeros(2)}, path)  # a download that the disk has spoilt since
     with pytest.raises(ValueError, match=rf"{path} is damaged.*delete it"):
         download(name)
     path.write_bytes(b"half")
     with pytest.raises(ValueError, match=rf"could not be had.*{path}"):
         download(name)
     for wrong in ("torchvision:resnet50:V9", "torchvision:resnet50"):
-        with pytest.raises(ValueError, match=rf"'{wrong}'.*torchvision:resnet50:IMAGENET1K_V1, {name}"):
+        with pytest.raises(
+            ValueError, match=rf"'{wrong}'.*torchvision:resnet50:IMAGENET1K_V1, {name}"
+        ):
             download(wrong)
     with pytest.raises(ValueError, match="those of its own models"):
         download("torchvision:resnet20:IMAGENET1K_V1")

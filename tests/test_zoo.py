@@ -19,8 +19,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from resnet_dist import checkpoint, engine
 from resnet_dist.checkpoint import TrainState
-from resnet_dist.config import AugmentConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from resnet_dist.data.digits import load_digits
+from resnet_dist.config import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from resnet_dist.data.sources.digits import load_digits
 from resnet_dist.data.types import Batch
 from resnet_dist.ema import Ema
 from resnet_dist.engine import NonFinite, evaluate, train_step
@@ -35,15 +42,30 @@ from resnet_dist.run import build_plan, build_state, wrap_ddp
 CPU = torch.device("cpu")
 # Parameters for 1000 classes that torchvision does not publish. LeNet-5: LeCun et al. 1998, section II.B, with three
 # maps for one in C1 and a linear layer of 1000 at the end. Densenet-264: counted layer by layer below. The rest: timm.
-COUNTS = {"lenet5": 456 + 12 + 1516 + 32 + 48120 + 10164 + 85 * 1000, "inception_v4": 42679816,
-          "inception_resnet_v2": 55843464}
+COUNTS = {
+    "lenet5": 456 + 12 + 1516 + 32 + 48120 + 10164 + 85 * 1000,
+    "inception_v4": 42679816,
+    "inception_resnet_v2": 55843464,
+}
 THROUGH_A_FILE = {"lenet5", "alexnet", "vgg11_bn", "googlenet", "densenet121", "efficientnet_b0"}
 """One of each family; the states of the others are copied, as they are before they are written."""
-FAMILY_TOO = {"plain20": (32, 8, 0.05, 1.0), "preresnet110": (32, 8, 0.3, 1.0), "resnet29": (32, 8, 0.1, 1.0),
-              "resnet50d": (64, 8, 0.02, 1.0), "seresnet50": (64, 8, 0.05, 1.0)}
+FAMILY_TOO = {
+    "plain20": (32, 8, 0.05, 1.0),
+    "preresnet110": (32, 8, 0.3, 1.0),
+    "resnet29": (32, 8, 0.1, 1.0),
+    "resnet50d": (64, 8, 0.02, 1.0),
+    "seresnet50": (64, 8, 0.05, 1.0),
+}
 """Blocks and options of the ResNet family that no other test trains, with settings as below; eight updates more."""
-LARGE = ("inception_v3", "inception_r", "densenet161", "densenet2", "efficientnet_b5", "efficientnet_b6",
-         "efficientnet_b7")
+LARGE = (
+    "inception_v3",
+    "inception_r",
+    "densenet161",
+    "densenet2",
+    "efficientnet_b5",
+    "efficientnet_b6",
+    "efficientnet_b7",
+)
 
 
 def batch_of(size, count):
@@ -51,29 +73,48 @@ def batch_of(size, count):
     pixels, labels = load_digits()
     images = torch.from_numpy(pixels[:count].astype(np.float32))[:, None] / 8 - 1
     images = F.interpolate(images, (size, size), mode="bilinear").expand(-1, 3, -1, -1)
-    return Batch(images.contiguous(memory_format=torch.channels_last), torch.from_numpy(labels[:count]),
-                 np.arange(count))
+    return Batch(
+        images.contiguous(memory_format=torch.channels_last),
+        torch.from_numpy(labels[:count]),
+        np.arange(count),
+    )
 
 
 def settings(name):
     """Side of the images, how many, learning rate and largest gradient (0 = as it is) that overfit at once."""
-    own = {"lenet5": (32, 4, 2.0, 0.0), "alexnet": (63, 8, 1.0, 1.0), "googlenet": (64, 8, 0.03, 0.0),
-           "inception_v3": (299, 2, 0.01, 0.0), "inception_v4": (75, 4, 0.003, 0.0),
-           "efficientnet_b2": (64, 4, 0.003, 0.0), "inception_resnet_v2": (75, 4, 0.02, 0.0)}
-    family = {"vgg": (32, 4, 0.3 if name.endswith("_bn") else 1.0, 1.0), "dense": (32, 8, 0.05, 0.0),
-              "effic": (48, 4, 0.003, 0.0)}
+    own = {
+        "lenet5": (32, 4, 2.0, 0.0),
+        "alexnet": (63, 8, 1.0, 1.0),
+        "googlenet": (64, 8, 0.03, 0.0),
+        "inception_v3": (299, 2, 0.01, 0.0),
+        "inception_v4": (75, 4, 0.003, 0.0),
+        "efficientnet_b2": (64, 4, 0.003, 0.0),
+        "inception_resnet_v2": (75, 4, 0.02, 0.0),
+    }
+    family = {
+        "vgg": (32, 4, 0.3 if name.endswith("_bn") else 1.0, 1.0),
+        "dense": (32, 8, 0.05, 0.0),
+        "effic": (48, 4, 0.003, 0.0),
+    }
     own |= FAMILY_TOO
-    return own[name] if name in own else next(value for key, value in family.items() if name.startswith(key))
+    return (
+        own[name]
+        if name in own
+        else next(value for key, value in family.items() if name.startswith(key))
+    )
 
 
 @pytest.fixture
 def narrow(monkeypatch):
     """The two hidden layers of 4096 in VGG and AlexNet with 64, nine tenths of all weights; and nobody waits for a
     disk."""
+
     class Linear(nn.Linear):
         def __init__(self, inputs, outputs, *args, **options):
             width = {4096: 64}
-            super().__init__(width.get(inputs, inputs), width.get(outputs, outputs), *args, **options)
+            super().__init__(
+                width.get(inputs, inputs), width.get(outputs, outputs), *args, **options
+            )
 
     monkeypatch.setattr(nn, "Linear", Linear)
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
@@ -84,16 +125,23 @@ def test_trains_resumes_averages_and_evaluates(name, narrow, tmp_path):
     """Three updates through the engine's step, in bf16 (two of a large one), the last also from the saved state: the
     loss falls, and weights, momentum, average and statistics are the same, bit for bit."""
     size, count, lr, clip = settings(name)
-    config = Config(model=ModelConfig(name=name), optim=OptimConfig(weight_decay=0.0),
-                    train=TrainConfig(precision="bf16", ema_decay=0.9, clip_grad_norm=clip))
+    config = Config(
+        model=ModelConfig(name=name),
+        optim=OptimConfig(weight_decay=0.0),
+        train=TrainConfig(precision="bf16", ema_decay=0.9, clip_grad_norm=clip),
+    )
     state = build_state(config, 10, CPU)
     model, plan, batch = copy.deepcopy(state.model), build_plan(config, 10), batch_of(size, count)
     resumed = TrainState(model, build_optimizer(config.optim, model), state.scaler, Ema(model, 0.9))
-    assert all(isinstance(m, SyncBatchNorm) for m in state.model.modules() if isinstance(m, _BatchNorm))
+    assert all(
+        isinstance(m, SyncBatchNorm) for m in state.model.modules() if isinstance(m, _BatchNorm)
+    )
 
     def step(state):
-        torch.manual_seed(1)                             # the same masks each time, so that they do not hide the fall
-        counts, _ = train_step(NoSync(state.model.train()), state, [batch], lr, plan, NonFinite(state.model, 0))
+        torch.manual_seed(1)  # the same masks each time, so that they do not hide the fall
+        counts, _ = train_step(
+            NoSync(state.model.train()), state, [batch], lr, plan, NonFinite(state.model, 0)
+        )
         return counts.result()["loss"]
 
     updates = 10 if name in FAMILY_TOO else 1 if name.startswith(LARGE) else 2
@@ -125,8 +173,13 @@ def test_parameters_figures_and_conversion(name):
         weights = torchvision.models.get_model_weights(name)[weights]
         published = weights.meta["_metrics"]["ImageNet-1K"]
         assert enum == type(weights).__name__
-        heads = [model.aux1, model.aux2] if name == "googlenet" else []      # which torchvision leaves out of its count
-        assert count - sum(p.numel() for head in heads for p in head.parameters()) == weights.meta["num_params"]
+        heads = (
+            [model.aux1, model.aux2] if name == "googlenet" else []
+        )  # which torchvision leaves out of its count
+        assert (
+            count - sum(p.numel() for head in heads for p in head.parameters())
+            == weights.meta["num_params"]
+        )
         assert (entry.top1, entry.top5) == (published["acc@1"], published["acc@5"])
         assert [entry.size] == weights.transforms().crop_size
     elif name == "densenet264":
@@ -156,15 +209,25 @@ def test_densenets_count_as_the_others():
     assert densenet_parameters(32, (6, 12, 24, 16), 64) == 7978856
 
 
-@pytest.mark.parametrize("name", ["lenet5", "alexnet", "googlenet", "inception_v4", "efficientnet_b0"])
+@pytest.mark.parametrize(
+    "name", ["lenet5", "alexnet", "googlenet", "inception_v4", "efficientnet_b0"]
+)
 def test_the_whole_step_runs_on_meta(name):
     """At the native size and full width: no tensor on the wrong device, no stray .item()."""
-    config = Config(model=ModelConfig(name=name), train=TrainConfig(precision="fp32", ema_decay=0.9, loss="bce"))
+    config = Config(
+        model=ModelConfig(name=name), train=TrainConfig(precision="fp32", ema_decay=0.9, loss="bce")
+    )
     with torch.device("meta"):
         state = build_state(config, 1000, torch.device("meta"))
         images, labels = torch.empty(2, 3, *[ZOO[name].size] * 2), torch.zeros(2, dtype=torch.int64)
-    counts, norm = train_step(NoSync(state.model.train()), state, [Batch(images, labels, np.arange(2))], 0.1,
-                              build_plan(config, 10), NonFinite(state.model, 0))
+    counts, norm = train_step(
+        NoSync(state.model.train()),
+        state,
+        [Batch(images, labels, np.arange(2))],
+        0.1,
+        build_plan(config, 10),
+        NonFinite(state.model, 0),
+    )
     assert counts.num.device.type == norm.device.type == "meta"
 
 
@@ -183,17 +246,24 @@ class TwoHeads(nn.Module):
 
 def test_auxiliary_losses_count_their_weight():
     """Against plain torch, with mixed targets and smoothing; the counts are those of the first head alone."""
-    config = Config(train=TrainConfig(precision="fp32", label_smoothing=0.1),
-                    optim=OptimConfig(momentum=0.0, weight_decay=0.0), augment=AugmentConfig(mixup_alpha=1.0))
+    config = Config(
+        train=TrainConfig(precision="fp32", label_smoothing=0.1),
+        optim=OptimConfig(momentum=0.0, weight_decay=0.0),
+        augment=AugmentConfig(mixup_alpha=1.0),
+    )
     torch.manual_seed(0)
     model, batch, plan = TwoHeads(), batch_of(2, 4), build_plan(config, 10)
     before = copy.deepcopy(model)
-    state = TrainState(model, build_optimizer(config.optim, model), torch.amp.GradScaler("cpu", enabled=False))
+    state = TrainState(
+        model, build_optimizer(config.optim, model), torch.amp.GradScaler("cpu", enabled=False)
+    )
     counts, _ = train_step(NoSync(model), state, [batch], 0.5, plan, NonFinite(model, 0))
     images, share = mix_images(batch.images, draw(config.seed, 0, 1.0, 0.0))
     own, other = F.one_hot(batch.labels, 10), F.one_hot(batch.labels[[1, 0, 3, 2]], 10)
-    losses = [F.cross_entropy(logits, share * own + (1 - share) * other, label_smoothing=0.1)
-              for logits in before(images)]
+    losses = [
+        F.cross_entropy(logits, share * own + (1 - share) * other, label_smoothing=0.1)
+        for logits in before(images)
+    ]
     (losses[0] + 0.25 * (losses[1] + losses[2])).backward()
     assert 0.01 < share < 0.99
     assert counts.result()["loss"] == pytest.approx(losses[0].item(), rel=1e-6)
@@ -203,7 +273,9 @@ def test_auxiliary_losses_count_their_weight():
 
 def test_published_weights_of_auxiliary_heads():
     with torch.device("meta"):
-        models = {name: ZOO[name].make(num_classes=10) for name in ("googlenet", "inception_v3", "vgg11")}
+        models = {
+            name: ZOO[name].make(num_classes=10) for name in ("googlenet", "inception_v3", "vgg11")
+        }
     assert [getattr(model, "auxiliary_weight", 0.0) for model in models.values()] == [0.3, 0.4, 0.0]
     assert not models["googlenet"].transform_input and not models["inception_v3"].transform_input
 
@@ -220,12 +292,17 @@ def one_update(rank, world_size):
     """One update of GoogLeNet in double precision, without dropout, on this rank's share of four digits; in DDP where
     there is more than one rank. Its buckets settle before, in two passes of which the second finds what the first may
     have left behind, and without a trace."""
-    config = Config(model=ModelConfig(name="googlenet"), train=TrainConfig(precision="fp32", global_batch_size=4))
+    config = Config(
+        model=ModelConfig(name="googlenet"),
+        train=TrainConfig(precision="fp32", global_batch_size=4),
+    )
     state, batch = build_state(config, 10, CPU), batch_of(32, 4)
     for module in state.model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    batch = Batch(*[part[rank::world_size] for part in (batch.images.double(), batch.labels, batch.indices)])
+    batch = Batch(
+        *[part[rank::world_size] for part in (batch.images.double(), batch.labels, batch.indices)]
+    )
     model = NoSync(state.model) if world_size == 1 else wrap_ddp(state.model, CPU)
     before = copy.deepcopy(state.model.state_dict())
     engine.settle_buckets(model, 32, "fp32", CPU)
@@ -257,10 +334,13 @@ def test_lenet_sees_what_table_1_says():
     model.s2.register_forward_hook(lambda module, inputs, out: seen.append(out))
     model.s4.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     model(batch_of(32, 1).images)
-    gradients = [torch.autograd.grad(seen[1][0, i].sum(), seen[0], retain_graph=True)[0][0] for i in range(16)]
+    gradients = [
+        torch.autograd.grad(seen[1][0, i].sum(), seen[0], retain_graph=True)[0][0]
+        for i in range(16)
+    ]
     table = torch.stack([gradient.abs().sum((1, 2)) > 0 for gradient in gradients]).int()
     assert table.sum(1).tolist() == [3] * 6 + [4] * 9 + [6]
-    assert table.sum(0).tolist() == [10] * 6             # of the paper's table: each map of S2 feeds ten of C3
+    assert table.sum(0).tolist() == [10] * 6  # of the paper's table: each map of S2 feeds ten of C3
     assert sum(p.numel() for p in model.c3.parameters()) == 1516
     with torch.device("meta"), pytest.raises(RuntimeError):
         ZOO["lenet5"].make(num_classes=10)(torch.empty(1, 3, 48, 48))
@@ -271,8 +351,12 @@ def test_timm_networks_keep_their_function():
     import timm
 
     torch.manual_seed(0)
-    theirs = init_weights(timm.create_model("inception_v4", num_classes=10)).eval()     # a law that keeps the signal
-    ours = convert_sync_batch_norm(copy.deepcopy(theirs))           # the pitfall: this one has lost its activations
+    theirs = init_weights(
+        timm.create_model("inception_v4", num_classes=10)
+    ).eval()  # a law that keeps the signal
+    ours = convert_sync_batch_norm(
+        copy.deepcopy(theirs)
+    )  # the pitfall: this one has lost its activations
     with torch.device("meta"):
         zoo = ZOO["inception_v4"].make(num_classes=10)
     zoo.load_state_dict(theirs.state_dict(), strict=True, assign=True)
@@ -285,32 +369,66 @@ def test_timm_networks_keep_their_function():
 
 def test_without_timm_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ValueError, match=r"model\.name is 'inception_v4'.*pip install 'resnet-dist\[timm\]'"):
+    with pytest.raises(
+        ValueError, match=r"model\.name is 'inception_v4'.*pip install 'resnet-dist\[timm\]'"
+    ):
         build_model(ModelConfig(name="inception_v4"), 10)
 
 
-@pytest.mark.parametrize("name, data, message", [
-    ("lenet5", {}, r"data\.train_crop_size is 224: lenet5 takes 32 pixels only"),
-    ("alexnet", {"train_crop_size": 62}, r"data\.train_crop_size is 62: alexnet takes 63 pixels or more.*224"),
-    ("vgg16", {"val_crop_size": 31}, r"data\.val_crop_size is 31: vgg16 takes 32"),
-    ("densenet264", {"progressive_start_size": 28}, r"data\.progressive_start_size is 28"),
-    ("inception_v4", {"val_scales": (299, 74)}, r"data\.val_scales is 74: inception_v4 takes 75"),
-    ("inception_v3", {"train_crop_size": 298}, r"data\.train_crop_size is 298: inception_v3 takes 299"),
-])
+@pytest.mark.parametrize(
+    "name, data, message",
+    [
+        ("lenet5", {}, r"data\.train_crop_size is 224: lenet5 takes 32 pixels only"),
+        (
+            "alexnet",
+            {"train_crop_size": 62},
+            r"data\.train_crop_size is 62: alexnet takes 63 pixels or more.*224",
+        ),
+        ("vgg16", {"val_crop_size": 31}, r"data\.val_crop_size is 31: vgg16 takes 32"),
+        ("densenet264", {"progressive_start_size": 28}, r"data\.progressive_start_size is 28"),
+        (
+            "inception_v4",
+            {"val_scales": (299, 74)},
+            r"data\.val_scales is 74: inception_v4 takes 75",
+        ),
+        (
+            "inception_v3",
+            {"train_crop_size": 298},
+            r"data\.train_crop_size is 298: inception_v3 takes 299",
+        ),
+    ],
+)
 def test_sides_that_a_network_cannot_take_are_refused(name, data, message):
     with pytest.raises(ValueError, match=message):
         check_image_size(name, DataConfig(**data))
 
 
-@pytest.mark.parametrize("name, data", [("resnet50", {"train_crop_size": 8}), ("googlenet", {"train_crop_size": 15}),
-                                        ("inception_v3", {"train_crop_size": 299, "val_crop_size": 75}),
-                                        ("lenet5", {"train_crop_size": 32, "val_crop_size": 32})])
+@pytest.mark.parametrize(
+    "name, data",
+    [
+        ("resnet50", {"train_crop_size": 8}),
+        ("googlenet", {"train_crop_size": 15}),
+        ("inception_v3", {"train_crop_size": 299, "val_crop_size": 75}),
+        ("lenet5", {"train_crop_size": 32, "val_crop_size": 32}),
+    ],
+)
 def test_sides_that_it_can_take_are_not(name, data):
     check_image_size(name, DataConfig(**data))
 
 
-@pytest.mark.parametrize("name", ["lenet5", "alexnet", "vgg11", "googlenet", "inception_v3", "inception_v4",
-                                  "inception_resnet_v2", "densenet121"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lenet5",
+        "alexnet",
+        "vgg11",
+        "googlenet",
+        "inception_v3",
+        "inception_v4",
+        "inception_resnet_v2",
+        "densenet121",
+    ],
+)
 def test_the_least_side_is_the_least(name):
     """One pixel less fails in a convolution or a pool, on meta."""
     entry = ZOO[name]
@@ -325,15 +443,46 @@ def test_the_least_side_is_the_least(name):
 
 def test_the_command_line_trains_lenet_and_refuses_a_side(digits, tmp_path):
     """On two ranks, through JPEG files and DALI; a side that does not fit ends both before the first step."""
+
     def arguments(side):
-        return ["train", "--config", "configs/quickstart.yaml", "--data.data_dir", digits, "--output_dir",
-                str(tmp_path / str(side)), "--model.name", "lenet5", "--data.train_crop_size", str(side),
-                "--data.val_resize_size", str(side), "--data.val_crop_size", str(side), "--train.epochs", "2",
-                "--schedule.warmup_epochs", "0", "--optim.base_lr", "2", "--data.threads", "1",
-                "--log.wandb", "disabled", "--distributed.threads", "1"]
+        return [
+            "train",
+            "--config",
+            "configs/quickstart.yaml",
+            "--data.data_dir",
+            digits,
+            "--output_dir",
+            str(tmp_path / str(side)),
+            "--model.name",
+            "lenet5",
+            "--data.train_crop_size",
+            str(side),
+            "--data.val_resize_size",
+            str(side),
+            "--data.val_crop_size",
+            str(side),
+            "--train.epochs",
+            "2",
+            "--schedule.warmup_epochs",
+            "0",
+            "--optim.base_lr",
+            "2",
+            "--data.threads",
+            "1",
+            "--log.wandb",
+            "disabled",
+            "--distributed.threads",
+            "1",
+        ]
 
     assert run_app(2, arguments(28), str(tmp_path / "log")) == [2, 2]
-    assert "data.train_crop_size is 28: lenet5 takes 32 pixels only" in (tmp_path / "log").read_text()
-    assert run_app(2, arguments(32), str(tmp_path / "log")) == [0, 0], (tmp_path / "log").read_text()
-    last = [json.loads(line) for line in (tmp_path / "32" / "metrics.jsonl").read_text().splitlines()][-1]
+    assert (
+        "data.train_crop_size is 28: lenet5 takes 32 pixels only" in (tmp_path / "log").read_text()
+    )
+    assert run_app(2, arguments(32), str(tmp_path / "log")) == [0, 0], (
+        tmp_path / "log"
+    ).read_text()
+    last = [
+        json.loads(line) for line in (tmp_path / "32" / "metrics.jsonl").read_text().splitlines()
+    ][-1]
     assert last["val/top1"] > 30

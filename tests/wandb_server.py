@@ -60,7 +60,7 @@ class Server:
         class Quiet(ThreadingHTTPServer):
             daemon_threads = allow_reuse_address = True
 
-            def handle_error(self, *args) -> None:       # the client may leave in the middle
+            def handle_error(self, *args) -> None:  # the client may leave in the middle
                 pass
 
         self.http = Quiet(("127.0.0.1", self.port), Handler)
@@ -88,30 +88,71 @@ class Server:
         self.requests.append(name)
         bucket = {}
         if name == "UpsertBucket":
-            run = self.runs.setdefault(variables["name"], {"history": {}, "config": None, "complete": 0, "exit": None})
+            run = self.runs.setdefault(
+                variables["name"], {"history": {}, "config": None, "complete": 0, "exit": None}
+            )
             run["config"] = variables.get("config") or run["config"]
-            bucket = {"id": "id", "name": variables["name"], "displayName": "a name", "config": "{}", "description": "",
-                      "sweepName": None, "historyLineCount": len(run["history"]),
-                      "project": {"id": "p", "name": "project", "entity": {"id": "e", "name": ENTITY}}}
+            bucket = {
+                "id": "id",
+                "name": variables["name"],
+                "displayName": "a name",
+                "config": "{}",
+                "description": "",
+                "sweepName": None,
+                "historyLineCount": len(run["history"]),
+                "project": {"id": "p", "name": "project", "entity": {"id": "e", "name": ENTITY}},
+            }
             return {"data": {"upsertBucket": {"bucket": bucket, "inserted": not run["history"]}}}
         if name == "RunResumeStatus":
             run = self.runs.get(variables["name"])
             if run:
                 last = run["history"][max(run["history"])] if run["history"] else "{}"
-                bucket = {"id": "id", "name": variables["name"], "summaryMetrics": "{}", "displayName": "a name",
-                          "logLineCount": 0, "historyLineCount": len(run["history"]), "eventsLineCount": 0,
-                          "historyTail": json.dumps([last]), "eventsTail": "[]", "config": run["config"] or "{}",
-                          "tags": [], "wandbConfig": '{"t": 1}'}
-            return {"data": {"model": {"id": "p", "name": "project", "entity": {"id": "e", "name": ENTITY},
-                                       "bucket": bucket or None}}}
+                bucket = {
+                    "id": "id",
+                    "name": variables["name"],
+                    "summaryMetrics": "{}",
+                    "displayName": "a name",
+                    "logLineCount": 0,
+                    "historyLineCount": len(run["history"]),
+                    "eventsLineCount": 0,
+                    "historyTail": json.dumps([last]),
+                    "eventsTail": "[]",
+                    "config": run["config"] or "{}",
+                    "tags": [],
+                    "wandbConfig": '{"t": 1}',
+                }
+            return {
+                "data": {
+                    "model": {
+                        "id": "p",
+                        "name": "project",
+                        "entity": {"id": "e", "name": ENTITY},
+                        "bucket": bucket or None,
+                    }
+                }
+            }
         if name == "Viewer":
-            return {"data": {"viewer": {"id": "v", "entity": ENTITY, "username": ENTITY, "flags": "{}", "teams": {
-                "edges": []}}}}
+            return {
+                "data": {
+                    "viewer": {
+                        "id": "v",
+                        "entity": ENTITY,
+                        "username": ENTITY,
+                        "flags": "{}",
+                        "teams": {"edges": []},
+                    }
+                }
+            }
         if name == "ServerFeaturesQuery":
             return {"data": {"serverInfo": {"features": []}}}
         if name == "CreateRunFiles":
-            files = [{"name": file, "uploadUrl": f"http://127.0.0.1:{self.port}/upload"} for file in variables["files"]]
-            return {"data": {"createRunFiles": {"runID": "id", "uploadHeaders": [], "files": files}}}
+            files = [
+                {"name": file, "uploadUrl": f"http://127.0.0.1:{self.port}/upload"}
+                for file in variables["files"]
+            ]
+            return {
+                "data": {"createRunFiles": {"runID": "id", "uploadHeaders": [], "files": files}}
+            }
         if path != "/upload":
             self.unknown.append(name)
         return {"data": {}}

@@ -16,27 +16,46 @@ import torch
 from resnet_dist import engine
 from resnet_dist.config import Config, DataConfig
 from resnet_dist.data.build import build_train_loader
-from resnet_dist.data.dali import plain_batches
+from resnet_dist.data.pixels.dali import plain_batches
 from resnet_dist.distributed import Runtime
+from resnet_dist.precision import DTYPES, autocast
 
 
 def measure(config: Config, runtime: Runtime, options) -> int:
     """Give each loader `options.windows` turns of `options.images` images, and print. ValueError without files."""
     data, local = config.data, config.train.global_batch_size // config.train.grad_accum_steps
     if data.kind == "synthetic" or runtime.world_size > 1:
-        raise ValueError(f"data.kind is {data.kind}, on {runtime.world_size} ranks: this compares readers of files in "
-                         f"one process; give it --data.kind folder, and start it without torchrun")
-    ours, slow = (build_train_loader(
-        data, runtime, augment=config.augment, seed=config.seed, global_batch_size=local, grad_accum_steps=1,
-        dtype=engine.DTYPES[config.train.precision], output_dir=config.output_dir)
-                  for _ in range(2))
+        raise ValueError(
+            f"data.kind is {data.kind}, on {runtime.world_size} ranks: this compares readers of files in "
+            f"one process; give it --data.kind folder, and start it without torchrun"
+        )
+    ours, slow = (
+        build_train_loader(
+            data,
+            runtime,
+            augment=config.augment,
+            seed=config.seed,
+            global_batch_size=local,
+            grad_accum_steps=1,
+            dtype=DTYPES[config.train.precision],
+            output_dir=config.output_dir,
+        )
+        for _ in range(2)
+    )
     load, seconds = slow.reader.load, options.read_delay_ms / 1e3
     slow.reader.load = lambda *arguments: (time.sleep(seconds), load(*arguments))[1]
     theirs = (options.originals or os.path.join(data.data_dir, "train"), data, local, ours.threads)
-    loaders = {"resnet_dist": ours.batches, "slow storage": slow.batches if seconds else None,
-               "plain DALI": plain_batches(*theirs, runtime.device), "plan and reading": ours.undecoded,
-               "torchvision": _pillow(*theirs)}
-    turns, batches = {name: [] for name, make in loaders.items() if make}, max(1, options.images // local)
+    loaders = {
+        "resnet_dist": ours.batches,
+        "slow storage": slow.batches if seconds else None,
+        "plain DALI": plain_batches(*theirs, runtime.device),
+        "plan and reading": ours.undecoded,
+        "torchvision": _pillow(*theirs),
+    }
+    turns, batches = (
+        {name: [] for name, make in loaders.items() if make},
+        max(1, options.images // local),
+    )
     images = batches * local
     for start in range(0, batches * (options.windows + 1), batches):
         for name, figures in turns.items():
@@ -45,12 +64,23 @@ def measure(config: Config, runtime: Runtime, options) -> int:
                 pass
             if runtime.device.type == "cuda":
                 torch.cuda.synchronize()
-            figures.append((1e6 * (_cpu_seconds() - cpu) / images, images / (time.perf_counter() - started)))
+            figures.append(
+                (1e6 * (_cpu_seconds() - cpu) / images, images / (time.perf_counter() - started))
+            )
     ours.close()
     slow.close()
-    facts = {"crop": data.train_crop_size, "precision": config.train.precision, "device": runtime.device.type,
-             "threads": ours.threads, "cores": os.cpu_count(), "load_average": os.getloadavg()[0], "images": images}
-    report(facts, {name: figures[1:] for name, figures in turns.items()}, options.json)     # the first turn warms up
+    facts = {
+        "crop": data.train_crop_size,
+        "precision": config.train.precision,
+        "device": runtime.device.type,
+        "threads": ours.threads,
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "images": images,
+    }
+    report(
+        facts, {name: figures[1:] for name, figures in turns.items()}, options.json
+    )  # the first turn warms up
     return 0
 
 
@@ -58,9 +88,15 @@ def report(facts: dict, turns: dict[str, list[tuple[float, float]]], as_json: bo
     """Medians of the turns, and of what is ours over theirs in the same round."""
     columns, loaders = ("cpu_us_per_image", "cpu_ratio", "images_per_second", "ratio"), {}
     for name, figures in turns.items():
-        rows = [(cpu, own_cpu / cpu, speed, own_speed / speed)
-                for (cpu, speed), (own_cpu, own_speed) in zip(figures, turns["resnet_dist"], strict=True)]
-        loaders[name] = dict(zip(columns, map(statistics.median, zip(*rows, strict=True)), strict=True))
+        rows = [
+            (cpu, own_cpu / cpu, speed, own_speed / speed)
+            for (cpu, speed), (own_cpu, own_speed) in zip(
+                figures, turns["resnet_dist"], strict=True
+            )
+        ]
+        loaders[name] = dict(
+            zip(columns, map(statistics.median, zip(*rows, strict=True)), strict=True)
+        )
     if as_json:
         print(json.dumps({**facts, "loaders": loaders, "turns": turns}))
         return
@@ -72,7 +108,9 @@ def report(facts: dict, turns: dict[str, list[tuple[float, float]]], as_json: bo
 
 def _cpu_seconds() -> float:
     """User and system time of this process and of its workers that have ended."""
-    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(
+        sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
 
 
 def _pillow(folder: str, data: DataConfig, local: int, threads: int):
@@ -80,10 +118,24 @@ def _pillow(folder: str, data: DataConfig, local: int, threads: int):
     if importlib.util.find_spec("torchvision") is None:
         return None
     from torchvision import datasets, transforms
-    images = datasets.ImageFolder(folder, transforms.Compose([
-        transforms.RandomResizedCrop(data.train_crop_size, data.crop_scale, data.crop_ratio),
-        transforms.RandomHorizontalFlip(data.flip_probability), transforms.ToTensor(),
-        transforms.Normalize(data.mean, data.std)]))
+
+    images = datasets.ImageFolder(
+        folder,
+        transforms.Compose(
+            [
+                transforms.RandomResizedCrop(
+                    data.train_crop_size, data.crop_scale, data.crop_ratio
+                ),
+                transforms.RandomHorizontalFlip(data.flip_probability),
+                transforms.ToTensor(),
+                transforms.Normalize(data.mean, data.std),
+            ]
+        ),
+    )
     return lambda start, stop: torch.utils.data.DataLoader(
-        images, local, num_workers=threads, multiprocessing_context="fork",
-        sampler=torch.utils.data.RandomSampler(images, num_samples=(stop - start) * local))
+        images,
+        local,
+        num_workers=threads,
+        multiprocessing_context="fork",
+        sampler=torch.utils.data.RandomSampler(images, num_samples=(stop - start) * local),
+    )

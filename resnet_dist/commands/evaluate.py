@@ -7,21 +7,26 @@ from resnet_dist import engine
 from resnet_dist import run as composition
 from resnet_dist.config import Config
 from resnet_dist.data.build import build_val_loader
-from resnet_dist.data.index import check_num_classes
+from resnet_dist.data.sources.index import check_num_classes
 from resnet_dist.distributed import Runtime
 from resnet_dist.models.zoo import check_image_size
+from resnet_dist.precision import DTYPES
 
 
 def run(saved: dict, config: Config, options: argparse.Namespace) -> int:
     """Evaluate the raw weights of `saved` and, where it has them, the averaged ones; prints on the main process."""
+
     def body(config: Config, runtime: Runtime) -> int:
         check_image_size(config.model.name, config.data)
-        loader = build_val_loader(config.data, runtime, dtype=engine.DTYPES[config.train.precision],
-                                  output_dir=config.output_dir)
+        loader = build_val_loader(
+            config.data, runtime, dtype=DTYPES[config.train.precision], output_dir=config.output_dir
+        )
         num_classes = check_num_classes(config.model.num_classes, len(loader.class_names))
         if tuple(saved["class_names"]) != tuple(loader.class_names):
-            raise ValueError(f"data.data_dir is {config.data.data_dir!r}: its classes are not those of the checkpoint, "
-                             "in the same order; take the data set that it was trained on")
+            raise ValueError(
+                f"data.data_dir is {config.data.data_dir!r}: its classes are not those of the checkpoint, "
+                "in the same order; take the data set that it was trained on"
+            )
         state = composition.build_state(config, num_classes, runtime.device)
         results = {"step": saved["step"]}
         for name in ("model", "ema"):
@@ -33,6 +38,7 @@ def run(saved: dict, config: Config, options: argparse.Namespace) -> int:
         if runtime.is_main:
             print(json.dumps(results) if options.json else describe(results), flush=True)
         return 0
+
     return composition.main(config, body)
 
 
@@ -42,6 +48,8 @@ def describe(results: dict) -> str:
     for name, title in (("model", "weights"), ("ema", "averaged weights")):
         if name in results:
             r = results[name]
-            lines.append(f"{title}: top-1 {r['top1']:.3f} % ({r['correct1']}/{r['num']}), top-5 {r['top5']:.3f} % "
-                         f"({r['correct5']}/{r['num']}), loss {r['loss']:.4f}")
+            lines.append(
+                f"{title}: top-1 {r['top1']:.3f} % ({r['correct1']}/{r['num']}), top-5 {r['top5']:.3f} % "
+                f"({r['correct5']}/{r['num']}), loss {r['loss']:.4f}"
+            )
     return "\n".join(lines)

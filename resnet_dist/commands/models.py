@@ -15,23 +15,32 @@ from resnet_dist.models.zoo import ZOO
 _CIFAR, _V1 = "CIFAR-10, He et al. 2015, table 6", "torchvision {}_Weights.IMAGENET1K_V1"
 _IDENTITY = "CIFAR-10, He et al. 2016"
 PUBLISHED: dict[str, tuple[float, str]] = {
-    "resnet18": (69.758, _V1.format("ResNet18")), "resnet34": (73.314, _V1.format("ResNet34")),
-    "resnet50": (76.130, _V1.format("ResNet50")), "resnet101": (77.374, _V1.format("ResNet101")),
+    "resnet18": (69.758, _V1.format("ResNet18")),
+    "resnet34": (73.314, _V1.format("ResNet34")),
+    "resnet50": (76.130, _V1.format("ResNet50")),
+    "resnet101": (77.374, _V1.format("ResNet101")),
     "resnet152": (78.312, _V1.format("ResNet152")),
     "resnext50_32x4d": (77.618, _V1.format("ResNeXt50_32X4D")),
     "resnext101_32x8d": (79.312, _V1.format("ResNeXt101_32X8D")),
     "resnext101_64x4d": (83.246, _V1.format("ResNeXt101_64X4D")),
     "wide_resnet50_2": (78.468, _V1.format("Wide_ResNet50_2")),
     "wide_resnet101_2": (78.848, _V1.format("Wide_ResNet101_2")),
-    "plain18": (72.06, "He et al. 2015, table 2, ten crops"), "plain34": (71.46, "He et al. 2015, table 2, ten crops"),
+    "plain18": (72.06, "He et al. 2015, table 2, ten crops"),
+    "plain34": (71.46, "He et al. 2015, table 2, ten crops"),
     "resnet50c": (76.87, "He et al. 2018, Bag of Tricks, table 5"),
     "resnet50d": (77.16, "He et al. 2018, Bag of Tricks, table 5"),
     "seresnet50": (76.71, "Hu et al. 2017, table 2"),
     "preresnet200": (79.3, "He et al. 2016, table 5, scale augmentation, crop of 320"),
-    "resnet20": (91.25, _CIFAR), "resnet32": (92.49, _CIFAR), "resnet44": (92.83, _CIFAR), "resnet56": (93.03, _CIFAR),
-    "resnet110": (93.57, f"{_CIFAR}, best of five"), "resnet1202": (92.07, _CIFAR),
-    "resnet164": (94.07, f"{_IDENTITY}, table 2"), "preresnet110": (93.63, f"{_IDENTITY}, table 2"),
-    "preresnet164": (94.54, f"{_IDENTITY}, table 2"), "preresnet1001": (95.08, f"{_IDENTITY}, table 4"),
+    "resnet20": (91.25, _CIFAR),
+    "resnet32": (92.49, _CIFAR),
+    "resnet44": (92.83, _CIFAR),
+    "resnet56": (93.03, _CIFAR),
+    "resnet110": (93.57, f"{_CIFAR}, best of five"),
+    "resnet1202": (92.07, _CIFAR),
+    "resnet164": (94.07, f"{_IDENTITY}, table 2"),
+    "preresnet110": (93.63, f"{_IDENTITY}, table 2"),
+    "preresnet164": (94.54, f"{_IDENTITY}, table 2"),
+    "preresnet1001": (95.08, f"{_IDENTITY}, table 4"),
     "wide_resnet28_10": (96.00, "CIFAR-10, Zagoruyko and Komodakis 2016, table 5"),
 }
 """Top-1 accuracy in percent of members of the ResNet family, and where it stands: none of them is this project's"""
@@ -52,16 +61,26 @@ def facts(name: str) -> dict:
         images = torch.empty(1, 3, size, size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images)
-    return {"name": name, "parameters": sum(p.numel() for p in model.parameters()), "size": size, "classes": classes,
-            "multiply_adds": counter.get_total_flops() // 2, "stages": stages, "top1": top1, "source": source}
+    return {
+        "name": name,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "size": size,
+        "classes": classes,
+        "multiply_adds": counter.get_total_flops() // 2,
+        "stages": stages,
+        "top1": top1,
+        "source": source,
+    }
 
 
 def run(arguments: list[str]) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(
-        prog="resnet-dist models", description="Every name that model.name takes. GFLOPs are multiply-adds of one "
+        prog="resnet-dist models",
+        description="Every name that model.name takes. GFLOPs are multiply-adds of one "
         "image of the size beside them, as the papers count. Top-1 in percent is what others published, on ImageNet "
-        "unless it says CIFAR-10; docs/results.md has what this project measured.")
+        "unless it says CIFAR-10; docs/results.md has what this project measured.",
+    )
     parser.add_argument("filter", nargs="?", default="", help="only names that contain this")
     parser.add_argument("--json", action="store_true", help="one line of JSON for each network")
     options = parser.parse_args(arguments)
@@ -70,11 +89,13 @@ def run(arguments: list[str]) -> int:
         print(f"error: no network has {options.filter!r} in its name", file=sys.stderr)
         return 2
     if not options.json:
-        print(f"{'name':20} {'params/M':>8}  {'size':>4}  {'GFLOPs':>7}  {'stages':24}  {'top-1':>5}  published in")
+        print(
+            f"{'name':20} {'params/M':>8}  {'size':>4}  {'GFLOPs':>7}  {'stages':24}  {'top-1':>5}  published in"
+        )
     for name in names:
         try:
             row = facts(name)
-        except ValueError as problem:                    # an optional library is not there
+        except ValueError as problem:  # an optional library is not there
             row = {"name": name, "error": str(problem)}
         if options.json:
             print(json.dumps(row), flush=True)
@@ -83,6 +104,9 @@ def run(arguments: list[str]) -> int:
             print(f"{name:20} {row['error']}", flush=True)
             continue
         top1 = f"{row['top1']:.2f}" if row["top1"] else "-"
-        print(f"{name:20} {row['parameters'] / 1e6:8.2f}  {row['size']:4}  {row['multiply_adds'] / 1e9:7.2f}  "
-              f"{row['stages']:24}  {top1:>5}  {row['source']}".rstrip(), flush=True)
+        print(
+            f"{name:20} {row['parameters'] / 1e6:8.2f}  {row['size']:4}  {row['multiply_adds'] / 1e9:7.2f}  "
+            f"{row['stages']:24}  {top1:>5}  {row['source']}".rstrip(),
+            flush=True,
+        )
     return 0

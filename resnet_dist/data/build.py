@@ -5,18 +5,25 @@ import os
 import torch
 
 from resnet_dist.config import AugmentConfig, DataConfig
-from resnet_dist.data.digits import write_digits
-from resnet_dist.data.index import Index
-from resnet_dist.data.loader import DaliTrainLoader, DaliValLoader
-from resnet_dist.data.scan import build_index
-from resnet_dist.data.synthetic import SyntheticTrainLoader, SyntheticValLoader
+from resnet_dist.data.pixels.loader import DaliTrainLoader, DaliValLoader
+from resnet_dist.data.pixels.synthetic import SyntheticTrainLoader, SyntheticValLoader
+from resnet_dist.data.sources.digits import write_digits
+from resnet_dist.data.sources.index import Index
+from resnet_dist.data.sources.scan import build_index
 from resnet_dist.data.types import TrainLoader, ValLoader
 from resnet_dist.distributed import Runtime
 
 
 def build_train_loader(
-    config: DataConfig, runtime: Runtime, *, seed: int, global_batch_size: int, grad_accum_steps: int,
-    dtype: torch.dtype, output_dir: str, augment: AugmentConfig | None = None,
+    config: DataConfig,
+    runtime: Runtime,
+    *,
+    seed: int,
+    global_batch_size: int,
+    grad_accum_steps: int,
+    dtype: torch.dtype,
+    output_dir: str,
+    augment: AugmentConfig | None = None,
 ) -> TrainLoader:
     """This rank's share of the training set; call it on every rank.
 
@@ -24,23 +31,51 @@ def build_train_loader(
     when the data folder is not as it must be, or holds fewer images than one global batch.
     """
     if config.kind == "synthetic":
-        return SyntheticTrainLoader(config, runtime, seed=seed, dtype=dtype, global_batch_size=global_batch_size,
-                                    grad_accum_steps=grad_accum_steps)
+        return SyntheticTrainLoader(
+            config,
+            runtime,
+            seed=seed,
+            dtype=dtype,
+            global_batch_size=global_batch_size,
+            grad_accum_steps=grad_accum_steps,
+        )
     return DaliTrainLoader(
-        _index(config, runtime, "train", config.exclude), config, augment or AugmentConfig(), seed=seed,
-        global_batch_size=global_batch_size, grad_accum_steps=grad_accum_steps, rank=runtime.rank,
-        world_size=runtime.world_size, dtype=dtype, device=runtime.device, threads=_threads(config, runtime),
-        output_dir=output_dir)
+        _index(config, runtime, "train", config.exclude),
+        config,
+        augment or AugmentConfig(),
+        seed=seed,
+        global_batch_size=global_batch_size,
+        grad_accum_steps=grad_accum_steps,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        dtype=dtype,
+        device=runtime.device,
+        threads=_threads(config, runtime),
+        output_dir=output_dir,
+    )
 
 
-def build_val_loader(config: DataConfig, runtime: Runtime, *, dtype: torch.dtype, output_dir: str,
-                     index: Index | None = None) -> ValLoader:
+def build_val_loader(
+    config: DataConfig,
+    runtime: Runtime,
+    *,
+    dtype: torch.dtype,
+    output_dir: str,
+    index: Index | None = None,
+) -> ValLoader:
     """This rank's share of the validation set, or of the images of `index`, as `build_train_loader`."""
     if config.kind == "synthetic" and not index:
         return SyntheticValLoader(config, runtime, dtype=dtype)
     return DaliValLoader(
-        index or _index(config, runtime, "val"), config, rank=runtime.rank, world_size=runtime.world_size, dtype=dtype,
-        device=runtime.device, threads=_threads(config, runtime), output_dir=output_dir)
+        index or _index(config, runtime, "val"),
+        config,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        dtype=dtype,
+        device=runtime.device,
+        threads=_threads(config, runtime),
+        output_dir=output_dir,
+    )
 
 
 def _index(config: DataConfig, runtime: Runtime, split: str, exclude: str = "") -> Index:

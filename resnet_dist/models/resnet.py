@@ -68,7 +68,9 @@ class BlurConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         channels = x.shape[1]
-        return super().forward(F.conv2d(x, self.kernel.expand(channels, 1, 3, 3), padding=1, groups=channels))
+        return super().forward(
+            F.conv2d(x, self.kernel.expand(channels, 1, 3, 3), padding=1, groups=channels)
+        )
 
 
 class SqueezeExcitation(nn.Module):
@@ -93,14 +95,24 @@ class NoShortcut(nn.Module):
         return x.new_zeros(())
 
 
-def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1,
-         blur: bool = False) -> nn.Conv2d:
+def conv(
+    in_channels: int,
+    out_channels: int,
+    kernel: int,
+    stride: int = 1,
+    groups: int = 1,
+    blur: bool = False,
+) -> nn.Conv2d:
     """A convolution that keeps the size at stride 1. No bias: a norm follows, which would cancel it."""
     kind = BlurConv2d if blur and stride > 1 else nn.Conv2d
-    return kind(in_channels, out_channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+    return kind(
+        in_channels, out_channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False
+    )
 
 
-def make_shortcut(in_channels: int, out_channels: int, stride: int, options: Options) -> nn.Module | None:
+def make_shortcut(
+    in_channels: int, out_channels: int, stride: int, options: Options
+) -> nn.Module | None:
     """The path around a block, or None where the input can be added as it is.
 
     `options.shortcut` is "A" (every `stride`-th pixel, and channels of zeros behind those there are), "B" (1x1
@@ -110,18 +122,26 @@ def make_shortcut(in_channels: int, out_channels: int, stride: int, options: Opt
     """
     kind = options.shortcut
     if kind not in ("A", "B", "C", "none"):
-        raise ValueError(f"model.shortcut: {kind!r} is not a kind of shortcut; choose 'A' (zero padding), 'B' "
-                         "(projection where the shape changes), 'C' (projection everywhere) or 'none' (plain network)")
+        raise ValueError(
+            f"model.shortcut: {kind!r} is not a kind of shortcut; choose 'A' (zero padding), 'B' "
+            "(projection where the shape changes), 'C' (projection everywhere) or 'none' (plain network)"
+        )
     if kind == "none":
         return NoShortcut()
     if kind != "C" and stride == 1 and in_channels == out_channels:
         return None
     if kind == "A":
-        zeros = nn.ConstantPad3d((0, 0, 0, 0, 0, out_channels - in_channels), 0.0)       # of C, H, W: behind C only
+        zeros = nn.ConstantPad3d(
+            (0, 0, 0, 0, 0, out_channels - in_channels), 0.0
+        )  # of C, H, W: behind C only
         return nn.Sequential(nn.AvgPool2d(1, stride), zeros)
-    norm = [] if options.preactivation else [nn.BatchNorm2d(out_channels)]               # there it comes before
+    norm = [] if options.preactivation else [nn.BatchNorm2d(out_channels)]  # there it comes before
     if options.avg_pool_shortcut:
-        pool = nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False) if stride > 1 else nn.Identity()
+        pool = (
+            nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False)
+            if stride > 1
+            else nn.Identity()
+        )
         return nn.Sequential(pool, conv(in_channels, out_channels, 1), *norm)
     return nn.Sequential(conv(in_channels, out_channels, 1, stride, blur=options.blur_pool), *norm)
 
@@ -136,16 +156,26 @@ class Block(nn.Module):
 
     expansion: int
 
-    def __init__(self, in_channels: int, channels: int, stride: int, options: Options, is_first: bool = False,
-                 drop_rate: float = 0.0) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        options: Options,
+        is_first: bool = False,
+        drop_rate: float = 0.0,
+    ) -> None:
         super().__init__()
         out_channels, before = channels * self.expansion, options.preactivation
         self._make_residual(in_channels, channels, stride, options)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = make_shortcut(in_channels, out_channels, stride, options)
         self.se = SqueezeExcitation(out_channels) if options.squeeze_excitation else nn.Identity()
-        self.preactivation = (nn.Sequential(nn.BatchNorm2d(in_channels), nn.ReLU(inplace=True))
-                              if before and not is_first else nn.Identity())
+        self.preactivation = (
+            nn.Sequential(nn.BatchNorm2d(in_channels), nn.ReLU(inplace=True))
+            if before and not is_first
+            else nn.Identity()
+        )
         self.activation = nn.Identity() if before else self.relu
         self.drop_rate = drop_rate
 
@@ -175,7 +205,9 @@ class BasicBlock(Block):
 
     expansion = 1
 
-    def _make_residual(self, in_channels: int, channels: int, stride: int, options: Options) -> None:
+    def _make_residual(
+        self, in_channels: int, channels: int, stride: int, options: Options
+    ) -> None:
         self.conv1 = conv(in_channels, channels, 3, stride, blur=options.blur_pool)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = conv(channels, channels, 3)
@@ -197,7 +229,9 @@ class Bottleneck(Block):
 
     expansion = 4
 
-    def _make_residual(self, in_channels: int, channels: int, stride: int, options: Options) -> None:
+    def _make_residual(
+        self, in_channels: int, channels: int, stride: int, options: Options
+    ) -> None:
         width, blur = channels * options.width_per_group // 64 * options.groups, options.blur_pool
         stride1, stride2 = (stride, 1) if options.stride_in_1x1 else (1, stride)
         self.conv1 = conv(in_channels, width, 1, stride1, blur=blur)
@@ -227,7 +261,9 @@ class ResNet(nn.Module):
     stride_in_1x1 has no effect.
     """
 
-    def __init__(self, block: type[Block], depths: Sequence[int], num_classes: int = 1000, **options) -> None:
+    def __init__(
+        self, block: type[Block], depths: Sequence[int], num_classes: int = 1000, **options
+    ) -> None:
         super().__init__()
         options = Options(**options)
         check(block, options)
@@ -238,13 +274,24 @@ class ResNet(nn.Module):
             channels, stage = options.stem_channels * options.widen * 2**i, nn.Sequential()
             for number in range(depth):
                 stride = 2 if i > 0 and number == 0 else 1
-                stage.append(block(in_channels, channels, stride, options, is_first=number_of_all == 0,
-                                   drop_rate=options.stochastic_depth * number_of_all / last))
+                stage.append(
+                    block(
+                        in_channels,
+                        channels,
+                        stride,
+                        options,
+                        is_first=number_of_all == 0,
+                        drop_rate=options.stochastic_depth * number_of_all / last,
+                    )
+                )
                 in_channels = channels * block.expansion
                 number_of_all += 1
             self.add_module(f"layer{i + 1}", stage)
-        self.activation = (nn.Sequential(nn.BatchNorm2d(in_channels), nn.ReLU(inplace=True))
-                           if options.preactivation else nn.Identity())
+        self.activation = (
+            nn.Sequential(nn.BatchNorm2d(in_channels), nn.ReLU(inplace=True))
+            if options.preactivation
+            else nn.Identity()
+        )
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(in_channels, num_classes)
         init_weights(self)
@@ -257,13 +304,21 @@ class ResNet(nn.Module):
             self.conv1 = conv(3, channels, 7, stride=2)
         elif stem == "deep":
             half = channels // 2
-            self.conv1 = nn.Sequential(conv(3, half, 3, stride=2), nn.BatchNorm2d(half), nn.ReLU(inplace=True),
-                                       conv(half, half, 3), nn.BatchNorm2d(half), nn.ReLU(inplace=True),
-                                       conv(half, channels, 3))
+            self.conv1 = nn.Sequential(
+                conv(3, half, 3, stride=2),
+                nn.BatchNorm2d(half),
+                nn.ReLU(inplace=True),
+                conv(half, half, 3),
+                nn.BatchNorm2d(half),
+                nn.ReLU(inplace=True),
+                conv(half, channels, 3),
+            )
         elif stem == "cifar":
             self.conv1 = conv(3, channels, 3)
         else:
-            raise ValueError(f"model.stem: {stem!r} is not a kind of stem; choose 'imagenet', 'cifar' or 'deep'")
+            raise ValueError(
+                f"model.stem: {stem!r} is not a kind of stem; choose 'imagenet', 'cifar' or 'deep'"
+            )
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, stride=2, padding=1)
@@ -278,22 +333,36 @@ class ResNet(nn.Module):
 def check(block: type[Block], options: Options) -> None:
     """Refuse options that exclude each other with a ValueError; warn about one without effect."""
     if block is BasicBlock and (options.groups != 1 or options.width_per_group != 64):
-        raise ValueError(f"groups={options.groups}, width_per_group={options.width_per_group}: only bottlenecks have "
-                         "these")
+        raise ValueError(
+            f"groups={options.groups}, width_per_group={options.width_per_group}: only bottlenecks have "
+            "these"
+        )
     if options.zero_init_residual and (options.preactivation or options.shortcut == "none"):
-        raise ValueError("model.zero_init_residual is true: it needs a norm at the end of the residual branch and a "
-                         "shortcut beside it, and this network is pre-activated or plain; set it to false")
+        raise ValueError(
+            "model.zero_init_residual is true: it needs a norm at the end of the residual branch and a "
+            "shortcut beside it, and this network is pre-activated or plain; set it to false"
+        )
     if options.stochastic_depth and options.shortcut == "none":
-        raise ValueError(f"model.stochastic_depth is {options.stochastic_depth}: a plain network has no way around a "
-                         "block that is left out; set it to 0")
+        raise ValueError(
+            f"model.stochastic_depth is {options.stochastic_depth}: a plain network has no way around a "
+            "block that is left out; set it to 0"
+        )
     if options.avg_pool_shortcut and options.shortcut in ("A", "none"):
-        raise ValueError("model.avg_pool_shortcut is true: only shortcuts B and C project; set it to false, or "
-                         "model.shortcut to B")
+        raise ValueError(
+            "model.avg_pool_shortcut is true: only shortcuts B and C project; set it to false, or "
+            "model.shortcut to B"
+        )
     if block is BasicBlock and options.stride_in_1x1:
-        warnings.warn("stride_in_1x1 has no effect: this network has no bottleneck blocks", stacklevel=4)
+        warnings.warn(
+            "stride_in_1x1 has no effect: this network has no bottleneck blocks", stacklevel=4
+        )
 
 
-_CIFAR = {"stem": "cifar", "stem_channels": 16, "shortcut": "A"}     # He et al. 2015, section 4.2; 6 n + 2 layers
+_CIFAR = {
+    "stem": "cifar",
+    "stem_channels": 16,
+    "shortcut": "A",
+}  # He et al. 2015, section 4.2; 6 n + 2 layers
 _PLAIN = {"shortcut": "none"}
 _PRE = {"preactivation": True}
 

@@ -19,7 +19,9 @@ def _dense(x: Tensor, like: Tensor) -> Tensor:
     The native kernels are fast for these layouts, and only where input and gradient have the same one.
     """
     channels_last = like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last)
-    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return x.contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )
 
 
 def _gather(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -88,10 +90,11 @@ class _SyncBatchNormFunction(torch.autograd.Function):
         x, weight, mean, var = ctx.saved_tensors
         dy = _dense(dy, like=x)
         dw, db = torch.zeros_like(weight), torch.zeros_like(weight)
-        if x.numel():                        # the kernel dies of an empty batch
+        if x.numel():  # the kernel dies of an empty batch
             # The native backward in its eval form, asked for no input gradient, gives both sums in one pass.
             _, dw, db = torch.ops.aten.native_batch_norm_backward(
-                dy, x, weight, mean, var, None, None, False, ctx.eps, [False, True, True])
+                dy, x, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
+            )
         dx = None
         if ctx.needs_input_grad[0]:
             # dw and db stay those of this rank: DDP sums the gradients of parameters.
@@ -124,10 +127,16 @@ class SyncBatchNorm(_BatchNorm):
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() < 2:
-            raise ValueError(f"expected an input of at least 2 dimensions [B, C, ...], got {x.dim()}")
+            raise ValueError(
+                f"expected an input of at least 2 dimensions [B, C, ...], got {x.dim()}"
+            )
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not dist.is_initialized() or dist.get_world_size(self.process_group) == 1:
+        if (
+            not self.training
+            or not dist.is_initialized()
+            or dist.get_world_size(self.process_group) == 1
+        ):
             return super().forward(x)
         self._check_input_dim(x)
         x = _dense(x, like=x)
@@ -135,14 +144,18 @@ class SyncBatchNorm(_BatchNorm):
         with torch.no_grad():
             mean, m2, total = _merge(_gather(_local_stats(x, dtype), self.process_group))
             if total < 2:
-                raise ValueError(f"expected more than 1 value per channel when training, got {total:.0f} on all ranks")
+                raise ValueError(
+                    f"expected more than 1 value per channel when training, got {total:.0f} on all ranks"
+                )
             if self.track_running_stats:
                 self._update_running_stats(mean, m2 / (total - 1))
         if self.affine:
             weight, bias = self.weight.to(dtype), self.bias.to(dtype)
         else:
             weight, bias = torch.ones_like(mean), torch.zeros_like(mean)
-        return _SyncBatchNormFunction.apply(x, weight, bias, mean, m2 / total, total, self.eps, self.process_group)
+        return _SyncBatchNormFunction.apply(
+            x, weight, bias, mean, m2 / total, total, self.eps, self.process_group
+        )
 
     def _update_running_stats(self, mean: Tensor, unbiased_var: Tensor) -> None:
         """Move the running statistics towards those of this batch, [C] each; the same on every rank."""
@@ -164,5 +177,8 @@ def convert_sync_batch_norm(
         return nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
     for norm in module.modules():
         if isinstance(norm, _BatchNorm):
-            norm.__class__, norm.process_group = SyncBatchNorm, process_group     # all else is that of a batch norm
+            norm.__class__, norm.process_group = (
+                SyncBatchNorm,
+                process_group,
+            )  # all else is that of a batch norm
     return module

@@ -14,18 +14,32 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from resnet_dist.data.index import some
+from resnet_dist.data.sources.index import some
 
-_NESTED = ("ema", "state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "model_ema_state_dict",
-           "state_dict", "model_state_dict", "model_state", "model", "net")
+_NESTED = (
+    "ema",
+    "state_dict_ema",
+    "model_ema",
+    "ema_state_dict",
+    "ema_model",
+    "model_ema_state_dict",
+    "state_dict",
+    "model_state_dict",
+    "model_state",
+    "model",
+    "net",
+)
 """Keys that files keep their weights under: the averaged ones come first."""
 _PREFIX = r"^((module|_orig_mod|model|net)\.)+"
 _RENAMES = (
-    (r"^layers\.(\d+)\.", lambda match: f"layer{int(match[1]) + 1}."),                   # NVIDIA, ResNets since 2021
-    (r"\.squeeze\.squeeze\.", ".se.fc1."), (r"\.squeeze\.expand\.", ".se.fc2."),         # NVIDIA, SE-ResNets
-    (r"\.se_module\.", ".se."), (r"^layer0\.", ""),                                      # timm, legacy_seresnet*
-    (r"^pre_logits\.fc1\.", "classifier.0."), (r"^pre_logits\.fc2\.", "classifier.3."),  # timm, VGG
-    (r"(\.denselayer\d+\.(?:norm|conv))\.(?=[12]\.)", r"\1"),                            # torchvision, old DenseNets
+    (r"^layers\.(\d+)\.", lambda match: f"layer{int(match[1]) + 1}."),  # NVIDIA, ResNets since 2021
+    (r"\.squeeze\.squeeze\.", ".se.fc1."),
+    (r"\.squeeze\.expand\.", ".se.fc2."),  # NVIDIA, SE-ResNets
+    (r"\.se_module\.", ".se."),
+    (r"^layer0\.", ""),  # timm, legacy_seresnet*
+    (r"^pre_logits\.fc1\.", "classifier.0."),
+    (r"^pre_logits\.fc2\.", "classifier.3."),  # timm, VGG
+    (r"(\.denselayer\d+\.(?:norm|conv))\.(?=[12]\.)", r"\1"),  # torchvision, old DenseNets
 )
 _HEADS = r"^(fc|head|head\.fc|classifier|classifier\.fc|last_linear|classif)\.(?=(weight|bias)$)"
 
@@ -35,11 +49,20 @@ def head_modules(model: nn.Module) -> dict[str, nn.Linear]:
 
     Those end a module of their own with as many outputs, in a model that has an `auxiliary_weight`.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
     last = next(reversed(linears), None)
-    ends = {name.rpartition(".")[0]: name for name in linears}.values() if hasattr(model, "auxiliary_weight") else ()
-    return {name: module for name, module in linears.items()
-            if name == last or name in ends and module.out_features == linears[last].out_features}
+    ends = (
+        {name.rpartition(".")[0]: name for name in linears}.values()
+        if hasattr(model, "auxiliary_weight")
+        else ()
+    )
+    return {
+        name: module
+        for name, module in linears.items()
+        if name == last or name in ends and module.out_features == linears[last].out_features
+    }
 
 
 def freeze(model: nn.Module, unfreeze_from: str) -> None:
@@ -50,13 +73,19 @@ def freeze(model: nn.Module, unfreeze_from: str) -> None:
     if not unfreeze_from:
         return
     names = [name for name, _ in model.named_parameters()]
-    first = next((i for i, name in enumerate(names) if name.startswith(f"{unfreeze_from}.")), len(names))
+    first = next(
+        (i for i, name in enumerate(names) if name.startswith(f"{unfreeze_from}.")), len(names)
+    )
     if first == len(names) and unfreeze_from != "head":
-        raise ValueError(f"optim.unfreeze_from is {unfreeze_from!r}: the network has no such module with parameters; "
-                         f"choose head, {', '.join(dict.fromkeys(name.split('.')[0] for name in names))} or a part")
+        raise ValueError(
+            f"optim.unfreeze_from is {unfreeze_from!r}: the network has no such module with parameters; "
+            f"choose head, {', '.join(dict.fromkeys(name.split('.')[0] for name in names))} or a part"
+        )
     if first == 0:
-        raise ValueError(f"optim.unfreeze_from is {unfreeze_from!r}, where the network begins: nothing would be "
-                         "frozen; leave it empty, or name a later module")
+        raise ValueError(
+            f"optim.unfreeze_from is {unfreeze_from!r}, where the network begins: nothing would be "
+            "frozen; leave it empty, or name a later module"
+        )
     head = {f"{name}.{kind}" for name in head_modules(model) for kind in ("weight", "bias")}
     for number, (name, parameter) in enumerate(model.named_parameters()):
         parameter.requires_grad_(number >= first or name in head)
@@ -72,24 +101,34 @@ def download(name: str) -> bytes:
     _, model, kind = (name.split(":") + ["", ""])[:3]
     kinds = get_model_weights(model).__members__ if model in list_models() else {}
     if kind not in kinds:
-        raise ValueError(f"checkpoint.init_from is {name!r}: torchvision has no such weights, only "
-                         f"{', '.join(f'torchvision:{model}:{kind}' for kind in kinds) or 'those of its own models'}")
+        raise ValueError(
+            f"checkpoint.init_from is {name!r}: torchvision has no such weights, only "
+            f"{', '.join(f'torchvision:{model}:{kind}' for kind in kinds) or 'those of its own models'}"
+        )
     url, timeout = kinds[kind].url, socket.getdefaulttimeout()
     path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
-    socket.setdefaulttimeout(60.0)                       # or a server that has fallen silent would be waited for
+    socket.setdefaulttimeout(60.0)  # or a server that has fallen silent would be waited for
     try:
-        kinds[kind].get_state_dict(model_dir=str(path.parent), progress=sys.stderr.isatty(), check_hash=True,
-                                   weights_only=True, map_location="cpu")
+        kinds[kind].get_state_dict(
+            model_dir=str(path.parent),
+            progress=sys.stderr.isatty(),
+            check_hash=True,
+            weights_only=True,
+            map_location="cpu",
+        )
         payload = path.read_bytes()
-    except Exception as problem:                         # of the network, the disk, the file: dozens of types
-        raise ValueError(f"checkpoint.init_from is {name!r}: {url} could not be had ({problem}). Where there is no "
-                         f"network, fetch it elsewhere, and put it to {path} or give its path as checkpoint.init_from"
-                         ) from problem
+    except Exception as problem:  # of the network, the disk, the file: dozens of types
+        raise ValueError(
+            f"checkpoint.init_from is {name!r}: {url} could not be had ({problem}). Where there is no "
+            f"network, fetch it elsewhere, and put it to {path} or give its path as checkpoint.init_from"
+        ) from problem
     finally:
         socket.setdefaulttimeout(timeout)
     digest = re.search(r"-([0-9a-f]{8,})\.", path.name)
     if digest and not hashlib.sha256(payload).hexdigest().startswith(digest[1]):
-        raise ValueError(f"{path} is damaged: its SHA-256 does not begin with {digest[1]}; delete it")
+        raise ValueError(
+            f"{path} is damaged: its SHA-256 does not begin with {digest[1]}; delete it"
+        )
     return payload
 
 
@@ -102,20 +141,29 @@ def unpack(payload: bytes, name: str) -> dict:
     try:
         if name.endswith(".safetensors"):
             from safetensors.torch import load
+
             return load(payload)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
         return content if isinstance(content, dict) else {}
     except ImportError as problem:
-        raise ValueError(f"{name} needs safetensors: pip install 'resnet-dist[export]' ({problem})") from problem
-    except Exception as problem:                         # torch raises a dozen types for a file that is none of its own
+        raise ValueError(
+            f"{name} needs safetensors: pip install 'resnet-dist[export]' ({problem})"
+        ) from problem
+    except Exception as problem:  # torch raises a dozen types for a file that is none of its own
         objects = re.search(r"GLOBAL (\S+)", str(problem))
         if objects is None:
-            why = str(problem).split(". ")[0]            # torch goes on with advice to run what is in the file
-            raise ValueError(f"{name} is damaged, or no file of torch.save or safetensors: {why}") from problem
-        raise ValueError(f"{name} needs Python objects ({objects[1]}), which may run any code: it is not loaded. Let "
-                         "the program that made it save the tensors alone: torch.save({'state_dict': "
-                         "model.state_dict()}, 'weights.pth')") from problem
+            why = str(problem).split(". ")[
+                0
+            ]  # torch goes on with advice to run what is in the file
+            raise ValueError(
+                f"{name} is damaged, or no file of torch.save or safetensors: {why}"
+            ) from problem
+        raise ValueError(
+            f"{name} needs Python objects ({objects[1]}), which may run any code: it is not loaded. Let "
+            "the program that made it save the tensors alone: torch.save({'state_dict': "
+            "model.state_dict()}, 'weights.pth')"
+        ) from problem
 
 
 def find_weights(content) -> tuple[list[str], dict]:
@@ -137,20 +185,44 @@ def load_weights(model: nn.Module, content: dict, name: str) -> tuple[dict[str, 
     files lack. Raises ValueError, with the model as before, where less than half of the backbone's tensors are found,
     and for values that are not finite.
     """
-    weights, own, heads, found, whole = find_weights(content)[1], model.state_dict(), head_modules(model), {}, True
-    remarks = {key: " (head, freshly initialised)" if key.rpartition(".")[0] in heads else
-               " (without effect)" if key.endswith(".num_batches_tracked") else "" for key in own}
+    weights, own, heads, found, whole = (
+        find_weights(content)[1],
+        model.state_dict(),
+        head_modules(model),
+        {},
+        True,
+    )
+    remarks = {
+        key: " (head, freshly initialised)"
+        if key.rpartition(".")[0] in heads
+        else " (without effect)"
+        if key.endswith(".num_batches_tracked")
+        else ""
+        for key in own
+    }
     rows = {kind: [] for kind in ("loaded", "renamed", "reshaped", "skipped", "missing")}
     for key, value in weights.items():
-        names = [target for target in _candidates(str(key), next(reversed(heads), "")) if target in own]
-        target = next((target for target in names if target not in found and _fits(value, own[target])), None)
+        names = [
+            target for target in _candidates(str(key), next(reversed(heads), "")) if target in own
+        ]
+        target = next(
+            (target for target in names if target not in found and _fits(value, own[target])), None
+        )
         if target is None:
-            rows["skipped"].append(f"{key} {list(getattr(value, 'shape', [type(value).__name__]))}"
-                                   + (f" instead of {list(own[names[0]].shape)}" if names else ""))
+            rows["skipped"].append(
+                f"{key} {list(getattr(value, 'shape', [type(value).__name__]))}"
+                + (f" instead of {list(own[names[0]].shape)}" if names else "")
+            )
             whole = whole and bool(names and remarks[names[0]])
             continue
         found[target] = value.reshape(own[target].shape).to(own[target].dtype)
-        kind = "reshaped" if value.shape != own[target].shape else "loaded" if key == target else "renamed"
+        kind = (
+            "reshaped"
+            if value.shape != own[target].shape
+            else "loaded"
+            if key == target
+            else "renamed"
+        )
         rows[kind].append(key if kind == "loaded" else f"{key} -> {target}")
     missing = sorted((key for key in own if key not in found), key=remarks.get)
     rows["missing"] = [key + remarks[key] for key in missing]
@@ -160,16 +232,21 @@ def load_weights(model: nn.Module, content: dict, name: str) -> tuple[dict[str, 
             f"checkpoint.init_from is {name!r}: it has {needed - absent} of the {needed} tensors of the network before "
             f"its head, and half are needed. The file has {some(list(weights), 3) or 'no tensors'}; "
             f"the network {some(list(own), 3)}. "
-            "Choose the model.name and options that it was made with")
+            "Choose the model.name and options that it was made with"
+        )
     if broken := [key for key, value in found.items() if not torch.isfinite(value).all()]:
-        raise ValueError(f"checkpoint.init_from is {name!r}: values that are not finite in {some(broken, 3)}")
+        raise ValueError(
+            f"checkpoint.init_from is {name!r}: values that are not finite in {some(broken, 3)}"
+        )
     model.load_state_dict(found, strict=False)
     return rows, whole and not absent
 
 
 def describe(rows: dict[str, list[str]], most: int = 3) -> str:
     """The rows of `load_weights` as a table, with at most so many names in each."""
-    return "\n".join(f"  {kind:8} {len(names):5}  {some(names, most)}".rstrip() for kind, names in rows.items())
+    return "\n".join(
+        f"  {kind:8} {len(names):5}  {some(names, most)}".rstrip() for kind, names in rows.items()
+    )
 
 
 def _candidates(key: str, head: str) -> list[str]:
@@ -185,4 +262,5 @@ def _fits(value, own: torch.Tensor) -> bool:
     if not isinstance(value, torch.Tensor) or value.is_floating_point() != own.is_floating_point():
         return False
     return value.shape == own.shape or (
-        {value.ndim, own.ndim} == {2, 4} and value.flatten(1).shape == own.flatten(1).shape)
+        {value.ndim, own.ndim} == {2, 4} and value.flatten(1).shape == own.flatten(1).shape
+    )

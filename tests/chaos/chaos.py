@@ -42,23 +42,74 @@ from resnet_dist.watchdog import LOST
 ROOT = Path(__file__).resolve().parents[2]
 RANKS, EPOCHS, STEPS_PER_EPOCH = 2, 3, 12
 TOTAL_STEPS = EPOCHS * STEPS_PER_EPOCH
-STOP_TIMEOUT = 12.0              # distributed.timeout_s where a rank is stopped
+STOP_TIMEOUT = 12.0  # distributed.timeout_s where a rank is stopped
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
 SPOILS = ("flip newest", "truncate newest", "empty newest", "leftovers")
-FAULTS = ("kill one", "kill all", "kill in checkpoint", "kill in evaluation", "kill at epoch", "signal one",
-          "signal all", "stop one", "raise alone", "disk full", *SPOILS)
+FAULTS = (
+    "kill one",
+    "kill all",
+    "kill in checkpoint",
+    "kill in evaluation",
+    "kill at epoch",
+    "signal one",
+    "signal all",
+    "stop one",
+    "raise alone",
+    "disk full",
+    *SPOILS,
+)
 """What can happen; the last four to the files, between two attempts."""
-CLOCK = {"time", "elapsed", "train/images_per_second", "train/data_wait_fraction", "train/step_seconds"}
+CLOCK = {
+    "time",
+    "elapsed",
+    "train/images_per_second",
+    "train/data_wait_fraction",
+    "train/step_seconds",
+}
 
 
 def arguments(digits: str, folder: Path, *more: str) -> list[str]:
     """A run of three epochs of twelve steps; a checkpoint every five steps and at each epoch, which is evaluated."""
-    return ["train", "--config", str(ROOT / "configs/quickstart.yaml"), "--data.data_dir", digits, "--output_dir",
-            str(folder), "--data.train_crop_size", "8", "--data.val_resize_size", "8", "--data.val_crop_size", "8",
-            "--train.epochs", str(EPOCHS), "--train.global_batch_size", "120", "--train.precision", "fp32",
-            "--train.ema_decay", "0.9", "--train.eval_interval_epochs", "1", "--checkpoint.interval_steps", "5",
-            "--checkpoint.interval_epochs", "1", "--log.interval_steps", "1", "--distributed.timeout_s", "60",
-            "--log.wandb", "disabled", "--distributed.threads", "1", "--data.threads", "1", *more]
+    return [
+        "train",
+        "--config",
+        str(ROOT / "configs/quickstart.yaml"),
+        "--data.data_dir",
+        digits,
+        "--output_dir",
+        str(folder),
+        "--data.train_crop_size",
+        "8",
+        "--data.val_resize_size",
+        "8",
+        "--data.val_crop_size",
+        "8",
+        "--train.epochs",
+        str(EPOCHS),
+        "--train.global_batch_size",
+        "120",
+        "--train.precision",
+        "fp32",
+        "--train.ema_decay",
+        "0.9",
+        "--train.eval_interval_epochs",
+        "1",
+        "--checkpoint.interval_steps",
+        "5",
+        "--checkpoint.interval_epochs",
+        "1",
+        "--log.interval_steps",
+        "1",
+        "--distributed.timeout_s",
+        "60",
+        "--log.wandb",
+        "disabled",
+        "--distributed.threads",
+        "1",
+        "--data.threads",
+        "1",
+        *more,
+    ]
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -83,8 +134,10 @@ def saved_step(folder: Path) -> int:
 
 def differences(folder: Path, undisturbed: Path) -> list[str]:
     """The parts in which two finished runs differ."""
-    left, right = (unpack_checkpoint(read_checkpoint(place / "checkpoints/last.pt"), "last.pt")
-                   for place in (folder, undisturbed))
+    left, right = (
+        unpack_checkpoint(read_checkpoint(place / "checkpoints/last.pt"), "last.pt")
+        for place in (folder, undisturbed)
+    )
     parts = ("step", "model", "ema", "optimizer", "scaler", "best_top1", "best_step")
     found = [part for part in parts if not equal_trees(left[part], right[part])]
     return found + (["metrics"] if metrics(folder) != metrics(undisturbed) else [])
@@ -100,7 +153,9 @@ class Round:
         self.lost: list[int] = []
         self.seconds: list[float] = []
         self.thrown: list[str] = []
-        self.struck: tuple[float, int] | None = None     # when the last fault struck, and the step that was reached
+        self.struck: tuple[float, int] | None = (
+            None  # when the last fault struck, and the step that was reached
+        )
         self.resumed = True
         self.spoiled: set[str] = set()
         folder.mkdir(parents=True)
@@ -130,7 +185,9 @@ class Round:
         def act(processes) -> None:
             pids = [process.pid for process in processes]
             if fault == "disk full":
-                while not (self.folder / "full").exists():           # the first save that failed was warned about
+                while not (
+                    self.folder / "full"
+                ).exists():  # the first save that failed was warned about
                     assert all(process.is_alive() for process in processes), self.tail()
                     time.sleep(0.005)
             else:
@@ -147,35 +204,60 @@ class Round:
                 os.kill(pids[victim], signal.SIGSTOP)
                 others = [process for rank, process in enumerate(processes) if rank != victim]
                 assert wait_app(others) == [LOST] * len(others), self.tail()
-                os.kill(pids[victim], signal.SIGKILL)    # as torchrun and SLURM do with what does not go
+                os.kill(
+                    pids[victim], signal.SIGKILL
+                )  # as torchrun and SLURM do with what does not go
 
         by_itself = entry is not None and fault != "disk full"
         codes, moment = self.attempt(at, entry or slow_from(at), None if by_itself else act, more)
         self.thrown.append(fault + (f" {name}" if fault.startswith("signal") else ""))
-        expected = {"signal one": 128 + signal.Signals[name], "signal all": 128 + signal.Signals[name]}.get(fault)
+        expected = {
+            "signal one": 128 + signal.Signals[name],
+            "signal all": 128 + signal.Signals[name],
+        }.get(fault)
         (self.folder / "full").unlink(missing_ok=True)
         if expected:
             assert codes == [expected] * RANKS, (fault, codes, self.tail())
             assert saved_step(self.folder) == last_step(self.folder), "a signal costs no step"
         else:
-            deadly = fault != "raise alone"              # a writer dies in the main process, whichever rank was drawn
-            dead = {"kill all": range(RANKS), "disk full": range(RANKS), "kill in checkpoint": [0]}.get(fault, [victim])
-            expected = [-9 if deadly and rank in dead else LOST if deadly else 1 for rank in range(RANKS)]
+            deadly = (
+                fault != "raise alone"
+            )  # a writer dies in the main process, whichever rank was drawn
+            dead = {
+                "kill all": range(RANKS),
+                "disk full": range(RANKS),
+                "kill in checkpoint": [0],
+            }.get(fault, [victim])
+            expected = [
+                -9 if deadly and rank in dead else LOST if deadly else 1 for rank in range(RANKS)
+            ]
             assert codes == expected, (fault, codes, self.tail())
         self.struck, self.resumed = (moment, last_step(self.folder)), False
-        self.say(f"{self.thrown[-1]}, rank {victim}, step {last_step(self.folder)}: exit codes {codes}")
+        self.say(
+            f"{self.thrown[-1]}, rank {victim}, step {last_step(self.folder)}: exit codes {codes}"
+        )
 
-    def attempt(self, at: int | None, entry=None, act=None, more: tuple = ()) -> tuple[list[int], float]:
+    def attempt(
+        self, at: int | None, entry=None, act=None, more: tuple = ()
+    ) -> tuple[list[int], float]:
         """Start all ranks; `act` once step `at` is logged; the exit codes, and when the end began."""
         log = self.folder / "log"
         before = log.stat().st_size if log.exists() else 0
-        processes = start_app(RANKS, arguments(self.digits, self.folder, *more), str(self.folder / "log"), entry)
+        processes = start_app(
+            RANKS, arguments(self.digits, self.folder, *more), str(self.folder / "log"), entry
+        )
         struck, moment = False, 0.0
         deadline, alive = time.monotonic() + 300, True
         while alive:
             assert time.monotonic() < deadline, self.tail()
-            alive = all(process.is_alive() for process in processes)     # asked first: what they did is all read below
-            begun = re.search(r"per epoch; step (\d+)", log.read_text()[before:]) if log.exists() else None
+            alive = all(
+                process.is_alive() for process in processes
+            )  # asked first: what they did is all read below
+            begun = (
+                re.search(r"per epoch; step (\d+)", log.read_text()[before:])
+                if log.exists()
+                else None
+            )
             reached = last_step(self.folder) if begun else 0
             if self.struck and begun and not self.resumed:
                 self.resumed = True
@@ -205,8 +287,12 @@ class Round:
                 if rank == victim and state.step >= at and fault == "raise alone":
                     raise MemoryError("out of memory, on this rank alone")
                 result = step(model, state, *rest)
-                if rank == victim and fault == "kill at epoch" and state.step >= at and (
-                        state.step % STEPS_PER_EPOCH == 0):
+                if (
+                    rank == victim
+                    and fault == "kill at epoch"
+                    and state.step >= at
+                    and (state.step % STEPS_PER_EPOCH == 0)
+                ):
                     die()
                 return result
 
@@ -216,7 +302,7 @@ class Round:
             def writing(path, content, *checks):
                 if fault == "kill in checkpoint" and content["step"] >= at:
                     temporary = path.with_name(path.name + ".tmp")
-                    temporary.write_bytes(b"PK" + bytes(50_000))           # half of it
+                    temporary.write_bytes(b"PK" + bytes(50_000))  # half of it
                     die()
                 if fault == "disk full" and content["step"] >= at:
                     raise OSError(28, "No space left on device")
@@ -232,18 +318,25 @@ class Round:
                     real(saver)
                     if saver.failure:
                         (folder / "full").touch()
-                        time.sleep(300)                  # until it is killed
+                        time.sleep(300)  # until it is killed
+
                 checkpoint.Saver.wait = wait
             return cli.main(arguments)
 
-        inside = ("kill in checkpoint", "kill in evaluation", "kill at epoch", "raise alone", "disk full")
+        inside = (
+            "kill in checkpoint",
+            "kill in evaluation",
+            "kill at epoch",
+            "raise alone",
+            "disk full",
+        )
         return changed if fault in inside else None
 
     def spoil(self, fault: str) -> None:
         """Do something to the files between two attempts."""
         files = sorted((self.folder / "checkpoints").glob("step_*.pt"))
         checkpoints = [path for path in files if str(path.stat()) not in self.spoiled]
-        if fault == "leftovers" or len(checkpoints) < 2:             # one good one must be left
+        if fault == "leftovers" or len(checkpoints) < 2:  # one good one must be left
             (self.folder / "checkpoints").mkdir(exist_ok=True)
             (self.folder / "checkpoints" / "step_00000099.pt.tmp").write_bytes(b"PK half")
             with open(self.folder / "metrics.jsonl", "a") as file:
@@ -253,7 +346,7 @@ class Round:
         if fault == "flip newest":
             content[self.random.randrange(len(content))] ^= 1 << self.random.randrange(8)
         elif fault == "truncate newest":
-            del content[self.random.randrange(1, len(content)):]
+            del content[self.random.randrange(1, len(content)) :]
         else:
             content.clear()
         checkpoints[-1].write_bytes(content)
@@ -271,26 +364,44 @@ def other_ranks(digits: str, folder: Path, seed: int) -> float:
 
     In double precision: in single, rounding moves the signs of a constant background before a ReLU.
     """
-    generator, places, more = random.Random(seed), (folder / "two", folder / "mixed"), ("--optim.base_lr", "0.05")
+    generator, places, more = (
+        random.Random(seed),
+        (folder / "two", folder / "mixed"),
+        ("--optim.base_lr", "0.05"),
+    )
     for place in places:
         place.mkdir(parents=True)
     two, mixed = places
     record = in_double(record_batches(two))
-    assert run_app(2, arguments(digits, two, *more), str(two / "log"), record) == [0, 0], (two / "log").read_text()
+    assert run_app(2, arguments(digits, two, *more), str(two / "log"), record) == [0, 0], (
+        two / "log"
+    ).read_text()
     record = in_double(record_batches(mixed))
     for ranks, at in ((2, generator.randint(6, 12)), (3, generator.randint(18, 26))):
-        processes = start_app(ranks, arguments(digits, mixed, *more), str(mixed / "log"),
-                              slow_from(at, record))
+        processes = start_app(
+            ranks, arguments(digits, mixed, *more), str(mixed / "log"), slow_from(at, record)
+        )
         wait_for_step(mixed, at, processes, at - 5)
         for process in processes:
             os.kill(process.pid, signal.SIGKILL)
         wait_app(processes)
-    assert run_app(1, arguments(digits, mixed, *more), str(mixed / "log"), record) == [0], (mixed / "log").read_text()
+    assert run_app(1, arguments(digits, mixed, *more), str(mixed / "log"), record) == [0], (
+        mixed / "log"
+    ).read_text()
     ours, theirs = by_step(two), by_step(mixed)
     assert [len(samples) for _, samples in ours.values()] == [120] * TOTAL_STEPS and ours == theirs
-    left, right = (torch.cat([value.double().flatten() for value in unpack_checkpoint(
-        read_checkpoint(place / "checkpoints/last.pt"), "")["model"].values() if value.is_floating_point()])
-        for place in places)
+    left, right = (
+        torch.cat(
+            [
+                value.double().flatten()
+                for value in unpack_checkpoint(read_checkpoint(place / "checkpoints/last.pt"), "")[
+                    "model"
+                ].values()
+                if value.is_floating_point()
+            ]
+        )
+        for place in places
+    )
     return ((left - right).norm() / left.norm()).item()
 
 
@@ -321,12 +432,17 @@ def main() -> int:
         print(f"{time.monotonic() - begun:7.1f} s  {text}", flush=True)
 
     undisturbed.mkdir(parents=True)
-    assert run_app(RANKS, arguments(digits, undisturbed), str(undisturbed / "log"), timeout=300) == [0] * RANKS
+    assert (
+        run_app(RANKS, arguments(digits, undisturbed), str(undisturbed / "log"), timeout=300)
+        == [0] * RANKS
+    )
     say(f"the undisturbed run is done: {TOTAL_STEPS} steps")
     faults, rounds = draw(options.faults, options.seed), []
     for first in range(0, len(faults), options.per_round):
-        one = Round(digits, place / "rounds" / f"{len(rounds):03d}", options.seed * 1000 + len(rounds), say)
-        one.play(faults[first:first + options.per_round])
+        one = Round(
+            digits, place / "rounds" / f"{len(rounds):03d}", options.seed * 1000 + len(rounds), say
+        )
+        one.play(faults[first : first + options.per_round])
         rounds.append((one, differences(one.folder, undisturbed)))
         found = rounds[-1][1]
         outcome = f"differs in {found}" if found else "equal, bit for bit"
@@ -334,7 +450,9 @@ def main() -> int:
         if not found:
             shutil.rmtree(one.folder)
     difference = other_ranks(digits, place / "rounds" / "ranks", options.seed)
-    say(f"2 ranks, killed, 3 ranks, killed, 1 rank: the same samples, crops and lr; weights differ by {difference:.1e}")
+    say(
+        f"2 ranks, killed, 3 ranks, killed, 1 rank: the same samples, crops and lr; weights differ by {difference:.1e}"
+    )
     lost = [steps for one, _ in rounds for steps in one.lost]
     seconds = [value for one, _ in rounds for value in one.seconds]
     thrown = [fault.partition(" SIG")[0] for one, _ in rounds for fault in one.thrown]
@@ -342,8 +460,14 @@ def main() -> int:
     say("faults thrown: " + ", ".join(f"{thrown.count(kind)} x {kind}" for kind in FAULTS))
     say(f"{len(thrown)} faults in {len(rounds)} runs, {len(lost)} new starts")
     say(f"steps lost: {sum(lost)} in all, median {statistics.median(lost):g}, worst {max(lost)}")
-    say(f"seconds from a fault to the next new step: median {statistics.median(seconds):.1f}, worst {max(seconds):.1f}")
-    say(f"runs that differ: {different}" if different else "all runs equal the undisturbed one, bit for bit")
+    say(
+        f"seconds from a fault to the next new step: median {statistics.median(seconds):.1f}, worst {max(seconds):.1f}"
+    )
+    say(
+        f"runs that differ: {different}"
+        if different
+        else "all runs equal the undisturbed one, bit for bit"
+    )
     return 1 if different else 0
 
 

@@ -12,7 +12,9 @@ from resnet_dist.checkpoint import read_checkpoint, unpack_checkpoint, write_che
 @pytest.fixture(scope="module")
 def undisturbed(digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert run_app(RANKS, arguments(digits, folder), str(folder / "log")) == [0] * RANKS, (folder / "log").read_text()
+    assert run_app(RANKS, arguments(digits, folder), str(folder / "log")) == [0] * RANKS, (
+        folder / "log"
+    ).read_text()
     return folder
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from resnet_dist import checkpoint, cli, engine
 from resnet_dist.checkpoint import newest_valid
-from resnet_dist.data.order import rows_at
+from resnet_dist.data.sampling.order import rows_at
 
 SMALL = ["--data.train_crop_size", "8", "--data.val_resize_size", "8", "--data.val_crop_size", "8",
          "--train.epochs", "1", "--schedule.warmup_epochs", "0.5", "--train.global_batch_size", "120", "--log.wandb", "disabled", "--data.threads", "1",

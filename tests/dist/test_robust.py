@@ -18,7 +18,7 @@ from PIL import Image
 from test_exactness import assert_same_run, final, kill_at, metrics, resumed_steps
 from test_loader import assert_same, steps
 
-from resnet_dist.data.scan import build_index
+from resnet_dist.data.sources.scan import build_index
 from resnet_dist.distributed import Runtime
 
 N, N_VAL = 48, 31                                        # six steps of eight: no tail, every file in every epoch

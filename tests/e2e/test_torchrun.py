@@ -13,30 +13,59 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-SMALL = ["--data.train_crop_size", "8", "--data.val_resize_size", "8", "--data.val_crop_size", "8",
-         "--train.epochs", "2", "--log.interval_steps", "1"]
+SMALL = [
+    "--data.train_crop_size",
+    "8",
+    "--data.val_resize_size",
+    "8",
+    "--data.val_crop_size",
+    "8",
+    "--train.epochs",
+    "2",
+    "--log.interval_steps",
+    "1",
+]
 
 
 @pytest.fixture
 def environment(tmp_path):
     """No key, no network for W&B, and a home of our own."""
-    return {**{key: value for key, value in os.environ.items() if not key.startswith("WANDB")}, "OMP_NUM_THREADS": "1",
-            "HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    return {
+        **{key: value for key, value in os.environ.items() if not key.startswith("WANDB")},
+        "OMP_NUM_THREADS": "1",
+        "HOME": str(tmp_path),
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+    }
 
 
 def logged_steps(folder):
     path = folder / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
-    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]     # the whole ones
+    lines = [
+        json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")
+    ]  # the whole ones
     return [line["step"] for line in lines if "train/loss" in line]
 
 
 def test_interrupt_and_run_again(tmp_path, environment):
     """Ctrl-C (SIGINT to torchrun), then the command that the run itself printed: it goes on and finishes."""
-    command = [*TORCHRUN, str(ROOT / "train.py"), "--config", str(ROOT / "configs/quickstart.yaml"), *SMALL,
-               "--output_dir", "run"]
-    first = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                             text=True)
+    command = [
+        *TORCHRUN,
+        str(ROOT / "train.py"),
+        "--config",
+        str(ROOT / "configs/quickstart.yaml"),
+        *SMALL,
+        "--output_dir",
+        "run",
+    ]
+    first = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     deadline = time.monotonic() + 300
     while not (steps := logged_steps(tmp_path / "run")) or steps[-1] < 4:
         assert first.poll() is None, first.stdout.read()
@@ -51,36 +80,72 @@ def test_interrupt_and_run_again(tmp_path, environment):
     assert "wandb sync" in printed
 
     resume = re.search(r"resume +(.*torchrun --standalone .*)", printed).group(1)
-    again = subprocess.run(resume, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True,
-                           timeout=300)
+    again = subprocess.run(
+        resume,
+        shell=True,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"step {stopped}, from run/checkpoints/step_{stopped:08d}.pt" in again.stdout
     assert logged_steps(tmp_path / "run") == list(range(1, 45))
     assert "finished; best val top-1" in again.stdout
-    for label, path in (("checkpoints", "run/checkpoints/last.pt"), ("config", "run/config.yaml"),
-                        ("metrics", "run/metrics.jsonl")):
+    for label, path in (
+        ("checkpoints", "run/checkpoints/last.pt"),
+        ("config", "run/config.yaml"),
+        ("metrics", "run/metrics.jsonl"),
+    ):
         assert re.search(rf"{label} +{path}", again.stdout)
         assert (tmp_path / path).exists()
     assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 2
-    assert len({path.name.rsplit("-", 1)[1] for path in (tmp_path / "run" / "wandb").glob("offline-run-*")}) == 1
+    assert (
+        len(
+            {
+                path.name.rsplit("-", 1)[1]
+                for path in (tmp_path / "run" / "wandb").glob("offline-run-*")
+            }
+        )
+        == 1
+    )
 
 
 def test_sigkill_of_torchrun(tmp_path, environment):
     """Row of the table of faults: its workers are no orphans that train on; they save, leave, and the same command goes
     on from that very step."""
-    command = [*TORCHRUN, str(ROOT / "train.py"), "--config", str(ROOT / "configs/quickstart.yaml"), *SMALL,
-               "--output_dir", "run", "--train.epochs", "60", "--log.wandb", "disabled"]
+    command = [
+        *TORCHRUN,
+        str(ROOT / "train.py"),
+        "--config",
+        str(ROOT / "configs/quickstart.yaml"),
+        *SMALL,
+        "--output_dir",
+        "run",
+        "--train.epochs",
+        "60",
+        "--log.wandb",
+        "disabled",
+    ]
     with open(tmp_path / "printed", "w") as printed:
-        first = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=printed, stderr=printed)
+        first = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=printed, stderr=printed
+        )
         deadline = time.monotonic() + 300
         while not (steps := logged_steps(tmp_path / "run")) or steps[-1] < 4:
-            assert first.poll() is None and time.monotonic() < deadline, (tmp_path / "printed").read_text()
+            assert first.poll() is None and time.monotonic() < deadline, (
+                tmp_path / "printed"
+            ).read_text()
             time.sleep(0.05)
         workers = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
         assert len(workers) == 2
         first.kill()
         first.wait()
-    while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in workers):
+    while any(
+        Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes()
+        for pid in workers
+    ):
         assert time.monotonic() < deadline, "orphans"
         time.sleep(0.05)
     text = (tmp_path / "printed").read_text()
@@ -92,11 +157,23 @@ def test_sigkill_of_torchrun(tmp_path, environment):
 
 def test_the_quickstart_reaches_its_accuracy(tmp_path, environment):
     """No arguments at all: it says what it runs, and ends above 97 %."""
-    done = subprocess.run([*TORCHRUN, str(ROOT / "train.py")], cwd=tmp_path, env=environment, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, timeout=600)
+    done = subprocess.run(
+        [*TORCHRUN, str(ROOT / "train.py")],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stdout
-    assert done.stdout.startswith("no arguments: running the quickstart, --config configs/quickstart.yaml\n")
-    lines = [json.loads(line) for line in (tmp_path / "runs/quickstart/metrics.jsonl").read_text().splitlines()]
+    assert done.stdout.startswith(
+        "no arguments: running the quickstart, --config configs/quickstart.yaml\n"
+    )
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "runs/quickstart/metrics.jsonl").read_text().splitlines()
+    ]
     assert lines[-1]["val/num"] == 355
     assert lines[-1]["val/top1"] >= 97
     print(f"quickstart: top-1 {lines[-1]['val/top1']:.2f} % after {lines[-1]['elapsed']:.0f} s")

@@ -20,15 +20,23 @@ def cluster():
         return
     os.environ["PATH"] += ":/usr/sbin:/sbin"
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
-    reason = f"SLURM is not installed: no {', '.join(missing)}" if missing else "only root can start a cluster"
+    reason = (
+        f"SLURM is not installed: no {', '.join(missing)}"
+        if missing
+        else "only root can start a cluster"
+    )
     if missing or os.geteuid() != 0:
         # A skip in CI would let the whole of it rot.
         (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
-    folder = Path(tempfile.mkdtemp(prefix="slurm.", dir="/tmp"))         # pytest's own folders are closed to munge
+    folder = Path(
+        tempfile.mkdtemp(prefix="slurm.", dir="/tmp")
+    )  # pytest's own folders are closed to munge
     folder.chmod(0o755)
     port = 16800 + os.getpid() % 300 * 10
     try:
-        subprocess.run([str(HERE / "start.sh"), str(folder), "6", str(port)], check=True, timeout=300)
+        subprocess.run(
+            [str(HERE / "start.sh"), str(folder), "6", str(port)], check=True, timeout=300
+        )
         os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
         yield folder
     finally:

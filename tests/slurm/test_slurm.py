@@ -24,13 +24,19 @@ from dist_utils import run_app
 
 from resnet_dist import cli, launch
 from resnet_dist.checkpoint import read_checkpoint, unpack_checkpoint
-from resnet_dist.data.digits import write_digits
+from resnet_dist.data.sources.digits import write_digits
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 STEPS = 24
 SUBMITTING = threading.Lock()
-CLOCK = {"time", "elapsed", "train/images_per_second", "train/data_wait_fraction", "train/step_seconds"}
+CLOCK = {
+    "time",
+    "elapsed",
+    "train/images_per_second",
+    "train/data_wait_fraction",
+    "train/step_seconds",
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +48,40 @@ def digits(tmp_path_factory):
 
 def training(digits, output_dir):
     """Twelve steps an epoch on small images, each step logged, a checkpoint every five steps and at each epoch."""
-    return ["--config", str(ROOT / "configs/quickstart.yaml"), "--data.data_dir", str(digits),
-            "--output_dir", str(output_dir), "--data.train_crop_size", "8", "--data.val_resize_size", "8",
-            "--data.val_crop_size", "8", "--train.epochs", "2", "--train.global_batch_size", "120",
-            "--train.precision", "fp32", "--train.ema_decay", "0.9", "--checkpoint.interval_steps", "5",
-            "--log.interval_steps", "1", "--distributed.timeout_s", "60", "--log.wandb", "disabled",
-            "--distributed.threads", "1", "--data.threads", "1"]
+    return [
+        "--config",
+        str(ROOT / "configs/quickstart.yaml"),
+        "--data.data_dir",
+        str(digits),
+        "--output_dir",
+        str(output_dir),
+        "--data.train_crop_size",
+        "8",
+        "--data.val_resize_size",
+        "8",
+        "--data.val_crop_size",
+        "8",
+        "--train.epochs",
+        "2",
+        "--train.global_batch_size",
+        "120",
+        "--train.precision",
+        "fp32",
+        "--train.ema_decay",
+        "0.9",
+        "--checkpoint.interval_steps",
+        "5",
+        "--log.interval_steps",
+        "1",
+        "--distributed.timeout_s",
+        "60",
+        "--log.wandb",
+        "disabled",
+        "--distributed.threads",
+        "1",
+        "--data.threads",
+        "1",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +90,10 @@ def undisturbed(digits, tmp_path_factory):
     folders = {}
     for world_size in (2, 4):
         folder = folders[world_size] = tmp_path_factory.mktemp("undisturbed")
-        assert run_app(world_size, ["train", *training(digits, folder)], str(folder / "log")) == [0] * world_size
+        assert (
+            run_app(world_size, ["train", *training(digits, folder)], str(folder / "log"))
+            == [0] * world_size
+        )
     return folders
 
 
@@ -76,8 +113,15 @@ class Job:
     def __init__(self, place, *more, seconds="0.3", setup=(), ranks=2):
         self.place, self.output_dir, self.started = place, place.folder, time.monotonic()
         lines = [f"export PYTHONPATH={HERE / 'slow'}", f"export SLOW_SECONDS={seconds}", *setup]
-        arguments = [*training(place.digits, self.output_dir), *[f"--cluster.setup+={line}" for line in lines],
-                     "--cluster.time_min", "30", "--cluster.gpus_per_node", "2", *more]
+        arguments = [
+            *training(place.digits, self.output_dir),
+            *[f"--cluster.setup+={line}" for line in lines],
+            "--cluster.time_min",
+            "30",
+            "--cluster.gpus_per_node",
+            "2",
+            *more,
+        ]
         with SUBMITTING:
             assert cli.main(["submit", *arguments]) == 0
         self.folder = next(self.output_dir.glob("job_*"))
@@ -90,10 +134,14 @@ class Job:
 
     def logged(self, attempt=0):
         """The steps that an attempt has logged."""
-        return [int(step) for step in re.findall(rf"step +(\d+)/{STEPS} .* train ", self.log(attempt))]
+        return [
+            int(step) for step in re.findall(rf"step +(\d+)/{STEPS} .* train ", self.log(attempt))
+        ]
 
     def wait_until(self, condition):
-        wait_for(condition, lambda: "\n".join(path.read_text() for path in self.folder.glob("*log.out")))
+        wait_for(
+            condition, lambda: "\n".join(path.read_text() for path in self.folder.glob("*log.out"))
+        )
 
     def wait_for_step(self, step, attempt=0):
         self.wait_until(lambda: (self.logged(attempt) or [-1])[-1] >= step)
@@ -109,8 +157,12 @@ class Job:
         restarts = int(launch.show_job(self.id)["Restarts"])
         assert attempts - 1 <= restarts <= max(attempts, at_most) - 1
         attempts = restarts + 1
-        starts = [int(re.search(r"; step (\d+), from", self.log(k)).group(1)) for k in range(attempts)]
-        redone = [(self.logged(k) or starts[k:k + 1])[-1] - starts[k + 1] for k in range(attempts - 1)]
+        starts = [
+            int(re.search(r"; step (\d+), from", self.log(k)).group(1)) for k in range(attempts)
+        ]
+        redone = [
+            (self.logged(k) or starts[k : k + 1])[-1] - starts[k + 1] for k in range(attempts - 1)
+        ]
         assert max(redone, default=0) <= lost
         assert_same_run(self.output_dir, self.place.undisturbed[2])
         return f"resumed at {starts[1:]}, steps lost {redone}, {time.monotonic() - self.started:.0f} s in all"
@@ -124,24 +176,41 @@ def wait_for(condition, explain=str):
 
 
 def assert_same_run(a, b):
-    left, right = (unpack_checkpoint(read_checkpoint(folder / "checkpoints/last.pt"), "") for folder in (a, b))
+    left, right = (
+        unpack_checkpoint(read_checkpoint(folder / "checkpoints/last.pt"), "") for folder in (a, b)
+    )
     assert left["step"] == right["step"] == STEPS
     for key in ("model", "ema"):
         assert all(torch.equal(left[key][name], right[key][name]) for name in right[key]), key
     for number, entry in right["optimizer"]["state"].items():
-        assert torch.equal(left["optimizer"]["state"][number]["momentum_buffer"], entry["momentum_buffer"])
-    lines = [[{key: value for key, value in json.loads(line).items() if key not in CLOCK}
-              for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (a, b)]
+        assert torch.equal(
+            left["optimizer"]["state"][number]["momentum_buffer"], entry["momentum_buffer"]
+        )
+    lines = [
+        [
+            {key: value for key, value in json.loads(line).items() if key not in CLOCK}
+            for line in (folder / "metrics.jsonl").read_text().splitlines()
+        ]
+        for folder in (a, b)
+    ]
     assert lines[0] == lines[1]
 
 
 def time_limit(place):
     """A warning a minute before the limit: saved, requeued, finished."""
-    job = Job(place, "--cluster.time_min", "2", "--cluster.signal_delay_s", "60", "--cluster.extra.nodelist", "n1",
-              seconds="$([ ${SLURM_RESTART_COUNT:-0} = 0 ] && echo 4 || echo 0)")
+    job = Job(
+        place,
+        "--cluster.time_min",
+        "2",
+        "--cluster.signal_delay_s",
+        "60",
+        "--cluster.extra.nodelist",
+        "n1",
+        seconds="$([ ${SLURM_RESTART_COUNT:-0} = 0 ] && echo 4 || echo 0)",
+    )
     job.wait_for_step(1)
     place.folder.with_name("under_way").touch()
-    said = job.check(at_most=30)                         # on a busy machine the second attempt meets the limit as well
+    said = job.check(at_most=30)  # on a busy machine the second attempt meets the limit as well
     assert "SIGUSR2, checkpoint, requeue" in job.log(0)
     return said
 
@@ -154,18 +223,34 @@ def two_nodes_with_two_ranks_each(place):
     assert "all ranks succeeded" in done.stdout
     folder = next(place.folder.glob("job_*"))
     log = next(folder.glob("*_0_attempt0_log.out")).read_text()
-    assert "attempt 0, rank 0 of 4 on n1 n6" in log and "batch 120 = 4 cpu ranks * 1 micro-steps * 30" in log
+    assert (
+        "attempt 0, rank 0 of 4 on n1 n6" in log
+        and "batch 120 = 4 cpu ranks * 1 micro-steps * 30" in log
+    )
     assert "resume       python slurm/submit.py --config" in log
-    assert (folder / "code/resnet_dist/engine.py").exists() and (folder / "code/configs/quickstart.yaml").exists()
+    assert (folder / "code/resnet_dist/engine.py").exists() and (
+        folder / "code/configs/quickstart.yaml"
+    ).exists()
     assert_same_run(place.folder, place.undisturbed[4])
     return f"{time.monotonic() - started:.0f} s"
 
 
 def submit_and_wait(place, *more):
     """A user's command: its exit code, and what it said."""
-    return subprocess.run([sys.executable, str(ROOT / "slurm/submit.py"), *training(place.digits, place.folder),
-                           "--cluster.gpus_per_node", "2", "--cluster.wait", *more],
-                          capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "slurm/submit.py"),
+            *training(place.digits, place.folder),
+            "--cluster.gpus_per_node",
+            "2",
+            "--cluster.wait",
+            *more,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
 
 
 def one_job_through_signals_requeue_and_preemption(place):
@@ -182,15 +267,23 @@ def one_job_through_signals_requeue_and_preemption(place):
     job.wait_for_step(14, attempt=2)
     preempt("n2")
     said = job.check(attempts=4)
-    for attempt, verdict in enumerate(("SIGUSR2, checkpoint, requeue", "SIGTERM, checkpoint, wait",
-                                       "SIGTERM, checkpoint, requeue")):
+    for attempt, verdict in enumerate(
+        (
+            "SIGUSR2, checkpoint, requeue",
+            "SIGTERM, checkpoint, wait",
+            "SIGTERM, checkpoint, requeue",
+        )
+    ):
         assert verdict in job.log(attempt)
     return said
 
 
 def preempt(node):
     """A short job of a partition above takes the whole node."""
-    subprocess.run(["sbatch", "-phigh", f"-w{node}", "--exclusive", "-o/dev/null", "--wrap=sleep 1"], check=True)
+    subprocess.run(
+        ["sbatch", "-phigh", f"-w{node}", "--exclusive", "-o/dev/null", "--wrap=sleep 1"],
+        check=True,
+    )
 
 
 def preempted_at_once_and_then_cancelled(place):
@@ -218,7 +311,15 @@ def processes_of(node, folder):
 
 def a_node_dies(place):
     """Its daemon and every process on it are killed; the job comes back on the spare node."""
-    job = Job(place, "--cluster.nodes", "2", "--cluster.gpus_per_node", "1", "--cluster.extra.exclude", "n1,n2,n3")
+    job = Job(
+        place,
+        "--cluster.nodes",
+        "2",
+        "--cluster.gpus_per_node",
+        "1",
+        "--cluster.extra.exclude",
+        "n1,n2,n3",
+    )
     job.wait_for_step(8)
     assert "rank 0 of 2 on n4 n5" in job.log(0)
     for pid in list(processes_of("n5", place.cluster)):
@@ -240,25 +341,44 @@ def a_rank_that_is_lost(place):
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
             words = path.read_bytes().split(b"\0")
-            if f"SLURM_JOB_ID={job.id}".encode() in words and b"SLURM_PROCID=1" in words and b"submitit" in (
-                    path.parent / "cmdline").read_bytes():
+            if (
+                f"SLURM_JOB_ID={job.id}".encode() in words
+                and b"SLURM_PROCID=1" in words
+                and b"submitit" in (path.parent / "cmdline").read_bytes()
+            ):
                 os.kill(int(path.parts[2]), signal.SIGKILL)
     return job.check(lost=5)
 
 
 def what_fails_by_itself_is_not_requeued(place):
     """One rank raises: the others are ended, and the client shows that rank's error."""
-    done = submit_and_wait(place, "--cluster.extra.nodelist", "n1", "--cluster.setup+=export FAIL_AT=1:3",
-                           f"--cluster.setup+=export PYTHONPATH={HERE / 'slow'}")
+    done = submit_and_wait(
+        place,
+        "--cluster.extra.nodelist",
+        "n1",
+        "--cluster.setup+=export FAIL_AT=1:3",
+        f"--cluster.setup+=export PYTHONPATH={HERE / 'slow'}",
+    )
     assert done.returncode == 1, done.stdout + done.stderr
     shown = launch.show_job(re.match(r"job (\d+), 2 ranks", done.stdout)[1])
     assert shown["JobState"] == "FAILED" and shown["Restarts"] == "0"
-    assert done.stderr.startswith("error (rank 1): ") and "this rank broke, as the test asked" in done.stderr
+    assert (
+        done.stderr.startswith("error (rank 1): ")
+        and "this rank broke, as the test asked" in done.stderr
+    )
 
 
 def requeues_have_an_end(place):
-    job = Job(place, "--cluster.max_requeues", "0", "--cluster.extra.nodelist", "n1", "--cluster.gpus_per_node", "1",
-              ranks=1)
+    job = Job(
+        place,
+        "--cluster.max_requeues",
+        "0",
+        "--cluster.extra.nodelist",
+        "n1",
+        "--cluster.gpus_per_node",
+        "1",
+        ranks=1,
+    )
     job.wait_for_step(3)
     subprocess.run(["scancel", "--signal=USR2", job.id], check=True)
     assert job.finish() == 1
@@ -270,33 +390,68 @@ def array_of_seeds(place):
     """Each seed in a folder of its own; a stray SIGTERM to one is not judged by the other's state."""
     with ThreadPoolExecutor(1) as client:
         waiting = client.submit(
-            submit_and_wait, place, "--cluster.gpus_per_node", "0", "--cluster.tasks_per_node", "1", "--cluster.seeds",
-            "0,1", "--cluster.extra.nodelist", "n1", f"--cluster.setup+=export PYTHONPATH={HERE / 'slow'}",
-            '--cluster.setup+=export SLOW_SECONDS=$((SLURM_ARRAY_TASK_ID * 3))e-1')
-        wait_for(lambda: waiting.done() or any("step  3/" in log.read_text()
-                                               for log in place.folder.glob("job_*/*_1_0_attempt0_log.out")))
+            submit_and_wait,
+            place,
+            "--cluster.gpus_per_node",
+            "0",
+            "--cluster.tasks_per_node",
+            "1",
+            "--cluster.seeds",
+            "0,1",
+            "--cluster.extra.nodelist",
+            "n1",
+            f"--cluster.setup+=export PYTHONPATH={HERE / 'slow'}",
+            "--cluster.setup+=export SLOW_SECONDS=$((SLURM_ARRAY_TASK_ID * 3))e-1",
+        )
+        wait_for(
+            lambda: (
+                waiting.done()
+                or any(
+                    "step  3/" in log.read_text()
+                    for log in place.folder.glob("job_*/*_1_0_attempt0_log.out")
+                )
+            )
+        )
         (log,) = place.folder.glob("job_*/*_1_0_attempt0_log.out")
-        subprocess.run(["scancel", "--signal=TERM", log.name.removesuffix("_0_attempt0_log.out")], check=True)
+        subprocess.run(
+            ["scancel", "--signal=TERM", log.name.removesuffix("_0_attempt0_log.out")], check=True
+        )
         done = waiting.result()
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.findall(r"job \d+_(\d), 1 ranks, ", done.stdout) == ["0", "1"]
     assert re.findall(r"job \d+_(\d): COMPLETED, all ranks succeeded", done.stdout) == ["0", "1"]
     assert "SIGTERM, checkpoint, go on" in log.read_text()
-    losses = [json.loads((place.folder / f"seed_{seed}/metrics.jsonl").read_text().splitlines()[-1])["val/loss"]
-              for seed in (0, 1)]
+    losses = [
+        json.loads((place.folder / f"seed_{seed}/metrics.jsonl").read_text().splitlines()[-1])[
+            "val/loss"
+        ]
+        for seed in (0, 1)
+    ]
     assert losses[0] != losses[1]
 
 
-SCENARIOS = [one_job_through_signals_requeue_and_preemption, a_node_dies, preempted_at_once_and_then_cancelled,
-             a_rank_that_is_lost, two_nodes_with_two_ranks_each, what_fails_by_itself_is_not_requeued, array_of_seeds,
-             requeues_have_an_end, time_limit]
+SCENARIOS = [
+    one_job_through_signals_requeue_and_preemption,
+    a_node_dies,
+    preempted_at_once_and_then_cancelled,
+    a_rank_that_is_lost,
+    two_nodes_with_two_ranks_each,
+    what_fails_by_itself_is_not_requeued,
+    array_of_seeds,
+    requeues_have_an_end,
+    time_limit,
+]
 
 
 @pytest.fixture(scope="module")
 def played(request, cluster, digits, undisturbed, tmp_path_factory):
     """The scenarios that were asked for, as futures. The one with the time limit begins first, and alone: its clock
     must not run out while it waits for a busy machine."""
-    wanted = [item.callspec.params["scenario"] for item in request.session.items if item.path == request.path]
+    wanted = [
+        item.callspec.params["scenario"]
+        for item in request.session.items
+        if item.path == request.path
+    ]
     wanted = [scenario for scenario in wanted if cluster is not None or scenario is not a_node_dies]
     place = tmp_path_factory.mktemp("slurm")
     pool, futures = ThreadPoolExecutor(4), {}
@@ -315,4 +470,6 @@ def played(request, cluster, digits, undisturbed, tmp_path_factory):
 def test_slurm(played, scenario):
     if scenario not in played:
         pytest.skip("a node of a cluster that is not ours is not killed")
-    print(f"{scenario.__name__}: {scenario.__doc__ or ''}\n{played[scenario].result() or 'as expected'}")
+    print(
+        f"{scenario.__name__}: {scenario.__doc__ or ''}\n{played[scenario].result() or 'as expected'}"
+    )

@@ -17,17 +17,24 @@ import numpy as np
 import torch
 
 from resnet_dist.config import AugmentConfig, DataConfig
-from resnet_dist.data import augment as augmentations
-from resnet_dist.data import crops, order
-from resnet_dist.data.dali import Augmenter, Decoder, Job, batch_to_torch, windows_to_torch
-from resnet_dist.data.finish import Normalizer, compute_alone, cut, erase, resize_exact, resize_fast
-from resnet_dist.data.index import Index
-from resnet_dist.data.read import Encoded, Quarantine, Reader, blank, next_good
+from resnet_dist.data.pixels.dali import Augmenter, Decoder, Job, batch_to_torch, windows_to_torch
+from resnet_dist.data.pixels.finish import (
+    Normalizer,
+    compute_alone,
+    cut,
+    erase,
+    resize_exact,
+    resize_fast,
+)
+from resnet_dist.data.pixels.read import Encoded, Quarantine, Reader, blank, next_good
+from resnet_dist.data.sampling import augment as augmentations
+from resnet_dist.data.sampling import crops, order
+from resnet_dist.data.sources.index import Index
 from resnet_dist.data.types import IGNORED_LABEL, Batch
 from resnet_dist.rng import draw
 
-_PIECE_ELEMENTS = 32_768         # that are normalised at once, where an image has fewer
-_READ_AHEAD = 2                  # batches whose files are being read while an earlier one is decoded
+_PIECE_ELEMENTS = 32_768  # that are normalised at once, where an image has fewer
+_READ_AHEAD = 2  # batches whose files are being read while an earlier one is decoded
 
 
 def _run_ahead(items: Iterator, depth: int) -> Iterator:
@@ -85,8 +92,17 @@ class _DaliLoader:
     """how the CPU resizes a window"""
 
     def __init__(
-        self, index: Index, config: DataConfig, quarantine: Quarantine, *, local_batch_size: int, dtype: torch.dtype,
-        device: torch.device, threads: int, views: int = 1, slots: int = 0,
+        self,
+        index: Index,
+        config: DataConfig,
+        quarantine: Quarantine,
+        *,
+        local_batch_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        threads: int,
+        views: int = 1,
+        slots: int = 0,
     ) -> None:
         self.index = index
         self.config = config
@@ -96,8 +112,13 @@ class _DaliLoader:
         self.num_samples = len(index)
         self.class_names = index.class_names
         self.reader = Reader(index)
-        self.decoder = Decoder(local_batch_size=local_batch_size, threads=threads, device=device, views=views,
-                               slots=slots)
+        self.decoder = Decoder(
+            local_batch_size=local_batch_size,
+            threads=threads,
+            device=device,
+            views=views,
+            slots=slots,
+        )
         self.augmenter = Augmenter(slots=slots, local_batch_size=local_batch_size, threads=threads)
         self.normalize = Normalizer(config, dtype, device)
         self.threads = threads
@@ -139,7 +160,7 @@ class _DaliLoader:
     def _produce(self, jobs: Iterator[Job]) -> Iterator[Batch]:
         """Each job read, decoded and finished, with reading and decoding of the next ones under way."""
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)                   # a thread starts on device 0
+            torch.cuda.set_device(self.device)  # a thread starts on device 0
         reading: deque = deque()
         try:
             for job in jobs:
@@ -161,7 +182,10 @@ class _DaliLoader:
             self.decoder.drop_pending()
 
     def _submit(self, job: Job, requested: list) -> None:
-        job.images = [self._mend(job, slot, image) for slot, image in enumerate(self.reader.collect(requested))]
+        job.images = [
+            self._mend(job, slot, image)
+            for slot, image in enumerate(self.reader.collect(requested))
+        ]
         job.geometry = self._geometry(job)
         self.decoder.submit(job)
 
@@ -173,7 +197,9 @@ class _DaliLoader:
                 break
             except RuntimeError as failure:
                 if not self._mend_pending():
-                    raise RuntimeError("DALI failed, though it decodes every image of the batch alone") from failure
+                    raise RuntimeError(
+                        "DALI failed, though it decodes every image of the batch alone"
+                    ) from failure
                 self.decoder.restart()
         rows = np.array([image.row for image in job.images], dtype=np.int64)
         labels = torch.from_numpy(self._labels(job, rows))
@@ -200,13 +226,19 @@ class _DaliLoader:
     def _finish_on_cpu(self, decoded, job: Job, number: int) -> torch.Tensor:
         """The view `number` of a batch, ready for the model: [n, 3, side, side]."""
         windows, view = windows_to_torch(decoded[0]), job.geometry.views[number]
-        sizes, offsets, flips = view.sizes.tolist(), view.offsets.tolist(), job.geometry.flips.tolist()
+        sizes, offsets, flips = (
+            view.sizes.tolist(),
+            view.offsets.tolist(),
+            job.geometry.flips.tolist(),
+        )
         out = torch.empty(len(windows), view.side, view.side, 3, dtype=self.dtype)
         self.normalize.prepare(view.side)
 
         def squares(first: int) -> torch.Tensor:
-            pixels = [cut(windows[i], tuple(sizes[i]), offsets[i], flips[i], view.side, self.resize)
-                      for i in range(first, min(first + together, len(windows)))]
+            pixels = [
+                cut(windows[i], tuple(sizes[i]), offsets[i], flips[i], view.side, self.resize)
+                for i in range(first, min(first + together, len(windows)))
+            ]
             return torch.stack(pixels) if len(pixels) > 1 else pixels[0][None]
 
         def fill(first: int) -> None:
@@ -219,7 +251,11 @@ class _DaliLoader:
         firsts = range(0, len(windows), together)
         # One thread more would only wait for this one, and pass Python's lock to and fro.
         run = self.pool.map if self.threads > 1 else map
-        augmented = None if job.plan is None else self.augmenter(torch.cat(list(run(squares, firsts))), job.plan)
+        augmented = (
+            None
+            if job.plan is None
+            else self.augmenter(torch.cat(list(run(squares, firsts))), job.plan)
+        )
         list(run(fill, firsts))
         return out.permute(0, 3, 1, 2)
 
@@ -236,7 +272,9 @@ class _DaliLoader:
         raise NotImplementedError
 
     def _sides(self, job: Job) -> tuple[np.ndarray, np.ndarray]:
-        return np.array([image.height for image in job.images]), np.array([image.width for image in job.images])
+        return np.array([image.height for image in job.images]), np.array(
+            [image.width for image in job.images]
+        )
 
     def _mend(self, job: Job, slot: int, image: Encoded) -> Encoded:
         """`image`, or what is shown in its place when it is bad."""
@@ -260,21 +298,43 @@ class DaliTrainLoader(_DaliLoader):
     resize = staticmethod(resize_fast)
 
     def __init__(
-        self, index: Index, config: DataConfig, augment: AugmentConfig, *, seed: int, global_batch_size: int,
-        grad_accum_steps: int, rank: int, world_size: int, dtype: torch.dtype, device: torch.device, threads: int,
+        self,
+        index: Index,
+        config: DataConfig,
+        augment: AugmentConfig,
+        *,
+        seed: int,
+        global_batch_size: int,
+        grad_accum_steps: int,
+        rank: int,
+        world_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        threads: int,
         output_dir: str,
     ) -> None:
         """`threads`: of DALI and, on the CPU, of the resize pool as well. Raises ValueError when the data set is
         smaller than `global_batch_size`."""
         self.steps_per_epoch = order.steps_per_epoch(len(index), global_batch_size, augment.repeats)
-        super().__init__(index, config, Quarantine(output_dir, "train", rank, config.max_bad_images), dtype=dtype,
-                         device=device, threads=threads, slots=augmentations.num_slots(augment),
-                         local_batch_size=global_batch_size // (world_size * grad_accum_steps))
+        super().__init__(
+            index,
+            config,
+            Quarantine(output_dir, "train", rank, config.max_bad_images),
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            slots=augmentations.num_slots(augment),
+            local_batch_size=global_batch_size // (world_size * grad_accum_steps),
+        )
         self.augment = augment
         self.seed = seed
         self.fingerprint = index.fingerprint()
-        self.layout = {"global_batch_size": global_batch_size, "grad_accum_steps": grad_accum_steps, "rank": rank,
-                       "world_size": world_size}
+        self.layout = {
+            "global_batch_size": global_batch_size,
+            "grad_accum_steps": grad_accum_steps,
+            "rank": rank,
+            "world_size": world_size,
+        }
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         """The micro-batches of steps [start_step, stop_step), grad_accum_steps of them for each step, in order.
@@ -296,23 +356,56 @@ class DaliTrainLoader(_DaliLoader):
             epoch, inside = order.locate(step, self.steps_per_epoch)
             for micro_step in range(self.layout["grad_accum_steps"]):
                 positions = order.micro_step_positions(micro_step, **self.layout)
-                rows, repetitions = order.samples_at(self.seed, epoch, len(self.index), inside, positions,
-                                                     self.layout["global_batch_size"], self.augment.repeats)
+                rows, repetitions = order.samples_at(
+                    self.seed,
+                    epoch,
+                    len(self.index),
+                    inside,
+                    positions,
+                    self.layout["global_batch_size"],
+                    self.augment.repeats,
+                )
                 yield self._job(rows, epoch, step, repetitions)
 
-    def _job(self, rows: np.ndarray, epoch: int, step: int = 0, repetitions: np.ndarray | int = 0) -> Job:
-        draws, side, config = draw(epoch, repetitions), crops.train_side(epoch, self.config), self.augment
-        return Job(rows, epoch, step, draws, side, plan=augmentations.plan(config, self.seed, draws, rows, side),
-                   light=augmentations.lighting(config, self.seed, draws, rows) if config.lighting_std else None,
-                   boxes=augmentations.erasing(config, self.seed, draws, rows, side) if config.random_erasing else None)
+    def _job(
+        self, rows: np.ndarray, epoch: int, step: int = 0, repetitions: np.ndarray | int = 0
+    ) -> Job:
+        draws, side, config = (
+            draw(epoch, repetitions),
+            crops.train_side(epoch, self.config),
+            self.augment,
+        )
+        return Job(
+            rows,
+            epoch,
+            step,
+            draws,
+            side,
+            plan=augmentations.plan(config, self.seed, draws, rows, side),
+            light=augmentations.lighting(config, self.seed, draws, rows)
+            if config.lighting_std
+            else None,
+            boxes=augmentations.erasing(config, self.seed, draws, rows, side)
+            if config.random_erasing
+            else None,
+        )
 
     def _mend(self, job: Job, slot: int, image: Encoded) -> Encoded:
         if image.reason is None:
             return image
-        return next_good(self.index, image, self.quarantine, wanted=int(job.rows[slot]), epoch=job.epoch, step=job.step)
+        return next_good(
+            self.index,
+            image,
+            self.quarantine,
+            wanted=int(job.rows[slot]),
+            epoch=job.epoch,
+            step=job.step,
+        )
 
     def _geometry(self, job: Job) -> crops.Geometry:
-        return crops.train_geometry(self.seed, job.draws, job.rows, *self._sides(job), job.side, self.config)
+        return crops.train_geometry(
+            self.seed, job.draws, job.rows, *self._sides(job), job.side, self.config
+        )
 
     def _labels(self, job: Job, rows: np.ndarray) -> np.ndarray:
         return self.index.labels_of(rows)
@@ -328,22 +421,41 @@ class DaliValLoader(_DaliLoader):
     resize = staticmethod(resize_exact)
 
     def __init__(
-        self, index: Index, config: DataConfig, *, rank: int, world_size: int, dtype: torch.dtype, device: torch.device,
-        threads: int, output_dir: str,
+        self,
+        index: Index,
+        config: DataConfig,
+        *,
+        rank: int,
+        world_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        threads: int,
+        output_dir: str,
     ) -> None:
         """`threads`: of DALI and, on the CPU, of the resize pool as well."""
-        super().__init__(index, config, Quarantine(output_dir, "val", rank, None), dtype=dtype, device=device,
-                         local_batch_size=min(config.val_batch_size, len(index)), threads=threads,
-                         views=(len(config.val_scales) or 1) * (5 if config.val_crops == "ten" else 1))
+        super().__init__(
+            index,
+            config,
+            Quarantine(output_dir, "val", rank, None),
+            dtype=dtype,
+            device=device,
+            local_batch_size=min(config.val_batch_size, len(index)),
+            threads=threads,
+            views=(len(config.val_scales) or 1) * (5 if config.val_crops == "ten" else 1),
+        )
         self.mirrored = config.val_flip or config.val_crops == "ten"
         self.share = order.val_batches(len(index), config.val_batch_size, rank, world_size)
         self.rounds = len(self.share)
 
     def __iter__(self) -> Iterator[Batch | None]:
         """`rounds` items; None where other ranks still have a batch and this one has not."""
-        jobs = (self._job(np.array(rows, dtype=np.int64)) for rows in self.share if rows is not None)
+        jobs = (
+            self._job(np.array(rows, dtype=np.int64)) for rows in self.share if rows is not None
+        )
         yield from self._start(jobs)
-        yield from (None for rows in self.share if rows is None)     # only the last round can be without a batch
+        yield from (
+            None for rows in self.share if rows is None
+        )  # only the last round can be without a batch
 
     def _job(self, rows: np.ndarray, epoch: int = 0) -> Job:
         return Job(rows, epoch)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from resnet_dist.config import DataConfig
-from resnet_dist.data import order
+from resnet_dist.data.sampling import order
 from resnet_dist.data.types import Batch
 from resnet_dist.distributed import Runtime
 from resnet_dist.rng import derive_seed
@@ -23,11 +23,17 @@ class _SyntheticLoader:
 
     num_bad = 0
 
-    def __init__(self, config: DataConfig, side: int, device: torch.device, dtype: torch.dtype) -> None:
-        self.class_names = tuple(f"synthetic{label:04d}" for label in range(config.synthetic_classes))
+    def __init__(
+        self, config: DataConfig, side: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.class_names = tuple(
+            f"synthetic{label:04d}" for label in range(config.synthetic_classes)
+        )
         # Not of the run's seed, which validation does not have. Labels first: they are those of every side.
         generator = torch.Generator().manual_seed(derive_seed(0, "synthetic"))
-        self._labels = torch.randint(config.synthetic_classes, (_BANK_IMAGES,), generator=generator).to(device)
+        self._labels = torch.randint(
+            config.synthetic_classes, (_BANK_IMAGES,), generator=generator
+        ).to(device)
         images = torch.randn(_BANK_IMAGES, 3, side, side, generator=generator)
         self._images = images.to(device, dtype, memory_format=torch.channels_last)
 
@@ -45,15 +51,27 @@ class SyntheticTrainLoader(_SyntheticLoader):
 
     fingerprint = "synthetic"
 
-    def __init__(self, config: DataConfig, runtime: Runtime, *, seed: int, dtype: torch.dtype, global_batch_size: int,
-                 grad_accum_steps: int) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        runtime: Runtime,
+        *,
+        seed: int,
+        dtype: torch.dtype,
+        global_batch_size: int,
+        grad_accum_steps: int,
+    ) -> None:
         """Raises ValueError when the set is smaller than one global batch."""
         super().__init__(config, config.train_crop_size, runtime.device, dtype)
         self.num_samples = config.synthetic_images
         self.steps_per_epoch = order.steps_per_epoch(self.num_samples, global_batch_size)
         self._seed = seed
-        self._layout = {"global_batch_size": global_batch_size, "grad_accum_steps": grad_accum_steps,
-                        "rank": runtime.rank, "world_size": runtime.world_size}
+        self._layout = {
+            "global_batch_size": global_batch_size,
+            "grad_accum_steps": grad_accum_steps,
+            "rank": runtime.rank,
+            "world_size": runtime.world_size,
+        }
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         """The micro-batches of steps [start_step, stop_step), grad_accum_steps of them for each step, in order."""
@@ -61,8 +79,16 @@ class SyntheticTrainLoader(_SyntheticLoader):
             epoch, inside = order.locate(step, self.steps_per_epoch)
             for micro_step in range(self._layout["grad_accum_steps"]):
                 positions = order.micro_step_positions(micro_step, **self._layout)
-                yield self._batch(order.samples_at(self._seed, epoch, self.num_samples, inside, positions,
-                                                   self._layout["global_batch_size"])[0])
+                yield self._batch(
+                    order.samples_at(
+                        self._seed,
+                        epoch,
+                        self.num_samples,
+                        inside,
+                        positions,
+                        self._layout["global_batch_size"],
+                    )[0]
+                )
 
 
 class SyntheticValLoader(_SyntheticLoader):
@@ -73,7 +99,9 @@ class SyntheticValLoader(_SyntheticLoader):
     def __init__(self, config: DataConfig, runtime: Runtime, *, dtype: torch.dtype) -> None:
         super().__init__(config, config.val_crop_size, runtime.device, dtype)
         self.num_samples = max(1, config.synthetic_images // 10)
-        self._shares = order.val_batches(self.num_samples, config.val_batch_size, runtime.rank, runtime.world_size)
+        self._shares = order.val_batches(
+            self.num_samples, config.val_batch_size, runtime.rank, runtime.world_size
+        )
         self.rounds = len(self._shares)
 
     def __iter__(self) -> Iterator[Batch | None]:

@@ -19,29 +19,44 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from resnet_dist.data.index import Index
+from resnet_dist.data.sources.index import Index
 
 READ_THREADS = 32
 """Threads that wait for the storage, where it is slow. They hardly cost the processor anything; with 5 ms a file, 32
 read 6,400 files a second."""
 
 _OPEN_SHARDS = 256
-_WAITS = (0.1, 0.4, 1.6)         # seconds before each further try
-_PASSING = {                                             # what a network file system may be over in a moment
-    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENETDOWN, errno.ENETUNREACH,
-    errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ECONNRESET, errno.ECONNREFUSED, errno.EREMOTEIO}
-_SLOW_SECONDS = 0.5e-3           # a file that takes longer was not in the machine's memory
+_WAITS = (0.1, 0.4, 1.6)  # seconds before each further try
+_PASSING = {  # what a network file system may be over in a moment
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EAGAIN,
+    errno.EINTR,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.ENETRESET,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ECONNRESET,
+    errno.ECONNREFUSED,
+    errno.EREMOTEIO,
+}
+_SLOW_SECONDS = 0.5e-3  # a file that takes longer was not in the machine's memory
 
 _PNG_START = b"\x89PNG\r\n\x1a\n"
-_PNG_END = b"IEND\xaeB`\x82"                                    # the last chunk's name and its checksum
+_PNG_END = b"IEND\xaeB`\x82"  # the last chunk's name and its checksum
 _JPEG_END = b"\xff\xd9"
-_MOST_PIXELS = 178_956_970       # Pillow's limit as well: a size beyond it is damage, and would take gigabytes
-_LONGEST = 200                   # longer over shorter side
-_STANDALONE = frozenset([0x01, *range(0xD0, 0xD8)])              # JPEG markers without a length
-_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}       # SOF0..SOF15 without DHT, JPG, DAC
+_MOST_PIXELS = (
+    178_956_970  # Pillow's limit as well: a size beyond it is damage, and would take gigabytes
+)
+_LONGEST = 200  # longer over shorter side
+_STANDALONE = frozenset([0x01, *range(0xD0, 0xD8)])  # JPEG markers without a length
+_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0..SOF15 without DHT, JPG, DAC
 _SCAN, _END = 0xDA, 0xD9
 _BLACK_PIXEL = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGNgYGAAAAAEAAH2FzhVAAAAAElFTkSuQmCC")     # a PNG
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGNgYGAAAAAEAAH2FzhVAAAAAElFTkSuQmCC"
+)  # a PNG
 
 
 @dataclass(frozen=True)
@@ -80,7 +95,9 @@ def _inspect(data: bytes) -> tuple[int, int, str | None]:
         if not 0 < height * width <= _MOST_PIXELS:
             raise ValueError(f"the header gives a size of {width} x {height}")
         if max(height, width) > _LONGEST * min(height, width):
-            raise ValueError(f"it is {width} x {height}: resized by its shorter side it would take gigabytes")
+            raise ValueError(
+                f"it is {width} x {height}: resized by its shorter side it would take gigabytes"
+            )
         # Entropy-coded data cannot contain JPEG's end marker, so one after the first scan's start is the real one,
         # whatever cameras and editors append to the file.
         if data.rfind(end, picture) < 0:
@@ -103,9 +120,11 @@ def _header(data: bytes) -> tuple[int, int, int, bytes]:
         raise ValueError(f"neither JPEG nor PNG: the file starts with {data[:8]!r}")
     position, size = 2, None
     while True:
-        while data[position:position + 2] == b"\xff\xff":        # fill bytes are allowed before a marker
+        while (
+            data[position : position + 2] == b"\xff\xff"
+        ):  # fill bytes are allowed before a marker
             position += 1
-        head = data[position:position + 9]
+        head = data[position : position + 9]
         if len(head) < 4 or head[0] != 0xFF or (head[1] in _FRAME and len(head) < 9):
             raise ValueError("the JPEG header is damaged or cut off")
         marker = head[1]
@@ -139,7 +158,7 @@ def _read(path: str, offset: int, length: int) -> bytes:
             if length < 0:
                 with open(path, "rb", buffering=0) as file:
                     return file.read()
-            shard = _open_shard(path)                    # held, so that it stays open when the cache drops it
+            shard = _open_shard(path)  # held, so that it stays open when the cache drops it
             data = os.pread(shard.descriptor, length, offset)
             if len(data) < length:
                 raise OSError(f"the shard ends after {len(data)} of its {length} bytes")
@@ -147,7 +166,7 @@ def _read(path: str, offset: int, length: int) -> bytes:
         except OSError as error:
             if wait is None or error.errno not in _PASSING:
                 raise
-        _open_shard.cache_clear()                        # a descriptor can be stale itself
+        _open_shard.cache_clear()  # a descriptor can be stale itself
         time.sleep(wait)
 
 
@@ -167,7 +186,7 @@ class Reader:
         self.index = index
         self.threads = threads
         self.seconds_per_file = 0.0
-        self.load = load                                         # the benchmark takes a slower one
+        self.load = load  # the benchmark takes a slower one
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
 
     def request(self, rows: np.ndarray) -> list[Future]:
@@ -178,8 +197,10 @@ class Reader:
         """
         shares = self.threads if self.seconds_per_file > _SLOW_SECONDS else 1
         share = -(-len(rows) // shares)
-        return [self.pool.submit(self._load_all, rows[start:start + share].tolist())
-                for start in range(0, len(rows), share)]
+        return [
+            self.pool.submit(self._load_all, rows[start : start + share].tolist())
+            for start in range(0, len(rows), share)
+        ]
 
     def collect(self, requested: list[Future]) -> list[Encoded]:
         """The files of a request, in its order; waits for them."""
@@ -208,27 +229,44 @@ class Quarantine:
         self.split = split
         self.rank = rank
         self.limit = limit
-        self.files: dict[str, str] = {}                      # path: reason
+        self.files: dict[str, str] = {}  # path: reason
 
-    def add(self, file: str, reason: str, *, epoch: int | None = None, step: int | None = None) -> None:
+    def add(
+        self, file: str, reason: str, *, epoch: int | None = None, step: int | None = None
+    ) -> None:
         """Record a bad file, unless it is known. Raises ValueError when it is one too many."""
         if file in self.files:
             return
         self.files[file] = reason
-        line = {"path": file, "reason": reason, "split": self.split, "rank": self.rank, "epoch": epoch, "step": step}
+        line = {
+            "path": file,
+            "reason": reason,
+            "split": self.split,
+            "rank": self.rank,
+            "epoch": epoch,
+            "step": step,
+        }
         try:
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
             with open(self.path, "a", encoding="utf-8", errors="surrogateescape") as record:
-                record.write(json.dumps(line) + "\n")         # one write of one line: ranks do not mix theirs
+                record.write(
+                    json.dumps(line) + "\n"
+                )  # one write of one line: ranks do not mix theirs
         except OSError as error:
-            warnings.warn(f"{file} is bad ({reason}); {self.path} could not be written: {error}", stacklevel=2)
+            warnings.warn(
+                f"{file} is bad ({reason}); {self.path} could not be written: {error}", stacklevel=2
+            )
         if self.limit is not None and len(self.files) > self.limit:
-            raise ValueError(f"{len(self.files)} broken {self.split} images on rank {self.rank}, more than "
-                             f"data.max_bad_images = {self.limit}. The last one is {file}: {reason}. All are listed in "
-                             f"{self.path}: repair or remove them, or raise data.max_bad_images")
+            raise ValueError(
+                f"{len(self.files)} broken {self.split} images on rank {self.rank}, more than "
+                f"data.max_bad_images = {self.limit}. The last one is {file}: {reason}. All are listed in "
+                f"{self.path}: repair or remove them, or raise data.max_bad_images"
+            )
 
 
-def next_good(index: Index, encoded: Encoded, quarantine: Quarantine, *, wanted: int, epoch: int, step: int) -> Encoded:
+def next_good(
+    index: Index, encoded: Encoded, quarantine: Quarantine, *, wanted: int, epoch: int, step: int
+) -> Encoded:
     """`encoded`, or if it is bad the first good image after it in the index (which wraps around), each one recorded.
 
     The choice depends on the files alone, so every layout of ranks makes the same. Raises ValueError when there is no
@@ -238,7 +276,9 @@ def next_good(index: Index, encoded: Encoded, quarantine: Quarantine, *, wanted:
         quarantine.add(index.path(encoded.row), encoded.reason, epoch=epoch, step=step)
         row = (encoded.row + 1) % len(index)
         if row == wanted:
-            raise ValueError(f"none of the {len(index)} images in {index.root} can be decoded; see {quarantine.path}")
+            raise ValueError(
+                f"none of the {len(index)} images in {index.root} can be decoded; see {quarantine.path}"
+            )
         encoded = load(index, row)
     return encoded
 

@@ -10,8 +10,10 @@ import numpy as np
 
 from resnet_dist.rng import derive_seed
 
-_ROUNDS = 16                     # with 12, the orders of six samples are not quite equally likely
-_GOLDEN, _MIX1, _MIX2 = (np.uint64(word) for word in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_ROUNDS = 16  # with 12, the orders of six samples are not quite equally likely
+_GOLDEN, _MIX1, _MIX2 = (
+    np.uint64(word) for word in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
 
 
 def rows_at(seed: int, epoch: int, n: int, positions: np.ndarray) -> np.ndarray:
@@ -26,7 +28,10 @@ def rows_at(seed: int, epoch: int, n: int, positions: np.ndarray) -> np.ndarray:
     root = math.isqrt(n - 1) + 1
     a = root + root % 2
     b = -(-n // a)
-    keys = _mixed(np.uint64(derive_seed(seed, "order", epoch)) + np.arange(1, _ROUNDS + 1, dtype=np.uint64) * _GOLDEN)
+    keys = _mixed(
+        np.uint64(derive_seed(seed, "order", epoch))
+        + np.arange(1, _ROUNDS + 1, dtype=np.uint64) * _GOLDEN
+    )
     rows = np.array(positions, dtype=np.uint64)
     todo = slice(None)
     while True:
@@ -56,7 +61,13 @@ def _mixed(words: np.ndarray) -> np.ndarray:
 
 
 def samples_at(
-    seed: int, epoch: int, n: int, step_in_epoch: int, positions: np.ndarray, global_batch_size: int, repeats: int = 1,
+    seed: int,
+    epoch: int,
+    n: int,
+    step_in_epoch: int,
+    positions: np.ndarray,
+    global_batch_size: int,
+    repeats: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
     """What is shown at `positions` (int64 [B], in the global batch) of a step: (rows, repetitions), both int64 [B].
 
@@ -75,11 +86,15 @@ def steps_per_epoch(n: int, global_batch_size: int, repeats: int = 1) -> int:
     Raises ValueError when there is not even one, or `repeats` (see `samples_at`) does not divide a batch.
     """
     if global_batch_size % repeats:
-        raise ValueError(f"augment.repeats is {repeats}: it does not divide train.global_batch_size, "
-                         f"{global_batch_size}; take {global_batch_size // repeats * repeats or repeats} for that")
+        raise ValueError(
+            f"augment.repeats is {repeats}: it does not divide train.global_batch_size, "
+            f"{global_batch_size}; take {global_batch_size // repeats * repeats or repeats} for that"
+        )
     if n < global_batch_size:
-        raise ValueError(f"the training set has {n} images, fewer than train.global_batch_size = {global_batch_size}: "
-                         f"an epoch would have no step. Set train.global_batch_size to {n} or less, or add images")
+        raise ValueError(
+            f"the training set has {n} images, fewer than train.global_batch_size = {global_batch_size}: "
+            f"an epoch would have no step. Set train.global_batch_size to {n} or less, or add images"
+        )
     return n // global_batch_size
 
 
@@ -89,14 +104,21 @@ def locate(step: int, steps_per_epoch: int) -> tuple[int, int]:
 
 
 def micro_step_positions(
-    micro_step: int, *, global_batch_size: int, grad_accum_steps: int, rank: int, world_size: int,
+    micro_step: int,
+    *,
+    global_batch_size: int,
+    grad_accum_steps: int,
+    rank: int,
+    world_size: int,
 ) -> np.ndarray:
     """The positions in the global batch that `rank` reads in one micro-step: int64 [B].
 
     The batch is cut into grad_accum_steps * world_size equal pieces: micro-steps outside, ranks inside.
     """
     pieces = grad_accum_steps * world_size
-    assert global_batch_size % pieces == 0, f"{global_batch_size} images cannot be cut into {pieces} equal pieces"
+    assert global_batch_size % pieces == 0, (
+        f"{global_batch_size} images cannot be cut into {pieces} equal pieces"
+    )
     local = global_batch_size // pieces
     return np.arange(local, dtype=np.int64) + (micro_step * world_size + rank) * local
 
@@ -108,6 +130,8 @@ def val_batches(n: int, val_batch_size: int, rank: int, world_size: int) -> list
     ranks in turn. The cut is the same on any number of ranks, so that the logits of an image, which in the last bits
     may depend on the shape of its batch, are the same as well.
     """
-    before = rank * val_batch_size                               # rows of a round that other ranks have
-    return [range(n)[first + before:first + before + val_batch_size] or None
-            for first in range(0, n, val_batch_size * world_size)]
+    before = rank * val_batch_size  # rows of a round that other ranks have
+    return [
+        range(n)[first + before : first + before + val_batch_size] or None
+        for first in range(0, n, val_batch_size * world_size)
+    ]

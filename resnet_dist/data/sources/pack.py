@@ -21,10 +21,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from resnet_dist.data.index import PACK_PLAN, SHARD_INDEX, Index, write_index, write_whole
-from resnet_dist.data.order import rows_at
-from resnet_dist.data.read import check, image_size
-from resnet_dist.data.scan import build_index
+from resnet_dist.data.pixels.read import check, image_size
+from resnet_dist.data.sampling.order import rows_at
+from resnet_dist.data.sources.index import PACK_PLAN, SHARD_INDEX, Index, write_index, write_whole
+from resnet_dist.data.sources.scan import build_index
 
 
 class Source(NamedTuple):
@@ -41,20 +41,26 @@ class Source(NamedTuple):
             file.seek(self.offset)
             data = file.read(self.length)
         if len(data) < self.length:
-            raise ValueError(f"{self.path} ends inside {self.name}: it is cut off, or was changed meanwhile")
+            raise ValueError(
+                f"{self.path} ends inside {self.name}: it is cut off, or was changed meanwhile"
+            )
         return data
 
 
 def open_splits(data_dir: str) -> dict[str, Index]:
     """The index of each split that the folder has, opened by this process alone. Raises ValueError if it has none."""
-    alone = SimpleNamespace(local_rank=0, on_main=lambda do: do(), bytes_from_main=lambda do: do(), sum_integer=int)
+    alone = SimpleNamespace(
+        local_rank=0, on_main=lambda do: do(), bytes_from_main=lambda do: do(), sum_integer=int
+    )
     splits = [split for split in ("train", "val") if os.path.isdir(os.path.join(data_dir, split))]
     return {split: build_index(data_dir, split, alone) for split in splits or ["train"]}
 
 
 def progress(total: int | None, title: str, unit: str = "img") -> tqdm:
     """A progress bar with the time that is left; a line now and then where the output is no terminal."""
-    return tqdm(total=total, desc=title, unit=unit, mininterval=0.1 if sys.stderr.isatty() else 30.0)
+    return tqdm(
+        total=total, desc=title, unit=unit, mininterval=0.1 if sys.stderr.isatty() else 30.0
+    )
 
 
 def pack(sources: Iterable[Source], split: str, args) -> str:
@@ -72,12 +78,24 @@ def pack(sources: Iterable[Source], split: str, args) -> str:
     parts = [one.name.rpartition("/") for one in sources]
     classes = sorted({part[0] for part in parts})
     ids = {name: label for label, name in enumerate(classes)}
-    ends = np.cumsum([sources[row].length + 3 * tarfile.BLOCKSIZE for row in order])     # two headers, and the label
+    ends = np.cumsum(
+        [sources[row].length + 3 * tarfile.BLOCKSIZE for row in order]
+    )  # two headers, and the label
     pieces = np.split(order, np.flatnonzero(np.diff((ends - 1) // max(1, args.shard_mb << 20))) + 1)
     paths = [folder / f"{split}-{number:06d}.tar" for number in range(len(pieces))]
-    names = hashlib.blake2b(repr([(one.name, one.length) for one in sources]).encode("utf-8", "replace"), digest_size=8)
-    _agree(folder / PACK_PLAN, {"resize": args.resize, "quality": args.quality, "shard_mb": args.shard_mb,
-                                "images": names.hexdigest(), "shards": len(paths)})
+    names = hashlib.blake2b(
+        repr([(one.name, one.length) for one in sources]).encode("utf-8", "replace"), digest_size=8
+    )
+    _agree(
+        folder / PACK_PLAN,
+        {
+            "resize": args.resize,
+            "quality": args.quality,
+            "shard_mb": args.shard_mb,
+            "images": names.hexdigest(),
+            "shards": len(paths),
+        },
+    )
 
     def work(path: Path, rows: np.ndarray) -> dict:
         samples = [(keys[row], ids[parts[row][0]], sources[row]) for row in rows]
@@ -89,19 +107,35 @@ def pack(sources: Iterable[Source], split: str, args) -> str:
     with progress(len(sources), f"pack {split}") as bar, ThreadPoolExecutor(args.workers) as pool:
         shards = list(pool.map(work, paths, pieces))
     places = [(number, *place) for number, shard in enumerate(shards) for place in shard["places"]]
-    write_index(str(folder / SHARD_INDEX), classes, [ids[parts[row][0]] for row in order],
-                [os.fsencode(parts[row][2]) for row in order], shards=[path.name for path in paths], places=places)
+    write_index(
+        str(folder / SHARD_INDEX),
+        classes,
+        [ids[parts[row][0]] for row in order],
+        [os.fsencode(parts[row][2]) for row in order],
+        shards=[path.name for path in paths],
+        places=places,
+    )
     before, after = sum(one.length for one in sources), sum(place[2] for place in places)
-    return "\n".join([f"{split}: {len(sources)} images of {len(classes)} classes in {len(paths)} shards, "
-                      f"{before / 1e6:.2f} MB before, {after / 1e6:.2f} MB after",
-                      *(f"  kept as it was: {split}/{name}: {why}" for shard in shards for name, why in shard["kept"])])
+    return "\n".join(
+        [
+            f"{split}: {len(sources)} images of {len(classes)} classes in {len(paths)} shards, "
+            f"{before / 1e6:.2f} MB before, {after / 1e6:.2f} MB after",
+            *(
+                f"  kept as it was: {split}/{name}: {why}"
+                for shard in shards
+                for name, why in shard["kept"]
+            ),
+        ]
+    )
 
 
 def _agree(path: Path, settings: dict) -> None:
     """Write the settings to a file, or raise ValueError when it has others."""
     if path.exists() and (begun := json.loads(path.read_text())) != settings:
-        raise ValueError(f"{path.parent} was begun with {begun}, and this is {settings}: repeat the arguments and the "
-                         f"images, or name another folder")
+        raise ValueError(
+            f"{path.parent} was begun with {begun}, and this is {settings}: repeat the arguments and the "
+            f"images, or name another folder"
+        )
     write_whole(str(path), json.dumps(settings).encode())
 
 
@@ -110,15 +144,19 @@ def _keys(sources: list[Source]) -> list[str]:
     known = {}
     for folder, stem in (os.path.split(os.path.splitext(source.name)[0]) for source in sources):
         key = f"{folder}/{stem.replace('.', '_')}"
-        while key in known:                                      # of a.b.jpg and a_b.jpg, or a.jpg and a.png
+        while key in known:  # of a.b.jpg and a_b.jpg, or a.jpg and a.png
             key += "_"
         if len(os.fsencode(folder)) > 155 or len(os.fsencode(key)) - len(os.fsencode(folder)) > 96:
-            raise ValueError(f"{folder}/{stem}: a tar has room for 155 bytes of class and 95 of name: shorten it")
+            raise ValueError(
+                f"{folder}/{stem}: a tar has room for 155 bytes of class and 95 of name: shorten it"
+            )
         known[key] = None
     return list(known)
 
 
-def _write_shard(path: Path, samples: list[tuple[str, int, Source]], resize: int, quality: int) -> dict:
+def _write_shard(
+    path: Path, samples: list[tuple[str, int, Source]], resize: int, quality: int
+) -> dict:
     """Write a shard, unless it is there; returns (offset, length) of its images and what was kept, as its sidecar."""
     sidecar, unfinished = path.with_name(f".{path.name}.json"), path.with_name(f"{path.name}.tmp")
     if path.exists():
@@ -130,13 +168,16 @@ def _write_shard(path: Path, samples: list[tuple[str, int, Source]], resize: int
                 data, suffix, reason = _smaller(source, resize, quality)
                 written["kept"] += [(source.name, reason)] if reason else []
                 written["places"].append((tar.offset + tarfile.BLOCKSIZE, len(data)))
-                for name, content in ((f"{key}.{suffix}", data), (f"{key}.cls", str(label).encode())):
+                for name, content in (
+                    (f"{key}.{suffix}", data),
+                    (f"{key}.cls", str(label).encode()),
+                ):
                     member = tarfile.TarInfo(name)
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
         file.flush()
         os.fsync(file.fileno())
-    write_whole(str(sidecar), json.dumps(written).encode())      # first, so that every shard has one
+    write_whole(str(sidecar), json.dumps(written).encode())  # first, so that every shard has one
     os.replace(unfinished, path)
     return written
 
@@ -157,6 +198,10 @@ def _smaller(source: Source, resize: int, quality: int) -> tuple[bytes, str, str
                 size = [side * resize // min(image.size) for side in image.size]
                 smaller = smaller.resize(size, Image.Resampling.LANCZOS)
             smaller.save(buffer, "JPEG", quality=quality or 90)
-    except Exception as error:                                   # Pillow's plugins raise what they like
+    except Exception as error:  # Pillow's plugins raise what they like
         return data, suffix, f"{type(error).__name__}: {error}"
-    return (buffer.getvalue(), "jpg", None) if larger or buffer.tell() < len(data) else (data, suffix, None)
+    return (
+        (buffer.getvalue(), "jpg", None)
+        if larger or buffer.tell() < len(data)
+        else (data, suffix, None)
+    )

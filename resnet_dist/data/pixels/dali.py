@@ -21,13 +21,19 @@ import numpy as np
 import torch
 
 from resnet_dist.config import DataConfig
-from resnet_dist.data.augment import Plan
-from resnet_dist.data.crops import Geometry
-from resnet_dist.data.read import Encoded
+from resnet_dist.data.pixels.read import Encoded
+from resnet_dist.data.sampling.augment import Plan
+from resnet_dist.data.sampling.crops import Geometry
 
 
 def build_pipeline(
-    *, local_batch_size: int, threads: int, device_id: int | None, decode: str, views: int, slots: int = 0,
+    *,
+    local_batch_size: int,
+    threads: int,
+    device_id: int | None,
+    decode: str,
+    views: int,
+    slots: int = 0,
 ):
     """The DALI graph, not yet run.
 
@@ -45,14 +51,25 @@ def build_pipeline(
 
     # With depth 1, schedule_run starts the one batch that was fed; a second may be scheduled behind it all the same.
     # The dynamic executor leaves the outputs valid after release_outputs, as long as somebody holds them.
-    @dali.pipeline_def(batch_size=local_batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=1,
-                       exec_dynamic=True, enable_conditionals=slots > 0)
+    @dali.pipeline_def(
+        batch_size=local_batch_size,
+        num_threads=threads,
+        device_id=device_id,
+        prefetch_queue_depth=1,
+        exec_dynamic=True,
+        enable_conditionals=slots > 0,
+    )
     def graph():
         pixels = fn.decoders.image_slice(
             fn.external_source(name="encoded", dtype=types.UINT8, ndim=1),
             fn.external_source(name="anchor", dtype=types.INT32, ndim=1),
             fn.external_source(name="extent", dtype=types.INT32, ndim=1),
-            axes=(0, 1), device=decode, output_type=types.RGB, adjust_orientation=False, **like_pillow)
+            axes=(0, 1),
+            device=decode,
+            output_type=types.RGB,
+            adjust_orientation=False,
+            **like_pillow,
+        )
         flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0) if views else None
         squares = [_view(pixels, number, flip) for number in range(views)]
         return tuple(apply_slots(square, slots, decode == "mixed") for square in squares) or pixels
@@ -67,9 +84,17 @@ def _view(pixels, number: int, flip):
     def pair(name: str, dtype):
         return fn.external_source(name=f"{name}{number}", dtype=dtype, ndim=1)
 
-    pixels = fn.resize(pixels, size=pair("size", types.FLOAT), interp_type=types.INTERP_LINEAR, antialias=True)
-    pixels = fn.slice(pixels, start=pair("offset", types.INT32), shape=pair("square", types.INT32), axes=(0, 1),
-                      out_of_bounds_policy="pad", fill_values=0)
+    pixels = fn.resize(
+        pixels, size=pair("size", types.FLOAT), interp_type=types.INTERP_LINEAR, antialias=True
+    )
+    pixels = fn.slice(
+        pixels,
+        start=pair("offset", types.INT32),
+        shape=pair("square", types.INT32),
+        axes=(0, 1),
+        out_of_bounds_policy="pad",
+        fill_values=0,
+    )
     return fn.flip(pixels, horizontal=flip)
 
 
@@ -81,9 +106,12 @@ def _operations(on_gpu: bool) -> list:
     """
     from nvidia.dali import fn, math, types
 
-    white, over_all = types.Constant(255, dtype=types.UINT8), {"axis_names": "HW", "keep_dims": True}
+    white, over_all = (
+        types.Constant(255, dtype=types.UINT8),
+        {"axis_names": "HW", "keep_dims": True},
+    )
 
-    def here(matrix):                                            # what meets pixels in a formula must be where they are
+    def here(matrix):  # what meets pixels in a formula must be where they are
         return matrix.gpu() if on_gpu else matrix
 
     def to_uint8(values):
@@ -98,37 +126,50 @@ def _operations(on_gpu: bool) -> list:
     def gray(pixels):
         return fn.color_space_conversion(pixels, image_type=types.RGB, output_type=types.GRAY)
 
-    def blend(pixels, other, share):                             # in 16 bits, where nothing is clipped
+    def blend(pixels, other, share):  # in 16 bits, where nothing is clipped
         kept = fn.brightness(pixels, brightness=share, dtype=types.INT16)
-        left = fn.brightness(other, brightness=1 - share, brightness_shift=-0.49 / 32767, dtype=types.INT16)
-        return to_uint8(kept + left)                             # -0.49: torchvision truncates, DALI rounds
+        left = fn.brightness(
+            other, brightness=1 - share, brightness_shift=-0.49 / 32767, dtype=types.INT16
+        )
+        return to_uint8(kept + left)  # -0.49: torchvision truncates, DALI rounds
 
     def color(pixels, matrix):
-        other = fn.color_space_conversion(gray(pixels), image_type=types.GRAY, output_type=types.RGB)
+        other = fn.color_space_conversion(
+            gray(pixels), image_type=types.GRAY, output_type=types.RGB
+        )
         return blend(pixels, other, matrix[0, 0])
 
     def autocontrast(pixels, matrix):
         low, high = fn.reductions.min(pixels, **over_all), fn.reductions.max(pixels, **over_all)
-        flat = high == low                                       # such a channel stays as it is
+        flat = high == low  # such a channel stays as it is
         return to_uint8((pixels - low * (high > low)) * (255 / (high - low + flat * white)))
 
     return [
-        lambda pixels, matrix: pixels, warp,
-        lambda pixels, matrix: fn.brightness(pixels, brightness=matrix[0, 0], brightness_shift=-0.49 / 255), color,
-        lambda pixels, matrix: blend(pixels, fn.reductions.mean(gray(pixels), keep_dims=True), matrix[0, 0]),
+        lambda pixels, matrix: pixels,
+        warp,
+        lambda pixels, matrix: fn.brightness(
+            pixels, brightness=matrix[0, 0], brightness_shift=-0.49 / 255
+        ),
+        color,
+        lambda pixels, matrix: blend(
+            pixels, fn.reductions.mean(gray(pixels), keep_dims=True), matrix[0, 0]
+        ),
         lambda pixels, matrix: fn.filter(pixels, here(matrix)),
         lambda pixels, matrix: pixels & to_uint8(256 - math.pow(2.0, 8 - here(matrix)[0, 0])),
-        lambda pixels, matrix: pixels ^ (pixels >= here(matrix)[0, 0]) * white, autocontrast,
+        lambda pixels, matrix: pixels ^ (pixels >= here(matrix)[0, 0]) * white,
+        autocontrast,
         # DALI's is OpenCV's; Pillow's law is the same, seen from the other end of the scale.
-        lambda pixels, matrix: fn.equalize(pixels ^ white) ^ white, lambda pixels, matrix: pixels ^ white,
-        lambda pixels, matrix: _turn_hue(pixels, here(matrix)[0, 0])]
+        lambda pixels, matrix: fn.equalize(pixels ^ white) ^ white,
+        lambda pixels, matrix: pixels ^ white,
+        lambda pixels, matrix: _turn_hue(pixels, here(matrix)[0, 0]),
+    ]
 
 
 def _turn_hue(pixels, turns):
     """The hue of HSV, moved by `turns` around its hexagon, on which red lies at 0, green at 2 and blue at 4."""
     from nvidia.dali import fn, math, types
 
-    red, green, blue = (pixels[:, :, i:i + 1] * 1.0 for i in range(3))
+    red, green, blue = (pixels[:, :, i : i + 1] * 1.0 for i in range(3))
     high = math.max(red, math.max(green, blue))
     span = high - math.min(red, math.min(green, blue))
     is_red, is_green = red == high, (green == high) & (red != high)
@@ -161,14 +202,19 @@ def apply_slots(pixels, slots: int, on_gpu: bool):
     from nvidia.dali import fn, types
 
     for slot in range(slots):
-        pixels = _select(_operations(on_gpu), 0, fn.external_source(name=f"branch{slot}", dtype=types.INT32, ndim=0),
-                         pixels, fn.external_source(name=f"matrix{slot}", dtype=types.FLOAT, ndim=2))
+        pixels = _select(
+            _operations(on_gpu),
+            0,
+            fn.external_source(name=f"branch{slot}", dtype=types.INT32, ndim=0),
+            pixels,
+            fn.external_source(name=f"matrix{slot}", dtype=types.FLOAT, ndim=2),
+        )
     return pixels
 
 
 def feed_slots(pipeline, plan: Plan, places: Sequence[int]) -> None:
     """Give the operations on the chosen places of a batch to a pipeline."""
-    branches = np.maximum(np.minimum(plan.ops, 1), plan.ops - 4)                     # 1 to 5 are geometric
+    branches = np.maximum(np.minimum(plan.ops, 1), plan.ops - 4)  # 1 to 5 are geometric
     for slot in range(plan.ops.shape[1]):
         pipeline.feed_input(f"branch{slot}", branches[places, slot])
         pipeline.feed_input(f"matrix{slot}", plan.matrices[places, slot])
@@ -187,12 +233,19 @@ class Augmenter:
         from nvidia import dali
         from nvidia.dali import fn, types
 
-        @dali.pipeline_def(enable_conditionals=True, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)
+        @dali.pipeline_def(
+            enable_conditionals=True, device_id=None, prefetch_queue_depth=1, exec_dynamic=True
+        )
         def graph():
-            images = fn.external_source(name="pixels", dtype=types.UINT8, ndim=3, layout="HWC", no_copy=True)
+            images = fn.external_source(
+                name="pixels", dtype=types.UINT8, ndim=3, layout="HWC", no_copy=True
+            )
             return apply_slots(images, self.slots, on_gpu=False)
 
-        pipeline, self.pipeline = self.pipeline or graph(**self.arguments), None     # it does not survive an error
+        pipeline, self.pipeline = (
+            self.pipeline or graph(**self.arguments),
+            None,
+        )  # it does not survive an error
         pipeline.feed_input("pixels", pixels.numpy())
         feed_slots(pipeline, plan, range(len(plan.ops)))
         pipeline.schedule_run()
@@ -202,19 +255,27 @@ class Augmenter:
         return augmented
 
 
-def plain_batches(folder: str, config: DataConfig, local_batch_size: int, threads: int, device: torch.device):
+def plain_batches(
+    folder: str, config: DataConfig, local_batch_size: int, threads: int, device: torch.device
+):
     """DALI's pipeline for class folders as its examples write it, to compare with: batches(start, stop), float NCHW."""
     from nvidia import dali
     from nvidia.dali import fn
 
     decode = {"device": "mixed" if device.type == "cuda" else "cpu"}
-    with dali.Pipeline(local_batch_size, threads, device.index if device.type == "cuda" else None) as pipeline:
+    with dali.Pipeline(
+        local_batch_size, threads, device.index if device.type == "cuda" else None
+    ) as pipeline:
         encoded, labels = fn.readers.file(file_root=folder, random_shuffle=True)
-        pixels = fn.decoders.image_random_crop(encoded, random_area=config.crop_scale,
-                                               random_aspect_ratio=config.crop_ratio, **decode)
+        pixels = fn.decoders.image_random_crop(
+            encoded, random_area=config.crop_scale, random_aspect_ratio=config.crop_ratio, **decode
+        )
         pixels = fn.crop_mirror_normalize(
-            fn.resize(pixels, size=[config.train_crop_size] * 2), mirror=fn.random.coin_flip(),
-            mean=[255 * value for value in config.mean], std=[255 * value for value in config.std])
+            fn.resize(pixels, size=[config.train_crop_size] * 2),
+            mirror=fn.random.coin_flip(),
+            mean=[255 * value for value in config.mean],
+            std=[255 * value for value in config.std],
+        )
         pipeline.set_outputs(pixels, labels)
 
     def batches(start: int, stop: int):
@@ -225,7 +286,7 @@ def plain_batches(folder: str, config: DataConfig, local_batch_size: int, thread
             yield pipeline.share_outputs()
             pipeline.release_outputs()
 
-    pipeline.schedule_run()                                      # the very first call starts two, DALI's default
+    pipeline.schedule_run()  # the very first call starts two, DALI's default
     for _ in range(2):
         pipeline.share_outputs()
         pipeline.release_outputs()
@@ -257,15 +318,26 @@ class Job:
 class Decoder:
     """A DALI pipeline with the batches that were given to it and not yet taken out, oldest first."""
 
-    def __init__(self, *, local_batch_size: int, threads: int, device: torch.device, views: int = 1,
-                 slots: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        local_batch_size: int,
+        threads: int,
+        device: torch.device,
+        views: int = 1,
+        slots: int = 0,
+    ) -> None:
         """`local_batch_size`: of the largest batch; `threads`: that decode, on the CPU; `views` and `slots`: that a GPU
         makes, the latter from Job.plan."""
         self.local_batch_size = local_batch_size
         on_gpu = device.type == "cuda"
-        self.arguments = {"threads": threads, "device_id": device.index if on_gpu else None,
-                          "decode": "mixed" if on_gpu else "cpu", "views": views if on_gpu else 0,
-                          "slots": slots}
+        self.arguments = {
+            "threads": threads,
+            "device_id": device.index if on_gpu else None,
+            "decode": "mixed" if on_gpu else "cpu",
+            "views": views if on_gpu else 0,
+            "slots": slots,
+        }
         self.pending: deque[Job] = deque()
         self.restart()
 
@@ -285,7 +357,7 @@ class Decoder:
             if self.failure is None:
                 self._feed(self.pipeline, job, range(len(job.rows)))
                 self.fed += 1
-        except RuntimeError as error:                            # of an earlier batch; collect() comes to it in turn
+        except RuntimeError as error:  # of an earlier batch; collect() comes to it in turn
             self.failure = error
 
     def collect(self):
@@ -296,7 +368,7 @@ class Decoder:
         if self.fed == 0:
             raise self.failure
         decoded = self.pipeline.share_outputs()
-        self.pipeline.release_outputs()                          # its buffers live as long as `decoded` does
+        self.pipeline.release_outputs()  # its buffers live as long as `decoded` does
         self.fed -= 1
         return self.pending.popleft(), decoded
 
@@ -311,7 +383,7 @@ class Decoder:
                 pipeline.release_outputs()
             except RuntimeError:
                 found.append(slot)
-                pipeline = None                                  # a pipeline does not survive an error
+                pipeline = None  # a pipeline does not survive an error
         return found
 
     def drop_pending(self) -> None:
@@ -327,7 +399,9 @@ class Decoder:
         """Give the chosen places of a batch to a pipeline and start it."""
         slots, geometry = list(slots), job.geometry
         windows = geometry.windows[slots].astype(np.int32)
-        pipeline.feed_input("encoded", [np.frombuffer(job.images[slot].data, np.uint8) for slot in slots])
+        pipeline.feed_input(
+            "encoded", [np.frombuffer(job.images[slot].data, np.uint8) for slot in slots]
+        )
         pipeline.feed_input("anchor", np.ascontiguousarray(windows[:, :2]))
         pipeline.feed_input("extent", np.ascontiguousarray(windows[:, 2:]))
         if self.arguments["views"]:
@@ -335,7 +409,9 @@ class Decoder:
             for number, view in enumerate(geometry.views):
                 pipeline.feed_input(f"size{number}", view.sizes[slots].astype(np.float32))
                 pipeline.feed_input(f"offset{number}", view.offsets[slots].astype(np.int32))
-                pipeline.feed_input(f"square{number}", np.full((len(slots), 2), view.side, np.int32))
+                pipeline.feed_input(
+                    f"square{number}", np.full((len(slots), 2), view.side, np.int32)
+                )
             if self.arguments["slots"]:
                 feed_slots(pipeline, job.plan, slots)
         pipeline.schedule_run()

@@ -30,23 +30,27 @@ def write_digits(data_dir: str) -> None:
     Raises ValueError when `data_dir` is empty, or has other contents.
     """
     if not data_dir:
-        raise ValueError("data.data_dir is empty: name a folder that the digits can be written to, for instance "
-                         "--data.data_dir data/digits")
+        raise ValueError(
+            "data.data_dir is empty: name a folder that the digits can be written to, for instance "
+            "--data.data_dir data/digits"
+        )
     target = Path(data_dir).absolute()
     if (target / _COMPLETE).is_file():
         return
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise ValueError(f"data.data_dir {data_dir!r} has contents that are not the digits: with data.kind digits name "
-                         f"a folder that is empty or does not exist yet; with data of your own use --data.kind folder")
+        raise ValueError(
+            f"data.data_dir {data_dir!r} has contents that are not the digits: with data.kind digits name "
+            f"a folder that is empty or does not exist yet; with data of your own use --data.kind folder"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
         # In a folder of it: the temporary one is closed to other users.
         folder = Path(temporary, target.name)
         _write_files(folder)
         try:
-            folder.replace(target)                           # over an empty folder or none
+            folder.replace(target)  # over an empty folder or none
         except OSError:
-            if not (target / _COMPLETE).is_file():           # unless another run was faster
+            if not (target / _COMPLETE).is_file():  # unless another run was faster
                 raise
 
 
@@ -59,8 +63,16 @@ def _write_files(folder: Path) -> None:
         for number, row in enumerate(np.flatnonzero(labels == digit)):
             # 16 * 15.94 = 255; rounding keeps the 17 levels apart. Bicubic, since 4x4 blocks are no strokes.
             pixels = np.round(images[row] * (255 / 16)).astype(np.uint8)
-            image = Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BICUBIC).convert("RGB")
-            path = folder / ("val" if number % 5 == 4 else "train") / str(digit) / f"{number:04d}.jpg"
+            image = (
+                Image.fromarray(pixels)
+                .resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+                .convert("RGB")
+            )
+            path = (
+                folder / ("val" if number % 5 == 4 else "train") / str(digit) / f"{number:04d}.jpg"
+            )
             path.parent.mkdir(parents=True, exist_ok=True)
             image.save(path, quality=95, subsampling=0)
-    (folder / _COMPLETE).write_text("written by resnet_dist.data.digits; the images are complete\n")
+    (folder / _COMPLETE).write_text(
+        "written by resnet_dist.data.sources.digits; the images are complete\n"
+    )

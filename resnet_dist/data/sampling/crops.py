@@ -14,8 +14,8 @@ from resnet_dist.config import DataConfig
 from resnet_dist.rng import uniform
 
 TRIES = 10
-_PER_SAMPLE = 2 * TRIES + 2                                     # an area and a ratio for each try, then the position
-_SIDE_STEP = 32                                                 # progressive sides are multiples of it
+_PER_SAMPLE = 2 * TRIES + 2  # an area and a ratio for each try, then the position
+_SIDE_STEP = 32  # progressive sides are multiples of it
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,12 @@ def train_side(epoch: int, config: DataConfig) -> int:
 
 
 def train_geometry(
-    seed: int, epoch: int | np.ndarray, rows: np.ndarray, heights: np.ndarray, widths: np.ndarray, side: int,
+    seed: int,
+    epoch: int | np.ndarray,
+    rows: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    side: int,
     config: DataConfig,
 ) -> Geometry:
     """Random crops of `side` pixels (`config.train_crop`) and flips of the samples `rows`: images `heights` x `widths`.
@@ -64,14 +69,18 @@ def train_geometry(
     `epoch` is one number, or one for each sample (rng.draw).
     """
     if config.train_crop == "random_resized":
-        windows = random_windows(seed, epoch, rows, heights, widths, config.crop_scale, config.crop_ratio)
+        windows = random_windows(
+            seed, epoch, rows, heights, widths, config.crop_scale, config.crop_ratio
+        )
         sizes, offsets = np.full((len(rows), 2), side), np.zeros((len(rows), 2), np.int64)
     else:
         windows, numbers = whole_windows(heights, widths), uniform(seed, "crop", epoch, rows, 3)
         low, high = config.scale_jitter if config.train_crop == "scale_jitter" else (side, side)
-        sizes = resized_sides(heights, widths, low + np.floor(numbers[:, 0] * (high - low + 1)).astype(np.int64))
+        sizes = resized_sides(
+            heights, widths, low + np.floor(numbers[:, 0] * (high - low + 1)).astype(np.int64)
+        )
         border = config.pad if config.train_crop == "pad" else 0
-        room = sizes - side + 2 * border + 1                    # places for the square along each side
+        room = sizes - side + 2 * border + 1  # places for the square along each side
         offsets = np.floor(numbers[:, 1:] * room).astype(np.int64) - border
     mirrored = flips(seed, epoch, rows, config.flip_probability).astype(np.int64)
     return Geometry(windows, (View(sizes, offsets, side),), mirrored)
@@ -85,12 +94,19 @@ def val_geometry(heights: np.ndarray, widths: np.ndarray, config: DataConfig) ->
     Where a side is shorter than the square, it is padded with black, the odd pixel after the image (torchvision).
     """
     corners = [(0, 0), (0, 1), (1, 0), (1, 1)] if config.val_crops == "ten" else []
-    scales, views = [(side, side) for side in config.val_scales] or [(config.val_resize_size, config.val_crop_size)], []
+    scales, views = (
+        [(side, side) for side in config.val_scales]
+        or [(config.val_resize_size, config.val_crop_size)],
+        [],
+    )
     for resize_size, side in scales:
         sizes = resized_sides(heights, widths, resize_size)
-        last = sizes - side                                     # negative where it is padded, never with corners
+        last = sizes - side  # negative where it is padded, never with corners
         center = np.where(last >= 0, np.rint(last / 2), np.trunc(last / 2)).astype(np.int64)
-        views += [View(sizes, offsets, side) for offsets in (center, *(last * np.array(corner) for corner in corners))]
+        views += [
+            View(sizes, offsets, side)
+            for offsets in (center, *(last * np.array(corner) for corner in corners))
+        ]
     return Geometry(whole_windows(heights, widths), tuple(views), np.zeros(len(heights), np.int64))
 
 
@@ -101,19 +117,29 @@ def whole_windows(heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
 
 
 def random_windows(
-    seed: int, epoch: int | np.ndarray, rows: np.ndarray, heights: np.ndarray, widths: np.ndarray,
-    scale: tuple[float, float], ratio: tuple[float, float],
+    seed: int,
+    epoch: int | np.ndarray,
+    rows: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
 ) -> np.ndarray:
     """Random resized crops (Szegedy et al. 2014, section 6) for the samples `rows` of images `heights` x `widths`.
 
     Returns int64 [n, 4]. A row of it depends on nothing but the seed, the epoch, that sample and its image's size.
     """
-    return windows_from_uniforms(uniform(seed, "crop", epoch, rows, _PER_SAMPLE), heights, widths, scale, ratio)
+    return windows_from_uniforms(
+        uniform(seed, "crop", epoch, rows, _PER_SAMPLE), heights, widths, scale, ratio
+    )
 
 
 def windows_from_uniforms(
-    numbers: np.ndarray, heights: np.ndarray, widths: np.ndarray,
-    scale: tuple[float, float], ratio: tuple[float, float],
+    numbers: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
 ) -> np.ndarray:
     """The law of torchvision's `RandomResizedCrop.get_params` on uniform `numbers` [n, 22] in [0, 1); int64 [n, 4].
 
@@ -122,16 +148,24 @@ def windows_from_uniforms(
     at least one pixel, where torchvision's could have none. Sides are rounded half to even, as torchvision's are.
     """
     images = np.stack([heights, widths], axis=1).astype(np.int64)
-    areas = images.prod(axis=1, keepdims=True) * (scale[0] + (scale[1] - scale[0]) * numbers[:, 0:2 * TRIES:2])
+    areas = images.prod(axis=1, keepdims=True) * (
+        scale[0] + (scale[1] - scale[0]) * numbers[:, 0 : 2 * TRIES : 2]
+    )
     low, high = np.log(ratio)
-    ratios = np.exp(low + (high - low) * numbers[:, 1:2 * TRIES:2])
+    ratios = np.exp(low + (high - low) * numbers[:, 1 : 2 * TRIES : 2])
     tries = np.rint(np.sqrt(np.stack([areas / ratios, areas * ratios], axis=2)))
     fits = ((tries > 0) & (tries <= images[:, None])).all(axis=2)
     found = fits.any(axis=1, keepdims=True)
-    clamped = np.minimum(images, np.stack([images[:, 1] / ratio[0], images[:, 0] * ratio[1]], axis=1))
-    sides = np.where(found, tries[np.arange(len(tries)), fits.argmax(axis=1)], np.maximum(np.rint(clamped), 1))
+    clamped = np.minimum(
+        images, np.stack([images[:, 1] / ratio[0], images[:, 0] * ratio[1]], axis=1)
+    )
+    sides = np.where(
+        found, tries[np.arange(len(tries)), fits.argmax(axis=1)], np.maximum(np.rint(clamped), 1)
+    )
     room = images - sides
-    return np.hstack([np.where(found, np.floor(numbers[:, -2:] * (room + 1)), room // 2), sides]).astype(np.int64)
+    return np.hstack(
+        [np.where(found, np.floor(numbers[:, -2:] * (room + 1)), room // 2), sides]
+    ).astype(np.int64)
 
 
 def flips(seed: int, epoch: int | np.ndarray, rows: np.ndarray, probability: float) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""What there is: class folders, tar shards and the embedded digits, as one index."""
