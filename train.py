@@ -1,9 +1,10 @@
 """Train a network on a folder of images. The same command again resumes.
 
-torchrun --nproc_per_node 2 train.py                                        the quickstart: real digits, two minutes
-torchrun --nproc_per_node 8 train.py --config configs/resnet50.yaml --data.data_dir /data/imagenet
-python train.py --help                                                      every option
-python train.py --config configs/resnet50.yaml --print_config               the resolved settings
+torchrun --nproc_per_node 2 train.py                                        the quickstart: real
+digits, two minutes torchrun --nproc_per_node 8 train.py --config configs/resnet50.yaml
+--data.data_dir /data/imagenet python train.py --help
+every option python train.py --config configs/resnet50.yaml --print_config               the
+resolved settings
 """
 
 import sys

@@ -1,3 +1,5 @@
-"""Distributed ImageNet training: exact, honest, unkillable, fast, and small enough to read in an hour."""
+"""Distributed ImageNet training: exact, honest, unkillable, fast, and small enough to read in an
+hour.
+"""
 
 __version__ = "0.1.0"

@@ -1,8 +1,9 @@
 """The state of a run, and files of it that can be trusted.
 
-A checkpoint is one `torch.save` file of plain types, `step_<step>.pt`, beside its SHA-256 in the format of sha256sum.
-It is written to a temporary name, synced and renamed, so that a file under its own name is whole; `last.pt` and
-`best.pt` are links. Nothing in it belongs to a rank: position, order and crops follow from `step`.
+A checkpoint is one `torch.save` file of plain types, `step_<step>.pt`, beside its SHA-256 in the
+format of sha256sum. It is written to a temporary name, synced and renamed, so that a file under its
+own name is whole; `last.pt` and `best.pt` are links. Nothing in it belongs to a rank: position,
+order and crops follow from `step`.
 """
 
 import contextlib
@@ -116,7 +117,8 @@ class TrainState:
 class Saver:
     """Writes checkpoints behind the back of the training thread. Does nothing off the main process.
 
-    A save that fails (full disk, folder gone) is a warning: the files before it stay good and training goes on.
+    A save that fails (full disk, folder gone) is a warning: the files before it stay good and
+    training goes on.
     """
 
     def __init__(
@@ -136,10 +138,11 @@ class Saver:
         self.attempt = ""
 
     def claim(self) -> None:
-        """Make this process the one that may publish here. Raises OSError where the folder cannot be written.
+        """Make this process the one that may publish here. Raises OSError where the folder cannot
+        be written.
 
-        An attempt that a cluster takes for dead may go on for a minute on a node that was cut off: it finds in the file
-        `attempt` that it has a successor, before it logs or saves again.
+        An attempt that a cluster takes for dead may go on for a minute on a node that was cut off:
+        it finds in the file `attempt` that it has a successor, before it logs or saves again.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         number = int((self._newest_attempt() or "0").split()[0]) + 1
@@ -176,7 +179,9 @@ class Saver:
         self.thread.start()
 
     def wait(self) -> None:
-        """Until the write under way is through; a failure of it is said here, on the caller's thread."""
+        """Until the write under way is through; a failure of it is said here, on the caller's
+        thread.
+        """
         if self.thread is not None:
             self.thread.join()
             self.thread = None
@@ -226,7 +231,8 @@ class Saver:
 def write_checkpoint(
     path: Path, content: dict, before_publishing: Callable[[], None] = lambda: None
 ) -> None:
-    """Write `content` so that at every moment `path` is absent, the old file or the new one, with its digest.
+    """Write `content` so that at every moment `path` is absent, the old file or the new one, with
+    its digest.
 
     `before_publishing` may raise, when the bytes are on disk, to leave all as it was.
     """
@@ -239,7 +245,8 @@ def write_checkpoint(
             file.flush()
             os.fsync(file.fileno())
         before_publishing()
-        # Until the second rename the old file may still be the one there: its digest stays beside the new one.
+        # Until the second rename the old file may still be the one there: its digest stays beside
+        # the new one.
         digests = [_sha256(buffer.getbuffer()), *_read_digests(path)]
         _write_digests(path, digests)
         os.replace(temporary, path)
@@ -272,7 +279,9 @@ def read_checkpoint(path: Path) -> bytes:
 
 
 def unpack_checkpoint(payload: bytes, name: str) -> dict:
-    """The content of a checkpoint's bytes. Raises ValueError when it is none, or of a newer format than ours."""
+    """The content of a checkpoint's bytes. Raises ValueError when it is none, or of a newer format
+    than ours.
+    """
     content = unpack(payload, name)
     if "format" not in content or "model" not in content:
         raise ValueError(
@@ -291,10 +300,11 @@ def refuse_newer(content: dict, name: str) -> None:
 
 
 def newest_valid(folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint of a folder that matches its digest and is of our format; None where there never was one.
+    """The newest checkpoint of a folder that matches its digest and is of our format; None where
+    there never was one.
 
-    Each damaged one is warned about, and renamed (.damaged) once a valid one is found. Raises ValueError when all are
-    damaged: a run is not silently started over.
+    Each damaged one is warned about, and renamed (.damaged) once a valid one is found. Raises
+    ValueError when all are damaged: a run is not silently started over.
     """
     candidates, set_aside = (
         _newest_first(folder) or sorted(Path(folder).glob("step_*.pt.damaged")),
@@ -333,7 +343,9 @@ def newest_valid(folder: Path, warn: Callable[[str], None]) -> Path | None:
 
 
 def refuse_lost(folder: Path) -> None:
-    """Raise ValueError where a run was here and its checkpoint folder is gone: nothing is silently started over."""
+    """Raise ValueError where a run was here and its checkpoint folder is gone: nothing is silently
+    started over.
+    """
     metrics = folder.parent / "metrics.jsonl"
     if not (folder / "attempt").exists() and metrics.exists() and metrics.stat().st_size:
         raise ValueError(
@@ -343,9 +355,11 @@ def refuse_lost(folder: Path) -> None:
 
 
 def check_resumable(saved: dict, facts: dict) -> list[str]:
-    """Whether a run with `facts` can go on from `saved`; returns the settings that changed, as sentences.
+    """Whether a run with `facts` can go on from `saved`; returns the settings that changed, as
+    sentences.
 
-    Raises ValueError for what would make the step mean something else (seed, batch size, data) or the weights not fit.
+    Raises ValueError for what would make the step mean something else (seed, batch size, data) or
+    the weights not fit.
     """
     before, now = (
         {
@@ -376,8 +390,9 @@ def check_resumable(saved: dict, facts: dict) -> list[str]:
 
 
 def model_changes(saved: dict, config: Config) -> list[str]:
-    """What makes the network of a checkpoint another than that of `config`, but for the classes: its tensors may fit
-    all the same. Nothing for a file that is none of ours."""
+    """What makes the network of a checkpoint another than that of `config`, but for the classes:
+    its tensors may fit all the same. Nothing for a file that is none of ours.
+    """
     if not isinstance(saved.get("config"), dict):
         return []
     before, now = _settings(saved["config"]), _settings(to_dict(config))

@@ -1,4 +1,6 @@
-"""The command line, `resnet-dist COMMAND`. It parses first, and imports what a command needs only then."""
+"""The command line, `resnet-dist COMMAND`. It parses first, and imports what a command needs only
+then.
+"""
 
 import argparse
 import contextlib
@@ -31,7 +33,9 @@ QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 
 
 def config_parser(program: str, description: str) -> ArgumentParser:
-    """A parser of the whole config tree: `--config FILE` (several overlay each other), `--section.key VALUE`."""
+    """A parser of the whole config tree: `--config FILE` (several overlay each other),
+    `--section.key VALUE`.
+    """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=program,
@@ -46,7 +50,8 @@ def config_parser(program: str, description: str) -> ArgumentParser:
 
 
 def parse_config(parser: ArgumentParser, arguments: list[str]) -> Config:
-    """The config that the arguments describe. Ends the process with a sentence when they describe none.
+    """The config that the arguments describe. Ends the process with a sentence when they describe
+    none.
 
     Of several ranks only the first speaks.
     """
@@ -91,7 +96,9 @@ def train(arguments: list[str]) -> int:
 
 
 def submit(arguments: list[str]) -> int:
-    """Train on a SLURM cluster: every option of train, and those of the cluster. Submit again to resume."""
+    """Train on a SLURM cluster: every option of train, and those of the cluster. Submit again to
+    resume.
+    """
     parser = config_parser("submit.py", submit.__doc__)
     parser.add_class_arguments(ClusterConfig, "cluster")
     arguments = [
@@ -123,7 +130,9 @@ def submit(arguments: list[str]) -> int:
 
 
 def evaluate(arguments: list[str]) -> int:
-    """Evaluate a checkpoint; with several processes: torchrun --nproc_per_node N -m resnet_dist.cli evaluate ..."""
+    """Evaluate a checkpoint; with several processes: torchrun --nproc_per_node N -m resnet_dist.cli
+    evaluate ...
+    """
     parser = _checkpoint_parser("evaluate", evaluate.__doc__)
     parser.add_argument(
         "--json", action="store_true", help="print the result as one line of JSON only"
@@ -132,7 +141,9 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def predict(arguments: list[str]) -> int:
-    """Print the most probable classes of images (JPEG or PNG), seen exactly as in evaluation; in one process."""
+    """Print the most probable classes of images (JPEG or PNG), seen exactly as in evaluation; in
+    one process.
+    """
     parser = _checkpoint_parser("predict", predict.__doc__)
     parser.add_argument(
         "images", nargs="*", metavar="IMAGE", help="file; folder; -: paths on stdin, one a line"
@@ -149,7 +160,9 @@ def predict(arguments: list[str]) -> int:
 
 
 def export(arguments: list[str]) -> int:
-    """Write a checkpoint's network for other programs, and check that it computes the same there; in one process."""
+    """Write a checkpoint's network for other programs, and check that it computes the same there;
+    in one process.
+    """
     parser = _checkpoint_parser("export", export.__doc__)
     parser.add_argument(
         "--to", required=True, choices=["onnx", "torch_export", "safetensors", "torchvision"]
@@ -164,7 +177,9 @@ def export(arguments: list[str]) -> int:
 
 
 def benchmark(arguments: list[str]) -> int:
-    """Measure what the whole training loop costs beside a bare one; `benchmark loader`: the data path beside others."""
+    """Measure what the whole training loop costs beside a bare one; `benchmark loader`: the data
+    path beside others.
+    """
     loader = arguments[:1] == ["loader"]
     parser = argparse.ArgumentParser(
         prog="resnet-dist benchmark",
@@ -223,7 +238,9 @@ def data(arguments: list[str]) -> int:
 
 
 def doctor(arguments: list[str]) -> int:
-    """Check what would end a run, also under torchrun: exit code 0, 1 with warnings, 2 with errors; --json for JSON."""
+    """Check what would end a run, also under torchrun: exit code 0, 1 with warnings, 2 with errors;
+    --json for JSON.
+    """
     config = parse_config(
         config_parser("resnet-dist doctor", doctor.__doc__), [a for a in arguments if a != "--json"]
     )
@@ -304,7 +321,9 @@ def _checkpoint_parser(command: str, description: str) -> argparse.ArgumentParse
 
 
 def _run(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
-    """Do what the parser is named after, with its options, a checkpoint's content, and its config with changes."""
+    """Do what the parser is named after, with its options, a checkpoint's content, and its config
+    with changes.
+    """
     words, own = iter(arguments), parser._option_string_actions
     options, others = parser.parse_known_args(
         [  # the value of a setting is no image, wherever it stands

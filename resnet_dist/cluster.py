@@ -9,7 +9,8 @@ class ClusterConfig:
     """Where and how `resnet-dist submit` starts a training; no part of the training's own settings."""
 
     executor: Literal["slurm", "local", "debug"] = "slurm"
-    """slurm: a batch job; local: processes on this machine, in the background; debug: one rank in this process"""
+    """slurm: a batch job; local: processes on this machine, in the background; debug: one rank in
+    this process"""
     nodes: int = 1
     """number of machines"""
     gpus_per_node: int = 1
@@ -31,22 +32,27 @@ class ClusterConfig:
     mem_gb: int = 0
     """memory of a node in GiB; 0 = the cluster's default"""
     python: str = ""
-    """shell words that start Python in the job, for instance in a container; empty = the Python that submits"""
+    """shell words that start Python in the job, for instance in a container; empty = the Python
+    that submits"""
     setup: list[str] = field(default_factory=list)
     """shell lines of the batch script before training: modules, variables"""
     extra: dict[str, bool | int | str] = field(default_factory=dict)
-    """further sbatch directives: `--cluster.extra.exclude n3` becomes `--exclude=n3`, true one without a value"""
+    """further sbatch directives: `--cluster.extra.exclude n3` becomes `--exclude=n3`, true one
+    without a value"""
     signal_delay_s: int = 120
-    """seconds before the time limit at which the run saves and is requeued; at least 60 and the time of a save, since
-    SLURM looks once in a minute"""
+    """seconds before the time limit at which the run saves and is requeued; at least 60 and the
+    time of a save, since SLURM looks once in a minute"""
     max_requeues: int = 100
     """requeues, for whatever reason, after which the job ends with an error"""
     seeds: str = ""
-    """a job array, one job for each of these seeds (0,1,2), each in a folder of its own below output_dir"""
+    """a job array, one job for each of these seeds (0,1,2), each in a folder of its own below
+    output_dir"""
     configs: str = ""
-    """a job array, one job for each of these YAML files (a.yaml,b.yaml), read before all other settings"""
+    """a job array, one job for each of these YAML files (a.yaml,b.yaml), read before all other
+    settings"""
     snapshot: bool = True
-    """run a copy of the code that is made now, whatever becomes of the original while the job waits"""
+    """run a copy of the code that is made now, whatever becomes of the original while the job waits
+    """
     dry_run: bool = False
     """print the batch script and what it would train; submit nothing"""
     wait: bool = False

@@ -62,8 +62,8 @@ class Runtime:
     def on_main(self, function: Callable[[], object]):
         """What `function` returns in the main process, on every rank.
 
-        Whatever it raises is raised on every rank, as ValueError: a rank that waited for the result of a main process
-        that is gone would hang.
+        Whatever it raises is raised on every rank, as ValueError: a rank that waited for the result
+        of a main process that is gone would hang.
         """
         result = error = None
         if self.is_main:
@@ -83,7 +83,8 @@ class Runtime:
     def bytes_from_main(self, function: Callable[[], bytes]) -> bytes:
         """As `on_main` for a large result: one read of a file, however many ranks there are.
 
-        It may take longer than the time-out of a collective: the others hear every second that it goes on.
+        It may take longer than the time-out of a collective: the others hear every second that it
+        goes on.
         """
         payload: list[bytes] = []
         with ThreadPoolExecutor(1) as pool:
@@ -101,10 +102,12 @@ class Runtime:
 
 
 def start(device: str = "auto", timeout_s: float = 600.0, threads: int = 0) -> Runtime:
-    """Join the process group that the launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK, ...) describes.
+    """Join the process group that the launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK, ...)
+    describes.
 
-    Without a launcher it is a group of one. Raises ValueError when `device` is "cuda" and there is none, or when the
-    machine has fewer GPUs than ranks; a launcher may also show each rank its own one (CUDA_VISIBLE_DEVICES).
+    Without a launcher it is a group of one. Raises ValueError when `device` is "cuda" and there is
+    none, or when the machine has fewer GPUs than ranks; a launcher may also show each rank its own
+    one (CUDA_VISIBLE_DEVICES).
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -143,10 +146,12 @@ def start(device: str = "auto", timeout_s: float = 600.0, threads: int = 0) -> R
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what tensors free, instead of mapping and zeroing fresh pages in every step.
+    """Let the C library keep what tensors free, instead of mapping and zeroing fresh pages in every
+    step.
 
-    torch's CPU allocator has no cache of its own. Measured on two cores: 8 to 18 % more images per second, for
-    ResNet-18 at 224 pixels and ResNet-20 at 32, in fp32 and bf16. A C library without mallopt is left as it is.
+    torch's CPU allocator has no cache of its own. Measured on two cores: 8 to 18 % more images per
+    second, for ResNet-18 at 224 pixels and ResNet-20 at 32, in fp32 and bf16. A C library without
+    mallopt is left as it is.
     """
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h
     with contextlib.suppress(OSError, AttributeError):
@@ -166,15 +171,17 @@ def stop(runtime: Runtime) -> None:
 class StopSignal:
     """Signals that ask for an end, agreed between the ranks without waiting for the device.
 
-    A handler only notes the signal. `poll`, called by every rank at the same places, reduces what was noted over a
-    CPU group: started in one call and read in the next, so that its latency hides behind a step. All ranks therefore
-    learn of a signal, sent to any one of them, in the same call. A second SIGINT (more than a second after the first,
-    since a terminal and torchrun both deliver one key press) ends the process at once. A launcher may have blocked a
-    signal, so that it cannot end a process that is not ready for it: it is let in here, and blocked again by `close`.
+    A handler only notes the signal. `poll`, called by every rank at the same places, reduces what
+    was noted over a CPU group: started in one call and read in the next, so that its latency hides
+    behind a step. All ranks therefore learn of a signal, sent to any one of them, in the same call.
+    A second SIGINT (more than a second after the first, since a terminal and torchrun both deliver
+    one key press) ends the process at once. A launcher may have blocked a signal, so that it cannot
+    end a process that is not ready for it: it is let in here, and blocked again by `close`.
     """
 
     SIGNALS = (0, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    """of several the later wins: SIGTERM alone may mean anything, SIGUSR2 beside it says what; 0 is none"""
+    """of several the later wins: SIGTERM alone may mean anything, SIGUSR2 beside it says what; 0 is
+    none"""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group

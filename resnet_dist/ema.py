@@ -1,6 +1,8 @@
-"""Exponential moving average of the weights, evaluated beside the raw ones (Polyak and Juditsky 1992).
+"""Exponential moving average of the weights, evaluated beside the raw ones (Polyak and Juditsky
+1992).
 
-Not `torch.optim.swa_utils.AveragedModel`: that one asks the device in every step whether it is the first.
+Not `torch.optim.swa_utils.AveragedModel`: that one asks the device in every step whether it is the
+first.
 """
 
 import copy
@@ -10,7 +12,9 @@ from torch import nn
 
 
 class Ema:
-    """`average = decay * average + (1 - decay) * model` after each step, for parameters and running statistics."""
+    """`average = decay * average + (1 - decay) * model` after each step, for parameters and running
+    statistics.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -25,7 +29,9 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move one step towards the model's present weights; a few fused kernels, no wait for the device."""
+        """Move one step towards the model's present weights; a few fused kernels, no wait for the
+        device.
+        """
         averages, sources = zip(*self._averaged, strict=True)
         torch._foreach_lerp_(averages, sources, 1 - self.decay)
         if self._copied:

@@ -1,7 +1,8 @@
 """The loop: one training step, one evaluation, and the run that is made of them.
 
-`train` reads from top to bottom. There is one clock, `state.step`, the number of updates done; what is due is derived
-from it, so a run that goes on at step s does what the uninterrupted one did there.
+`train` reads from top to bottom. There is one clock, `state.step`, the number of updates done; what
+is due is derived from it, so a run that goes on at step s does what the uninterrupted one did
+there.
 """
 
 import contextlib
@@ -52,8 +53,8 @@ class Plan:
 class NonFinite:
     """What to do about updates whose gradient is not finite, without waiting for the device.
 
-    The optimizer leaves them out (see train_step); this keeps the running statistics of the forward pass from them too,
-    and counts.
+    The optimizer leaves them out (see train_step); this keeps the running statistics of the forward
+    pass from them too, and counts.
     """
 
     def __init__(self, model: nn.Module, step: int) -> None:
@@ -72,7 +73,9 @@ class NonFinite:
             torch._foreach_copy_(self.before, self.statistics)
 
     def settle(self, skipped: torch.Tensor) -> None:
-        """Count an update, and if it was left out (`skipped`, a bool scalar) put the statistics back."""
+        """Count an update, and if it was left out (`skipped`, a bool scalar) put the statistics
+        back.
+        """
         for before, now in zip(self.before, self.statistics, strict=True):
             torch.where(skipped, before, now, out=now)
         self.step.add_(1)
@@ -83,7 +86,8 @@ class NonFinite:
         torch.where(longer, self.step, self.longest_end, out=self.longest_end)
 
     def longest_row(self) -> tuple[int, int]:
-        """First and last of the most updates in a row that were left out, counted from 1; last is 0 if there was none.
+        """First and last of the most updates in a row that were left out, counted from 1; last is 0
+        if there was none.
 
         Waits for the device.
         """
@@ -92,7 +96,8 @@ class NonFinite:
 
 
 def train_mode(model: nn.Module) -> None:
-    """Put a model in training mode, but for the norms of its frozen part: their statistics stay, and they say nothing.
+    """Put a model in training mode, but for the norms of its frozen part: their statistics stay,
+    and they say nothing.
 
     A norm without weights goes with the layer that is defined before it.
     """
@@ -111,7 +116,9 @@ def at_least_fp32(logits: torch.Tensor) -> torch.Tensor:
 
 
 def all_logits(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """What a network returned: the logits, then, from some in training mode, those of its auxiliary heads."""
+    """What a network returned: the logits, then, from some in training mode, those of its auxiliary
+    heads.
+    """
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
@@ -125,11 +132,12 @@ def train_step(
 ) -> tuple[Counts, torch.Tensor]:
     """One update from `grad_accum_steps` micro-batches; nothing in it waits for the device.
 
-    `model` is what computes (the DDP wrapper, or the plain module in a test), `state.model` what it wraps. Returns
-    this rank's counts and the L2 norm of the gradient, averaged over all samples of the update, before clipping. An
-    update whose gradient is not finite is left out on the device, by the optimizer's `found_inf`; in fp16 the
-    scaler decides that, from the same gradient. The loss of an auxiliary head, with the same targets, adds to the
-    gradient with the factor `state.model.auxiliary_weight`; the counts, and so train/loss, are of the logits alone.
+    `model` is what computes (the DDP wrapper, or the plain module in a test), `state.model` what it
+    wraps. Returns this rank's counts and the L2 norm of the gradient, averaged over all samples of
+    the update, before clipping. An update whose gradient is not finite is left out on the device,
+    by the optimizer's `found_inf`; in fp16 the scaler decides that, from the same gradient. The
+    loss of an auxiliary head, with the same targets, adds to the gradient with the factor
+    `state.model.auxiliary_weight`; the counts, and so train/loss, are of the logits alone.
     """
     optimizer, scaler = state.optimizer, state.scaler
     device = micro_batches[0].images.device
@@ -191,10 +199,12 @@ def evaluate(
     precision: str,
     poll: Callable[[], int] = lambda: 0,
 ) -> Counts | None:
-    """Counts over the whole validation set, each image once, on any number of ranks; None if `poll` asked to stop.
+    """Counts over the whole validation set, each image once, on any number of ranks; None if `poll`
+    asked to stop.
 
-    The loss is the plain cross-entropy, without label smoothing and whatever `train.loss` is. Every rank does the same
-    number of rounds, with or without a batch, so that `poll` may be a collective.
+    The loss is the plain cross-entropy, without label smoothing and whatever `train.loss` is. Every
+    rank does the same number of rounds, with or without a batch, so that `poll` may be a
+    collective.
     """
     was_training = model.training
     model.eval()
@@ -223,8 +233,9 @@ def evaluate(
 
 @torch.inference_mode()
 def predict(model: nn.Module, batch: Batch, mirrored: bool, precision: str) -> torch.Tensor:
-    """Logits [B, C] of an evaluation batch by a model in eval mode; `mirrored` as in ValLoader. Of several
-    views of an image the probabilities are averaged (Krizhevsky et al. 2012)."""
+    """Logits [B, C] of an evaluation batch by a model in eval mode; `mirrored` as in ValLoader. Of
+    several views of an image the probabilities are averaged (Krizhevsky et al. 2012).
+    """
     views = [
         images
         for view in (batch.images, *batch.other_views)
@@ -238,12 +249,14 @@ def predict(model: nn.Module, batch: Batch, mirrored: bool, precision: str) -> t
 
 
 def settle_buckets(model: nn.Module, image_size: int, precision: str, device: torch.device) -> None:
-    """Let DDP find its final gradient buckets before the first update, on zeros and without a trace in the weights.
+    """Let DDP find its final gradient buckets before the first update, on zeros and without a trace
+    in the weights.
 
-    DDP lays its buckets out anew after the first backward pass. With more than two ranks the order of additions in an
-    all-reduce depends on the place in the bucket, so that the first update after a resume would round differently from
-    the same update of the uninterrupted run. In training mode, since auxiliary heads have a gradient only there; the
-    running statistics that it changes are put back. What dropout draws is of no account: each step seeds anew.
+    DDP lays its buckets out anew after the first backward pass. With more than two ranks the order
+    of additions in an all-reduce depends on the place in the bucket, so that the first update after
+    a resume would round differently from the same update of the uninterrupted run. In training
+    mode, since auxiliary heads have a gradient only there; the running statistics that it changes
+    are put back. What dropout draws is of no account: each step seeds anew.
     """
     train_mode(model)
     before = [buffer.clone() for buffer in model.buffers()]
@@ -271,9 +284,11 @@ def train(
     log: Log,
     stop_signal: StopSignal,
 ) -> int:
-    """Train from `state.step` to `plan.total_steps`. Returns 0, or the signal that ended it after a checkpoint.
+    """Train from `state.step` to `plan.total_steps`. Returns 0, or the signal that ended it after a
+    checkpoint.
 
-    Raises FloatingPointError(text, (first, last)) when `plan.max_nonfinite_steps` updates in a row were left out.
+    Raises FloatingPointError(text, (first, last)) when `plan.max_nonfinite_steps` updates in a row
+    were left out.
     """
 
     def poll(phase: str) -> int:
@@ -289,7 +304,8 @@ def train(
     gc.disable()  # ranks would pause at different steps, and all wait for each
     try:
         while True:
-            # 1. log, where it is due and wherever the run is about to wait anyway: a window never spans a checkpoint
+            # 1. log, where it is due and wherever the run is about to wait anyway: a window never
+            # spans a checkpoint
             ends_by_signal = bool(poll("log"))
             due = [
                 is_due(state.step, interval, plan.total_steps)
@@ -345,7 +361,9 @@ def train(
 
 
 def is_due(step: int, interval: int, total_steps: int) -> bool:
-    """Whether something that happens every `interval` steps (0 = never) and at the end happens after `step` updates."""
+    """Whether something that happens every `interval` steps (0 = never) and at the end happens
+    after `step` updates.
+    """
     return step == total_steps or (step > 0 and interval > 0 and step % interval == 0)
 
 
@@ -357,7 +375,8 @@ def evaluate_state(
     log: Log,
     poll: Callable[[], int],
 ) -> bool:
-    """Evaluate the raw and the averaged weights, log both, keep the best; False if `poll` asked to stop.
+    """Evaluate the raw and the averaged weights, log both, keep the best; False if `poll` asked to
+    stop.
 
     The best is that of the averaged weights where there are any.
     """
@@ -403,7 +422,8 @@ def report(
     runtime: Runtime,
     log: Log,
 ) -> None:
-    """One log line about the steps since the last one; every rank calls it, and the ranks wait for the device.
+    """One log line about the steps since the last one; every rank calls it, and the ranks wait for
+    the device.
 
     Raises FloatingPointError when too many updates in a row were left out.
     """

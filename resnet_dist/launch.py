@@ -1,8 +1,9 @@
 """Training as a batch job, through submitit: submit, find the ranks, and decide after a signal.
 
-On SLURM every rank is a task of its own, without torchrun in between, where it depends on the cluster which process
-gets a signal. A signal only sets a flag (distributed.StopSignal); after the checkpoint that follows, SLURM is asked
-what it meant. submitit's own way, a checkpoint inside the handler, would meet a half updated model.
+On SLURM every rank is a task of its own, without torchrun in between, where it depends on the
+cluster which process gets a signal. A signal only sets a flag (distributed.StopSignal); after the
+checkpoint that follows, SLURM is asked what it meant. submitit's own way, a checkpoint inside the
+handler, would meet a half updated model.
 """
 
 import contextlib
@@ -31,7 +32,8 @@ _ALIVE = ("", "PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "R
 _PORT = "import sys, resnet_dist.launch as launch; print(launch.free_port(*sys.argv[1:]))"
 
 
-# At the end of the batch script: ranks that were killed or lost another leave no result and no error behind.
+# At the end of the batch script: ranks that were killed or lost another leave no result and no
+# error behind.
 _REQUEUE_THE_LOST = """\
 lost() {{
   code=$? id=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}
@@ -49,7 +51,8 @@ trap lost EXIT"""
 class Attempt:
     """What each rank of a job does, and does again after a requeue; submitit pickles it.
 
-    `code` is the folder that resnet_dist must come from, `folder` the one that relative paths start from.
+    `code` is the folder that resnet_dist must come from, `folder` the one that relative paths start
+    from.
     """
 
     config: Config
@@ -65,7 +68,9 @@ class Attempt:
         return submitit.helpers.DelayedSubmission(self)
 
     def __call__(self) -> None:
-        """Train as one rank. Raises RuntimeError when it fails; a rank of a job that is requeued never returns."""
+        """Train as one rank. Raises RuntimeError when it fails; a rank of a job that is requeued
+        never returns.
+        """
         import submitit
 
         job, restarts = submitit.JobEnvironment(), int(os.environ.get("SLURM_RESTART_COUNT", 0))
@@ -151,7 +156,9 @@ class Attempt:
 
 
 def preflight(config: Config, runtime, goes_on) -> int:
-    """run.train behind the quick form of `resnet-dist doctor`: a mistake costs a minute, not a night. ValueError."""
+    """run.train behind the quick form of `resnet-dist doctor`: a mistake costs a minute, not a
+    night. ValueError.
+    """
     from resnet_dist import run
     from resnet_dist.commands import doctor
 
@@ -165,7 +172,9 @@ def preflight(config: Config, runtime, goes_on) -> int:
 
 
 def free_port(job_id: str, attempt: str) -> int:
-    """A free port of this node, below the kernel's own; jobs do not meet there, nor a job its last attempt's ghost."""
+    """A free port of this node, below the kernel's own; jobs do not meet there, nor a job its last
+    attempt's ghost.
+    """
     draw = random.Random(f"{job_id}/{attempt}")
     while True:
         with contextlib.suppress(OSError), socket.socket() as probe:
@@ -184,12 +193,14 @@ def show_job(job_id: str) -> dict[str, str]:
 
 
 def decide(number: int, job: dict[str, str]) -> str:
-    """What follows a signal and its checkpoint, by what SLURM says of the job: requeue, go on, wait or stop.
+    """What follows a signal and its checkpoint, by what SLURM says of the job: requeue, go on, wait
+    or stop.
 
-    SIGUSR1 and SIGUSR2 come before a time limit or from a user who wants a requeue. SIGTERM alone is ambiguous: a
-    running job in the grace period of a preemption is requeued, a running one without has met a stray signal; one that
-    runs no more was cancelled or is being requeued, and another requeue would bring a cancelled job back to life.
-    Without an answer it trains on: whoever wants its end will end it.
+    SIGUSR1 and SIGUSR2 come before a time limit or from a user who wants a requeue. SIGTERM alone
+    is ambiguous: a running job in the grace period of a preemption is requeued, a running one
+    without has met a stray signal; one that runs no more was cancelled or is being requeued, and
+    another requeue would bring a cancelled job back to life. Without an answer it trains on:
+    whoever wants its end will end it.
     """
     if number in (signal.SIGUSR1, signal.SIGUSR2):
         return "requeue"
@@ -229,9 +240,12 @@ def count_ranks(cluster: ClusterConfig) -> int:
 
 
 def batch_parameters(cluster: ClusterConfig, folder: Path, code: Path, array: bool) -> dict:
-    """submitit's parameters of the batch script, by SLURM's names. Each attempt and task has a log of its own."""
+    """Submitit's parameters of the batch script, by SLURM's names. Each attempt and task has a log
+    of its own.
+    """
     python, job = cluster.python or shlex.quote(sys.executable), "%A_%a" if array else "%j"
-    # A SIGUSR2 before Python is ready would kill the job without a requeue. Coreutils before 8.31 cannot block it.
+    # A SIGUSR2 before Python is ready would kill the job without a requeue. Coreutils before 8.31
+    # cannot block it.
     setup = [
         *cluster.setup,
         f"cd {shlex.quote(str(code))}",
@@ -266,7 +280,8 @@ def batch_parameters(cluster: ClusterConfig, folder: Path, code: Path, array: bo
 
 
 def submit(configs: list[Config], cluster: ClusterConfig, command: str) -> int:
-    """Submit a job, or an array with one for each config and seed, and say how to follow it. Returns the exit code.
+    """Submit a job, or an array with one for each config and seed, and say how to follow it.
+    Returns the exit code.
 
     `command` is what the user typed. Raises ValueError when nothing can come of it.
     """
@@ -355,7 +370,9 @@ def batch_script(parameters: dict, folder: Path, count: int) -> str:
 
 
 def forecast(config: Config, nodes: int, world_size: int) -> str:
-    """Ranks, local batch, peak learning rate and steps of a run; the steps where its data can be read from here."""
+    """Ranks, local batch, peak learning rate and steps of a run; the steps where its data can be
+    read from here.
+    """
     from resnet_dist import distributed, run, schedule
     from resnet_dist.data.build import build_train_loader
     from resnet_dist.precision import DTYPES
@@ -388,7 +405,9 @@ def forecast(config: Config, nodes: int, world_size: int) -> str:
 def start_jobs(
     attempts: list[Attempt], cluster: ClusterConfig, parameters: dict, folder: Path
 ) -> list:
-    """Hand the attempts over to submitit; its jobs, in the same order. Raises ValueError when SLURM refuses them."""
+    """Hand the attempts over to submitit; its jobs, in the same order. Raises ValueError when SLURM
+    refuses them.
+    """
     import submitit
 
     local = {
@@ -416,9 +435,11 @@ def start_jobs(
 
 
 def wait(jobs: list, folder: Path) -> int:
-    """Until all jobs have ended; says how, with the error that came first. Returns 0 when all succeeded, else 1.
+    """Until all jobs have ended; says how, with the error that came first. Returns 0 when all
+    succeeded, else 1.
 
-    submitit's own way takes a rank's error before a requeue, or the NODE_FAIL of a job that is requeued, for the end.
+    submitit's own way takes a rank's error before a requeue, or the NODE_FAIL of a job that is
+    requeued, for the end.
     """
     codes = []
     for job in jobs:
@@ -445,7 +466,9 @@ def wait(jobs: list, folder: Path) -> int:
 
 
 def state_of(job) -> str:
-    """The state of a job in SLURM's words; a job that lost its node and will be requeued is PENDING."""
+    """The state of a job in SLURM's words; a job that lost its node and will be requeued is
+    PENDING.
+    """
     if hasattr(job, "_process"):  # submitit's local one
         return job.state
     shown = show_job(job.job_id)

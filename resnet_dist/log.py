@@ -1,7 +1,7 @@
 """One place where a run speaks: console or progress bar, metrics.jsonl, and Weights & Biases.
 
-Everything here does nothing off the main process, and nothing here may end a training: what cannot be written is
-warned about once. metrics.jsonl is the source for reports; W&B gets the same numbers.
+Everything here does nothing off the main process, and nothing here may end a training: what cannot
+be written is warned about once. metrics.jsonl is the source for reports; W&B gets the same numbers.
 """
 
 import contextlib
@@ -43,10 +43,12 @@ class Log:
         ] = {}  # for each key, the step up to which W&B has it from an earlier process
 
     def start(self, start_step: int, total_steps: int, evaluated: bool = True) -> None:
-        """Training begins after `start_step` updates, `evaluated` or not, and is to end after `total_steps`.
+        """Training begins after `start_step` updates, `evaluated` or not, and is to end after
+        `total_steps`.
 
-        Lines of metrics.jsonl about what comes again are dropped (an earlier process had got further than its
-        checkpoint), so that the file has each step once. The progress bar and the W&B run begin here.
+        Lines of metrics.jsonl about what comes again are dropped (an earlier process had got
+        further than its checkpoint), so that the file has each step once. The progress bar and the
+        W&B run begin here.
         """
         if not self.is_main:
             return
@@ -111,7 +113,9 @@ class Log:
                 self._tell(step, prefix, values)
 
     def _tell(self, step: int, prefix: str, values: dict) -> None:
-        """Loss, top-1 and so on of the last log interval ("train") or an evaluation, as a line or beside the bar."""
+        """Loss, top-1 and so on of the last log interval ("train") or an evaluation, as a line or
+        beside the bar.
+        """
         text = _aligned(prefix, values)
         if prefix == "train" and self.bar is not None:
             self.bar.set_postfix_str(" ".join(text.split()))
@@ -144,7 +148,8 @@ class Log:
     def _print(self, text: str, file) -> None:
         if not self.is_main:
             return
-        # ValueError: the stream is closed; OSError: its reader is gone or its disk is full. Neither is worth a run.
+        # ValueError: the stream is closed; OSError: its reader is gone or its disk is full. Neither
+        # is worth a run.
         with contextlib.suppress(OSError, ValueError):
             if self.bar is not None:
                 self.bar.write(text, file=file)
@@ -174,12 +179,16 @@ class Log:
 
 
 def build_log(config: LogConfig, output_dir: str, is_main: bool, run_config: dict) -> Log:
-    """The log of a run in `output_dir`; silent unless `is_main`. `run_config` (plain values) goes to W&B."""
+    """The log of a run in `output_dir`; silent unless `is_main`. `run_config` (plain values) goes
+    to W&B.
+    """
     return Log(config, output_dir, is_main, run_config)
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl, in order; lines that are not whole are left out. Raises OSError."""
+    """The lines of a metrics.jsonl, in order; lines that are not whole are left out. Raises
+    OSError.
+    """
     records = []
     for line in path.read_bytes().splitlines():
         with contextlib.suppress(ValueError):
@@ -190,7 +199,8 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def _drop_lines_after(path: Path, step: int, evaluated: bool) -> dict[str, int]:
-    """Rewrite the file without lines after `step`, or without any at step 0; the last step that each key had before.
+    """Rewrite the file without lines after `step`, or without any at step 0; the last step that
+    each key had before.
 
     Unless the state of `step` is known to be `evaluated`, its evaluation comes again, too.
     """
@@ -214,7 +224,9 @@ def _drop_lines_after(path: Path, step: int, evaluated: bool) -> dict[str, int]:
 
 
 def _is_terminal(stream) -> bool:
-    """Whether `stream` is a terminal with a size: containers may have one of 0 x 0, where a bar shows nothing."""
+    """Whether `stream` is a terminal with a size: containers may have one of 0 x 0, where a bar
+    shows nothing.
+    """
     with contextlib.suppress(OSError, ValueError):
         return (
             min(os.get_terminal_size(stream.fileno())) > 0
@@ -223,7 +235,9 @@ def _is_terminal(stream) -> bool:
 
 
 def _aligned(prefix: str, values: dict) -> str:
-    """What the console says of the last log interval (`prefix` "train") or an evaluation; speed is in images/s."""
+    """What the console says of the last log interval (`prefix` "train") or an evaluation; speed is
+    in images/s.
+    """
 
     def get(name: str) -> float:
         return values.get(f"{prefix}/{name}", math.nan)
@@ -286,7 +300,8 @@ def _start_wandb(log: Log) -> _Wandb | None:
     mode = _wandb_mode(log.config.wandb, os.environ.get("WANDB_MODE", ""))
     if mode == "disabled":
         return None
-    # W&B otherwise announces the credentials it found, and tries to report its own crashes, without a network too.
+    # W&B otherwise announces the credentials it found, and tries to report its own crashes, without
+    # a network too.
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     try:
@@ -316,7 +331,9 @@ def _start_wandb(log: Log) -> _Wandb | None:
 
 
 def _wandb_mode(asked: str, environment: str) -> str:
-    """auto, online, offline or disabled: the config's, which WANDB_MODE decides for auto and can only restrain else."""
+    """auto, online, offline or disabled: the config's, which WANDB_MODE decides for auto and can
+    only restrain else.
+    """
     named = {"dryrun": "offline", "run": "online", "shared": "online"}.get(environment, environment)
     order = ("disabled", "offline", "online")
     if named not in order:
@@ -372,7 +389,9 @@ def _run_id(folder: Path) -> str:
 
 
 def why_offline(probe: bool) -> str:
-    """Why W&B cannot be online here, decided within two seconds and without a question; empty if it can."""
+    """Why W&B cannot be online here, decided within two seconds and without a question; empty if it
+    can.
+    """
     from wandb.sdk import wandb_setup
 
     settings = (
@@ -395,7 +414,9 @@ def _netrc_key(base_url: str) -> bool:
 
 
 def _accepts_connections(url: str) -> bool:
-    """Whether the server of `url`, or the proxy that leads to it, takes a TCP connection within a second."""
+    """Whether the server of `url`, or the proxy that leads to it, takes a TCP connection within a
+    second.
+    """
     parts = urlsplit(url)
     proxy = urllib.request.getproxies().get(parts.scheme)
     if proxy and not urllib.request.proxy_bypass(parts.hostname or ""):

@@ -14,7 +14,8 @@ class Counts:
     correct1: torch.Tensor
     """int64, images whose label is the highest logit"""
     correct5: torch.Tensor
-    """int64, images whose label is among the five highest logits (all classes, where there are fewer)"""
+    """int64, images whose label is among the five highest logits (all classes, where there are
+    fewer)"""
     loss_sum: torch.Tensor
     """float64, sum of the images' losses"""
     num: torch.Tensor
@@ -35,8 +36,9 @@ class Counts:
     def of(logits: torch.Tensor, labels: torch.Tensor, losses: torch.Tensor) -> "Counts":
         """The counts of one batch: logits [B, C], labels int64 [B], losses [B] (one of each image).
 
-        A label of IGNORED_LABEL, and a row of logits that has a NaN, counts in `num` and is never a hit. Equal logits
-        rank by class id: which of them torch.topk returns differs between devices, and bf16 has many of them.
+        A label of IGNORED_LABEL, and a row of logits that has a NaN, counts in `num` and is never a
+        hit. Equal logits rank by class id: which of them torch.topk returns differs between
+        devices, and bf16 has many of them.
         """
         valid = labels != IGNORED_LABEL
         own_class = labels.where(valid, 0)[:, None]
@@ -79,7 +81,8 @@ class Counts:
         return Counts(correct1.long(), correct5.long(), loss_sum, num.long())
 
     def result(self) -> dict[str, float | int]:
-        """Plain numbers: top1 and top5 in percent, mean loss, num, correct1, correct5; NaN for a mean of nothing.
+        """Plain numbers: top1 and top5 in percent, mean loss, num, correct1, correct5; NaN for a
+        mean of nothing.
 
         The only place that waits for the device.
         """

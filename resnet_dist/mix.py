@@ -1,8 +1,10 @@
-"""Mixup and CutMix: each image of a batch is mixed with its neighbour, on the device, and so are the targets.
+"""Mixup and CutMix: each image of a batch is mixed with its neighbour, on the device, and so are
+the targets.
 
-What is mixed with what, and how, is a pure function of (seed, step). The neighbour of position p in the global batch is
-position p ^ 1: the order of the samples is random, so that it is as good as any other, and it lies on the same rank on
-any number of ranks. One number per step, as for one batch in the papers' and torchvision's code.
+What is mixed with what, and how, is a pure function of (seed, step). The neighbour of position p in
+the global batch is position p ^ 1: the order of the samples is random, so that it is as good as any
+other, and it lies on the same rank on any number of ranks. One number per step, as for one batch in
+the papers' and torchvision's code.
 """
 
 from dataclasses import dataclass
@@ -23,14 +25,16 @@ class Draw:
     share: float
     """of the image's own target; the rest is its neighbour's"""
     box: tuple[float, float, float, float] | None
-    """CutMix: (top, left, bottom, right) of what the neighbour shows, as fractions; None for mixup"""
+    """CutMix: (top, left, bottom, right) of what the neighbour shows, as fractions; None for mixup
+    """
 
 
 def draw(seed: int, step: int, mixup_alpha: float, cutmix_alpha: float) -> Draw | None:
-    """The mixing of update `step`; None where both are off. With both, each step takes one of them at random.
+    """The mixing of update `step`; None where both are off. With both, each step takes one of them
+    at random.
 
-    Mixup: Zhang et al. 2017, "mixup: Beyond Empirical Risk Minimization". CutMix: Yun et al. 2019; the box has
-    1 - lambda of the area around a uniform centre, and is cut off at the edge.
+    Mixup: Zhang et al. 2017, "mixup: Beyond Empirical Risk Minimization". CutMix: Yun et al. 2019;
+    the box has 1 - lambda of the area around a uniform centre, and is cut off at the edge.
     """
     alphas = [alpha for alpha in (mixup_alpha, cutmix_alpha) if alpha]
     if not alphas:
@@ -47,7 +51,9 @@ def draw(seed: int, step: int, mixup_alpha: float, cutmix_alpha: float) -> Draw 
 
 
 def _beta(seed: int, step: int, alpha: float) -> float:
-    """A number from Beta(alpha, alpha), by Joehnk's rejection (1964): no generator whose stream could change."""
+    """A number from Beta(alpha, alpha), by Joehnk's rejection (1964): no generator whose stream
+    could change.
+    """
     for block in range(10_000):
         powers = uniform(seed, "mix/beta", block, np.array([step]), 2 * _TRIES).reshape(
             _TRIES, 2
@@ -60,7 +66,9 @@ def _beta(seed: int, step: int, alpha: float) -> float:
 
 
 def mix_images(images: torch.Tensor, drawn: Draw | None) -> tuple[torch.Tensor, float]:
-    """The images [B, 3, H, W] of a step, mixed, and the share of their own targets. B is even if `drawn`."""
+    """The images [B, 3, H, W] of a step, mixed, and the share of their own targets. B is even if
+    `drawn`.
+    """
     if drawn is None:
         return images, 1.0
     neighbours = _neighbours(images)
@@ -89,12 +97,14 @@ def losses(
     loss: str = "ce",
     threshold: float = 0.0,
 ) -> torch.Tensor:
-    """The loss of each image [B], of logits [B, C] and labels [B]; `share` of the own label, the rest the neighbour's.
+    """The loss of each image [B], of logits [B, C] and labels [B]; `share` of the own label, the
+    rest the neighbour's.
 
-    ce: cross-entropy with the mixed target; as it is linear in that, each label's own is computed, and mixed. bce: the
-    mean over the classes of softplus(x) - t * x ("ResNet strikes back", Wightman et al. 2021), with the mixed target t,
-    before mixing 1 - s + s / C at the label and s / C elsewhere with label smoothing s; with a `threshold`, t becomes 1
-    where it is above, else 0 (timm's `--bce-target-thresh`: 0.2 in its recipes).
+    ce: cross-entropy with the mixed target; as it is linear in that, each label's own is computed,
+    and mixed. bce: the mean over the classes of softplus(x) - t * x ("ResNet strikes back",
+    Wightman et al. 2021), with the mixed target t, before mixing 1 - s + s / C at the label and s /
+    C elsewhere with label smoothing s; with a `threshold`, t becomes 1 where it is above, else 0
+    (timm's `--bce-target-thresh`: 0.2 in its recipes).
     """
     if loss == "bce":
         others = label_smoothing / logits.shape[1]

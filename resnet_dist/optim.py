@@ -1,4 +1,5 @@
-"""The optimizer: parameter groups by the type of the module; SGD and AdamW of torch, LARS, LAMB and RMSprop of our own.
+"""The optimizer: parameter groups by the type of the module; SGD and AdamW of torch, LARS, LAMB and
+RMSprop of our own.
 
 Ours work on lists of tensors (`torch._foreach_*`), on any device, and never wait for it.
 """
@@ -19,11 +20,12 @@ _EPS = {"sgd": 0.0, "lars": 0.0, "lamb": 1e-6, "rmsprop": 1e-8, "adamw": 1e-8}
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
-    """Three groups with their weight decay: matrices and kernels, norm layers, biases of the other layers.
+    """Three groups with their weight decay: matrices and kernels, norm layers, biases of the other
+    layers.
 
-    What a parameter is follows from the type of its module and its dimension, never from its name (`"bn" in name`
-    misses a norm called `downsample.1`). `adapt` marks the first group, the one that LARS and LAMB adapt.
-    Frozen parameters are in none.
+    What a parameter is follows from the type of its module and its dimension, never from its name
+    (`"bn" in name` misses a norm called `downsample.1`). `adapt` marks the first group, the one
+    that LARS and LAMB adapt. Frozen parameters are in none.
     """
     weights, norms, biases = [], [], []
     for module in model.modules():
@@ -51,7 +53,9 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
 
 
 def split_head(groups: list[dict], model: nn.Module, backbone_lr_scale: float) -> list[dict]:
-    """Each group in two, backbone and head, with the factor on the step's learning rate as `lr_scale`."""
+    """Each group in two, backbone and head, with the factor on the step's learning rate as
+    `lr_scale`.
+    """
     head = {
         parameter for module in head_modules(model).values() for parameter in module.parameters()
     }
@@ -67,17 +71,20 @@ def split_head(groups: list[dict], model: nn.Module, backbone_lr_scale: float) -
 
 
 class GuardedOptimizer(torch.optim.Optimizer):
-    """An update law over lists of tensors, with state from the start and the guard of torch's fused optimizers.
+    """An update law over lists of tensors, with state from the start and the guard of torch's fused
+    optimizers.
 
-    An update for which `found_inf` (a scalar on the device, of train_step or GradScaler) is not zero changes neither
-    weights nor state. A parameter without a gradient is left out. `law(group, weights, gradients, *state)` returns the
-    new weights and state; `initial` names the state tensors of a weight, in that order, with their first values.
+    An update for which `found_inf` (a scalar on the device, of train_step or GradScaler) is not
+    zero changes neither weights nor state. A parameter without a gradient is left out. `law(group,
+    weights, gradients, *state)` returns the new weights and state; `initial` names the state
+    tensors of a weight, in that order, with their first values.
     """
 
     def __init__(
         self, groups: list[dict], law: Callable[..., New], initial: dict[str, float], **settings
     ) -> None:
-        # As torch reads it, "fused" says that found_inf is honoured here, and that `step` lives on the device.
+        # As torch reads it, "fused" says that found_inf is honoured here, and that `step` lives on
+        # the device.
         super().__init__(groups, {"lr": 0.0, "fused": True, **settings})
         self._step_supports_amp_scaling = (
             True  # GradScaler hands found_inf over, and does not wait for it
@@ -111,12 +118,14 @@ class GuardedOptimizer(torch.optim.Optimizer):
 
 
 def lars(group: dict, weights: Tensors, grads: Tensors, momentum_buffer: Tensors) -> New:
-    """LARS with momentum: You et al. 2017, "Large Batch Training of Convolutional Networks", equation 6, algorithm 1.
+    """LARS with momentum: You et al. 2017, "Large Batch Training of Convolutional Networks",
+    equation 6, algorithm 1.
 
-    local = trust_coefficient * |w| / (|g| + weight_decay * |w| + eps), 1 where |w| or |g| is 0, and 1 for norm layers
-    and biases; v <- momentum * v + lr * local * (g + weight_decay * w); w <- w - v. This is MLPerf's reference for
-    ResNet-50 (lars_optimizer.py; its eps is 0, which its TensorFlow 2 version replaces by 1e-7), with the learning rate
-    inside v. timm and NVIDIA's LARC multiply by it outside, which is another update while the learning rate changes.
+    local = trust_coefficient * |w| / (|g| + weight_decay * |w| + eps), 1 where |w| or |g| is 0, and
+    1 for norm layers and biases; v <- momentum * v + lr * local * (g + weight_decay * w); w <- w -
+    v. This is MLPerf's reference for ResNet-50 (lars_optimizer.py; its eps is 0, which its
+    TensorFlow 2 version replaces by 1e-7), with the learning rate inside v. timm and NVIDIA's LARC
+    multiply by it outside, which is another update while the learning rate changes.
     """
     updates = torch._foreach_add(grads, weights, alpha=group["weight_decay"])
     if group["adapt"]:
@@ -136,12 +145,14 @@ def lamb(
     exp_avg_sq: Tensors,
     step: Tensors,
 ) -> New:
-    """LAMB: You et al. 2019, "Large Batch Optimization for Deep Learning", algorithm 2, with bias correction.
+    """LAMB: You et al. 2019, "Large Batch Optimization for Deep Learning", algorithm 2, with bias
+    correction.
 
     m and v are Adam's; u = m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay * w;
-    w <- w - lr * |w| / |u| * u. The ratio is 1 where a norm is 0 and for norm layers and biases (NVIDIA's FusedLAMB and
-    timm leave out what has no weight decay, which is the same in their recipes). It is not clamped: the paper's phi is
-    the identity there too. Those two also clip the gradient's norm at 1: `train.clip_grad_norm 1` does that here.
+    w <- w - lr * |w| / |u| * u. The ratio is 1 where a norm is 0 and for norm layers and biases
+    (NVIDIA's FusedLAMB and timm leave out what has no weight decay, which is the same in their
+    recipes). It is not clamped: the paper's phi is the identity there too. Those two also clip the
+    gradient's norm at 1: `train.clip_grad_norm 1` does that here.
     """
     beta1, beta2 = group["betas"]
     steps = torch._foreach_add(step, 1)
@@ -163,11 +174,13 @@ def lamb(
 def rmsprop(
     group: dict, weights: Tensors, grads: Tensors, square_avg: Tensors, momentum_buffer: Tensors
 ) -> New:
-    """RMSprop (Tieleman and Hinton 2012) as TensorFlow has it, with which Inception v3 and EfficientNet were trained.
+    """RMSprop (Tieleman and Hinton 2012) as TensorFlow has it, with which Inception v3 and
+    EfficientNet were trained.
 
-    g <- g + weight_decay * w; s <- alpha * s + (1 - alpha) * g^2, from s = 1; b <- momentum * b + lr * g /
-    sqrt(s + eps); w <- w - b. torch's differs: s starts at 0 (a first step of lr / sqrt(1 - alpha) for every weight),
-    eps is outside the root (their 1e-3 and 1.0 would mean something else) and lr is outside b.
+    g <- g + weight_decay * w; s <- alpha * s + (1 - alpha) * g^2, from s = 1; b <- momentum * b +
+    lr * g / sqrt(s + eps); w <- w - b. torch's differs: s starts at 0 (a first step of lr / sqrt(1
+    - alpha) for every weight), eps is outside the root (their 1e-3 and 1.0 would mean something
+    else) and lr is outside b.
     """
     grads = torch._foreach_add(grads, weights, alpha=group["weight_decay"])
     squares = torch._foreach_mul(square_avg, group["alpha"])
@@ -192,18 +205,22 @@ def _norms(tensors: Tensors) -> torch.Tensor:
 def _ratios(
     above: torch.Tensor, below: torch.Tensor, also: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, ...]:
-    """above / below for each tensor, 1 where one of the norms is 0: a layer that starts at zero must learn."""
+    """Above / below for each tensor, 1 where one of the norms is 0: a layer that starts at zero
+    must learn.
+    """
     return torch.where(
         (above > 0) & ((below if also is None else also) > 0), above / below, 1.0
     ).unbind()
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """What `config.kind` says, over the groups, fused where torch has that. The step sets the learning rate.
+    """What `config.kind` says, over the groups, fused where torch has that. The step sets the
+    learning rate.
 
-    SGD's momentum buffers are there from the start, as zeros, which gives the same updates as torch's later creation.
-    Torch's fused kernel would create them uninitialised, and a first step that is skipped (a gradient that is not
-    finite) would leave that memory in place. AdamW creates its own as zeros.
+    SGD's momentum buffers are there from the start, as zeros, which gives the same updates as
+    torch's later creation. Torch's fused kernel would create them uninitialised, and a first step
+    that is skipped (a gradient that is not finite) would leave that memory in place. AdamW creates
+    its own as zeros.
     """
     groups, kind = parameter_groups(model, config), config.kind
     fused = next(model.parameters()).device.type in ("cuda", "cpu")

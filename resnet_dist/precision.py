@@ -1,4 +1,6 @@
-"""The arithmetic of the forward and backward pass: what `train.precision` means on the hardware at hand."""
+"""The arithmetic of the forward and backward pass: what `train.precision` means on the hardware at
+hand.
+"""
 
 import contextlib
 from pathlib import Path
@@ -14,8 +16,8 @@ _CPU_FLAGS_OF_FAST_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 def resolve_precision(setting: str, device: torch.device) -> str:
     """The precision that `setting` stands for on `device`: "fp32", "bf16" or "fp16".
 
-    `auto` is the fastest precision that the hardware computes natively: bf16 where it has it, else fp16 on a GPU and
-    fp32 on a CPU.
+    `auto` is the fastest precision that the hardware computes natively: bf16 where it has it, else
+    fp16 on a GPU and fp32 on a CPU.
     """
     if setting != "auto":
         return setting
@@ -25,14 +27,18 @@ def resolve_precision(setting: str, device: torch.device) -> str:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether `device` has instructions for bf16. Without them PyTorch emulates it, several times slower than fp32."""
+    """Whether `device` has instructions for bf16. Without them PyTorch emulates it, several times
+    slower than fp32.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return not _CPU_FLAGS_OF_FAST_BF16.isdisjoint(cpu_flags())
 
 
 def cpu_flags() -> set[str]:
-    """The instruction sets of this machine's CPU, by Linux's names; empty where /proc/cpuinfo cannot be read."""
+    """The instruction sets of this machine's CPU, by Linux's names; empty where /proc/cpuinfo
+    cannot be read.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,6 @@
-"""What is worth a warning at the start of a run, and no error: settings without effect, or far from their recipe."""
+"""What is worth a warning at the start of a run, and no error: settings without effect, or far from
+their recipe.
+"""
 
 from operator import attrgetter
 
@@ -23,7 +25,9 @@ _READS = {  # a choice, and the keys beside it that each of its kinds reads
 
 
 def remarks(config: Config, device: str) -> list[str]:
-    """Sentences about settings that have no effect as the others are, or a bad one, on `device` ("cuda", "cpu")."""
+    """Sentences about settings that have no effect as the others are, or a bad one, on `device`
+    ("cuda", "cpu").
+    """
     schedule, plain, found = config.schedule, Config(), []
     for choice, kinds in _READS.items():
         kind, section = attrgetter(choice)(config), attrgetter(choice.split(".")[0])
@@ -84,7 +88,9 @@ def remarks(config: Config, device: str) -> list[str]:
 
 
 def far_from_recipe(config: Config, world_size: int) -> list[str]:
-    """Sentences about a batch, ranks, or images that a norm layer sees at once, over 4 times off the recipe's."""
+    """Sentences about a batch, ranks, or images that a norm layer sees at once, over 4 times off
+    the recipe's.
+    """
     recipe, batch, found = config.recipe, config.train.global_batch_size, []
     ranks = recipe.world_size or world_size
     seen, meant = (

@@ -1,8 +1,9 @@
-"""Random numbers as pure functions of what they are for: nothing here has a state that could be lost.
+"""Random numbers as pure functions of what they are for: nothing here has a state that could be
+lost.
 
-`uniform` is the counter-based generator Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as
-1, 2, 3"), written over numpy arrays: the numbers of one sample cost no generator object and depend neither on the
-other samples of the batch nor on the version of numpy.
+`uniform` is the counter-based generator Philox4x32-10 (Salmon et al. 2011, "Parallel random
+numbers: as easy as 1, 2, 3"), written over numpy arrays: the numbers of one sample cost no
+generator object and depend neither on the other samples of the batch nor on the version of numpy.
 """
 
 import hashlib
@@ -24,7 +25,9 @@ def derive_seed(seed: int, purpose: str, *numbers: int) -> int:
 
 
 def philox4x32(counter: np.ndarray, key: int) -> np.ndarray:
-    """Ten rounds of Philox4x32 on `counter` ([n, 4], each below 2**32) with a 64-bit `key`; [n, 4] of uint64."""
+    """Ten rounds of Philox4x32 on `counter` ([n, 4], each below 2**32) with a 64-bit `key`; [n, 4]
+    of uint64.
+    """
     c0, c1, c2, c3 = (counter[:, i].astype(np.uint64) for i in range(4))
     k0, k1 = key & 0xFFFFFFFF, key >> 32
     for _ in range(10):
@@ -40,7 +43,8 @@ def philox4x32(counter: np.ndarray, key: int) -> np.ndarray:
 
 
 def draw(epoch: int, repetition: np.ndarray) -> np.ndarray:
-    """What takes the place of the epoch in `uniform` where an epoch shows a sample several times; int64 [n].
+    """What takes the place of the epoch in `uniform` where an epoch shows a sample several times;
+    int64 [n].
 
     `repetition` [n] counts from 0, below 256; the first time is the epoch itself.
     """
@@ -50,10 +54,11 @@ def draw(epoch: int, repetition: np.ndarray) -> np.ndarray:
 def uniform(
     seed: int, purpose: str, epoch: int | np.ndarray, indices: np.ndarray, count: int
 ) -> np.ndarray:
-    """`count` numbers in [0, 1) for each sample: float64 [len(indices), count], of 53 random bits each.
+    """`count` numbers in [0, 1) for each sample: float64 [len(indices), count], of 53 random bits
+    each.
 
-    `epoch` is one for all samples, or one for each ([len(indices)], see `draw`). A row depends on (seed, purpose,
-    epoch, index) alone; its first numbers do not depend on `count`.
+    `epoch` is one for all samples, or one for each ([len(indices)], see `draw`). A row depends on
+    (seed, purpose, epoch, index) alone; its first numbers do not depend on `count`.
     """
     indices = np.asarray(indices, dtype=np.uint64)
     blocks = (count + 1) // 2  # a block of 128 bits makes two numbers

@@ -1,4 +1,6 @@
-"""The composition root: from the config to the objects to a trained network. The only place that sees all of it."""
+"""The composition root: from the config to the objects to a trained network. The only place that
+sees all of it.
+"""
 
 import functools
 import json
@@ -40,9 +42,11 @@ from resnet_dist.watchdog import LOST
 def check_layout(
     global_batch_size: int, world_size: int, grad_accum_steps: int, pairs: bool = False
 ) -> int:
-    """The local batch size; ValueError with the nearest layouts when the global batch does not divide.
+    """The local batch size; ValueError with the nearest layouts when the global batch does not
+    divide.
 
-    `pairs`: whether mixup or CutMix mixes pairs of images, neither of them with an image of another rank.
+    `pairs`: whether mixup or CutMix mixes pairs of images, neither of them with an image of another
+    rank.
     """
     share = world_size * grad_accum_steps
     if global_batch_size % share == 0:
@@ -134,8 +138,9 @@ def build_state(config: Config, num_classes: int, device: torch.device) -> Train
 def load_network(
     saved: dict, config: Config, device: torch.device, raw: bool = False
 ) -> tuple[nn.Module, str]:
-    """The network of a checkpoint in eval mode, and which weights it has: "ema" where there are averaged ones and not
-    `raw`, else "model". Raises ValueError in one of several processes."""
+    """The network of a checkpoint in eval mode, and which weights it has: "ema" where there are
+    averaged ones and not `raw`, else "model". Raises ValueError in one of several processes.
+    """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError("this is the work of one process: start it without torchrun")
     model = build_state(config, len(saved["class_names"]), device).model
@@ -145,7 +150,9 @@ def load_network(
 
 
 def wrap_ddp(model: nn.Module, device: torch.device) -> nn.parallel.DistributedDataParallel:
-    """DistributedDataParallel whose buffers stay with their rank: SyncBatchNorm keeps them equal by itself."""
+    """DistributedDataParallel whose buffers stay with their rank: SyncBatchNorm keeps them equal by
+    itself.
+    """
     with warnings.catch_warnings():  # newer torch wants another name, which older torch lacks
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         return nn.parallel.DistributedDataParallel(
@@ -159,8 +166,9 @@ def wrap_ddp(model: nn.Module, device: torch.device) -> nn.parallel.DistributedD
 def restore(state: TrainState, config: Config, saver: Saver, runtime: Runtime, log: Log) -> str:
     """Fill the state from the first that there is; says which, in a few words.
 
-    The newest valid checkpoint of output_dir, checkpoint.resume, checkpoint.init_from (weights only), or nothing. Only
-    the main process reads the file, the others get its bytes. Raises ValueError on every rank when it does not fit.
+    The newest valid checkpoint of output_dir, checkpoint.resume, checkpoint.init_from (weights
+    only), or nothing. Only the main process reads the file, the others get its bytes. Raises
+    ValueError on every rank when it does not fit.
     """
     section = config.checkpoint
     own = runtime.on_main(lambda: checkpoint.newest_valid(checkpoint_folder(config), log.warn))
@@ -191,7 +199,9 @@ def restore(state: TrainState, config: Config, saver: Saver, runtime: Runtime, l
 def init_from(
     path: str, state: TrainState, config: Config, saver: Saver, runtime: Runtime, log: Log
 ) -> str:
-    """Take the weights of a file or of torchvision, and show a table, which is whole in init_from.txt; as `restore`."""
+    """Take the weights of a file or of torchvision, and show a table, which is whole in
+    init_from.txt; as `restore`.
+    """
     read = weights.download if path.startswith("torchvision:") else checkpoint.read_checkpoint
     content = weights.unpack(runtime.bytes_from_main(lambda: read(path)), path)
     checkpoint.refuse_newer(content, path)
@@ -225,7 +235,9 @@ def checkpoint_folder(config: Config) -> Path:
 
 
 def resume_command(runtime: Runtime) -> str:
-    """The command that started this run, which is the one that resumes it, with programs that the shell finds."""
+    """The command that started this run, which is the one that resumes it, with programs that the
+    shell finds.
+    """
 
     def program(name: str) -> str:
         own = os.path.join(os.path.dirname(sys.executable), name)
@@ -311,7 +323,9 @@ def save_replay(
     plan: engine.Plan,
     runtime: Runtime,
 ) -> None:
-    """Write nonfinite.json: the steps (from 0), their lr, and for each rank its micro-batches, as rows and files."""
+    """Write nonfinite.json: the steps (from 0), their lr, and for each rank its micro-batches, as
+    rows and files.
+    """
     steps, shares, index = (
         range(updates[0] - 1, updates[1]),
         [[]] * runtime.world_size,
@@ -339,9 +353,11 @@ def save_replay(
 def train(
     config: Config, runtime: Runtime, goes_on: Callable[[int], bool] = lambda signal: False
 ) -> int:
-    """Train, and tell the log how it ended. Returns 0, 128 + signal after a checkpoint, or as `explain`.
+    """Train, and tell the log how it ended. Returns 0, 128 + signal after a checkpoint, or as
+    `explain`.
 
-    After a signal and its checkpoint, `goes_on(signal)` is asked in the main process whether all train on instead.
+    After a signal and its checkpoint, `goes_on(signal)` is asked in the main process whether all
+    train on instead.
     """
     log = build_log(config.log, config.output_dir, runtime.is_main, to_dict(config))
     for remark in remarks(config, runtime.device.type) + far_from_recipe(
@@ -438,7 +454,9 @@ def compose(config: Config, runtime: Runtime, log: Log, goes_on: Callable[[int],
 
 
 def main(config: Config, body: Callable[[Config, Runtime], int] = train) -> int:
-    """Join the other ranks, do `body(config, runtime)`, leave. Returns the exit code: the body's, or `explain`'s."""
+    """Join the other ranks, do `body(config, runtime)`, leave. Returns the exit code: the body's,
+    or `explain`'s.
+    """
     try:
         runtime = distributed.start(
             config.distributed.device, config.distributed.timeout_s, config.distributed.threads
@@ -458,7 +476,9 @@ def main(config: Config, body: Callable[[Config, Runtime], int] = train) -> int:
 
 
 def explain(problem: Exception, runtime: Runtime) -> int:
-    """Say what ended this rank: in a sentence (2) if the user can mend it, else with a traceback (1), or another's."""
+    """Say what ended this rank: in a sentence (2) if the user can mend it, else with a traceback
+    (1), or another's.
+    """
     watchdog, text = runtime.watchdog, ""
     if isinstance(problem, (ValueError, FloatingPointError)):
         error = watchdog.own(str(problem), 2)

@@ -1,7 +1,9 @@
-"""The learning rate as a function of the step, and durations in epochs as steps. Pure functions of numbers.
+"""The learning rate as a function of the step, and durations in epochs as steps. Pure functions of
+numbers.
 
-The laws are torch's `LinearLR` or `ConstantLR`, then `CosineAnnealingLR`, `MultiStepLR`, `PolynomialLR` or `StepLR`, in
-closed form: the learning rate of a step does not depend on the steps before it, so a resumed run needs no state of it.
+The laws are torch's `LinearLR` or `ConstantLR`, then `CosineAnnealingLR`, `MultiStepLR`,
+`PolynomialLR` or `StepLR`, in closed form: the learning rate of a step does not depend on the steps
+before it, so a resumed run needs no state of it.
 """
 
 import math
@@ -17,7 +19,9 @@ def epochs_to_steps(epochs: float, steps_per_epoch: int) -> int:
 
 
 def peak_lr(base_lr: float, base_batch_size: int, global_batch_size: int) -> float:
-    """Linear scaling of the learning rate (Goyal et al. 2017, section 2.1); `base_batch_size` 0 leaves `base_lr`."""
+    """Linear scaling of the learning rate (Goyal et al. 2017, section 2.1); `base_batch_size` 0
+    leaves `base_lr`.
+    """
     return base_lr * global_batch_size / base_batch_size if base_batch_size else base_lr
 
 
@@ -40,11 +44,12 @@ class Schedule:
     def lr(self, step: int) -> float:
         """Learning rate of the update number `step`, counted from 0.
 
-        Warm-up rises from peak * warmup_start_factor at step 0 to the peak at step `warmup_steps`, or stays at the
-        former until then (Goyal et al. 2017, section 2.2). The cosine (SGDR, Loshchilov and Hutter 2017,
-        equation 5, without restarts) and the polynomial (power 2 in MLPerf's LARS reference) reach `final_lr` at
-        `total_steps`, one step after the last update. Milestones and the exponential's decays count from the start of
-        the run, warm-up included (Goyal et al. 2017; TensorFlow's code of Inception v3 and of EfficientNet).
+        Warm-up rises from peak * warmup_start_factor at step 0 to the peak at step `warmup_steps`,
+        or stays at the former until then (Goyal et al. 2017, section 2.2). The cosine (SGDR,
+        Loshchilov and Hutter 2017, equation 5, without restarts) and the polynomial (power 2 in
+        MLPerf's LARS reference) reach `final_lr` at `total_steps`, one step after the last update.
+        Milestones and the exponential's decays count from the start of the run, warm-up included
+        (Goyal et al. 2017; TensorFlow's code of Inception v3 and of EfficientNet).
         """
         if step < self.warmup_steps:
             start = self.warmup_start_factor

@@ -1,7 +1,7 @@
 """Throughput and the share of time that training waits for data, from the host's clock alone.
 
-Nothing here waits for the device. The host runs ahead of it by some steps, so a figure is exact when it is taken where
-the loop waits for the device anyway: at a log line.
+Nothing here waits for the device. The host runs ahead of it by some steps, so a figure is exact
+when it is taken where the loop waits for the device anyway: at a log line.
 """
 
 import contextlib
@@ -10,7 +10,9 @@ from collections.abc import Iterator
 
 
 class Clock:
-    """Adds up the time since the last `take`: all of it, what went on waiting for data, and what does not count."""
+    """Adds up the time since the last `take`: all of it, what went on waiting for data, and what
+    does not count.
+    """
 
     def __init__(self) -> None:
         self._reset()
@@ -25,7 +27,9 @@ class Clock:
         return self._added_to("waited")
 
     def excluded(self) -> contextlib.AbstractContextManager:
-        """Around what is not training, such as an evaluation or a checkpoint: it slows no figure down."""
+        """Around what is not training, such as an evaluation or a checkpoint: it slows no figure
+        down.
+        """
         return self._added_to("left_out")
 
     @contextlib.contextmanager
@@ -44,8 +48,8 @@ class Clock:
     def take(self) -> dict[str, float]:
         """The figures since the last call, which begins the next window.
 
-        images_per_second (of all ranks, if `step` was told so), data_wait_fraction (0 to 1), step_seconds; all of them
-        0 where there was no step.
+        images_per_second (of all ranks, if `step` was told so), data_wait_fraction (0 to 1),
+        step_seconds; all of them 0 where there was no step.
         """
         seconds = time.perf_counter() - self.started - self.left_out
         images, steps, waited = self.images, self.steps, self.waited

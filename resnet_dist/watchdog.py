@@ -1,7 +1,9 @@
-"""Why a rank waits: the positions of all ranks in the launcher's store, and the end of a wait that leads nowhere.
+"""Why a rank waits: the positions of all ranks in the launcher's store, and the end of a wait that
+leads nowhere.
 
-A thread writes down, about once a second, where its rank is: step, phase, what its main thread is executing. So the
-others can name a rank that is stopped, stuck or gone, with its last stack, on any machine, without a collective.
+A thread writes down, about once a second, where its rank is: step, phase, what its main thread is
+executing. So the others can name a rank that is stopped, stuck or gone, with its last stack, on any
+machine, without a collective.
 """
 
 import contextlib
@@ -20,17 +22,19 @@ _GRACE_SECONDS = (
     5.0  # that a rank has to end by itself once another has failed; 30 s when the store is gone
 )
 LOST = 75
-"""Exit code (EX_TEMPFAIL) where another rank was lost or is stuck: the same command again goes on."""
+"""Exit code (EX_TEMPFAIL) where another rank was lost or is stuck: the same command again goes on.
+"""
 _GONE = "the process that kept the ranks' store (rank 0, or torchrun) is gone"
 
 
 class Watchdog:
-    """One rank's position, and its view of the others'. `beat` marks progress, equally often on every rank.
+    """One rank's position, and its view of the others'. `beat` marks progress, equally often on
+    every rank.
 
-    A rank that has not moved on for 0.85 `timeout_s` ends its process with code LOST if another is behind it, or has
-    been silent for a third of that. Where nobody is, all do the same (compile, wait for the storage) and it does
-    nothing. An error that another rank has published ends it with that one's code. When the store is gone, it sends
-    itself SIGTERM: save and leave.
+    A rank that has not moved on for 0.85 `timeout_s` ends its process with code LOST if another is
+    behind it, or has been silent for a third of that. Where nobody is, all do the same (compile,
+    wait for the storage) and it does nothing. An error that another rank has published ends it with
+    that one's code. When the store is gone, it sends itself SIGTERM: save and leave.
     """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, timeout_s: float) -> None:
@@ -59,7 +63,9 @@ class Watchdog:
         )
 
     def blame(self, cause: Exception) -> dict:
-        """The error for which a collective failed with `cause`: another rank's, or who is gone. Takes seconds."""
+        """The error for which a collective failed with `cause`: another rank's, or who is gone.
+        Takes seconds.
+        """
         self.curious, deadline = True, time.monotonic() + 2 + 3 * self.interval
         while not self.error and not self.lost and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -76,7 +82,9 @@ class Watchdog:
         return {"rank": self.rank, "host": self.host, "code": code, "headline": headline}
 
     def fail(self, error: dict, text: str = "") -> int:
-        """Publish `error`, print it (or `text`) unless this machine knows it already, and part; returns its code."""
+        """Publish `error`, print it (or `text`) unless this machine knows it already, and part;
+        returns its code.
+        """
         text, new = text or error["headline"], True
         if error["rank"] != self.rank:
             text, new = (
@@ -93,7 +101,9 @@ class Watchdog:
         return error["code"]
 
     def part(self, seconds: float) -> None:
-        """Watch no longer; rank 0, which may keep the store, stays up to `seconds` until all have come here."""
+        """Watch no longer; rank 0, which may keep the store, stays up to `seconds` until all have
+        come here.
+        """
         self.ended.set()
         with contextlib.suppress(RuntimeError):
             deadline, here = time.monotonic() + seconds, self.store.add("parted", 1)
@@ -180,7 +190,9 @@ class Watchdog:
                 os._exit(verdict["code"])
 
     def _behind(self, since: float) -> str:
-        """All that is known of the other ranks that have been silent `since` then, or are not as far as this one."""
+        """All that is known of the other ranks that have been silent `since` then, or are not as
+        far as this one.
+        """
         found = []
         for rank, (heard, beat) in sorted(self.beats.items()):
             if rank != self.rank and (heard <= since or beat["count"] < self.count):

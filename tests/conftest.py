@@ -1,4 +1,6 @@
-"""Import what is slow once, so that forked ranks have it, and keep the parent free of threads that forks would lose."""
+"""Import what is slow once, so that forked ranks have it, and keep the parent free of threads that
+forks would lose.
+"""
 
 import os
 

@@ -1,7 +1,8 @@
 """Run a function on several ranks, each a forked process on this machine that talks gloo.
 
-Forking starts in milliseconds where torchrun needs seconds to import torch again. It is safe as long as the parent has
-run no parallel region before: OpenMP's threads do not survive a fork. `tests/conftest.py` keeps it at one thread.
+Forking starts in milliseconds where torchrun needs seconds to import torch again. It is safe as
+long as the parent has run no parallel region before: OpenMP's threads do not survive a fork.
+`tests/conftest.py` keeps it at one thread.
 """
 
 import contextlib
@@ -23,10 +24,11 @@ TIMEOUT_SECONDS = 180
 
 
 def run_ranks(fn, world_size: int, *args) -> list:
-    """Call `fn(rank, world_size, *args)` on `world_size` ranks and return what each returned, in order of rank.
+    """Call `fn(rank, world_size, *args)` on `world_size` ranks and return what each returned, in
+    order of rank.
 
-    The results are pickled: return numpy arrays and plain values, not tensors. Raises RuntimeError with the traceback
-    of the first rank that fails, and when it takes longer than TIMEOUT_SECONDS.
+    The results are pickled: return numpy arrays and plain values, not tensors. Raises RuntimeError
+    with the traceback of the first rank that fails, and when it takes longer than TIMEOUT_SECONDS.
     """
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
@@ -42,7 +44,8 @@ def run_ranks(fn, world_size: int, *args) -> list:
             return _collect([receiver for _, receiver in ranks])
         finally:
             for process, receiver in ranks:
-                # After an answer a rank only has to exit; one that waits for a failed peer has to be ended.
+                # After an answer a rank only has to exit; one that waits for a failed peer has to
+                # be ended.
                 process.join(5 if sys.exc_info()[0] is None else 0)
                 if process.is_alive():
                     process.kill()
@@ -91,10 +94,12 @@ def _child(sender, fn, rank: int, world_size: int, store_path: str, args: tuple)
 
 
 def start_app(world_size: int, arguments: list[str], output: str, entry=None) -> list:
-    """Fork `world_size` processes that run the command line as torchrun would start it; returns the processes.
+    """Fork `world_size` processes that run the command line as torchrun would start it; returns the
+    processes.
 
-    `arguments` begin with the command ("train", ...). What they print is appended to the file `output`. `entry` may
-    take the place of `resnet_dist.cli.main` (to run it with something changed).
+    `arguments` begin with the command ("train", ...). What they print is appended to the file
+    `output`. `entry` may take the place of `resnet_dist.cli.main` (to run it with something
+    changed).
     """
     context = multiprocessing.get_context("fork")
     port = free_port()
@@ -117,7 +122,9 @@ def run_app(
 
 
 def wait_app(processes: list, timeout: float = TIMEOUT_SECONDS) -> list[int]:
-    """The exit codes (negative: killed by that signal). Ends processes that take longer than `timeout` seconds."""
+    """The exit codes (negative: killed by that signal). Ends processes that take longer than
+    `timeout` seconds.
+    """
     deadline = time.monotonic() + timeout
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
@@ -132,8 +139,10 @@ def wait_app(processes: list, timeout: float = TIMEOUT_SECONDS) -> list[int]:
 
 
 def wait_for_step(output_dir, step, processes, saved=-1):
-    """Until the run in `output_dir` has logged `step` and has a checkpoint of step `saved` or a later one; none of the
-    `processes` may end before. What is to be killed then should be slowed down from there on: see `slow_from`."""
+    """Until the run in `output_dir` has logged `step` and has a checkpoint of step `saved` or a
+    later one; none of the `processes` may end before. What is to be killed then should be slowed
+    down from there on: see `slow_from`.
+    """
     path, deadline = output_dir / "metrics.jsonl", time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < deadline:
         assert all(process.is_alive() for process in processes), (
@@ -160,8 +169,9 @@ def saved_steps(output_dir):
 
 
 def slow_from(step, entry=None):
-    """The command line's main (or `entry`) whose updates take 0.4 s longer from that step on, so that whoever waits for
-    it finds the run under way, however busy the machine is."""
+    """The command line's main (or `entry`) whose updates take 0.4 s longer from that step on, so
+    that whoever waits for it finds the run under way, however busy the machine is.
+    """
 
     def slowed(arguments):
         from resnet_dist import cli, engine
@@ -179,7 +189,9 @@ def slow_from(step, entry=None):
 
 
 def in_double(entry):
-    """`entry` in double precision, where it says fp32: what differs by rounding alone then hardly differs at all."""
+    """`entry` in double precision, where it says fp32: what differs by rounding alone then hardly
+    differs at all.
+    """
 
     def doubled(arguments):
         from resnet_dist import engine, run
@@ -224,8 +236,10 @@ def record_batches(folder):
 
 
 def by_step(folder):
-    """For each step the learning rate and its samples (row, label, sum of the crop's pixels), over all ranks. What a
-    killed attempt had read of a step and the next one read again must be the same."""
+    """For each step the learning rate and its samples (row, label, sum of the crop's pixels), over
+    all ranks. What a killed attempt had read of a step and the next one read again must be the
+    same.
+    """
     steps = {}
     for path in sorted(folder.glob("batches_*.jsonl")):
         for line in path.read_text().splitlines():
@@ -237,8 +251,10 @@ def by_step(folder):
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on just now, and below those that the kernel gives to whoever asks for any (and
-    those of tests/slurm): it stays free until it is used, and a rank that calls there too early finds nobody."""
+    """A TCP port that nobody listens on just now, and below those that the kernel gives to whoever
+    asks for any (and those of tests/slurm): it stays free until it is used, and a rank that calls
+    there too early finds nobody.
+    """
     while True:
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.bind(("127.0.0.1", random.SystemRandom().randrange(10000, 16000)))
@@ -246,7 +262,9 @@ def free_port() -> int:
 
 
 def _app(rank: int, world_size: int, port: int, arguments: list[str], output: str, entry) -> None:
-    """One rank of the application in a forked process, with the environment that torchrun would give it."""
+    """One rank of the application in a forked process, with the environment that torchrun would
+    give it.
+    """
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -36,7 +36,9 @@ class OneProcess:
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
-    """A smooth colour picture with some texture, so that wrong geometry shows and JPEG stays near it."""
+    """A smooth colour picture with some texture, so that wrong geometry shows and JPEG stays near
+    it.
+    """
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(
         rng.integers(0, 256, (height // 16 + 2, width // 16 + 2, 3), dtype=np.uint8)
@@ -65,7 +67,8 @@ def write_split(folder: str, files: list[bytes], classes: int = 3, split: str = 
 
 
 def pack_shards(index, folder, order, shards: int, flat: bool = False, ids: bool = True):
-    """The images of an index in tar shards under `folder`, dealt out in runs of the rows' `order`; returns `folder`.
+    """The images of an index in tar shards under `folder`, dealt out in runs of the rows' `order`;
+    returns `folder`.
 
     flat: as webdataset does it, without class folders; ids: with the class ids in .cls members.
     """
@@ -94,7 +97,9 @@ def _add_member(tar, name: str, data: bytes) -> None:
 
 
 def simulated_index(path, n: int) -> str:
-    """An index file of `n` images in a shard, all of it zeros: a sparse file, which takes no place on the disk."""
+    """An index file of `n` images in a shard, all of it zeros: a sparse file, which takes no place
+    on the disk.
+    """
     facts = {"classes": ["a"], "shards": ["shard.tar"], "stamps": [], "fingerprint": "none"}
     header = encode_header(n, 16 * n, facts)
     with open(path, "wb") as file:

@@ -1,4 +1,6 @@
-"""Policies, jitter, lighting, erasing: torchvision's laws, and functions of the sample and nothing else."""
+"""Policies, jitter, lighting, erasing: torchvision's laws, and functions of the sample and nothing
+else.
+"""
 
 import math
 
@@ -48,7 +50,9 @@ def whole(pixels):
 
 
 def ours(config, rows=ROWS):
-    """The same of our plan: parameters as torchvision's magnitudes, the identity of what is left out dropped."""
+    """The same of our plan: parameters as torchvision's magnitudes, the identity of what is left
+    out dropped.
+    """
     plan = augment.plan(config, 0, 0, rows, SIDE)
     images = []
     for ops, params in zip(plan.ops.tolist(), plan.params.tolist(), strict=True):

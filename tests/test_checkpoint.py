@@ -147,7 +147,9 @@ def test_nothing_valid_is_an_error_and_nothing_at_all_is_not(tmp_path):
 
 
 def test_a_bit_flipped_anywhere_is_found(tmp_path):
-    """In every part of the file and of its digest: headers, tensors, padding, the archive's list, the last byte."""
+    """In every part of the file and of its digest: headers, tensors, padding, the archive's list,
+    the last byte.
+    """
     save_steps(tmp_path, (1, 2))
     path, digest = tmp_path / "step_00000002.pt", tmp_path / "step_00000002.pt.sha256"
     whole, digits = path.read_bytes(), digest.read_bytes()
@@ -209,7 +211,9 @@ def test_damaged_ones_are_set_aside_and_never_crowd_out_the_good(tmp_path):
 
 
 def test_saving_over_a_damaged_file_does_not_bless_it(tmp_path, monkeypatch):
-    """A kill between the new digest and the rename leaves the damaged file with digests that are not its own."""
+    """A kill between the new digest and the rename leaves the damaged file with digests that are
+    not its own.
+    """
     save_steps(tmp_path, (1, 2))
     (tmp_path / "step_00000002.pt").write_bytes(b"damaged")
     real = os.replace
@@ -228,7 +232,9 @@ def test_saving_over_a_damaged_file_does_not_bless_it(tmp_path, monkeypatch):
 
 
 def test_the_optimizers_settings_are_the_present_ones():
-    """Of the file come the momentum buffers; learning rate, decay and momentum are the config's that is run."""
+    """Of the file come the momentum buffers; learning rate, decay and momentum are the config's
+    that is run.
+    """
     torch.manual_seed(0)
     model = nn.Linear(2, 2)
     plain, ours = (OptimConfig(momentum=m, weight_decay=w) for m, w in ((0.9, 1e-4), (0.8, 5e-4)))
@@ -260,7 +266,9 @@ def test_half_written_files_do_not_count(tmp_path):
 
 @pytest.mark.parametrize("stop_after", ["first digest", "rename"])
 def test_a_kill_between_the_renames_leaves_a_valid_file(tmp_path, monkeypatch, stop_after):
-    """Saving a step again replaces file and digest one after the other; at every moment the pair is valid."""
+    """Saving a step again replaces file and digest one after the other; at every moment the pair is
+    valid.
+    """
     save_steps(tmp_path, (1,))
     real, calls = os.replace, []
 
@@ -335,7 +343,9 @@ def test_a_folder_that_vanishes_is_made_again(tmp_path):
 def test_a_folder_that_vanishes_while_it_is_written_is_made_again(
     tmp_path, monkeypatch, rename, newer_attempt
 ):
-    """Before each of the renames: digest, file, digest. A newer attempt's folder in its place stays as it is."""
+    """Before each of the renames: digest, file, digest. A newer attempt's folder in its place stays
+    as it is.
+    """
     folder, real, calls = tmp_path / "checkpoints", os.replace, []
     saver, warnings = save_steps(folder, (1,))
     saver.claim()
@@ -440,7 +450,9 @@ def test_what_may_change_between_attempts():
 
 
 def test_a_folder_that_is_gone_is_no_new_run(tmp_path):
-    """An old run's metrics without its checkpoint folder are an error; a run killed before its first save is none."""
+    """An old run's metrics without its checkpoint folder are an error; a run killed before its
+    first save is none.
+    """
     folder = tmp_path / "checkpoints"
     checkpoint.refuse_lost(folder)
     (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n')

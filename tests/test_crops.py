@@ -115,7 +115,9 @@ def test_repetitions_of_a_sample_are_cut_differently():
 
 
 def test_scale_jitter_is_resize_and_random_crop():
-    """The shorter side uniform in the range, both ends included, the other one in proportion; the square anywhere."""
+    """The shorter side uniform in the range, both ends included, the other one in proportion; the
+    square anywhere.
+    """
     n, config = 20_000, DataConfig(train_crop="scale_jitter", scale_jitter=(256, 264))
     heights, widths = np.full(n, 300), np.full(n, 450)
     geometry = crops.train_geometry(1, 0, np.arange(n), heights, widths, 224, config)
@@ -134,7 +136,9 @@ def test_scale_jitter_is_resize_and_random_crop():
 
 
 def test_pad_and_crop_is_torchvisions_random_crop():
-    """Every one of the 9 x 9 places of RandomCrop(32, padding=4), about equally often, with the same pixels."""
+    """Every one of the 9 x 9 places of RandomCrop(32, padding=4), about equally often, with the
+    same pixels.
+    """
     n = 20_000
     sides = np.full(n, 32)
     (view,) = crops.train_geometry(
@@ -169,7 +173,9 @@ def test_progressive_side():
 
 
 def test_ten_crops_and_scales_are_torchvisions():
-    """Corners and centre of TenCrop (its other five are mirror images, see engine.evaluate); squares of each scale."""
+    """Corners and centre of TenCrop (its other five are mirror images, see engine.evaluate);
+    squares of each scale.
+    """
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (40, 61, 3), dtype=np.uint8))
     sides = np.array([40]), np.array([61])
     views = crops.val_geometry(

@@ -90,7 +90,9 @@ def decode(files: list[bytes], windows) -> list[np.ndarray]:
 
 
 def test_decoded_windows_are_pillows_pixels():
-    """Also for CMYK, grayscale, palette and alpha; EXIF rotation is not applied, as PIL does not apply it."""
+    """Also for CMYK, grayscale, palette and alpha; EXIF rotation is not applied, as PIL does not
+    apply it.
+    """
     rng = np.random.default_rng(0)
     files = [form(picture(61, 94, seed)) for seed, form in enumerate(FORMS.values())] * 4
     corners = [(rng.integers(0, 60), rng.integers(0, 93)) for _ in files]
@@ -104,7 +106,8 @@ def test_decoded_windows_are_pillows_pixels():
     ("resize_size", "crop_size"), [(256, 224), (232, 224), (64, 64), (48, 64), (20, 33)]
 )
 def test_evaluation_pixels_are_torchvisions(tmp_path, resize_size, crop_size):
-    """Through the whole loader, the very pixels of Resize + CenterCrop on PIL images; odd sizes, ratios and forms.
+    """Through the whole loader, the very pixels of Resize + CenterCrop on PIL images; odd sizes,
+    ratios and forms.
 
     A shorter side that is resized to less than the crop is padded with black, as torchvision does.
     """
@@ -153,10 +156,11 @@ def test_training_cut_is_pillows():
 
 
 def test_graph_that_finishes_has_the_same_geometry():
-    """The second half of the GPU form, run on the CPU: within 1/255 of Pillow, so nothing is shifted.
+    """The second half of the GPU form, run on the CPU: within 1/255 of Pillow, so nothing is
+    shifted.
 
-    Except at the image's very edge, where DALI's filter repeats the last pixel and Pillow's leaves out what is missing:
-    in evaluation the central crop takes that away.
+    Except at the image's very edge, where DALI's filter repeats the last pixel and Pillow's leaves
+    out what is missing: in evaluation the central crop takes that away.
     """
     files = [encode(picture(*size, seed)) for seed, size in enumerate(SIZES)]
     heights, widths = np.array([image_size(data) for data in files]).T
@@ -203,7 +207,9 @@ def test_graph_that_finishes_has_the_same_geometry():
 
 
 def protobuf_fields(data: bytes):
-    """(number, value) of each field of a protocol buffer message; enough of the format to read a graph without DALI."""
+    """(number, value) of each field of a protocol buffer message; enough of the format to read a
+    graph without DALI.
+    """
 
     def varint():
         nonlocal position
@@ -242,7 +248,9 @@ def placement(pipeline) -> dict[str, set]:
 
 @pytest.mark.parametrize("slots", [0, 1])
 def test_gpu_form_places_what_touches_pixels_on_the_gpu(slots):
-    """Defined and serialized without a GPU: DALI checks operators, arguments and devices on the way."""
+    """Defined and serialized without a GPU: DALI checks operators, arguments and devices on the
+    way.
+    """
     pipeline = build_pipeline(
         local_batch_size=8, threads=4, device_id=None, decode="mixed", views=1, slots=slots
     )
@@ -313,7 +321,9 @@ def plan_of(cases, side):
 
 
 def torchvisions(image: torch.Tensor, name: str, value: float) -> torch.Tensor:
-    """The operation of the same name: tensors' for geometry and hue, which has 256 values in Pillow; else Pillow's."""
+    """The operation of the same name: tensors' for geometry and hue, which has 256 values in
+    Pillow; else Pillow's.
+    """
     planes = image.permute(2, 0, 1)
     if name == "hue":
         return functional.adjust_hue(planes, value).permute(1, 2, 0)
@@ -341,7 +351,8 @@ def squares(count: int, side: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("gpu_form", [False, True])
 def test_operations_are_torchvisions(gpu_form, monkeypatch):
-    """Within 1 level, 2 for color, contrast and equalize, at every pixel; the outermost of sharpness excepted.
+    """Within 1 level, 2 for color, contrast and equalize, at every pixel; the outermost of
+    sharpness excepted.
 
     All cases are in one batch. The GPU form warps with another operator, which has a CPU form, too.
     """
@@ -355,7 +366,8 @@ def test_operations_are_torchvisions(gpu_form, monkeypatch):
                 pixels, matrix=matrix[:2], fill_value=0.0
             ),
         )
-    # Pillow's equalize divides by a whole number, (pixels - brightest) // 255: of small pictures it is another law.
+    # Pillow's equalize divides by a whole number, (pixels - brightest) // 255: of small pictures it
+    # is another law.
     side, cases = (
         224,
         [case for case in CASES if not gpu_form or case[0] in augment.OPERATIONS[1:6]],
@@ -380,7 +392,9 @@ def test_operations_are_torchvisions(gpu_form, monkeypatch):
 
 
 def test_augmentation_does_not_depend_on_the_batch():
-    """Nor on threads, on what came before, on an error in between; a graph serves every side and batch size."""
+    """Nor on threads, on what came before, on an error in between; a graph serves every side and
+    batch size.
+    """
     config = AugmentConfig(policy="trivialaugment", color_jitter=(0, 0.4, 0, 0.1))
     slots = augment.num_slots(config)
     one, three = (

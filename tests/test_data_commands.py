@@ -54,7 +54,9 @@ def tar_bytes(files, mode="w"):
 
 
 def synsets():
-    """meta.mat as the devkit has it: a struct array with the classes and the groups that they are in."""
+    """meta.mat as the devkit has it: a struct array with the classes and the groups that they are
+    in.
+    """
     fields = [
         ("ILSVRC2012_ID", "O"),
         ("WNID", "O"),
@@ -404,7 +406,9 @@ def test_verify(odd_set, tmp_path, form, capsys):
 
 
 def test_verify_survives_what_kills_a_batch(tmp_path):
-    """A file with whole markers and a body that DALI refuses; what comes after it is examined all the same."""
+    """A file with whole markers and a body that DALI refuses; what comes after it is examined all
+    the same.
+    """
     good = encode(picture(64, 64, 1), "PNG")
     body = good.index(b"IDAT") + 4
     write_split(

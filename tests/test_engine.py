@@ -96,7 +96,9 @@ def test_a_step_equals_plain_torch_with_torchvision():
 
 
 def test_accumulated_micro_steps_equal_one_batch():
-    """Without batch norm, whose statistics are those of a micro-step, four micro-batches of 2 are one of 8."""
+    """Without batch norm, whose statistics are those of a micro-step, four micro-batches of 2 are
+    one of 8.
+    """
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)
@@ -138,8 +140,9 @@ def test_clipping_bounds_the_update():
 
 
 def test_an_update_that_is_not_finite_leaves_no_trace_and_is_counted():
-    """Not in weights, momentum, running statistics or average; also when it is the very first update, where a fused
-    kernel would create its momentum from uninitialised memory."""
+    """Not in weights, momentum, running statistics or average; also when it is the very first
+    update, where a fused kernel would create its momentum from uninitialised memory.
+    """
     config = replace(CONFIG, train=replace(CONFIG.train, ema_decay=0.5))
     state = build_state(config, 10, CPU)
     before = copy.deepcopy(state.model.state_dict())
@@ -178,7 +181,9 @@ def test_fp16_scaler_lowers_its_scale_and_skips():
 @pytest.mark.parametrize("kind", ["sgd", "lars", "lamb", "rmsprop", "adamw"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_every_optimizer_learns_skips_and_scales(kind, precision):
-    """One update that is not finite, which leaves weights and state, then twelve that lower the loss."""
+    """One update that is not finite, which leaves weights and state, then twelve that lower the
+    loss.
+    """
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 16, 3, stride=4),

@@ -34,7 +34,9 @@ def trained(steps=3, **optim):
 
 
 def moved(state, before):
-    """The tensors that are not as they were, of the network and of its average, which must be the same."""
+    """The tensors that are not as they were, of the network and of its average, which must be the
+    same.
+    """
     of_model, of_ema = (
         {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
         for model in (state.model, state.ema.model)
@@ -44,7 +46,9 @@ def moved(state, before):
 
 
 def test_a_frozen_backbone_is_bit_identical():
-    """Weights, running statistics and counts, of the network and of its average; the optimizer does not know them."""
+    """Weights, running statistics and counts, of the network and of its average; the optimizer does
+    not know them.
+    """
     state, before = trained(unfreeze_from="head")
     assert moved(state, before) == {"fc.weight", "fc.bias"}
     assert (

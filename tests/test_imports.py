@@ -134,14 +134,18 @@ def test_fences(name):
 
 
 def test_what_the_command_line_needs_is_light():
-    """config and cli import nothing heavy at the top (a test of the real thing: test_config, --help)."""
+    """config and cli import nothing heavy at the top (a test of the real thing: test_config,
+    --help).
+    """
     for name in ("", "config", "schedule", "cli"):
         libraries = {imported.split(".")[0] for imported, _ in imports(MODULES[name], False)}
         assert not libraries & {"torch", "numpy", *FENCES}
 
 
 def functions(tree):
-    """All functions of a module, with whether each is public: neither it nor what is around it is private."""
+    """All functions of a module, with whether each is public: neither it nor what is around it is
+    private.
+    """
 
     def walk(node, public):
         for child in ast.iter_child_nodes(node):
@@ -200,8 +204,10 @@ CORE = (
 
 
 def test_the_package_stays_small():
-    """The design's 6,000 lines for everything were not enough for all data commands, faults, networks and recipes. What
-    stays: the core, which one reads to trust a number, in an hour; and nothing that grows unseen."""
+    """The design's 6,000 lines for everything were not enough for all data commands, faults,
+    networks and recipes. What stays: the core, which one reads to trust a number, in an hour; and
+    nothing that grows unseen.
+    """
     lines = {module_name(path): len(path.read_text().splitlines()) for path in FILES}
     assert sum(lines[name] for name in CORE) < 3200
     assert sum(lines.values()) < 7800

@@ -1,4 +1,6 @@
-"""The index: order, cache, agreement of the ranks, and what is said about folders that are not right."""
+"""The index: order, cache, agreement of the ranks, and what is said about folders that are not
+right.
+"""
 
 import os
 import tempfile
@@ -266,7 +268,9 @@ def contents(index):
 
 
 def test_shards_give_the_index_of_the_folder(folder, tmp_path, scans):
-    """Whatever the order in the tars, and with either form of members that names the class by a folder."""
+    """Whatever the order in the tars, and with either form of members that names the class by a
+    folder.
+    """
     root = pack_shards(folder, tmp_path / "shards" / "train", order=[4, 2, 0, 5, 3, 1], shards=2)
     index = build_index(str(tmp_path / "shards"), "train", ALONE)
     assert (index.class_names, labels(index), index.fingerprint()) == (
@@ -467,7 +471,9 @@ def test_ranks_agree_also_on_an_error(tmp_path):
 
 @pytest.mark.parametrize(("blind", "copies"), [((-1,), [0, 1]), ((1,), [1])])
 def test_ranks_share_a_copy_where_they_cannot_see_the_file(tmp_path, blind, copies):
-    """A read-only data folder, or one that the second of two machines does not see; nothing is left behind."""
+    """A read-only data folder, or one that the second of two machines does not see; nothing is left
+    behind.
+    """
     data_dir = make(tmp_path / "data", ["train/a/1.jpg", "train/b/1.jpg", "train/b/2.jpg"])
     (tmp_path / "temporary").mkdir()
     (tmp_path / "exclude").write_text("train/b/1.jpg\n")

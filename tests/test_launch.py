@@ -216,7 +216,9 @@ def test_sigterm_outside_slurm_stops(monkeypatch):
 
 
 def test_the_submitters_launcher_is_forgotten(capsys, monkeypatch):
-    """A job that is submitted from a job must not take that one's ranks for its own; SLURM_CONF says where SLURM is."""
+    """A job that is submitted from a job must not take that one's ranks for its own; SLURM_CONF
+    says where SLURM is.
+    """
     kept = ("SLURM_CONF", "LOCAL_SCRATCH")
     for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "MASTER_ADDR", "RANK", "LOCAL_RANK", *kept):
         monkeypatch.setenv(name, "0")
@@ -234,7 +236,9 @@ class FakeJob:
 
 
 def test_the_client_shows_the_first_real_error(capsys, monkeypatch, tmp_path):
-    """Rank 1 fails, rank 0 only loses its peer; an earlier attempt's NODE_FAIL and its logs do not count."""
+    """Rank 1 fails, rank 0 only loses its peer; an earlier attempt's NODE_FAIL and its logs do not
+    count.
+    """
     import pickle
 
     states = iter(
@@ -269,7 +273,9 @@ def test_the_client_shows_the_first_real_error(capsys, monkeypatch, tmp_path):
 
 
 def test_an_older_attempt_cannot_publish(tmp_path):
-    """Split brain: the old writer is refused, at its next save and also in the middle of one, and leaves no trace."""
+    """Split brain: the old writer is refused, at its next save and also in the middle of one, and
+    leaves no trace.
+    """
     warnings, model = [], torch.nn.Linear(2, 2)
     state = TrainState(
         model,
@@ -308,7 +314,9 @@ def group_of_one():
 
 
 def test_blocked_signals_are_let_in_and_blocked_again(group_of_one):
-    """What came before the handler stood is not lost, what comes after it has gone does no harm; USR2 outranks TERM."""
+    """What came before the handler stood is not lost, what comes after it has gone does no harm;
+    USR2 outranks TERM.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
     try:
         signal.pthread_kill(threading.get_ident(), signal.SIGUSR2)

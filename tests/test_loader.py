@@ -71,7 +71,9 @@ REPLACED = {3: 4, 11: 13, 12: 13, 20: 22, 21: 22, 30: 31, 33: 34, N - 1: 0}
 
 
 def steps(index, folder, start, stop, world_size=1, grad_accum_steps=1, **options):
-    """Per step: rows, labels and images of the global batch, gathered from the ranks in the order of the positions."""
+    """Per step: rows, labels and images of the global batch, gathered from the ranks in the order
+    of the positions.
+    """
     layout = {"world_size": world_size, "grad_accum_steps": grad_accum_steps}
     loaders = [
         train_loader(index, folder, rank=rank, **layout, **options) for rank in range(world_size)
@@ -150,7 +152,9 @@ def test_samples_and_crops_do_not_depend_on_the_layout(good, tmp_path):
 
 
 def test_flips_are_those_of_the_plan(good, tmp_path):
-    """With the whole image as the window, an image is either itself or its mirror image, and both occur."""
+    """With the whole image as the window, an image is either itself or its mirror image, and both
+    occur.
+    """
     whole = {
         "crop_scale": (1.0, 1.0),
         "crop_ratio": (1e-3, 1e-3),
@@ -203,7 +207,9 @@ def test_augmentation_does_not_depend_on_the_layout(good, tmp_path, train_crop):
 
 
 def test_repetitions_show_an_image_differently(good, tmp_path):
-    """Half as many images in a batch, each twice, its copies as far apart as can be and cut in two ways."""
+    """Half as many images in a batch, each twice, its copies as far apart as can be and cut in two
+    ways.
+    """
     ((rows, _, images),) = steps(
         good, tmp_path, 0, 1, global_batch_size=12, augment=AugmentConfig(repeats=2)
     )
@@ -215,7 +221,9 @@ def test_repetitions_show_an_image_differently(good, tmp_path):
 
 
 def test_lighting_and_erasing_are_those_of_the_plan(good, tmp_path):
-    """Lighting moves each channel of the pixels in [0, 1]; erasing sets a rectangle of the normalised image to zero."""
+    """Lighting moves each channel of the pixels in [0, 1]; erasing sets a rectangle of the
+    normalised image to zero.
+    """
     ((rows, _, plain),) = steps(good, tmp_path, 0, 1)
     ((_, _, lit),) = steps(good, tmp_path, 0, 1, augment=AugmentConfig(lighting_std=0.5))
     moved = augment.lighting(AugmentConfig(lighting_std=0.5), 5, 0, rows) / np.array(
@@ -314,7 +322,9 @@ def test_limit_of_bad_files_stops_the_run(mixed, tmp_path):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_validation_counts_every_image_once(mixed, tmp_path, world_size):
-    """Bad ones too, black and without a label; the same pixels on any number of ranks, again and again."""
+    """Bad ones too, black and without a label; the same pixels on any number of ranks, again and
+    again.
+    """
     expected = {}
     for rank in range(world_size):
         loader = val_loader(
@@ -376,7 +386,9 @@ def test_the_thread_does_not_run_away(good, tmp_path, monkeypatch):
 
 
 def test_shards_are_the_folder_bit_for_bit(mixed, tmp_path):
-    """Packed in any order, bad files with it: rows, labels and pixels are the same, so a run may move."""
+    """Packed in any order, bad files with it: rows, labels and pixels are the same, so a run may
+    move.
+    """
     there = [row for row in range(N) if os.path.exists(mixed.path(row))]
     write_split(tmp_path / "copy", [Path(mixed.path(row)).read_bytes() for row in there])
     folder = build_index(str(tmp_path / "copy"), "train", OneProcess())

@@ -1,6 +1,8 @@
-"""The log: one line per step whatever happens, silence off the main process, and W&B that never gets in the way.
+"""The log: one line per step whatever happens, silence off the main process, and W&B that never
+gets in the way.
 
-W&B runs in a process of its own here: it starts threads, which the forked ranks of other tests would not survive.
+W&B runs in a process of its own here: it starts threads, which the forked ranks of other tests
+would not survive.
 """
 
 import json

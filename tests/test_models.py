@@ -1,6 +1,8 @@
-"""`resnet-dist models`: every network's size and cost against a golden file, and against what torchvision publishes.
+"""`resnet-dist models`: every network's size and cost against a golden file, and against what
+torchvision publishes.
 
-After a change that is meant: `python tests/test_models.py --write` writes tests/golden/models.json anew.
+After a change that is meant: `python tests/test_models.py --write` writes tests/golden/models.json
+anew.
 """
 
 import json
@@ -24,7 +26,9 @@ def line(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_size_and_cost(name):
-    """Parameters and multiply-adds as torchvision's weights say them (five significant digits), and the golden ones."""
+    """Parameters and multiply-adds as torchvision's weights say them (five significant digits), and
+    the golden ones.
+    """
     row = line(name)
     assert row == json.loads(GOLDEN.read_text())[name]
     if name in torchvision.models.list_models(torchvision.models):

@@ -66,8 +66,9 @@ def test_momentum_that_exists_from_the_start_changes_nothing(nesterov):
 class Loop:
     """The published formulas of one tensor, a number at a time, in plain Python.
 
-    LARS: MLPerf's ResNet-50 reference (compute_lr and the momentum of lars_optimizer.py). LAMB: algorithm 2 of You et
-    al. 2019, as in NVIDIA's FusedLAMB. RMSprop: the update in the documentation of TensorFlow's ApplyRMSProp.
+    LARS: MLPerf's ResNet-50 reference (compute_lr and the momentum of lars_optimizer.py). LAMB:
+    algorithm 2 of You et al. 2019, as in NVIDIA's FusedLAMB. RMSprop: the update in the
+    documentation of TensorFlow's ApplyRMSProp.
     """
 
     def __init__(self, kind, w, adapt, decay):

@@ -1,4 +1,6 @@
-"""The order of the samples: complete, as random as a permutation, the same on every layout, stable for ever."""
+"""The order of the samples: complete, as random as a permutation, the same on every layout, stable
+for ever.
+"""
 
 import itertools
 import math
@@ -151,7 +153,9 @@ def test_a_step_has_the_same_rows_on_every_layout():
 
 @pytest.mark.parametrize("repeats", [2, 3, 4])
 def test_repeated_samples(repeats):
-    """Each image of a batch `repeats` times, on other ranks and never side by side; none comes back in the epoch."""
+    """Each image of a batch `repeats` times, on other ranks and never side by side; none comes back
+    in the epoch.
+    """
     n, batch = 120, 24
     shown = []
     for step in range(5):

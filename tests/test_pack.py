@@ -1,4 +1,6 @@
-"""Tar shards: what is in them, that others read them, and that a run on them is a run on the folder."""
+"""Tar shards: what is in them, that others read them, and that a run on them is a run on the
+folder.
+"""
 
 import io
 import json

@@ -42,7 +42,9 @@ def objects(text):
 
 
 def test_a_validation_folder_gets_what_evaluation_gives_it(checkpoint, digits, tmp_path):
-    """The same top-1 and top-5 counts, of views with their mirror images; the very probabilities of these batches."""
+    """The same top-1 and top-5 counts, of views with their mirror images; the very probabilities of
+    these batches.
+    """
     settings = [
         "--checkpoint",
         checkpoint,

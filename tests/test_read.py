@@ -61,7 +61,9 @@ def test_a_size_that_would_take_all_memory_is_refused():
 
 
 def test_exif_orientation_and_thumbnail_do_not_mislead():
-    """The size is that of the stored pixels; a thumbnail inside the header is another JPEG with its own end marker."""
+    """The size is that of the stored pixels; a thumbnail inside the header is another JPEG with its
+    own end marker.
+    """
     image = picture(60, 40)
     exif = image.getexif()
     exif[0x0112] = 6
@@ -271,7 +273,9 @@ def test_a_few_late_files_do_not_make_a_storage_slow(tmp_path, clock):
 
 
 def test_shards_are_read_by_place(tmp_path, monkeypatch):
-    """By many threads at once, and through fewer descriptors than there are shards; none is left open."""
+    """By many threads at once, and through fewer descriptors than there are shards; none is left
+    open.
+    """
     monkeypatch.setattr(read, "_open_shard", functools.lru_cache(maxsize=2)(read._Shard))
     folder = write_split(tmp_path, [encode(picture(20 + i, 20, seed=i)) for i in range(40)])
     index, before = packed(folder, tmp_path, shards=7), set(os.listdir("/proc/self/fd"))

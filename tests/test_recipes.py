@@ -1,7 +1,9 @@
-"""Every file of configs/: it parses without a remark, its head comment is true, its numbers equal the golden ones.
+"""Every file of configs/: it parses without a remark, its head comment is true, its numbers equal
+the golden ones.
 
-The golden numbers are tests/golden/recipes.json, and the table of configs/README.md comes from the head comments. After
-a change that is meant: `python tests/test_recipes.py --write` writes both anew; then read the difference.
+The golden numbers are tests/golden/recipes.json, and the table of configs/README.md comes from the
+head comments. After a change that is meant: `python tests/test_recipes.py --write` writes both
+anew; then read the difference.
 """
 
 import dataclasses
@@ -213,7 +215,9 @@ def test_the_head_comment_is_complete_and_its_options_exist(name):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_head_comment_states_the_run(name):
-    """Epochs, updates, batch, peak, ranks and local batch, which the comment has from the source, are the config's."""
+    """Epochs, updates, batch, peak, ranks and local batch, which the comment has from the source,
+    are the config's.
+    """
     config, parts = load(name), head(name)
     sentence = (
         r"([\d.]+) epochs = ([\d,]+) updates of ([\d,]+) images; peak learning rate ([\d.]+)\."
@@ -289,7 +293,9 @@ def test_sizes_are_those_of_torchvision_and_the_papers(name):
 
 
 def test_the_average_of_torchvision_per_step():
-    """torchvision: every 32 steps, 1 - decay scaled by batch * steps / epochs (references/classification/train.py)."""
+    """torchvision: every 32 steps, 1 - decay scaled by batch * steps / epochs
+    (references/classification/train.py).
+    """
     per_update = 1 - (1 - 0.99998) * 1024 * 32 / 600
     names = [name for name in NAMES if name.startswith("torchvision_v2")]
     assert len(names) == 8

@@ -219,7 +219,9 @@ def test_plain_networks_have_no_way_around():
     "name", ["preresnet110", "preresnet164", "preresnet200", "wide_resnet28_10"]
 )
 def test_preactivation_blocks_add_to_the_raw_input(name):
-    """He et al. 2016, equation 6: x + F(f(x)), with nothing after the addition; the first block follows the stem."""
+    """He et al. 2016, equation 6: x + F(f(x)), with nothing after the addition; the first block
+    follows the stem.
+    """
     torch.manual_seed(6)
     with torch.device("meta"):
         model = build_model(section(name), 10)

@@ -67,7 +67,9 @@ def test_curve_equals_torch(kind, warmup_kind, warmup_epochs):
 
 
 def test_polynomial_ends_at_the_final_lr():
-    """tf.train.polynomial_decay, as MLPerf's reference calls it: (peak - end) * (1 - t / T) ** 2 + end."""
+    """tf.train.polynomial_decay, as MLPerf's reference calls it: (peak - end) * (1 - t / T) ** 2 +
+    end.
+    """
     schedule = build_schedule(
         ScheduleConfig(kind="polynomial", warmup_epochs=2, final_lr=1e-4), 10.0, 10, 100
     )
@@ -78,8 +80,9 @@ def test_polynomial_ends_at_the_final_lr():
 
 
 def test_exponential_is_a_staircase_that_counts_from_the_start():
-    """torch's StepLR without warm-up. With it, tf.train.exponential_decay(..., staircase=True) of the global step, as
-    in EfficientNet: two decays are behind when five epochs of warm-up end."""
+    """torch's StepLR without warm-up. With it, tf.train.exponential_decay(..., staircase=True) of
+    the global step, as in EfficientNet: two decays are behind when five epochs of warm-up end.
+    """
     config = ScheduleConfig(kind="exponential", warmup_epochs=0, gamma=0.97, decay_epochs=2.4)
     schedule = build_schedule(config, 0.256, 10, 400)
     expected = torch_curve(
@@ -94,7 +97,9 @@ def test_exponential_is_a_staircase_that_counts_from_the_start():
 
 
 def test_warm_up_of_resnet110():
-    """He et al. 2015, section 4.2: 0.01 for about 400 iterations, then 0.1, divided by 10 at 32k and 48k of 64k."""
+    """He et al. 2015, section 4.2: 0.01 for about 400 iterations, then 0.1, divided by 10 at 32k
+    and 48k of 64k.
+    """
     epochs = 391  # iterations of batch 128 over 50,000 images
     config = ScheduleConfig(
         kind="step",

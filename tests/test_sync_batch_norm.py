@@ -19,7 +19,9 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
 def make_batch(images, dtype, channels_last=True, shift=2.0):
-    """Inputs and output gradients [images, 6, 5, 7]; each image has a mean of its own, so ranks differ."""
+    """Inputs and output gradients [images, 6, 5, 7]; each image has a mean of its own, so ranks
+    differ.
+    """
     generator = torch.Generator().manual_seed(images)
     x = torch.randn(images, 6, 5, 7, generator=generator, dtype=torch.float64)
     x = x + shift + torch.randn(images, 6, 1, 1, generator=generator, dtype=torch.float64)
@@ -69,7 +71,8 @@ def assert_ranks_equal_whole(ranks, whole, tolerance):
             assert all(np.array_equal(r[key], actual) for r in ranks), (
                 f"{key} differs between ranks"
             )
-        # Sums over the batch carry the rounding of all their terms; compared as means they need no other tolerance.
+        # Sums over the batch carry the rounding of all their terms; compared as means they need no
+        # other tolerance.
         scale = (
             values_per_channel if key in ("dweight", "dbias") else max(1, np.abs(expected).max())
         )
@@ -234,7 +237,9 @@ def network_result(network):
 
 
 def rank_network(rank, world_size):
-    """Two micro-batches, each split 4 + 4, gradients accumulated with no_sync as in the training loop."""
+    """Two micro-batches, each split 4 + 4, gradients accumulated with no_sync as in the training
+    loop.
+    """
     network = DistributedDataParallel(convert_sync_batch_norm(make_network()))
     first, second = (micro_batch.split(4)[rank] for micro_batch in make_images())
     with network.no_sync():

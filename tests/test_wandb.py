@@ -1,7 +1,8 @@
-"""W&B that is unreachable, lost in the middle, or back again, against a small server that imitates it on loopback.
+"""W&B that is unreachable, lost in the middle, or back again, against a small server that imitates
+it on loopback.
 
-The client is the real one, in a process of its own. Training never waits, and what it has not sent is in files that
-`wandb sync` completes the run with.
+The client is the real one, in a process of its own. Training never waits, and what it has not sent
+is in files that `wandb sync` completes the run with.
 """
 
 import json
@@ -125,7 +126,9 @@ def lose(tmp_path, server):
 
 
 def test_lost_in_the_middle_and_back_again(tmp_path, server):
-    """Nothing is missing and nothing is there twice; then a second attempt goes on with the same run."""
+    """Nothing is missing and nothing is there twice; then a second attempt goes on with the same
+    run.
+    """
     (tmp_path / "hold").touch()
     process = train(tmp_path, server, 0, 60)
     lose(tmp_path, server)

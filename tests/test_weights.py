@@ -147,7 +147,9 @@ def test_the_torchvision_layout_is_ours():
 
 
 def test_layers_in_their_other_form():
-    """Squeeze-and-excitation as NVIDIA has it, linear in 2019; timm's VGG, whose linear layers are convolutions."""
+    """Squeeze-and-excitation as NVIDIA has it, linear in 2019; timm's VGG, whose linear layers are
+    convolutions.
+    """
 
     def layers(conv):
         return (
@@ -265,7 +267,9 @@ def test_some_tensors_that_do_not_fit_are_told():
 
 
 def test_half_of_the_backbone_is_the_least():
-    """By the tensors of the network that is to be trained, without its head and the counts of its norms."""
+    """By the tensors of the network that is to be trained, without its head and the counts of its
+    norms.
+    """
     source, model = network().state_dict(), MODELS["resnet20"](num_classes=5)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for content in ({}, {"model": {}}, {"a.b": torch.zeros(3)}, {"fc.weight": source["fc.weight"]}):
@@ -352,7 +356,9 @@ def test_the_head_is_found_by_structure():
 
 
 def test_downloads_that_cannot_be_had(tmp_path, monkeypatch):
-    """The way of a whole run, on two ranks: tests/dist/test_transfer.py. Here files stand for the network."""
+    """The way of a whole run, on two ranks: tests/dist/test_transfer.py. Here files stand for the
+    network.
+    """
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     name, path, url = (
         "torchvision:resnet50:IMAGENET1K_V2",

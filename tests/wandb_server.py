@@ -1,7 +1,8 @@
 """As much of W&B's server as its client needs to start, fill, resume and finish a run, on loopback.
 
-GraphQL answers (by the operation's name) and the file stream, which takes the lines of `wandb-history.jsonl` with their
-offsets. A run's history is kept here, so that what arrived can be compared with what was logged.
+GraphQL answers (by the operation's name) and the file stream, which takes the lines of
+`wandb-history.jsonl` with their offsets. A run's history is kept here, so that what arrived can be
+compared with what was logged.
 """
 
 import contextlib
@@ -158,7 +159,9 @@ class Server:
         return {"data": {}}
 
     def stream(self, run: dict, body: dict) -> dict:
-        """Lines come with the number of their first one: a line that is sent twice is the same line."""
+        """Lines come with the number of their first one: a line that is sent twice is the same
+        line.
+        """
         self.requests.append("file_stream")
         history = body.get("files", {}).get("wandb-history.jsonl", {})
         for number, line in enumerate(history.get("content", []), history.get("offset", 0)):

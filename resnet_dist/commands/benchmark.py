@@ -1,9 +1,11 @@
-"""`resnet-dist benchmark`: what the whole loop costs beside a bare one, in the same process, taking turns.
+"""`resnet-dist benchmark`: what the whole loop costs beside a bare one, in the same process, taking
+turns.
 
-The bare loop is forward, backward and update on one fixed batch, with the same model, DDP and optimizer. The whole loop
-is engine.train with its data path, metrics, gradient norm, signals and log. Machines are noisy: the two alternate, the
-medians of many short windows are compared, and the processor's time per image, which hardly depends on what else the
-machine does, is given beside the clock's.
+The bare loop is forward, backward and update on one fixed batch, with the same model, DDP and
+optimizer. The whole loop is engine.train with its data path, metrics, gradient norm, signals and
+log. Machines are noisy: the two alternate, the medians of many short windows are compared, and the
+processor's time per image, which hardly depends on what else the machine does, is given beside the
+clock's.
 """
 
 import json
@@ -27,7 +29,8 @@ from resnet_dist.schedule import build_schedule
 
 
 def measure(config: Config, runtime: Runtime, options) -> int:
-    """Build the run, alternate the two loops in `options.windows` windows of `options.steps`, report.
+    """Build the run, alternate the two loops in `options.windows` windows of `options.steps`,
+    report.
 
     Each window begins with a quarter as many steps not counted.
     """
@@ -85,7 +88,8 @@ def measure(config: Config, runtime: Runtime, options) -> int:
         )
         stop_signal.finish()
         stop_signal.close()
-        # Of the whole window: the loader works ahead, and what it does for the first steps must not be left out.
+        # Of the whole window: the loader works ahead, and what it does for the first steps must not
+        # be left out.
         cpu_whole = (time.process_time() - cpu) / (5 * interval * local * plan.grad_accum_steps)
         seconds, waits = (
             statistics.mean(line[f"train/{name}"] for line in lines[1:])
@@ -112,7 +116,9 @@ def measure(config: Config, runtime: Runtime, options) -> int:
 def bare_loop(
     model, state, batch, plan: engine.Plan, warm_up: int, steps: int, runtime: Runtime
 ) -> tuple[float, float]:
-    """Forward, backward and update on one batch: images per second over all ranks, processor seconds per image."""
+    """Forward, backward and update on one batch: images per second over all ranks, processor
+    seconds per image.
+    """
     optimizer = state.optimizer
     optimizer.found_inf = None
 

@@ -1,7 +1,9 @@
-"""`resnet-dist benchmark loader`: what a training image costs, beside DALI's plain pipeline and torchvision's loader.
+"""`resnet-dist benchmark loader`: what a training image costs, beside DALI's plain pipeline and
+torchvision's loader.
 
-They take turns; ratios are taken within a round. The figure to go by is the processor's time per image, which hardly
-depends on what else the machine does. A turn makes exactly its images, and ends with its workers.
+They take turns; ratios are taken within a round. The figure to go by is the processor's time per
+image, which hardly depends on what else the machine does. A turn makes exactly its images, and ends
+with its workers.
 """
 
 import importlib.util
@@ -13,16 +15,17 @@ import time
 
 import torch
 
-from resnet_dist import engine
 from resnet_dist.config import Config, DataConfig
 from resnet_dist.data.build import build_train_loader
 from resnet_dist.data.pixels.dali import plain_batches
 from resnet_dist.distributed import Runtime
-from resnet_dist.precision import DTYPES, autocast
+from resnet_dist.precision import DTYPES
 
 
 def measure(config: Config, runtime: Runtime, options) -> int:
-    """Give each loader `options.windows` turns of `options.images` images, and print. ValueError without files."""
+    """Give each loader `options.windows` turns of `options.images` images, and print. ValueError
+    without files.
+    """
     data, local = config.data, config.train.global_batch_size // config.train.grad_accum_steps
     if data.kind == "synthetic" or runtime.world_size > 1:
         raise ValueError(
@@ -114,7 +117,9 @@ def _cpu_seconds() -> float:
 
 
 def _pillow(folder: str, data: DataConfig, local: int, threads: int):
-    """torchvision's ImageFolder, a worker for each of our threads: float32, NCHW, on the host; None without it."""
+    """Torchvision's ImageFolder, a worker for each of our threads: float32, NCHW, on the host; None
+    without it.
+    """
     if importlib.util.find_spec("torchvision") is None:
         return None
     from torchvision import datasets, transforms

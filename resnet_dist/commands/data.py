@@ -1,6 +1,8 @@
-"""`resnet-dist data`: the ImageNet archives, small public sets and any folder, made ready to train on.
+"""`resnet-dist data`: the ImageNet archives, small public sets and any folder, made ready to train
+on.
 
-Files get their names when they are complete: a command that was killed goes on where it was when it is run again.
+Files get their names when they are complete: a command that was killed goes on where it was when it
+is run again.
 """
 
 import argparse
@@ -91,7 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do a subcommand but show. Returns 1 where the machine fails or an image is broken, 2 for what the user did."""
+    """Do a subcommand but show. Returns 1 where the machine fails or an image is broken, 2 for what
+    the user did.
+    """
     try:
         if negative := [
             key for key, value in vars(args).items() if isinstance(value, int) and value < 0
@@ -129,7 +133,9 @@ def pack_folder(args: argparse.Namespace) -> None:
 
 
 def import_imagenet(args: argparse.Namespace) -> None:
-    """The three archives to class folders or to shards. Raises ValueError when one is missing, damaged or another."""
+    """The three archives to class folders or to shards. Raises ValueError when one is missing,
+    damaged or another.
+    """
     from resnet_dist.data.sources.pack import Source, pack, progress
 
     train, val, devkit = paths = [os.path.join(args.src, name) for name in _ARCHIVES]
@@ -166,7 +172,9 @@ def import_imagenet(args: argparse.Namespace) -> None:
 
 
 def _read_devkit(path: str) -> tuple[dict[int, str], list[int]]:
-    """(wnid of each ILSVRC2012_ID that is a class and no group of classes, the ID of each validation image)."""
+    """(wnid of each ILSVRC2012_ID that is a class and no group of classes, the ID of each
+    validation image).
+    """
     try:
         from scipy.io import loadmat
     except ImportError:
@@ -199,7 +207,8 @@ def _read_devkit(path: str) -> tuple[dict[int, str], list[int]]:
 def _members(
     path: str, wanted: set[str] | None, file=None
 ) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """The members of a tar, only headers of which are read: plain files, all those `wanted` and once (None: any).
+    """The members of a tar, only headers of which are read: plain files, all those `wanted` and
+    once (None: any).
 
     Raises ValueError for another one, before it is looked at, and for a tar that is not complete.
     """
@@ -226,7 +235,9 @@ def _members(
 
 
 def _write_all(out: str, split: str, images: list[tuple]) -> None:
-    """Write each (`<class>/<file>`, size or None, function that gives the bytes) that is not there to out/split/."""
+    """Write each (`<class>/<file>`, size or None, function that gives the bytes) that is not there
+    to out/split/.
+    """
     from resnet_dist.data.sources.index import write_whole
     from resnet_dist.data.sources.pack import progress
 
@@ -284,5 +295,6 @@ def _flowers102(datasets, cache: str, split: str, size: str) -> Iterator[tuple]:
     for official in ("train", "val") if split == "train" else ("test",):
         part = datasets.Flowers102(cache, official, download=True)
         for path, label in zip(part._image_files, part._labels, strict=True):
-            folder = f"{label + 1:03d}_{re.sub('[^a-z]+', '_', part.classes[label])}"  # sorted as the labels
+            # sorted as the labels
+            folder = f"{label + 1:03d}_{re.sub('[^a-z]+', '_', part.classes[label])}"
             yield f"{folder}/{os.path.basename(path)}", None, Path(path).read_bytes

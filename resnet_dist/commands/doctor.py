@@ -1,4 +1,6 @@
-"""A preflight: what would end a run in the night, found in a minute. A check returns (level, text) or raises."""
+"""A preflight: what would end a run in the night, found in a minute. A check returns (level, text)
+or raises.
+"""
 
 import json
 import os
@@ -21,7 +23,9 @@ LEVELS = ("ok", "warning", "error")
 
 
 def quick(config: Config, runtime: Runtime, more: tuple = ()) -> list[dict]:
-    """{check, level, text} of what can be checked without the data, in about a second; call it on every rank."""
+    """{check, level, text} of what can be checked without the data, in about a second; call it on
+    every rank.
+    """
     found = []
     for check in (_layout, _folder, *more):
         try:

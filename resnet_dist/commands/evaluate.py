@@ -14,7 +14,9 @@ from resnet_dist.precision import DTYPES
 
 
 def run(saved: dict, config: Config, options: argparse.Namespace) -> int:
-    """Evaluate the raw weights of `saved` and, where it has them, the averaged ones; prints on the main process."""
+    """Evaluate the raw weights of `saved` and, where it has them, the averaged ones; prints on the
+    main process.
+    """
 
     def body(config: Config, runtime: Runtime) -> int:
         check_image_size(config.model.name, config.data)

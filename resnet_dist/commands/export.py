@@ -22,8 +22,10 @@ TOLERANCE = 1e-4  # how far logits may be apart, as a share of the largest of th
 
 
 def run(saved: dict, config: Config, options: argparse.Namespace) -> int:
-    """Write options.output, read it back and compare; only then it gets its name. Returns 2, with a sentence, if not.
-    The network is in fp32 and eval mode. It takes [N, 3, S, S], S data.val_crop_size, normalised as in evaluation."""
+    """Write options.output, read it back and compare; only then it gets its name. Returns 2, with a
+    sentence, if not. The network is in fp32 and eval mode. It takes [N, 3, S, S], S
+    data.val_crop_size, normalised as in evaluation.
+    """
     output, data, name, count = (
         Path(options.output),
         config.data,
@@ -79,7 +81,9 @@ def run(saved: dict, config: Config, options: argparse.Namespace) -> int:
 
 @torch.inference_mode()
 def difference(model: torch.nn.Module, other: Callable, side: int) -> float:
-    """The largest difference of logits as in TOLERANCE: for an image of noise, then for five, noise and smooth ones."""
+    """The largest difference of logits as in TOLERANCE: for an image of noise, then for five, noise
+    and smooth ones.
+    """
     random, ramp = (
         torch.Generator().manual_seed(0),
         torch.linspace(-2, 2, side).expand(3, side, side),

@@ -43,11 +43,15 @@ PUBLISHED: dict[str, tuple[float, str]] = {
     "preresnet1001": (95.08, f"{_IDENTITY}, table 4"),
     "wide_resnet28_10": (96.00, "CIFAR-10, Zagoruyko and Komodakis 2016, table 5"),
 }
-"""Top-1 accuracy in percent of members of the ResNet family, and where it stands: none of them is this project's"""
+"""Top-1 accuracy in percent of members of the ResNet family, and where it stands: none of them is
+this project's
+"""
 
 
 def facts(name: str) -> dict:
-    """What there is to say of a network: parameters and multiply-adds at its native size, on the meta device."""
+    """What there is to say of a network: parameters and multiply-adds at its native size, on the
+    meta device.
+    """
     size, (top1, source), stages = 224, PUBLISHED.get(name, (None, "")), ""
     if name in FAMILY:
         block, depths, options = FAMILY[name]

@@ -1,4 +1,6 @@
-"""The most probable classes of single images: evaluation's loader and forward pass over a list of files."""
+"""The most probable classes of single images: evaluation's loader and forward pass over a list of
+files.
+"""
 
 import argparse
 import json
@@ -19,8 +21,10 @@ from resnet_dist.precision import DTYPES
 
 
 def run(saved: dict, config: Config, options: argparse.Namespace) -> int:
-    """Print the options.top most probable classes of options.images, as evaluation sees them. Returns 1 if an image
-    cannot be used (it is named, the others go on), 2 if none can, 141 (SIGPIPE's) if nobody reads on."""
+    """Print the options.top most probable classes of options.images, as evaluation sees them.
+    Returns 1 if an image cannot be used (it is named, the others go on), 2 if none can, 141
+    (SIGPIPE's) if nobody reads on.
+    """
 
     def body(config: Config, runtime: Runtime) -> int:
         model, weights = composition.load_network(saved, config, runtime.device)
@@ -63,8 +67,9 @@ def run(saved: dict, config: Config, options: argparse.Namespace) -> int:
 
 
 def predict(model, files: list[str], config: Config, runtime: Runtime, top: int) -> Iterator[tuple]:
-    """For each file, in order: path, "" or what is wrong with it, its `top` best as (class id, probability). Batches
-    are those of evaluation. Equal logits rank by class id, as in Counts."""
+    """For each file, in order: path, "" or what is wrong with it, its `top` best as (class id,
+    probability). Batches are those of evaluation. Equal logits rank by class id, as in Counts.
+    """
     index, precision = list_files(files), config.train.precision
     with (
         tempfile.TemporaryDirectory() as scratch,
@@ -88,8 +93,10 @@ def predict(model, files: list[str], config: Config, runtime: Runtime, top: int)
 
 
 def find_images(words: list[str]) -> list[str]:
-    """The files that are named, and the images (SUFFIXES, not hidden) in and below folders, sorted as in a data set.
-    "-" stands for words on standard input, one a line or before each zero byte. Raises ValueError where nothing is."""
+    """The files that are named, and the images (SUFFIXES, not hidden) in and below folders, sorted
+    as in a data set. "-" stands for words on standard input, one a line or before each zero byte.
+    Raises ValueError where nothing is.
+    """
     files, words = [], list(words)
     for word in words:  # which may grow
         if word == "-":

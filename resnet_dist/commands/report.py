@@ -1,4 +1,6 @@
-"""`resnet-dist report`: what came out of a run, or of several beside each other, from metrics.jsonl alone."""
+"""`resnet-dist report`: what came out of a run, or of several beside each other, from metrics.jsonl
+alone.
+"""
 
 import argparse
 import math
@@ -31,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table and draw the picture where matplotlib is installed; 0, or 2 when there is nothing to report."""
+    """Print the table and draw the picture where matplotlib is installed; 0, or 2 when there is
+    nothing to report.
+    """
     runs: dict[Path, list[dict]] = {}
     for folder in map(Path, args.output_dir):
         try:
@@ -127,10 +131,13 @@ def comparison(runs: dict[Path, list[dict]]) -> str:
 
 
 def _duration(records: list[dict]) -> str:
-    """Time that the processes of the run took, without the breaks between them and without what was done anew."""
+    """Time that the processes of the run took, without the breaks between them and without what was
+    done anew.
+    """
     timed = [record for record in records if "elapsed" in record]
     starts = [record["time"] - record["elapsed"] for record in timed]
-    # Lines of one process agree on when it began, to within the clocks' drift; the last of them has its length.
+    # Lines of one process agree on when it began, to within the clocks' drift; the last of them has
+    # its length.
     lengths = [
         record["elapsed"]
         for record, (start, after) in zip(timed, pairwise([*starts, math.inf]), strict=True)
@@ -141,7 +148,9 @@ def _duration(records: list[dict]) -> str:
 
 
 def plot(records: list[dict], title: str, out: Path) -> None:
-    """Draw loss, top-1, learning rate and speed against the epoch. Raises ImportError without matplotlib."""
+    """Draw loss, top-1, learning rate and speed against the epoch. Raises ImportError without
+    matplotlib.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7), layout="constrained")
@@ -176,7 +185,9 @@ def plot(records: list[dict], title: str, out: Path) -> None:
 
 
 def plot_comparison(runs: dict[Path, list[dict]], out: Path) -> None:
-    """Draw training loss and validation top-1 of each run against the epoch. Raises ImportError without matplotlib."""
+    """Draw training loss and validation top-1 of each run against the epoch. Raises ImportError
+    without matplotlib.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")

@@ -1,4 +1,6 @@
-"""`resnet-dist data show`: a picture of what the network sees, made by the loaders that training uses."""
+"""`resnet-dist data show`: a picture of what the network sees, made by the loaders that training
+uses.
+"""
 
 import argparse
 import tempfile
@@ -18,9 +20,11 @@ _LINE, _GAP = 18, 6  # height of a line of text and room between tiles, in pixel
 
 
 def run(config: Config, args: argparse.Namespace) -> int:
-    """Write args.out: in each row a training image in several epochs, then the crops of an evaluation image.
+    """Write args.out: in each row a training image in several epochs, then the crops of an
+    evaluation image.
 
-    Mixup and CutMix, which come later, are not in it. Returns the exit code: 2 for what the user did, with a sentence.
+    Mixup and CutMix, which come later, are not in it. Returns the exit code: 2 for what the user
+    did, with a sentence.
     """
 
     def body(config: Config, runtime: Runtime) -> int:
@@ -77,7 +81,9 @@ def run(config: Config, args: argparse.Namespace) -> int:
 
 
 def sheet(rows: list[list[tuple[str, torch.Tensor, str]]]) -> Image.Image:
-    """Rows of (text above, [side, side, 3] of 0 to 1, text below) as one picture; small ones are shown larger."""
+    """Rows of (text above, [side, side, 3] of 0 to 1, text below) as one picture; small ones are
+    shown larger.
+    """
     largest = max(len(pixels) for row in rows for _, pixels, _ in row)
     factor = -(-128 // largest)
     across, down = factor * largest + _GAP, factor * largest + 2 * _LINE + _GAP

@@ -1,4 +1,6 @@
-"""`resnet-dist data verify`: what is unusual about each image of a data set, before a run finds out."""
+"""`resnet-dist data verify`: what is unusual about each image of a data set, before a run finds
+out.
+"""
 
 import argparse
 import contextlib
@@ -21,11 +23,15 @@ from resnet_dist.data.sources.index import Index, write_whole
 from resnet_dist.data.sources.pack import open_splits, progress
 
 KINDS = ("broken", "disagreement", "not_jpeg", "cmyk", "grayscale", "rotated", "tiny", "duplicate")
-"""broken: of no use to training; disagreement: DALI or Pillow alone decodes it, or their pixels are over 2 apart"""
+"""broken: of no use to training; disagreement: DALI or Pillow alone decodes it, or their pixels are
+over 2 apart
+"""
 
 
 def run(args: argparse.Namespace) -> int:
-    """Examine every image of args.data_dir, on the CPU. Returns 1 if one is broken; ValueError without images."""
+    """Examine every image of args.data_dir, on the CPU. Returns 1 if one is broken; ValueError
+    without images.
+    """
     found, same, local = {kind: [] for kind in KINDS}, {}, threading.local()
 
     def examine(split: str, index: Index, rows: range) -> None:
@@ -55,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     ):
         warnings.simplefilter("ignore")  # Pillow's, of odd metadata
         list(pool.map(examine, *zip(*jobs, strict=True)))
-    # The first is kept: one of val/ where there is one, since its twin in train/ would tell the answer.
+    # The first is kept: one of val/ where there is one, since its twin in train/ would tell the
+    # answer.
     groups = [
         sorted(names, key=lambda name: (name.startswith("train/"), name)) for names in same.values()
     ]

@@ -27,8 +27,9 @@ def build_train_loader(
 ) -> TrainLoader:
     """This rank's share of the training set; call it on every rank.
 
-    Batches are of `dtype` on the runtime's device; `output_dir` takes quarantine.jsonl. Raises ValueError on every rank
-    when the data folder is not as it must be, or holds fewer images than one global batch.
+    Batches are of `dtype` on the runtime's device; `output_dir` takes quarantine.jsonl. Raises
+    ValueError on every rank when the data folder is not as it must be, or holds fewer images than
+    one global batch.
     """
     if config.kind == "synthetic":
         return SyntheticTrainLoader(
@@ -63,7 +64,9 @@ def build_val_loader(
     output_dir: str,
     index: Index | None = None,
 ) -> ValLoader:
-    """This rank's share of the validation set, or of the images of `index`, as `build_train_loader`."""
+    """This rank's share of the validation set, or of the images of `index`, as
+    `build_train_loader`.
+    """
     if config.kind == "synthetic" and not index:
         return SyntheticValLoader(config, runtime, dtype=dtype)
     return DaliValLoader(
@@ -79,13 +82,17 @@ def build_val_loader(
 
 
 def _index(config: DataConfig, runtime: Runtime, split: str, exclude: str = "") -> Index:
-    """The images of a split, but those of the list `exclude`; the digits are written by one process first."""
+    """The images of a split, but those of the list `exclude`; the digits are written by one process
+    first.
+    """
     if config.kind == "digits":
         runtime.on_main(lambda: write_digits(config.data_dir))
     return build_index(config.data_dir, split, runtime, exclude)
 
 
 def _threads(config: DataConfig, runtime: Runtime) -> int:
-    """Threads of the loader: as the config says; else what feeds a GPU's decoder, or a fair share of the cores."""
+    """Threads of the loader: as the config says; else what feeds a GPU's decoder, or a fair share
+    of the cores.
+    """
     share = max(1, len(os.sched_getaffinity(0)) // runtime.local_world_size)
     return config.threads or (4 if runtime.device.type == "cuda" else share)

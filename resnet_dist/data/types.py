@@ -8,7 +8,9 @@ import numpy as np
 import torch
 
 IGNORED_LABEL = -100
-"""Label of an evaluation image that could not be decoded: no loss, never a hit, but counted (torch's ignore_index)."""
+"""Label of an evaluation image that could not be decoded: no loss, never a hit, but counted
+(torch's ignore_index).
+"""
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,8 @@ class Batch:
     """One micro-batch of one rank, ready for the model."""
 
     images: torch.Tensor
-    """[B, 3, H, W] in channels_last memory, normalised, in the training precision, on the rank's device"""
+    """[B, 3, H, W] in channels_last memory, normalised, in the training precision, on the rank's
+    device"""
     labels: torch.Tensor
     """int64 [B], class ids, on the rank's device"""
     indices: np.ndarray
@@ -46,7 +49,9 @@ class TrainLoader(Loader, Protocol):
     """changes with the list of samples: names, order or classes"""
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
-        """The micro-batches of steps [start_step, stop_step), grad_accum_steps of them for each step, in order."""
+        """The micro-batches of steps [start_step, stop_step), grad_accum_steps of them for each
+        step, in order.
+        """
 
 
 class ValLoader(Loader, Protocol):

@@ -19,10 +19,10 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 def build_model(config, num_classes: int) -> nn.Module:
     """The network that `config` names, freshly initialised, on the current default device.
 
-    `config` has the attributes `name` (a key of `MODELS`) and, for the ResNet family, fields of `resnet.Options`; those
-    that are false, 0 or "default" leave what belongs to the name. The network takes images [B, 3, H, W] and returns
-    logits [B, num_classes].
-    Raises ValueError for an unknown name, options that it does not have, and for a number of classes below 1.
+    `config` has the attributes `name` (a key of `MODELS`) and, for the ResNet family, fields of
+    `resnet.Options`; those that are false, 0 or "default" leave what belongs to the name. The
+    network takes images [B, 3, H, W] and returns logits [B, num_classes]. Raises ValueError for an
+    unknown name, options that it does not have, and for a number of classes below 1.
     """
     if config.name not in MODELS:
         close = difflib.get_close_matches(config.name, MODELS, n=3, cutoff=0.5)

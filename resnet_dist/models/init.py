@@ -1,7 +1,8 @@
 """How the weights of a fresh network are drawn.
 
-Every choice is made by module type, never by the name of a module, so that a norm in a shortcut is treated like any
-other. All functions work in place, also on the meta device, where they do nothing but keep the shapes.
+Every choice is made by module type, never by the name of a module, so that a norm in a shortcut is
+treated like any other. All functions work in place, also on the meta device, where they do nothing
+but keep the shapes.
 """
 
 from collections.abc import Iterable
@@ -12,12 +13,14 @@ from torch.nn.modules.conv import _ConvNd
 
 
 def init_weights(model: nn.Module) -> nn.Module:
-    """Draw every parameter of `model` anew, and reset the running statistics of its norms. Returns `model`.
+    """Draw every parameter of `model` anew, and reset the running statistics of its norms. Returns
+    `model`.
 
-    Convolutions: normal with mean 0 and variance 2 / fan_out, where fan_out = out_channels * kernel area (over groups
-    it is not divided, as in torchvision); biases 0. This keeps the variance of the *gradients* through ReLU layers:
-    He et al. 2015, "Delving Deep into Rectifiers", section 2.2, "Backward Propagation Case".
-    Norms: weight 1, bias 0. Linear layers: PyTorch's default, U(-1/sqrt(in), 1/sqrt(in)), as torchvision's `fc`.
+    Convolutions: normal with mean 0 and variance 2 / fan_out, where fan_out = out_channels * kernel
+    area (over groups it is not divided, as in torchvision); biases 0. This keeps the variance of
+    the *gradients* through ReLU layers: He et al. 2015, "Delving Deep into Rectifiers", section
+    2.2, "Backward Propagation Case". Norms: weight 1, bias 0. Linear layers: PyTorch's default,
+    U(-1/sqrt(in), 1/sqrt(in)), as torchvision's `fc`.
     """
     for module in model.modules():
         if isinstance(module, _ConvNd):
@@ -32,9 +35,9 @@ def init_weights(model: nn.Module) -> nn.Module:
 def zero_residual_norms(blocks: Iterable[nn.Module]) -> None:
     """Set the weight of the last norm of each residual block to zero.
 
-    `blocks` are modules with an attribute `last_norm`, the norm that ends the residual branch. Such a block passes on
-    its shortcut alone in the first step, which makes the start of large-batch training easier:
-    Goyal et al. 2017, "Accurate, Large Minibatch SGD", section 5.1.
+    `blocks` are modules with an attribute `last_norm`, the norm that ends the residual branch. Such
+    a block passes on its shortcut alone in the first step, which makes the start of large-batch
+    training easier: Goyal et al. 2017, "Accurate, Large Minibatch SGD", section 5.1.
     """
     for block in blocks:
         nn.init.zeros_(block.last_norm.weight)

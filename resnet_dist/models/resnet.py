@@ -1,13 +1,15 @@
 """The ResNet family: one network, and a table of what has a name.
 
-ImageNet: ResNet-18/34/50/101/152 (He et al. 2015, "Deep Residual Learning for Image Recognition", table 1),
-ResNeXt (Xie et al. 2016, "Aggregated Residual Transformations") and Wide ResNet bottlenecks (Zagoruyko and Komodakis
-2016, "Wide Residual Networks"), with torchvision's names and state-dict keys, so that weights go both ways.
-CIFAR: ResNet-20/32/44/56/110 (He et al. 2015, section 4.2). Plain networks are the same without shortcuts, and
-pre-activation ones (`preresnet`) move norm and ReLU before the convolutions (He et al. 2016, "Identity Mappings").
+ImageNet: ResNet-18/34/50/101/152 (He et al. 2015, "Deep Residual Learning for Image Recognition",
+table 1), ResNeXt (Xie et al. 2016, "Aggregated Residual Transformations") and Wide ResNet
+bottlenecks (Zagoruyko and Komodakis 2016, "Wide Residual Networks"), with torchvision's names and
+state-dict keys, so that weights go both ways. CIFAR: ResNet-20/32/44/56/110 (He et al. 2015,
+section 4.2). Plain networks are the same without shortcuts, and pre-activation ones (`preresnet`)
+move norm and ReLU before the convolutions (He et al. 2016, "Identity Mappings").
 
-A network is a stem, stages `layer1..layerN` of residual blocks, a global average pool and a classifier. The first
-block of every stage but the first halves height and width. Images are [B, 3, H, W], logits are [B, num_classes].
+A network is a stem, stages `layer1..layerN` of residual blocks, a global average pool and a
+classifier. The first block of every stage but the first halves height and width. Images are [B, 3,
+H, W], logits are [B, num_classes].
 """
 
 import warnings
@@ -26,8 +28,9 @@ class Options:
     """What the members of the family differ in, apart from the kind of block and the depth."""
 
     stem: str = "imagenet"
-    """imagenet: 7x7 convolution of stride 2, 3x3 max pool of stride 2; cifar: 3x3 convolution, no pool; deep: three 3x3
-    convolutions in place of the 7x7 (ResNet-C, He et al. 2018, "Bag of Tricks", figure 2)"""
+    """imagenet: 7x7 convolution of stride 2, 3x3 max pool of stride 2; cifar: 3x3 convolution, no
+    pool; deep: three 3x3 convolutions in place of the 7x7 (ResNet-C, He et al. 2018, "Bag of
+    Tricks", figure 2)"""
     stem_channels: int = 64
     """channels of the stem; stage i has stem_channels * widen * 2**i"""
     widen: int = 1
@@ -35,7 +38,8 @@ class Options:
     shortcut: str = "B"
     """A, B, C or none, see `make_shortcut`"""
     avg_pool_shortcut: bool = False
-    """a shortcut of stride 2 averages before it projects (ResNet-D, He et al. 2018, "Bag of Tricks", figure 2)"""
+    """a shortcut of stride 2 averages before it projects (ResNet-D, He et al. 2018, "Bag of
+    Tricks", figure 2)"""
     groups: int = 1
     """groups of the 3x3 convolution of a bottleneck"""
     width_per_group: int = 64
@@ -49,16 +53,18 @@ class Options:
     squeeze_excitation: bool = False
     """weigh the channels at the end of each residual branch, see `SqueezeExcitation`"""
     stochastic_depth: float = 0.0
-    """rate at which the last residual branch is left out in training; it rises linearly from 0 for the first, as in
-    timm (Huang et al. 2016 begin one step above)"""
+    """rate at which the last residual branch is left out in training; it rises linearly from 0 for
+    the first, as in timm (Huang et al. 2016 begin one step above)"""
     blur_pool: bool = False
     """blur before each convolution of stride 2 but the stem's, see `BlurConv2d`"""
 
 
 class BlurConv2d(nn.Conv2d):
-    """A convolution after the 3x3 binomial filter, so that its stride does not alias. Same state-dict keys as Conv2d.
+    """A convolution after the 3x3 binomial filter, so that its stride does not alias. Same
+    state-dict keys as Conv2d.
 
-    Zhang 2019, "Making Convolutional Networks Shift-Invariant Again"; blur first, then the strided convolution.
+    Zhang 2019, "Making Convolutional Networks Shift-Invariant Again"; blur first, then the strided
+    convolution.
     """
 
     def __init__(self, *args, **options) -> None:
@@ -74,9 +80,11 @@ class BlurConv2d(nn.Conv2d):
 
 
 class SqueezeExcitation(nn.Module):
-    """Each channel times a weight in (0, 1) that two layers find from all channels' means: [B, C, H, W], same shape.
+    """Each channel times a weight in (0, 1) that two layers find from all channels' means: [B, C,
+    H, W], same shape.
 
-    Hu et al. 2017, "Squeeze-and-Excitation Networks", equations 2 to 4, reduction 16. Keys as timm's `se`.
+    Hu et al. 2017, "Squeeze-and-Excitation Networks", equations 2 to 4, reduction 16. Keys as
+    timm's `se`.
     """
 
     def __init__(self, channels: int) -> None:
@@ -103,7 +111,9 @@ def conv(
     groups: int = 1,
     blur: bool = False,
 ) -> nn.Conv2d:
-    """A convolution that keeps the size at stride 1. No bias: a norm follows, which would cancel it."""
+    """A convolution that keeps the size at stride 1. No bias: a norm follows, which would cancel
+    it.
+    """
     kind = BlurConv2d if blur and stride > 1 else nn.Conv2d
     return kind(
         in_channels, out_channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False
@@ -115,10 +125,10 @@ def make_shortcut(
 ) -> nn.Module | None:
     """The path around a block, or None where the input can be added as it is.
 
-    `options.shortcut` is "A" (every `stride`-th pixel, and channels of zeros behind those there are), "B" (1x1
-    convolution and norm), both of which leave the input alone where the shape does not change, "C" (as B, in every
-    block) or "none". He et al. 2015, section 4.1, "Identity vs. Projection Shortcuts".
-    Raises ValueError for another kind.
+    `options.shortcut` is "A" (every `stride`-th pixel, and channels of zeros behind those there
+    are), "B" (1x1 convolution and norm), both of which leave the input alone where the shape does
+    not change, "C" (as B, in every block) or "none". He et al. 2015, section 4.1, "Identity vs.
+    Projection Shortcuts". Raises ValueError for another kind.
     """
     kind = options.shortcut
     if kind not in ("A", "B", "C", "none"):
@@ -147,11 +157,13 @@ def make_shortcut(
 
 
 class Block(nn.Module):
-    """What residual blocks share: [B, in_channels, H, W] -> [B, expansion * channels, H / stride, W / stride].
+    """What residual blocks share: [B, in_channels, H, W] -> [B, expansion * channels, H / stride, W
+    / stride].
 
-    `downsample` is the shortcut, None for identity. `is_first`: the block follows the stem, whose norm and ReLU serve
-    as its pre-activation (He et al. 2016, appendix). `drop_rate`: share of samples in training whose residual branch is
-    left out (Huang et al. 2016, "Deep Networks with Stochastic Depth"); the others are scaled up by as much.
+    `downsample` is the shortcut, None for identity. `is_first`: the block follows the stem, whose
+    norm and ReLU serve as its pre-activation (He et al. 2016, appendix). `drop_rate`: share of
+    samples in training whose residual branch is left out (Huang et al. 2016, "Deep Networks with
+    Stochastic Depth"); the others are scaled up by as much.
     """
 
     expansion: int
@@ -221,10 +233,11 @@ class BasicBlock(Block):
 class Bottleneck(Block):
     """1x1, 3x3 and 1x1 convolutions and a shortcut (He et al. 2015, figure 5 right).
 
-    The 3x3 convolution has groups * (channels * width_per_group // 64) channels: Xie et al. 2016, table 1, and Wide
-    ResNet with one group. `stride_in_1x1` puts the stride in the first 1x1 convolution as in the paper ("v1");
-    otherwise it sits in the 3x3 ("v1.5", as torchvision and fb.resnet.torch), which looks at every pixel: about half a
-    point better and 5 % slower by NVIDIA's account.
+    The 3x3 convolution has groups * (channels * width_per_group // 64) channels: Xie et al. 2016,
+    table 1, and Wide ResNet with one group. `stride_in_1x1` puts the stride in the first 1x1
+    convolution as in the paper ("v1"); otherwise it sits in the 3x3 ("v1.5", as torchvision and
+    fb.resnet.torch), which looks at every pixel: about half a point better and 5 % slower by
+    NVIDIA's account.
     """
 
     expansion = 4
@@ -250,15 +263,14 @@ class Bottleneck(Block):
 class ResNet(nn.Module):
     """A residual network with one stage for each entry of `depths`.
 
-    Images [B, 3, H, W] -> logits [B, num_classes]. H and W are free; the classifier sees the mean over the last map.
+    Images [B, 3, H, W] -> logits [B, num_classes]. H and W are free; the classifier sees the mean
+    over the last map.
 
-    block: BasicBlock or Bottleneck, for all stages.
-    depths: blocks per stage.
-    num_classes: length of a row of logits.
-    options: those of `Options`.
+    block: BasicBlock or Bottleneck, for all stages. depths: blocks per stage. num_classes: length
+    of a row of logits. options: those of `Options`.
 
-    Raises ValueError for a stem or shortcut that there is not, and for options that exclude each other. Warns where
-    stride_in_1x1 has no effect.
+    Raises ValueError for a stem or shortcut that there is not, and for options that exclude each
+    other. Warns where stride_in_1x1 has no effect.
     """
 
     def __init__(
@@ -299,7 +311,9 @@ class ResNet(nn.Module):
             zero_residual_norms(m for m in self.modules() if isinstance(m, Block))
 
     def _make_stem(self, stem: str, channels: int) -> None:
-        """Set conv1, bn1, relu and maxpool: [B, 3, H, W] -> [B, channels, H / 4, W / 4], or full size for "cifar"."""
+        """Set conv1, bn1, relu and maxpool: [B, 3, H, W] -> [B, channels, H / 4, W / 4], or full
+        size for "cifar".
+        """
         if stem == "imagenet":
             self.conv1 = conv(3, channels, 7, stride=2)
         elif stem == "deep":
@@ -383,7 +397,8 @@ FAMILY: dict[str, tuple[type[Block], tuple[int, ...], dict]] = {
     # Zagoruyko and Komodakis 2016, 3x3 convolutions twice as wide: 68.9 and 126.9 million
     "wide_resnet50_2": (Bottleneck, (3, 4, 6, 3), {"width_per_group": 128}),
     "wide_resnet101_2": (Bottleneck, (3, 4, 23, 3), {"width_per_group": 128}),
-    # He et al. 2018, "Bag of Tricks", table 5; Hu et al. 2017, table 2 (28.1 million); He et al. 2016, table 5
+    # He et al. 2018, "Bag of Tricks", table 5; Hu et al. 2017, table 2 (28.1 million); He et al.
+    # 2016, table 5
     "resnet50c": (Bottleneck, (3, 4, 6, 3), {"stem": "deep"}),
     "resnet50d": (Bottleneck, (3, 4, 6, 3), {"stem": "deep", "avg_pool_shortcut": True}),
     "seresnet50": (Bottleneck, (3, 4, 6, 3), {"squeeze_excitation": True}),

@@ -1,8 +1,10 @@
-"""Batch normalisation over the batches of all ranks, on any device that has PyTorch's native batch norm.
+"""Batch normalisation over the batches of all ranks, on any device that has PyTorch's native batch
+norm.
 
-`torch.nn.SyncBatchNorm` refuses the CPU. The one here gives what one process would compute on the whole batch:
-outputs, input gradients, running statistics, and weight gradients once summed over the ranks. The ranks may hold
-batches of different sizes, also empty ones. Each layer costs one collective forward and one backward.
+`torch.nn.SyncBatchNorm` refuses the CPU. The one here gives what one process would compute on the
+whole batch: outputs, input gradients, running statistics, and weight gradients once summed over the
+ranks. The ranks may hold batches of different sizes, also empty ones. Each layer costs one
+collective forward and one backward.
 """
 
 import torch
@@ -16,7 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 def _dense(x: Tensor, like: Tensor) -> Tensor:
     """`x` without gaps, in channels_last if `like` is, else contiguous.
 
-    The native kernels are fast for these layouts, and only where input and gradient have the same one.
+    The native kernels are fast for these layouts, and only where input and gradient have the same
+    one.
     """
     channels_last = like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last)
     return x.contiguous(
@@ -27,8 +30,8 @@ def _dense(x: Tensor, like: Tensor) -> Tensor:
 def _gather(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """`local` of all ranks, stacked along a new first dimension in order of rank.
 
-    Also used where a sum is wanted: over gloo it takes half the time of an all-reduce of so little data, and every rank
-    adds in the same order.
+    Also used where a sum is wanted: over gloo it takes half the time of an all-reduce of so little
+    data, and every rank adds in the same order.
     """
     gathered = local.new_empty(dist.get_world_size(group), *local.shape)
     dist.all_gather(list(gathered), local, group=group)
@@ -38,8 +41,8 @@ def _gather(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 def _local_stats(x: Tensor, dtype: torch.dtype) -> Tensor:
     """What this rank adds to the statistics: (mean, M2, n), packed as [2 * C + 1] of `dtype`.
 
-    M2 is the sum of squared deviations from this rank's mean, n the number of values per channel. In fp32 n is exact
-    up to 2**24, and off by less than one part in ten million beyond.
+    M2 is the sum of squared deviations from this rank's mean, n the number of values per channel.
+    In fp32 n is exact up to 2**24, and off by less than one part in ten million beyond.
     """
     channels = x.shape[1]
     count = x.numel() // channels
@@ -55,10 +58,12 @@ def _local_stats(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _merge(stats: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Merge rows of (mean, M2, n), [ranks, 2 * C + 1], to the mean [C], M2 [C] and count of the union.
+    """Merge rows of (mean, M2, n), [ranks, 2 * C + 1], to the mean [C], M2 [C] and count of the
+    union.
 
-    Chan, Golub and LeVeque 1979, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", for
-    any number of parts: M2 = sum_i M2_i + sum_i n_i (mean_i - mean)^2. Unlike sums of squares it does not cancel.
+    Chan, Golub and LeVeque 1979, "Updating Formulae and a Pairwise Algorithm for Computing Sample
+    Variances", for any number of parts: M2 = sum_i M2_i + sum_i n_i (mean_i - mean)^2. Unlike sums
+    of squares it does not cancel.
     """
     channels = stats.shape[1] // 2
     means, m2s, counts = stats[:, :channels], stats[:, channels:-1], stats[:, -1:]
@@ -70,12 +75,14 @@ def _merge(stats: Tensor) -> tuple[Tensor, Tensor, float]:
 
 
 class _SyncBatchNormFunction(torch.autograd.Function):
-    """Normalise with given statistics forward; backward, let the gradient flow through them on all ranks.
+    """Normalise with given statistics forward; backward, let the gradient flow through them on all
+    ranks.
 
-    x is [B, C, ...], weight, bias, mean and var are [C] in the dtype of the statistics, `total` is the number of
-    values per channel over all ranks. With s = weight / sqrt(var + eps) and y = xhat * weight + bias:
-    dL/dx = s * (dy - mean(dy) - xhat * mean(dy * xhat)), the means over the batch of all ranks
-    (Ioffe and Szegedy 2015, "Batch Normalization", section 3, collected by powers of xhat).
+    x is [B, C, ...], weight, bias, mean and var are [C] in the dtype of the statistics, `total` is
+    the number of values per channel over all ranks. With s = weight / sqrt(var + eps) and y = xhat
+    * weight + bias: dL/dx = s * (dy - mean(dy) - xhat * mean(dy * xhat)), the means over the batch
+    of all ranks (Ioffe and Szegedy 2015, "Batch Normalization", section 3, collected by powers of
+    xhat).
     """
 
     @staticmethod
@@ -91,7 +98,8 @@ class _SyncBatchNormFunction(torch.autograd.Function):
         dy = _dense(dy, like=x)
         dw, db = torch.zeros_like(weight), torch.zeros_like(weight)
         if x.numel():  # the kernel dies of an empty batch
-            # The native backward in its eval form, asked for no input gradient, gives both sums in one pass.
+            # The native backward in its eval form, asked for no input gradient, gives both sums in
+            # one pass.
             _, dw, db = torch.ops.aten.native_batch_norm_backward(
                 dy, x, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
             )
@@ -99,10 +107,10 @@ class _SyncBatchNormFunction(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             # dw and db stay those of this rank: DDP sums the gradients of parameters.
             mean_dw, mean_db = _gather(torch.stack((dw, db)), ctx.group).sum(0) / ctx.total
-            # Two passes over memory and one allocation, in the layout of x. The first borrows the batch norm kernel to
-            # compute s * (dy - mean_db) + offset, as it takes float32 numbers per channel beside a bf16 tensor. The
-            # second adds slope * x, where the slope must have the dtype of x: the offset takes up its rounding, so
-            # that the slope acts on x - mean.
+            # Two passes over memory and one allocation, in the layout of x. The first borrows the
+            # batch norm kernel to compute s * (dy - mean_db) + offset, as it takes float32 numbers
+            # per channel beside a bf16 tensor. The second adds slope * x, where the slope must have
+            # the dtype of x: the offset takes up its rounding, so that the slope acts on x - mean.
             slope = (-weight * mean_dw / (var + ctx.eps)).to(x.dtype)
             dx = F.batch_norm(dy, mean_db, var, weight, -slope * mean, eps=ctx.eps)
             dx.addcmul_(x, slope.view(-1, *[1] * (x.dim() - 2)))
@@ -112,11 +120,12 @@ class _SyncBatchNormFunction(torch.autograd.Function):
 class SyncBatchNorm(_BatchNorm):
     """Batch norm of [B, C, ...] with the statistics of the batches of all ranks of `process_group`.
 
-    Options and state-dict keys are those of `torch.nn.BatchNorm2d`, and so are the rules: a biased variance to
-    normalise, an unbiased one in `running_var`, and `momentum=None` for a cumulative average. The statistics are kept
-    in float32 for inputs of half precision and in the input's dtype else; the output has dtype and layout of the input.
-    `process_group=None` means all ranks. In eval mode, with one rank or without a process group it is plain batch norm
-    and communicates nothing.
+    Options and state-dict keys are those of `torch.nn.BatchNorm2d`, and so are the rules: a biased
+    variance to normalise, an unbiased one in `running_var`, and `momentum=None` for a cumulative
+    average. The statistics are kept in float32 for inputs of half precision and in the input's
+    dtype else; the output has dtype and layout of the input. `process_group=None` means all ranks.
+    In eval mode, with one rank or without a process group it is plain batch norm and communicates
+    nothing.
 
     Raises ValueError when training with fewer than two values per channel over all ranks.
     """
@@ -158,7 +167,9 @@ class SyncBatchNorm(_BatchNorm):
         )
 
     def _update_running_stats(self, mean: Tensor, unbiased_var: Tensor) -> None:
-        """Move the running statistics towards those of this batch, [C] each; the same on every rank."""
+        """Move the running statistics towards those of this batch, [C] each; the same on every
+        rank.
+        """
         self.num_batches_tracked += 1
         momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
@@ -168,10 +179,12 @@ class SyncBatchNorm(_BatchNorm):
 def convert_sync_batch_norm(
     module: nn.Module, process_group: dist.ProcessGroup | None = None, device_type: str = "cpu"
 ) -> nn.Module:
-    """Make every batch norm in `module` a synchronised one. Returns the module (on "cuda" a new one for a norm).
+    """Make every batch norm in `module` a synchronised one. Returns the module (on "cuda" a new one
+    for a norm).
 
-    On "cuda" that is `torch.nn.SyncBatchNorm`, on any other device type the one of this file. Parameters and buffers
-    are the same tensors as before, so an optimizer or EMA built earlier stays valid; the training flag is kept.
+    On "cuda" that is `torch.nn.SyncBatchNorm`, on any other device type the one of this file.
+    Parameters and buffers are the same tensors as before, so an optimizer or EMA built earlier
+    stays valid; the training flag is kept.
     """
     if device_type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)

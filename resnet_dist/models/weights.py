@@ -1,6 +1,8 @@
-"""Weights from anywhere (ours, torchvision's, timm's, NVIDIA's), and which of them a run goes on to train.
+"""Weights from anywhere (ours, torchvision's, timm's, NVIDIA's), and which of them a run goes on to
+train.
 
-The names of a file are brought to those of the model by one table, and every tensor of both is accounted for.
+The names of a file are brought to those of the model by one table, and every tensor of both is
+accounted for.
 """
 
 import argparse
@@ -45,7 +47,8 @@ _HEADS = r"^(fc|head|head\.fc|classifier|classifier\.fc|last_linear|classif)\.(?
 
 
 def head_modules(model: nn.Module) -> dict[str, nn.Linear]:
-    """The classifier, by name: the last linear layer, and where there are auxiliary classifiers, theirs.
+    """The classifier, by name: the last linear layer, and where there are auxiliary classifiers,
+    theirs.
 
     Those end a module of their own with as many outputs, in a model that has an `auxiliary_weight`.
     """
@@ -66,9 +69,11 @@ def head_modules(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def freeze(model: nn.Module, unfreeze_from: str) -> None:
-    """Leave in training the module `unfreeze_from`, all that is defined after it, and the head ("head": it alone).
+    """Leave in training the module `unfreeze_from`, all that is defined after it, and the head
+    ("head": it alone).
 
-    "" changes nothing. Raises ValueError where there is no such module, it has no parameters, or nothing is before it.
+    "" changes nothing. Raises ValueError where there is no such module, it has no parameters, or
+    nothing is before it.
     """
     if not unfreeze_from:
         return
@@ -92,9 +97,11 @@ def freeze(model: nn.Module, unfreeze_from: str) -> None:
 
 
 def download(name: str) -> bytes:
-    """The file of torchvision's weights `torchvision:<model>:<weights>`, from the network or torch.hub's cache.
+    """The file of torchvision's weights `torchvision:<model>:<weights>`, from the network or
+    torch.hub's cache.
 
-    Raises ValueError for an unknown name, where it cannot be had, and where its SHA-256 is not the one of its name.
+    Raises ValueError for an unknown name, where it cannot be had, and where its SHA-256 is not the
+    one of its name.
     """
     from torchvision.models import get_model_weights, list_models
 
@@ -133,10 +140,12 @@ def download(name: str) -> bytes:
 
 
 def unpack(payload: bytes, name: str) -> dict:
-    """The content of the file `name` from its bytes, of torch.save or safetensors; none of its code is run.
+    """The content of the file `name` from its bytes, of torch.save or safetensors; none of its code
+    is run.
 
-    argparse.Namespace, which torchvision and timm save their settings as, is let through: it only holds values.
-    Raises ValueError where the file is damaged, needs other Python objects, or safetensors is not installed.
+    argparse.Namespace, which torchvision and timm save their settings as, is let through: it only
+    holds values. Raises ValueError where the file is damaged, needs other Python objects, or
+    safetensors is not installed.
     """
     try:
         if name.endswith(".safetensors"):
@@ -167,7 +176,9 @@ def unpack(payload: bytes, name: str) -> dict:
 
 
 def find_weights(content) -> tuple[list[str], dict]:
-    """The state dict in a file's content, averaged weights first, and the keys that lead to it; ([], {}) for none."""
+    """The state dict in a file's content, averaged weights first, and the keys that lead to it;
+    ([], {}) for none.
+    """
     if not isinstance(content, dict):
         return [], {}
     for key in _NESTED:
@@ -178,12 +189,14 @@ def find_weights(content) -> tuple[list[str], dict]:
 
 
 def load_weights(model: nn.Module, content: dict, name: str) -> tuple[dict[str, list[str]], bool]:
-    """Copy the weights in a file's content into a model; the head stays as it is where its classes are not as many.
+    """Copy the weights in a file's content into a model; the head stays as it is where its classes
+    are not as many.
 
-    Returns the names under "loaded", "renamed", "reshaped" (1x1 convolution and linear layer), "skipped" (of the file)
-    and "missing" (of the model), and whether the latter two hold nothing but heads and num_batches_tracked, which old
-    files lack. Raises ValueError, with the model as before, where less than half of the backbone's tensors are found,
-    and for values that are not finite.
+    Returns the names under "loaded", "renamed", "reshaped" (1x1 convolution and linear layer),
+    "skipped" (of the file) and "missing" (of the model), and whether the latter two hold nothing
+    but heads and num_batches_tracked, which old files lack. Raises ValueError, with the model as
+    before, where less than half of the backbone's tensors are found, and for values that are not
+    finite.
     """
     weights, own, heads, found, whole = (
         find_weights(content)[1],
@@ -250,7 +263,9 @@ def describe(rows: dict[str, list[str]], most: int = 3) -> str:
 
 
 def _candidates(key: str, head: str) -> list[str]:
-    """What the model may call the tensor that a file calls `key`, likeliest first; any number of renames may apply."""
+    """What the model may call the tensor that a file calls `key`, likeliest first; any number of
+    renames may apply.
+    """
     names = [key, re.sub(_PREFIX, "", key)]
     for pattern, replacement in (*_RENAMES, (_HEADS, f"{head}.")):
         names += [re.sub(pattern, replacement, name) for name in names]
@@ -258,7 +273,9 @@ def _candidates(key: str, head: str) -> list[str]:
 
 
 def _fits(value, own: torch.Tensor) -> bool:
-    """Whether `value` can take the place of `own`: as it is, or as the same layer in the other form."""
+    """Whether `value` can take the place of `own`: as it is, or as the same layer in the other
+    form.
+    """
     if not isinstance(value, torch.Tensor) or value.is_floating_point() != own.is_floating_point():
         return False
     return value.shape == own.shape or (

@@ -1,9 +1,10 @@
 """The networks beside the ResNet family: LeNet-5, which is ours, and those of torchvision and timm.
 
-All take images [B, 3, H, W] and return logits [B, num_classes]. A network with auxiliary heads returns a tuple in
-training mode, its logits first, and says in `auxiliary_weight` what the loss of each further one counts. All start from
-fresh weights, drawn by the law of their library. Dropout and stochastic depth draw from torch's generator, which the
-loop seeds for each (step, rank): a run resumes exactly on as many ranks and micro-steps, on others with other masks.
+All take images [B, 3, H, W] and return logits [B, num_classes]. A network with auxiliary heads
+returns a tuple in training mode, its logits first, and says in `auxiliary_weight` what the loss of
+each further one counts. All start from fresh weights, drawn by the law of their library. Dropout
+and stochastic depth draw from torch's generator, which the loop seeds for each (step, rank): a run
+resumes exactly on as many ranks and micro-steps, on others with other masks.
 """
 
 from collections.abc import Callable
@@ -41,7 +42,9 @@ def squash(x: Tensor) -> Tensor:
 
 
 class Subsample(nn.Module):
-    """[B, C, H, W] -> [B, C, H / 2, W / 2]: the sum of 2x2 pixels times a trained factor of the map, plus a bias."""
+    """[B, C, H, W] -> [B, C, H / 2, W / 2]: the sum of 2x2 pixels times a trained factor of the
+    map, plus a bias.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -53,11 +56,13 @@ class Subsample(nn.Module):
 
 
 class LeNet5(nn.Module):
-    """LeNet-5 as LeCun et al. 1998, section II.B, has it, but for its two ends. Images [B, 3, 32, 32], no other size.
+    """LeNet-5 as LeCun et al. 1998, section II.B, has it, but for its two ends. Images [B, 3, 32,
+    32], no other size.
 
-    The paper's input is one grey map: here it is R, G and B, as the data path gives them. Its output is the distance of
-    F6 from fixed bitmaps of the characters (RBF units): here a linear layer takes their place, as is usual, since other
-    classes have no bitmaps. Weights start uniform in +-2.4 / fan-in (appendix A), biases at 0.
+    The paper's input is one grey map: here it is R, G and B, as the data path gives them. Its
+    output is the distance of F6 from fixed bitmaps of the characters (RBF units): here a linear
+    layer takes their place, as is usual, since other classes have no bitmaps. Weights start uniform
+    in +-2.4 / fan-in (appendix A), biases at 0.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -84,7 +89,9 @@ class LeNet5(nn.Module):
 
 
 _AUXILIARY = {"googlenet": 0.3, "inception_v3": 0.4}
-"""Szegedy et al. 2014, section 5; for Inception v3 the paper gives none: that of TF-slim and torchvision's training"""
+"""Szegedy et al. 2014, section 5; for Inception v3 the paper gives none: that of TF-slim and
+torchvision's training
+"""
 
 
 def _torchvision(name: str, num_classes: int) -> nn.Module:
@@ -111,7 +118,9 @@ def _densenet264(num_classes: int) -> nn.Module:
 
 
 def _timm(name: str, num_classes: int) -> nn.Module:
-    """timm's norms apply the activation too, which a conversion to SyncBatchNorm would lose: it gets its own place."""
+    """Timm's norms apply the activation too, which a conversion to SyncBatchNorm would lose: it
+    gets its own place.
+    """
     try:
         import timm
         from timm.layers import ConvNormAct
@@ -129,9 +138,11 @@ def _timm(name: str, num_classes: int) -> nn.Module:
 
 
 class Entry(NamedTuple):
-    """A network: `make(num_classes=...)` gives it. Published top-1 and top-5 in percent on ImageNet, one central crop
-    of `size` pixels (None where there are none; torchvision's may belong to a better recipe than the paper's), and
-    where they stand. The least sides that it takes at all and in training; 0 = the same."""
+    """A network: `make(num_classes=...)` gives it. Published top-1 and top-5 in percent on
+    ImageNet, one central crop of `size` pixels (None where there are none; torchvision's may belong
+    to a better recipe than the paper's), and where they stand. The least sides that it takes at all
+    and in training; 0 = the same.
+    """
 
     make: Callable[..., nn.Module]
     source: str

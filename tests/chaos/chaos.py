@@ -1,10 +1,12 @@
-"""Seeded faults thrown at a small real training run; in the end everything equals the undisturbed run, bit for bit.
+"""Seeded faults thrown at a small real training run; in the end everything equals the undisturbed
+run, bit for bit.
 
-    make chaos                                  # 200 faults, a log, a summary
-    python tests/chaos/chaos.py --faults 50 --seed 7 --folder /tmp/chaos
+    make chaos                                  # 200 faults, a log, a summary python
+    tests/chaos/chaos.py --faults 50 --seed 7 --folder /tmp/chaos
 
-One round is one run on two ranks (ResNet-20, real digits, fp32, with an average), disturbed until it has met its share
-of the faults and then left to finish. After every fault it is started again, as a launcher would.
+One round is one run on two ranks (ResNet-20, real digits, fp32, with an average), disturbed until
+it has met its share of the faults and then left to finish. After every fault it is started again,
+as a launcher would.
 """
 
 import argparse
@@ -69,7 +71,9 @@ CLOCK = {
 
 
 def arguments(digits: str, folder: Path, *more: str) -> list[str]:
-    """A run of three epochs of twelve steps; a checkpoint every five steps and at each epoch, which is evaluated."""
+    """A run of three epochs of twelve steps; a checkpoint every five steps and at each epoch, which
+    is evaluated.
+    """
     return [
         "train",
         "--config",
@@ -144,8 +148,9 @@ def differences(folder: Path, undisturbed: Path) -> list[str]:
 
 
 class Round:
-    """One run and what is done to it. `lost` and `seconds` are of each new start: the steps that were done again, and
-    from the fault to the log line of the first step that is new."""
+    """One run and what is done to it. `lost` and `seconds` are of each new start: the steps that
+    were done again, and from the fault to the log line of the first step that is new.
+    """
 
     def __init__(self, digits: str, folder: Path, seed: int, say) -> None:
         self.digits, self.folder, self.say = digits, folder, say
@@ -163,7 +168,8 @@ class Round:
     def play(self, faults: list[str]) -> None:
         """Throw the faults, one to an attempt, and let the run finish."""
         for number, fault in enumerate(faults):
-            # Spread over the run, so that each finds it under way: what is left is shared by what is still to come.
+            # Spread over the run, so that each finds it under way: what is left is shared by what
+            # is still to come.
             reached = saved_step(self.folder)
             ahead = max(1, (TOTAL_STEPS - 2 - reached) // (len(faults) - number))
             at = min(TOTAL_STEPS - 2, reached + self.random.randint(1, max(1, min(ahead, 12))))
@@ -172,7 +178,9 @@ class Round:
         assert codes == [0] * RANKS, (codes, self.tail())
 
     def strike(self, fault: str, at: int) -> None:
-        """One attempt that ends by `fault` near step `at` (a fault of the files strikes after it was killed)."""
+        """One attempt that ends by `fault` near step `at` (a fault of the files strikes after it
+        was killed).
+        """
         victim = self.random.randrange(RANKS)
         name = self.random.choice(SIGNALS)
         if fault in SPOILS:
@@ -273,7 +281,9 @@ class Round:
         return wait_app(processes), moment
 
     def entry(self, fault: str, at: int, victim: int):
-        """The command line's main with a fault inside, for those that strike at a certain place of the code."""
+        """The command line's main with a fault inside, for those that strike at a certain place of
+        the code.
+        """
         folder = self.folder
 
         def die() -> None:
@@ -359,8 +369,9 @@ class Round:
 
 
 def other_ranks(digits: str, folder: Path, seed: int) -> float:
-    """The run on two ranks, and one that is killed twice and goes on with three and with one: raises AssertionError
-    unless each step had the same samples, crops and learning rate; returns the relative difference of the weights.
+    """The run on two ranks, and one that is killed twice and goes on with three and with one:
+    raises AssertionError unless each step had the same samples, crops and learning rate; returns
+    the relative difference of the weights.
 
     In double precision: in single, rounding moves the signs of a constant background before a ReLU.
     """

@@ -1,4 +1,6 @@
-"""The short form of chaos.py: each kind of fault once at one run, and one run whose number of ranks changes."""
+"""The short form of chaos.py: each kind of fault once at one run, and one run whose number of ranks
+changes.
+"""
 
 import shutil
 

@@ -1,4 +1,6 @@
-"""What a user gets wrong ends with one sentence, on every rank, and loses nothing. The whole application, two ranks."""
+"""What a user gets wrong ends with one sentence, on every rank, and loses nothing. The whole
+application, two ranks.
+"""
 
 import errno
 import json
@@ -82,7 +84,9 @@ def test_layouts_and_names(tmp_path, digits):
 
 
 def test_broken_images_cost_neither_the_run_nor_the_count(tmp_path, data):
-    """Truncated, empty, text in disguise, CMYK: training goes on with neighbours, evaluation counts all 355."""
+    """Truncated, empty, text in disguise, CMYK: training goes on with neighbours, evaluation counts
+    all 355.
+    """
     train_files, val_files = (sorted((data / split).glob("*/*.jpg")) for split in ("train", "val"))
     for files in (train_files, val_files):
         files[0].write_bytes(files[0].read_bytes()[:300])
@@ -99,7 +103,8 @@ def test_broken_images_cost_neither_the_run_nor_the_count(tmp_path, data):
     assert "3 of 355 validation images cannot be decoded" in printed
     quarantined = {json.loads(line)["path"] for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()}
     bad = [{str(files[i]) for i in (0, 40, 80)} for files in (train_files, val_files)]
-    assert bad[1] <= quarantined <= bad[0] | bad[1]      # a training file may lie in the tail that is dropped
+    # a training file may lie in the tail that is dropped
+    assert bad[1] <= quarantined <= bad[0] | bad[1]
     assert quarantined & bad[0]
 
 
@@ -108,7 +113,8 @@ def test_too_many_broken_images_stop_every_rank(tmp_path, data):
         path.write_bytes(b"")
     codes, printed = train(tmp_path, "--data.data_dir", str(data), "--data.max_bad_images", "5")
     assert codes == [2, 2], printed
-    assert 1 <= printed.count("error (rank") <= 2 and "Traceback" not in printed     # both may have met too many
+    # both may have met too many
+    assert 1 <= printed.count("error (rank") <= 2 and "Traceback" not in printed
     assert "data.max_bad_images" in printed and "quarantine.jsonl" in printed
 
 
@@ -187,7 +193,9 @@ def test_a_second_signal_does_not_end_the_last_write(tmp_path, digits):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, the device that is always full")
 def test_a_full_disk_while_saving(tmp_path, digits):
-    """From step 6 on nothing can be saved: training goes on to the end, warns, keeps step 5, and does not end well."""
+    """From step 6 on nothing can be saved: training goes on to the end, warns, keeps step 5, and
+    does not end well.
+    """
     def entry(arguments):
         import builtins
         real = builtins.open
@@ -209,7 +217,9 @@ def test_a_full_disk_while_saving(tmp_path, digits):
 
 @pytest.mark.parametrize("how", ["read-only", "removed", "removed while it is written", "taken by a file"])
 def test_a_folder_that_stops_taking_checkpoints(tmp_path, digits, how):
-    """After step 5. Each try is warned about with the reason; a folder that is merely gone is made again."""
+    """After step 5. Each try is warned about with the reason; a folder that is merely gone is made
+    again.
+    """
     folder = tmp_path / "run" / "checkpoints"
 
     def entry(arguments):
@@ -263,7 +273,9 @@ def test_a_folder_that_stops_taking_checkpoints(tmp_path, digits, how):
 
 
 def test_a_second_ctrl_c_leaves_at_once(tmp_path, digits):
-    """While a save takes its time. The first one waits for it; the second, more than a second later, for nothing."""
+    """While a save takes its time. The first one waits for it; the second, more than a second
+    later, for nothing.
+    """
     def entry(arguments):
         def slow(path, content, *checks):
             (tmp_path / "writing").touch()

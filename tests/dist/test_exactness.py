@@ -1,4 +1,5 @@
-"""Interrupted and uninterrupted runs end with the same weights. (Other numbers of ranks: tests/chaos/test_chaos.py.)
+"""Interrupted and uninterrupted runs end with the same weights. (Other numbers of ranks:
+tests/chaos/test_chaos.py.)
 
 The application runs whole, in forked processes: JPEG files, DALI, DDP, SyncBatchNorm, checkpoints.
 """
@@ -21,7 +22,9 @@ STEPS = 24
 
 
 def arguments(digits, output_dir, *more):
-    """Twelve steps an epoch on small images, each step logged, a checkpoint every five steps and at each epoch."""
+    """Twelve steps an epoch on small images, each step logged, a checkpoint every five steps and at
+    each epoch.
+    """
     return ["train", "--config", "configs/quickstart.yaml", "--data.data_dir", str(digits), "--output_dir", str(output_dir),
             "--data.train_crop_size", "8", "--data.val_resize_size", "8", "--data.val_crop_size", "8",
             "--train.epochs", "2", "--train.global_batch_size", "120", "--train.precision", "fp32",
@@ -41,7 +44,9 @@ def metrics(output_dir):
 
 
 def comparable(lines):
-    """The lines without what depends on the clock; so do the bad files that an attempt, reading ahead, has met."""
+    """The lines without what depends on the clock; so do the bad files that an attempt, reading
+    ahead, has met.
+    """
     clock = {"time", "elapsed", "train/images_per_second", "train/data_wait_fraction", "train/step_seconds",
              "train/bad_images"}
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]
@@ -77,7 +82,8 @@ def undisturbed(digits, tmp_path_factory):
 
 
 def test_killed_three_times_ends_bit_identically(digits, undisturbed, tmp_path):
-    for step, saved in ((3, -1), (9, 5), (17, 10)):      # before the first checkpoint, and between two
+    # before the first checkpoint, and between two
+    for step, saved in ((3, -1), (9, 5), (17, 10)):
         kill_at(step, saved, 2, arguments(digits, tmp_path), tmp_path)
     assert run_app(2, arguments(digits, tmp_path), str(tmp_path / "log")) == [0, 0], (tmp_path / "log").read_text()
     resumed = resumed_steps(tmp_path)
@@ -87,7 +93,9 @@ def test_killed_three_times_ends_bit_identically(digits, undisturbed, tmp_path):
 
 
 def test_signals_lose_no_step(digits, undisturbed, tmp_path):
-    """All ranks agree on the step, save there and leave with 128 + signal, also when one alone was told."""
+    """All ranks agree on the step, save there and leave with 128 + signal, also when one alone was
+    told.
+    """
     for at, number, everyone in ((3, signal.SIGTERM, True), (9, signal.SIGINT, False), (15, signal.SIGUSR1, False)):
         processes = start_app(2, arguments(digits, tmp_path), str(tmp_path / "log"), slow_from(at))
         wait_for_step(tmp_path, at, processes)
@@ -103,7 +111,9 @@ def test_signals_lose_no_step(digits, undisturbed, tmp_path):
 
 
 def test_clock_locale_umask_and_home_have_no_effect(digits, undisturbed, tmp_path):
-    """Row of the table of faults: a clock that jumps back and forth, Turkish, no rights for others, a home that is none."""
+    """Row of the table of faults: a clock that jumps back and forth, Turkish, no rights for others,
+    a home that is none.
+    """
     def entry(arguments):
         real, calls = time.time, itertools.count()
         time.time = lambda: real() + (-1) ** next(calls) * 1e7
@@ -123,7 +133,9 @@ def test_clock_locale_umask_and_home_have_no_effect(digits, undisturbed, tmp_pat
 
 
 def test_three_ranks_resume_bit_identically(digits, tmp_path):
-    """With more than two ranks the order of additions in an all-reduce depends on the buckets of DDP."""
+    """With more than two ranks the order of additions in an all-reduce depends on the buckets of
+    DDP.
+    """
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir(), parts.mkdir()
     kill_at(7, 5, 3, arguments(digits, parts), parts)
@@ -135,8 +147,9 @@ def test_three_ranks_resume_bit_identically(digits, tmp_path):
 
 
 def test_all_of_the_augmentation_resumes_bit_identically(tmp_path):
-    """Policies, jitter, lighting, erasing, repetitions, mixing and a side that grows, from 32 to 64 in the second of
-    four epochs: functions of the step as well."""
+    """Policies, jitter, lighting, erasing, repetitions, mixing and a side that grows, from 32 to 64
+    in the second of four epochs: functions of the step as well.
+    """
     for split, count in (("train", 48), ("val", 20)):
         write_split(str(tmp_path / "data"), [encode(picture(70, 80, i)) for i in range(count)], split=split)
     more = ["--data.kind", "folder", "--augment.policy", "trivialaugment", "--augment.color_jitter", "[0.4,0.4,0.4,0.1]",

@@ -1,7 +1,9 @@
-"""A real set with files of every bad kind in it: the whole application on two ranks, killed and resumed.
+"""A real set with files of every bad kind in it: the whole application on two ranks, killed and
+resumed.
 
-What counts as bad is what cannot be decoded. The rest of an odd lot (PNG in disguise, CMYK, grayscale, 16 bits, an EXIF
-orientation, one pixel, damage that libjpeg gets over) trains like any other image.
+What counts as bad is what cannot be decoded. The rest of an odd lot (PNG in disguise, CMYK,
+grayscale, 16 bits, an EXIF orientation, one pixel, damage that libjpeg gets over) trains like any
+other image.
 """
 
 import json
@@ -21,7 +23,8 @@ from test_loader import assert_same, steps
 from resnet_dist.data.sources.scan import build_index
 from resnet_dist.distributed import Runtime
 
-N, N_VAL = 48, 31                                        # six steps of eight: no tail, every file in every epoch
+# six steps of eight: no tail, every file in every epoch
+N, N_VAL = 48, 31
 NAMES = {"train": "train/class{}/{:04d}.jpg", "val": "val/class{}/{:04d}.jpg"}
 
 
@@ -52,7 +55,8 @@ def files(count: int) -> tuple[list[bytes], dict[int, str]]:
            *((damaged(encode(picture(60, 60, i), "PNG"), i), "the decoder refuses it") for i in range(2)),
            (damaged(encode(picture(90, 90), progressive=True), 1), "the decoder refuses it")]
     good[2:2 + len(odd)] = odd
-    places = {15: 0, 16: 1, 17: 2, 20: 3, 22: 4, 24: 5, 25: 6, count - 1: 7}     # neighbours, and the last of the list
+    # neighbours, and the last of the list
+    places = {15: 0, 16: 1, 17: 2, 20: 3, 22: 4, 24: 5, 25: 6, count - 1: 7}
     for place, which in places.items():
         good[place] = bad[which][0]
     return good, {place: bad[which][1] for place, which in places.items()}
@@ -121,7 +125,9 @@ def test_substitutes_depend_neither_on_the_ranks_nor_on_where_a_run_goes_on(mixe
 
 
 def memory_of_epochs(rank, world_size, folder):
-    """MiB in use after 50 and after 200 epochs, training and validation, with files that the decoder refuses."""
+    """MiB in use after 50 and after 200 epochs, training and validation, with files that the
+    decoder refuses.
+    """
     contents = files(N)[0][9:25]
     train = train_loader(write_split(folder, contents), folder, global_batch_size=16, train_crop_size=64)
     val = val_loader(write_split(folder, contents[:8], split="val"), folder, val_resize_size=72, val_crop_size=64)

@@ -1,5 +1,7 @@
-"""One rank is killed, stopped, stuck or raises alone: the others say which one and where, and end. Rows of the table of
-faults; that a new start goes on bit for bit is shown by test_exactness.py and tests/chaos."""
+"""One rank is killed, stopped, stuck or raises alone: the others say which one and where, and end.
+Rows of the table of faults; that a new start goes on bit for bit is shown by test_exactness.py and
+tests/chaos.
+"""
 
 import os
 import re
@@ -18,7 +20,8 @@ SMALL = ["--data.train_crop_size", "8", "--data.val_resize_size", "8", "--data.v
          "--distributed.threads", "1", "--log.interval_steps", "1", "--checkpoint.interval_steps", "5"]
 
 
-LIMIT = ["--distributed.timeout_s", "12"]                # a busy machine must be able to start within it
+# a busy machine must be able to start within it
+LIMIT = ["--distributed.timeout_s", "12"]
 WAITED = "10.2 s"                                        # 0.85 of it
 
 
@@ -68,7 +71,9 @@ def test_sigkill_of_any_rank(digits, tmp_path, victim):
 
 
 def test_a_rank_that_is_stopped(digits, tmp_path):
-    """SIGSTOP, also of the rank that keeps the store: which rank, which step, its state and last stack."""
+    """SIGSTOP, also of the rank that keeps the store: which rank, which step, its state and last
+    stack.
+    """
     runs = []
     for victim in (0, 1):                                # two runs, which wait at the same time
         folder = tmp_path / str(victim)
@@ -92,7 +97,9 @@ def test_a_rank_that_is_stopped(digits, tmp_path):
 
 
 def test_a_rank_that_is_stuck(digits, tmp_path):
-    """Its process lives and its main thread is somewhere: the others say where, and it ends as well."""
+    """Its process lives and its main thread is somewhere: the others say where, and it ends as
+    well.
+    """
     def sleep_while_waiting_for_data():
         engine.TrainState.step = property(lambda state: state.__dict__["step"], stuck)
 
@@ -122,7 +129,9 @@ def test_a_rank_that_raises_alone(digits, tmp_path):
 
 
 def test_a_rank_that_raises_while_the_others_notice_nothing(digits, tmp_path):
-    """With NCCL no connection breaks: here the process stays. The others find its error, and leave with its code."""
+    """With NCCL no connection breaks: here the process stays. The others find its error, and leave
+    with its code.
+    """
     def refuse():
         raise ValueError("data.max_bad_images is 0 and there is one")
 
@@ -134,7 +143,9 @@ def test_a_rank_that_raises_while_the_others_notice_nothing(digits, tmp_path):
 
 
 def test_a_wait_that_all_share_is_none(digits, tmp_path):
-    """Storage that stalls for all ranks, for longer than the limit: nobody waits for another, and nothing happens."""
+    """Storage that stalls for all ranks, for longer than the limit: nobody waits for another, and
+    nothing happens.
+    """
     def entry(arguments):
         real = engine.train_step
 

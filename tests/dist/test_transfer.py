@@ -1,4 +1,6 @@
-"""Weights that two ranks download once and train the head of; an interrupted run ends as the uninterrupted one."""
+"""Weights that two ranks download once and train the head of; an interrupted run ends as the
+uninterrupted one.
+"""
 
 import functools
 import hashlib
@@ -42,7 +44,9 @@ def served(tmp_path_factory):
 
 
 def train(digits, folder, url, *more, start=run_app):
-    """As the command line, with torchvision's weights at `url` and a cache of downloads in `folder`."""
+    """As the command line, with torchvision's weights at `url` and a cache of downloads in
+    `folder`.
+    """
     def entry(arguments):
         torch.hub.set_dir(str(folder / "hub"))
         torchvision.models._api.WeightsEnum.url = property(lambda weights: url)

@@ -48,7 +48,9 @@ def logged_steps(folder):
 
 
 def test_interrupt_and_run_again(tmp_path, environment):
-    """Ctrl-C (SIGINT to torchrun), then the command that the run itself printed: it goes on and finishes."""
+    """Ctrl-C (SIGINT to torchrun), then the command that the run itself printed: it goes on and
+    finishes.
+    """
     command = [
         *TORCHRUN,
         str(ROOT / "train.py"),
@@ -113,8 +115,9 @@ def test_interrupt_and_run_again(tmp_path, environment):
 
 
 def test_sigkill_of_torchrun(tmp_path, environment):
-    """Row of the table of faults: its workers are no orphans that train on; they save, leave, and the same command goes
-    on from that very step."""
+    """Row of the table of faults: its workers are no orphans that train on; they save, leave, and
+    the same command goes on from that very step.
+    """
     command = [
         *TORCHRUN,
         str(ROOT / "train.py"),

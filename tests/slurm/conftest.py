@@ -1,4 +1,6 @@
-"""A SLURM cluster of six nodes for the tests of this folder: the one that SLURM_CONF names, or one of our own."""
+"""A SLURM cluster of six nodes for the tests of this folder: the one that SLURM_CONF names, or one
+of our own.
+"""
 
 import os
 import shutil

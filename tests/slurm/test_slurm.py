@@ -1,7 +1,8 @@
-"""Trainings on a real SLURM cluster, and what may happen to them there. `pytest -rP` shows what each event cost.
+"""Trainings on a real SLURM cluster, and what may happen to them there. `pytest -rP` shows what
+each event cost.
 
-A scenario waits for most of its time. So four are played at once, each on nodes of its own where it has to be, and a
-test waits for one of them. The cluster has six nodes, n1 to n6.
+A scenario waits for most of its time. So four are played at once, each on nodes of its own where it
+has to be, and a test waits for one of them. The cluster has six nodes, n1 to n6.
 """
 
 import contextlib
@@ -47,7 +48,9 @@ def digits(tmp_path_factory):
 
 
 def training(digits, output_dir):
-    """Twelve steps an epoch on small images, each step logged, a checkpoint every five steps and at each epoch."""
+    """Twelve steps an epoch on small images, each step logged, a checkpoint every five steps and at
+    each epoch.
+    """
     return [
         "--config",
         str(ROOT / "configs/quickstart.yaml"),
@@ -99,7 +102,9 @@ def undisturbed(digits, tmp_path_factory):
 
 @dataclass
 class Place:
-    """What a scenario needs: the cluster's folder, the data, the undisturbed runs, and a folder of its own."""
+    """What a scenario needs: the cluster's folder, the data, the undisturbed runs, and a folder of
+    its own.
+    """
 
     cluster: Path | None
     digits: Path
@@ -108,7 +113,9 @@ class Place:
 
 
 class Job:
-    """A submitted training: two ranks on one node with fake GPUs, unless `more` says something else."""
+    """A submitted training: two ranks on one node with fake GPUs, unless `more` says something
+    else.
+    """
 
     def __init__(self, place, *more, seconds="0.3", setup=(), ranks=2):
         self.place, self.output_dir, self.started = place, place.folder, time.monotonic()
@@ -152,7 +159,9 @@ class Job:
         return launch.wait([self.job], self.folder)
 
     def check(self, attempts=2, at_most=0, lost=0):
-        """It finished with the undisturbed run's weights and metrics, in so many attempts; says what that cost."""
+        """It finished with the undisturbed run's weights and metrics, in so many attempts; says
+        what that cost.
+        """
         assert self.finish() == 0, launch.show_job(self.id)
         restarts = int(launch.show_job(self.id)["Restarts"])
         assert attempts - 1 <= restarts <= max(attempts, at_most) - 1
@@ -216,7 +225,9 @@ def time_limit(place):
 
 
 def two_nodes_with_two_ranks_each(place):
-    """As a user does it, who waits for the end; the code is a copy, and speaks of the original's folder nowhere."""
+    """As a user does it, who waits for the end; the code is a copy, and speaks of the original's
+    folder nowhere.
+    """
     started = time.monotonic()
     done = submit_and_wait(place, "--cluster.nodes", "2", "--cluster.extra.nodelist", "n1,n6")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -254,8 +265,9 @@ def submit_and_wait(place, *more):
 
 
 def one_job_through_signals_requeue_and_preemption(place):
-    """A SIGTERM that SLURM knows nothing of, a user's signal, a requeue, a preemption with a grace period: none costs a
-    step, and the weights are the undisturbed run's."""
+    """A SIGTERM that SLURM knows nothing of, a user's signal, a requeue, a preemption with a grace
+    period: none costs a step, and the weights are the undisturbed run's.
+    """
     job = Job(place, "--cluster.partition", "lowgrace", "--cluster.extra.nodelist", "n2")
     job.wait_for_step(3)
     subprocess.run(["scancel", "--signal=TERM", job.id], check=True)
@@ -335,7 +347,9 @@ def a_node_dies(place):
 
 
 def a_rank_that_is_lost(place):
-    """One of two ranks is killed, as by the kernel when memory is short: neither fault nor end of the job."""
+    """One of two ranks is killed, as by the kernel when memory is short: neither fault nor end of
+    the job.
+    """
     job = Job(place, "--cluster.extra.nodelist", "n1")
     job.wait_for_step(8)
     for path in Path("/proc").glob("[0-9]*/environ"):
@@ -445,8 +459,9 @@ SCENARIOS = [
 
 @pytest.fixture(scope="module")
 def played(request, cluster, digits, undisturbed, tmp_path_factory):
-    """The scenarios that were asked for, as futures. The one with the time limit begins first, and alone: its clock
-    must not run out while it waits for a busy machine."""
+    """The scenarios that were asked for, as futures. The one with the time limit begins first, and
+    alone: its clock must not run out while it waits for a busy machine.
+    """
     wanted = [
         item.callspec.params["scenario"]
         for item in request.session.items

@@ -1,16 +1,18 @@
-"""Decoding with NVIDIA DALI, which only this file imports: the graph, and a pipeline that can be fed and mended.
+"""Decoding with NVIDIA DALI, which only this file imports: the graph, and a pipeline that can be
+fed and mended.
 
-One graph serves training and evaluation, and both devices: encoded bytes and a window -> decode only that window ->
-for each view: resize with antialias -> a square out of it -> mirror -> uint8 HWC. On a GPU all of it runs there (decode
-"mixed"). On the CPU the graph ends after the window and torch goes on (finish.py). Everything random comes in as
-numbers (crops.py); the graph has no state.
+One graph serves training and evaluation, and both devices: encoded bytes and a window -> decode
+only that window -> for each view: resize with antialias -> a square out of it -> mirror -> uint8
+HWC. On a GPU all of it runs there (decode "mixed"). On the CPU the graph ends after the window and
+torch goes on (finish.py). Everything random comes in as numbers (crops.py); the graph has no state.
 
-The CPU decoder gives the very pixels of Pillow, of whole images and of windows alike (measured: no difference on 500
-photographs, with every chroma subsampling, progressive, grayscale, CMYK, and PNG of 1 to 8 bits with or without
-palette and alpha). Of PNG with 16 bits it takes the high byte, where Pillow clips.
+The CPU decoder gives the very pixels of Pillow, of whole images and of windows alike (measured: no
+difference on 500 photographs, with every chroma subsampling, progressive, grayscale, CMYK, and PNG
+of 1 to 8 bits with or without palette and alpha). Of PNG with 16 bits it takes the high byte, where
+Pillow clips.
 
-Batches are fed explicitly (feed_input, schedule_run, share_outputs) instead of through a callback: exactly the wanted
-ones run, and a batch that fails can be mended and run again.
+Batches are fed explicitly (feed_input, schedule_run, share_outputs) instead of through a callback:
+exactly the wanted ones run, and a batch that fails can be mended and run again.
 """
 
 from collections import deque
@@ -37,11 +39,12 @@ def build_pipeline(
 ):
     """The DALI graph, not yet run.
 
-    decode: "cpu", or "mixed" for a GPU; views: how many squares are resized, cut and mirrored by DALI as well, 0 for
-    none; slots: operations of a Plan on the one view. Their device follows the decoder's. The GPU form can be defined
-    and serialized without a GPU (device_id None). Inputs by name: encoded (uint8), anchor and extent (y, x and height,
-    width of the window), flip, for each view size0, offset0, square0 (height, width of the square: an input, so that it
-    may change without a new pipeline), and those of feed_slots. Outputs: the window, uint8 HWC; or the views.
+    decode: "cpu", or "mixed" for a GPU; views: how many squares are resized, cut and mirrored by
+    DALI as well, 0 for none; slots: operations of a Plan on the one view. Their device follows the
+    decoder's. The GPU form can be defined and serialized without a GPU (device_id None). Inputs by
+    name: encoded (uint8), anchor and extent (y, x and height, width of the window), flip, for each
+    view size0, offset0, square0 (height, width of the square: an input, so that it may change
+    without a new pipeline), and those of feed_slots. Outputs: the window, uint8 HWC; or the views.
     """
     from nvidia import dali
     from nvidia.dali import fn, types
@@ -49,8 +52,9 @@ def build_pipeline(
     # The CPU decoder upsamples chroma as Pillow does; on a GPU that has to be asked for.
     like_pillow = {"jpeg_fancy_upsampling": True} if decode == "mixed" else {}
 
-    # With depth 1, schedule_run starts the one batch that was fed; a second may be scheduled behind it all the same.
-    # The dynamic executor leaves the outputs valid after release_outputs, as long as somebody holds them.
+    # With depth 1, schedule_run starts the one batch that was fed; a second may be scheduled behind
+    # it all the same. The dynamic executor leaves the outputs valid after release_outputs, as long
+    # as somebody holds them.
     @dali.pipeline_def(
         batch_size=local_batch_size,
         num_threads=threads,
@@ -78,7 +82,9 @@ def build_pipeline(
 
 
 def _view(pixels, number: int, flip):
-    """One square of the decoded window, resized, cut and mirrored, in the graph that is being defined."""
+    """One square of the decoded window, resized, cut and mirrored, in the graph that is being
+    defined.
+    """
     from nvidia.dali import fn, types
 
     def pair(name: str, dtype):
@@ -99,10 +105,12 @@ def _view(pixels, number: int, flip):
 
 
 def _operations(on_gpu: bool) -> list:
-    """What apply_slots chooses from: nothing, all that is geometric, then the rest of augment.OPERATIONS one by one.
+    """What apply_slots chooses from: nothing, all that is geometric, then the rest of
+    augment.OPERATIONS one by one.
 
-    They are torchvision's to within 2 levels: for geometry and hue those on uint8 tensors, else Pillow's. Sharpness
-    filters the outermost pixels as well; equalize is exact where Pillow's step, a whole number of pixels, is coarse.
+    They are torchvision's to within 2 levels: for geometry and hue those on uint8 tensors, else
+    Pillow's. Sharpness filters the outermost pixels as well; equalize is exact where Pillow's step,
+    a whole number of pixels, is coarse.
     """
     from nvidia.dali import fn, math, types
 
@@ -166,7 +174,9 @@ def _operations(on_gpu: bool) -> list:
 
 
 def _turn_hue(pixels, turns):
-    """The hue of HSV, moved by `turns` around its hexagon, on which red lies at 0, green at 2 and blue at 4."""
+    """The hue of HSV, moved by `turns` around its hexagon, on which red lies at 0, green at 2 and
+    blue at 4.
+    """
     from nvidia.dali import fn, math, types
 
     red, green, blue = (pixels[:, :, i : i + 1] * 1.0 for i in range(3))
@@ -195,7 +205,8 @@ def _select(operations: list, first: int, branch, pixels, matrix):
 
 
 def apply_slots(pixels, slots: int, on_gpu: bool):
-    """Add `slots` operations of a Plan behind `pixels`, uint8 HWC squares, to a graph that has conditionals.
+    """Add `slots` operations of a Plan behind `pixels`, uint8 HWC squares, to a graph that has
+    conditionals.
 
     An image pays for its own operations only. The inputs are those of feed_slots.
     """
@@ -229,7 +240,9 @@ class Augmenter:
         self.arguments = {"batch_size": local_batch_size, "num_threads": threads}
 
     def __call__(self, pixels: torch.Tensor, plan: Plan) -> torch.Tensor:
-        """`pixels`, uint8 [n, S, S, 3], augmented, in new memory. Raises RuntimeError when DALI fails."""
+        """`pixels`, uint8 [n, S, S, 3], augmented, in new memory. Raises RuntimeError when DALI
+        fails.
+        """
         from nvidia import dali
         from nvidia.dali import fn, types
 
@@ -258,7 +271,9 @@ class Augmenter:
 def plain_batches(
     folder: str, config: DataConfig, local_batch_size: int, threads: int, device: torch.device
 ):
-    """DALI's pipeline for class folders as its examples write it, to compare with: batches(start, stop), float NCHW."""
+    """DALI's pipeline for class folders as its examples write it, to compare with: batches(start,
+    stop), float NCHW.
+    """
     from nvidia import dali
     from nvidia.dali import fn
 
@@ -327,8 +342,9 @@ class Decoder:
         views: int = 1,
         slots: int = 0,
     ) -> None:
-        """`local_batch_size`: of the largest batch; `threads`: that decode, on the CPU; `views` and `slots`: that a GPU
-        makes, the latter from Job.plan."""
+        """`local_batch_size`: of the largest batch; `threads`: that decode, on the CPU; `views` and
+        `slots`: that a GPU makes, the latter from Job.plan.
+        """
         self.local_batch_size = local_batch_size
         on_gpu = device.type == "cuda"
         self.arguments = {
@@ -363,7 +379,8 @@ class Decoder:
     def collect(self):
         """(job, DALI's TensorLists: the windows, or a list for each view) of the oldest batch.
 
-        Raises RuntimeError when it, or one behind it, has failed; all of them are still pending then.
+        Raises RuntimeError when it, or one behind it, has failed; all of them are still pending
+        then.
         """
         if self.fed == 0:
             raise self.failure

@@ -1,9 +1,10 @@
 """From decoded windows to what the model is fed: resize, square, mirror, normalise, erase.
 
-On the CPU, image by image while it is in the cache, in the threads of the loader. In training with torch's uint8
-kernel, which takes a fraction of the time of DALI's resize there and is nearer to Pillow; in evaluation with Pillow
-itself, so that a model is shown exactly the pixels that it would get from torchvision. On a GPU, DALI has done the
-first half and a few kernels do the rest for the whole batch.
+On the CPU, image by image while it is in the cache, in the threads of the loader. In training with
+torch's uint8 kernel, which takes a fraction of the time of DALI's resize there and is nearer to
+Pillow; in evaluation with Pillow itself, so that a model is shown exactly the pixels that it would
+get from torchvision. On a GPU, DALI has done the first half and a few kernels do the rest for the
+whole batch.
 """
 
 import contextlib
@@ -19,9 +20,11 @@ from resnet_dist.config import DataConfig
 
 
 def compute_alone() -> None:
-    """Let torch's operations in the calling thread start no team of OpenMP's threads beside the training's.
+    """Let torch's operations in the calling thread start no team of OpenMP's threads beside the
+    training's.
 
-    The teams cost 0.1 ms of processor time an image. torch.set_num_threads would hold for all threads.
+    The teams cost 0.1 ms of processor time an image. torch.set_num_threads would hold for all
+    threads.
     """
     torch.get_num_threads()  # torch sets the number once itself, in each thread
     with contextlib.suppress(OSError, AttributeError):
@@ -29,10 +32,11 @@ def compute_alone() -> None:
 
 
 def resize_fast(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """uint8 [h, w, 3] resized to `size`, with antialias: Pillow's arithmetic in 16 bits, vectorised.
+    """uint8 [h, w, 3] resized to `size`, with antialias: Pillow's arithmetic in 16 bits,
+    vectorised.
 
-    On photographs 0.4 ms an image where Pillow takes 1.7; 0.2 % of the values differ from Pillow's by 1, one in seven
-    million by 2.
+    On photographs 0.4 ms an image where Pillow takes 1.7; 0.2 % of the values differ from Pillow's
+    by 1, one in seven million by 2.
     """
     planes = pixels[None].permute(0, 3, 1, 2)  # channels_last, which is what the fast kernel wants
     return functional.interpolate(planes, size=size, mode="bilinear", antialias=True)[0].permute(
@@ -54,7 +58,8 @@ def cut(
     side: int,
     resize: Callable = resize_fast,
 ) -> torch.Tensor:
-    """Resize one decoded window, take the square out of it and mirror it: uint8 [h, w, 3] to [side, side, 3].
+    """Resize one decoded window, take the square out of it and mirror it: uint8 [h, w, 3] to [side,
+    side, 3].
 
     The CPU's counterpart of the graph's second half. What lies outside of the window is black.
     """
@@ -75,7 +80,9 @@ def cut(
 
 
 class Normalizer:
-    """Pixels to what the model is fed: (pixel / 255 - mean) / std per channel, in the training precision."""
+    """Pixels to what the model is fed: (pixel / 255 - mean) / std per channel, in the training
+    precision.
+    """
 
     def __init__(self, config: DataConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.mean, self.std = (
@@ -85,8 +92,10 @@ class Normalizer:
         self.factors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def prepare(self, width: int) -> None:
-        """Lay the factors out for a row of `width` pixels, so that the inner loop has 3 * width elements instead of 3
-        and can be vectorised: 0.06 ms an image of 224 pixels on the CPU instead of 0.9."""
+        """Lay the factors out for a row of `width` pixels, so that the inner loop has 3 * width
+        elements instead of 3 and can be vectorised: 0.06 ms an image of 224 pixels on the CPU
+        instead of 0.9.
+        """
         if width not in self.factors:
             self.factors[width] = tuple(
                 row.repeat(width).to(self.device, torch.float32)
@@ -96,9 +105,11 @@ class Normalizer:
     def __call__(
         self, pixels: torch.Tensor, out: torch.Tensor, light: np.ndarray | None = None
     ) -> None:
-        """Fill `out` [n, H, W, 3] of the training precision, contiguous, from `pixels` uint8 [n, H, W, 3].
+        """Fill `out` [n, H, W, 3] of the training precision, contiguous, from `pixels` uint8 [n, H,
+        W, 3].
 
-        `light` [n, 3] is added to the pixels in [0, 1] before (PCA lighting). `prepare` comes before.
+        `light` [n, 3] is added to the pixels in [0, 1] before (PCA lighting). `prepare` comes
+        before.
         """
         width = pixels.shape[-2]
         scale, shift = self.factors[width]
@@ -110,7 +121,9 @@ class Normalizer:
 
 
 def erase(images: torch.Tensor, boxes: np.ndarray) -> None:
-    """Set the rectangles `boxes` (y, x, height, width), int64 [n, 4], of `images` [n, H, W, 3] to zero, in place."""
+    """Set the rectangles `boxes` (y, x, height, width), int64 [n, 4], of `images` [n, H, W, 3] to
+    zero, in place.
+    """
     for number in np.flatnonzero(boxes[:, 2]):
         y, x, height, width = boxes[number].tolist()
         images[number, y : y + height, x : x + width] = 0

@@ -1,7 +1,8 @@
 """Training and validation batches from image files: the threads between the index and the model.
 
-One background thread per iteration asks the readers for the next files, hands them to DALI (dali.py), finishes what
-DALI has decoded (finish.py; on the CPU in a pool of threads) and keeps the batches ready.
+One background thread per iteration asks the readers for the next files, hands them to DALI
+(dali.py), finishes what DALI has decoded (finish.py; on the CPU in a pool of threads) and keeps the
+batches ready.
 """
 
 import atexit
@@ -40,7 +41,8 @@ _READ_AHEAD = 2  # batches whose files are being read while an earlier one is de
 def _run_ahead(items: Iterator, depth: int) -> Iterator:
     """Yield `items`, computed in a background thread that keeps up to `depth` of them ready.
 
-    What the thread raises is raised here. Closing this generator stops the thread, closes `items` and waits for both.
+    What the thread raises is raised here. Closing this generator stops the thread, closes `items`
+    and waits for both.
     """
     ready, stopped = queue.Queue(maxsize=max(1, depth)), threading.Event()
 
@@ -124,8 +126,9 @@ class _DaliLoader:
         self.threads = threads
         self.pool = ThreadPoolExecutor(threads, "resize", initializer=compute_alone)
         self.running: Iterator[Batch] | None = None
-        # A process that ends with an error may not come to close(). DALI aborts it when its pipelines are taken down at
-        # exit under a thread that uses them; registered after DALI's own exit function, this one runs before it.
+        # A process that ends with an error may not come to close(). DALI aborts it when its
+        # pipelines are taken down at exit under a thread that uses them; registered after DALI's
+        # own exit function, this one runs before it.
         self.at_exit = functools.partial(_close, weakref.ref(self))
         atexit.register(self.at_exit)
 
@@ -143,7 +146,9 @@ class _DaliLoader:
         self.decoder = self.augmenter = None
 
     def look(self, rows: np.ndarray, epoch: int = 0) -> Batch:
-        """What `epoch` shows of `rows` (int64 [n], at most a batch), out of turn; ends an iteration that still runs."""
+        """What `epoch` shows of `rows` (int64 [n], at most a batch), out of turn; ends an iteration
+        that still runs.
+        """
         return next(self._start(iter([self._job(rows, epoch)])))
 
     def _stop(self) -> None:
@@ -152,13 +157,17 @@ class _DaliLoader:
             self.running = None
 
     def _start(self, jobs: Iterator[Job]) -> Iterator[Batch]:
-        """The batches of `jobs`; an iteration that still runs is ended, since both would feed one pipeline."""
+        """The batches of `jobs`; an iteration that still runs is ended, since both would feed one
+        pipeline.
+        """
         self._stop()
         self.running = _run_ahead(self._produce(jobs), self.config.prefetch_batches)
         return self.running
 
     def _produce(self, jobs: Iterator[Job]) -> Iterator[Batch]:
-        """Each job read, decoded and finished, with reading and decoding of the next ones under way."""
+        """Each job read, decoded and finished, with reading and decoding of the next ones under
+        way.
+        """
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # a thread starts on device 0
         reading: deque = deque()
@@ -190,7 +199,9 @@ class _DaliLoader:
         self.decoder.submit(job)
 
     def _next_batch(self) -> Batch:
-        """The oldest batch, finished; images that the decoder refuses are treated as bad and the batch runs again."""
+        """The oldest batch, finished; images that the decoder refuses are treated as bad and the
+        batch runs again.
+        """
         while True:
             try:
                 job, decoded = self.decoder.collect()
@@ -212,7 +223,9 @@ class _DaliLoader:
         return Batch(first, labels, rows, tuple(others))
 
     def _mend_pending(self) -> bool:
-        """Treat what cannot be decoded in the first batch that has such images as bad; False when there is none."""
+        """Treat what cannot be decoded in the first batch that has such images as bad; False when
+        there is none.
+        """
         for job in self.decoder.pending:
             found = self.decoder.culprits(job)
             for slot in found:
@@ -246,7 +259,8 @@ class _DaliLoader:
             pixels = squares(first) if augmented is None else augmented[part]
             self.normalize(pixels, out[part], None if job.light is None else job.light[part])
 
-        # As many as stay in the cache: ten images of 32 pixels, which halves what they cost, one of 224.
+        # As many as stay in the cache: ten images of 32 pixels, which halves what they cost, one of
+        # 224.
         together = max(1, _PIECE_ELEMENTS // (3 * view.side**2))
         firsts = range(0, len(windows), together)
         # One thread more would only wait for this one, and pass Python's lock to and fro.
@@ -290,9 +304,9 @@ class _DaliLoader:
 class DaliTrainLoader(_DaliLoader):
     """This rank's share of the training set (see types.TrainLoader).
 
-    A bad image is replaced by the next good one of the index, with that one's label; `Batch.indices` names the image
-    that is shown. Windows and flips belong to the sample that was asked for, so that the replacement, which has its own
-    turn as well, is not shown twice alike.
+    A bad image is replaced by the next good one of the index, with that one's label;
+    `Batch.indices` names the image that is shown. Windows and flips belong to the sample that was
+    asked for, so that the replacement, which has its own turn as well, is not shown twice alike.
     """
 
     resize = staticmethod(resize_fast)
@@ -313,8 +327,9 @@ class DaliTrainLoader(_DaliLoader):
         threads: int,
         output_dir: str,
     ) -> None:
-        """`threads`: of DALI and, on the CPU, of the resize pool as well. Raises ValueError when the data set is
-        smaller than `global_batch_size`."""
+        """`threads`: of DALI and, on the CPU, of the resize pool as well. Raises ValueError when
+        the data set is smaller than `global_batch_size`.
+        """
         self.steps_per_epoch = order.steps_per_epoch(len(index), global_batch_size, augment.repeats)
         super().__init__(
             index,
@@ -337,14 +352,18 @@ class DaliTrainLoader(_DaliLoader):
         }
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
-        """The micro-batches of steps [start_step, stop_step), grad_accum_steps of them for each step, in order.
+        """The micro-batches of steps [start_step, stop_step), grad_accum_steps of them for each
+        step, in order.
 
-        Raises ValueError when more than data.max_bad_images files are broken. Starting anew ends the iteration before.
+        Raises ValueError when more than data.max_bad_images files are broken. Starting anew ends
+        the iteration before.
         """
         return self._start(self._jobs(start_step, stop_step))
 
     def undecoded(self, start_step: int, stop_step: int) -> Iterator[Job]:
-        """As `batches`, read and with their geometry, not decoded: what a benchmark finds beside the decoding."""
+        """As `batches`, read and with their geometry, not decoded: what a benchmark finds beside
+        the decoding.
+        """
         for job in self._jobs(start_step, stop_step):
             images = self.reader.collect(self.reader.request(job.rows))
             job.images = [self._mend(job, slot, image) for slot, image in enumerate(images)]
@@ -414,8 +433,9 @@ class DaliTrainLoader(_DaliLoader):
 class DaliValLoader(_DaliLoader):
     """This rank's share of the validation set (see types.ValLoader).
 
-    On the CPU its pixels are those of torchvision's Resize and CenterCrop on PIL images, bit for bit. A bad image is
-    not replaced: it is shown black, with the label IGNORED_LABEL, and counts as one that was not hit.
+    On the CPU its pixels are those of torchvision's Resize and CenterCrop on PIL images, bit for
+    bit. A bad image is not replaced: it is shown black, with the label IGNORED_LABEL, and counts as
+    one that was not hit.
     """
 
     resize = staticmethod(resize_exact)

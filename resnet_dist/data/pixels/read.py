@@ -1,8 +1,10 @@
-"""From a row of the index to checked bytes: threads that read ahead, cheap checks, and the record of bad files.
+"""From a row of the index to checked bytes: threads that read ahead, cheap checks, and the record
+of bad files.
 
-A broken image stops a whole batch inside the decoder, often without a name. So every file is looked at first, for a few
-microseconds: is it a JPEG or PNG at all, does its header give a size, is its end there. What passes and still cannot
-be decoded is found by the decoder's owner (dali.py) and ends up in the same quarantine.
+A broken image stops a whole batch inside the decoder, often without a name. So every file is looked
+at first, for a few microseconds: is it a JPEG or PNG at all, does its header give a size, is its
+end there. What passes and still cannot be decoded is found by the decoder's owner (dali.py) and
+ends up in the same quarantine.
 """
 
 import base64
@@ -22,8 +24,9 @@ import numpy as np
 from resnet_dist.data.sources.index import Index
 
 READ_THREADS = 32
-"""Threads that wait for the storage, where it is slow. They hardly cost the processor anything; with 5 ms a file, 32
-read 6,400 files a second."""
+"""Threads that wait for the storage, where it is slow. They hardly cost the processor anything;
+with 5 ms a file, 32 read 6,400 files a second.
+"""
 
 _OPEN_SHARDS = 256
 _WAITS = (0.1, 0.4, 1.6)  # seconds before each further try
@@ -73,7 +76,8 @@ class Encoded:
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """(height, width) of a JPEG or PNG from its header alone; an EXIF orientation is ignored, as in decoding.
+    """(height, width) of a JPEG or PNG from its header alone; an EXIF orientation is ignored, as in
+    decoding.
 
     Raises ValueError with the reason when there is no such header.
     """
@@ -98,8 +102,8 @@ def _inspect(data: bytes) -> tuple[int, int, str | None]:
             raise ValueError(
                 f"it is {width} x {height}: resized by its shorter side it would take gigabytes"
             )
-        # Entropy-coded data cannot contain JPEG's end marker, so one after the first scan's start is the real one,
-        # whatever cameras and editors append to the file.
+        # Entropy-coded data cannot contain JPEG's end marker, so one after the first scan's start
+        # is the real one, whatever cameras and editors append to the file.
         if data.rfind(end, picture) < 0:
             raise ValueError("the file is cut off: its end marker is missing")
     except ValueError as error:
@@ -108,7 +112,9 @@ def _inspect(data: bytes) -> tuple[int, int, str | None]:
 
 
 def _header(data: bytes) -> tuple[int, int, int, bytes]:
-    """(height, width, where the header ends, the end marker); raises ValueError when it cannot be followed to there."""
+    """(height, width, where the header ends, the end marker); raises ValueError when it cannot be
+    followed to there.
+    """
     if not data:
         raise ValueError("the file is empty")
     if data.startswith(_PNG_START):
@@ -138,7 +144,9 @@ def _header(data: bytes) -> tuple[int, int, int, bytes]:
 
 
 class _Shard:
-    """An open file for os.pread, which needs no position and so no lock; closed when nobody uses it any more."""
+    """An open file for os.pread, which needs no position and so no lock; closed when nobody uses it
+    any more.
+    """
 
     def __init__(self, path: str) -> None:
         self.descriptor = os.open(path, os.O_RDONLY)
@@ -152,7 +160,9 @@ _open_shard = functools.lru_cache(maxsize=_OPEN_SHARDS)(_Shard)
 
 
 def _read(path: str, offset: int, length: int) -> bytes:
-    """The bytes of a file (`length` -1), or of a place in a shard; tries again where the reason may pass."""
+    """The bytes of a file (`length` -1), or of a place in a shard; tries again where the reason may
+    pass.
+    """
     for wait in (*_WAITS, None):
         try:
             if length < 0:
@@ -192,8 +202,9 @@ class Reader:
     def request(self, rows: np.ndarray) -> list[Future]:
         """Start to read `rows`; `collect` has the result.
 
-        In shares for all threads where the storage is slow. Where it is fast one thread has the least work: several
-        only pass Python's lock to and fro (15 us of processor time a file instead of 60).
+        In shares for all threads where the storage is slow. Where it is fast one thread has the
+        least work: several only pass Python's lock to and fro (15 us of processor time a file
+        instead of 60).
         """
         shares = self.threads if self.seconds_per_file > _SLOW_SECONDS else 1
         share = -(-len(rows) // shares)
@@ -211,7 +222,8 @@ class Reader:
         for row in rows:
             loaded.append(self.load(self.index, row))
             clock.append(time.perf_counter())
-        # The median: a busy machine, too, makes a few files late, and more threads would only make it busier.
+        # The median: a busy machine, too, makes a few files late, and more threads would only make
+        # it busier.
         self.seconds_per_file = float(np.median(np.diff(clock)))
         return loaded
 
@@ -221,7 +233,9 @@ class Reader:
 
 
 class Quarantine:
-    """The bad files that this process has met, each recorded once, and the limit that stops the run."""
+    """The bad files that this process has met, each recorded once, and the limit that stops the
+    run.
+    """
 
     def __init__(self, output_dir: str, split: str, rank: int, limit: int | None) -> None:
         """`limit`: how many are tolerated (data.max_bad_images); None for any number."""
@@ -267,10 +281,12 @@ class Quarantine:
 def next_good(
     index: Index, encoded: Encoded, quarantine: Quarantine, *, wanted: int, epoch: int, step: int
 ) -> Encoded:
-    """`encoded`, or if it is bad the first good image after it in the index (which wraps around), each one recorded.
+    """`encoded`, or if it is bad the first good image after it in the index (which wraps around),
+    each one recorded.
 
-    The choice depends on the files alone, so every layout of ranks makes the same. Raises ValueError when there is no
-    good image at all or the quarantine is full. `wanted` is the row that was asked for in the beginning.
+    The choice depends on the files alone, so every layout of ranks makes the same. Raises
+    ValueError when there is no good image at all or the quarantine is full. `wanted` is the row
+    that was asked for in the beginning.
     """
     while encoded.reason is not None:
         quarantine.add(index.path(encoded.row), encoded.reason, epoch=epoch, step=step)

@@ -1,7 +1,9 @@
-"""Random images without any file: what the rest of a run can do when reading and decoding cost nothing.
+"""Random images without any file: what the rest of a run can do when reading and decoding cost
+nothing.
 
-A small bank of images is made once and drawn from by row, so that a batch costs one copy on the device. The label
-belongs to the image, so that a network can learn the set and a loss that stays where it is shows a fault.
+A small bank of images is made once and drawn from by row, so that a batch costs one copy on the
+device. The label belongs to the image, so that a network can learn the set and a loss that stays
+where it is shows a fault.
 """
 
 from collections.abc import Iterator
@@ -29,7 +31,8 @@ class _SyntheticLoader:
         self.class_names = tuple(
             f"synthetic{label:04d}" for label in range(config.synthetic_classes)
         )
-        # Not of the run's seed, which validation does not have. Labels first: they are those of every side.
+        # Not of the run's seed, which validation does not have. Labels first: they are those of
+        # every side.
         generator = torch.Generator().manual_seed(derive_seed(0, "synthetic"))
         self._labels = torch.randint(
             config.synthetic_classes, (_BANK_IMAGES,), generator=generator
@@ -74,7 +77,9 @@ class SyntheticTrainLoader(_SyntheticLoader):
         }
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
-        """The micro-batches of steps [start_step, stop_step), grad_accum_steps of them for each step, in order."""
+        """The micro-batches of steps [start_step, stop_step), grad_accum_steps of them for each
+        step, in order.
+        """
         for step in range(start_step, stop_step):
             epoch, inside = order.locate(step, self.steps_per_epoch)
             for micro_step in range(self._layout["grad_accum_steps"]):

@@ -1,8 +1,10 @@
-"""What is done to the pixels of a training image behind crop and flip: operations and strengths, as numbers.
+"""What is done to the pixels of a training image behind crop and flip: operations and strengths, as
+numbers.
 
-A policy turns uniform numbers into one operation and its parameter for each of K slots of an image; one list of
-operations serves all policies, and dali.py carries them out. As with crops, all is a pure function of (seed, epoch,
-row), or of rng.draw in place of the epoch, computed for a whole batch at once. The laws are torchvision's.
+A policy turns uniform numbers into one operation and its parameter for each of K slots of an image;
+one list of operations serves all policies, and dali.py carries them out. As with crops, all is a
+pure function of (seed, epoch, row), or of rng.draw in place of the epoch, computed for a whole
+batch at once. The laws are torchvision's.
 """
 
 from dataclasses import dataclass
@@ -33,7 +35,8 @@ OPERATIONS = (
 """Name of each operation id."""
 _CHOICES, _BINS = 14, 31  # RandAugment and TrivialAugment: the first 14 operations, and strengths
 
-# For ImageNet (Cubuk et al. 2018, table 9) as torchvision has it: 25 pairs of (operation, probability, strength of 10).
+# For ImageNet (Cubuk et al. 2018, table 9) as torchvision has it: 25 pairs of (operation,
+# probability, strength of 10).
 _AUTOAUGMENT = """
 posterize .4 8 rotate .6 9  solarize .6 5 autocontrast .6 0  equalize .8 0 equalize .6 0  posterize .6 7 posterize .6 6
 equalize .4 0 solarize .2 4  equalize .4 0 rotate .8 8  solarize .6 3 equalize .6 0  posterize .8 5 equalize 1 0
@@ -66,11 +69,12 @@ class Plan:
     ops: np.ndarray
     """int32 [n, K], places in OPERATIONS"""
     params: np.ndarray
-    """float32 [n, K]: tangent of a shear; pixels of a translation; degrees, counter-clockwise; factor of brightness,
-    color, contrast, sharpness; bits that posterize leaves; threshold of solarize; turns of hue; 0 for the others"""
+    """float32 [n, K]: tangent of a shear; pixels of a translation; degrees, counter-clockwise;
+    factor of brightness, color, contrast, sharpness; bits that posterize leaves; threshold of
+    solarize; turns of hue; 0 for the others"""
     matrices: np.ndarray
-    """float32 [n, K, 3, 3]: geometric: (x, y, 1) in the result, in pixels from its corner, to the place in the image;
-    sharpness: the filter; else the parameter at [0, 0]"""
+    """float32 [n, K, 3, 3]: geometric: (x, y, 1) in the result, in pixels from its corner, to the
+    place in the image; sharpness: the filter; else the parameter at [0, 0]"""
 
 
 def num_slots(config: AugmentConfig) -> int:
@@ -84,7 +88,9 @@ def num_slots(config: AugmentConfig) -> int:
 def plan(
     config: AugmentConfig, seed: int, epoch: int | np.ndarray, rows: np.ndarray, side: int
 ) -> Plan | None:
-    """The operations on the samples `rows`, cut to squares of `side` pixels; None where all is switched off."""
+    """The operations on the samples `rows`, cut to squares of `side` pixels; None where all is
+    switched off.
+    """
     of_jitter = np.count_nonzero(config.color_jitter)
     of_policy = num_slots(config) - of_jitter
     if of_policy + of_jitter == 0:
@@ -126,7 +132,9 @@ def _policy(
 
 
 def _jitter(config: AugmentConfig, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """torchvision's ColorJitter: the changes that are not 0, in random order, each uniform in its range."""
+    """Torchvision's ColorJitter: the changes that are not 0, in random order, each uniform in its
+    range.
+    """
     reach, middle, on = (
         np.array(config.color_jitter),
         np.array([1, 1, 1, 0]),
@@ -141,7 +149,9 @@ def _jitter(config: AugmentConfig, numbers: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def matrices(ops: np.ndarray, params: np.ndarray, side: int) -> np.ndarray:
-    """The matrices of a Plan: shears keep the corner of the image, rotations its centre, as torchvision's do."""
+    """The matrices of a Plan: shears keep the corner of the image, rotations its centre, as
+    torchvision's do.
+    """
     out = _FIXED[ops] + params[..., None, None] * _SLOPE[ops]
     angle, half = np.deg2rad(params[ops == 5]), side / 2
     cos, sin = np.cos(angle), np.sin(angle)
@@ -153,7 +163,9 @@ def matrices(ops: np.ndarray, params: np.ndarray, side: int) -> np.ndarray:
 def lighting(
     config: AugmentConfig, seed: int, epoch: int | np.ndarray, rows: np.ndarray
 ) -> np.ndarray:
-    """float32 [n, 3]: what PCA lighting adds to R, G, B, for pixels in [0, 1] (Krizhevsky et al. 2012, section 4.1)."""
+    """float32 [n, 3]: what PCA lighting adds to R, G, B, for pixels in [0, 1] (Krizhevsky et al.
+    2012, section 4.1).
+    """
     numbers = uniform(seed, "lighting", epoch, rows, 6)
     normal = np.sqrt(-2 * np.log(1 - numbers[:, :3])) * np.cos(
         2 * np.pi * numbers[:, 3:]
@@ -164,10 +176,12 @@ def lighting(
 def erasing(
     config: AugmentConfig, seed: int, epoch: int | np.ndarray, rows: np.ndarray, side: int
 ) -> np.ndarray:
-    """int64 [n, 4]: the rectangle (y, x, height, width) of each square that is set to zero; all 0 for none.
+    """int64 [n, 4]: the rectangle (y, x, height, width) of each square that is set to zero; all 0
+    for none.
 
-    torchvision's RandomErasing: area uniform in 2 to 33 % of the square's, height over width log-uniform in 0.3 to 3.3,
-    the first of ten tries whose sides are shorter than the square's, placed uniformly.
+    torchvision's RandomErasing: area uniform in 2 to 33 % of the square's, height over width
+    log-uniform in 0.3 to 3.3, the first of ten tries whose sides are shorter than the square's,
+    placed uniformly.
     """
     numbers = uniform(seed, "erasing", epoch, rows, 23)
     areas, ratios = side**2 * (0.02 + 0.31 * numbers[:, 3::2]), 0.3 * 11 ** numbers[:, 4::2]

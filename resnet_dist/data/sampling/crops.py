@@ -1,9 +1,9 @@
 """Where an image is cut: random windows and flips in training, central squares in evaluation.
 
-All windows are int64 rows (y, x, height, width) in pixels. All kinds of geometry have one form, so that one decoder
-does them all: decode a window, resize it, take a square out of the result (or several, each of its own resizing),
-mirror it. Training geometry is a pure function of (seed, epoch, row, image size) and is computed for a whole batch at
-once: a few microseconds per image.
+All windows are int64 rows (y, x, height, width) in pixels. All kinds of geometry have one form, so
+that one decoder does them all: decode a window, resize it, take a square out of the result (or
+several, each of its own resizing), mirror it. Training geometry is a pure function of (seed, epoch,
+row, image size) and is computed for a whole batch at once: a few microseconds per image.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,8 @@ class View:
     sizes: np.ndarray
     """[n, 2]: the (height, width) that the window is resized to"""
     offsets: np.ndarray
-    """[n, 2]: the (y, x) in the resized window where the square begins; what lies outside of it is black"""
+    """[n, 2]: the (y, x) in the resized window where the square begins; what lies outside of it is
+    black"""
     side: int
     """of the square"""
 
@@ -43,9 +44,11 @@ class Geometry:
 
 
 def train_side(epoch: int, config: DataConfig) -> int:
-    """Side of the training crop in an epoch: `train_crop_size`, or what progressive resizing gives, in pixels.
+    """Side of the training crop in an epoch: `train_crop_size`, or what progressive resizing gives,
+    in pixels.
 
-    Between the two `progressive_epochs` it rises linearly, rounded to a multiple of 32 (Leclerc et al. 2023, FFCV).
+    Between the two `progressive_epochs` it rises linearly, rounded to a multiple of 32 (Leclerc et
+    al. 2023, FFCV).
     """
     start, (begin, end) = config.progressive_start_size, config.progressive_epochs
     if not start or epoch >= end:
@@ -64,7 +67,8 @@ def train_geometry(
     side: int,
     config: DataConfig,
 ) -> Geometry:
-    """Random crops of `side` pixels (`config.train_crop`) and flips of the samples `rows`: images `heights` x `widths`.
+    """Random crops of `side` pixels (`config.train_crop`) and flips of the samples `rows`: images
+    `heights` x `widths`.
 
     `epoch` is one number, or one for each sample (rng.draw).
     """
@@ -89,9 +93,10 @@ def train_geometry(
 def val_geometry(heights: np.ndarray, widths: np.ndarray, config: DataConfig) -> Geometry:
     """The squares of evaluation, taken out of the whole image, whose shorter side is resized.
 
-    One central square; or its four corners and the centre (`val_crops` ten, whose mirror images are taken on the
-    device); or, for each of `val_scales`, the central square of the image resized to that shorter side.
-    Where a side is shorter than the square, it is padded with black, the odd pixel after the image (torchvision).
+    One central square; or its four corners and the centre (`val_crops` ten, whose mirror images are
+    taken on the device); or, for each of `val_scales`, the central square of the image resized to
+    that shorter side. Where a side is shorter than the square, it is padded with black, the odd
+    pixel after the image (torchvision).
     """
     corners = [(0, 0), (0, 1), (1, 0), (1, 1)] if config.val_crops == "ten" else []
     scales, views = (
@@ -125,9 +130,11 @@ def random_windows(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> np.ndarray:
-    """Random resized crops (Szegedy et al. 2014, section 6) for the samples `rows` of images `heights` x `widths`.
+    """Random resized crops (Szegedy et al. 2014, section 6) for the samples `rows` of images
+    `heights` x `widths`.
 
-    Returns int64 [n, 4]. A row of it depends on nothing but the seed, the epoch, that sample and its image's size.
+    Returns int64 [n, 4]. A row of it depends on nothing but the seed, the epoch, that sample and
+    its image's size.
     """
     return windows_from_uniforms(
         uniform(seed, "crop", epoch, rows, _PER_SAMPLE), heights, widths, scale, ratio
@@ -141,11 +148,13 @@ def windows_from_uniforms(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> np.ndarray:
-    """The law of torchvision's `RandomResizedCrop.get_params` on uniform `numbers` [n, 22] in [0, 1); int64 [n, 4].
+    """The law of torchvision's `RandomResizedCrop.get_params` on uniform `numbers` [n, 22] in [0,
+    1); int64 [n, 4].
 
-    Ten tries of (area uniform in `scale` times the image's, width over height log-uniform in `ratio`); the first window
-    that fits is placed uniformly. Where none fits: the largest central window with its ratio clamped into `ratio`, of
-    at least one pixel, where torchvision's could have none. Sides are rounded half to even, as torchvision's are.
+    Ten tries of (area uniform in `scale` times the image's, width over height log-uniform in
+    `ratio`); the first window that fits is placed uniformly. Where none fits: the largest central
+    window with its ratio clamped into `ratio`, of at least one pixel, where torchvision's could
+    have none. Sides are rounded half to even, as torchvision's are.
     """
     images = np.stack([heights, widths], axis=1).astype(np.int64)
     areas = images.prod(axis=1, keepdims=True) * (

@@ -1,7 +1,8 @@
-"""Which rows of the data set each rank reads at each step: pure functions of (seed, step) and the layout.
+"""Which rows of the data set each rank reads at each step: pure functions of (seed, step) and the
+layout.
 
-Nothing here is state, and nothing has the size of the data set. A run that stops and goes on, on any number of ranks,
-reads the same samples at the same steps.
+Nothing here is state, and nothing has the size of the data set. A run that stops and goes on, on
+any number of ranks, reads the same samples at the same steps.
 """
 
 import math
@@ -17,13 +18,16 @@ _GOLDEN, _MIX1, _MIX2 = (
 
 
 def rows_at(seed: int, epoch: int, n: int, positions: np.ndarray) -> np.ndarray:
-    """The rows at `positions` (integers [B] in [0, n)) of the order of `n` samples in `epoch`: int64 [B].
+    """The rows at `positions` (integers [B] in [0, n)) of the order of `n` samples in `epoch`:
+    int64 [B].
 
-    The order is a permutation that is computed by position: a Feistel network (Luby and Rackoff 1988), which is one to
-    one whatever its round function is, here on pairs of [0, a) x [0, b) (Black and Rogaway 2002, "Ciphers with
-    arbitrary finite domains", generalised Feistel). a * b is hardly more than n; a result that is no row goes through
-    the network again until it is one (their cycle walking). a is even: with both odd only even permutations came out.
-    The round function is SplitMix64's (Steele et al. 2014), integer arithmetic that no version of numpy will change.
+    The order is a permutation that is computed by position: a Feistel network (Luby and Rackoff
+    1988), which is one to one whatever its round function is, here on pairs of [0, a) x [0, b)
+    (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", generalised Feistel). a * b is
+    hardly more than n; a result that is no row goes through the network again until it is one
+    (their cycle walking). a is even: with both odd only even permutations came out. The round
+    function is SplitMix64's (Steele et al. 2014), integer arithmetic that no version of numpy will
+    change.
     """
     root = math.isqrt(n - 1) + 1
     a = root + root % 2
@@ -42,7 +46,8 @@ def rows_at(seed: int, epoch: int, n: int, positions: np.ndarray) -> np.ndarray:
 
 
 def _network(numbers: np.ndarray, a: np.uint64, b: np.uint64, keys: np.ndarray) -> np.ndarray:
-    """A permutation of [0, a * b): each round adds to one half of a number what the round function makes of the other.
+    """A permutation of [0, a * b): each round adds to one half of a number what the round function
+    makes of the other.
 
     XOR in place of the sum could not make odd permutations either.
     """
@@ -69,11 +74,13 @@ def samples_at(
     global_batch_size: int,
     repeats: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What is shown at `positions` (int64 [B], in the global batch) of a step: (rows, repetitions), both int64 [B].
+    """What is shown at `positions` (int64 [B], in the global batch) of a step: (rows, repetitions),
+    both int64 [B].
 
-    With `repeats` above 1 a batch holds each of its global_batch_size / repeats images that often (repeated
-    augmentation, Hoffer et al. 2019), the copies as far apart as can be. An epoch keeps its number of steps, and so
-    shows the `repeats`-th part of the images, as torchvision's RASampler.
+    With `repeats` above 1 a batch holds each of its global_batch_size / repeats images that often
+    (repeated augmentation, Hoffer et al. 2019), the copies as far apart as can be. An epoch keeps
+    its number of steps, and so shows the `repeats`-th part of the images, as torchvision's
+    RASampler.
     """
     distinct = global_batch_size // repeats
     repetitions, places = np.divmod(positions, distinct)
@@ -81,9 +88,11 @@ def samples_at(
 
 
 def steps_per_epoch(n: int, global_batch_size: int, repeats: int = 1) -> int:
-    """Whole global batches in `n` samples. The tail that is left over is dropped, a different one in every epoch.
+    """Whole global batches in `n` samples. The tail that is left over is dropped, a different one
+    in every epoch.
 
-    Raises ValueError when there is not even one, or `repeats` (see `samples_at`) does not divide a batch.
+    Raises ValueError when there is not even one, or `repeats` (see `samples_at`) does not divide a
+    batch.
     """
     if global_batch_size % repeats:
         raise ValueError(
@@ -113,7 +122,8 @@ def micro_step_positions(
 ) -> np.ndarray:
     """The positions in the global batch that `rank` reads in one micro-step: int64 [B].
 
-    The batch is cut into grad_accum_steps * world_size equal pieces: micro-steps outside, ranks inside.
+    The batch is cut into grad_accum_steps * world_size equal pieces: micro-steps outside, ranks
+    inside.
     """
     pieces = grad_accum_steps * world_size
     assert global_batch_size % pieces == 0, (
@@ -124,11 +134,13 @@ def micro_step_positions(
 
 
 def val_batches(n: int, val_batch_size: int, rank: int, world_size: int) -> list[range | None]:
-    """The rows of each evaluation round of `rank`: on all ranks as many, None where there is no batch left for it.
+    """The rows of each evaluation round of `rank`: on all ranks as many, None where there is no
+    batch left for it.
 
-    The validation set is cut into batches of `val_batch_size` consecutive rows (the last one shorter), dealt out to the
-    ranks in turn. The cut is the same on any number of ranks, so that the logits of an image, which in the last bits
-    may depend on the shape of its batch, are the same as well.
+    The validation set is cut into batches of `val_batch_size` consecutive rows (the last one
+    shorter), dealt out to the ranks in turn. The cut is the same on any number of ranks, so that
+    the logits of an image, which in the last bits may depend on the shape of its batch, are the
+    same as well.
     """
     before = rank * val_batch_size  # rows of a round that other ranks have
     return [

@@ -1,7 +1,8 @@
 """The embedded quickstart set: 1,797 real handwritten digits, written out once as image files.
 
-Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998,
-DOI 10.24432/C50P49, CC BY 4.0 (see digits.LICENSE.txt). 8x8 pixels with values 0..16 are packed in digits.npz.
+Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning
+Repository, 1998, DOI 10.24432/C50P49, CC BY 4.0 (see digits.LICENSE.txt). 8x8 pixels with values
+0..16 are packed in digits.npz.
 """
 
 import tempfile
@@ -23,11 +24,13 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_digits(data_dir: str) -> None:
-    """Write the digits to data_dir/train/<digit>/ and data_dir/val/<digit>/ as JPEG files, unless they are there.
+    """Write the digits to data_dir/train/<digit>/ and data_dir/val/<digit>/ as JPEG files, unless
+    they are there.
 
-    Every fifth image of each class goes to val: 1,442 train and 355 val. They are written to a folder beside it that
-    is renamed when complete, so that a killed process leaves no half of a data set. Call it on one process only.
-    Raises ValueError when `data_dir` is empty, or has other contents.
+    Every fifth image of each class goes to val: 1,442 train and 355 val. They are written to a
+    folder beside it that is renamed when complete, so that a killed process leaves no half of a
+    data set. Call it on one process only. Raises ValueError when `data_dir` is empty, or has other
+    contents.
     """
     if not data_dir:
         raise ValueError(
@@ -61,7 +64,8 @@ def _write_files(folder: Path) -> None:
     images, labels = load_digits()
     for digit in range(10):
         for number, row in enumerate(np.flatnonzero(labels == digit)):
-            # 16 * 15.94 = 255; rounding keeps the 17 levels apart. Bicubic, since 4x4 blocks are no strokes.
+            # 16 * 15.94 = 255; rounding keeps the 17 levels apart. Bicubic, since 4x4 blocks are no
+            # strokes.
             pixels = np.round(images[row] * (255 / 16)).astype(np.uint8)
             image = (
                 Image.fromarray(pixels)

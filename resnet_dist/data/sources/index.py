@@ -1,13 +1,16 @@
-"""The list of a data set's images: class names, and for each row a file, or a place in a tar shard, and a label.
+"""The list of a data set's images: class names, and for each row a file, or a place in a tar shard,
+and a label.
 
-The list is one binary file that every process of a machine maps: opening it costs the same for a thousand images and
-for a billion, its pages are shared, and nothing of its size is ever built. Rows are ordered by class and then by file
-name, so that row i is the same image in class folders and in shards packed from them. Who makes the file: scan.py for
-what it finds, `resnet-dist data pack` for what it writes.
+The list is one binary file that every process of a machine maps: opening it costs the same for a
+thousand images and for a billion, its pages are shared, and nothing of its size is ever built. Rows
+are ordered by class and then by file name, so that row i is the same image in class folders and in
+shards packed from them. Who makes the file: scan.py for what it finds, `resnet-dist data pack` for
+what it writes.
 
-The file: magic, version, CRC-32 and length of a JSON text; that text, with everything that is small; then at the next
-multiple of 64 bytes a record of _COLUMNS for each row (what is known of an image lies in one page), and one more; then,
-at the next multiple of 64 bytes, the names behind each other.
+The file: magic, version, CRC-32 and length of a JSON text; that text, with everything that is
+small; then at the next multiple of 64 bytes a record of _COLUMNS for each row (what is known of an
+image lies in one page), and one more; then, at the next multiple of 64 bytes, the names behind each
+other.
 """
 
 import hashlib
@@ -46,7 +49,9 @@ _READ_WHOLE = 2**28  # bytes of an index that is fetched at once
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """The images of one split. Rows are ordered by class, then by file name; images left out have none."""
+    """The images of one split. Rows are ordered by class, then by file name; images left out have
+    none.
+    """
 
     root: str
     """absolute path of the split's folder"""
@@ -55,12 +60,14 @@ class Index:
     shards: tuple[str, ...]
     """file names of the tar shards in `root`; empty for class folders"""
     stamps: tuple[int, ...]
-    """the sizes of the shards or the modification times of the class folders, -1 where one is not to be trusted"""
+    """the sizes of the shards or the modification times of the class folders, -1 where one is not
+    to be trusted"""
     stored_fingerprint: str
     """of all images of the file"""
     arrays: dict[str, np.ndarray]
-    """of the file: labels int32 [n], starts int64 [n + 1] of the names in names uint8, and for shards shard int32 [n],
-    offset int64 [n], length int64 [n]; all but the names are columns of one array of records"""
+    """of the file: labels int32 [n], starts int64 [n + 1] of the names in names uint8, and for
+    shards shard int32 [n], offset int64 [n], length int64 [n]; all but the names are columns of one
+    array of records"""
     excluded: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     """int64 [k]: for each image that is left out, in order, how many rows come before it"""
 
@@ -68,8 +75,9 @@ class Index:
         return len(self.arrays["labels"]) - len(self.excluded)
 
     def fingerprint(self) -> str:
-        """A short text that changes with the classes, the file names or their order; not with the files' contents, nor
-        between class folders and shards packed from them."""
+        """A short text that changes with the classes, the file names or their order; not with the
+        files' contents, nor between class folders and shards packed from them.
+        """
         left_out = self.excluded.astype("<i8").tobytes()
         return (
             _digest(self.stored_fingerprint.encode() + left_out)
@@ -78,7 +86,9 @@ class Index:
         )
 
     def intact(self) -> bool:
-        """Whether the arrays are those that were written; not looked at in a file that is too large to be read."""
+        """Whether the arrays are those that were written; not looked at in a file that is too large
+        to be read.
+        """
         size = sum(array.nbytes for array in self.arrays.values())
         return (
             size > _READ_WHOLE
@@ -90,7 +100,9 @@ class Index:
         return self.arrays["labels"][self._stored(rows)].astype(np.int64)
 
     def place(self, row: int) -> tuple[str, int, int]:
-        """Where the image's bytes are: (absolute path, offset, length); length -1 for a file of its own."""
+        """Where the image's bytes are: (absolute path, offset, length); length -1 for a file of its
+        own.
+        """
         stored = self._stored(row)
         if not self.shards:
             return os.path.join(self.root, self._name(stored)), 0, -1
@@ -109,7 +121,9 @@ class Index:
         return f"{file}:{self.name(row)}" if self.shards else file
 
     def find(self, name: str) -> int | None:
-        """The place in the arrays of `<class>/<file>`, found by bisection; None when there is no such image."""
+        """The place in the arrays of `<class>/<file>`, found by bisection; None when there is no
+        such image.
+        """
         folder, _, file = name.rpartition("/")
         if folder not in self.class_names:
             return None
@@ -147,10 +161,12 @@ def write_index(
     shards: Sequence[str] = (),
     places: Sequence | None = None,
 ) -> None:
-    """Write the index of tar shards that lie in the folder of `path`, complete; rows may come in any order.
+    """Write the index of tar shards that lie in the folder of `path`, complete; rows may come in
+    any order.
 
-    names: file names without the class, as os.fsencode gives them; shards: file names; places: (number of the shard,
-    offset, length in bytes) for each row. Written beside and renamed. Raises OSError, and ValueError as `encode_index`.
+    names: file names without the class, as os.fsencode gives them; shards: file names; places:
+    (number of the shard, offset, length in bytes) for each row. Written beside and renamed. Raises
+    OSError, and ValueError as `encode_index`.
     """
     sizes = [os.path.getsize(os.path.join(os.path.dirname(path), shard)) for shard in shards]
     write_whole(
@@ -169,7 +185,8 @@ def encode_index(
     places: Sequence | None = None,
     stamps: Sequence[int] = (),
 ) -> bytes:
-    """The bytes of an index file, for rows in any order; arguments as `write_index`, stamps as in `Index`.
+    """The bytes of an index file, for rows in any order; arguments as `write_index`, stamps as in
+    `Index`.
 
     Raises ValueError when two images of a class have one name.
     """
@@ -207,18 +224,24 @@ def encode_index(
 
 
 def record_type(sharded: bool) -> np.dtype:
-    """What the file knows of a row: the first two of _COLUMNS of a file, all of an image in a shard."""
+    """What the file knows of a row: the first two of _COLUMNS of a file, all of an image in a
+    shard.
+    """
     return np.dtype(_COLUMNS if sharded else _COLUMNS[:2])
 
 
 def encode_header(rows: int, name_bytes: int, facts: dict) -> bytes:
-    """All that comes before the records of `rows` images and their names; `facts` are classes, shards and so on."""
+    """All that comes before the records of `rows` images and their names; `facts` are classes,
+    shards and so on.
+    """
     text = json.dumps({**facts, "rows": rows, "name_bytes": name_bytes}).encode()
     return _padded(_PREFIX.pack(_MAGIC, _VERSION, zlib.crc32(text), len(text)) + text)
 
 
 def write_whole(path: str, payload: bytes, sync: bool = False) -> None:
-    """Write a file in one move: it is there completely or not at all; `sync`: after a power cut too. Raises OSError."""
+    """Write a file in one move: it is there completely or not at all; `sync`: after a power cut
+    too. Raises OSError.
+    """
     descriptor, temporary = tempfile.mkstemp(
         prefix=f".{os.path.basename(path)}.", dir=os.path.dirname(path) or "."
     )
@@ -236,16 +259,21 @@ def write_whole(path: str, payload: bytes, sync: bool = False) -> None:
 
 
 def open_index(path: str, root: str) -> Index:
-    """The index in the file `path`, mapped, of the split in the folder `root`. Raises OSError or as `read_index`."""
+    """The index in the file `path`, mapped, of the split in the folder `root`. Raises OSError or as
+    `read_index`.
+    """
     with open(path, "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    # Reading around each row that is touched would be for nothing in a list that is larger than the memory.
+    # Reading around each row that is touched would be for nothing in a list that is larger than the
+    # memory.
     mapped.madvise(mmap.MADV_WILLNEED if len(mapped) < _READ_WHOLE else mmap.MADV_RANDOM)
     return read_index(mapped, root)
 
 
 def read_index(buffer: bytes | mmap.mmap, root: str) -> Index:
-    """The index over the bytes of its file. Only the header is looked at; ValueError when that or the size is wrong."""
+    """The index over the bytes of its file. Only the header is looked at; ValueError when that or
+    the size is wrong.
+    """
     magic, version, checksum, length = _PREFIX.unpack(buffer[: _PREFIX.size].ljust(_PREFIX.size))
     text = (
         buffer[_PREFIX.size : _PREFIX.size + length]
@@ -290,7 +318,9 @@ def list_files(paths: Sequence[str]) -> Index:
 
 
 def check_same_classes(train_names: tuple[str, ...], val_names: tuple[str, ...]) -> None:
-    """Raise ValueError when the two splits have different classes: class ids of one would be shifted in the other."""
+    """Raise ValueError when the two splits have different classes: class ids of one would be
+    shifted in the other.
+    """
     if train_names == val_names:
         return
     parts = [
@@ -308,7 +338,9 @@ def check_same_classes(train_names: tuple[str, ...], val_names: tuple[str, ...])
 
 
 def check_num_classes(num_classes: int | None, found: int) -> int:
-    """The number of classes: that of the data. Raises ValueError when `num_classes` is a number that disagrees."""
+    """The number of classes: that of the data. Raises ValueError when `num_classes` is a number
+    that disagrees.
+    """
     if num_classes is not None and num_classes != found:
         raise ValueError(
             f"model.num_classes is {num_classes}, but the data has {found} classes: set it to null"

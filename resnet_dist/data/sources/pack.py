@@ -1,8 +1,9 @@
 """Writing tar shards that this package, webdataset and DALI's readers.webdataset read.
 
-A shard is a plain ustar file; a sample is `<class>/<stem>.<jpg|jpeg|png>` and, behind it, `<class>/<stem>.cls` with the
-class id in ASCII digits. The samples are shuffled, every time alike, for programs that read one after the other. The
-index has the order and the names of the folders, so that a run on shards sees the very same samples.
+A shard is a plain ustar file; a sample is `<class>/<stem>.<jpg|jpeg|png>` and, behind it,
+`<class>/<stem>.cls` with the class id in ASCII digits. The samples are shuffled, every time alike,
+for programs that read one after the other. The index has the order and the names of the folders, so
+that a run on shards sees the very same samples.
 """
 
 import hashlib
@@ -28,7 +29,9 @@ from resnet_dist.data.sources.scan import build_index
 
 
 class Source(NamedTuple):
-    """One image: `<class>/<file>`, and where its bytes are, in a file of their own or a piece of an archive."""
+    """One image: `<class>/<file>`, and where its bytes are, in a file of their own or a piece of an
+    archive.
+    """
 
     name: str
     path: str
@@ -48,7 +51,9 @@ class Source(NamedTuple):
 
 
 def open_splits(data_dir: str) -> dict[str, Index]:
-    """The index of each split that the folder has, opened by this process alone. Raises ValueError if it has none."""
+    """The index of each split that the folder has, opened by this process alone. Raises ValueError
+    if it has none.
+    """
     alone = SimpleNamespace(
         local_rank=0, on_main=lambda do: do(), bytes_from_main=lambda do: do(), sum_integer=int
     )
@@ -57,20 +62,24 @@ def open_splits(data_dir: str) -> dict[str, Index]:
 
 
 def progress(total: int | None, title: str, unit: str = "img") -> tqdm:
-    """A progress bar with the time that is left; a line now and then where the output is no terminal."""
+    """A progress bar with the time that is left; a line now and then where the output is no
+    terminal.
+    """
     return tqdm(
         total=total, desc=title, unit=unit, mininterval=0.1 if sys.stderr.isatty() else 30.0
     )
 
 
 def pack(sources: Iterable[Source], split: str, args) -> str:
-    """Pack `sources` to out/`split`/`split`-000000.tar and so on, with an index; returns what came of it, as text.
+    """Pack `sources` to out/`split`/`split`-000000.tar and so on, with an index; returns what came
+    of it, as text.
 
-    `args` has out, shard_mb (MiB of original bytes in a shard), workers (threads), resize and quality. An image whose
-    shorter side is above `resize` (0 = none) is brought down to it (Pillow, Lanczos; RGB, no metadata), as JPEG of
-    `quality`, or 90. With a `quality` all others are encoded at it too, unless they would not become smaller. The rest
-    keep their bytes, and so do those that cannot be decoded. Complete shards are left as they are. Raises ValueError
-    when the folder was begun with other settings or images, or a name is too long.
+    `args` has out, shard_mb (MiB of original bytes in a shard), workers (threads), resize and
+    quality. An image whose shorter side is above `resize` (0 = none) is brought down to it (Pillow,
+    Lanczos; RGB, no metadata), as JPEG of `quality`, or 90. With a `quality` all others are encoded
+    at it too, unless they would not become smaller. The rest keep their bytes, and so do those that
+    cannot be decoded. Complete shards are left as they are. Raises ValueError when the folder was
+    begun with other settings or images, or a name is too long.
     """
     sources, folder = sorted(sources), Path(args.out, split)
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,7 +149,9 @@ def _agree(path: Path, settings: dict) -> None:
 
 
 def _keys(sources: list[Source]) -> list[str]:
-    """The samples' names in the tar: readers end a name at its first dot, so that dots in it become _."""
+    """The samples' names in the tar: readers end a name at its first dot, so that dots in it become
+    _.
+    """
     known = {}
     for folder, stem in (os.path.split(os.path.splitext(source.name)[0]) for source in sources):
         key = f"{folder}/{stem.replace('.', '_')}"
@@ -157,7 +168,9 @@ def _keys(sources: list[Source]) -> list[str]:
 def _write_shard(
     path: Path, samples: list[tuple[str, int, Source]], resize: int, quality: int
 ) -> dict:
-    """Write a shard, unless it is there; returns (offset, length) of its images and what was kept, as its sidecar."""
+    """Write a shard, unless it is there; returns (offset, length) of its images and what was kept,
+    as its sidecar.
+    """
     sidecar, unfinished = path.with_name(f".{path.name}.json"), path.with_name(f"{path.name}.tmp")
     if path.exists():
         return json.loads(sidecar.read_text())

@@ -1,9 +1,10 @@
 """From what lies in a split's folder to its index, the same on every rank.
 
-Class folders are torchvision's ImageFolder (one folder per class, classes and files sorted by name), so class ids agree
-with models trained there. Tar shards are those of `resnet-dist data pack`, or any with `<class>/<file>` or webdataset's
-`<key>.jpg` and `<key>.cls` in them. The index is made once and kept beside the data; a folder's modification time
-changes with every file that is added or removed, and a shard's size, which is how an index is known to be out of date.
+Class folders are torchvision's ImageFolder (one folder per class, classes and files sorted by
+name), so class ids agree with models trained there. Tar shards are those of `resnet-dist data
+pack`, or any with `<class>/<file>` or webdataset's `<key>.jpg` and `<key>.cls` in them. The index
+is made once and kept beside the data; a folder's modification time changes with every file that is
+added or removed, and a shard's size, which is how an index is known to be out of date.
 """
 
 import contextlib
@@ -38,12 +39,14 @@ _SETTLED_NS = (
 
 
 def build_index(data_dir: str, split: str, runtime, exclude: str = "") -> Index:
-    """The index of data_dir/`split`/ ("train" or "val"), the same on every rank; call it on all of them.
+    """The index of data_dir/`split`/ ("train" or "val"), the same on every rank; call it on all of
+    them.
 
-    The main process sees to it that the file is there and right, every rank maps it. Where one cannot (the data folder
-    is read-only, or no other machine sees it), the ranks of each machine share a copy in its temporary folder.
-    `exclude`: a text file of images to leave out (data.exclude), or "". Raises ValueError, on every rank, when the
-    folder is missing, empty or sorted in another way, or `exclude` cannot be read.
+    The main process sees to it that the file is there and right, every rank maps it. Where one
+    cannot (the data folder is read-only, or no other machine sees it), the ranks of each machine
+    share a copy in its temporary folder. `exclude`: a text file of images to leave out
+    (data.exclude), or "". Raises ValueError, on every rank, when the folder is missing, empty or
+    sorted in another way, or `exclude` cannot be read.
     """
     root, held = os.path.abspath(os.path.join(data_dir, split)), []
     path, facts = runtime.on_main(lambda: _prepare(data_dir, split, held))
@@ -58,7 +61,9 @@ def build_index(data_dir: str, split: str, runtime, exclude: str = "") -> Index:
 
 
 def _prepare(data_dir: str, split: str, held: list[bytes]) -> tuple[str, tuple]:
-    """(file of the index, its `_facts`); the bytes of one that was made just now come to lie in `held`."""
+    """(file of the index, its `_facts`); the bytes of one that was made just now come to lie in
+    `held`.
+    """
     classes, shards = _contents(data_dir, split)
     root = os.path.abspath(os.path.join(data_dir, split))
     path = (
@@ -111,7 +116,9 @@ def _open_same(path: str, root: str, facts: tuple) -> Index | None:
 
 
 def _share(payload: bytes, root: str, facts: tuple, runtime, index: Index | None) -> Index:
-    """`index`, or one over a copy that the ranks of this machine share; nobody needs the copy's name afterwards."""
+    """`index`, or one over a copy that the ranks of this machine share; nobody needs the copy's
+    name afterwards.
+    """
     path = os.path.join(
         tempfile.gettempdir(), runtime.on_main(lambda: f"resnet_dist_{os.urandom(8).hex()}.bin")
     )
@@ -178,7 +185,8 @@ def _scan(root: str, classes: list[str], mtimes: list[int]) -> bytes:
             f"data.data_dir: {len(empty)} of {len(classes)} class folders in {root} have no image "
             f"({', '.join(SUFFIXES)}): {some(empty)}{hint}. Put images in, or remove these folders"
         )
-    # A change within the clock's tick of the scan would leave the time as it was: such a folder is not to be trusted.
+    # A change within the clock's tick of the scan would leave the time as it was: such a folder is
+    # not to be trusted.
     trusted = [mtime if mtime < started - _SETTLED_NS else -1 for mtime in mtimes]
     labels = np.repeat(np.arange(len(classes)), [len(files) for files in found])
     return encode_index(
@@ -216,7 +224,9 @@ def _scan_shards(root: str, shards: list[str], sizes: list[int]) -> bytes:
 
 
 def _members(path: str, number: int) -> Iterator[tuple[str | int, bytes, int, int, int]]:
-    """The images of a shard: class folder or, without one, the class id, file name, `number`, offset, length."""
+    """The images of a shard: class folder or, without one, the class id, file name, `number`,
+    offset, length.
+    """
     images, ids = [], {}
     try:
         with tarfile.open(path, "r:") as tar:
@@ -252,7 +262,9 @@ def _members(path: str, number: int) -> Iterator[tuple[str | int, bytes, int, in
 
 
 def _contents(data_dir: str, split: str) -> tuple[list[str], list[str]]:
-    """The sorted class folders of a split, or else its tar files; ValueError with the way out when it has neither."""
+    """The sorted class folders of a split, or else its tar files; ValueError with the way out when
+    it has neither.
+    """
     rule = f"data.data_dir {data_dir!r}"
     if not data_dir:
         raise ValueError(
@@ -319,9 +331,12 @@ def _folders(path: str) -> list[str]:
 
 
 def _named(path: str, suffixes: tuple[str, ...]) -> list[str]:
-    """Sorted names of the files in `path` with one of `suffixes`; hidden ones (macOS leaves ._name.jpg) are none."""
+    """Sorted names of the files in `path` with one of `suffixes`; hidden ones (macOS leaves
+    ._name.jpg) are none.
+    """
     with os.scandir(path) as entries:
-        # Links are not followed: a broken one must show up as an unreadable image, not shorten the data set.
+        # Links are not followed: a broken one must show up as an unreadable image, not shorten the
+        # data set.
         return sorted(
             entry.name
             for entry in entries

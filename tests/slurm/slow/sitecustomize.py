@@ -1,6 +1,8 @@
-"""Put on PYTHONPATH by a test's job: training steps that take SLOW_SECONDS longer, and one that fails on one rank.
+"""Put on PYTHONPATH by a test's job: training steps that take SLOW_SECONDS longer, and one that
+fails on one rank.
 
-FAIL_AT "1:5" fails on rank 1 in the step after 5 updates. The engine is changed when it is imported.
+FAIL_AT "1:5" fails on rank 1 in the step after 5 updates. The engine is changed when it is
+imported.
 """
 
 import importlib.abc
