@@ -1,0 +1,12 @@
+"""Text from outside (file names, messages of other programs) in a form that is safe to print."""
+
+
+def printable(text: object) -> str:
+    """`text` on one line, with control characters and invisible ones as Python writes them (`\\n`, `\\x1b`).
+
+    A file name may hold a newline or a terminal's escape sequence; printed raw, it could forge a line of the log.
+    """
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in str(text)
+    )

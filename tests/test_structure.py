@@ -1,0 +1,200 @@
+"""The structure of the package: import layers, fences around heavy libraries, and sizes."""
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "resnet_dist"
+
+# A module imports from its own layer and from those above it in this list. `name.*` stands for a sub-package.
+LAYERS = [
+    {"", "config", "config_rules", "cluster", "remarks", "schedule", "files", "text"},
+    {
+        "precision",
+        "rng",
+        "watchdog",
+        "distributed",
+        "log",
+        "sinks.*",
+        "metrics",
+        "timing",
+        "data.types",
+        "data.sampling.order",
+        "data.sampling.crops",
+        "data.sources.index",
+    },
+    {"optim", "ema", "mix", "losses", "models.*", "data.*"},
+    {"checkpoint", "engine"},
+    {"run"},
+    {"launch", "api", "commands.*"},
+    {"cli"},
+]
+
+# The modules that may import a heavy library, each inside the function that needs it.
+FENCES = {
+    "nvidia": {"data.pixels.dali"},
+    "torchvision": {
+        "models.zoo",
+        "models.weights",
+        "commands.data",
+        "commands.benchmark_loader",
+        "commands.export",
+    },
+    "timm": {"models.zoo"},
+    "wandb": {"log"},
+    "submitit": {"launch"},
+}
+
+MOST_LINES_OF_A_FILE = 600
+MOST_LINES_OF_A_FUNCTION = 60
+MOST_PARAMETERS = 7
+
+# torch defines what these methods do and what they take.
+METHODS_OF_TORCH = {"forward", "backward", "extra_repr"}
+
+
+def module_name(path):
+    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    return name.removesuffix("__init__").removesuffix(".")
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+
+
+def layer_of(name):
+    for number, layer in enumerate(LAYERS):
+        if name in layer:
+            return number
+    for number, layer in enumerate(LAYERS):
+        if f"{name.split('.')[0]}.*" in layer:
+            return number
+    raise AssertionError(f"resnet_dist.{name} has no place in the layers")
+
+
+def is_function(node):
+    return isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+
+
+def imports(tree, inside_functions):
+    """(imported module, line) of a file, at the top or inside functions."""
+    inner = {
+        id(node)
+        for function in ast.walk(tree)
+        if is_function(function)
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        if (id(node) in inner) != inside_functions:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            yield node.module, node.lineno
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def own_imports(name):
+    """(module of this package, line) that a module imports, at the top or inside functions."""
+    for inside in (False, True):
+        for imported, line in imports(TREES[name], inside):
+            target = imported.removeprefix("resnet_dist").removeprefix(".")
+            if (
+                imported.startswith("resnet_dist")
+                and target in MODULES
+                and target not in ("", name)
+            ):
+                yield target, line
+
+
+def public_functions(tree):
+    """All functions that are neither private nor inside of something private or of a function."""
+    for child in ast.iter_child_nodes(tree):
+        if is_function(child) and not child.name.startswith("_"):
+            yield child
+        elif not is_function(child) and not getattr(child, "name", "").startswith("_"):
+            yield from public_functions(child)
+
+
+def parameters(function):
+    arguments = function.args
+    named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    return [argument.arg for argument in named if argument.arg not in ("self", "cls")]
+
+
+def test_imports_run_downward():
+    upward = [
+        f"{MODULES[name]}:{line} imports {target}"
+        for name in MODULES
+        for target, line in own_imports(name)
+        if layer_of(target) > layer_of(name)
+    ]
+    assert upward == []
+
+
+def test_there_are_no_cycles():
+    edges = {name: {target for target, _ in own_imports(name)} for name in MODULES}
+    done, trail = set(), []
+
+    def visit(name):
+        assert name not in trail, f"a cycle of imports: {' -> '.join([*trail, name])}"
+        if name not in done:
+            trail.append(name)
+            for target in edges[name]:
+                visit(target)
+            done.add(trail.pop())
+
+    for name in MODULES:
+        visit(name)
+
+
+def test_heavy_libraries_are_imported_by_few_modules_inside_functions():
+    strays = []
+    for name, tree in TREES.items():
+        for inside in (False, True):
+            for imported, line in imports(tree, inside):
+                library = imported.split(".")[0]
+                if library in FENCES and not (inside and name in FENCES[library]):
+                    strays.append(f"{MODULES[name]}:{line} imports {library}")
+    assert strays == []
+
+
+def test_what_the_command_line_needs_is_light():
+    """config and cli import nothing heavy at the top (a test of the real thing: test_config)."""
+    for name in ("", "config", "schedule", "cli"):
+        libraries = {imported.split(".")[0] for imported, _ in imports(TREES[name], False)}
+        assert not libraries & {"torch", "numpy", *FENCES}
+
+
+def test_files_and_functions_are_short_and_documented():
+    found = []
+    for name, path in MODULES.items():
+        lines = len(path.read_text().splitlines())
+        if lines > MOST_LINES_OF_A_FILE:
+            found.append(f"{path} has {lines} lines")
+        if lines and not ast.get_docstring(TREES[name]):
+            found.append(f"{path} has no docstring")
+        for function in filter(is_function, ast.walk(TREES[name])):
+            place = f"{path}:{function.lineno} {function.name}"
+            length = function.end_lineno - function.lineno + 1
+            if length > MOST_LINES_OF_A_FUNCTION:
+                found.append(f"{place} has {length} lines")
+            if len(parameters(function)) > MOST_PARAMETERS:
+                found.append(f"{place} has {len(parameters(function))} parameters")
+        for function in public_functions(TREES[name]):
+            if not ast.get_docstring(function) and function.name not in METHODS_OF_TORCH:
+                found.append(f"{path}:{function.lineno} {function.name} has no docstring")
+    assert found == []
+
+
+def test_no_public_name_is_defined_in_two_modules():
+    """Commands share a verb, `run`, since the command line calls each of them by it."""
+    places = defaultdict(list)
+    for name, tree in TREES.items():
+        for node in tree.body:
+            named = getattr(node, "name", "_")
+            if not named.startswith("_") and not (name.startswith("commands.") and named == "run"):
+                places[named].append(name)
+    assert {named: where for named, where in places.items() if len(where) > 1} == {}
