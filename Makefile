@@ -1,25 +1,40 @@
-# make quickstart: install, and train on real digits with two processes. make test: the whole test suite.
-# make chaos: 200 faults thrown at small runs (half an hour).
+# make quickstart: install, and train on real digits with two processes.
+# make test-fast: unit tests (two minutes). make test: the whole suite, as in CI.
+# make test-long: what takes long: 200 faults, elastic agents, inductor on networks.
+# make lint: format, style and types. make gpu: the tests that need a GPU.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test chaos lint fmt
+.PHONY: quickstart test-fast test test-long chaos gpu lint fmt
 
 quickstart: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 train.py
 
-chaos: $(VENV)/installed
-	$(BIN)/python tests/chaos/chaos.py
+test-fast: $(VENV)/installed
+	$(BIN)/python -m pytest tests/*.py -m "not slow and not long"
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
 
+test-long: $(VENV)/installed
+	$(BIN)/python -m pytest -m long
+	$(BIN)/python tests/chaos/chaos.py
+
+chaos: $(VENV)/installed
+	$(BIN)/python tests/chaos/chaos.py
+
+gpu: $(VENV)/installed
+	$(BIN)/python -m pytest tests/gpu
+
 lint: $(VENV)/installed
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/python -m mypy
 
 fmt: $(VENV)/installed
 	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 # The stamp is newer than setup.cfg once everything that setup.cfg names is installed.
 $(VENV)/installed: setup.cfg pyproject.toml
