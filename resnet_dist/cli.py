@@ -90,9 +90,9 @@ def train(arguments: list[str]) -> int:
         arguments = ["--config", str(QUICKSTART)]
     config = parse_config(parser, arguments)
 
-    from resnet_dist import run
+    from resnet_dist import process, run
 
-    return run.main(config)
+    return process.run_process(config, run.train)
 
 
 def submit(arguments: list[str]) -> int:
@@ -214,12 +214,12 @@ def benchmark(arguments: list[str]) -> int:
     options, settings = parser.parse_known_args(arguments[loader:])
     config = parse_config(config_parser("resnet-dist benchmark", benchmark.__doc__), settings)
 
-    from resnet_dist import run
+    from resnet_dist import process
     from resnet_dist.commands import benchmark as loop
     from resnet_dist.commands import benchmark_loader
 
     measure = benchmark_loader.measure if loader else loop.measure
-    return run.main(config, lambda config, runtime: measure(config, runtime, options))
+    return process.run_process(config, lambda config, runtime: measure(config, runtime, options))
 
 
 def data(arguments: list[str]) -> int:

@@ -163,7 +163,7 @@ def keep_freed_memory() -> None:
 
 def stop(runtime: Runtime) -> None:
     """Leave the process group."""
-    runtime.watchdog.part(10.0)
+    runtime.watchdog.leave(10.0)
     if dist.is_initialized():
         dist.destroy_process_group()
 

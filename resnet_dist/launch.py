@@ -116,18 +116,20 @@ class Attempt:
             )
         verdict = []
 
-        def goes_on(number: int) -> bool:  # in the main process, after the checkpoint
+        def should_continue(number: int) -> bool:  # in the main process, after the checkpoint
             verdict[:] = [decide(number, show_job(job.job_id))]
             print(f"{signal.Signals(number).name}, checkpoint, {verdict[0]}", flush=True)
             return verdict == ["go on"]
 
-        from resnet_dist import run
-        from resnet_dist.watchdog import LOST
+        from resnet_dist.process import run_process
+        from resnet_dist.watchdog import EXIT_LOST_RANK
 
-        code = run.main(self.config, functools.partial(preflight, goes_on=goes_on))
+        code = run_process(
+            self.config, functools.partial(preflight, should_continue=should_continue)
+        )
         if code == 0:
             return
-        if code == LOST and job.name() == "slurm":
+        if code == EXIT_LOST_RANK and job.name() == "slurm":
             sys.stdout.flush()
             os._exit(code)  # neither result nor error: the batch script requeues
         if code < 128 or verdict == ["stop"]:
@@ -155,7 +157,7 @@ class Attempt:
         sys.exit(code)
 
 
-def preflight(config: Config, runtime, goes_on) -> int:
+def preflight(config: Config, runtime, should_continue) -> int:
     """run.train behind the quick form of `resnet-dist doctor`: a mistake costs a minute, not a
     night. ValueError.
     """
@@ -168,7 +170,7 @@ def preflight(config: Config, runtime, goes_on) -> int:
     wrong = [one["text"] for one in found if one["level"] == "error"]
     if wrong:
         raise ValueError("; ".join(wrong))
-    return run.train(config, runtime, goes_on)
+    return run.train(config, runtime, should_continue)
 
 
 def free_port(job_id: str, attempt: str) -> int:
@@ -305,6 +307,7 @@ def submit(configs: list[Config], cluster: ClusterConfig, command: str) -> int:
         del os.environ[name]  # of a job that this one is submitted from
 
     from resnet_dist import run
+    from resnet_dist.process import run_process
 
     for config in configs:
         run.check_layout(
@@ -314,7 +317,7 @@ def submit(configs: list[Config], cluster: ClusterConfig, command: str) -> int:
             pairs=config.augment.mixup_alpha + config.augment.cutmix_alpha > 0,
         )
     if cluster.executor == "debug":
-        return run.main(configs[0])
+        return run_process(configs[0], run.train)
     live = Path(__file__).resolve().parents[1]
     folder = Path(os.path.commonpath(outputs), time.strftime(f"job_%Y%m%d_%H%M%S_{os.getpid()}"))
     code = folder / "code" if cluster.snapshot else live

@@ -5,10 +5,7 @@ sees all of it.
 import functools
 import json
 import os
-import shlex
-import shutil
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -18,7 +15,7 @@ import torch
 import yaml
 from torch import nn
 
-from resnet_dist import checkpoint, distributed, engine
+from resnet_dist import checkpoint, engine
 from resnet_dist.checkpoint import Saver, TrainState
 from resnet_dist.config import Config, to_dict
 from resnet_dist.data.build import build_train_loader, build_val_loader
@@ -32,11 +29,11 @@ from resnet_dist.models.build import build_model
 from resnet_dist.models.sync_batch_norm import convert_sync_batch_norm
 from resnet_dist.models.zoo import check_image_size
 from resnet_dist.optim import build_optimizer
-from resnet_dist.precision import DTYPES, resolve_precision
+from resnet_dist.precision import DTYPES
+from resnet_dist.process import report_failure, resume_command
 from resnet_dist.remarks import far_from_recipe, remarks
 from resnet_dist.rng import derive_seed
 from resnet_dist.schedule import Schedule, build_schedule, epochs_to_steps, peak_lr
-from resnet_dist.watchdog import LOST
 
 
 def check_layout(
@@ -234,31 +231,6 @@ def checkpoint_folder(config: Config) -> Path:
     return Path(config.output_dir) / "checkpoints"
 
 
-def resume_command(runtime: Runtime) -> str:
-    """The command that started this run, which is the one that resumes it, with programs that the
-    shell finds.
-    """
-
-    def program(name: str) -> str:
-        own = os.path.join(os.path.dirname(sys.executable), name)
-        return (
-            name
-            if shutil.which(name) == own
-            else os.path.relpath(own)
-            if own.startswith(os.getcwd())
-            else own
-        )
-
-    if "RESNET_DIST_RESUME" in os.environ:  # of a launcher that is no torchrun
-        return os.environ["RESNET_DIST_RESUME"]
-    arguments = shlex.join(sys.argv)
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return f"{program('python')} {arguments}"
-    if runtime.world_size > runtime.local_world_size:
-        return f"the same torchrun command on each of the nodes, with {arguments}"
-    return f"{program('torchrun')} --standalone --nproc_per_node {runtime.local_world_size} {arguments}"
-
-
 def facts(config: Config, train_loader: TrainLoader) -> dict:
     """What a checkpoint says of its run: enough to build it again, and to refuse another."""
     return {
@@ -351,12 +323,12 @@ def save_replay(
 
 
 def train(
-    config: Config, runtime: Runtime, goes_on: Callable[[int], bool] = lambda signal: False
+    config: Config, runtime: Runtime, should_continue: Callable[[int], bool] = lambda signal: False
 ) -> int:
     """Train, and tell the log how it ended. Returns 0, 128 + signal after a checkpoint, or as
-    `explain`.
+    `report_failure`.
 
-    After a signal and its checkpoint, `goes_on(signal)` is asked in the main process whether all
+    After a signal and its checkpoint, `should_continue(signal)` is asked in the main process whether all
     train on instead.
     """
     log = build_log(config.log, config.output_dir, runtime.is_main, to_dict(config))
@@ -365,14 +337,16 @@ def train(
     ):
         log.warn(remark)
     try:
-        code = compose(config, runtime, log, goes_on)
+        code = compose(config, runtime, log, should_continue)
     except Exception as problem:
-        code = explain(problem, runtime)  # before the log is closed, which may take its time
+        code = report_failure(problem, runtime)  # before the log is closed, which may take its time
     log.close(code)
     return code
 
 
-def compose(config: Config, runtime: Runtime, log: Log, goes_on: Callable[[int], bool]) -> int:
+def compose(
+    config: Config, runtime: Runtime, log: Log, should_continue: Callable[[int], bool]
+) -> int:
     """Put the run together from its parts, and run it; returns as `train`."""
     # 1. layout and data
     check_image_size(config.model.name, config.data)
@@ -432,7 +406,7 @@ def compose(config: Config, runtime: Runtime, log: Log, goes_on: Callable[[int],
             stop_signal,
         )
         while (ended_by := engine.train(*parts)) and runtime.on_main(
-            functools.partial(goes_on, ended_by)
+            functools.partial(should_continue, ended_by)
         ):
             stop_signal.forget()
         stop_signal.finish()
@@ -451,42 +425,3 @@ def compose(config: Config, runtime: Runtime, log: Log, goes_on: Callable[[int],
     if saver.failure:
         raise ValueError(saver.failure)
     return 128 + ended_by if ended_by else 0
-
-
-def main(config: Config, body: Callable[[Config, Runtime], int] = train) -> int:
-    """Join the other ranks, do `body(config, runtime)`, leave. Returns the exit code: the body's,
-    or `explain`'s.
-    """
-    try:
-        runtime = distributed.start(
-            config.distributed.device, config.distributed.timeout_s, config.distributed.threads
-        )
-    except ValueError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    precision = resolve_precision(config.train.precision, runtime.device)
-    config = replace(config, train=replace(config.train, precision=precision))
-    try:
-        code = body(config, runtime)
-    except Exception as problem:
-        code = explain(problem, runtime)
-    if code not in (1, 2, LOST):  # after an error the others may never come to this point
-        distributed.stop(runtime)
-    return code
-
-
-def explain(problem: Exception, runtime: Runtime) -> int:
-    """Say what ended this rank: in a sentence (2) if the user can mend it, else with a traceback
-    (1), or another's.
-    """
-    watchdog, text = runtime.watchdog, ""
-    if isinstance(problem, (ValueError, FloatingPointError)):
-        error = watchdog.own(str(problem), 2)
-    elif isinstance(problem, torch.distributed.DistError) or "/gloo/" in str(problem):
-        error = watchdog.blame(problem)
-    else:
-        error, text = (
-            watchdog.own(f"{type(problem).__name__}: {problem}"),
-            "".join(traceback.format_exception(problem)),
-        )
-    return watchdog.fail(error, text)

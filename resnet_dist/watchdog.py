@@ -21,7 +21,7 @@ import torch.distributed as dist
 _GRACE_SECONDS = (
     5.0  # that a rank has to end by itself once another has failed; 30 s when the store is gone
 )
-LOST = 75
+EXIT_LOST_RANK = 75
 """Exit code (EX_TEMPFAIL) where another rank was lost or is stuck: the same command again goes on.
 """
 _GONE = "the process that kept the ranks' store (rank 0, or torchrun) is gone"
@@ -31,7 +31,7 @@ class Watchdog:
     """One rank's position, and its view of the others'. `beat` marks progress, equally often on
     every rank.
 
-    A rank that has not moved on for 0.85 `timeout_s` ends its process with code LOST if another is
+    A rank that has not moved on for 0.85 `timeout_s` ends its process with code EXIT_LOST_RANK if another is
     behind it, or has been silent for a third of that. Where nobody is, all do the same (compile,
     wait for the storage) and it does nothing. An error that another rank has published ends it with
     that one's code. When the store is gone, it sends itself SIGTERM: save and leave.
@@ -62,7 +62,7 @@ class Watchdog:
             self.count + 1,
         )
 
-    def blame(self, cause: Exception) -> dict:
+    def find_cause(self, cause: Exception) -> dict:
         """The error for which a collective failed with `cause`: another rank's, or who is gone.
         Takes seconds.
         """
@@ -75,7 +75,7 @@ class Watchdog:
             else self._behind(deadline - 1 - 2 * self.interval) or "nobody seems to be gone"
         )
         text = f"lost at step {self.step} ({self.phase}): {gone}; {str(cause).splitlines()[0]}"
-        return self.error or self.own(text, LOST)
+        return self.error or self.own(text, EXIT_LOST_RANK)
 
     def own(self, headline: str, code: int = 1) -> dict:
         """An error of this rank."""
@@ -97,10 +97,10 @@ class Watchdog:
             new = new and self.store.add(f"said/{self.host}/{text}", 1) == 1
         if new:
             print(f"error (rank {self.rank}): {text}", file=sys.stderr, flush=True)
-        self.part(2.0)
+        self.leave(2.0)
         return error["code"]
 
-    def part(self, seconds: float) -> None:
+    def leave(self, seconds: float) -> None:
         """Watch no longer; rank 0, which may keep the store, stays up to `seconds` until all have
         come here.
         """
@@ -169,7 +169,7 @@ class Watchdog:
                     )
                     os.kill(os.getpid(), signal.SIGTERM)
                 if now - (failed := failed or now) > _GRACE_SECONDS * (1 if self.error else 6):
-                    verdict = self.error or self.own(_GONE, LOST)
+                    verdict = self.error or self.own(_GONE, EXIT_LOST_RANK)
             elif now - self.moved > (
                 limit := self.timeout_s * (0.85 if count else 2.0)
             ):  # imports starve threads
@@ -182,7 +182,7 @@ class Watchdog:
                     verdict = self.own(
                         f"waited {limit:g} s at step {self.step} ({self.phase}) for {behind}; "
                         f"distributed.timeout_s is {self.timeout_s:g}",
-                        LOST,
+                        EXIT_LOST_RANK,
                     )
             if verdict:  # the main thread may hang, and the store: wait for neither
                 threading.Thread(target=self.fail, args=(verdict,), daemon=True).start()

@@ -15,6 +15,7 @@ LAYERS = [
         "rng",
         "watchdog",
         "distributed",
+        "process",
         "log",
         "sinks.*",
         "metrics",

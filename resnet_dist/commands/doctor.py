@@ -17,6 +17,7 @@ from resnet_dist.data.sources.index import check_num_classes
 from resnet_dist.distributed import Runtime
 from resnet_dist.log import why_offline
 from resnet_dist.models.build import build_model
+from resnet_dist.process import run_process
 from resnet_dist.schedule import peak_lr
 
 LEVELS = ("ok", "warning", "error")
@@ -48,10 +49,10 @@ def run(config: Config, as_json: bool) -> int:
             else ["{level:9}{check:10}{text}".format(**one) for one in told]
         ):
             print(line, flush=True)
-        runtime.watchdog.part(5.0)
+        runtime.watchdog.leave(5.0)
         return max(LEVELS.index(one["level"]) for one in found)
 
-    return composition.main(config, body)
+    return run_process(config, body)
 
 
 def _layout(config: Config, runtime: Runtime) -> tuple[str, str]:

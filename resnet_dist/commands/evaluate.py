@@ -11,6 +11,7 @@ from resnet_dist.data.sources.index import check_num_classes
 from resnet_dist.distributed import Runtime
 from resnet_dist.models.zoo import check_image_size
 from resnet_dist.precision import DTYPES
+from resnet_dist.process import run_process
 
 
 def run(saved: dict, config: Config, options: argparse.Namespace) -> int:
@@ -41,7 +42,7 @@ def run(saved: dict, config: Config, options: argparse.Namespace) -> int:
             print(json.dumps(results) if options.json else describe(results), flush=True)
         return 0
 
-    return composition.main(config, body)
+    return run_process(config, body)
 
 
 def describe(results: dict) -> str:

@@ -18,6 +18,7 @@ from resnet_dist.data.sources.index import SUFFIXES, list_files
 from resnet_dist.data.types import IGNORED_LABEL
 from resnet_dist.distributed import Runtime
 from resnet_dist.precision import DTYPES
+from resnet_dist.process import run_process
 
 
 def run(saved: dict, config: Config, options: argparse.Namespace) -> int:
@@ -63,7 +64,7 @@ def run(saved: dict, config: Config, options: argparse.Namespace) -> int:
             raise ValueError(f"standard output cannot be written: {problem}") from problem
         return (1 if good else 2) if good < len(files) else 0
 
-    return composition.main(config, body)
+    return run_process(config, body)
 
 
 def predict(model, files: list[str], config: Config, runtime: Runtime, top: int) -> Iterator[tuple]:

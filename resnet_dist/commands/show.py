@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from resnet_dist import run as composition
 from resnet_dist.config import Config
 from resnet_dist.data.build import build_train_loader, build_val_loader
 from resnet_dist.distributed import Runtime
+from resnet_dist.process import run_process
 
 _LINE, _GAP = 18, 6  # height of a line of text and room between tiles, in pixels
 
@@ -77,7 +77,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
         print(f"picture: {args.out}")
         return 0
 
-    return composition.main(config, body)
+    return run_process(config, body)
 
 
 def sheet(rows: list[list[tuple[str, torch.Tensor, str]]]) -> Image.Image:

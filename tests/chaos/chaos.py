@@ -39,7 +39,7 @@ from dist_utils import (
 
 from resnet_dist import checkpoint, cli, engine
 from resnet_dist.checkpoint import read_checkpoint, unpack_checkpoint
-from resnet_dist.watchdog import LOST
+from resnet_dist.watchdog import EXIT_LOST_RANK
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS, EPOCHS, STEPS_PER_EPOCH = 2, 3, 12
@@ -211,7 +211,7 @@ class Round:
             elif fault == "stop one":
                 os.kill(pids[victim], signal.SIGSTOP)
                 others = [process for rank, process in enumerate(processes) if rank != victim]
-                assert wait_app(others) == [LOST] * len(others), self.tail()
+                assert wait_app(others) == [EXIT_LOST_RANK] * len(others), self.tail()
                 os.kill(
                     pids[victim], signal.SIGKILL
                 )  # as torchrun and SLURM do with what does not go
@@ -237,7 +237,8 @@ class Round:
                 "kill in checkpoint": [0],
             }.get(fault, [victim])
             expected = [
-                -9 if deadly and rank in dead else LOST if deadly else 1 for rank in range(RANKS)
+                -9 if deadly and rank in dead else EXIT_LOST_RANK if deadly else 1
+                for rank in range(RANKS)
             ]
             assert codes == expected, (fault, codes, self.tail())
         self.struck, self.resumed = (moment, last_step(self.folder)), False

@@ -13,7 +13,7 @@ import torch
 from dist_utils import start_app, wait_app, wait_for_step
 
 from resnet_dist import cli, engine, watchdog
-from resnet_dist.watchdog import LOST
+from resnet_dist.watchdog import EXIT_LOST_RANK
 
 SMALL = ["--data.train_crop_size", "8", "--data.val_resize_size", "8", "--data.val_crop_size", "8",
          "--train.epochs", "20", "--train.global_batch_size", "120", "--log.wandb", "disabled", "--data.threads", "1",
@@ -62,7 +62,7 @@ def test_sigkill_of_any_rank(digits, tmp_path, victim):
     processes = start(digits, tmp_path, *LIMIT)
     wait_for_step(tmp_path, 3, processes)
     os.kill(processes[victim].pid, signal.SIGKILL)
-    assert wait_app(processes) == [-signal.SIGKILL if rank == victim else LOST for rank in range(3)]
+    assert wait_app(processes) == [-signal.SIGKILL if rank == victim else EXIT_LOST_RANK for rank in range(3)]
     for line in (found := errors(tmp_path)):
         assert re.match(r"error \(rank \d\): lost at step \d+ \(\w+\): ", line)
         assert ("kept the ranks' store" if victim == 0 else f"rank 1 (host {os.uname().nodename}, process "
@@ -84,7 +84,7 @@ def test_a_rank_that_is_stopped(digits, tmp_path):
             wait_for_step(folder, 3, processes)
             os.kill(processes[victim].pid, signal.SIGSTOP)
         for victim, _, processes in runs:
-            assert wait_app(processes[:victim] + processes[victim + 1:]) == [LOST, LOST]
+            assert wait_app(processes[:victim] + processes[victim + 1:]) == [EXIT_LOST_RANK, EXIT_LOST_RANK]
     finally:
         for victim, _, processes in runs:
             processes[victim].kill()
@@ -109,7 +109,7 @@ def test_a_rank_that_is_stuck(digits, tmp_path):
             time.sleep(600)
 
     processes = start(digits, tmp_path, *LIMIT, entry=at_step_3(1, sleep_while_waiting_for_data))
-    assert wait_app(processes) == [LOST] * 3
+    assert wait_app(processes) == [EXIT_LOST_RANK] * 3
     assert errors(tmp_path)
     for line in errors(tmp_path):
         assert "rank 1 (host " in line and "stuck < " in line

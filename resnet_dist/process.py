@@ -1,0 +1,85 @@
+"""The life of one process (one rank): join the others, do the work, leave with the right exit code.
+
+Exit codes: 0 is success, 1 an unexpected error (with its traceback), 2 an error that the user can
+mend (in a sentence), `EXIT_LOST_RANK` a lost rank, 128 + number a signal after its checkpoint.
+"""
+
+import os
+import shlex
+import shutil
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from resnet_dist import distributed
+from resnet_dist.config import Config
+from resnet_dist.distributed import Runtime
+from resnet_dist.precision import resolve_precision
+from resnet_dist.watchdog import EXIT_LOST_RANK
+
+
+def run_process(config: Config, body: Callable[[Config, Runtime], int]) -> int:
+    """Join the other ranks, call `body(config, runtime)`, and leave the process group.
+
+    `body` gets the config with `train.precision` resolved for the device. Returns the exit code:
+    the body's, or the one of `report_failure` if it raises.
+    """
+    section = config.distributed
+    try:
+        runtime = distributed.start(section.device, section.timeout_s, section.threads)
+    except ValueError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    precision = resolve_precision(config.train.precision, runtime.device)
+    config = replace(config, train=replace(config.train, precision=precision))
+    try:
+        code = body(config, runtime)
+    except Exception as problem:
+        code = report_failure(problem, runtime)
+    if code not in (1, 2, EXIT_LOST_RANK):
+        # After an error the other ranks may never come to this point.
+        distributed.stop(runtime)
+    return code
+
+
+def report_failure(problem: Exception, runtime: Runtime) -> int:
+    """Print what ended this rank, and return the exit code.
+
+    An error that the user can mend is printed as a sentence (code 2). A collective that failed is
+    traced to the rank that caused it (that rank's code, or `EXIT_LOST_RANK`). Anything else is
+    printed with its traceback (code 1).
+    """
+    watchdog = runtime.watchdog
+    assert watchdog is not None
+    if isinstance(problem, (ValueError, FloatingPointError)):
+        return watchdog.fail(watchdog.own(str(problem), 2))
+    if isinstance(problem, torch.distributed.DistError) or "/gloo/" in str(problem):
+        return watchdog.fail(watchdog.find_cause(problem))
+    trace = "".join(traceback.format_exception(problem))
+    return watchdog.fail(watchdog.own(f"{type(problem).__name__}: {problem}"), trace)
+
+
+def resume_command(runtime: Runtime) -> str:
+    """The shell command that started this run; the same command resumes it."""
+    if "RESNET_DIST_RESUME" in os.environ:  # set by a launcher other than torchrun
+        return os.environ["RESNET_DIST_RESUME"]
+    arguments = shlex.join(sys.argv)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return f"{_program('python')} {arguments}"
+    if runtime.world_size > runtime.local_world_size:
+        return f"the same torchrun command on each of the nodes, with {arguments}"
+    torchrun = _program("torchrun")
+    return f"{torchrun} --standalone --nproc_per_node {runtime.local_world_size} {arguments}"
+
+
+def _program(name: str) -> str:
+    """How the user's shell finds a program of this Python's environment."""
+    own = os.path.join(os.path.dirname(sys.executable), name)
+    if shutil.which(name) == own:
+        return name
+    if own.startswith(os.getcwd()):
+        return os.path.relpath(own)
+    return own
