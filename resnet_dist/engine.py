@@ -386,7 +386,8 @@ def evaluate_state(
             counts = evaluate(model, loader, runtime, plan.precision, poll)
             if counts is None:
                 return False
-            results |= {f"{key}/{name}": value for name, value in counts.result().items()}
+            result = counts.result(len(loader.class_names))
+            results |= {f"{key}/{name}": value for name, value in result.items()}
     bad_images = runtime.sum_integer(loader.num_bad)
     if bad_images:
         log.warn(
@@ -427,14 +428,13 @@ def report(
 
     Raises FloatingPointError when too many updates in a row were left out.
     """
-    result = counts.reduce(runtime).result()
+    result = counts.reduce(runtime).result(len(loader.class_names))
+    shown = ("loss", "top1", "top5")
     log.metrics(
         state.step,
         {
             "train/epoch": state.step / plan.steps_per_epoch,
-            "train/loss": result["loss"],
-            "train/top1": result["top1"],
-            "train/top5": result["top5"],
+            **{f"train/{name}": result[name] for name in shown if name in result},
             "train/lr": lr,
             "train/grad_norm": float(grad_norm),
             "train/skipped_updates": int(nonfinite.total),

@@ -247,7 +247,9 @@ def _aligned(prefix: str, values: dict) -> str:
         f"top1 {get('top1'):6.2f} %  "
     )
     if prefix != "train":
-        return f"{text}top5 {get('top5'):6.2f} %  ({get('num')} images)"
+        if f"{prefix}/top5" in values:
+            text += f"top5 {get('top5'):6.2f} %  "
+        return f"{text}({get('num')} images)"
     bad = f"  bad images {values['train/bad_images']}" if values.get("train/bad_images") else ""
     return (
         f"{text}lr {get('lr'):8.3g}  {get('images_per_second'):7.0f} img/s  "

@@ -1,10 +1,14 @@
 """Accuracy as integer counts: added up on the device, reduced once over the ranks, divided last."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from resnet_dist.data.types import IGNORED_LABEL
+
+FIRST_TOP5_CLASSES = 6
+"""Fewest classes for which top-5 says anything: among five, every label is in the top 5."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,19 +84,22 @@ class Counts:
         correct1, correct5, loss_sum, num = runtime.all_reduce_sum(self._packed()).unbind()
         return Counts(correct1.long(), correct5.long(), loss_sum, num.long())
 
-    def result(self) -> dict[str, float | int]:
-        """Plain numbers: top1 and top5 in percent, mean loss, num, correct1, correct5; NaN for a
-        mean of nothing.
+    def result(self, num_classes: int = FIRST_TOP5_CLASSES) -> dict[str, float | int]:
+        """The counts as plain numbers. The only method that waits for the device.
 
-        The only place that waits for the device.
+        Returns: top1 and top5 in percent, the mean loss, num, correct1 and correct5. A mean over no
+            image is NaN. With fewer than six `num_classes` every image is a top-5 hit, so that
+            top5 and correct5 are left out.
         """
         correct1, correct5, loss_sum, num = self._packed().tolist()
-        share = 1 / num if num else float("nan")
-        return {
+        share = 1 / num if num else math.nan
+        values = {
             "top1": 100 * correct1 * share,
-            "top5": 100 * correct5 * share,
             "loss": loss_sum * share,
             "num": int(num),
             "correct1": int(correct1),
-            "correct5": int(correct5),
         }
+        if num_classes >= FIRST_TOP5_CLASSES:
+            values["top5"] = 100 * correct5 * share
+            values["correct5"] = int(correct5)
+        return values

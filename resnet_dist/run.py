@@ -34,6 +34,7 @@ from resnet_dist.process import report_failure, resume_command
 from resnet_dist.remarks import far_from_recipe, remarks
 from resnet_dist.rng import derive_seed
 from resnet_dist.schedule import Schedule, build_schedule, epochs_to_steps, peak_lr
+from resnet_dist.text import printable
 
 
 def check_layout(
@@ -255,27 +256,32 @@ def greeting(
 def farewell(
     config: Config, state: TrainState, plan: engine.Plan, runtime: Runtime, log: Log
 ) -> str:
-    """What the user has now, and where."""
+    """The last words of a run: how it ended, where its files are, and the commands that come next.
+
+    A finished run offers evaluate, predict and report. A stopped run offers the command that
+    resumes it.
+    """
     folder = Path(config.output_dir)
-    done = (
-        "finished"
-        if state.step >= plan.total_steps
-        else f"stopped at step {state.step} of {plan.total_steps}"
-    )
-    best = (
-        f"; best val top-1 {state.best_top1:.2f} % at step {state.best_step}"
-        if state.best_step >= 0
-        else ""
-    )
+    finished = state.step >= plan.total_steps
+    headline = "finished" if finished else f"stopped at step {state.step} of {plan.total_steps}"
+    if state.best_step >= 0:
+        headline += f"; best val top-1 {state.best_top1:.2f} % at step {state.best_step}"
     links = [checkpoint_folder(config) / name for name in ("last.pt", "best.pt")]
-    return (
-        f"{done}{best}\n"
-        f"  checkpoints  {', '.join(str(link) for link in links if link.exists()) or 'none'}\n"
-        f"  config       {folder / 'config.yaml'}\n"
-        f"  metrics      {folder / 'metrics.jsonl'}\n"
-        f"  W&B          {log.wandb_location()}\n"
-        f"  resume       {resume_command(runtime)}"
-    )
+    checkpoints = [str(link) for link in links if link.exists()]
+    rows = {
+        "checkpoints": printable(", ".join(checkpoints) or "none"),
+        "config": printable(folder / "config.yaml"),
+        "metrics": printable(folder / "metrics.jsonl"),
+        "W&B": log.wandb_location(),
+    }
+    if not finished:
+        rows["resume"] = resume_command(runtime)
+    elif checkpoints:
+        best = printable(shlex.quote(checkpoints[-1]))
+        rows["evaluate"] = f"resnet-dist evaluate --checkpoint {best}"
+        rows["predict"] = f"resnet-dist predict --checkpoint {best} IMAGE_OR_FOLDER"
+        rows["report"] = f"resnet-dist report {printable(shlex.quote(str(folder)))}"
+    return "\n".join([headline, *(f"  {name:<11}  {value}" for name, value in rows.items())])
 
 
 def write_config(config: Config) -> None:

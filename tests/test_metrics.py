@@ -89,3 +89,11 @@ def test_reduction_over_ranks_is_exact():
         4,
         0.25,
     )
+
+
+def test_fewer_than_six_classes_have_no_top5():
+    """Every image would be a hit."""
+    for classes in (2, 5, 6):
+        counts = Counts.of(torch.eye(classes), torch.arange(classes), torch.zeros(classes))
+        assert ("top5" in counts.result(classes)) == (classes == 6)
+        assert ("correct5" in counts.result(classes)) == (classes == 6)

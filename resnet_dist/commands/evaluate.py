@@ -36,7 +36,7 @@ def run(saved: dict, config: Config, options: argparse.Namespace) -> int:
             if saved[name]:
                 state.model.load_state_dict(saved[name])
                 counts = engine.evaluate(state.model, loader, runtime, config.train.precision)
-                results[name] = counts.result()
+                results[name] = counts.result(num_classes)
         loader.close()
         if runtime.is_main:
             print(json.dumps(results) if options.json else describe(results), flush=True)
@@ -51,8 +51,9 @@ def describe(results: dict) -> str:
     for name, title in (("model", "weights"), ("ema", "averaged weights")):
         if name in results:
             r = results[name]
-            lines.append(
-                f"{title}: top-1 {r['top1']:.3f} % ({r['correct1']}/{r['num']}), top-5 {r['top5']:.3f} % "
-                f"({r['correct5']}/{r['num']}), loss {r['loss']:.4f}"
-            )
+            parts = [f"top-1 {r['top1']:.3f} % ({r['correct1']}/{r['num']})"]
+            if "top5" in r:
+                parts.append(f"top-5 {r['top5']:.3f} % ({r['correct5']}/{r['num']})")
+            parts.append(f"loss {r['loss']:.4f}")
+            lines.append(f"{title}: {', '.join(parts)}")
     return "\n".join(lines)

@@ -95,6 +95,9 @@ def test_interrupt_and_run_again(tmp_path, environment):
     assert f"step {stopped}, from run/checkpoints/step_{stopped:08d}.pt" in again.stdout
     assert logged_steps(tmp_path / "run") == list(range(1, 45))
     assert "finished; best val top-1" in again.stdout
+    assert "resume  " not in again.stdout  # a finished run offers what comes next
+    for command in ("evaluate --checkpoint", "predict --checkpoint", "report run"):
+        assert f"resnet-dist {command}" in again.stdout
     for label, path in (
         ("checkpoints", "run/checkpoints/last.pt"),
         ("config", "run/config.yaml"),

@@ -238,7 +238,7 @@ def two_nodes_with_two_ranks_each(place):
         "attempt 0, rank 0 of 4 on n1 n6" in log
         and "batch 120 = 4 cpu ranks * 1 micro-steps * 30" in log
     )
-    assert "resume       python slurm/submit.py --config" in log
+    assert "finished; " in log and "report       resnet-dist report" in log
     assert (folder / "code/resnet_dist/engine.py").exists() and (
         folder / "code/configs/quickstart.yaml"
     ).exists()
