@@ -12,7 +12,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from resnet_dist.cluster import ClusterConfig
-from resnet_dist.config import Config, check
+from resnet_dist.config import Config
 
 os.environ.setdefault(
     "TORCH_CPP_LOG_LEVEL", "ERROR"
@@ -61,15 +61,15 @@ def parse_config(parser: ArgumentParser, arguments: list[str]) -> Config:
         contextlib.redirect_stderr(nowhere if silent else sys.stderr),
     ):
         values = parser.parse_args(arguments)
-        config = Config(
-            **{
-                key: value
-                for key, value in vars(parser.instantiate(values)).items()
-                if key not in ("config", "cluster")
-            }
-        )
         try:
-            check(config)
+            settings = vars(parser.instantiate(values))
+            config = Config(
+                **{
+                    key: value
+                    for key, value in settings.items()
+                    if key not in ("config", "cluster")
+                }
+            )
         except ValueError as problem:
             parser.error(str(problem))
     return config

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from resnet_dist.cli import config_parser, parse_config
-from resnet_dist.config import Config, check, to_dict
+from resnet_dist.config import Config, DataConfig, OptimConfig, TrainConfig, to_dict
 from resnet_dist.remarks import far_from_recipe, remarks
 
 
@@ -94,8 +94,31 @@ def test_rules_across_keys(capsys, arguments, words):
     assert all(word in message for word in words), message
 
 
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        (
+            {"train": TrainConfig(precision="fp8")},
+            ["train.precision", "'fp8'", "one of auto, fp32"],
+        ),
+        ({"train": TrainConfig(epochs="90")}, ["train.epochs", "'90'", "a number"]),
+        ({"train": TrainConfig(epochs=float("inf"))}, ["train.epochs", "finite"]),
+        ({"train": TrainConfig(epochs=float("nan"))}, ["train.epochs", "finite"]),
+        ({"train": TrainConfig(grad_accum_steps=True)}, ["grad_accum_steps", "a whole number"]),
+        ({"data": DataConfig(crop_scale=(0.1,))}, ["data.crop_scale", "a list of 2 numbers"]),
+        ({"optim": OptimConfig(eps="small")}, ["optim.eps", "a number or null"]),
+        ({"output_dir": " "}, ["output_dir", "not be empty"]),
+        ({"seed": 1.5}, ["seed", "a whole number"]),
+    ],
+)
+def test_a_config_built_in_python_is_checked(section, words):
+    with pytest.raises(ValueError) as error:
+        Config(**section)
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert Config(data=DataConfig(val_scales=[224])).data.val_scales == [224]
+
+
 def test_defaults_are_valid_and_without_remarks():
-    check(Config())
     assert remarks(Config(), "cuda") == []
 
 
