@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
-
 # Python has no common type for int, int | None, tuple[int, ...] and Annotated[int, ...].
 TypeHint: TypeAlias = Any
 
@@ -167,7 +166,7 @@ def walk(section: object, prefix: str = "") -> Iterator[tuple[str, object, TypeH
 
 def split_hint(hint: TypeHint) -> tuple[TypeHint, list[Rule]]:
     """The type and the rules of a type hint: `Annotated[int, AtLeast(1)]` -> int, [AtLeast(1)]."""
-    if get_origin(hint) is not Annotated:
+    if _origin(hint) is not Annotated:
         return hint, []
     plain, *rules = get_args(hint)
     return plain, rules
@@ -178,7 +177,7 @@ def has_type(value: object, hint: TypeHint) -> bool:
 
     A whole number is a number, a list may stand for a tuple, but a bool is not a number.
     """
-    origin, arguments = get_origin(hint), get_args(hint)
+    origin, arguments = _origin(hint), get_args(hint)
     if _is_union(hint):
         return any(has_type(value, one) for one in arguments)
     if origin is Literal:
@@ -202,7 +201,7 @@ def has_type(value: object, hint: TypeHint) -> bool:
 def describe_type(hint: TypeHint) -> str:
     """The values that a type hint allows, in words: "a number", "one of sgd, lars"."""
     hint = split_hint(hint)[0]
-    origin, arguments = get_origin(hint), get_args(hint)
+    origin, arguments = _origin(hint), get_args(hint)
     if _is_union(hint):
         return " or ".join(describe_type(one) for one in arguments)
     if origin is Literal:
@@ -237,8 +236,12 @@ def _items_have_types(
     return all(has_type(value, hint) for value, hint in zip(values, hints, strict=True))
 
 
+def _origin(hint: TypeHint) -> object:
+    return get_origin(hint)
+
+
 def _is_union(hint: TypeHint) -> bool:
-    return get_origin(hint) in (Union, types.UnionType)
+    return _origin(hint) in (Union, types.UnionType)
 
 
 def _numbers(value: object) -> list[float]:
