@@ -92,7 +92,7 @@ def train(arguments: list[str]) -> int:
 
     from resnet_dist import process, run
 
-    return process.run_process(config, run.train)
+    return process.run_process(config, run.train, resolve_auto=False)
 
 
 def submit(arguments: list[str]) -> int:

@@ -125,7 +125,9 @@ class Attempt:
         from resnet_dist.watchdog import EXIT_LOST_RANK
 
         code = run_process(
-            self.config, functools.partial(preflight, should_continue=should_continue)
+            self.config,
+            functools.partial(preflight, should_continue=should_continue),
+            resolve_auto=False,
         )
         if code == 0:
             return
@@ -317,7 +319,7 @@ def submit(configs: list[Config], cluster: ClusterConfig, command: str) -> int:
             pairs=config.augment.mixup_alpha + config.augment.cutmix_alpha > 0,
         )
     if cluster.executor == "debug":
-        return run_process(configs[0], run.train)
+        return run_process(configs[0], run.train, resolve_auto=False)
     live = Path(__file__).resolve().parents[1]
     folder = Path(os.path.commonpath(outputs), time.strftime(f"job_%Y%m%d_%H%M%S_{os.getpid()}"))
     code = folder / "code" if cluster.snapshot else live

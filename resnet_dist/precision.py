@@ -1,16 +1,59 @@
-"""The arithmetic of the forward and backward pass: what `train.precision` means on the hardware at
-hand.
-"""
+"""The arithmetic of the forward and backward pass: what `train.precision` means on this hardware."""
 
 import contextlib
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from resnet_dist.config import Config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _CPU_FLAGS_OF_FAST_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 """Linux's names of the instructions: two of x86-64, and one of 64-bit Arm."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The precision of the forward pass on one device: a key of `DTYPES`, never `auto`."""
+
+    name: str
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of images, activations and of the products in convolutions."""
+        return DTYPES[self.name]
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Compute what is inside in this precision, where autocast considers it safe."""
+        if self.name == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def gradient_scaler(self) -> torch.amp.GradScaler:
+        """The scaler of the loss, which does nothing unless the precision is fp16."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
+
+
+def resolve_settings(
+    config: Config, device: torch.device, saved: dict[str, Any] | None = None
+) -> Config:
+    """The config with `train.precision: auto` replaced by a precision.
+
+    `saved` is the config in the checkpoint that the run resumes from. Its precision is kept: a run
+    that is requeued on another kind of node must not change its arithmetic. A precision that the
+    user names is taken as it is.
+    """
+    train = config.train
+    if train.precision != "auto":
+        return config
+    precision = resolve_precision("auto", device)
+    if saved is not None:
+        precision = resolve_precision(saved["train"]["precision"], device)
+    return replace(config, train=replace(train, precision=precision))
 
 
 def resolve_precision(setting: str, device: torch.device) -> str:
@@ -27,8 +70,9 @@ def resolve_precision(setting: str, device: torch.device) -> str:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether `device` has instructions for bf16. Without them PyTorch emulates it, several times
-    slower than fp32.
+    """Whether `device` has instructions for bf16.
+
+    Without them PyTorch emulates it, several times slower than fp32.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -36,8 +80,9 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def cpu_flags() -> set[str]:
-    """The instruction sets of this machine's CPU, by Linux's names; empty where /proc/cpuinfo
-    cannot be read.
+    """The instruction sets of this machine's CPU, by Linux's names.
+
+    Empty if /proc/cpuinfo cannot be read.
     """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -50,8 +95,6 @@ def cpu_flags() -> set[str]:
     return set()
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """Run what is inside in the given precision, as far as that is safe; fp32 changes nothing."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=DTYPES[precision])
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
+    """As `Precision.autocast`."""
+    return Precision(precision, device).autocast()

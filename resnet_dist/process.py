@@ -10,22 +10,24 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
 from resnet_dist import distributed
 from resnet_dist.config import Config
 from resnet_dist.distributed import Runtime
-from resnet_dist.precision import resolve_precision
+from resnet_dist.precision import resolve_settings
 from resnet_dist.watchdog import EXIT_LOST_RANK
 
 
-def run_process(config: Config, body: Callable[[Config, Runtime], int]) -> int:
+def run_process(
+    config: Config, body: Callable[[Config, Runtime], int], resolve_auto: bool = True
+) -> int:
     """Join the other ranks, call `body(config, runtime)`, and leave the process group.
 
-    `body` gets the config with `train.precision` resolved for the device. Returns the exit code:
-    the body's, or the one of `report_failure` if it raises.
+    `body` gets the config with `train.precision` resolved for the device, unless `resolve_auto` is
+    false: training resolves it itself, once it knows the checkpoint that it resumes from. Returns
+    the exit code: the body's, or the one of `report_failure` if it raises.
     """
     section = config.distributed
     try:
@@ -33,8 +35,8 @@ def run_process(config: Config, body: Callable[[Config, Runtime], int]) -> int:
     except ValueError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
-    precision = resolve_precision(config.train.precision, runtime.device)
-    config = replace(config, train=replace(config.train, precision=precision))
+    if resolve_auto:
+        config = resolve_settings(config, runtime.device)
     try:
         code = body(config, runtime)
     except Exception as problem:

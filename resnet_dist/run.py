@@ -5,7 +5,6 @@ sees all of it.
 import functools
 import json
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -15,7 +14,7 @@ import torch
 import yaml
 from torch import nn
 
-from resnet_dist import checkpoint, engine
+from resnet_dist import engine
 from resnet_dist.checkpoint import Saver, TrainState
 from resnet_dist.config import Config, to_dict
 from resnet_dist.data.build import build_train_loader, build_val_loader
@@ -29,9 +28,10 @@ from resnet_dist.models.build import build_model
 from resnet_dist.models.sync_batch_norm import convert_sync_batch_norm
 from resnet_dist.models.zoo import check_image_size
 from resnet_dist.optim import build_optimizer
-from resnet_dist.precision import DTYPES
+from resnet_dist.precision import DTYPES, resolve_settings
 from resnet_dist.process import report_failure, resume_command
 from resnet_dist.remarks import far_from_recipe, remarks
+from resnet_dist.restore import checkpoint_folder, find_start, restore
 from resnet_dist.rng import derive_seed
 from resnet_dist.schedule import Schedule, build_schedule, epochs_to_steps, peak_lr
 from resnet_dist.text import printable
@@ -161,77 +161,6 @@ def wrap_ddp(model: nn.Module, device: torch.device) -> nn.parallel.DistributedD
         )
 
 
-def restore(state: TrainState, config: Config, saver: Saver, runtime: Runtime, log: Log) -> str:
-    """Fill the state from the first that there is; says which, in a few words.
-
-    The newest valid checkpoint of output_dir, checkpoint.resume, checkpoint.init_from (weights
-    only), or nothing. Only the main process reads the file, the others get its bytes. Raises
-    ValueError on every rank when it does not fit.
-    """
-    section = config.checkpoint
-    own = runtime.on_main(lambda: checkpoint.newest_valid(checkpoint_folder(config), log.warn))
-    path = str(own or section.resume or section.init_from)
-    if not own:
-        runtime.on_main(lambda: checkpoint.refuse_lost(checkpoint_folder(config)))
-    if not path:
-        return "from scratch"
-    if own and (section.resume or section.init_from):
-        log.say(
-            f"{own} comes before checkpoint.{'resume' if section.resume else 'init_from'}, which is left aside"
-        )
-    if not own and not section.resume:
-        return init_from(path, state, config, saver, runtime, log)
-    saved = checkpoint.unpack_checkpoint(
-        runtime.bytes_from_main(lambda: checkpoint.read_checkpoint(Path(path))), path
-    )
-    for change in checkpoint.check_resumable(saved, saver.facts):
-        log.warn(f"the run goes on with another setting: {change}")
-    state.load_state_dict(saved)
-    if own:
-        saver.saved = (state.step, state.evaluated_step)
-    else:
-        state.best_top1, state.best_step = -1.0, -1  # the file of that best is in another folder
-    return f"from {path}"
-
-
-def init_from(
-    path: str, state: TrainState, config: Config, saver: Saver, runtime: Runtime, log: Log
-) -> str:
-    """Take the weights of a file or of torchvision, and show a table, which is whole in
-    init_from.txt; as `restore`.
-    """
-    read = weights.download if path.startswith("torchvision:") else checkpoint.read_checkpoint
-    content = weights.unpack(runtime.bytes_from_main(lambda: read(path)), path)
-    checkpoint.refuse_newer(content, path)
-    rows, whole = weights.load_weights(state.model, content, path)
-    if state.ema:
-        state.ema.model.load_state_dict(state.model.state_dict())
-    title = (
-        f"weights of {path}, {'.'.join(weights.find_weights(content)[0]) or 'as they stand there'}"
-    )
-    (log.say if whole else log.warn)(f"{title}\n{weights.describe(rows)}")
-    if changes := checkpoint.model_changes(content, config):
-        log.warn(
-            f"{path} is of another network, which computes something else from tensors that may fit: "
-            f"{'; '.join(changes)}"
-        )
-    names, now = content.get("class_names"), saver.facts["class_names"]
-    if isinstance(names, list) and names != now and len(names) == len(now):
-        log.warn(f"{path} has as many classes under other names: its head is loaded all the same")
-    text, folder = f"{title}\n{weights.describe(rows, most=sys.maxsize)}\n", Path(config.output_dir)
-    runtime.on_main(
-        lambda: (
-            folder.mkdir(parents=True, exist_ok=True) or (folder / "init_from.txt").write_text(text)
-        )
-    )
-    return f"with the weights of {path}"
-
-
-def checkpoint_folder(config: Config) -> Path:
-    """Where a run keeps its checkpoints."""
-    return Path(config.output_dir) / "checkpoints"
-
-
 def facts(config: Config, train_loader: TrainLoader) -> dict:
     """What a checkpoint says of its run: enough to build it again, and to refuse another."""
     return {
@@ -338,10 +267,6 @@ def train(
     train on instead.
     """
     log = build_log(config.log, config.output_dir, runtime.is_main, to_dict(config))
-    for remark in remarks(config, runtime.device.type) + far_from_recipe(
-        config, runtime.world_size
-    ):
-        log.warn(remark)
     try:
         code = compose(config, runtime, log, should_continue)
     except Exception as problem:
@@ -354,7 +279,15 @@ def compose(
     config: Config, runtime: Runtime, log: Log, should_continue: Callable[[int], bool]
 ) -> int:
     """Put the run together from its parts, and run it; returns as `train`."""
-    # 1. layout and data
+    # 1. settings that depend on the machine and on the checkpoint
+    start = find_start(config, runtime, log)
+    config = resolve_settings(config, runtime.device, start.saved_config)
+    for remark in remarks(config, runtime.device.type):
+        log.warn(remark)
+    for remark in far_from_recipe(config, runtime.world_size):
+        log.warn(remark)
+
+    # 2. layout and data
     check_image_size(config.model.name, config.data)
     local_batch_size = check_layout(
         config.train.global_batch_size,
@@ -366,12 +299,12 @@ def compose(
     num_classes = check_num_classes(config.model.num_classes, len(train_loader.class_names))
     config = replace(config, model=replace(config.model, num_classes=num_classes))
 
-    # 2. plan
+    # 3. plan
     plan = build_plan(config, train_loader.steps_per_epoch)
     peak = peak_lr(config.optim.base_lr, config.optim.base_batch_size, plan.global_batch_size)
     schedule = build_schedule(config.schedule, peak, plan.steps_per_epoch, plan.total_steps)
 
-    # 3. model and state
+    # 4. model and state
     state = build_state(config, num_classes, runtime.device)
     saver = Saver(
         checkpoint_folder(config),
@@ -380,7 +313,7 @@ def compose(
         log.warn,
         runtime.is_main,
     )
-    origin = restore(state, config, saver, runtime, log)
+    origin = restore(state, start, config, saver, runtime, log)
     runtime.on_main(
         lambda: write_config(config) or saver.claim()
     )  # a start that was refused has changed nothing
@@ -389,7 +322,7 @@ def compose(
         model, config.data.train_crop_size, config.train.precision, runtime.device
     )
 
-    # 4. train
+    # 5. train
     log.start(state.step, plan.total_steps, evaluated=state.evaluated_step == state.step)
     log.say(
         f"{greeting(config, state, train_loader, val_loader)}\n"

@@ -27,6 +27,7 @@ LAYERS = [
     },
     {"optim", "ema", "mix", "losses", "models.*", "data.*"},
     {"checkpoint", "engine"},
+    {"restore"},
     {"run"},
     {"launch", "api", "commands.*"},
     {"cli"},

@@ -1,0 +1,87 @@
+"""What `train.precision: auto` becomes, on this hardware, on other hardware, and on a resume."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from dist_utils import run_app
+
+from resnet_dist import checkpoint, precision
+from resnet_dist.config import Config, TrainConfig, to_dict
+from resnet_dist.precision import Precision, resolve_precision, resolve_settings
+
+CPU = torch.device("cpu")
+AUTO = Config()
+
+
+@pytest.fixture
+def cpu_with(monkeypatch):
+    """A function that replaces the flags of this machine's CPU."""
+    return lambda *flags: monkeypatch.setattr(precision, "cpu_flags", lambda: set(flags))
+
+
+def with_precision(setting):
+    return replace(AUTO, train=TrainConfig(precision=setting))
+
+
+def test_auto_is_what_the_hardware_computes_natively(cpu_with, monkeypatch):
+    for flags, expected in ((["avx2"], "fp32"), (["amx_bf16"], "bf16"), (["avx512_bf16"], "bf16")):
+        cpu_with(*flags)
+        assert resolve_precision("auto", CPU) == expected
+    for capability, expected in (((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert resolve_precision("auto", torch.device("cuda")) == expected
+
+
+def test_a_stored_precision_wins_over_auto_alone(cpu_with):
+    cpu_with("avx2")
+    for stored, expected in (("bf16", "bf16"), ("fp16", "fp16"), ("auto", "fp32")):
+        saved = to_dict(with_precision(stored))
+        assert resolve_settings(AUTO, CPU, saved).train.precision == expected
+        assert resolve_settings(with_precision("fp32"), CPU, saved).train.precision == "fp32"
+
+
+def test_precision_is_that_of_autocast_and_scaler():
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        own = Precision(name, CPU)
+        with own.autocast():
+            product = torch.ones(2, 2) @ torch.ones(2, 2)
+        assert product.dtype == own.dtype == dtype
+        assert own.gradient_scaler().is_enabled() == (name == "fp16")
+
+
+def test_a_run_keeps_its_precision_on_another_kind_of_node(digits, tmp_path):
+    """Started in bf16, resumed with `auto` on a CPU for which `auto` is fp32, then with another one."""
+
+    def train(epochs, setting):
+        arguments = [
+            "train", "--config", "configs/quickstart.yaml", "--data.data_dir", digits,
+            "--output_dir", str(tmp_path / "run"), "--data.train_crop_size", "8",
+            "--data.val_resize_size", "8", "--data.val_crop_size", "8", "--data.threads", "1",
+            "--train.global_batch_size", "512", "--schedule.warmup_epochs", "0",
+            "--train.epochs", str(epochs), "--train.precision", setting,
+            "--log.wandb", "disabled", "--distributed.threads", "1",
+        ]  # fmt: skip
+        log = tmp_path / "log"
+        log.unlink(missing_ok=True)
+        assert run_app(1, arguments, str(log), on_avx2) == [0]
+        newest = checkpoint.newest_valid(tmp_path / "run" / "checkpoints", print)
+        payload = checkpoint.read_checkpoint(newest)
+        saved = checkpoint.unpack_checkpoint(payload, "newest")["config"]["train"]["precision"]
+        return saved, log.read_text()
+
+    assert train(1, "bf16")[0] == "bf16"
+    saved, printed = train(2, "auto")
+    assert saved == "bf16"
+    assert "bf16" in printed and "train.precision was" not in printed
+    saved, printed = train(3, "fp32")
+    assert saved == "fp32"
+    assert "train.precision was 'bf16', now 'fp32'" in printed
+
+
+def on_avx2(arguments):
+    """The command line on a CPU without bf16."""
+    from resnet_dist import cli
+
+    precision.cpu_flags = lambda: {"avx2"}
+    return cli.main(arguments)
