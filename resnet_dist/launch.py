@@ -380,20 +380,11 @@ def forecast(config: Config, nodes: int, world_size: int) -> str:
     """
     from resnet_dist import distributed, run, schedule
     from resnet_dist.data.build import build_train_loader
-    from resnet_dist.precision import DTYPES
 
     batch, accum = config.train.global_batch_size, config.train.grad_accum_steps
     runtime = distributed.start("cpu")
     try:
-        loader = build_train_loader(
-            config.data,
-            runtime,
-            seed=config.seed,
-            global_batch_size=batch,
-            grad_accum_steps=accum,
-            dtype=DTYPES["fp32"],
-            output_dir="",
-        )
+        loader = build_train_loader(config, runtime)
         plan = run.build_plan(config, loader.steps_per_epoch)
         steps = f"{plan.total_steps} steps of {plan.steps_per_epoch} per epoch, {loader.num_samples} images"
     except (ValueError, OSError, ImportError) as problem:

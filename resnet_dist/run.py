@@ -17,8 +17,8 @@ from torch import nn
 from resnet_dist import engine
 from resnet_dist.checkpoint import Saver, TrainState
 from resnet_dist.config import Config, to_dict
-from resnet_dist.data.build import build_train_loader, build_val_loader
-from resnet_dist.data.sources.index import check_num_classes, check_same_classes
+from resnet_dist.data.build import build_loaders
+from resnet_dist.data.sources.index import check_num_classes
 from resnet_dist.data.types import TrainLoader, ValLoader
 from resnet_dist.distributed import Runtime, StopSignal
 from resnet_dist.ema import Ema
@@ -28,7 +28,7 @@ from resnet_dist.models.build import build_model
 from resnet_dist.models.sync_batch_norm import convert_sync_batch_norm
 from resnet_dist.models.zoo import check_image_size
 from resnet_dist.optim import build_optimizer
-from resnet_dist.precision import DTYPES, resolve_settings
+from resnet_dist.precision import resolve_settings
 from resnet_dist.process import report_failure, resume_command
 from resnet_dist.remarks import far_from_recipe, remarks
 from resnet_dist.restore import checkpoint_folder, find_start, restore
@@ -70,24 +70,6 @@ def check_layout(
         f"train.global_batch_size is {global_batch_size}: it does not divide by {world_size} ranks * "
         f"{grad_accum_steps} train.grad_accum_steps = {share}; nearest layouts: {', or '.join(ways)}"
     )
-
-
-def build_loaders(config: Config, runtime: Runtime) -> tuple[TrainLoader, ValLoader]:
-    """This rank's two loaders. Raises ValueError on every rank when the data is not as it must be."""
-    dtype = DTYPES[config.train.precision]
-    train_loader = build_train_loader(
-        config.data,
-        runtime,
-        augment=config.augment,
-        seed=config.seed,
-        dtype=dtype,
-        output_dir=config.output_dir,
-        global_batch_size=config.train.global_batch_size,
-        grad_accum_steps=config.train.grad_accum_steps,
-    )
-    val_loader = build_val_loader(config.data, runtime, dtype=dtype, output_dir=config.output_dir)
-    check_same_classes(train_loader.class_names, val_loader.class_names)
-    return train_loader, val_loader
 
 
 def build_plan(config: Config, steps_per_epoch: int) -> engine.Plan:

@@ -20,8 +20,8 @@ from image_files import (
     write_split,
 )
 
-from resnet_dist.config import AugmentConfig, DataConfig
-from resnet_dist.data.build import build_train_loader, build_val_loader
+from resnet_dist.config import AugmentConfig, Config, DataConfig, TrainConfig
+from resnet_dist.data.build import build_loaders, build_train_loader, build_val_loader
 from resnet_dist.data.pixels import loader as loader_module
 from resnet_dist.data.sampling import augment, crops
 from resnet_dist.data.sources.scan import build_index
@@ -409,23 +409,17 @@ def test_training_leaves_out_the_listed_images_and_evaluation_does_not(tmp_path)
     (tmp_path / "exclude.txt").write_text(
         "train/class0/0001.jpg\ntrain/class2/0011.jpg\nval/class0/0000.jpg\n"
     )
-    config = DataConfig(
+    data = DataConfig(
         data_dir=str(tmp_path),
         exclude=str(tmp_path / "exclude.txt"),
         train_crop_size=32,
         val_resize_size=32,
         val_crop_size=32,
     )
-    train = build_train_loader(
-        config,
-        OneProcess(),
-        seed=1,
-        global_batch_size=10,
-        grad_accum_steps=1,
-        dtype=torch.float32,
-        output_dir=str(tmp_path),
-    )
-    val = build_val_loader(config, OneProcess(), dtype=torch.float32, output_dir=str(tmp_path))
+    train_config = TrainConfig(global_batch_size=10, precision="fp32")
+    config = Config(data=data, train=train_config, output_dir=str(tmp_path), seed=1)
+    train = build_train_loader(config, OneProcess())
+    val = build_val_loader(config, OneProcess())
     assert (train.num_samples, val.num_samples) == (10, 12)
     (batch,) = train.batches(0, 1)
     assert sorted(train.index.name(row) for row in batch.indices.tolist()) == sorted(
@@ -446,17 +440,10 @@ def test_build(tmp_path):
     }
     sizes = {"train_crop_size": 32, "val_resize_size": 32, "val_crop_size": 32, "val_batch_size": 5}
     for kind, count in (("folder", len(good["train"])), ("digits", 1442), ("synthetic", 1280)):
-        config = DataConfig(kind=kind, data_dir=str(tmp_path / kind), **sizes)
-        train = build_train_loader(
-            config,
-            OneProcess(),
-            seed=1,
-            global_batch_size=12,
-            grad_accum_steps=2,
-            dtype=torch.bfloat16,
-            output_dir=str(tmp_path),
-        )
-        val = build_val_loader(config, OneProcess(), dtype=torch.bfloat16, output_dir=str(tmp_path))
+        data = DataConfig(kind=kind, data_dir=str(tmp_path / kind), **sizes)
+        train_config = TrainConfig(global_batch_size=12, grad_accum_steps=2, precision="bf16")
+        config = Config(data=data, train=train_config, output_dir=str(tmp_path), seed=1)
+        train, val = build_loaders(config, OneProcess())
         assert train.num_samples == count
         assert train.class_names == val.class_names
         assert [len(batch.labels) for batch in train.batches(0, 2)] == [6, 6, 6, 6]

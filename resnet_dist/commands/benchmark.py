@@ -24,7 +24,7 @@ from resnet_dist.config import Config
 from resnet_dist.data.build import build_train_loader
 from resnet_dist.distributed import Runtime, StopSignal
 from resnet_dist.log import Log
-from resnet_dist.precision import DTYPES, autocast
+from resnet_dist.precision import autocast
 from resnet_dist.schedule import build_schedule
 
 
@@ -37,16 +37,7 @@ def measure(config: Config, runtime: Runtime, options) -> int:
     local = composition.check_layout(
         config.train.global_batch_size, runtime.world_size, config.train.grad_accum_steps
     )
-    loader = build_train_loader(
-        config.data,
-        runtime,
-        augment=config.augment,
-        seed=config.seed,
-        dtype=DTYPES[config.train.precision],
-        output_dir=config.output_dir,
-        grad_accum_steps=config.train.grad_accum_steps,
-        global_batch_size=config.train.global_batch_size,
-    )
+    loader = build_train_loader(config, runtime)
     interval = max(1, options.steps // 4)  # a log line each, the first of a window is not counted
     plan = replace(
         composition.build_plan(config, loader.steps_per_epoch),

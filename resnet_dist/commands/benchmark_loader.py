@@ -12,6 +12,7 @@ import os
 import resource
 import statistics
 import time
+from dataclasses import replace
 
 import torch
 
@@ -19,7 +20,6 @@ from resnet_dist.config import Config, DataConfig
 from resnet_dist.data.build import build_train_loader
 from resnet_dist.data.pixels.dali import plain_batches
 from resnet_dist.distributed import Runtime
-from resnet_dist.precision import DTYPES
 
 
 def measure(config: Config, runtime: Runtime, options) -> int:
@@ -32,19 +32,10 @@ def measure(config: Config, runtime: Runtime, options) -> int:
             f"data.kind is {data.kind}, on {runtime.world_size} ranks: this compares readers of files in "
             f"one process; give it --data.kind folder, and start it without torchrun"
         )
-    ours, slow = (
-        build_train_loader(
-            data,
-            runtime,
-            augment=config.augment,
-            seed=config.seed,
-            global_batch_size=local,
-            grad_accum_steps=1,
-            dtype=DTYPES[config.train.precision],
-            output_dir=config.output_dir,
-        )
-        for _ in range(2)
-    )
+    train = replace(config.train, global_batch_size=local, grad_accum_steps=1)
+    single_step = replace(config, train=train)
+    ours = build_train_loader(single_step, runtime)
+    slow = build_train_loader(single_step, runtime)
     load, seconds = slow.reader.load, options.read_delay_ms / 1e3
     slow.reader.load = lambda *arguments: (time.sleep(seconds), load(*arguments))[1]
     theirs = (options.originals or os.path.join(data.data_dir, "train"), data, local, ours.threads)

@@ -13,6 +13,7 @@ import torch
 
 from resnet_dist import run as composition
 from resnet_dist.config import Config
+from resnet_dist.data.build import build_loaders
 from resnet_dist.data.sources.index import check_num_classes
 from resnet_dist.distributed import Runtime
 from resnet_dist.log import why_offline
@@ -98,7 +99,7 @@ def _folder(config: Config, runtime: Runtime) -> tuple[str, str]:
 
 
 def _data(config: Config, runtime: Runtime) -> tuple[str, str]:
-    train, val = composition.build_loaders(config, runtime)
+    train, val = build_loaders(config, runtime)
     check_num_classes(config.model.num_classes, len(train.class_names))
     shown = [
         batch

@@ -10,7 +10,6 @@ from resnet_dist.data.build import build_val_loader
 from resnet_dist.data.sources.index import check_num_classes
 from resnet_dist.distributed import Runtime
 from resnet_dist.models.zoo import check_image_size
-from resnet_dist.precision import DTYPES
 from resnet_dist.process import run_process
 
 
@@ -21,9 +20,7 @@ def run(saved: dict, config: Config, options: argparse.Namespace) -> int:
 
     def body(config: Config, runtime: Runtime) -> int:
         check_image_size(config.model.name, config.data)
-        loader = build_val_loader(
-            config.data, runtime, dtype=DTYPES[config.train.precision], output_dir=config.output_dir
-        )
+        loader = build_val_loader(config, runtime)
         num_classes = check_num_classes(config.model.num_classes, len(loader.class_names))
         if tuple(saved["class_names"]) != tuple(loader.class_names):
             raise ValueError(

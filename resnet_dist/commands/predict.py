@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 
 from resnet_dist import engine
 from resnet_dist import run as composition
@@ -17,7 +18,6 @@ from resnet_dist.data.build import build_val_loader
 from resnet_dist.data.sources.index import SUFFIXES, list_files
 from resnet_dist.data.types import IGNORED_LABEL
 from resnet_dist.distributed import Runtime
-from resnet_dist.precision import DTYPES
 from resnet_dist.process import run_process
 
 
@@ -75,9 +75,8 @@ def predict(model, files: list[str], config: Config, runtime: Runtime, top: int)
     with (
         tempfile.TemporaryDirectory() as scratch,
         closing(
-            build_val_loader(  # its quarantine.jsonl is not the run's
-                config.data, runtime, dtype=DTYPES[precision], output_dir=scratch, index=index
-            )
+            # The quarantine.jsonl of these images does not belong into the run's folder.
+            build_val_loader(replace(config, output_dir=scratch), runtime, index=index)
         ) as loader,
     ):
         for batch in loader:

@@ -33,17 +33,16 @@ def run(config: Config, args: argparse.Namespace) -> int:
                 "data.kind is synthetic, which has no images to show: take folder or digits"
             )
         with tempfile.TemporaryDirectory() as scratch:
-            common = {"dtype": torch.float32, "output_dir": scratch}
-            train = build_train_loader(
-                config.data,
-                runtime,
-                seed=config.seed,
-                global_batch_size=1,
-                grad_accum_steps=1,
+            single = replace(
+                config,
+                output_dir=scratch,
                 augment=replace(config.augment, repeats=1),
-                **common,
+                train=replace(
+                    config.train, global_batch_size=1, grad_accum_steps=1, precision="fp32"
+                ),
             )
-            val = build_val_loader(config.data, runtime, **common)
+            train = build_train_loader(single, runtime)
+            val = build_val_loader(single, runtime)
             spread = [
                 np.unique(np.linspace(0, loader.num_samples - 1, args.images).astype(np.int64))[
                     :, None

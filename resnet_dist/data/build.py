@@ -1,98 +1,116 @@
-"""From the data section of the config to this rank's two loaders."""
+"""Build this rank's loaders from the config."""
 
 import os
 
 import torch
 
-from resnet_dist.config import AugmentConfig, DataConfig
+from resnet_dist.config import Config, DataConfig
 from resnet_dist.data.pixels.loader import DaliTrainLoader, DaliValLoader
 from resnet_dist.data.pixels.synthetic import SyntheticTrainLoader, SyntheticValLoader
 from resnet_dist.data.sources.digits import write_digits
-from resnet_dist.data.sources.index import Index
+from resnet_dist.data.sources.index import Index, check_same_classes
 from resnet_dist.data.sources.scan import build_index
 from resnet_dist.data.types import TrainLoader, ValLoader
 from resnet_dist.distributed import Runtime
+from resnet_dist.precision import DTYPES, resolve_precision
 
 
-def build_train_loader(
-    config: DataConfig,
-    runtime: Runtime,
-    *,
-    seed: int,
-    global_batch_size: int,
-    grad_accum_steps: int,
-    dtype: torch.dtype,
-    output_dir: str,
-    augment: AugmentConfig | None = None,
-) -> TrainLoader:
-    """This rank's share of the training set; call it on every rank.
+def build_loaders(config: Config, runtime: Runtime) -> tuple[TrainLoader, ValLoader]:
+    """Build this rank's loaders of both splits. Call it on every rank.
 
-    Batches are of `dtype` on the runtime's device; `output_dir` takes quarantine.jsonl. Raises
-    ValueError on every rank when the data folder is not as it must be, or holds fewer images than
-    one global batch.
+    Raises:
+        ValueError: on every rank, when the data folder cannot be used or its two splits have
+            different classes.
     """
-    if config.kind == "synthetic":
+    train_loader = build_train_loader(config, runtime)
+    val_loader = build_val_loader(config, runtime)
+    check_same_classes(train_loader.class_names, val_loader.class_names)
+    return train_loader, val_loader
+
+
+def build_train_loader(config: Config, runtime: Runtime) -> TrainLoader:
+    """Build this rank's loader of the training set. Call it on every rank.
+
+    Batches are on the runtime's device, in the precision of `train.precision`. Broken files are
+    recorded in `quarantine.jsonl` in `output_dir`.
+
+    Raises:
+        ValueError: on every rank, when the data folder cannot be used or holds fewer images than
+            one global batch.
+    """
+    data = config.data
+    dtype = _dtype(config, runtime)
+    if data.kind == "synthetic":
         return SyntheticTrainLoader(
-            config,
+            data,
             runtime,
-            seed=seed,
+            seed=config.seed,
             dtype=dtype,
-            global_batch_size=global_batch_size,
-            grad_accum_steps=grad_accum_steps,
+            global_batch_size=config.train.global_batch_size,
+            grad_accum_steps=config.train.grad_accum_steps,
         )
     return DaliTrainLoader(
-        _index(config, runtime, "train", config.exclude),
-        config,
-        augment or AugmentConfig(),
-        seed=seed,
-        global_batch_size=global_batch_size,
-        grad_accum_steps=grad_accum_steps,
+        _build_index(data, runtime, "train", data.exclude),
+        data,
+        config.augment,
+        seed=config.seed,
+        global_batch_size=config.train.global_batch_size,
+        grad_accum_steps=config.train.grad_accum_steps,
         rank=runtime.rank,
         world_size=runtime.world_size,
         dtype=dtype,
         device=runtime.device,
-        threads=_threads(config, runtime),
-        output_dir=output_dir,
+        threads=_num_threads(data, runtime),
+        output_dir=config.output_dir,
     )
 
 
-def build_val_loader(
-    config: DataConfig,
-    runtime: Runtime,
-    *,
-    dtype: torch.dtype,
-    output_dir: str,
-    index: Index | None = None,
-) -> ValLoader:
-    """This rank's share of the validation set, or of the images of `index`, as
-    `build_train_loader`.
+def build_val_loader(config: Config, runtime: Runtime, *, index: Index | None = None) -> ValLoader:
+    """Build this rank's loader of the validation set, like `build_train_loader`.
+
+    Args:
+        config: the config of the run.
+        runtime: this rank.
+        index: the images to load in place of the validation set.
     """
-    if config.kind == "synthetic" and not index:
-        return SyntheticValLoader(config, runtime, dtype=dtype)
+    data = config.data
+    dtype = _dtype(config, runtime)
+    if data.kind == "synthetic" and index is None:
+        return SyntheticValLoader(data, runtime, dtype=dtype)
+    if index is None:
+        index = _build_index(data, runtime, "val")
     return DaliValLoader(
-        index or _index(config, runtime, "val"),
-        config,
+        index,
+        data,
         rank=runtime.rank,
         world_size=runtime.world_size,
         dtype=dtype,
         device=runtime.device,
-        threads=_threads(config, runtime),
-        output_dir=output_dir,
+        threads=_num_threads(data, runtime),
+        output_dir=config.output_dir,
     )
 
 
-def _index(config: DataConfig, runtime: Runtime, split: str, exclude: str = "") -> Index:
-    """The images of a split, but those of the list `exclude`; the digits are written by one process
-    first.
-    """
-    if config.kind == "digits":
-        runtime.on_main(lambda: write_digits(config.data_dir))
-    return build_index(config.data_dir, split, runtime, exclude)
+def _dtype(config: Config, runtime: Runtime) -> torch.dtype:
+    """The type of the images: that of `train.precision` on the runtime's device."""
+    return DTYPES[resolve_precision(config.train.precision, runtime.device)]
 
 
-def _threads(config: DataConfig, runtime: Runtime) -> int:
-    """Threads of the loader: as the config says; else what feeds a GPU's decoder, or a fair share
-    of the cores.
+def _build_index(data: DataConfig, runtime: Runtime, split: str, exclude: str = "") -> Index:
+    """The images of a split without those listed in the file `exclude`.
+
+    The embedded digits are written to `data_dir` by the main process first.
     """
-    share = max(1, len(os.sched_getaffinity(0)) // runtime.local_world_size)
-    return config.threads or (4 if runtime.device.type == "cuda" else share)
+    if data.kind == "digits":
+        runtime.on_main(lambda: write_digits(data.data_dir))
+    return build_index(data.data_dir, split, runtime, exclude)
+
+
+def _num_threads(data: DataConfig, runtime: Runtime) -> int:
+    """Number of decoding threads: `data.threads`, or its default for the device."""
+    if data.threads:
+        return data.threads
+    if runtime.device.type == "cuda":
+        return 4
+    num_cores = len(os.sched_getaffinity(0))
+    return max(1, num_cores // runtime.local_world_size)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from image_files import OneProcess, encode, picture, write_split
 
-from resnet_dist.config import DataConfig
+from resnet_dist.config import Config, DataConfig, TrainConfig
 from resnet_dist.data.build import build_val_loader
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,15 +52,16 @@ def test_evaluation_pixels_equal_the_cpus(tmp_path):
     write_split(
         tmp_path, [encode(picture(80 + 9 * i, 150 - 7 * i, seed=i)) for i in range(12)], split="val"
     )
-    config = DataConfig(
+    data = DataConfig(
         data_dir=str(tmp_path), val_resize_size=72, val_crop_size=64, val_batch_size=8
     )
+    config = Config(data=data, train=TrainConfig(precision="fp32"), output_dir=str(tmp_path))
     batches = {}
     for device in (torch.device("cpu"), torch.device("cuda", 0)):
         runtime = OneProcess()
         runtime.device = device
-        loader = build_val_loader(config, runtime, dtype=torch.float32, output_dir=str(tmp_path))
+        loader = build_val_loader(config, runtime)
         batches[device.type] = torch.cat([batch.images.cpu() for batch in loader])
         loader.close()
-    step = 1 / 255 / min(config.std)
+    step = 1 / 255 / min(data.std)
     assert (batches["cpu"] - batches["cuda"]).abs().mean() < step
