@@ -5,6 +5,7 @@ sees all of it.
 import functools
 import json
 import os
+import shlex
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
