@@ -4,6 +4,7 @@ sees all of it.
 
 import functools
 import json
+import shlex
 import os
 import shlex
 import warnings
