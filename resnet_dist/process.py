@@ -7,6 +7,7 @@ mend (in a sentence), `EXIT_LOST_RANK` a lost rank, 128 + number a signal after 
 import os
 import shlex
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from resnet_dist import distributed
 from resnet_dist.config import Config
 from resnet_dist.distributed import Runtime
 from resnet_dist.precision import resolve_settings
-from resnet_dist.watchdog import EXIT_LOST_RANK
+from resnet_dist.rendezvous import LostRankError, read_launcher
+from resnet_dist.watchdog import EXIT_LOST_RANK, Watchdog, write_error_file
 
 
 def run_process(
@@ -31,19 +33,37 @@ def run_process(
     """
     section = config.distributed
     try:
-        runtime = distributed.start(section.device, section.timeout_s, section.threads)
-    except ValueError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    if resolve_auto:
-        config = resolve_settings(config, runtime.device)
+        launcher = read_launcher()
+        watchdog = distributed.join_ranks(launcher, section.timeout_s)
+    except (ValueError, LostRankError) as problem:
+        return _report_early(problem)
     try:
+        runtime = distributed.start(section.device, section.timeout_s, section.threads, watchdog)
+        if resolve_auto:
+            config = resolve_settings(config, runtime.device)
         code = body(config, runtime)
     except Exception as problem:
-        code = report_failure(problem, runtime)
-    if code not in (1, 2, EXIT_LOST_RANK):
-        # After an error the other ranks may never come to this point.
-        distributed.stop(runtime)
+        code = _report(problem, watchdog)
+    if watchdog.lost_server and code == 128 + signal.SIGTERM:
+        code = EXIT_LOST_RANK  # nobody sent a signal: the watchdog asked for the end
+    if code in (1, 2, EXIT_LOST_RANK):
+        # The other ranks may never come to a common end.
+        return code
+    if code >= 128:
+        write_error_file(f"stopped by {_signal_name(code)}; resume with: {resume_command(runtime)}")
+    distributed.stop(runtime)
+    return code
+
+
+def _report_early(problem: Exception) -> int:
+    """Print why the ranks could not meet, once where that is possible; returns the exit code."""
+    code = 2 if isinstance(problem, ValueError) else EXIT_LOST_RANK
+    rank = os.environ.get("RANK", "")
+    if code == EXIT_LOST_RANK:
+        print(f"error (rank {rank}): {problem}", file=sys.stderr, flush=True)
+    elif rank in ("", "0") and os.environ.get("SLURM_PROCID", "0") == "0":
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+    write_error_file(str(problem))
     return code
 
 
@@ -54,14 +74,27 @@ def report_failure(problem: Exception, runtime: Runtime) -> int:
     traced to the rank that caused it (that rank's code, or `EXIT_LOST_RANK`). Anything else is
     printed with its traceback (code 1).
     """
-    watchdog = runtime.watchdog
-    assert watchdog is not None
+    assert runtime.watchdog is not None
+    return _report(problem, runtime.watchdog)
+
+
+def _report(problem: Exception, watchdog: Watchdog) -> int:
     if isinstance(problem, (ValueError, FloatingPointError)):
         return watchdog.fail(watchdog.own(str(problem), 2))
-    if isinstance(problem, torch.distributed.DistError) or "/gloo/" in str(problem):
+    if _is_of_a_collective(problem):
         return watchdog.fail(watchdog.find_cause(problem))
     trace = "".join(traceback.format_exception(problem))
     return watchdog.fail(watchdog.own(f"{type(problem).__name__}: {problem}"), trace)
+
+
+def _is_of_a_collective(problem: Exception) -> bool:
+    """Whether another rank may be the cause."""
+    lost = (LostRankError, torch.distributed.DistError)
+    return isinstance(problem, lost) or "/gloo/" in str(problem)
+
+
+def _signal_name(code: int) -> str:
+    return signal.Signals(code - 128).name
 
 
 def resume_command(runtime: Runtime) -> str:

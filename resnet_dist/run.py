@@ -314,7 +314,7 @@ def compose(
         f"{plan.grad_accum_steps} micro-steps * {local_batch_size}, {plan.precision}, peak lr {peak:g}, "
         f"{plan.total_steps} steps of {plan.steps_per_epoch} per epoch; step {state.step}, {origin}"
     )
-    stop_signal = StopSignal(runtime.cpu_group)
+    stop_signal = StopSignal(runtime.cpu_group, runtime.watchdog)
     try:
         parts = (
             model,

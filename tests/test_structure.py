@@ -16,6 +16,7 @@ LAYERS = [
         "watchdog",
         "distributed",
         "process",
+        "rendezvous",
         "log",
         "sinks.*",
         "metrics",

@@ -61,7 +61,7 @@ def measure(config: Config, runtime: Runtime, options) -> int:
         lines.clear()
         cpu, stop_signal, end = (
             time.process_time(),
-            StopSignal(runtime.cpu_group),
+            StopSignal(runtime.cpu_group, runtime.watchdog),
             state.step + 5 * interval,
         )
         state.evaluated_step = end  # no evaluation at the end
