@@ -178,8 +178,8 @@ def test_a_rank_that_is_killed_before_the_loop(digits, tmp_path):
             run.build_state = build_state
         return cli.main(arguments)
 
-    processes = start_small(tmp_path, digits, entry, world_size=3)
-    assert wait_app(processes) == [75, -signal.SIGKILL, 75], (tmp_path / "log").read_text()
+    processes = start_small(tmp_path, digits, entry)
+    assert wait_app(processes) == [75, -signal.SIGKILL], (tmp_path / "log").read_text()
     printed = (tmp_path / "log").read_text()
     assert f"rank 1 (host {os.uname().nodename}, process {processes[1].pid})" in printed
     assert "Traceback" not in printed
