@@ -218,7 +218,7 @@ def benchmark(arguments: list[str]) -> int:
     from resnet_dist.commands import benchmark as loop
     from resnet_dist.commands import benchmark_loader
 
-    measure = benchmark_loader.measure if loader else loop.measure
+    measure = benchmark_loader.measure if loader else loop.measure_training
     return process.run_process(config, lambda config, runtime: measure(config, runtime, options))
 
 

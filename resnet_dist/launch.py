@@ -309,10 +309,11 @@ def submit(configs: list[Config], cluster: ClusterConfig, command: str) -> int:
         del os.environ[name]  # of a job that this one is submitted from
 
     from resnet_dist import run
+    from resnet_dist.layout import check_layout
     from resnet_dist.process import run_process
 
     for config in configs:
-        run.check_layout(
+        check_layout(
             config.train.global_batch_size,
             world_size,
             config.train.grad_accum_steps,
@@ -378,14 +379,16 @@ def forecast(config: Config, nodes: int, world_size: int) -> str:
     """Ranks, local batch, peak learning rate and steps of a run; the steps where its data can be
     read from here.
     """
-    from resnet_dist import distributed, run, schedule
+    from resnet_dist import distributed, schedule
     from resnet_dist.data.build import build_train_loader
+    from resnet_dist.layout import check_layout
+    from resnet_dist.plan import build_plan
 
     batch, accum = config.train.global_batch_size, config.train.grad_accum_steps
     runtime = distributed.start("cpu")
     try:
         loader = build_train_loader(config, runtime)
-        plan = run.build_plan(config, loader.steps_per_epoch)
+        plan = build_plan(config, loader.steps_per_epoch)
         steps = f"{plan.total_steps} steps of {plan.steps_per_epoch} per epoch, {loader.num_samples} images"
     except (ValueError, OSError, ImportError) as problem:
         steps = f"number of steps not known here: {problem}"
@@ -393,7 +396,7 @@ def forecast(config: Config, nodes: int, world_size: int) -> str:
     peak = schedule.peak_lr(config.optim.base_lr, config.optim.base_batch_size, batch)
     return (
         f"{config.output_dir}: ranks 0 to {world_size - 1}, {world_size // nodes} on each of {nodes} nodes; local "
-        f"batch {run.check_layout(batch, world_size, accum)} = {batch} / ({world_size} ranks * {accum} "
+        f"batch {check_layout(batch, world_size, accum)} = {batch} / ({world_size} ranks * {accum} "
         f"micro-steps); peak lr {peak:g}; {steps}"
     )
 

@@ -42,11 +42,11 @@ def philox4x32(counter: np.ndarray, key: int) -> np.ndarray:
     return np.stack([c0, c1, c2, c3], axis=1)
 
 
-def draw(epoch: int, repetition: np.ndarray) -> np.ndarray:
-    """What takes the place of the epoch in `uniform` where an epoch shows a sample several times;
-    int64 [n].
+def epoch_of_repetition(epoch: int, repetition: np.ndarray) -> np.ndarray:
+    """The `epoch` of `uniform` if an epoch shows a sample several times; int64 [n].
 
-    `repetition` [n] counts from 0, below 256; the first time is the epoch itself.
+    Args:
+        repetition: [n], counts from 0, below 256. The first time is the epoch itself.
     """
     return epoch + (np.asarray(repetition, dtype=np.int64) << 24)
 
@@ -57,7 +57,8 @@ def uniform(
     """`count` numbers in [0, 1) for each sample: float64 [len(indices), count], of 53 random bits
     each.
 
-    `epoch` is one for all samples, or one for each ([len(indices)], see `draw`). A row depends on
+    `epoch` is one for all samples, or one for each ([len(indices)], see
+    `epoch_of_repetition`). A row depends on
     (seed, purpose, epoch, index) alone; its first numbers do not depend on `count`.
     """
     indices = np.asarray(indices, dtype=np.uint64)

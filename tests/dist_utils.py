@@ -194,16 +194,16 @@ def in_double(entry):
     """
 
     def doubled(arguments):
-        from resnet_dist import engine, run
+        from resnet_dist import precision, state
 
-        real = run.build_state
-        engine.DTYPES["fp32"] = torch.float64  # the loader's type, and with it the model's
+        real = state.build_model
+        precision.DTYPES["fp32"] = torch.float64  # the loader's type, and with it the model's
 
-        def build_state(config, num_classes, device):
+        def build_model(section, num_classes):
             torch.set_default_dtype(torch.float64)
-            return real(config, num_classes, device)
+            return real(section, num_classes)
 
-        run.build_state = build_state
+        state.build_model = build_model
         return entry(arguments)
 
     return doubled

@@ -18,7 +18,7 @@ from torchvision.transforms import (
 
 from resnet_dist.config import AugmentConfig
 from resnet_dist.data.sampling import augment
-from resnet_dist.rng import draw
+from resnet_dist.rng import epoch_of_repetition
 
 ROWS, SIDE = np.arange(30000), 224
 POLICIES = {
@@ -229,7 +229,7 @@ def test_a_sample_does_not_depend_on_its_batch():
         assert whole.ops.shape == (100, augment.num_slots(config))
         assert not np.array_equal(augment.plan(config, 3, 6, rows, 96).ops, whole.ops)
         twice = augment.plan(
-            config, 3, draw(5, np.arange(2)), rows[[7, 7]], 96
+            config, 3, epoch_of_repetition(5, np.arange(2)), rows[[7, 7]], 96
         )  # two copies of one sample
         assert np.array_equal(twice.params[0], whole.params[7]) and not np.array_equal(
             *twice.params

@@ -14,7 +14,7 @@ from torchvision.transforms import transforms as tv_transforms
 from resnet_dist.config import DataConfig
 from resnet_dist.data.pixels.finish import cut
 from resnet_dist.data.sampling import crops
-from resnet_dist.rng import draw
+from resnet_dist.rng import epoch_of_repetition
 
 SCALE, RATIO = (0.08, 1.0), (0.75, 4 / 3)
 
@@ -106,7 +106,7 @@ def test_repetitions_of_a_sample_are_cut_differently():
     """And the first one as in an epoch that shows each sample once."""
     rows, sides = np.array([7, 8, 7, 7]), np.full(4, 300)
     windows = crops.random_windows(
-        3, draw(2, np.array([0, 0, 1, 2])), rows, sides, sides, SCALE, RATIO
+        3, epoch_of_repetition(2, np.array([0, 0, 1, 2])), rows, sides, sides, SCALE, RATIO
     )
     assert np.array_equal(
         windows[:2], crops.random_windows(3, 2, rows[:2], sides[:2], sides[:2], SCALE, RATIO)

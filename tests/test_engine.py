@@ -15,11 +15,15 @@ from resnet_dist import engine
 from resnet_dist.checkpoint import TrainState
 from resnet_dist.config import AugmentConfig, Config, ModelConfig, OptimConfig, TrainConfig
 from resnet_dist.data.types import IGNORED_LABEL, Batch
-from resnet_dist.engine import NonFinite, evaluate, is_due, train_step
+from resnet_dist.engine import evaluate, train_step
 from resnet_dist.metrics import Counts
 from resnet_dist.models.build import MODELS
+from resnet_dist.nonfinite import NonFinite
 from resnet_dist.optim import build_optimizer
-from resnet_dist.run import build_plan, build_state
+from resnet_dist.plan import is_due
+from resnet_dist.precision import Precision
+from resnet_dist.run import build_update_rule
+from resnet_dist.state import build_state
 
 CPU = torch.device("cpu")
 CONFIG = Config(
@@ -64,8 +68,11 @@ def make_batch(size, image=64, classes=10, seed=0, device="cpu", dtype=torch.flo
     return Batch(images.to(device, dtype), labels.to(device), np.arange(size))
 
 
-def plan_of(config, steps_per_epoch=10):
-    return build_plan(config, steps_per_epoch)
+FP32 = Precision("fp32", CPU)
+
+
+def rule_of(config, device=CPU):
+    return build_update_rule(config, device)
 
 
 def test_a_step_equals_plain_torch_with_torchvision():
@@ -76,10 +83,10 @@ def test_a_step_equals_plain_torch_with_torchvision():
     optimizer = torch.optim.SGD(
         reference.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True
     )
-    batch, plan, nonfinite = make_batch(8), plan_of(CONFIG), NonFinite(state.model, 0)
+    batch, rule, nonfinite = make_batch(8), rule_of(CONFIG), NonFinite(state.model, 0)
     reference.train(), state.model.train()
     for _ in range(3):
-        counts, grad_norm = train_step(NoSync(state.model), state, [batch], 0.01, plan, nonfinite)
+        counts, grad_norm = train_step(NoSync(state.model), state, [batch], 0.01, rule, nonfinite)
         optimizer.param_groups[0]["lr"] = 0.01
         optimizer.zero_grad()
         loss = F.cross_entropy(reference(batch.images), batch.labels, label_smoothing=0.1)
@@ -115,7 +122,7 @@ def test_accumulated_micro_steps_equal_one_batch():
             model, build_optimizer(OptimConfig(), model), torch.amp.GradScaler("cpu", enabled=False)
         )
         counts, norm = train_step(
-            NoSync(model), state, micro_batches, 0.1, plan_of(CONFIG), NonFinite(state.model, 0)
+            NoSync(model), state, micro_batches, 0.1, rule_of(CONFIG), NonFinite(state.model, 0)
         )
         results.append((counts.result(), norm, model.state_dict()))
     assert results[0][0] == pytest.approx(results[1][0])
@@ -131,7 +138,7 @@ def test_clipping_bounds_the_update():
     state = build_state(config, 10, CPU)
     before = copy.deepcopy(state.model)
     _, norm = train_step(
-        NoSync(state.model), state, [make_batch(4)], 1.0, plan_of(config), NonFinite(state.model, 0)
+        NoSync(state.model), state, [make_batch(4)], 1.0, rule_of(config), NonFinite(state.model, 0)
     )
     assert norm > 0.5  # the norm before clipping is what is logged
     pairs = zip(state.model.parameters(), before.parameters(), strict=True)
@@ -146,20 +153,20 @@ def test_an_update_that_is_not_finite_leaves_no_trace_and_is_counted():
     config = replace(CONFIG, train=replace(CONFIG.train, ema_decay=0.5))
     state = build_state(config, 10, CPU)
     before = copy.deepcopy(state.model.state_dict())
-    nonfinite, plan = NonFinite(state.model, 100), plan_of(config)
+    nonfinite, rule = NonFinite(state.model, 100), rule_of(config)
     bad, good = make_batch(4), make_batch(4, seed=1)
     bad.images[0, 0, 0, 0] = float("inf")
     assert nonfinite.longest_row()[1] == 0
     for in_row in (1, 2):
-        train_step(NoSync(state.model), state, [bad], 0.1, plan, nonfinite)
+        train_step(NoSync(state.model), state, [bad], 0.1, rule, nonfinite)
         assert int(nonfinite.in_row) == in_row
         for model in (state.model, state.ema.model):
             for name, value in model.state_dict().items():
                 assert torch.equal(value, before[name]) or not value.is_floating_point(), name
         assert all(not s["momentum_buffer"].any() for s in state.optimizer.state.values())
     for _ in range(3):
-        train_step(NoSync(state.model), state, [good], 0.1, plan, nonfinite)
-    train_step(NoSync(state.model), state, [bad], 0.1, plan, nonfinite)
+        train_step(NoSync(state.model), state, [good], 0.1, rule, nonfinite)
+    train_step(NoSync(state.model), state, [bad], 0.1, rule, nonfinite)
     assert (int(nonfinite.in_row), int(nonfinite.total)) == (1, 3)
     assert nonfinite.longest_row() == (101, 102)
     assert not torch.equal(state.model.conv1.weight, before["conv1.weight"])
@@ -173,7 +180,7 @@ def test_fp16_scaler_lowers_its_scale_and_skips():
     weights = [p.detach().clone() for p in state.model.parameters()]
     bad = make_batch(2, image=32)
     bad.images[0, 0, 0, 0] = float("inf")
-    train_step(NoSync(state.model), state, [bad], 0.1, plan_of(config), NonFinite(state.model, 0))
+    train_step(NoSync(state.model), state, [bad], 0.1, rule_of(config), NonFinite(state.model, 0))
     assert state.scaler.get_scale() == 32768.0
     assert all(torch.equal(a, b) for a, b in zip(weights, state.model.parameters(), strict=True))
 
@@ -201,16 +208,16 @@ def test_every_optimizer_learns_skips_and_scales(kind, precision):
     before = [p.detach().clone() for p in state.model.parameters()]
     bad, good = make_batch(4, image=16), make_batch(8, image=16, seed=1)
     bad.images[0, 0, 0, 0] = float("inf")
-    plan, nonfinite, losses = plan_of(config), NonFinite(state.model, 0), []
+    rule, nonfinite, losses = rule_of(config), NonFinite(state.model, 0), []
     first = copy.deepcopy(state.optimizer.state_dict()["state"])
-    train_step(NoSync(state.model), state, [bad], 0.1, plan, nonfinite)
+    train_step(NoSync(state.model), state, [bad], 0.1, rule, nonfinite)
     assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters(), strict=True))
     for number, tensors in state.optimizer.state_dict()["state"].items():
         for name, tensor in tensors.items():  # AdamW has made its state in this update, as zeros
             assert torch.equal(tensor, first[number][name]) if number in first else not tensor.any()
     for _ in range(12):
         lr = {"sgd": 0.05, "lars": 0.5, "lamb": 0.02, "rmsprop": 0.01, "adamw": 0.005}[kind]
-        counts, _ = train_step(NoSync(state.model), state, [good], lr, plan, nonfinite)
+        counts, _ = train_step(NoSync(state.model), state, [good], lr, rule, nonfinite)
         losses.append(counts.result()["loss"])
     assert losses[-1] < 0.7 * losses[0], losses
     assert int(nonfinite.total) == 1
@@ -251,7 +258,7 @@ def test_the_whole_step_runs_on_meta(name, kind, loss):
         state = build_state(config, 1000, torch.device("meta"))
     batches = [make_batch(4, image=224, device="meta") for _ in range(2)]
     nonfinite = NonFinite(state.model, 0)
-    counts, norm = train_step(NoSync(state.model), state, batches, 0.1, plan_of(config), nonfinite)
+    counts, norm = train_step(NoSync(state.model), state, batches, 0.1, rule_of(config), nonfinite)
     assert counts.num.device.type == norm.device.type == "meta"
     assert all(p.device.type == "meta" for p in state.model.parameters())
 
@@ -275,7 +282,7 @@ def test_views_are_averaged_as_probabilities():
     first, second = make_batch(6), make_batch(6, image=96, seed=1)
     loader = ListLoader([replace(first, other_views=(second.images,))], 6)
     loader.mirrored = True
-    counts = evaluate(model, loader, Alone(), "fp32").result()
+    counts = evaluate(model, loader, Alone(), FP32).result()
     with torch.no_grad():
         views = [
             images for view in (first.images, second.images) for images in (view, view.flip(3))
@@ -292,7 +299,7 @@ def test_evaluation_counts_each_image_once():
     model = MODELS["resnet18"](num_classes=10).train()
     batches = [make_batch(5, seed=1), None, make_batch(3, seed=2)]
     batches[2].labels[1] = IGNORED_LABEL
-    result = evaluate(model, ListLoader(batches, 8), Alone(), "fp32").result()
+    result = evaluate(model, ListLoader(batches, 8), Alone(), FP32).result()
     assert model.training
     model.eval()
     with torch.no_grad():
@@ -309,10 +316,10 @@ def test_evaluation_counts_each_image_once():
 def test_evaluation_refuses_a_miscount_and_stops_when_asked():
     model = MODELS["resnet18"](num_classes=10)
     with pytest.raises(AssertionError, match="evaluated 5 of 6 images"):
-        evaluate(model, ListLoader([make_batch(5)], 6), Alone(), "fp32")
+        evaluate(model, ListLoader([make_batch(5)], 6), Alone(), FP32)
     calls = iter([0, 15])
     assert (
-        evaluate(model, ListLoader([make_batch(5)] * 3, 15), Alone(), "fp32", lambda: next(calls))
+        evaluate(model, ListLoader([make_batch(5)] * 3, 15), Alone(), FP32, lambda: next(calls))
         is None
     )
 
@@ -337,11 +344,11 @@ def test_deterministic_initialisation_on_every_rank():
     assert not torch.equal(a.conv1.weight, c.conv1.weight)
 
 
-def test_buckets_settle_without_a_trace():
+def test_the_warm_up_of_ddp_leaves_no_trace():
     config = replace(CONFIG, train=replace(CONFIG.train, precision="bf16"))
     state = build_state(config, 10, CPU)
     before = copy.deepcopy(state.model.state_dict())
-    engine.settle_buckets(NoSync(state.model), 32, "bf16", CPU)
+    engine.warm_up_ddp(NoSync(state.model), 32, Precision("bf16", CPU))
     assert all(
         torch.equal(a, b)
         for a, b in zip(before.values(), state.model.state_dict().values(), strict=True)

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from resnet_dist import cli
-from resnet_dist import run as composition
 from resnet_dist.checkpoint import read_checkpoint, unpack_checkpoint, write_checkpoint
 from resnet_dist.commands import export
 from resnet_dist.config import Config, DataConfig, ModelConfig, to_dict
 from resnet_dist.models.build import build_model
+from resnet_dist.state import load_network
 
 
 @pytest.fixture
@@ -34,9 +34,7 @@ def run(tmp_path, capfd):
 
 def network(checkpoint, raw=False):
     saved = unpack_checkpoint(read_checkpoint(checkpoint), "")
-    return composition.load_network(
-        saved, Config(model=ModelConfig("resnet20")), torch.device("cpu"), raw
-    )[0]
+    return load_network(saved, Config(model=ModelConfig("resnet20")), torch.device("cpu"), raw)[0]
 
 
 def images(n):

@@ -3,16 +3,17 @@
 import pytest
 import torch
 import torchvision
-from test_engine import CPU, Alone, NoSync, make_batch
+from test_engine import CPU, FP32, Alone, NoSync, make_batch, rule_of
 from torch import nn
 
 from resnet_dist import engine
 from resnet_dist.config import Config, ModelConfig, OptimConfig, TrainConfig
-from resnet_dist.engine import NonFinite, train_mode, train_step
+from resnet_dist.engine import train_mode, train_step
 from resnet_dist.models.build import MODELS
 from resnet_dist.models.weights import freeze
+from resnet_dist.nonfinite import NonFinite
 from resnet_dist.optim import parameter_groups
-from resnet_dist.run import build_plan, build_state
+from resnet_dist.state import build_state
 
 
 def trained(steps=3, **optim):
@@ -24,11 +25,11 @@ def trained(steps=3, **optim):
     )
     state = build_state(config, 10, CPU)
     before = {key: value.clone() for key, value in state.model.state_dict().items()}
-    model, plan = NoSync(state.model), build_plan(config, 10)
-    engine.settle_buckets(model, 16, "fp32", CPU)
+    model, rule = NoSync(state.model), rule_of(config)
+    engine.warm_up_ddp(model, 16, FP32)
     for step in range(steps):
         train_step(
-            model, state, [make_batch(8, 16, seed=step)], 0.1, plan, NonFinite(state.model, step)
+            model, state, [make_batch(8, 16, seed=step)], 0.1, rule, NonFinite(state.model, step)
         )
     return state, before
 
@@ -76,7 +77,7 @@ def test_frozen_norms_stay_in_eval_throughout():
         num_samples, mirrored = 0, False
 
     state, _ = trained(steps=0, unfreeze_from="layer3")
-    engine.evaluate(state.model, Nothing(), Alone(), "fp32")
+    engine.evaluate(state.model, Nothing(), Alone(), FP32)
     modes = {
         name: module.training
         for name, module in state.model.named_modules()
@@ -86,7 +87,7 @@ def test_frozen_norms_stay_in_eval_throughout():
     assert modes == {name: name.startswith("layer3") for name in modes}
     assert state.model.training and state.model.layer1.training
     state.model.eval()
-    engine.evaluate(state.model, Nothing(), Alone(), "fp32")
+    engine.evaluate(state.model, Nothing(), Alone(), FP32)
     assert not any(module.training for module in state.model.modules())
 
 

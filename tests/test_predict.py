@@ -13,11 +13,12 @@ from dist_utils import run_app
 from image_files import OneProcess, encode, picture, val_loader
 
 from resnet_dist import cli, engine
-from resnet_dist import run as composition
 from resnet_dist.checkpoint import read_checkpoint, unpack_checkpoint
 from resnet_dist.commands.predict import find_images
 from resnet_dist.config import Config, ModelConfig
 from resnet_dist.data.sources.scan import build_index
+from resnet_dist.precision import Precision
+from resnet_dist.state import load_network
 
 
 def main(arguments):
@@ -69,13 +70,13 @@ def test_a_validation_folder_gets_what_evaluation_gives_it(checkpoint, digits, t
     assert sum(label in rank for label, rank in zip(own, ranks, strict=True)) == counts["correct5"]
 
     saved = unpack_checkpoint(read_checkpoint(checkpoint), "")
-    model, weights = composition.load_network(
-        saved, Config(model=ModelConfig("resnet20")), torch.device("cpu")
-    )
+    model, weights = load_network(saved, Config(model=ModelConfig("resnet20")), torch.device("cpu"))
+    precision = Precision(saved["config"]["train"]["precision"])
     data = saved["config"]["data"] | {"val_flip": True, "val_batch_size": 100, "kind": "folder"}
-    loader, shares = val_loader(index, tmp_path, dtype=torch.bfloat16, **data), []
+    loader, shares = val_loader(index, tmp_path, dtype=precision.dtype, **data), []
     for batch in loader:
-        shares += engine.predict(model, batch, loader.mirrored, "bf16").softmax(1).tolist()
+        logits = engine.predict_logits(model, batch, loader.mirrored, precision)
+        shares += logits.softmax(1).tolist()
     loader.close()
     assert weights == "ema" and len(shares) == 355
     for image, row in zip(found, shares, strict=True):
@@ -144,7 +145,7 @@ def test_interrupts_and_closed_pipes_are_quiet(checkpoint, digits, tmp_path):
         return cli.main(arguments)
 
     def interrupted(arguments):
-        real = engine.predict
+        real = engine.predict_logits
         signal.signal(
             signal.SIGINT, signal.default_int_handler
         )  # a job in the background inherits "ignore"
@@ -153,7 +154,7 @@ def test_interrupts_and_closed_pipes_are_quiet(checkpoint, digits, tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
             return real(*parts)
 
-        engine.predict = predict
+        engine.predict_logits = predict
         return cli.main(arguments)
 
     for entry, expected in ((closed, 141), (interrupted, 130)):
@@ -244,4 +245,4 @@ def test_refusals(checkpoint, tmp_path, monkeypatch, capsys):
     assert ending.value.code == 2 and capsys.readouterr().err.count("\n") == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="one process: start it without torchrun"):
-        composition.load_network({}, Config(), torch.device("cpu"))
+        load_network({}, Config(), torch.device("cpu"))

@@ -20,12 +20,12 @@ from resnet_dist.cli import config_parser, parse_config
 from resnet_dist.cluster import ClusterConfig
 from resnet_dist.config import Config
 from resnet_dist.data.sampling.order import steps_per_epoch
+from resnet_dist.layout import check_layout
 from resnet_dist.models.build import MODELS, build_model
 from resnet_dist.models.resnet import FAMILY
 from resnet_dist.models.zoo import check_image_size
 from resnet_dist.optim import parameter_groups
 from resnet_dist.remarks import far_from_recipe, remarks
-from resnet_dist.run import check_layout
 from resnet_dist.schedule import build_schedule, epochs_to_steps, peak_lr
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,7 +9,18 @@ PACKAGE = ROOT / "resnet_dist"
 
 # A module imports from its own layer and from those above it in this list. `name.*` stands for a sub-package.
 LAYERS = [
-    {"", "config", "config_rules", "cluster", "remarks", "schedule", "files", "text"},
+    {
+        "",
+        "config",
+        "config_rules",
+        "cluster",
+        "remarks",
+        "schedule",
+        "files",
+        "text",
+        "layout",
+        "plan",
+    },
     {
         "precision",
         "rng",
@@ -27,8 +38,10 @@ LAYERS = [
         "data.sources.index",
     },
     {"optim", "ema", "mix", "losses", "models.*", "data.*"},
-    {"checkpoint", "engine"},
-    {"restore"},
+    {"checkpoint"},
+    {"state", "nonfinite", "restore"},
+    {"engine"},
+    {"summary"},
     {"run"},
     {"launch", "api", "commands.*"},
     {"cli"},

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from dist_utils import equal_trees, run_app, run_ranks
-from test_engine import Alone, ListLoader, NoSync
+from test_engine import FP32, Alone, ListLoader, NoSync, rule_of
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -32,14 +32,16 @@ from resnet_dist.config import (
 from resnet_dist.data.sources.digits import load_digits
 from resnet_dist.data.types import Batch
 from resnet_dist.ema import Ema
-from resnet_dist.engine import NonFinite, evaluate, train_step
-from resnet_dist.mix import draw, mix_images
+from resnet_dist.engine import evaluate, train_step
+from resnet_dist.mix import draw_mix, mix_images
 from resnet_dist.models.build import build_model
 from resnet_dist.models.init import init_weights
 from resnet_dist.models.sync_batch_norm import SyncBatchNorm, convert_sync_batch_norm
 from resnet_dist.models.zoo import ZOO, check_image_size
+from resnet_dist.nonfinite import NonFinite
 from resnet_dist.optim import build_optimizer
-from resnet_dist.run import build_plan, build_state, wrap_ddp
+from resnet_dist.precision import Precision
+from resnet_dist.state import build_state, wrap_ddp
 
 CPU = torch.device("cpu")
 # Parameters for 1000 classes that torchvision does not publish. LeNet-5: LeCun et al. 1998, section
@@ -141,7 +143,7 @@ def test_trains_resumes_averages_and_evaluates(name, narrow, tmp_path):
         train=TrainConfig(precision="fp32", ema_decay=0.9, clip_grad_norm=clip),
     )
     state = build_state(config, 10, CPU)
-    model, plan, batch = copy.deepcopy(state.model), build_plan(config, 10), batch_of(size, count)
+    model, rule, batch = copy.deepcopy(state.model), rule_of(config), batch_of(size, count)
     resumed = TrainState(model, build_optimizer(config.optim, model), state.scaler, Ema(model, 0.9))
     assert all(
         isinstance(m, SyncBatchNorm) for m in state.model.modules() if isinstance(m, _BatchNorm)
@@ -150,7 +152,7 @@ def test_trains_resumes_averages_and_evaluates(name, narrow, tmp_path):
     def step(state):
         torch.manual_seed(1)  # the same masks each time, so that they do not hide the fall
         counts, _ = train_step(
-            NoSync(state.model.train()), state, [batch], lr, plan, NonFinite(state.model, 0)
+            NoSync(state.model.train()), state, [batch], lr, rule, NonFinite(state.model, 0)
         )
         return counts.result()["loss"]
 
@@ -167,7 +169,7 @@ def test_trains_resumes_averages_and_evaluates(name, narrow, tmp_path):
     print(name, losses)
     assert losses[-1] < 0.9 * losses[0] and losses[0] < 10
     for model in (state.model, state.ema.model):
-        result = evaluate(model, ListLoader([batch], count), Alone(), "fp32").result()
+        result = evaluate(model, ListLoader([batch], count), Alone(), FP32).result()
         assert result["num"] == count and np.isfinite(result["loss"])
 
 
@@ -239,7 +241,7 @@ def test_the_whole_step_runs_on_meta(name):
         state,
         [Batch(images, labels, np.arange(2))],
         0.1,
-        build_plan(config, 10),
+        rule_of(config),
         NonFinite(state.model, 0),
     )
     assert counts.num.device.type == norm.device.type == "meta"
@@ -268,13 +270,13 @@ def test_auxiliary_losses_count_their_weight():
         augment=AugmentConfig(mixup_alpha=1.0),
     )
     torch.manual_seed(0)
-    model, batch, plan = TwoHeads(), batch_of(2, 4), build_plan(config, 10)
+    model, batch, rule = TwoHeads(), batch_of(2, 4), rule_of(config)
     before = copy.deepcopy(model)
     state = TrainState(
         model, build_optimizer(config.optim, model), torch.amp.GradScaler("cpu", enabled=False)
     )
-    counts, _ = train_step(NoSync(model), state, [batch], 0.5, plan, NonFinite(model, 0))
-    images, share = mix_images(batch.images, draw(config.seed, 0, 1.0, 0.0))
+    counts, _ = train_step(NoSync(model), state, [batch], 0.5, rule, NonFinite(model, 0))
+    images, share = mix_images(batch.images, draw_mix(config.seed, 0, 1.0, 0.0))
     own, other = F.one_hot(batch.labels, 10), F.one_hot(batch.labels[[1, 0, 3, 2]], 10)
     losses = [
         F.cross_entropy(logits, share * own + (1 - share) * other, label_smoothing=0.1)
@@ -322,9 +324,9 @@ def one_update(rank, world_size):
     )
     model = NoSync(state.model) if world_size == 1 else wrap_ddp(state.model, CPU)
     before = copy.deepcopy(state.model.state_dict())
-    engine.settle_buckets(model, 32, "fp32", CPU)
+    engine.warm_up_ddp(model, 32, FP32)
     assert equal_trees(before, state.model.state_dict()) and state.model.training
-    train_step(model, state, [batch], 0.01, build_plan(config, 10), NonFinite(state.model, 0))
+    train_step(model, state, [batch], 0.01, rule_of(config), NonFinite(state.model, 0))
     return {name: value.numpy() for name, value in state.model.state_dict().items()}
 
 
@@ -338,12 +340,13 @@ def test_auxiliary_heads_on_two_ranks_equal_one_process(double):
         np.testing.assert_allclose(first[name], value, rtol=1e-6, atol=1e-9, err_msg=name)
 
 
-def test_settling_needs_no_more_than_two_values_a_channel():
+def test_the_warm_up_needs_no_more_than_two_values_a_channel():
     """The least side, where the last map is a single pixel."""
     for name in ("googlenet", "efficientnet_b0", "vgg11_bn"):
         with torch.device("meta"):
             model = convert_sync_batch_norm(ZOO[name].make(num_classes=10))
-        engine.settle_buckets(NoSync(model), ZOO[name].min_size, "fp32", torch.device("meta"))
+        precision = Precision("fp32", torch.device("meta"))
+        engine.warm_up_ddp(NoSync(model), ZOO[name].min_size, precision)
 
 
 def test_lenet_sees_what_table_1_says():

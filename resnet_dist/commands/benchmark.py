@@ -1,169 +1,243 @@
-"""`resnet-dist benchmark`: what the whole loop costs beside a bare one, in the same process, taking
-turns.
+"""`resnet-dist benchmark`: the speed of the whole training loop beside that of a bare loop.
 
-The bare loop is forward, backward and update on one fixed batch, with the same model, DDP and
-optimizer. The whole loop is engine.train with its data path, metrics, gradient norm, signals and
-log. Machines are noisy: the two alternate, the medians of many short windows are compared, and the
-processor's time per image, which hardly depends on what else the machine does, is given beside the
-clock's.
+The bare loop is forward, backward and update on one fixed batch, with the same network, DDP and
+optimizer. The whole loop is `engine.train_loop` with its data, metrics, gradient norm, signals and log.
+Both run in the same process and alternate, since machines are noisy: the medians of many short
+windows are compared. CPU time per image hardly depends on what else the machine does, so it is
+reported beside the clock's.
 """
 
+import argparse
 import json
 import resource
 import statistics
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from resnet_dist import engine
-from resnet_dist import run as composition
 from resnet_dist.checkpoint import Saver
 from resnet_dist.config import Config
 from resnet_dist.data.build import build_train_loader
+from resnet_dist.data.types import Batch
 from resnet_dist.distributed import Runtime, StopSignal
+from resnet_dist.engine import Services, Training
+from resnet_dist.layout import check_layout
 from resnet_dist.log import Log
-from resnet_dist.precision import autocast
+from resnet_dist.plan import build_plan
+from resnet_dist.restore import checkpoint_folder
+from resnet_dist.run import build_update_rule
 from resnet_dist.schedule import build_schedule
+from resnet_dist.state import build_state, wrap_ddp
+
+NEVER = 10**9
+"""more steps than a benchmark does"""
 
 
-def measure(config: Config, runtime: Runtime, options) -> int:
-    """Build the run, alternate the two loops in `options.windows` windows of `options.steps`,
-    report.
+@dataclass(frozen=True)
+class Speed:
+    """What a loop took in one window."""
 
-    Each window begins with a quarter as many steps not counted.
+    images_per_second: float
+    """over all ranks"""
+    cpu_seconds_per_image: float
+    """of this process"""
+    data_wait_fraction: float = 0.0
+
+
+class FigureLog(Log):
+    """A log that keeps the figures of its lines and prints nothing."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config.log, config.output_dir, False, {})
+        self.lines: list[dict[str, Any]] = []
+
+    def metrics(self, step: int, values: dict[str, Any]) -> None:
+        """Keep the values of one line."""
+        self.lines.append(values)
+
+
+def measure_training(config: Config, runtime: Runtime, options: argparse.Namespace) -> int:
+    """Build a run, alternate the two loops in `options.windows` windows, and print the medians.
+
+    A window is `options.steps` steps long, after a quarter as many steps that do not count.
     """
-    local = composition.check_layout(
+    local_batch_size = check_layout(
         config.train.global_batch_size, runtime.world_size, config.train.grad_accum_steps
     )
-    loader = build_train_loader(config, runtime)
-    interval = max(1, options.steps // 4)  # a log line each, the first of a window is not counted
-    plan = replace(
-        composition.build_plan(config, loader.steps_per_epoch),
-        eval_interval_steps=0,
-        checkpoint_interval_steps=(0,),
-        log_interval_steps=interval,
-        max_nonfinite_steps=10**9,
-    )
-    state = composition.build_state(config, len(loader.class_names), runtime.device)
-    model = composition.wrap_ddp(state.model, runtime.device)
-    engine.settle_buckets(
-        model, config.data.train_crop_size, config.train.precision, runtime.device
-    )
-    schedule = build_schedule(config.schedule, 1e-4, plan.steps_per_epoch, 10**9)
-    saver = Saver(composition.checkpoint_folder(config), 1, {}, print, is_main=False)
-    log, lines = Log(config.log, config.output_dir, False, {}), []
-    log.metrics = lambda step, values: lines.append(values)  # it keeps the figures and says nothing
-    windows, batch = [], next(loader.batches(0, 1))
+    interval = max(1, options.steps // 4)
+    parts = build_training(config, runtime, interval)
+    batch = next(iter(parts.train_loader.batches(0, 1)))
+    windows = []
     for _ in range(options.windows):
-        bare, cpu_bare = bare_loop(model, state, batch, plan, interval, 4 * interval, runtime)
-        lines.clear()
-        cpu, stop_signal, end = (
-            time.process_time(),
-            StopSignal(runtime.cpu_group, runtime.watchdog),
-            state.step + 5 * interval,
-        )
-        state.evaluated_step = end  # no evaluation at the end
-        engine.train(
-            model,
-            state,
-            loader,
-            None,
-            schedule,
-            replace(plan, total_steps=end),
-            runtime,
-            saver,
-            log,
-            stop_signal,
-        )
-        stop_signal.finish()
-        stop_signal.close()
-        # Of the whole window: the loader works ahead, and what it does for the first steps must not
-        # be left out.
-        cpu_whole = (time.process_time() - cpu) / (5 * interval * local * plan.grad_accum_steps)
-        seconds, waits = (
-            statistics.mean(line[f"train/{name}"] for line in lines[1:])
-            for name in ("step_seconds", "data_wait_fraction")
-        )
-        whole = config.train.global_batch_size / seconds
-        windows.append(
-            {
-                "whole_images_per_second": whole,
-                "bare_images_per_second": bare,
-                "ratio": whole / bare,
-                "cpu_ms_per_image_whole": 1e3 * cpu_whole,
-                "cpu_ms_per_image_bare": 1e3 * cpu_bare,
-                "cpu_ratio": cpu_bare / cpu_whole,
-                "data_wait_fraction": waits,
-            }
-        )
-    loader.close()
+        bare = run_bare_loop(parts, batch, interval, runtime)
+        whole = run_whole_loop(parts, interval, config, runtime)
+        windows.append(compare(whole, bare))
+    parts.train_loader.close()
     if runtime.is_main:
-        report(config, runtime, local, windows, options.json)
+        print_result(describe_result(config, runtime, local_batch_size, windows), options.json)
     return 0
 
 
-def bare_loop(
-    model, state, batch, plan: engine.Plan, warm_up: int, steps: int, runtime: Runtime
-) -> tuple[float, float]:
-    """Forward, backward and update on one batch: images per second over all ranks, processor
-    seconds per image.
-    """
-    optimizer = state.optimizer
-    optimizer.found_inf = None
+def build_training(config: Config, runtime: Runtime, interval: int) -> Training:
+    """The parts of a run that logs every `interval` steps and neither evaluates nor saves."""
+    loader = build_train_loader(config, runtime)
+    plan = replace(
+        build_plan(config, loader.steps_per_epoch),
+        eval_interval_steps=0,
+        checkpoint_interval_steps=(0,),
+        log_interval_steps=interval,
+        max_nonfinite_steps=NEVER,
+    )
+    state = build_state(config, len(loader.class_names), runtime.device)
+    rule = build_update_rule(config, runtime.device)
+    model = wrap_ddp(state.model, runtime.device)
+    engine.warm_up_ddp(model, config.data.train_crop_size, rule.precision)
+    return Training(
+        model=model,
+        state=state,
+        train_loader=loader,
+        val_loader=NoValLoader(),
+        schedule=build_schedule(config.schedule, 1e-4, plan.steps_per_epoch, NEVER),
+        rule=rule,
+        plan=plan,
+    )
 
-    def step() -> torch.Tensor:
-        with autocast(runtime.device, plan.precision):
-            logits = model(batch.images)
-        loss = F.cross_entropy(logits.float(), batch.labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss
 
-    for _ in range(warm_up):
-        step().item()  # .item() waits for the device
+class NoValLoader:
+    """The place of the validation set in a run that never evaluates."""
+
+    num_samples = 0
+    class_names: tuple[str, ...] = ()
+    num_bad = 0
+    rounds = 0
+    mirrored = False
+
+    def __iter__(self) -> Any:
+        raise AssertionError("a benchmark does not evaluate")
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def run_whole_loop(parts: Training, interval: int, config: Config, runtime: Runtime) -> Speed:
+    """`engine.train_loop` for five intervals, the first of which does not count."""
+    state = parts.state
+    end = state.step + 5 * interval
+    state.evaluated_step = end  # so that the end is not evaluated
+    log = FigureLog(config)
+    services = Services(
+        runtime=runtime,
+        saver=Saver(checkpoint_folder(config), 1, {}, print, is_main=False),
+        log=log,
+        stop_signal=StopSignal(runtime.cpu_group, runtime.watchdog),
+    )
+    cpu_start = time.process_time()
+    engine.train_loop(replace(parts, plan=replace(parts.plan, total_steps=end)), services)
+    services.stop_signal.finish()
+    services.stop_signal.close()
+    # Of all five intervals: the loader works ahead, and what it does early must not be left out.
+    cpu_seconds = time.process_time() - cpu_start
+    local_images = 5 * interval * parts.rule.global_batch_size / runtime.world_size
+
+    step_seconds = statistics.mean(line["train/step_seconds"] for line in log.lines[1:])
+    data_wait = statistics.mean(line["train/data_wait_fraction"] for line in log.lines[1:])
+    return Speed(
+        images_per_second=parts.rule.global_batch_size / step_seconds,
+        cpu_seconds_per_image=cpu_seconds / local_images,
+        data_wait_fraction=data_wait,
+    )
+
+
+def run_bare_loop(parts: Training, batch: Batch, interval: int, runtime: Runtime) -> Speed:
+    """Forward, backward and update on one batch, for five intervals; the first does not count."""
+    parts.state.optimizer.found_inf = None
+    for _ in range(interval):
+        bare_step(parts, batch).item()  # .item() waits for the device
     runtime.barrier()
-    started, cpu = time.perf_counter(), time.process_time()
-    for _ in range(steps):
-        loss = step()
+    start = time.perf_counter()
+    cpu_start = time.process_time()
+    loss = bare_step(parts, batch)
+    for _ in range(4 * interval - 1):
+        loss = bare_step(parts, batch)
     loss.item()
-    images = steps * len(batch.labels)
-    return images * runtime.world_size / (time.perf_counter() - started), (
-        time.process_time() - cpu
-    ) / images
+    seconds = time.perf_counter() - start
+    cpu_seconds = time.process_time() - cpu_start
+    local_images = 4 * interval * len(batch.labels)
+    return Speed(
+        images_per_second=local_images * runtime.world_size / seconds,
+        cpu_seconds_per_image=cpu_seconds / local_images,
+    )
 
 
-def report(
-    config: Config, runtime: Runtime, local: int, windows: list[dict], as_json: bool
-) -> None:
-    """Print the medians of the windows, as text or JSON."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    if runtime.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**30
+def bare_step(parts: Training, batch: Batch) -> torch.Tensor:
+    """One update as a plain PyTorch script does it; returns the loss."""
+    optimizer = parts.state.optimizer
+    with parts.rule.precision.autocast():
+        logits = engine.all_logits(parts.model(batch.images))[0]
+    loss = F.cross_entropy(logits.float(), batch.labels)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss
+
+
+def compare(whole: Speed, bare: Speed) -> dict[str, float]:
+    """The figures of one window."""
+    return {
+        "whole_images_per_second": whole.images_per_second,
+        "bare_images_per_second": bare.images_per_second,
+        "ratio": whole.images_per_second / bare.images_per_second,
+        "cpu_ms_per_image_whole": 1e3 * whole.cpu_seconds_per_image,
+        "cpu_ms_per_image_bare": 1e3 * bare.cpu_seconds_per_image,
+        "cpu_ratio": bare.cpu_seconds_per_image / whole.cpu_seconds_per_image,
+        "data_wait_fraction": whole.data_wait_fraction,
+    }
+
+
+def describe_result(
+    config: Config, runtime: Runtime, local_batch_size: int, windows: list[dict[str, float]]
+) -> dict[str, Any]:
+    """What was measured, and the medians over the windows."""
     ratios = [window["ratio"] for window in windows]
-    result = {
+    medians = {name: statistics.median(window[name] for window in windows) for name in windows[0]}
+    return {
         "model": config.model.name,
         "crop": config.data.train_crop_size,
         "precision": config.train.precision,
         "device": runtime.device.type,
         "ranks": runtime.world_size,
-        "local_batch_size": local,
+        "local_batch_size": local_batch_size,
         "windows": len(windows),
-        **{name: statistics.median(window[name] for window in windows) for name in windows[0]},
+        **medians,
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
-        "peak_memory_gib_per_rank": peak,
+        "peak_memory_gib_per_rank": peak_memory_gib(runtime),
     }
-    if as_json:
-        print(json.dumps(result))
-        return
-    print(
-        """{model} at {crop}, {precision}, {ranks} {device} ranks * {local_batch_size} images; of {windows} windows:
-  whole loop   {whole_images_per_second:8.1f} images/s, {cpu_ms_per_image_whole:.2f} ms of processor time an image
-  bare loop    {bare_images_per_second:8.1f} images/s, {cpu_ms_per_image_bare:.2f} ms, on one fixed batch
-  ratio        {ratio:8.3f} ({ratio_min:.3f} to {ratio_max:.3f}), of processor time {cpu_ratio:.3f}
+
+
+def peak_memory_gib(runtime: Runtime) -> float:
+    """The most memory that this process has used: of its GPU, or of the machine on the CPU."""
+    if runtime.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+_TEXT = """\
+{model} at {crop}, {precision}, {ranks} {device} ranks * {local_batch_size} images; \
+medians of {windows} windows:
+  whole loop   {whole_images_per_second:8.1f} images/s, \
+{cpu_ms_per_image_whole:.2f} ms of CPU time an image
+  bare loop    {bare_images_per_second:8.1f} images/s, \
+{cpu_ms_per_image_bare:.2f} ms, on one fixed batch
+  ratio        {ratio:8.3f} ({ratio_min:.3f} to {ratio_max:.3f}), of CPU time {cpu_ratio:.3f}
   data wait    {data_wait_fraction:8.1%} of the time
-  peak memory  {peak_memory_gib_per_rank:8.2f} GiB per rank""".format(**result)
-    )
+  peak memory  {peak_memory_gib_per_rank:8.2f} GiB per rank"""
+
+
+def print_result(result: dict[str, Any], as_json: bool) -> None:
+    """Print the result as text, or as one line of JSON."""
+    print(json.dumps(result) if as_json else _TEXT.format(**result))

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import torch
 
-from resnet_dist import run as composition
 from resnet_dist.config import Config
 from resnet_dist.data.build import build_loaders
 from resnet_dist.data.sources.index import check_num_classes
 from resnet_dist.distributed import Runtime
+from resnet_dist.layout import check_layout
 from resnet_dist.log import why_offline
 from resnet_dist.models.build import build_model
 from resnet_dist.process import run_process
+from resnet_dist.restore import checkpoint_folder
 from resnet_dist.schedule import peak_lr
 
 LEVELS = ("ok", "warning", "error")
@@ -66,7 +67,7 @@ def _layout(config: Config, runtime: Runtime) -> tuple[str, str]:
         runtime.sum_integer(1),
         ":".join(os.environ.get(f"MASTER_{part}", "-") for part in ("ADDR", "PORT")),
     )
-    local = composition.check_layout(
+    local = check_layout(
         batch, here, accumulated, pairs=augment.mixup_alpha + augment.cutmix_alpha > 0
     )
     peak = peak_lr(config.optim.base_lr, config.optim.base_batch_size, batch)
@@ -86,7 +87,7 @@ def _folder(config: Config, runtime: Runtime) -> tuple[str, str]:
         * 4
         * (3 if config.train.ema_decay else 2)
     )
-    have = len(list(composition.checkpoint_folder(config).glob("step_*.pt")))
+    have = len(list(checkpoint_folder(config).glob("step_*.pt")))
     need = size * max(1, config.checkpoint.keep + 2 - have)  # with the best, and a new one
     free = shutil.disk_usage(folder).free
     tempfile.TemporaryFile(dir=folder).close()

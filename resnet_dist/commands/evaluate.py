@@ -4,13 +4,14 @@ import argparse
 import json
 
 from resnet_dist import engine
-from resnet_dist import run as composition
 from resnet_dist.config import Config
 from resnet_dist.data.build import build_val_loader
 from resnet_dist.data.sources.index import check_num_classes
 from resnet_dist.distributed import Runtime
 from resnet_dist.models.zoo import check_image_size
+from resnet_dist.precision import Precision
 from resnet_dist.process import run_process
+from resnet_dist.state import build_state
 
 
 def run(saved: dict, config: Config, options: argparse.Namespace) -> int:
@@ -27,12 +28,13 @@ def run(saved: dict, config: Config, options: argparse.Namespace) -> int:
                 f"data.data_dir is {config.data.data_dir!r}: its classes are not those of the checkpoint, "
                 "in the same order; take the data set that it was trained on"
             )
-        state = composition.build_state(config, num_classes, runtime.device)
+        state = build_state(config, num_classes, runtime.device)
+        precision = Precision(config.train.precision, runtime.device)
         results = {"step": saved["step"]}
         for name in ("model", "ema"):
             if saved[name]:
                 state.model.load_state_dict(saved[name])
-                counts = engine.evaluate(state.model, loader, runtime, config.train.precision)
+                counts = engine.evaluate(state.model, loader, runtime, precision)
                 results[name] = counts.result(num_classes)
         loader.close()
         if runtime.is_main:

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from resnet_dist import __version__
-from resnet_dist import run as composition
 from resnet_dist.config import Config, ModelConfig
 from resnet_dist.data.sources.index import write_whole
+from resnet_dist.state import load_network
 
 TOLERANCE = 1e-4  # how far logits may be apart, as a share of the largest of their batch
 
@@ -43,9 +43,7 @@ def run(saved: dict, config: Config, options: argparse.Namespace) -> int:
     try:
         if output.exists():
             raise ValueError(f"--output {output} exists: take another name, or remove it")
-        model, weights = composition.load_network(
-            saved, config, torch.device("cpu"), options.raw_weights
-        )
+        model, weights = load_network(saved, config, torch.device("cpu"), options.raw_weights)
         facts = {
             "model": name,
             "weights": weights,

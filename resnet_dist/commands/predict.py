@@ -12,13 +12,14 @@ from contextlib import closing
 from dataclasses import replace
 
 from resnet_dist import engine
-from resnet_dist import run as composition
 from resnet_dist.config import Config
 from resnet_dist.data.build import build_val_loader
 from resnet_dist.data.sources.index import SUFFIXES, list_files
 from resnet_dist.data.types import IGNORED_LABEL
 from resnet_dist.distributed import Runtime
+from resnet_dist.precision import Precision
 from resnet_dist.process import run_process
+from resnet_dist.state import load_network
 
 
 def run(saved: dict, config: Config, options: argparse.Namespace) -> int:
@@ -28,7 +29,7 @@ def run(saved: dict, config: Config, options: argparse.Namespace) -> int:
     """
 
     def body(config: Config, runtime: Runtime) -> int:
-        model, weights = composition.load_network(saved, config, runtime.device)
+        model, weights = load_network(saved, config, runtime.device)
         files, names, good = find_images(options.images), saved["class_names"], 0
         width = max(map(len, files))
         print(f"{config.model.name}, {weights} weights of step {saved['step']}", file=sys.stderr)
@@ -71,7 +72,8 @@ def predict(model, files: list[str], config: Config, runtime: Runtime, top: int)
     """For each file, in order: path, "" or what is wrong with it, its `top` best as (class id,
     probability). Batches are those of evaluation. Equal logits rank by class id, as in Counts.
     """
-    index, precision = list_files(files), config.train.precision
+    index = list_files(files)
+    precision = Precision(config.train.precision, runtime.device)
     with (
         tempfile.TemporaryDirectory() as scratch,
         closing(
@@ -80,7 +82,7 @@ def predict(model, files: list[str], config: Config, runtime: Runtime, top: int)
         ) as loader,
     ):
         for batch in loader:
-            logits = engine.predict(model, batch, loader.mirrored, precision).cpu()
+            logits = engine.predict_logits(model, batch, loader.mirrored, precision).cpu()
             order = logits.argsort(dim=1, descending=True, stable=True)[:, :top]
             columns = (
                 batch.labels.tolist(),

@@ -278,7 +278,7 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         options = Options(**options)
-        check(block, options)
+        check_options(block, options)
         self._make_stem(options.stem, options.stem_channels)
         self.num_stages = len(depths)
         in_channels, number_of_all, last = options.stem_channels, 0, max(1, sum(depths) - 1)
@@ -344,7 +344,7 @@ class ResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(self.activation(x)), 1))
 
 
-def check(block: type[Block], options: Options) -> None:
+def check_options(block: type[Block], options: Options) -> None:
     """Refuse options that exclude each other with a ValueError; warn about one without effect."""
     if block is BasicBlock and (options.groups != 1 or options.width_per_group != 64):
         raise ValueError(

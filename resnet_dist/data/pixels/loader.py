@@ -32,7 +32,7 @@ from resnet_dist.data.sampling import augment as augmentations
 from resnet_dist.data.sampling import crops, order
 from resnet_dist.data.sources.index import Index
 from resnet_dist.data.types import IGNORED_LABEL, Batch
-from resnet_dist.rng import draw
+from resnet_dist.rng import epoch_of_repetition
 
 _PIECE_ELEMENTS = 32_768  # that are normalised at once, where an image has fewer
 _READ_AHEAD = 2  # batches whose files are being read while an earlier one is decoded
@@ -390,7 +390,7 @@ class DaliTrainLoader(_DaliLoader):
         self, rows: np.ndarray, epoch: int, step: int = 0, repetitions: np.ndarray | int = 0
     ) -> Job:
         draws, side, config = (
-            draw(epoch, repetitions),
+            epoch_of_repetition(epoch, repetitions),
             crops.train_side(epoch, self.config),
             self.augment,
         )

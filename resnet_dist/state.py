@@ -1,0 +1,68 @@
+"""The state of a run from its config: network, optimizer, gradient scaler and average."""
+
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from resnet_dist.checkpoint import TrainState
+from resnet_dist.config import Config
+from resnet_dist.ema import Ema
+from resnet_dist.models.build import build_model
+from resnet_dist.models.sync_batch_norm import convert_sync_batch_norm
+from resnet_dist.models.weights import freeze
+from resnet_dist.optim import build_optimizer
+from resnet_dist.precision import Precision
+from resnet_dist.rng import derive_seed
+
+
+def build_state(config: Config, num_classes: int, device: torch.device) -> TrainState:
+    """The state at step 0. The initial weights are equal on every rank and device."""
+    torch.manual_seed(derive_seed(config.seed, "init"))
+    model = build_model(config.model, num_classes)
+    if config.model.sync_batch_norm:
+        model = convert_sync_batch_norm(model, device_type=device.type)
+    freeze(model, config.optim.unfreeze_from)
+    model = model.to(device=device, memory_format=torch.channels_last)
+    return TrainState(
+        model=model,
+        optimizer=build_optimizer(config.optim, model),
+        scaler=Precision(config.train.precision, device).gradient_scaler(),
+        ema=Ema(model, config.train.ema_decay) if config.train.ema_decay else None,
+    )
+
+
+def load_network(
+    saved: dict[str, Any], config: Config, device: torch.device, raw: bool = False
+) -> tuple[nn.Module, str]:
+    """The network of a checkpoint in eval mode, and which weights it has.
+
+    Args:
+        raw: Take the raw weights ("model") also where the checkpoint has averaged ones ("ema").
+
+    Raises:
+        ValueError: If this is one of several processes.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("this command runs in one process: start it without torchrun")
+    model = build_state(config, len(saved["class_names"]), device).model
+    kind = "ema" if saved["ema"] and not raw else "model"
+    model.load_state_dict(saved[kind])
+    return model.eval(), kind
+
+
+def wrap_ddp(model: nn.Module, device: torch.device) -> nn.parallel.DistributedDataParallel:
+    """The network in DistributedDataParallel. Each rank keeps its own buffers: SyncBatchNorm
+    computes equal ones.
+    """
+    with warnings.catch_warnings():
+        # Newer versions of torch want another name for this option, which older ones lack.
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+        return nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
