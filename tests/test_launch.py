@@ -17,6 +17,8 @@ from resnet_dist import cli, distributed, launch
 from resnet_dist.checkpoint import Saver, TrainState
 from resnet_dist.cluster import ClusterConfig
 from resnet_dist.distributed import StopSignal
+from resnet_dist.rendezvous import Launcher, Meeting, Peer
+from resnet_dist.watchdog import Watchdog
 
 RECIPE = ["submit", "--config", "configs/resnet50.yaml"]
 
@@ -345,18 +347,19 @@ def test_blocked_signals_are_let_in_and_blocked_again(group_of_one):
 def test_one_gpu_of_its_own_or_all_of_them(monkeypatch, visible, environment, index):
     """A launcher may bind one GPU to each process; without that, more ranks than GPUs are refused."""
     chosen = []
-    monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", environment)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
-    monkeypatch.setattr(torch.distributed, "new_group", lambda **_: None)
-    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: None)
+    monkeypatch.setattr(distributed, "_start_process_group", lambda *_: None)
+    launcher = Launcher(local_rank=3, local_world_size=8)
+    alone = Meeting(launcher, torch.distributed.HashStore(), (Peer("here", os.getpid()),))
+    watchdog = Watchdog(alone, 1, 60)
     if index is None:
-        with pytest.raises(ValueError, match="shows 1 GPUs"):
-            distributed.start("cuda")
+        with pytest.raises(ValueError, match="shows 1 GPUs for 8 ranks"):
+            distributed.start("cuda", watchdog=watchdog)
     else:
-        assert distributed.start("cuda").device == torch.device("cuda", index) and chosen == [index]
+        device = distributed.start("cuda", watchdog=watchdog).device
+        assert device == torch.device("cuda", index) and chosen == [index]
 
 
 def test_the_local_executor_trains(tmp_path):
