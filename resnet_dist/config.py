@@ -247,6 +247,10 @@ class TrainConfig:
     """images per optimizer update, over all ranks and micro-steps"""
     grad_accum_steps: Annotated[int, AtLeast(1, "which means no accumulation")] = 1
     """number of micro-steps whose gradients are accumulated for one update"""
+    max_local_batch: Annotated[int, AtLeast(0)] = 0
+    """largest number of images of a rank and micro-step. Where there would be more, for instance
+    since an elastic launcher comes back with fewer ranks, grad_accum_steps is raised; this changes
+    the statistics of batch norm. 0: no limit"""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """precision of the forward and backward pass (autocast); weights stay in fp32. auto: bf16 if
     the hardware supports it, otherwise fp16 on a GPU and fp32 on a CPU"""

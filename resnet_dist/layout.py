@@ -1,4 +1,12 @@
-"""How a global batch is divided among ranks and micro-steps. Pure functions of numbers."""
+"""How a global batch is divided among ranks and micro-steps. Pure functions of numbers.
+
+`train.global_batch_size` is the recipe. An elastic launcher may come back with a number of ranks
+that does not divide it, and fewer ranks may not have the memory for their larger share.
+"""
+
+from dataclasses import dataclass
+
+from resnet_dist.config import TrainConfig
 
 
 def check_layout(
@@ -47,3 +55,66 @@ def _nearest_layouts(global_batch_size: int, world_size: int, grad_accum_steps: 
     if nearest:
         layouts.append(f"{' or '.join(map(str, sorted(nearest)))} ranks")
     return layouts
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many of the launcher's ranks train, and in how many micro-steps."""
+
+    ranks: int
+    grad_accum_steps: int
+
+
+def fit_layout(train: TrainConfig, world_size: int, may_spare: bool, pairs: bool = False) -> Layout:
+    """The layout for the launcher's `world_size` ranks.
+
+    It is the one of the config where that is possible. `train.max_local_batch` raises the number of
+    micro-steps until a micro-batch fits. With `may_spare`, ranks are left out as spares until the
+    global batch divides. Where nothing fits, the config's own layout is returned, for
+    `check_layout` to refuse with the nearest ones.
+
+    Args:
+        train: batch size, micro-steps and the limit of a micro-batch.
+        world_size: number of ranks that the launcher started.
+        may_spare: whether some of them may wait.
+        pairs: whether the batch of a rank must be even, since images are mixed in pairs.
+    """
+    fewest = 1 if may_spare else world_size
+    for ranks in range(world_size, fewest - 1, -1):
+        steps = _micro_steps(train, ranks, pairs)
+        if steps:
+            return Layout(ranks, steps)
+    return Layout(world_size, train.grad_accum_steps)
+
+
+def _micro_steps(train: TrainConfig, ranks: int, pairs: bool) -> int:
+    """The fewest micro-steps, from the config's number on, that `ranks` ranks can use; or 0."""
+    most = train.global_batch_size // ranks
+    if not train.max_local_batch:
+        most = min(most, train.grad_accum_steps)
+    for steps in range(train.grad_accum_steps, most + 1):
+        local, rest = divmod(train.global_batch_size, ranks * steps)
+        fits = not train.max_local_batch or local <= train.max_local_batch
+        if rest == 0 and fits and not (pairs and local % 2):
+            return steps
+    return 0
+
+
+def describe_layout(train: TrainConfig, world_size: int, layout: Layout) -> list[str]:
+    """What differs from the config and from what the launcher started, one sentence each."""
+    said = []
+    spares = world_size - layout.ranks
+    if spares:
+        said.append(
+            f"train.global_batch_size {train.global_batch_size} does not divide by {world_size} "
+            f"ranks: {layout.ranks} of them train, {spares} wait as spares"
+        )
+    if layout.grad_accum_steps != train.grad_accum_steps:
+        local = train.global_batch_size // (layout.ranks * layout.grad_accum_steps)
+        said.append(
+            f"train.grad_accum_steps is raised from {train.grad_accum_steps} to "
+            f"{layout.grad_accum_steps}, so that a micro-batch of {local} images fits "
+            f"train.max_local_batch {train.max_local_batch}; batch norm takes its statistics from "
+            "each micro-step alone"
+        )
+    return said

@@ -9,17 +9,28 @@ import shlex
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from resnet_dist import distributed
 from resnet_dist.config import Config
 from resnet_dist.distributed import Runtime
+from resnet_dist.layout import describe_layout, fit_layout
 from resnet_dist.precision import resolve_settings
 from resnet_dist.rendezvous import LostRankError, read_launcher
 from resnet_dist.watchdog import EXIT_LOST_RANK, Watchdog, write_error_file
+
+_BATCH_OF_ONE = (
+    "batch norm cannot train on a single value per channel: a rank and micro-step has one image "
+    "(train.global_batch_size / (ranks * train.grad_accum_steps) = 1); make it at least 2"
+)
+
+_SPARE_SECONDS = 0.5
+"""How often a rank that waits as a spare looks whether the others are done."""
 
 
 def run_process(
@@ -34,9 +45,17 @@ def run_process(
     section = config.distributed
     try:
         launcher = read_launcher()
-        watchdog = distributed.join_ranks(launcher, section.timeout_s)
+        may_spare = launcher.restarts and not resolve_auto
+        layout = fit_layout(config.train, launcher.world_size, may_spare, _mixes_pairs(config))
+        watchdog = distributed.join_ranks(launcher, section.timeout_s, layout.ranks)
     except (ValueError, LostRankError) as problem:
         return _report_early(problem)
+    if launcher.rank >= layout.ranks:
+        return _wait_as_spare(watchdog)
+    if launcher.rank == 0 and not resolve_auto:
+        for sentence in describe_layout(config.train, launcher.world_size, layout):
+            print(sentence, flush=True)
+    config = _with_micro_steps(config, layout.grad_accum_steps)
     try:
         runtime = distributed.start(section.device, section.timeout_s, section.threads, watchdog)
         if resolve_auto:
@@ -49,10 +68,31 @@ def run_process(
     if code in (1, 2, EXIT_LOST_RANK):
         # The other ranks may never come to a common end.
         return code
+    watchdog.tell_spares(code)
     if code >= 128:
         write_error_file(f"stopped by {_signal_name(code)}; resume with: {resume_command(runtime)}")
     distributed.stop(runtime)
     return code
+
+
+def _mixes_pairs(config: Config) -> bool:
+    return config.augment.mixup_alpha > 0 or config.augment.cutmix_alpha > 0
+
+
+def _with_micro_steps(config: Config, steps: int) -> Config:
+    return replace(config, train=replace(config.train, grad_accum_steps=steps))
+
+
+def _wait_as_spare(watchdog: Watchdog) -> int:
+    """Do nothing until the ranks that train are done; returns their exit code.
+
+    When one of them fails, the launcher ends this process too, and starts all of them again.
+    """
+    while True:
+        code = watchdog.code_of_the_others()
+        if code is not None:
+            return code
+        time.sleep(_SPARE_SECONDS)
 
 
 def _report_early(problem: Exception) -> int:
@@ -79,6 +119,8 @@ def report_failure(problem: Exception, runtime: Runtime) -> int:
 
 
 def _report(problem: Exception, watchdog: Watchdog) -> int:
+    if "Expected more than 1 value per channel" in str(problem):
+        return watchdog.fail(watchdog.own(f"{_BATCH_OF_ONE} ({problem})", 2))
     if isinstance(problem, (ValueError, FloatingPointError)):
         return watchdog.fail(watchdog.own(str(problem), 2))
     if _is_of_a_collective(problem):

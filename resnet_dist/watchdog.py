@@ -117,7 +117,8 @@ class Watchdog:
         self.curious = False
         self.ended = threading.Event()
         self._failing_since: float | None = None
-        if world_size > 1 or self.launcher.agent:
+        is_spare = self.rank >= world_size
+        if not is_spare and (world_size > 1 or self.launcher.agent):
             # A connection of its own: a call may block for long.
             self.store = meeting.store.clone()
             for work in (self._talk_to_store, self._watch):
@@ -195,6 +196,25 @@ class Watchdog:
                     break
                 time.sleep(0.02)
                 left = self.store.add("left", 0)
+
+    def tell_spares(self, code: int) -> None:
+        """Tell the ranks that wait as spares with which code the others end."""
+        if self.rank == 0 and len(self.processes) > self.world_size:
+            with contextlib.suppress(RuntimeError):
+                self.store.set("finished", str(code))
+
+    def code_of_the_others(self) -> int | None:
+        """For a spare: the exit code of the ranks that train; None while they do."""
+        if self.launcher.agent and os.getppid() != self.launcher.agent:
+            return EXIT_LOST_RANK
+        try:
+            if not self.store.check(["finished"]):
+                return None
+            code = int(self.store.get("finished"))
+            self.store.add("left", 1)
+        except RuntimeError:
+            return EXIT_LOST_RANK
+        return code
 
     def _talk_to_store(self) -> None:
         """Publish this rank's position and read the others', until the end."""
