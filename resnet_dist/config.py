@@ -301,6 +301,9 @@ class LogConfig:
     """steps between log lines. Training waits for the device only at these steps"""
     progress_bar: bool = True
     """show a progress bar if the output is a terminal"""
+    sinks: tuple[Literal["wandb", "tensorboard", "csv"], ...] = ("wandb",)
+    """where the numbers go beside metrics.jsonl: wandb; tensorboard (event files in
+    output_dir/tensorboard); csv (output_dir/metrics.csv)"""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Weights & Biases mode. auto: online if there is an API key and a network, otherwise offline;
     online: wait up to 30 s for the server"""

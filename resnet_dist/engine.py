@@ -438,7 +438,8 @@ def evaluate_state(parts: Training, services: Services) -> bool:
         counts = evaluate(model, loader, services.runtime, parts.rule.precision, poll)
         if counts is None:
             return False
-        results |= {f"{key}/{name}": value for name, value in counts.result().items()}
+        result = counts.result(len(loader.class_names))
+        results |= {f"{key}/{name}": value for name, value in result.items()}
 
     num_bad = services.runtime.sum_integer(loader.num_bad)
     report_bad_images(num_bad, loader.num_samples, services.log)
@@ -475,17 +476,19 @@ def log_training(parts: Training, window: Window, services: Services) -> None:
     """
     runtime = services.runtime
     state, plan = parts.state, parts.plan
-    result = window.counts.reduce(runtime).result()
+    counts = window.counts.reduce(runtime)
+    result = counts.result(len(parts.train_loader.class_names))
     values = {
         "train/epoch": state.step / plan.steps_per_epoch,
         "train/loss": result["loss"],
         "train/top1": result["top1"],
-        "train/top5": result["top5"],
         "train/lr": window.lr,
         "train/grad_norm": float(window.grad_norm),
         "train/skipped_updates": int(window.nonfinite.total),
         "train/bad_images": runtime.sum_integer(parts.train_loader.num_bad),
     }
+    if "top5" in result:
+        values["train/top5"] = result["top5"]
     for key, value in window.clock.take().items():
         values[f"train/{key}"] = value
     services.log.metrics(state.step, values)

@@ -1,4 +1,4 @@
-"""Accuracy as integer counts: added up on the device, reduced once over the ranks, divided last."""
+"""Accuracy as integer counts: summed on the device, reduced once over the ranks, divided last."""
 
 import math
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from resnet_dist.data.types import IGNORED_LABEL
+from resnet_dist.distributed import Runtime
 
 FIRST_TOP5_CLASSES = 6
 """Fewest classes for which top-5 says anything: among five, every label is in the top 5."""
@@ -13,17 +14,16 @@ FIRST_TOP5_CLASSES = 6
 
 @dataclass(frozen=True, eq=False)
 class Counts:
-    """Hits, summed loss and number of images; scalar tensors on the device."""
+    """Number of correct images, sum of the losses, number of images: scalars on the device."""
 
     correct1: torch.Tensor
-    """int64, images whose label is the highest logit"""
+    """int64: images whose label has the highest logit"""
     correct5: torch.Tensor
-    """int64, images whose label is among the five highest logits (all classes, where there are
-    fewer)"""
+    """int64: images whose label is among the five highest logits"""
     loss_sum: torch.Tensor
-    """float64, sum of the images' losses"""
+    """float64: sum of the losses of the images"""
     num: torch.Tensor
-    """int64, images"""
+    """int64: images"""
 
     @staticmethod
     def zero(device: torch.device) -> "Counts":
@@ -38,26 +38,31 @@ class Counts:
 
     @staticmethod
     def of(logits: torch.Tensor, labels: torch.Tensor, losses: torch.Tensor) -> "Counts":
-        """The counts of one batch: logits [B, C], labels int64 [B], losses [B] (one of each image).
+        """The counts of one batch.
 
-        A label of IGNORED_LABEL, and a row of logits that has a NaN, counts in `num` and is never a
-        hit. Equal logits rank by class id: which of them torch.topk returns differs between
-        devices, and bf16 has many of them.
+        An image with the label IGNORED_LABEL, or with a NaN among its logits, counts in `num` and
+        is never correct. Equal logits rank by class id: which one torch.topk returns differs
+        between devices, and bf16 has many of them.
+
+        Args:
+            logits: [B, C].
+            labels: int64 [B].
+            losses: [B], one of each image.
         """
-        valid = labels != IGNORED_LABEL
-        own_class = labels.where(valid, 0)[:, None]
-        own = logits.gather(1, own_class)
+        has_label = labels != IGNORED_LABEL
+        label = labels.where(has_label, 0)[:, None]
+        logit_of_label = logits.gather(1, label)
         classes = torch.arange(logits.shape[1], device=logits.device)
-        above = ((logits > own) | ((logits == own) & (classes < own_class))).sum(1)
-        valid = valid & ~logits.isnan().any(1)
-        num = torch.full(
-            (), len(labels), dtype=torch.int64, device=labels.device
-        )  # a fill: no copy from the host
+        is_higher = logits > logit_of_label
+        is_equal_and_before = (logits == logit_of_label) & (classes < label)
+        rank_of_label = (is_higher | is_equal_and_before).sum(1)
+        can_be_correct = has_label & ~logits.isnan().any(1)
         return Counts(
-            (valid & (above < 1)).sum(),
-            (valid & (above < 5)).sum(),
-            losses.sum(dtype=torch.float64),
-            num,
+            correct1=(can_be_correct & (rank_of_label < 1)).sum(),
+            correct5=(can_be_correct & (rank_of_label < 5)).sum(),
+            loss_sum=losses.sum(dtype=torch.float64),
+            # A fill on the device, without a copy from the host.
+            num=torch.full((), len(labels), dtype=torch.int64, device=labels.device),
         )
 
     def __add__(self, other: "Counts") -> "Counts":
@@ -69,17 +74,11 @@ class Counts:
         )
 
     def _packed(self) -> torch.Tensor:
-        """All four as float64 [4]: integers are exact in it below 2**53."""
-        return torch.stack(
-            [
-                self.correct1.double(),
-                self.correct5.double(),
-                self.loss_sum.double(),
-                self.num.double(),
-            ]
-        )
+        """All four as float64 [4], which holds integers below 2**53 exactly."""
+        values = [self.correct1, self.correct5, self.loss_sum, self.num]
+        return torch.stack([value.double() for value in values])
 
-    def reduce(self, runtime) -> "Counts":
+    def reduce(self, runtime: Runtime) -> "Counts":
         """The sum over all ranks, by one all-reduce of 32 bytes."""
         correct1, correct5, loss_sum, num = runtime.all_reduce_sum(self._packed()).unbind()
         return Counts(correct1.long(), correct5.long(), loss_sum, num.long())

@@ -98,7 +98,12 @@ def build_and_train(
         plan=plan,
     )
     engine.warm_up_ddp(parts.model, config.data.train_crop_size, parts.rule.precision)
-    log.start(state.step, plan.total_steps, evaluated=state.evaluated_step == state.step)
+    log.start(
+        state.step,
+        plan.total_steps,
+        evaluated=state.evaluated_step == state.step,
+        check_claim=saver.check_claim,
+    )
     log.say(
         f"{summary_at_start(config, parts)}\n"
         f"{layout}, {parts.rule.precision.name}, peak lr {parts.schedule.peak_lr:g}, "
@@ -107,7 +112,7 @@ def build_and_train(
     services = Services(runtime, saver, log, StopSignal(runtime.cpu_group, runtime.watchdog))
     try:
         ended_by = run_loop(parts, services, should_continue)
-        log.say(summary_at_end(config, parts, services))
+        log.summary(summary_at_end(config, parts, services))
     except TooManyNonFiniteError as problem:
         write_replay(problem, Path(config.output_dir), train_loader, parts.schedule, runtime)
         raise FloatingPointError(

@@ -38,8 +38,9 @@ def summary_at_end(config: Config, parts: Training, services: Services) -> str:
         "checkpoints": printable(", ".join(checkpoints) or "none"),
         "config": printable(folder / "config.yaml"),
         "metrics": printable(folder / "metrics.jsonl"),
-        "W&B": services.log.wandb_location(),
     }
+    for sink, location in services.log.locations().items():
+        rows[sink] = printable(location)
     if not finished:
         rows["resume"] = resume_command(services.runtime)
     elif checkpoints:

@@ -2,9 +2,10 @@
 
 
 def printable(text: object) -> str:
-    """`text` on one line, with control characters and invisible ones as Python writes them (`\\n`, `\\x1b`).
+    r"""`text` on one line, with control characters and invisible ones escaped (`\n`, `\x1b`).
 
-    A file name may hold a newline or a terminal's escape sequence; printed raw, it could forge a line of the log.
+    A file name may hold a newline or an escape sequence of the terminal. Printed as it is, it could
+    forge a line of the log.
     """
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()

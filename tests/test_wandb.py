@@ -22,8 +22,10 @@ pytest.importorskip("wandb")
 SESSION = """
 import os, sys, time
 from resnet_dist import log as m
+from resnet_dist.sinks import wandb as w
 from resnet_dist.config import LogConfig
-start, stop, m._FINISH_SECONDS = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+start, stop, w._FINISH_SECONDS = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+m.CLOSE_SECONDS = 120 + w._FINISH_SECONDS
 log = m.build_log(LogConfig(), "run", True, {"model": {"name": "resnet20"}})
 log.start(start, 100)
 longest = 0.0
@@ -117,7 +119,7 @@ def logged(tmp_path):
 def lose(tmp_path, server):
     """End the server while the run is under way: it goes no further than step 20 before."""
     deadline = time.monotonic() + 180
-    while len(logged(tmp_path)) < 10:
+    while len(logged(tmp_path)) < 10 or not server.has_history():
         assert time.monotonic() < deadline, server.requests
         time.sleep(0.02)
     server.stop()

@@ -81,6 +81,10 @@ class Server:
         lines = self.runs[run_id]["history"]
         return [json.loads(lines[number])["step"] for number in sorted(lines)]
 
+    def has_history(self) -> bool:
+        """Whether a run has begun to send what it logs."""
+        return any(run["history"] for run in list(self.runs.values()))
+
     def answer(self, path: str, body: dict) -> dict:
         if stream := re.match(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", path):
             return self.stream(self.runs[stream[1]], body)
@@ -154,7 +158,8 @@ class Server:
             return {
                 "data": {"createRunFiles": {"runID": "id", "uploadHeaders": [], "files": files}}
             }
-        if path != "/upload":
+        # "/" is our own question whether the server is there.
+        if path not in ("/upload", "/"):
             self.unknown.append(name)
         return {"data": {}}
 

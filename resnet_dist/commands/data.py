@@ -16,6 +16,8 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from resnet_dist.console import Progress
+
 _ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz")
 _PLAIN_NAME = re.compile(r"[^./\\\0][^/\\\0]*")  # in no folder, not hidden, not ..
 _COMMANDS = {
@@ -136,7 +138,7 @@ def import_imagenet(args: argparse.Namespace) -> None:
     """The three archives to class folders or to shards. Raises ValueError when one is missing,
     damaged or another.
     """
-    from resnet_dist.data.sources.pack import Source, pack, progress
+    from resnet_dist.data.sources.pack import Source, pack
 
     train, val, devkit = paths = [os.path.join(args.src, name) for name in _ARCHIVES]
     if missing := [path for path in paths if not os.path.isfile(path)]:
@@ -144,7 +146,7 @@ def import_imagenet(args: argparse.Namespace) -> None:
             f"no {', '.join(missing)}: get them from image-net.org (ILSVRC 2012), with these names"
         )
     wnids, truth = _read_devkit(devkit)
-    with progress(len(wnids), "find train", "class") as bar:
+    with Progress(len(wnids), "find train", "class") as bar:
         sources = {"train": [], "val": []}
         for tar, outer in _members(train, {f"{wnid}.tar" for wnid in wnids.values()}):
             for _, inner in _members(f"{train}: {outer.name}", None, tar.extractfile(outer)):
@@ -239,9 +241,8 @@ def _write_all(out: str, split: str, images: list[tuple]) -> None:
     to out/split/.
     """
     from resnet_dist.data.sources.index import write_whole
-    from resnet_dist.data.sources.pack import progress
 
-    with progress(len(images), f"write {split}") as bar:
+    with Progress(len(images), f"write {split}") as bar:
         for name, size, read in images:
             path = os.path.join(out, split, name)
             if not os.path.exists(path) or size not in (None, os.path.getsize(path)):

@@ -16,11 +16,11 @@ from resnet_dist.data.build import build_loaders
 from resnet_dist.data.sources.index import check_num_classes
 from resnet_dist.distributed import Runtime
 from resnet_dist.layout import check_layout
-from resnet_dist.log import why_offline
 from resnet_dist.models.build import build_model
 from resnet_dist.process import run_process
 from resnet_dist.restore import checkpoint_folder
 from resnet_dist.schedule import peak_lr
+from resnet_dist.sinks.wandb import why_offline
 
 LEVELS = ("ok", "warning", "error")
 
@@ -121,7 +121,7 @@ def _data(config: Config, runtime: Runtime) -> tuple[str, str]:
 
 def _software(config: Config, runtime: Runtime) -> tuple[str, str]:
     driver, asked = Path("/proc/driver/nvidia/version"), config.log.wandb
-    offline = asked if asked in ("disabled", "offline") else why_offline(probe=True)
+    offline = asked if asked in ("disabled", "offline") else why_offline("auto")
     found = [
         f"{name} {metadata.version(name)}"
         for name in ("torch", "torchvision", "nvidia-dali-cuda120", "wandb")

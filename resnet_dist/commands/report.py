@@ -9,7 +9,7 @@ from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 
-from resnet_dist.log import read_metrics
+from resnet_dist.metrics_file import read_metrics
 
 _COLORS = ("#1f5fa8", "#c8501e", "#3a8a4d", "#8a5fb0", "#8a8a8a", "#b08a1f")
 _SPLITS = {

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from resnet_dist.console import Progress
 from resnet_dist.data.pixels.dali import Decoder, Job, windows_to_torch
 from resnet_dist.data.pixels.read import Encoded, load
 from resnet_dist.data.sampling.crops import Geometry, whole_windows
 from resnet_dist.data.sources.index import Index, write_whole
-from resnet_dist.data.sources.pack import open_splits, progress
+from resnet_dist.data.sources.pack import open_splits
 
 KINDS = ("broken", "disagreement", "not_jpeg", "cmyk", "grayscale", "rotated", "tiny", "duplicate")
 """broken: of no use to training; disagreement: DALI or Pillow alone decodes it, or their pixels are
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     ]
     total = sum(map(len, splits.values()))
     with (
-        progress(total, "verify") as bar,
+        Progress(total, "verify") as bar,
         ThreadPoolExecutor(args.workers) as pool,
         warnings.catch_warnings(),
     ):

@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import os
-import sys
 import tarfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from resnet_dist.console import Progress
 from resnet_dist.data.pixels.read import check, image_size
 from resnet_dist.data.sampling.order import rows_at
 from resnet_dist.data.sources.index import PACK_PLAN, SHARD_INDEX, Index, write_index, write_whole
@@ -59,15 +58,6 @@ def open_splits(data_dir: str) -> dict[str, Index]:
     )
     splits = [split for split in ("train", "val") if os.path.isdir(os.path.join(data_dir, split))]
     return {split: build_index(data_dir, split, alone) for split in splits or ["train"]}
-
-
-def progress(total: int | None, title: str, unit: str = "img") -> tqdm:
-    """A progress bar with the time that is left; a line now and then where the output is no
-    terminal.
-    """
-    return tqdm(
-        total=total, desc=title, unit=unit, mininterval=0.1 if sys.stderr.isatty() else 30.0
-    )
 
 
 def pack(sources: Iterable[Source], split: str, args) -> str:
@@ -113,7 +103,7 @@ def pack(sources: Iterable[Source], split: str, args) -> str:
         return written
 
     # Threads do: files, decoder and encoder work outside Python's lock.
-    with progress(len(sources), f"pack {split}") as bar, ThreadPoolExecutor(args.workers) as pool:
+    with Progress(len(sources), f"pack {split}") as bar, ThreadPoolExecutor(args.workers) as pool:
         shards = list(pool.map(work, paths, pieces))
     places = [(number, *place) for number, shard in enumerate(shards) for place in shard["places"]]
     write_index(

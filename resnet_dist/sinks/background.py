@@ -1,0 +1,100 @@
+"""A thread for each sink, so that a sink that fails or hangs never stops the training."""
+
+import contextlib
+import queue
+import threading
+import time
+
+from resnet_dist.sinks.base import Numbers, RunInfo, Sink
+from resnet_dist.text import printable
+
+CLOSE_SECONDS = 35.0
+"""Time that the sinks have at the end of a training, all of them together."""
+
+# A sink that hangs must not fill the memory. At one row per 50 steps this is 500,000 steps.
+_MOST_WAITING_ROWS = 10_000
+
+# At the end of a run, a sink may still be busy with its start.
+_LOCATION_SECONDS = 5.0
+
+
+class BackgroundSink:
+    """Calls the methods of `sink` from a thread, and waits for them only at the end."""
+
+    def __init__(self, sink: Sink, run: RunInfo) -> None:
+        self.name = sink.name
+        self._sink = sink
+        self._run = run
+        self._rows: queue.Queue[tuple[int, Numbers] | None] = queue.Queue(_MOST_WAITING_ROWS)
+        self._start_is_over = threading.Event()
+        self._failed = threading.Event()
+        # Until `request_close` knows better, the training has ended by an error.
+        self._exit_code = 1
+        self._thread = threading.Thread(target=self._work, name=f"sink {sink.name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def location(self) -> str:
+        """Where the numbers are; waits a few seconds for a sink that is still starting."""
+        if not self._start_is_over.wait(_LOCATION_SECONDS):
+            return "not started yet"
+        return self._sink.location
+
+    def log(self, step: int, values: Numbers) -> None:
+        """Hand over the values of one step."""
+        if self._failed.is_set():
+            return
+        try:
+            self._rows.put_nowait((step, values))
+        except queue.Full:
+            self._give_up("it has not taken a value for a long time")
+
+    def request_close(self, exit_code: int) -> None:
+        """Let the sink close after the rows that it has got."""
+        self._exit_code = exit_code
+        with contextlib.suppress(queue.Full):
+            self._rows.put_nowait(None)
+
+    def wait_closed(self, deadline: float) -> None:
+        """Wait until the sink is closed, but not beyond `deadline` (of time.monotonic)."""
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            self._give_up("it did not finish in time")
+
+    def _work(self) -> None:
+        try:
+            self._sink.start(self._run)
+            self._start_is_over.set()
+            self._log_rows()
+            self._sink.close(self._exit_code)
+        except Exception as error:
+            self._give_up(describe_error(error))
+            if self._start_is_over.is_set():
+                # What is already recorded should not be lost with the rest.
+                with contextlib.suppress(Exception):
+                    self._sink.close(1)
+        finally:
+            self._start_is_over.set()
+
+    def _log_rows(self) -> None:
+        while True:
+            row = self._rows.get()
+            if row is None:
+                return
+            step, values = row
+            self._sink.log(step, values)
+
+    def _give_up(self, reason: str) -> None:
+        if self._failed.is_set():
+            return
+        self._failed.set()
+        self._run.warn(f"{self.name} failed ({reason}); training continues without it")
+
+
+def describe_error(error: BaseException) -> str:
+    """The first line of an error, with its type unless it was raised for the user to read."""
+    lines = str(error).splitlines() or [""]
+    text = printable(lines[0])[:200]
+    if isinstance(error, ValueError):
+        return text
+    return f"{type(error).__name__}: {text}"

@@ -1,0 +1,330 @@
+"""Sinks: what each of them records, and that none of them can stop a training.
+
+W&B runs in a process of its own here: it starts threads, which the forked ranks of other tests
+would not survive.
+"""
+
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from wandb_server import Server
+
+from resnet_dist import log as log_module
+from resnet_dist.config import LogConfig
+from resnet_dist.log import build_log
+from resnet_dist.sinks import background
+from resnet_dist.sinks import wandb as wandb_sink
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+class Recorder:
+    """A sink that keeps what it gets; `fail_in` names a method that raises, or blocks for ever."""
+
+    name = "recorder"
+    location = "somewhere"
+
+    def __init__(self, fail_in="", hangs=False):
+        self.fail_in = fail_in
+        self.hangs = hangs
+        self.rows = []
+        self.exit_code = None
+        self.never = threading.Event()
+
+    def _enter(self, method):
+        if method == self.fail_in:
+            if self.hangs:
+                self.never.wait()
+            raise RuntimeError("no space\nsecond line")
+
+    def start(self, run):
+        self._enter("start")
+
+    def log(self, step, values):
+        self._enter("log")
+        self.rows.append((step, values))
+
+    def close(self, exit_code):
+        self._enter("close")
+        self.exit_code = exit_code
+
+
+def run_with(sink, folder, monkeypatch, steps=49):
+    monkeypatch.setattr(log_module, "build_sinks", lambda config: [sink])
+    log = build_log(LogConfig(), str(folder), True, {})
+    log.start(0, 100)
+    for step in range(1, steps + 1):
+        log.metrics(step, {"train/loss": float(step), "ranks/step_seconds": [1.0, 2.0]})
+    log.close(7)
+    return log
+
+
+def test_a_sink_gets_the_numbers_and_the_exit_code(tmp_path, monkeypatch):
+    sink = Recorder()
+    log = run_with(sink, tmp_path, monkeypatch, steps=3)
+    # Lists, with a value per rank, stay in metrics.jsonl.
+    assert sink.rows == [(step, {"train/loss": float(step)}) for step in (1, 2, 3)]
+    assert sink.exit_code == 7
+    assert log.locations() == {"recorder": "somewhere"}
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+@pytest.mark.parametrize("method", ["start", "log", "close"])
+def test_a_sink_that_fails_or_hangs_gets_one_warning(tmp_path, monkeypatch, capsys, method, hangs):
+    monkeypatch.setattr(log_module, "CLOSE_SECONDS", 0.5 if hangs else 300.0)
+    monkeypatch.setattr(background, "_LOCATION_SECONDS", 0.1)
+    sink = Recorder(method, hangs)
+    run_with(sink, tmp_path, monkeypatch)
+    reason = "it did not finish in time" if hangs else "RuntimeError: no space"
+    expected = f"warning: recorder failed ({reason}); training continues without it\n"
+    assert capsys.readouterr().err == expected
+    assert len(lines(tmp_path)) == 49
+
+
+def test_a_sink_that_hangs_does_not_fill_the_memory(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(background, "_MOST_WAITING_ROWS", 10)
+    monkeypatch.setattr(log_module, "CLOSE_SECONDS", 0.1)
+    run_with(Recorder("start", hangs=True), tmp_path, monkeypatch)
+    assert "has not taken a value for a long time" in capsys.readouterr().err
+    assert len(lines(tmp_path)) == 49
+
+
+def session(folder, start_step, stop_step, sinks, evaluated=True):
+    log = build_log(LogConfig(sinks=sinks), str(folder), True, {"seed": 1})
+    log.start(start_step, 100, evaluated)
+    for step in range(start_step + 1, stop_step + 1):
+        log.metrics(step, {"train/loss": float(step), "train/epoch": step / 10})
+        if step % 2 == 0:
+            log.metrics(step, {"val/loss": 1.0, "val/top1": 10.0 * step})
+    log.close(0)
+
+
+def test_csv_has_each_step_once_and_a_column_for_each_key(tmp_path, monkeypatch):
+    monkeypatch.setattr(log_module, "CLOSE_SECONDS", 300.0)
+    session(tmp_path, 0, 3, ("csv",))
+    session(tmp_path, 2, 4, ("csv",))
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["step", "train/loss", "train/epoch", "val/loss", "val/top1"]
+    assert [(row["step"], row["train/loss"], row["val/top1"]) for row in rows] == [
+        ("1", "1.0", ""),
+        ("2", "2.0", ""),
+        ("2", "", "20.0"),
+        ("3", "3.0", ""),
+        ("4", "4.0", ""),
+        ("4", "", "40.0"),
+    ]
+
+
+def test_tensorboard_has_each_step_once(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr(log_module, "CLOSE_SECONDS", 300.0)
+    session(tmp_path, 0, 3, ("tensorboard",))
+    session(tmp_path, 2, 4, ("tensorboard",))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    loss = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert loss == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
+    assert [event.step for event in events.Scalars("val/top1")] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("sink", "module", "advice"),
+    [
+        ("tensorboard", "tensorboard", "pip install resnet-dist[tensorboard]"),
+        ("wandb", "wandb", "pip install wandb, or --log.wandb disabled"),
+    ],
+)
+def test_a_library_that_is_not_installed_gets_one_clear_warning(
+    tmp_path, monkeypatch, capsys, sink, module, advice
+):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(log_module, "CLOSE_SECONDS", 300.0)
+    session(tmp_path, 0, 3, (sink,))
+    printed = capsys.readouterr().err
+    assert printed.count("warning:") == 1 and advice in printed
+    assert len(lines(tmp_path)) == 4
+
+
+@pytest.mark.parametrize(
+    ("asked", "environment", "mode"),
+    [
+        ("auto", "", "auto"),
+        ("auto", "offline", "offline"),
+        ("auto", "disabled", "disabled"),
+        ("auto", "dryrun", "offline"),
+        ("auto", "online", "online"),
+        ("online", "offline", "offline"),
+        ("offline", "online", "offline"),
+        ("disabled", "online", "disabled"),
+        ("online", "nonsense", "online"),
+    ],
+)
+def test_mode(asked, environment, mode, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", environment)
+    assert wandb_sink.wandb_mode(asked) == mode
+
+
+def test_probe_is_quick(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    server = Server()
+    server.start()
+    url = f"http://127.0.0.1:{server.port}"
+    monkeypatch.setattr(wandb_sink, "_PROBE_SECONDS", 60.0)
+    assert wandb_sink._answers(url)
+    monkeypatch.setenv("http_proxy", url)
+    # The proxy looks up the names.
+    assert wandb_sink._answers("http://wandb.invalid")
+    monkeypatch.delenv("http_proxy")
+    server.stop()
+    assert not wandb_sink._answers(url)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(wandb_sink, "_PROBE_SECONDS", 0.2)
+        assert not wandb_sink._answers(f"http://127.0.0.1:{silent.getsockname()[1]}")
+    assert not wandb_sink._answers("http://[nonsense")
+
+
+def test_netrc(tmp_path, monkeypatch):
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert not wandb_sink._has_netrc_key("https://api.wandb.ai")
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
+    assert wandb_sink._has_netrc_key("https://api.wandb.ai")
+    assert not wandb_sink._has_netrc_key("http://127.0.0.1:9")
+    (tmp_path / "netrc").write_text("machine machine\n")
+    assert not wandb_sink._has_netrc_key("https://api.wandb.ai")
+
+
+def in_process(tmp_path, code, **environment):
+    """Run `code` where W&B finds an empty home, and nothing outside this machine."""
+    clean = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.upper().startswith("WANDB") and "proxy" not in key.lower()
+    }
+    clean |= {
+        "HOME": str(tmp_path),
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+        "WANDB_ERROR_REPORTING": "false",
+        "PYTHONPATH": str(Path(wandb_sink.__file__).parents[2]),
+        **environment,
+    }
+    head = (
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from resnet_dist import log as m\n"
+        "from resnet_dist.sinks import wandb as w\n"
+        "from resnet_dist.config import LogConfig\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", head + code],
+        cwd=tmp_path,
+        env=clean,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+SESSION = """
+log = m.build_log(LogConfig(), "run", True, {"model": {"name": "resnet20"}})
+log.start(int(sys.argv[1]) if len(sys.argv) > 1 else START, 100)
+print("decided", flush=True)
+for step in STEPS:
+    log.metrics(step, {"train/epoch": step / 10, "train/loss": float(step), "train/top1": 1.0})
+print("location", log.locations())
+log.close(0)
+"""
+
+
+def test_offline_run_goes_on_after_a_resume(tmp_path):
+    pytest.importorskip("wandb")
+    first = in_process(tmp_path, SESSION.replace("START", "0").replace("STEPS", "(10, 20, 30)"))
+    assert first.stderr == ""  # no banner, no prompt
+    (sentence,) = [line for line in first.stdout.splitlines() if line.startswith("W&B")]
+    run_id = (tmp_path / "run/wandb_run_id").read_text().strip()
+    assert "no API key" in sentence
+    assert f"wandb sync run/wandb/offline-run-*-{run_id}" in sentence
+    in_process(
+        tmp_path,
+        SESSION.replace("START", "20").replace("STEPS", "(30, 40)"),
+        WANDB_API_KEY="a" * 40,
+    )
+    folders = sorted((tmp_path / "run/wandb").glob(f"offline-run-*-{run_id}"))
+    assert len(folders) == 2
+    records = [inspect(folder, tmp_path) for folder in folders]
+    steps = [
+        [record["history"]["item"]["step"] for record in part if record["type"] == "history"]
+        for part in records
+    ]
+    assert steps == [[10, 20, 30], [40]]  # 30 is there already: the axis must not go back
+    runs = [record["run"] for part in records for record in part if record["type"] == "run"]
+    assert {run["run_id"] for run in runs} == {run_id}
+    assert runs[0]["config"]["update"]["model"] == {"name": "resnet20"}
+    assert all(
+        record["metric"]["step_metric"] == "step"
+        for record in records[0]
+        if record["type"] == "metric" and "glob_name" in record["metric"]
+    )
+    assert [record["step"] for record in lines(tmp_path / "run")] == [10, 20, 30, 40]
+    names = {path.name for folder in folders for path in folder.rglob("*")}
+    assert not names & {"requirements.txt", "wandb-metadata.json", "output.log"}
+
+
+def inspect(folder, home):
+    """The records of an offline run, as W&B's own tool prints them."""
+    tool = Path(sys.executable).with_name("wandb")
+    done = subprocess.run(
+        [tool, "leet", "inspect", "--json", folder],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "HOME": str(home), "WANDB_ERROR_REPORTING": "false"},
+    )
+    if done.returncode:
+        pytest.skip("this version of W&B has no tool to read its own files")
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_key_without_a_network_goes_offline_at_once(tmp_path):
+    pytest.importorskip("wandb")
+    code = "print(w.why_offline('auto'))\n"
+    assert "cannot be reached" in in_process(tmp_path, code, WANDB_API_KEY="a" * 40).stdout
+
+
+@pytest.mark.parametrize(
+    ("mode", "probe", "reason"),
+    [("auto", 0.5, "cannot be reached"), ("online", 60.0, "going online failed")],
+)
+def test_server_that_does_not_answer_falls_back_to_offline(tmp_path, mode, probe, reason):
+    pytest.importorskip("wandb")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        code = (
+            f"w._INIT_SECONDS, w._PROBE_SECONDS = 1.0, {probe}\nm.CLOSE_SECONDS = 200\n" + SESSION
+        )
+        done = in_process(
+            tmp_path,
+            code.replace("START", "0")
+            .replace("STEPS", "(10,)")
+            .replace("LogConfig()", f"LogConfig(wandb='{mode}')"),
+            WANDB_API_KEY="a" * 40,
+            WANDB_BASE_URL=f"http://127.0.0.1:{server.getsockname()[1]}",
+        )
+    assert done.stdout.count("W&B is offline") == 1 and reason in done.stdout
+    assert len(list((tmp_path / "run/wandb").glob("offline-run-*"))) == 1
