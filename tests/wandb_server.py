@@ -81,10 +81,6 @@ class Server:
         lines = self.runs[run_id]["history"]
         return [json.loads(lines[number])["step"] for number in sorted(lines)]
 
-    def has_history(self) -> bool:
-        """Whether a run has begun to send what it logs."""
-        return any(run["history"] for run in list(self.runs.values()))
-
     def answer(self, path: str, body: dict) -> dict:
         if stream := re.match(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", path):
             return self.stream(self.runs[stream[1]], body)
