@@ -120,10 +120,10 @@ def submit(arguments: list[str]) -> int:
         else ["python", "slurm/submit.py"]
     )
 
-    from resnet_dist import launch
+    from resnet_dist.launch.submission import submit_jobs
 
     try:
-        return launch.submit(configs or [first], cluster, shlex.join([*program, *arguments]))
+        return submit_jobs(configs or [first], cluster, shlex.join([*program, *arguments]))
     except ValueError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2

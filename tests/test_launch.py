@@ -1,6 +1,7 @@
 """Submitting without SLURM: the batch script, the ports, what a signal means, and who may write."""
 
 import itertools
+import json
 import os
 import re
 import signal
@@ -13,14 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_dist import cli, distributed, launch
+from resnet_dist import cli, distributed
 from resnet_dist.checkpoint import Saver, TrainState
 from resnet_dist.cluster import ClusterConfig
 from resnet_dist.distributed import StopSignal
+from resnet_dist.launch import status
+from resnet_dist.launch.rank import end_rank, free_port, judge_signal
+from resnet_dist.launch.script import check_text
 from resnet_dist.rendezvous import Launcher, Meeting, Peer
 from resnet_dist.watchdog import Watchdog
 
-RECIPE = ["submit", "--config", "configs/resnet50.yaml"]
+RECIPE = ["submit", "--config", "configs/resnet50.yaml", "--data.data_dir", "/data/imagenet"]
 
 
 def dry_run(capsys, *arguments):
@@ -94,7 +98,8 @@ def test_dry_run_prints_the_batch_script_and_what_it_trains(capsys, monkeypatch,
         assert words in srun
     assert srun.count(f"'{tmp_path}/a run/job_") == 2  # quoted for the shell
     assert (
-        "ranks 0 to 31, 8 on each of 4 nodes; local batch 32 = 1024 / (32 ranks * 1 micro-steps); peak lr 0.4; "
+        "ranks 0 to 31, 8 on each of 4 nodes; local batch 32 = 1024 / (32 ranks * 1 micro-steps); "
+        "peak lr 0.4; "
         "180 steps of 2 per epoch, 2048 images"
     ) in said
     assert list(tmp_path.iterdir()) == []
@@ -109,7 +114,8 @@ def test_dry_run_of_an_array_and_of_data_that_is_not_here(capsys, tmp_path):
         )
     profile = tmp_path / "profile.yaml"
     profile.write_text(
-        "cluster: {partition: gpu, gpus_per_node: 4, setup: [module load cuda], extra: {hold: true}}\n"
+        "cluster: {partition: gpu, gpus_per_node: 4, setup: [module load cuda], "
+        "extra: {hold: true}}\n"
     )
     arguments = [
         "submit",
@@ -131,7 +137,10 @@ def test_dry_run_of_an_array_and_of_data_that_is_not_here(capsys, tmp_path):
         and "#SBATCH --partition=gpu\n" in said
     )
     assert "#SBATCH --hold\n" in said and "\nmodule load cuda\n" in said
-    pattern = rf"{tmp_path}/(\S+): ranks 0 to 3.* peak lr (\S+); number of steps not known here: data.data_dir"
+    pattern = (
+        rf"{tmp_path}/(\S+): ranks 0 to 3.* peak lr (\S+); "
+        "number of steps not known here: data.data_dir"
+    )
     assert re.findall(pattern, said) == [(f"a/seed_{seed}", "0.1") for seed in (0, 1, 2)] + [
         (f"b/seed_{seed}", "0.2") for seed in (0, 1, 2)
     ]
@@ -150,6 +159,26 @@ def test_dry_run_of_an_array_and_of_data_that_is_not_here(capsys, tmp_path):
         (["--cluster.time_min", "2"], ["cluster.signal_delay_s", "120"]),
         (["--cluster.gpus_per_node", "3"], ["train.global_batch_size", "3 ranks"]),
         (["--cluster.seeds", "1,1"], ["output_dir", "two jobs"]),
+        (["--cluster.seeds", "1,two"], ["cluster.seeds", "1,two", "whole numbers"]),
+        (["--cluster.max_requeues", "-1"], ["cluster.max_requeues", "0 or more"]),
+        (["--data.data_dir", ""], ["data.data_dir is empty", "train/"]),
+        (["--data.data_dir", "docs"], ["data.data_dir is 'docs'", "no folder train/"]),
+        (
+            ["--data.val_resize_size", "8", "--data.val_crop_size", "8", "--model.name", "vgg11"],
+            ["data.val_crop_size", "vgg11"],
+        ),
+        (["--optim.unfreeze_from", "layer9"], ["optim.unfreeze_from", "layer9"]),
+        (
+            [
+                "--cluster.gpus_per_node",
+                "0",
+                "--cluster.tasks_per_node",
+                "1",
+                "--distributed.device",
+                "cuda",
+            ],
+            ["distributed.device is 'cuda'", "cluster.gpus_per_node is 0"],
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_slurm_is_asked(capsys, monkeypatch, arguments, words):
@@ -159,6 +188,116 @@ def test_what_cannot_work_is_refused_before_slurm_is_asked(capsys, monkeypatch, 
     assert all(word in said for word in words), said
 
 
+CONTROL = [
+    "\n#SBATCH --uid=0\ntouch INTRUDER",
+    "\rtouch INTRUDER",
+    "\x1b[2J",
+    "a\x00b",
+    "\u2028touch INTRUDER",
+    "\x85",
+]
+ENTERS_THE_SCRIPT = [
+    "--output_dir={}",
+    "--cluster.partition={}",
+    "--cluster.account={}",
+    "--cluster.qos={}",
+    "--cluster.constraint={}",
+    "--cluster.python=python{}",
+    "--cluster.extra.comment=a{}",
+]
+
+
+def test_no_text_breaks_out_of_its_line_of_the_script(capsys):
+    """Whatever enters the batch script is refused with a newline in it."""
+    wrong = []
+    for argument in ENTERS_THE_SCRIPT:
+        word = argument.format(CONTROL[0])
+        code = cli.main([*RECIPE, word, "--cluster.dry_run"])
+        said = capsys.readouterr().err
+        if code != 2 or "control character '\\n'" not in said or CONTROL[0] in said:
+            wrong.append((word, code, said))
+    assert wrong == []
+
+
+def test_every_control_character_is_refused_and_shown_harmlessly():
+    for text in CONTROL:
+        with pytest.raises(ValueError, match="control character") as refused:
+            check_text("cluster.partition", f"gpu{text}")
+        assert str(refused.value).isprintable()
+    for text in ("gpu", "größe", 'it\'s "a" $(b) `c`'):
+        check_text("cluster.partition", text)
+    check_text("cluster.setup", "if true; then\n\tmodule load cuda\nfi", allowed="\n\t")
+
+
+def test_names_of_directives_are_names(capsys, tmp_path):
+    profile = tmp_path / "profile.yaml"
+    for name in ("a b", "-x", "comment\ntouch INTRUDER", "", "exclude=n1 --uid", "größe"):
+        profile.write_text(json.dumps({"cluster": {"extra": {name: "value"}}}))
+        assert cli.main([*RECIPE, "--config", str(profile), "--cluster.dry_run"]) == 2
+        said = capsys.readouterr().err
+        assert "cluster.extra has the key" in said and len(said.splitlines()) <= 4, said
+
+
+ODD = """it's "a" $(touch INTRUDER) `touch INTRUDER`; touch INTRUDER & #x {} *?"""
+
+
+def test_odd_but_printable_texts_are_quoted(capsys, monkeypatch, tmp_path):
+    """Bash runs the whole script, with programs of ours in place of srun and scontrol: each text
+    arrives as it is, and nothing in it runs.
+    """
+    folder = tmp_path / ODD
+    script = dry_run(capsys, "--output_dir", str(folder), f"--cluster.extra.comment={ODD}")
+    script = script[: script.rindex("\n/")]
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("srun", "scontrol"):
+        (programs / name).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    work = tmp_path / "work"
+    work.mkdir()
+    # The folder of the code does not exist: `cd` must not leave the test's own folder.
+    done = subprocess.run(
+        ["/bin/bash"], input=script, cwd=work, text=True, capture_output=True, timeout=300
+    )
+    assert list(tmp_path.rglob("INTRUDER")) == [], done.stdout + done.stderr
+    words = done.stdout.splitlines()
+    output = next(word for word in words if word.startswith("--output="))
+    assert output.startswith(f"--output={folder}/job_")
+    assert any(word.startswith(f"{folder}/job_") for word in words)  # submitit's folder
+
+
+def test_folders_that_slurm_would_read_otherwise(capsys):
+    for name in ("100%j", "a\\b"):
+        assert cli.main([*RECIPE, "--output_dir", f"/tmp/{name}", "--cluster.dry_run"]) == 2
+        assert "have a meaning for SLURM" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["cluster.cpus_per_gpu is 0"]),
+        (["--cluster.cpus_per_gpu", "8"], []),
+        (["--cluster.extra.exclusive", "true"], []),
+        (
+            ["--cluster.cpus_per_gpu", "8", "--distributed.device", "cpu"],
+            ["cluster.gpus_per_node is 1, but distributed.device is cpu"],
+        ),
+        (
+            ["--cluster.cpus_per_gpu", "8", "--checkpoint.init_from", "/none/last.pt"],
+            ["checkpoint.init_from is '/none/last.pt'"],
+        ),
+    ],
+)
+def test_what_is_probably_not_meant_gets_a_warning(capsys, arguments, words):
+    """The data folder of RECIPE is not on this machine, which is a warning in each case."""
+    assert cli.main([*RECIPE, *arguments, "--cluster.dry_run"]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(said) == 1 + len(words)
+    for start in ["data.data_dir is '/data/imagenet'", *words]:
+        assert any(line.startswith(f"warning: {start}") for line in said), said
+
+
 def test_without_slurm_it_says_so(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", "")
     assert cli.main([*RECIPE, "--output_dir", str(tmp_path)]) == 2
@@ -166,9 +305,9 @@ def test_without_slurm_it_says_so(capsys, monkeypatch, tmp_path):
 
 
 def test_ports():
-    """Equal for all who ask, different between jobs and attempts, below the kernel's own, and free."""
+    """Equal for all ranks, different between jobs and attempts, below the kernel's own, free."""
     ports = {
-        (job, attempt): launch.free_port(job, attempt)
+        (job, attempt): free_port(job, attempt)
         for job, attempt in itertools.product("1234567", "012")
     }
     assert all(20000 <= port < 32768 for port in ports.values())
@@ -176,11 +315,67 @@ def test_ports():
     with socket.socket() as taken:
         taken.bind(("", ports["1", "0"]))
         taken.listen()
-        assert launch.free_port("1", "0") not in ports.values()
-    assert launch.free_port("1", "0") == ports["1", "0"]
+        assert free_port("1", "0") not in ports.values()
+    assert free_port("1", "0") == ports["1", "0"]
 
 
-RUNNING = "JobId=7 JobState=RUNNING Reason=None Requeue=1 Restarts=1 StartTime=2026-01-02T10:00:00 PreemptTime="
+class FakePlace:
+    """As much of submitit's JobEnvironment as the end of a rank needs."""
+
+    def __init__(self, rank, executor="slurm"):
+        self.global_rank, self.job_id, self.executor = rank, "7", executor
+
+    def name(self):
+        return self.executor
+
+
+class Exited(BaseException):
+    """In place of the end of the process: what follows os._exit never runs."""
+
+
+@pytest.mark.parametrize(
+    ("code", "verdict", "rank", "executor", "attempt", "end"),
+    [
+        (0, None, 0, "slurm", 0, "returns"),
+        (0, "go on", 0, "slurm", 9, "returns"),
+        (1, None, 1, "slurm", 0, "ended with code 1"),
+        (2, None, 0, "slurm", 0, "ended with code 2"),
+        (75, None, 1, "slurm", 0, 75),
+        (75, None, 1, "local", 0, "ended with code 75"),
+        (140, "requeue", 0, "slurm", 0, 140),
+        (140, "requeue", 0, "slurm", 3, "cluster.max_requeues is 3"),
+        (143, "wait", 0, "slurm", 3, 143),
+        (140, None, 1, "slurm", 0, "waits"),
+        (130, "stop", 0, "slurm", 0, "ended with code 130"),
+        (143, "stop", 0, "local", 0, "ended with code 143"),
+        (143, None, 1, "local", 0, 143),
+    ],
+)
+def test_how_a_rank_ends(monkeypatch, code, verdict, rank, executor, attempt, end):
+    """A return and an exception leave a result, which ends the job; an exit code does not."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def leave(how):
+        raise Exited(how)
+
+    monkeypatch.setattr("resnet_dist.launch.rank.os._exit", leave)
+    monkeypatch.setattr("resnet_dist.launch.rank.time.sleep", lambda seconds: leave("waits"))
+    try:
+        end_rank(code, verdict, FakePlace(rank, executor), attempt, max_requeues=3)
+        found = "returns"
+    except (Exited, SystemExit) as exited:
+        found = exited.args[0]
+    except RuntimeError as problem:
+        found = end if isinstance(end, str) and end in str(problem) else str(problem)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert found == end
+
+
+RUNNING = (
+    "JobId=7 JobState=RUNNING Reason=None Requeue=1 Restarts=1 StartTime=2026-01-02T10:00:00 "
+    "PreemptTime="
+)
 
 
 @pytest.mark.parametrize(
@@ -209,12 +404,12 @@ def test_what_a_signal_means(monkeypatch, tmp_path, number, shown, verdict):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert launch.decide(number, launch.show_job("7")) == verdict
+    assert judge_signal(number, status.show_job("7")) == verdict
 
 
 def test_sigterm_outside_slurm_stops(monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    assert launch.decide(signal.SIGTERM, {}) == "stop"
+    assert judge_signal(signal.SIGTERM, {}) == "stop"
 
 
 def test_the_submitters_launcher_is_forgotten(capsys, monkeypatch):
@@ -253,9 +448,9 @@ def test_the_client_shows_the_first_real_error(capsys, monkeypatch, tmp_path):
         ]
     )
     monkeypatch.setattr(
-        launch, "show_job", lambda job_id: dict(re.findall(r"(\w+)=(\S*)", next(states)))
+        status, "show_job", lambda job_id: dict(re.findall(r"(\w+)=(\S*)", next(states)))
     )
-    monkeypatch.setattr(launch.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(status.time, "sleep", lambda seconds: None)
     texts = {
         "7_1_attempt0": "error (rank 1): an old story\n",
         "7_1_attempt1": "step 3\nerror (rank 1): no memory\nfoo\n",
@@ -268,7 +463,7 @@ def test_the_client_shows_the_first_real_error(capsys, monkeypatch, tmp_path):
         path = tmp_path / f"7_{task}_result.pkl"
         path.write_bytes(pickle.dumps(("error", "RuntimeError")))
         os.utime(path, (number, number))
-    assert launch.wait([FakeJob("7", 2)], tmp_path) == 1
+    assert status.wait([FakeJob("7", 2)], tmp_path) == 1
     said = capsys.readouterr()
     assert "job 7: FAILED, failed" in said.out
     assert said.err == "error (rank 1): no memory\nfoo\n"
@@ -345,7 +540,7 @@ def test_blocked_signals_are_let_in_and_blocked_again(group_of_one):
     ("visible", "environment", "index"), [(8, "0,1,2,3,4,5,6,7", 3), (1, "5", 0), (1, "", None)]
 )
 def test_one_gpu_of_its_own_or_all_of_them(monkeypatch, visible, environment, index):
-    """A launcher may bind one GPU to each process; without that, more ranks than GPUs are refused."""
+    """A launcher may bind one GPU to each process; otherwise too many ranks are refused."""
     chosen = []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", environment)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
@@ -403,7 +598,7 @@ def test_the_local_executor_trains(tmp_path):
     assert "FINISHED, all ranks succeeded" in done.stdout
     folder = next((tmp_path / "run").glob("job_*"))
     assert "64 = 2 cpu ranks * 1 micro-steps * 32" in next(folder.glob("*_0_log.out")).read_text()
-    assert (folder / "code/resnet_dist/launch.py").exists()
+    assert (folder / "code/resnet_dist/launch/rank.py").exists()
 
 
 def test_every_key_of_the_cluster_is_explained():

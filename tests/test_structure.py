@@ -45,7 +45,7 @@ LAYERS = [
     {"engine"},
     {"summary"},
     {"run"},
-    {"launch", "api", "commands.*"},
+    {"launch.*", "api", "commands.*"},
     {"cli"},
 ]
 
@@ -62,7 +62,7 @@ FENCES = {
     "timm": {"models.zoo"},
     "wandb": {"sinks.wandb"},
     "tensorboard": {"sinks.tensorboard"},
-    "submitit": {"launch"},
+    "submitit": {"launch.submission", "launch.script", "launch.rank"},
 }
 
 MOST_LINES_OF_A_FILE = 600

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -23,9 +23,10 @@ import submitit
 import torch
 from dist_utils import run_app
 
-from resnet_dist import cli, launch
+from resnet_dist import cli
 from resnet_dist.checkpoint import read_checkpoint, unpack_checkpoint
 from resnet_dist.data.sources.digits import write_digits
+from resnet_dist.launch import status
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -155,15 +156,15 @@ class Job:
 
     def finish(self):
         """The exit code of the client that waits."""
-        self.wait_until(lambda: launch.state_of(self.job) not in launch._ALIVE)
-        return launch.wait([self.job], self.folder)
+        self.wait_until(lambda: status.state_of(self.job) not in status.NOT_ENDED)
+        return status.wait([self.job], self.folder)
 
     def check(self, attempts=2, at_most=0, lost=0):
         """It finished with the undisturbed run's weights and metrics, in so many attempts; says
         what that cost.
         """
-        assert self.finish() == 0, launch.show_job(self.id)
-        restarts = int(launch.show_job(self.id)["Restarts"])
+        assert self.finish() == 0, status.show_job(self.id)
+        restarts = int(status.show_job(self.id)["Restarts"])
         assert attempts - 1 <= restarts <= max(attempts, at_most) - 1
         attempts = restarts + 1
         starts = [
@@ -174,7 +175,8 @@ class Job:
         ]
         assert max(redone, default=0) <= lost
         assert_same_run(self.output_dir, self.place.undisturbed[2])
-        return f"resumed at {starts[1:]}, steps lost {redone}, {time.monotonic() - self.started:.0f} s in all"
+        seconds = time.monotonic() - self.started
+        return f"resumed at {starts[1:]}, steps lost {redone}, {seconds:.0f} s in all"
 
 
 def wait_for(condition, explain=str):
@@ -219,9 +221,10 @@ def time_limit(place):
     )
     job.wait_for_step(1)
     place.folder.with_name("under_way").touch()
-    said = job.check(at_most=30)  # on a busy machine the second attempt meets the limit as well
-    assert "SIGUSR2, checkpoint, requeue" in job.log(0)
-    return said
+    job.wait_until(lambda: "SIGUSR2, checkpoint, requeue" in job.log(0))
+    # On a busy machine each further attempt would meet this limit as well.
+    subprocess.run(["scontrol", "update", f"JobId={job.id}", "TimeLimit=30"], check=True)
+    return job.check(at_most=3)
 
 
 def two_nodes_with_two_ranks_each(place):
@@ -309,7 +312,7 @@ def preempted_at_once_and_then_cancelled(place):
     assert "SIGTERM, checkpoint, wait" in job.log(0) and "SIGTERM, checkpoint, wait" in job.log(1)
     assert f"; step {job.logged(0)[-1]}, from" in job.log(1)
     time.sleep(3)
-    assert launch.show_job(job.id)["JobState"] == "CANCELLED" and not job.log(2)
+    assert status.show_job(job.id)["JobState"] == "CANCELLED" and not job.log(2)
 
 
 def processes_of(node, folder):
@@ -374,17 +377,25 @@ def what_fails_by_itself_is_not_requeued(place):
         f"--cluster.setup+=export PYTHONPATH={HERE / 'slow'}",
     )
     assert done.returncode == 1, done.stdout + done.stderr
-    shown = launch.show_job(re.match(r"job (\d+), 2 ranks", done.stdout)[1])
+    shown = status.show_job(re.match(r"job (\d+), 2 ranks", done.stdout)[1])
     assert shown["JobState"] == "FAILED" and shown["Restarts"] == "0"
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
     assert (
-        done.stderr.startswith("error (rank 1): ")
+        lines[0].startswith("error (rank 1): ")
         and "this rank broke, as the test asked" in done.stderr
     )
 
 
+ODD = """it's "a" $(touch INTRUDER) `touch INTRUDER`; touch INTRUDER & #x {} *?"""
+
+
 def requeues_have_an_end(place):
+    """In a folder, and with a comment, that the shell and sbatch would misread without quotes."""
+    folder = place.folder / ODD
+    folder.mkdir()
     job = Job(
-        place,
+        replace(place, folder=folder),
+        f"--cluster.extra.comment={ODD}",
         "--cluster.max_requeues",
         "0",
         "--cluster.extra.nodelist",
@@ -396,12 +407,17 @@ def requeues_have_an_end(place):
     job.wait_for_step(3)
     subprocess.run(["scancel", "--signal=USR2", job.id], check=True)
     assert job.finish() == 1
-    assert launch.show_job(job.id)["JobState"] == "FAILED" and not job.log(1)
+    assert status.show_job(job.id)["JobState"] == "FAILED" and not job.log(1)
     assert "cluster.max_requeues is 0" in job.log(0)
+    shown = subprocess.run(
+        ["scontrol", "-o", "show", "job", job.id], capture_output=True, text=True, check=True
+    )
+    assert f"Comment={ODD} " in shown.stdout
+    assert list(place.folder.rglob("INTRUDER")) == []
 
 
 def array_of_seeds(place):
-    """Each seed in a folder of its own; a stray SIGTERM to one is not judged by the other's state."""
+    """Each seed has its own folder; a stray SIGTERM to one is not judged by the other's state."""
     with ThreadPoolExecutor(1) as client:
         waiting = client.submit(
             submit_and_wait,
@@ -486,5 +502,6 @@ def test_slurm(played, scenario):
     if scenario not in played:
         pytest.skip("a node of a cluster that is not ours is not killed")
     print(
-        f"{scenario.__name__}: {scenario.__doc__ or ''}\n{played[scenario].result() or 'as expected'}"
+        f"{scenario.__name__}: {scenario.__doc__ or ''}\n"
+        f"{played[scenario].result() or 'as expected'}"
     )
