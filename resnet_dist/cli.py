@@ -206,7 +206,7 @@ def benchmark(arguments: list[str]) -> int:
     parser.add_argument(
         "--originals",
         default="",
-        help="of the loader: class folders for the others (default: ours)",
+        help="of the loader: data folder for the others (default: ours)",
     )
     parser.add_argument(
         "--json", action="store_true", help="print the result as one line of JSON only"
@@ -218,7 +218,7 @@ def benchmark(arguments: list[str]) -> int:
     from resnet_dist.commands import benchmark as loop
     from resnet_dist.commands import benchmark_loader
 
-    measure = benchmark_loader.measure if loader else loop.measure_training
+    measure = benchmark_loader.compare_loaders if loader else loop.measure_training
     return process.run_process(config, lambda config, runtime: measure(config, runtime, options))
 
 

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from resnet_dist.config import AugmentConfig, DataConfig
-from resnet_dist.data.pixels.loader import DaliTrainLoader, DaliValLoader
+from resnet_dist.data.pixels.loader import DaliTrainLoader, DaliValLoader, LoaderSettings
+from resnet_dist.data.sampling.order import BatchLayout
 from resnet_dist.data.sources.index import encode_header
 from resnet_dist.data.sources.scan import build_index
 
@@ -125,14 +126,8 @@ def train_loader(
         DataConfig(**{"train_crop_size": 32, **config}),
         augment or AugmentConfig(),
         seed=5,
-        global_batch_size=global_batch_size,
-        grad_accum_steps=grad_accum_steps,
-        rank=rank,
-        world_size=world_size,
-        dtype=dtype,
-        device=torch.device("cpu"),
-        threads=2,
-        output_dir=str(folder),
+        layout=BatchLayout(global_batch_size, grad_accum_steps, rank, world_size),
+        settings=LoaderSettings(torch.device("cpu"), dtype, 2, str(folder)),
     )
 
 
@@ -144,8 +139,5 @@ def val_loader(
         DataConfig(**config),
         rank=rank,
         world_size=world_size,
-        dtype=dtype,
-        device=torch.device("cpu"),
-        threads=2,
-        output_dir=str(folder),
+        settings=LoaderSettings(torch.device("cpu"), dtype, 2, str(folder)),
     )

@@ -3,6 +3,7 @@ else.
 """
 
 import math
+import typing
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from torchvision.transforms import (
 )
 
 from resnet_dist.config import AugmentConfig
+from resnet_dist.data import operations
 from resnet_dist.data.sampling import augment
 from resnet_dist.rng import epoch_of_repetition
 
@@ -53,11 +55,11 @@ def ours(config, rows=ROWS):
     """The same of our plan: parameters as torchvision's magnitudes, the identity of what is left
     out dropped.
     """
-    plan = augment.plan(config, 0, 0, rows, SIDE)
+    plan = augment.plan_operations(config, 0, 0, rows, SIDE)
     images = []
     for ops, params in zip(plan.ops.tolist(), plan.params.tolist(), strict=True):
         named = [
-            (augment.OPERATIONS[op].replace("_", ""), param - (6 <= op <= 9))
+            (operations.NAMES[op].replace("_", ""), param - (6 <= op <= 9))
             for op, param in zip(ops, params, strict=True)
         ]
         images.append(
@@ -124,25 +126,26 @@ def test_a_policy_draws_as_torchvisions(policy, monkeypatch):
 @pytest.mark.parametrize("policy", ["randaugment", "trivialaugment"])
 def test_every_magnitude_is_torchvisions(policy):
     """The whole table of each operation that has one. (AutoAugment's are all drawn above.)"""
-    names = [name.replace("_", "") for name in augment.OPERATIONS]
+    names = [name.replace("_", "") for name in operations.NAMES]
     space = POLICIES[policy]._augmentation_space(*[31, (96, 96)][: 1 + (policy == "randaugment")])
     bins, positive = (np.arange(31)[:, None] + 0.5) / 31, np.full((31, 1), 0.9)
     for name, (magnitudes, signed) in space.items():
         op = names.index(name.lower())
         pick = np.full((31, 1), (op + 0.5) / 14)
-        params = [
-            augment._policy(AugmentConfig(policy=policy, magnitude=i), pick, bins, positive, 96)[1][
-                i, 0
-            ]
-            for i in range(31)
-        ]
+        numbers = np.stack([pick, bins, positive], axis=2)
+        params = []
+        for i in range(31):
+            config = AugmentConfig(policy=policy, magnitude=i)
+            ops, drawn = augment._draw_policy(config, numbers, 96)
+            assert (ops == op).all()
+            params.append(drawn[i, 0])
         theirs = whole(magnitudes.double().numpy()) if "Translate" in name else magnitudes.numpy()
         assert np.allclose(np.array(params) - (6 <= op <= 9), theirs, atol=1e-4), name
         assert signed == (1 <= op <= 9)
 
 
 def test_autoaugments_table_is_torchvisions():
-    names = {name.replace("_", ""): name for name in augment.OPERATIONS}
+    names = {name.replace("_", ""): name for name in operations.NAMES}
     theirs = [
         [
             [names[name.lower()], float(probability), strength or 0]
@@ -159,7 +162,9 @@ def test_autoaugments_table_is_torchvisions():
 
 def test_color_jitter_draws_as_torchvisions():
     jitter = ColorJitter(0.4, 1.5, 0.3, 0.1)
-    plan = augment.plan(AugmentConfig(color_jitter=(0.4, 1.5, 0.3, 0.1)), 0, 0, ROWS, SIDE)
+    plan = augment.plan_operations(
+        AugmentConfig(color_jitter=(0.4, 1.5, 0.3, 0.1)), 0, 0, ROWS, SIDE
+    )
     torch.manual_seed(0)
     theirs = [
         ColorJitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
@@ -167,18 +172,20 @@ def test_color_jitter_draws_as_torchvisions():
     ]
     names = ["brightness", "contrast", "color", "hue"]
     assert same_frequencies(
-        ["/".join(augment.OPERATIONS[op] for op in ops) for ops in plan.ops],
+        ["/".join(operations.NAMES[op] for op in ops) for ops in plan.ops],
         ["/".join(names[i] for i in order.tolist()) for order, *_ in theirs],
     )
     for i, name in enumerate(names):
-        mine = plan.params[plan.ops == augment.OPERATIONS.index(name)]
+        mine = plan.params[plan.ops == operations.NAMES.index(name)]
         assert distance(mine, np.array([factors[i] for _, *factors in theirs])) < 1, name
-    some = augment.plan(AugmentConfig(color_jitter=(0.4, 0, 0.3, 0)), 0, 0, ROWS[:500], SIDE)
+    some = augment.plan_operations(
+        AugmentConfig(color_jitter=(0.4, 0, 0.3, 0)), 0, 0, ROWS[:500], SIDE
+    )
     assert {tuple(ops) for ops in some.ops.tolist()} == {(6, 7), (7, 6)}
 
 
 def test_erasing_draws_as_torchvisions():
-    mine = augment.erasing(AugmentConfig(random_erasing=0.25), 0, 0, ROWS, SIDE)
+    mine = augment.erasing_boxes(AugmentConfig(random_erasing=0.25), 0, 0, ROWS, SIDE)
     erased = mine[mine.any(axis=1)]
     assert abs(len(erased) / len(ROWS) - 0.25) < 0.01
     torch.manual_seed(0)
@@ -197,8 +204,11 @@ def test_erasing_draws_as_torchvisions():
 
 
 def test_lighting_has_the_published_covariance():
-    shifts = augment.lighting(AugmentConfig(lighting_std=0.1), 0, 0, ROWS)
-    assert shifts.dtype == np.float32 and not augment.lighting(AugmentConfig(), 0, 0, ROWS).any()
+    shifts = augment.lighting_shifts(AugmentConfig(lighting_std=0.1), 0, 0, ROWS)
+    assert (
+        shifts.dtype == np.float32
+        and not augment.lighting_shifts(AugmentConfig(), 0, 0, ROWS).any()
+    )
     scaled = augment._EIGENVECTORS * augment._EIGENVALUES * 0.1
     assert np.allclose(np.cov(shifts.T), scaled @ scaled.T, rtol=0.05, atol=2e-6)
     along = (
@@ -223,27 +233,43 @@ def test_a_sample_does_not_depend_on_its_batch():
         AugmentConfig(policy="randaugment", num_ops=3),
         AugmentConfig(policy="trivialaugment"),
     ):
-        whole, part = (augment.plan(config, 3, 5, some, 96) for some in (rows, rows[chosen]))
+        whole, part = (
+            augment.plan_operations(config, 3, 5, some, 96) for some in (rows, rows[chosen])
+        )
         for name in ("ops", "params", "matrices"):
             assert np.array_equal(getattr(whole, name)[chosen], getattr(part, name))
         assert whole.ops.shape == (100, augment.num_slots(config))
-        assert not np.array_equal(augment.plan(config, 3, 6, rows, 96).ops, whole.ops)
-        twice = augment.plan(
+        assert not np.array_equal(augment.plan_operations(config, 3, 6, rows, 96).ops, whole.ops)
+        twice = augment.plan_operations(
             config, 3, epoch_of_repetition(5, np.arange(2)), rows[[7, 7]], 96
         )  # two copies of one sample
         assert np.array_equal(twice.params[0], whole.params[7]) and not np.array_equal(
             *twice.params
         )
     for function in (
-        lambda rows: augment.lighting(ALL, 3, 5, rows),
-        lambda rows: augment.erasing(ALL, 3, 5, rows, 96),
+        lambda rows: augment.lighting_shifts(ALL, 3, 5, rows),
+        lambda rows: augment.erasing_boxes(ALL, 3, 5, rows, 96),
     ):
         assert np.array_equal(function(rows)[chosen], function(rows[chosen]))
 
 
+def test_the_table_of_operations_is_complete():
+    """Every policy of the config draws from the table, whose entries are found by their names."""
+    for policy in typing.get_args(AugmentConfig.__annotations__["policy"]):
+        config = AugmentConfig(policy=policy)
+        plan = augment.plan_operations(config, 0, 0, ROWS[:500], 96)
+        assert (plan is None) == (policy == "none")
+        if plan is not None:
+            drawn = {operations.NAMES[op] for op in np.unique(plan.ops)}
+            assert drawn <= {operations.NAMES[op] for op in operations.drawn_by(policy)}
+    assert list(operations.operation_ids(operations.NAMES)) == list(range(len(operations.NAMES)))
+    with pytest.raises(KeyError, match="solarise"):
+        operations.operation_ids(["solarise"])
+
+
 def test_nothing_is_planned_where_all_is_off():
     assert (
-        augment.plan(AugmentConfig(), 0, 0, ROWS, SIDE) is None
+        augment.plan_operations(AugmentConfig(), 0, 0, ROWS, SIDE) is None
         and augment.num_slots(AugmentConfig()) == 0
     )
 
@@ -261,8 +287,10 @@ GOLDEN = {
 
 def test_golden_values():
     """A run that is resumed by a later version must go on with the same numbers."""
-    plan = augment.plan(ALL, 0, 1, np.array([5, 2**40]), 224)
+    plan = augment.plan_operations(ALL, 0, 1, np.array([5, 2**40]), 224)
     assert plan.ops.tolist() == GOLDEN["ops"]
     assert np.allclose(plan.params, GOLDEN["params"], rtol=1e-6)
-    assert augment.erasing(ALL, 0, 1, np.arange(3), 224).tolist() == GOLDEN["erasing"]
-    assert np.allclose(augment.lighting(ALL, 0, 1, np.array([5])), GOLDEN["lighting"], rtol=1e-5)
+    assert augment.erasing_boxes(ALL, 0, 1, np.arange(3), 224).tolist() == GOLDEN["erasing"]
+    assert np.allclose(
+        augment.lighting_shifts(ALL, 0, 1, np.array([5])), GOLDEN["lighting"], rtol=1e-5
+    )

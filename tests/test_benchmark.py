@@ -59,6 +59,8 @@ def test_benchmark_of_the_loader(tmp_path):
         "20",
         "--data.data_dir",
         str(tmp_path / "data"),
+        "--originals",
+        str(tmp_path / "data"),
         "--data.train_crop_size",
         "32",
         "--data.threads",
@@ -99,13 +101,17 @@ def test_benchmark_of_the_loader(tmp_path):
 
 
 def test_benchmark_of_the_loader_needs_files_and_one_process(tmp_path):
-    for world_size, more in (
-        (1, ["--data.kind", "synthetic"]),
-        (2, ["--data.data_dir", str(tmp_path)]),
+    write_split(tmp_path, [encode(picture(60, 80, i)) for i in range(12)])
+    folder = ["--data.data_dir", str(tmp_path), "--train.global_batch_size", "6"]
+    for world_size, more, message in (
+        (1, ["--data.kind", "synthetic"], "--data.kind folder"),
+        (2, folder, "without torchrun"),
+        (1, [*folder, "--images", "11"], "Give it --images 12 or more"),
+        (1, [*folder, "--originals", str(tmp_path / "class0")], "class0 has no class folders"),
     ):
-        output = tmp_path / f"printed{world_size}"
+        output = tmp_path / f"printed {message}"
         codes = run_app(
             world_size, ["benchmark", "loader", "--output_dir", str(tmp_path), *more], str(output)
         )
         assert codes == [2] * world_size, output.read_text()
-        assert "without torchrun" in output.read_text()
+        assert message in output.read_text()

@@ -12,7 +12,7 @@ from torchvision.transforms import CenterCrop, RandomResizedCrop, Resize
 from torchvision.transforms import transforms as tv_transforms
 
 from resnet_dist.config import DataConfig
-from resnet_dist.data.pixels.finish import cut
+from resnet_dist.data.pixels.finish import resize_and_crop
 from resnet_dist.data.sampling import crops
 from resnet_dist.rng import epoch_of_repetition
 
@@ -152,7 +152,7 @@ def test_pad_and_crop_is_torchvisions_random_crop():
     padded = tv.pad(pixels.permute(2, 0, 1), 4)
     for y, x in places.tolist():
         assert torch.equal(
-            cut(pixels, (32, 32), (y, x), 0, 32).permute(2, 0, 1),
+            resize_and_crop(pixels, (32, 32), (y, x), 0, 32).permute(2, 0, 1),
             tv.crop(padded, y + 4, x + 4, 32, 32),
         )
 
@@ -182,7 +182,7 @@ def test_ten_crops_and_scales_are_torchvisions():
         *sides, DataConfig(val_resize_size=40, val_crop_size=32, val_crops="ten")
     ).views
     ours = [
-        cut(image, (40, 61), view.offsets[0].tolist(), 0, view.side).permute(2, 0, 1)
+        resize_and_crop(image, (40, 61), view.offsets[0].tolist(), 0, view.side).permute(2, 0, 1)
         for view in views
     ]
     *corners, center = tv.five_crop(image.permute(2, 0, 1), 32)

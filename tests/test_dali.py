@@ -21,10 +21,21 @@ from torchvision.transforms import (
 from torchvision.transforms.autoaugment import _apply_op
 
 from resnet_dist.config import AugmentConfig, DataConfig
-from resnet_dist.data.pixels.dali import Augmenter, Decoder, Job, build_pipeline, windows_to_torch
-from resnet_dist.data.pixels.finish import Normalizer, cut, resize_exact
+from resnet_dist.data import operations
+from resnet_dist.data.pixels.dali import (
+    Augmenter,
+    Decoder,
+    GraphSpec,
+    LoadedJob,
+    Portion,
+    build_pipeline,
+    windows_to_torch,
+)
+from resnet_dist.data.pixels.finish import Normalizer, resize_and_crop, resize_exact
 from resnet_dist.data.pixels.read import Encoded, image_size
 from resnet_dist.data.sampling import augment, crops
+from resnet_dist.data.sampling.jobs import val_job
+from resnet_dist.data.types import Job, OperationPlan
 
 SIZES = [
     (375, 500),
@@ -81,11 +92,10 @@ def decode(files: list[bytes], windows) -> list[np.ndarray]:
     """Windows of some files, through the decoder of the CPU form."""
     images = [Encoded(row, data, *image_size(data)) for row, data in enumerate(files)]
     windows = np.array(windows)
-    job = Job(
-        np.arange(len(files)), images=images, geometry=crops.Geometry(windows, (), windows[:, 0])
-    )
+    geometry = crops.Geometry(windows, (), windows[:, 0])
+    loaded = LoadedJob(val_job(np.arange(len(files))), images, geometry)
     decoder = Decoder(local_batch_size=len(files), threads=2, device=torch.device("cpu"))
-    decoder.submit(job)
+    decoder.submit(Portion(loaded, 0, len(files)))
     return [pixels.numpy().copy() for pixels in windows_to_torch(decoder.collect()[1][0])]
 
 
@@ -149,7 +159,9 @@ def test_training_cut_is_pillows():
             int(rng.integers(1, 401 - x)),
             bool(rng.integers(2)),
         )
-        ours = cut(pixels[y : y + h, x : x + w].contiguous(), (96, 96), (0, 0), flip, 96)
+        ours = resize_and_crop(
+            pixels[y : y + h, x : x + w].contiguous(), (96, 96), (0, 0), flip, 96
+        )
         theirs = source.crop((x, y, x + w, y + h)).resize((96, 96), Image.Resampling.BILINEAR)
         theirs = np.asarray(theirs.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else theirs)
         assert np.abs(ours.numpy().astype(int) - theirs).max() <= 1
@@ -164,9 +176,7 @@ def test_graph_that_finishes_has_the_same_geometry():
     """
     files = [encode(picture(*size, seed)) for seed, size in enumerate(SIZES)]
     heights, widths = np.array([image_size(data) for data in files]).T
-    pipeline = build_pipeline(
-        local_batch_size=len(files), threads=2, device_id=None, decode="cpu", views=1
-    )
+    pipeline = build_pipeline(GraphSpec(len(files), 2, views=1))
     rows = np.arange(len(files))
     geometries = [
         (0, crops.val_geometry(heights, widths, DataConfig(val_resize_size=72, val_crop_size=64))),
@@ -191,7 +201,7 @@ def test_graph_that_finishes_has_the_same_geometry():
         pipeline.release_outputs()
         for row, pixels in enumerate(decode(files, windows)):
             pixels = torch.from_numpy(pixels)
-            ours = cut(
+            ours = resize_and_crop(
                 pixels,
                 tuple(sizes[row].tolist()),
                 offsets[row].tolist(),
@@ -251,9 +261,7 @@ def test_gpu_form_places_what_touches_pixels_on_the_gpu(slots):
     """Defined and serialized without a GPU: DALI checks operators, arguments and devices on the
     way.
     """
-    pipeline = build_pipeline(
-        local_batch_size=8, threads=4, device_id=None, decode="mixed", views=1, slots=slots
-    )
+    pipeline = build_pipeline(GraphSpec(8, 4, "mixed", views=1, slots=slots))
     operators = placement(pipeline)
     assert operators.pop("ExternalSource") == {"cpu"}
     assert operators.pop("decoders__ImageSlice") == {"mixed"}
@@ -270,7 +278,7 @@ def test_gpu_form_places_what_touches_pixels_on_the_gpu(slots):
 
 
 def test_cpu_form_ends_after_the_window():
-    pipeline = build_pipeline(local_batch_size=8, threads=4, device_id=None, decode="cpu", views=0)
+    pipeline = build_pipeline(GraphSpec(8, 4))
     assert b"Resize" not in pipeline.serialize()
 
 
@@ -315,9 +323,9 @@ CASES = [
 
 
 def plan_of(cases, side):
-    ops = np.array([[augment.OPERATIONS.index(name)] for name, _ in cases], np.int32)
+    ops = np.array([[operations.NAMES.index(name)] for name, _ in cases], np.int32)
     params = np.array([[value] for _, value in cases], np.float32)
-    return augment.Plan(ops, params, augment.matrices(ops, params, side))
+    return OperationPlan(ops, params, operations.matrices(ops, params, side))
 
 
 def torchvisions(image: torch.Tensor, name: str, value: float) -> torch.Tensor:
@@ -330,7 +338,7 @@ def torchvisions(image: torch.Tensor, name: str, value: float) -> torch.Tensor:
     title = {"autocontrast": "AutoContrast"}.get(
         name, name.replace("_", " ").title().replace(" ", "")
     )
-    if name in augment.OPERATIONS[1:6]:
+    if name in operations.NAMES[1:6]:
         return _apply_op(planes, title, value, InterpolationMode.BILINEAR, None).permute(1, 2, 0)
     value = value - 1 if name in ("brightness", "color", "contrast", "sharpness") else value
     return torch.from_numpy(
@@ -370,7 +378,7 @@ def test_operations_are_torchvisions(gpu_form, monkeypatch):
     # is another law.
     side, cases = (
         224,
-        [case for case in CASES if not gpu_form or case[0] in augment.OPERATIONS[1:6]],
+        [case for case in CASES if not gpu_form or case[0] in operations.NAMES[1:6]],
     )
     augmenter = Augmenter(slots=1, local_batch_size=len(cases), threads=1)
     for image in squares(3, side):
@@ -401,11 +409,14 @@ def test_augmentation_does_not_depend_on_the_batch():
         Augmenter(slots=slots, local_batch_size=12, threads=threads) for threads in (1, 3)
     )
     for side, count in ((48, 12), (80, 5)):
-        images, plan = squares(count, side), augment.plan(config, 0, 0, np.arange(count), side)
+        images, plan = (
+            squares(count, side),
+            augment.plan_operations(config, 0, 0, np.arange(count), side),
+        )
         before, together = images.clone(), one(images, plan)
         assert torch.equal(together, three(images, plan)) and torch.equal(images, before)
         for row in (0, 3):
-            alone = augment.plan(config, 0, 0, np.arange(row, row + 1), side)
+            alone = augment.plan_operations(config, 0, 0, np.arange(row, row + 1), side)
             assert torch.equal(one(images[row : row + 1], alone)[0], together[row])
         if side == 48:
             with pytest.raises(RuntimeError):
@@ -424,18 +435,15 @@ def test_slots_in_the_graph_of_the_decoder_come_after_the_flip():
     geometry = crops.train_geometry(
         0, 0, rows, np.full(8, 100), np.full(8, 120), side, DataConfig()
     )
-    job = Job(
-        rows,
-        images=[Encoded(row, data, 100, 120) for row, data in enumerate(files)],
-        geometry=geometry,
-        plan=augment.plan(config, 0, 0, rows, side),
-    )
+    plan = augment.plan_operations(config, 0, 0, rows, side)
+    images = [Encoded(row, data, 100, 120) for row, data in enumerate(files)]
+    loaded = LoadedJob(Job(rows, training=True, operations=plan), images, geometry)
     shown = []
     for slots in (0, augment.num_slots(config)):
         decoder = Decoder(local_batch_size=8, threads=2, device=torch.device("cpu"))
-        decoder.arguments |= {"views": 1, "slots": slots}
+        decoder.spec = GraphSpec(8, 2, views=1, slots=slots)
         decoder.restart()
-        decoder.submit(job)
+        decoder.submit(Portion(loaded, 0, 8))
         shown.append(torch.stack(windows_to_torch(decoder.collect()[1][0])))
     augmenter = Augmenter(slots=augment.num_slots(config), local_batch_size=8, threads=1)
-    assert torch.equal(augmenter(shown[0], job.plan), shown[1]) and not torch.equal(*shown)
+    assert torch.equal(augmenter(shown[0], plan), shown[1]) and not torch.equal(*shown)

@@ -226,7 +226,7 @@ def test_lighting_and_erasing_are_those_of_the_plan(good, tmp_path):
     """
     ((rows, _, plain),) = steps(good, tmp_path, 0, 1)
     ((_, _, lit),) = steps(good, tmp_path, 0, 1, augment=AugmentConfig(lighting_std=0.5))
-    moved = augment.lighting(AugmentConfig(lighting_std=0.5), 5, 0, rows) / np.array(
+    moved = augment.lighting_shifts(AugmentConfig(lighting_std=0.5), 5, 0, rows) / np.array(
         DataConfig().std
     )
     torch.testing.assert_close(
@@ -237,7 +237,7 @@ def test_lighting_and_erasing_are_those_of_the_plan(good, tmp_path):
     )
     erasing = AugmentConfig(random_erasing=1.0)
     ((_, _, erased),) = steps(good, tmp_path, 0, 1, augment=erasing)
-    boxes = augment.erasing(erasing, 5, 0, rows, 32)
+    boxes = augment.erasing_boxes(erasing, 5, 0, rows, 32)
     for image, before, (y, x, h, w) in zip(erased, plain, boxes, strict=True):
         before[:, y : y + h, x : x + w] = 0
         assert torch.equal(image, before)
@@ -285,7 +285,7 @@ def test_bad_files_are_replaced_the_same_way_on_every_layout(mixed, tmp_path):
     two = steps(mixed, tmp_path / "two", 0, 10, world_size=2, grad_accum_steps=2)
     assert_same(one, two)
     clean = train_loader(mixed, tmp_path)
-    wanted = [job.rows for job in clean._jobs(0, 10)]
+    wanted = [job.rows for job in clean.jobs(0, 10)]
     clean.close()
     for (rows, labels, images), asked in zip(one, wanted, strict=True):
         assert rows.tolist() == [REPLACED.get(row, row) for row in asked.tolist()]
@@ -361,7 +361,7 @@ def test_validation_that_is_left_early_starts_again(good, tmp_path):
 
 def test_an_error_in_the_background_is_raised_in_front(good, tmp_path, monkeypatch):
     loader = train_loader(good, tmp_path)
-    monkeypatch.setattr(loader_module.crops, "train_geometry", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(loader_module, "job_geometry", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         next(loader.batches(0, 5))
     monkeypatch.undo()
@@ -373,10 +373,13 @@ def test_the_thread_does_not_run_away(good, tmp_path, monkeypatch):
     """No more batches are made than the consumer can be given: memory stays bounded."""
     loader = train_loader(good, tmp_path, prefetch_batches=2)
     made = []
-    original = loader._submit
-    monkeypatch.setattr(
-        loader, "_submit", lambda job, requested: (made.append(job.step), original(job, requested))
-    )
+    original = loader.load
+
+    def load(job, requested):
+        made.append(job.step)
+        return original(job, requested)
+
+    monkeypatch.setattr(loader, "load", load)
     iterator = loader.batches(0, 50)
     next(iterator)
     time.sleep(0.5)

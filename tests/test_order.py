@@ -18,23 +18,22 @@ def permutation(seed, epoch, n):
 def samples_of_step(step, n, global_batch_size, world_size, grad_accum_steps=1, seed=3, repeats=1):
     """Rows and repetitions by (micro-step, rank) of one step, concatenated in that order."""
     epoch, inside = order.locate(step, order.steps_per_epoch(n, global_batch_size, repeats))
-    layout = {
-        "global_batch_size": global_batch_size,
-        "grad_accum_steps": grad_accum_steps,
-        "world_size": world_size,
-    }
+    layouts = [
+        order.BatchLayout(global_batch_size, grad_accum_steps, rank, world_size)
+        for rank in range(world_size)
+    ]
     shares = [
         order.samples_at(
             seed,
             epoch,
             n,
             inside,
-            order.micro_step_positions(micro, rank=rank, **layout),
+            layout.positions(micro),
             global_batch_size,
             repeats,
         )
         for micro in range(grad_accum_steps)
-        for rank in range(world_size)
+        for layout in layouts
     ]
     return tuple(np.concatenate(part) for part in zip(*shares, strict=True))
 
@@ -174,7 +173,9 @@ def test_repeated_samples(repeats):
 
 
 def test_repeats_must_divide_the_batch():
-    with pytest.raises(ValueError, match="augment.repeats is 3.*train.global_batch_size, 256.*255"):
+    with pytest.raises(
+        ValueError, match="augment.repeats is 3.*train.global_batch_size, which is 256.*255"
+    ):
         order.steps_per_epoch(1000, 256, 3)
 
 

@@ -34,6 +34,7 @@ LAYERS = [
         "sinks.*",
         "metrics",
         "timing",
+        "data.arrays",
         "data.types",
         "data.sampling.order",
         "data.sampling.crops",
@@ -51,12 +52,12 @@ LAYERS = [
 
 # The modules that may import a heavy library, each inside the function that needs it.
 FENCES = {
-    "nvidia": {"data.pixels.dali"},
+    "nvidia": {"data.pixels.dali", "data.operations", "commands.rivals"},
     "torchvision": {
         "models.zoo",
         "models.weights",
         "commands.data",
-        "commands.benchmark_loader",
+        "commands.rivals",
         "commands.export",
     },
     "timm": {"models.zoo"},

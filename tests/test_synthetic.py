@@ -1,13 +1,12 @@
 """The synthetic loaders: shapes, and the same rows and pixels on any number of ranks."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 
 from resnet_dist.config import DataConfig
 from resnet_dist.data.pixels.synthetic import SyntheticTrainLoader, SyntheticValLoader
+from resnet_dist.data.sampling.order import BatchLayout
 
 CONFIG = DataConfig(
     kind="synthetic",
@@ -19,24 +18,16 @@ CONFIG = DataConfig(
 )
 
 
-def ranks(world_size):
-    return [
-        SimpleNamespace(rank=rank, world_size=world_size, device=torch.device("cpu"))
-        for rank in range(world_size)
-    ]
-
-
 def train_loaders(world_size, grad_accum_steps=1, dtype=torch.float32):
     return [
         SyntheticTrainLoader(
             CONFIG,
-            runtime,
             seed=3,
+            layout=BatchLayout(24, grad_accum_steps, rank, world_size),
+            device=torch.device("cpu"),
             dtype=dtype,
-            global_batch_size=24,
-            grad_accum_steps=grad_accum_steps,
         )
-        for runtime in ranks(world_size)
+        for rank in range(world_size)
     ]
 
 
@@ -73,7 +64,14 @@ def test_any_layout_sees_the_same(world_size, grad_accum_steps):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_evaluation_covers_every_image_once(world_size):
     loaders = [
-        SyntheticValLoader(CONFIG, runtime, dtype=torch.float32) for runtime in ranks(world_size)
+        SyntheticValLoader(
+            CONFIG,
+            rank=rank,
+            world_size=world_size,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+        )
+        for rank in range(world_size)
     ]
     items = [list(loader) for loader in loaders]
     assert {len(item) for item in items} == {loader.rounds for loader in loaders}
@@ -86,9 +84,8 @@ def test_fewer_images_than_a_batch():
     with pytest.raises(ValueError, match=r"train\.global_batch_size"):
         SyntheticTrainLoader(
             CONFIG,
-            ranks(1)[0],
             seed=0,
+            layout=BatchLayout(101),
+            device=torch.device("cpu"),
             dtype=torch.float32,
-            global_batch_size=101,
-            grad_accum_steps=1,
         )

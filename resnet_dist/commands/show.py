@@ -50,10 +50,10 @@ def run(config: Config, args: argparse.Namespace) -> int:
                 for loader in (train, val)
             ]
             trained = [
-                [(f"epoch {epoch}", train.look(row, epoch)) for epoch in range(args.epochs)]
+                [(f"epoch {epoch}", train.show_rows(row, epoch)) for epoch in range(args.epochs)]
                 for row in spread[0]
             ]
-            evaluated = [[("evaluation", val.look(row))] for row in spread[1]]
+            evaluated = [[("evaluation", val.show_rows(row))] for row in spread[1]]
             train.close()
             val.close()
         rows = [left + right for left, right in zip_longest(trained, evaluated, fillvalue=[])]

@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 
 from resnet_dist.console import Progress
-from resnet_dist.data.pixels.dali import Decoder, Job, windows_to_torch
+from resnet_dist.data.pixels.dali import Decoder, LoadedJob, Portion, windows_to_torch
 from resnet_dist.data.pixels.read import Encoded, load
 from resnet_dist.data.sampling.crops import Geometry, whole_windows
+from resnet_dist.data.sampling.jobs import val_job
 from resnet_dist.data.sources.index import Index, write_whole
 from resnet_dist.data.sources.pack import open_splits
 
@@ -133,14 +134,10 @@ def _findings(image: Encoded, decoder: Decoder, tiny: int) -> list[tuple[str, st
 def _decode(image: Encoded, decoder: Decoder) -> np.ndarray | None:
     """The whole image as training decodes it, uint8 [h, w, 3]; None when it cannot."""
     window = whole_windows(np.array([image.height]), np.array([image.width]))
+    geometry = Geometry(window, (), np.zeros(1, np.int64))
+    job = val_job(np.array([image.row]))
     try:
-        decoder.submit(
-            Job(
-                np.array([image.row]),
-                images=[image],
-                geometry=Geometry(window, (), np.zeros(1, np.int64)),
-            )
-        )
+        decoder.submit(Portion(LoadedJob(job, [image], geometry), 0, 1))
         return windows_to_torch(decoder.collect()[1][0])[0].numpy()
     except RuntimeError:
         decoder.pending.clear()

@@ -2,11 +2,10 @@
 
 import os
 
-import torch
-
 from resnet_dist.config import Config, DataConfig
-from resnet_dist.data.pixels.loader import DaliTrainLoader, DaliValLoader
+from resnet_dist.data.pixels.loader import DaliTrainLoader, DaliValLoader, LoaderSettings
 from resnet_dist.data.pixels.synthetic import SyntheticTrainLoader, SyntheticValLoader
+from resnet_dist.data.sampling.order import BatchLayout
 from resnet_dist.data.sources.digits import write_digits
 from resnet_dist.data.sources.index import Index, check_same_classes
 from resnet_dist.data.sources.scan import build_index
@@ -39,29 +38,24 @@ def build_train_loader(config: Config, runtime: Runtime) -> TrainLoader:
             one global batch.
     """
     data = config.data
-    dtype = _dtype(config, runtime)
+    layout = BatchLayout(
+        config.train.global_batch_size,
+        config.train.grad_accum_steps,
+        runtime.rank,
+        runtime.world_size,
+    )
+    settings = _loader_settings(config, runtime)
     if data.kind == "synthetic":
         return SyntheticTrainLoader(
-            data,
-            runtime,
-            seed=config.seed,
-            dtype=dtype,
-            global_batch_size=config.train.global_batch_size,
-            grad_accum_steps=config.train.grad_accum_steps,
+            data, seed=config.seed, layout=layout, device=settings.device, dtype=settings.dtype
         )
     return DaliTrainLoader(
         _build_index(data, runtime, "train", data.exclude),
         data,
         config.augment,
         seed=config.seed,
-        global_batch_size=config.train.global_batch_size,
-        grad_accum_steps=config.train.grad_accum_steps,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        dtype=dtype,
-        device=runtime.device,
-        threads=_num_threads(data, runtime),
-        output_dir=config.output_dir,
+        layout=layout,
+        settings=settings,
     )
 
 
@@ -74,26 +68,31 @@ def build_val_loader(config: Config, runtime: Runtime, *, index: Index | None = 
         index: the images to load in place of the validation set.
     """
     data = config.data
-    dtype = _dtype(config, runtime)
+    settings = _loader_settings(config, runtime)
     if data.kind == "synthetic" and index is None:
-        return SyntheticValLoader(data, runtime, dtype=dtype)
+        return SyntheticValLoader(
+            data,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            device=settings.device,
+            dtype=settings.dtype,
+        )
     if index is None:
         index = _build_index(data, runtime, "val")
     return DaliValLoader(
-        index,
-        data,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        dtype=dtype,
-        device=runtime.device,
-        threads=_num_threads(data, runtime),
-        output_dir=config.output_dir,
+        index, data, rank=runtime.rank, world_size=runtime.world_size, settings=settings
     )
 
 
-def _dtype(config: Config, runtime: Runtime) -> torch.dtype:
-    """The type of the images: that of `train.precision` on the runtime's device."""
-    return DTYPES[resolve_precision(config.train.precision, runtime.device)]
+def _loader_settings(config: Config, runtime: Runtime) -> LoaderSettings:
+    """Where and how the loaders of this rank work."""
+    precision = resolve_precision(config.train.precision, runtime.device)
+    return LoaderSettings(
+        device=runtime.device,
+        dtype=DTYPES[precision],
+        threads=_num_threads(config.data, runtime),
+        output_dir=config.output_dir,
+    )
 
 
 def _build_index(data: DataConfig, runtime: Runtime, split: str, exclude: str = "") -> Index:

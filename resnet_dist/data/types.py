@@ -1,16 +1,66 @@
-"""What the data path hands to the engine."""
+"""What the data path hands on: jobs on their way in, batches on their way out."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from resnet_dist.data.arrays import FloatArray, IntArray
+
 IGNORED_LABEL = -100
-"""Label of an evaluation image that could not be decoded: no loss, never a hit, but counted
-(torch's ignore_index).
+"""Label of an evaluation image that could not be decoded: it adds no loss and is never a hit, but
+it is counted (PyTorch's ignore_index).
 """
+
+
+@dataclass(frozen=True)
+class OperationPlan:
+    """The operations of the augmentation on each image of a batch, in their order.
+
+    There are K slots for each image; a slot that is not used holds the identity.
+    """
+
+    ops: np.ndarray[Any, np.dtype[np.int32]]
+    """int32 [n, K]: operation ids, places in `operations.NAMES`"""
+    params: FloatArray
+    """float32 [n, K]: the parameter of each operation, in its own unit (see operations.py)"""
+    matrices: FloatArray
+    """float32 [n, K, 3, 3]: what DALI gets in place of the parameter (see operations.py)"""
+
+    def part(self, places: slice) -> "OperationPlan":
+        """The plan of some images of the batch."""
+        return OperationPlan(self.ops[places], self.params[places], self.matrices[places])
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one micro-batch of one rank shows: numbers only, before any file is read.
+
+    Windows and flips are not in it, since they depend on the size of each image: they follow from
+    the job and the sizes (`jobs.job_geometry`).
+    """
+
+    rows: IntArray
+    """int64 [n]: the rows of the index that are shown"""
+    training: bool
+    """whether images are cropped at random, and bad ones replaced; else this is evaluation"""
+    seed: int = 0
+    """seed of windows and flips"""
+    epoch: int = 0
+    step: int = 0
+    draws: IntArray | int = 0
+    """`rng.epoch_of_repetition`: the epoch and the repetition, where an epoch shows an image several
+    times; int64 [n], or one number for all images"""
+    side: int = 0
+    """side of the training crop, in pixels"""
+    operations: OperationPlan | None = None
+    """operations of the augmentation; None for none"""
+    lighting: FloatArray | None = None
+    """float32 [n, 3]: what PCA lighting adds to R, G and B; None for none"""
+    boxes: IntArray | None = None
+    """int64 [n, 4]: the rectangles (y, x, height, width) that are erased; None for none"""
 
 
 @dataclass(frozen=True)
@@ -22,23 +72,26 @@ class Batch:
     device"""
     labels: torch.Tensor
     """int64 [B], class ids, on the rank's device"""
-    indices: np.ndarray
+    indices: IntArray
     """int64 [B], rows of the data set's index, on the host"""
     other_views: tuple[torch.Tensor, ...] = ()
-    """in evaluation: further crops of the same images, each as `images`, of its own side"""
+    """in evaluation: further crops of the same images, each like `images` but with a side of its
+    own"""
 
 
 class Loader(Protocol):
     """This rank's share of a split."""
 
     num_samples: int
-    """of all ranks"""
+    """number of images of all ranks together"""
     class_names: tuple[str, ...]
-    num_bad: int
-    """broken images that this rank has met so far"""
+
+    @property
+    def num_bad(self) -> int:
+        """Number of broken images that this rank has met so far."""
 
     def close(self) -> None:
-        """End the reader threads and free the pipeline."""
+        """Stop the reader threads and free the pipeline."""
 
 
 class TrainLoader(Loader, Protocol):
@@ -46,11 +99,11 @@ class TrainLoader(Loader, Protocol):
 
     steps_per_epoch: int
     fingerprint: str
-    """changes with the list of samples: names, order or classes"""
+    """hash of the list of samples: it changes with their names, their order and their classes"""
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
-        """The micro-batches of steps [start_step, stop_step), grad_accum_steps of them for each
-        step, in order.
+        """The micro-batches of steps [start_step, stop_step) in order, grad_accum_steps of them for
+        each step.
         """
 
 
@@ -58,9 +111,9 @@ class ValLoader(Loader, Protocol):
     """The validation set: over all ranks, every image exactly once."""
 
     rounds: int
-    """how many items an iteration yields: the same on every rank"""
+    """number of items of an iteration; the same on every rank"""
     mirrored: bool
-    """whether each view counts together with its mirror image"""
+    """whether each view is averaged with its mirror image"""
 
     def __iter__(self) -> Iterator[Batch | None]:
-        """`rounds` items; None where other ranks still have a batch and this one has not."""
+        """`rounds` items; None where this rank has no batch left while other ranks have one."""

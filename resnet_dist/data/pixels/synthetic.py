@@ -1,9 +1,8 @@
-"""Random images without any file: what the rest of a run can do when reading and decoding cost
-nothing.
+"""Random images without any file: the speed of a run when reading and decoding cost nothing.
 
 A small bank of images is made once and drawn from by row, so that a batch costs one copy on the
-device. The label belongs to the image, so that a network can learn the set and a loss that stays
-where it is shows a fault.
+device. The label belongs to the image, so that a network can learn the set, and a loss that does
+not fall shows a fault.
 """
 
 from collections.abc import Iterator
@@ -11,10 +10,11 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from resnet_dist.config import DataConfig
+from resnet_dist.config import AugmentConfig, DataConfig
+from resnet_dist.data.arrays import IntArray
 from resnet_dist.data.sampling import order
+from resnet_dist.data.sampling.jobs import TrainSampling, train_job
 from resnet_dist.data.types import Batch
-from resnet_dist.distributed import Runtime
 from resnet_dist.rng import derive_seed
 
 _BANK_IMAGES = 64
@@ -31,85 +31,77 @@ class _SyntheticLoader:
         self.class_names = tuple(
             f"synthetic{label:04d}" for label in range(config.synthetic_classes)
         )
-        # Not of the run's seed, which validation does not have. Labels first: they are those of
-        # every side.
+        # Not the run's seed, which validation does not have. The labels come first, so that they
+        # are the same for every side.
         generator = torch.Generator().manual_seed(derive_seed(0, "synthetic"))
-        self._labels = torch.randint(
-            config.synthetic_classes, (_BANK_IMAGES,), generator=generator
-        ).to(device)
+        labels = torch.randint(config.synthetic_classes, (_BANK_IMAGES,), generator=generator)
         images = torch.randn(_BANK_IMAGES, 3, side, side, generator=generator)
+        self._labels = labels.to(device)
         self._images = images.to(device, dtype, memory_format=torch.channels_last)
 
-    def _batch(self, rows: np.ndarray) -> Batch:
+    def _batch(self, rows: IntArray) -> Batch:
         places = torch.from_numpy(rows % _BANK_IMAGES).to(self._labels.device, non_blocking=True)
         images = self._images[places].contiguous(memory_format=torch.channels_last)
         return Batch(images, self._labels[places], rows)
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Nothing to stop."""
 
 
 class SyntheticTrainLoader(_SyntheticLoader):
-    """A TrainLoader of config.synthetic_images random images of config.train_crop_size."""
+    """A TrainLoader of `data.synthetic_images` random images of `data.train_crop_size`."""
 
     fingerprint = "synthetic"
 
     def __init__(
         self,
         config: DataConfig,
-        runtime: Runtime,
         *,
         seed: int,
+        layout: order.BatchLayout,
+        device: torch.device,
         dtype: torch.dtype,
-        global_batch_size: int,
-        grad_accum_steps: int,
     ) -> None:
         """Raises ValueError when the set is smaller than one global batch."""
-        super().__init__(config, config.train_crop_size, runtime.device, dtype)
+        super().__init__(config, config.train_crop_size, device, dtype)
         self.num_samples = config.synthetic_images
-        self.steps_per_epoch = order.steps_per_epoch(self.num_samples, global_batch_size)
         self._seed = seed
-        self._layout = {
-            "global_batch_size": global_batch_size,
-            "grad_accum_steps": grad_accum_steps,
-            "rank": runtime.rank,
-            "world_size": runtime.world_size,
-        }
+        self._sampling = TrainSampling(self.num_samples, layout, config, AugmentConfig())
+        self.steps_per_epoch = self._sampling.steps_per_epoch
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
-        """The micro-batches of steps [start_step, stop_step), grad_accum_steps of them for each
-        step, in order.
+        """The micro-batches of steps [start_step, stop_step) in order, grad_accum_steps of them for
+        each step.
         """
         for step in range(start_step, stop_step):
-            epoch, inside = order.locate(step, self.steps_per_epoch)
-            for micro_step in range(self._layout["grad_accum_steps"]):
-                positions = order.micro_step_positions(micro_step, **self._layout)
-                yield self._batch(
-                    order.samples_at(
-                        self._seed,
-                        epoch,
-                        self.num_samples,
-                        inside,
-                        positions,
-                        self._layout["global_batch_size"],
-                    )[0]
-                )
+            for micro_step in range(self._sampling.layout.grad_accum_steps):
+                job = train_job(self._seed, step, micro_step, self._sampling)
+                yield self._batch(job.rows)
 
 
 class SyntheticValLoader(_SyntheticLoader):
-    """A ValLoader of a tenth as many images, of config.val_crop_size."""
+    """A ValLoader of a tenth as many images, of `data.val_crop_size`."""
 
     mirrored = False
 
-    def __init__(self, config: DataConfig, runtime: Runtime, *, dtype: torch.dtype) -> None:
-        super().__init__(config, config.val_crop_size, runtime.device, dtype)
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(config, config.val_crop_size, device, dtype)
         self.num_samples = max(1, config.synthetic_images // 10)
-        self._shares = order.val_batches(
-            self.num_samples, config.val_batch_size, runtime.rank, runtime.world_size
-        )
+        self._shares = order.val_batches(self.num_samples, config.val_batch_size, rank, world_size)
         self.rounds = len(self._shares)
 
     def __iter__(self) -> Iterator[Batch | None]:
-        """`rounds` items; None where other ranks still have a batch and this one has not."""
+        """`rounds` items; None where this rank has no batch left while other ranks have one."""
         for share in self._shares:
-            yield None if share is None else self._batch(np.array(share, dtype=np.int64))
+            if share is None:
+                yield None
+            else:
+                yield self._batch(np.array(share, dtype=np.int64))

@@ -1,194 +1,191 @@
-"""What is done to the pixels of a training image behind crop and flip: operations and strengths, as
-numbers.
+"""The random part of the augmentation: operations, colour jitter, lighting and erasing as numbers.
 
-A policy turns uniform numbers into one operation and its parameter for each of K slots of an image;
-one list of operations serves all policies, and dali.py carries them out. As with crops, all is a
-pure function of (seed, epoch, row), or of rng.draw in place of the epoch, computed for a whole
-batch at once. The laws are torchvision's.
+Like crops, everything is a pure function of (seed, epoch, row), computed for a whole batch at once.
+In place of the epoch there may be a number for each sample, where an epoch shows an image several
+times (see rng.py). The laws are torchvision's. What an operation does is in operations.py.
 """
-
-from dataclasses import dataclass
 
 import numpy as np
 
 from resnet_dist.config import AugmentConfig
+from resnet_dist.data import operations
+from resnet_dist.data.arrays import FloatArray, IntArray
+from resnet_dist.data.types import OperationPlan
 from resnet_dist.rng import uniform
 
-OPERATIONS = (
-    "identity",
-    "shear_x",
-    "shear_y",
-    "translate_x",
-    "translate_y",
-    "rotate",
-    "brightness",
-    "color",
-    "contrast",
-    "sharpness",
-    "posterize",
-    "solarize",
-    "autocontrast",
-    "equalize",
-    "invert",
-    "hue",
-)
-"""Name of each operation id."""
-_CHOICES, _BINS = 14, 31  # RandAugment and TrivialAugment: the first 14 operations, and strengths
+_NUM_STRENGTHS = 31
+"""Strengths of RandAugment and TrivialAugment: 0 to 30."""
 
-# For ImageNet (Cubuk et al. 2018, table 9) as torchvision has it: 25 pairs of (operation,
-# probability, strength of 10).
-_AUTOAUGMENT = """
-posterize .4 8 rotate .6 9  solarize .6 5 autocontrast .6 0  equalize .8 0 equalize .6 0  posterize .6 7 posterize .6 6
-equalize .4 0 solarize .2 4  equalize .4 0 rotate .8 8  solarize .6 3 equalize .6 0  posterize .8 5 equalize 1 0
-rotate .2 3 solarize .6 8  equalize .6 0 posterize .4 6  rotate .8 8 color .4 0  rotate .4 9 equalize .6 0
-equalize 0 0 equalize .8 0  invert .6 0 equalize 1 0  color .6 4 contrast 1 8  rotate .8 8 color 1 2
-color .8 8 solarize .8 7  sharpness .4 7 invert .6 0  shear_x .6 5 equalize 1 0  color .4 0 equalize .6 0
-equalize .4 0 solarize .2 4  solarize .6 5 autocontrast .6 0  invert .6 0 equalize 1 0  color .6 4 contrast 1 8
-equalize .8 0 equalize .6 0"""
-_PAIRS = np.array(_AUTOAUGMENT.split()).reshape(25, 2, 3)
+# AutoAugment's policy for ImageNet (Cubuk et al. 2018, table 9) as torchvision has it: pairs of
+# (operation, probability, strength 0 to 9).
+_AUTOAUGMENT_POLICY = """
+posterize .4 8    rotate .6 9
+solarize .6 5     autocontrast .6 0
+equalize .8 0     equalize .6 0
+posterize .6 7    posterize .6 6
+equalize .4 0     solarize .2 4
+equalize .4 0     rotate .8 8
+solarize .6 3     equalize .6 0
+posterize .8 5    equalize 1 0
+rotate .2 3       solarize .6 8
+equalize .6 0     posterize .4 6
+rotate .8 8       color .4 0
+rotate .4 9       equalize .6 0
+equalize 0 0      equalize .8 0
+invert .6 0       equalize 1 0
+color .6 4        contrast 1 8
+rotate .8 8       color 1 2
+color .8 8        solarize .8 7
+sharpness .4 7    invert .6 0
+shear_x .6 5      equalize 1 0
+color .4 0        equalize .6 0
+equalize .4 0     solarize .2 4
+solarize .6 5     autocontrast .6 0
+invert .6 0       equalize 1 0
+color .6 4        contrast 1 8
+equalize .8 0     equalize .6 0
+"""
+_PAIRS = np.array(_AUTOAUGMENT_POLICY.split()).reshape(-1, 2, 3)
+_PAIR_OPS = operations.operation_ids(_PAIRS[..., 0].ravel()).reshape(-1, 2)
+_PAIR_PROBABILITIES = _PAIRS[..., 1].astype(float)
+_PAIR_LEVELS = _PAIRS[..., 2].astype(int) / 9
 
-# The matrix of an operation is _FIXED + parameter * _SLOPE; rotate alone is not linear.
-_FIXED, _SLOPE = np.zeros((2, len(OPERATIONS), 3, 3))
-_FIXED[1:6] = np.eye(3)
-_FIXED[9] = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13  # what Pillow blends for sharpness
-_SLOPE[6:, 0, 0] = 1
-_SLOPE[9] = np.pad([[1.0]], 1) - _FIXED[9]
-_SLOPE[[1, 2, 3, 4], [0, 1, 0, 1], [1, 0, 2, 2]] = [1, 1, -1, -1]
+_CHOICES = {name: operations.drawn_by(name) for name in ("randaugment", "trivialaugment")}
+_IDENTITY = operations.operation_ids(["identity"])[0]
+_JITTERED = operations.operation_ids(["brightness", "contrast", "color", "hue"])
+"""The operations of the colour jitter, in the order of `augment.color_jitter`."""
 
-# Of R, G, B in [0, 1] over ImageNet, as fb.resnet.torch publishes them; the vectors are columns.
+# Principal components of R, G, B in [0, 1] over ImageNet, as fb.resnet.torch publishes them; the
+# vectors are columns.
 _EIGENVALUES = np.array([0.2175, 0.0188, 0.0045])
 _EIGENVECTORS = np.array(
     [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
 )
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The operations on each image of a batch, in their order."""
-
-    ops: np.ndarray
-    """int32 [n, K], places in OPERATIONS"""
-    params: np.ndarray
-    """float32 [n, K]: tangent of a shear; pixels of a translation; degrees, counter-clockwise;
-    factor of brightness, color, contrast, sharpness; bits that posterize leaves; threshold of
-    solarize; turns of hue; 0 for the others"""
-    matrices: np.ndarray
-    """float32 [n, K, 3, 3]: geometric: (x, y, 1) in the result, in pixels from its corner, to the
-    place in the image; sharpness: the filter; else the parameter at [0, 0]"""
-
-
 def num_slots(config: AugmentConfig) -> int:
-    """K, the operations on an image: the policy's, then those of the colour jitter."""
-    of_policy = {"none": 0, "randaugment": config.num_ops, "trivialaugment": 1, "autoaugment": 2}[
-        config.policy
-    ]
-    return of_policy + np.count_nonzero(config.color_jitter)
+    """K, the number of operations on an image: those of the policy, then the colour jitter."""
+    return _num_policy_slots(config) + int(np.count_nonzero(config.color_jitter))
 
 
-def plan(
-    config: AugmentConfig, seed: int, epoch: int | np.ndarray, rows: np.ndarray, side: int
-) -> Plan | None:
-    """The operations on the samples `rows`, cut to squares of `side` pixels; None where all is
-    switched off.
+def _num_policy_slots(config: AugmentConfig) -> int:
+    slots = {
+        "none": 0,
+        "randaugment": config.num_ops,
+        "trivialaugment": 1,
+        "autoaugment": _PAIRS.shape[1],
+    }
+    return slots[config.policy]
+
+
+def plan_operations(
+    config: AugmentConfig, seed: int, epoch: int | IntArray, rows: IntArray, side: int
+) -> OperationPlan | None:
+    """Draw the operations on the samples `rows`, which are crops of `side` pixels.
+
+    Returns:
+        The plan, or None where policy and colour jitter are off.
     """
-    of_jitter = np.count_nonzero(config.color_jitter)
-    of_policy = num_slots(config) - of_jitter
-    if of_policy + of_jitter == 0:
+    if num_slots(config) == 0:
         return None
-    numbers = uniform(seed, "policy", epoch, rows, 3 * of_policy).reshape(len(rows), of_policy, 3)
-    parts = (
-        _policy(config, *np.moveaxis(numbers, 2, 0), side),
-        _jitter(config, uniform(seed, "jitter", epoch, rows, 8)),
+    num_policy = _num_policy_slots(config)
+    policy_numbers = uniform(seed, "policy", epoch, rows, 3 * num_policy)
+    jitter_numbers = uniform(seed, "jitter", epoch, rows, 8)
+    policy_ops, policy_params = _draw_policy(
+        config, policy_numbers.reshape(len(rows), num_policy, 3), side
     )
-    ops, params = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
-    return Plan(ops.astype(np.int32), params.astype(np.float32), matrices(ops, params, side))
+    jitter_ops, jitter_params = _draw_jitter(config, jitter_numbers)
+    ops = np.concatenate([policy_ops, jitter_ops], axis=1)
+    params = np.concatenate([policy_params, jitter_params], axis=1)
+    return OperationPlan(
+        ops.astype(np.int32),
+        params.astype(np.float32),
+        operations.matrices(ops, params, side),
+    )
 
 
-def _policy(
-    config: AugmentConfig, pick: np.ndarray, strength: np.ndarray, sign: np.ndarray, side: int
-):
-    """Operations and parameters [n, K] from three uniform numbers each, in torchvision's ranges."""
-    ops, bins, last = np.floor(pick * _CHOICES).astype(np.int64), config.magnitude, _BINS - 1
-    factor, shear, degrees, pixels, bits = 0.9, 0.3, 30, 150 / 331 * side, 4
-    if config.policy == "trivialaugment":
-        bins, (factor, shear, degrees, pixels, bits) = (
-            np.floor(strength * _BINS),
-            (0.99, 0.99, 135, 32, 6),
-        )
+def _draw_policy(
+    config: AugmentConfig, numbers: FloatArray, side: int
+) -> tuple[IntArray, FloatArray]:
+    """Operations and parameters [n, K] from three uniform numbers for each slot: [n, K, 3]."""
+    pick = numbers[..., 0]
+    strength = numbers[..., 1]
+    signs = np.where(numbers[..., 2] < 0.5, -1, 1)
+    if config.policy == "none":
+        return np.empty(pick.shape, np.int64), np.empty(pick.shape)
     if config.policy == "autoaugment":
-        pairs = _PAIRS[np.floor(pick[:, 0] * len(_PAIRS)).astype(np.int64)]
-        ops = np.vectorize(OPERATIONS.index)(pairs[..., 0]) * (
-            strength < pairs[..., 1].astype(float)
-        )
-        bins, last = pairs[..., 2].astype(int), 9
-    part, largest = (
-        bins / last,
-        np.array([0, shear, shear, pixels, pixels, degrees, *[factor] * 4, *[0] * 6]),
-    )
-    params = largest[ops] * part * np.where(sign < 0.5, -1, 1)
-    params = np.where((ops == 3) | (ops == 4), np.trunc(params), params) + ((ops >= 6) & (ops <= 9))
-    params = np.where(ops == 10, 8 - np.rint(part * bits), params)
-    return ops, np.where(ops == 11, 255 * (1 - part), params)
+        ops, levels = _draw_autoaugment(pick, strength)
+    else:
+        choices = _CHOICES[config.policy]
+        ops = choices[np.floor(pick * len(choices)).astype(np.int64)]
+        levels = _draw_levels(config, strength)
+    return ops, operations.parameters(config.policy, ops, levels, signs, side)
 
 
-def _jitter(config: AugmentConfig, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Torchvision's ColorJitter: the changes that are not 0, in random order, each uniform in its
-    range.
+def _draw_autoaugment(pick: FloatArray, strength: FloatArray) -> tuple[IntArray, FloatArray]:
+    """A pair of operations for each image; each is applied with its own probability."""
+    pairs = np.floor(pick[:, 0] * len(_PAIRS)).astype(np.int64)
+    is_applied = strength < _PAIR_PROBABILITIES[pairs]
+    ops = np.where(is_applied, _PAIR_OPS[pairs], _IDENTITY)
+    return ops, _PAIR_LEVELS[pairs]
+
+
+def _draw_levels(config: AugmentConfig, strength: FloatArray) -> FloatArray:
+    """The strength as a fraction of the largest: fixed in RandAugment, random in TrivialAugment."""
+    if config.policy == "trivialaugment":
+        levels: FloatArray = np.floor(strength * _NUM_STRENGTHS) / (_NUM_STRENGTHS - 1)
+        return levels
+    return np.full(strength.shape, config.magnitude / (_NUM_STRENGTHS - 1))
+
+
+def _draw_jitter(config: AugmentConfig, numbers: FloatArray) -> tuple[IntArray, FloatArray]:
+    """Torchvision's ColorJitter: the changes that are not 0, in random order, each uniform.
+
+    `numbers` is uniform [n, 8]: four for the sizes of the changes, four for their order.
     """
-    reach, middle, on = (
-        np.array(config.color_jitter),
-        np.array([1, 1, 1, 0]),
-        np.flatnonzero(config.color_jitter),
-    )
-    low = np.maximum(middle - reach, middle - 1)
-    order = on[np.argsort(numbers[:, 4:][:, on], axis=1)]
-    params = np.take_along_axis(low + (middle + reach - low) * numbers[:, :4], order, axis=1)
-    return np.array(
-        [OPERATIONS.index(name) for name in ("brightness", "contrast", "color", "hue")]
-    )[order], params
+    change = np.array(config.color_jitter)
+    neutral = np.array([1, 1, 1, 0])
+    low = np.maximum(neutral - change, neutral - 1)
+    high = neutral + change
+    params = low + (high - low) * numbers[:, :4]
+
+    active = np.flatnonzero(config.color_jitter)
+    order = active[np.argsort(numbers[:, 4:][:, active], axis=1)]
+    return _JITTERED[order], np.take_along_axis(params, order, axis=1)
 
 
-def matrices(ops: np.ndarray, params: np.ndarray, side: int) -> np.ndarray:
-    """The matrices of a Plan: shears keep the corner of the image, rotations its centre, as
-    torchvision's do.
-    """
-    out = _FIXED[ops] + params[..., None, None] * _SLOPE[ops]
-    angle, half = np.deg2rad(params[ops == 5]), side / 2
-    cos, sin = np.cos(angle), np.sin(angle)
-    out[ops == 5, 0] = np.stack([cos, -sin, half * (1 - cos + sin)], axis=1)
-    out[ops == 5, 1] = np.stack([sin, cos, half * (1 - cos - sin)], axis=1)
-    return out.astype(np.float32)
+def lighting_shifts(
+    config: AugmentConfig, seed: int, epoch: int | IntArray, rows: IntArray
+) -> FloatArray:
+    """What PCA lighting adds to R, G and B, for pixels in [0, 1]: float32 [n, 3].
 
-
-def lighting(
-    config: AugmentConfig, seed: int, epoch: int | np.ndarray, rows: np.ndarray
-) -> np.ndarray:
-    """float32 [n, 3]: what PCA lighting adds to R, G, B, for pixels in [0, 1] (Krizhevsky et al.
-    2012, section 4.1).
+    Krizhevsky et al. 2012, section 4.1.
     """
     numbers = uniform(seed, "lighting", epoch, rows, 6)
-    normal = np.sqrt(-2 * np.log(1 - numbers[:, :3])) * np.cos(
-        2 * np.pi * numbers[:, 3:]
-    )  # Box and Muller 1958
-    return (config.lighting_std * normal * _EIGENVALUES @ _EIGENVECTORS.T).astype(np.float32)
+    # Normal numbers by the method of Box and Muller (1958).
+    radius = np.sqrt(-2 * np.log(1 - numbers[:, :3]))
+    normal = radius * np.cos(2 * np.pi * numbers[:, 3:])
+    shifts = config.lighting_std * normal * _EIGENVALUES @ _EIGENVECTORS.T
+    return shifts.astype(np.float32)
 
 
-def erasing(
-    config: AugmentConfig, seed: int, epoch: int | np.ndarray, rows: np.ndarray, side: int
-) -> np.ndarray:
-    """int64 [n, 4]: the rectangle (y, x, height, width) of each square that is set to zero; all 0
-    for none.
+def erasing_boxes(
+    config: AugmentConfig, seed: int, epoch: int | IntArray, rows: IntArray, side: int
+) -> IntArray:
+    """The rectangle (y, x, height, width) of each square that is set to zero: int64 [n, 4].
 
-    torchvision's RandomErasing: area uniform in 2 to 33 % of the square's, height over width
-    log-uniform in 0.3 to 3.3, the first of ten tries whose sides are shorter than the square's,
-    placed uniformly.
+    It is all zeros for an image that is not erased. The law is torchvision's RandomErasing: the
+    area is uniform in 2 to 33 % of the square's, and height over width log-uniform in 0.3 to 3.3.
+    The first of ten tries whose sides are shorter than the square's is taken, and placed uniformly.
     """
     numbers = uniform(seed, "erasing", epoch, rows, 23)
-    areas, ratios = side**2 * (0.02 + 0.31 * numbers[:, 3::2]), 0.3 * 11 ** numbers[:, 4::2]
+    areas = side**2 * (0.02 + 0.31 * numbers[:, 3::2])
+    ratios = 0.3 * 11 ** numbers[:, 4::2]
     tries = np.rint(np.sqrt(np.stack([areas * ratios, areas / ratios], axis=2)))
+
     fits = (tries < side).all(axis=2)
-    sides = tries[np.arange(len(tries)), fits.argmax(axis=1)]
-    done = (numbers[:, :1] < config.random_erasing) & fits.any(axis=1, keepdims=True)
-    return (np.hstack([np.floor(numbers[:, 1:3] * (side - sides + 1)), sides]) * done).astype(
-        np.int64
-    )
+    first_fit = fits.argmax(axis=1)
+    sides = tries[np.arange(len(tries)), first_fit]
+    corners = np.floor(numbers[:, 1:3] * (side - sides + 1))
+    is_erased = (numbers[:, :1] < config.random_erasing) & fits.any(axis=1)[:, None]
+    return (np.hstack([corners, sides]) * is_erased).astype(np.int64)

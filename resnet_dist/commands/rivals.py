@@ -1,0 +1,91 @@
+"""The loaders that `resnet-dist benchmark loader` compares ours with, as their own examples write
+them.
+"""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from resnet_dist.config import DataConfig
+
+MakeBatches = Callable[[int, int], Iterator[Any]]
+"""From (start, stop) to the batches of that range."""
+
+
+def plain_dali(
+    folder: str, config: DataConfig, local_batch_size: int, threads: int, device: torch.device
+) -> MakeBatches:
+    """DALI's pipeline for class folders: random window, resize, mirror and normalise; float NCHW on
+    `device`.
+    """
+    from nvidia import dali
+    from nvidia.dali import fn
+
+    on_gpu = device.type == "cuda"
+    with dali.Pipeline(local_batch_size, threads, device.index if on_gpu else None) as pipeline:
+        encoded, labels = fn.readers.file(file_root=folder, random_shuffle=True)
+        pixels = fn.decoders.image_random_crop(
+            encoded,
+            random_area=config.crop_scale,
+            random_aspect_ratio=config.crop_ratio,
+            device="mixed" if on_gpu else "cpu",
+        )
+        side = config.train_crop_size
+        pixels = fn.crop_mirror_normalize(
+            fn.resize(pixels, size=[side, side]),
+            mirror=fn.random.coin_flip(),
+            mean=[255 * value for value in config.mean],
+            std=[255 * value for value in config.std],
+        )
+        pipeline.set_outputs(pixels, labels)
+
+    def batches(start: int, stop: int) -> Iterator[Any]:
+        pipeline.schedule_run()
+        for batch in range(start, stop):
+            if batch + 1 < stop:
+                pipeline.schedule_run()
+            yield pipeline.share_outputs()
+            pipeline.release_outputs()
+
+    # The very first call starts two batches, which is DALI's default.
+    pipeline.schedule_run()
+    for _ in range(2):
+        pipeline.share_outputs()
+        pipeline.release_outputs()
+    return batches
+
+
+def plain_torchvision(
+    folder: str, config: DataConfig, local_batch_size: int, threads: int
+) -> MakeBatches | None:
+    """Torchvision's ImageFolder with one worker for each of our threads; float32 NCHW on the host.
+
+    Returns None where torchvision is not installed.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return None
+    from torchvision import datasets, transforms
+
+    steps = [
+        transforms.RandomResizedCrop(config.train_crop_size, config.crop_scale, config.crop_ratio),
+        transforms.RandomHorizontalFlip(config.flip_probability),
+        transforms.ToTensor(),
+        transforms.Normalize(config.mean, config.std),
+    ]
+    images = datasets.ImageFolder(folder, transforms.Compose(steps))
+
+    def batches(start: int, stop: int) -> Iterator[Any]:
+        num_samples = (stop - start) * local_batch_size
+        sampler = torch.utils.data.RandomSampler(images, num_samples=num_samples)
+        loader = torch.utils.data.DataLoader(
+            images,
+            local_batch_size,
+            num_workers=threads,
+            multiprocessing_context="fork",
+            sampler=sampler,
+        )
+        return iter(loader)
+
+    return batches

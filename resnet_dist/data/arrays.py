@@ -1,0 +1,9 @@
+"""Names for the types of NumPy arrays."""
+
+from typing import Any
+
+import numpy as np
+
+IntArray = np.ndarray[Any, np.dtype[np.int64]]
+FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
+BoolArray = np.ndarray[Any, np.dtype[np.bool_]]

@@ -1,0 +1,226 @@
+"""What a step shows, as a function of the seed and the step."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resnet_dist.config import AugmentConfig, DataConfig
+from resnet_dist.data import operations
+from resnet_dist.data.sampling import crops, order
+from resnet_dist.data.sampling.jobs import (
+    TrainSampling,
+    job_geometry,
+    preview_job,
+    train_job,
+    val_job,
+)
+from resnet_dist.data.sampling.order import BatchLayout
+
+NUM_IMAGES = 1000
+
+TRAINING = {
+    "plain": ({}, {}),
+    "randaugment": (
+        {
+            "train_crop": "scale_jitter",
+            "scale_jitter": (64, 80),
+            "train_crop_size": 64,
+            "progressive_start_size": 32,
+            "progressive_epochs": (0, 2),
+        },
+        {
+            "policy": "randaugment",
+            "num_ops": 3,
+            "color_jitter": (0.4, 0.4, 0.4, 0.1),
+            "lighting_std": 0.1,
+            "repeats": 2,
+            "random_erasing": 0.5,
+        },
+    ),
+    "trivialaugment": (
+        {"train_crop": "pad", "train_crop_size": 32},
+        {"policy": "trivialaugment", "random_erasing": 0.25},
+    ),
+    "autoaugment": (
+        {"train_crop_size": 96},
+        {"policy": "autoaugment", "color_jitter": (0, 0.2, 0, 0.1)},
+    ),
+}
+EVALUATION = {
+    "center": {},
+    "ten": {"val_crops": "ten"},
+    "scales": {"val_scales": (48, 64, 100)},
+    "padded": {"val_resize_size": 40, "val_crop_size": 64},
+}
+
+# Computed by version 1 of the data path. A run that it began is resumed by this one.
+GOLDEN = {
+    "plain": "3eb0df21876911ab",
+    "randaugment": "4564ea9a6aa6b90e",
+    "trivialaugment": "e5ff7d2166f767cf",
+    "autoaugment": "da12744c6bae6809",
+    "center": "b7e9e19209a3a4ab",
+    "ten": "d25fb01b18e8fbff",
+    "scales": "c4b73ac96e40bdbb",
+    "padded": "c05a5d84dde4d41e",
+}
+
+
+def sizes(rows):
+    """Made-up heights and widths of images."""
+    return 20 + rows * 7919 % 480, 20 + rows * 104729 % 611
+
+
+def values(job, geometry):
+    """Everything that a job shows, in a fixed order."""
+    yield from (job.rows, job.epoch, job.step, np.broadcast_to(job.draws, job.rows.shape), job.side)
+    yield from (geometry.windows, geometry.flips)
+    for view in geometry.views:
+        yield from (view.sizes, view.offsets, view.side)
+    if job.operations is not None:
+        yield [[operations.NAMES[op] for op in ops] for ops in job.operations.ops.tolist()]
+        yield from (job.operations.params, job.operations.matrices)
+    for optional in (job.lighting, job.boxes):
+        if optional is not None:
+            yield optional
+
+
+def digest(found):
+    """A hash that does not depend on the last bits of floating point numbers."""
+    hashed = hashlib.sha256()
+    for value in found:
+        if isinstance(value, np.ndarray):
+            rounded = np.rint(np.asarray(value, np.float64) * 1000).astype("<i8")
+            hashed.update(repr(value.shape).encode())
+            hashed.update(rounded.tobytes())
+        else:
+            hashed.update(repr(value).encode())
+    return hashed.hexdigest()[:16]
+
+
+def test_jobs_never_change():
+    """Rows, windows, flips, operations, lighting and boxes of a few steps over an epoch's edge."""
+    found = {}
+    for name, (data, augment) in TRAINING.items():
+        data = DataConfig(**{"train_crop_size": 32, **data})
+        shown = []
+        for rank in range(2):
+            layout = BatchLayout(48, grad_accum_steps=2, rank=rank, world_size=2)
+            sampling = TrainSampling(NUM_IMAGES, layout, data, AugmentConfig(**augment))
+            for step in range(18, 23):
+                for micro_step in range(2):
+                    job = train_job(5, step, micro_step, sampling)
+                    shown += values(job, job_geometry(job, *sizes(job.rows), data))
+        found[name] = digest(shown)
+    for name, data in EVALUATION.items():
+        data = DataConfig(
+            **{"val_batch_size": 50, "val_resize_size": 72, "val_crop_size": 64, **data}
+        )
+        shown = []
+        for rank in range(2):
+            for rows in order.val_batches(NUM_IMAGES, data.val_batch_size, rank, 2)[:3]:
+                job = val_job(np.array(rows))
+                shown += values(job, job_geometry(job, *sizes(job.rows), data))
+        found[name] = digest(shown)
+    assert found == GOLDEN
+
+
+def test_a_preview_is_what_training_shows():
+    data = DataConfig(train_crop_size=96)
+    augment = AugmentConfig(policy="randaugment", random_erasing=0.5)
+    sampling = TrainSampling(NUM_IMAGES, BatchLayout(48), data, augment)
+    shown = train_job(5, 25, 0, sampling)
+    preview = preview_job(5, shown.rows, shown.epoch, sampling)
+    assert np.array_equal(preview.operations.matrices, shown.operations.matrices)
+    assert np.array_equal(preview.boxes, shown.boxes)
+    windows = [job_geometry(job, *sizes(job.rows), data).windows for job in (shown, preview)]
+    assert np.array_equal(*windows)
+
+
+layouts = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5))
+
+
+@settings(max_examples=60, deadline=None)
+@given(layouts, st.integers(0, 300), st.integers(0, 2**40), st.integers(0, 9))
+def test_any_layout_reads_the_same_global_batch(layout, more_images, seed, step):
+    """In the order of the positions; and no image twice in an epoch."""
+    world_size, grad_accum_steps, local = layout
+    global_batch_size = world_size * grad_accum_steps * local
+    num_images = global_batch_size + more_images
+    whole = TrainSampling(num_images, BatchLayout(global_batch_size), DataConfig(), AugmentConfig())
+    expected = train_job(seed, step, 0, whole)
+    parts = []
+    for micro_step in range(grad_accum_steps):
+        for rank in range(world_size):
+            layout = BatchLayout(global_batch_size, grad_accum_steps, rank, world_size)
+            sampling = TrainSampling(num_images, layout, DataConfig(), AugmentConfig())
+            parts.append(train_job(seed, step, micro_step, sampling).rows)
+    assert np.array_equal(np.concatenate(parts), expected.rows)
+    assert len(np.unique(expected.rows)) == global_batch_size
+    assert expected.rows.min() >= 0 and expected.rows.max() < num_images
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 5000), st.integers(0, 2**62), st.integers(0, 1000))
+def test_an_epoch_is_a_permutation(n, seed, epoch):
+    rows = order.rows_at(seed, epoch, n, np.arange(n))
+    assert np.array_equal(np.sort(rows), np.arange(n))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 400), st.integers(1, 60), st.integers(1, 5))
+def test_evaluation_batches_cover_every_row_once(n, val_batch_size, world_size):
+    shares = [order.val_batches(n, val_batch_size, rank, world_size) for rank in range(world_size)]
+    assert len({len(share) for share in shares}) == 1
+    rows = [row for share in shares for batch in share if batch is not None for row in batch]
+    assert sorted(rows) == list(range(n))
+
+
+sides = st.integers(1, 5000)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(sides, sides), min_size=1, max_size=20),
+    st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)).map(sorted).map(tuple),
+    st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)).map(sorted).map(tuple),
+    st.integers(0, 2**62),
+)
+def test_windows_lie_in_their_images(images, scale, ratio, seed):
+    """Any image sizes and ranges: windows of at least one pixel, the same alone as in a batch."""
+    heights, widths = np.array(images).T
+    rows = np.arange(len(images))
+    windows = crops.random_windows(seed, 3, rows, heights, widths, scale, ratio)
+    y, x, height, width = windows.T
+    assert (height >= 1).all() and (width >= 1).all() and (y >= 0).all() and (x >= 0).all()
+    assert (y + height <= heights).all() and (x + width <= widths).all()
+    alone = crops.random_windows(seed, 3, rows[-1:], heights[-1:], widths[-1:], scale, ratio)
+    assert np.array_equal(alone[0], windows[-1])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(sides, sides), min_size=1, max_size=20), sides, sides)
+def test_evaluation_squares_lie_in_their_images_or_are_padded_evenly(images, resize, crop):
+    heights, widths = np.array(images).T
+    config = DataConfig(val_resize_size=resize, val_crop_size=crop)
+    (view,) = crops.val_geometry(heights, widths, config).views
+    last = view.sizes - crop
+    assert (view.sizes.min(axis=1) == resize).all()
+    assert (np.abs(2 * view.offsets - last) <= 1).all()
+
+
+@pytest.mark.parametrize("train_crop", ["random_resized", "scale_jitter", "pad"])
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(sides, sides), min_size=1, max_size=8), st.integers(0, 2**62))
+def test_training_squares_do_not_leave_the_padded_image(train_crop, images, seed):
+    config = DataConfig(train_crop=train_crop, train_crop_size=224, pad=4)
+    heights, widths = np.array(images).T
+    geometry = crops.train_geometry(seed, 0, np.arange(len(images)), heights, widths, 224, config)
+    (view,) = geometry.views
+    border = 4 if train_crop == "pad" else 0
+    assert (view.offsets >= -border).all()
+    assert (view.offsets + 224 <= view.sizes + border).all()
+    assert set(geometry.flips.tolist()) <= {0, 1}
