@@ -23,7 +23,7 @@ DaliNode = Any
 
 
 @dataclass(frozen=True)
-class Range:
+class StrengthRange:
     """The largest strength of an operation in a policy."""
 
     largest: float = 0.0
@@ -278,21 +278,21 @@ class Operation:
     dali_form: DaliForm
     law: Law = _zero
     matrix_of: MatrixOf = _corner
-    ranges: Mapping[str, Range] = field(default_factory=dict)
+    ranges: Mapping[str, StrengthRange] = field(default_factory=dict)
     """the largest strength in each policy that draws the operation"""
 
 
-def _ranges(usual: Range, wide: Range) -> dict[str, Range]:
+def _ranges(usual: StrengthRange, wide: StrengthRange) -> dict[str, StrengthRange]:
     """RandAugment and AutoAugment share their ranges; TrivialAugmentWide has wider ones."""
     return {"randaugment": usual, "autoaugment": usual, "trivialaugment": wide}
 
 
-_NO_RANGE = _ranges(Range(), Range())
-_SHEAR = _ranges(Range(0.3), Range(0.99))
-_TRANSLATION = _ranges(Range(150 / 331, of_side=True), Range(32))
-_ROTATION = _ranges(Range(30), Range(135))
-_FACTOR = _ranges(Range(0.9), Range(0.99))
-_POSTERIZE = _ranges(Range(4), Range(6))
+_NO_RANGE = _ranges(StrengthRange(), StrengthRange())
+_SHEAR = _ranges(StrengthRange(0.3), StrengthRange(0.99))
+_TRANSLATION = _ranges(StrengthRange(150 / 331, of_side=True), StrengthRange(32))
+_ROTATION = _ranges(StrengthRange(30), StrengthRange(135))
+_FACTOR = _ranges(StrengthRange(0.9), StrengthRange(0.99))
+_POSTERIZE = _ranges(StrengthRange(4), StrengthRange(6))
 
 # A policy picks by place among the operations that have a range in it: the order is torchvision's,
 # and a resumed run needs it to stay as it is. New operations come last.
@@ -311,7 +311,7 @@ _TABLE = (
     Operation("solarize", _dali_solarize, _threshold, ranges=_NO_RANGE),
     Operation("autocontrast", _dali_autocontrast, ranges=_NO_RANGE),
     Operation("equalize", _dali_equalize, ranges=_NO_RANGE),
-    Operation("invert", _dali_invert, ranges={"autoaugment": Range()}),
+    Operation("invert", _dali_invert, ranges={"autoaugment": StrengthRange()}),
     # Drawn by the colour jitter alone, in turns of the colour circle.
     Operation("hue", _dali_hue),
 )
