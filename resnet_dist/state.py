@@ -23,7 +23,7 @@ def build_state(config: Config, num_classes: int, device: torch.device) -> Train
     torch.manual_seed(derive_seed(config.seed, "init"))
     model = build_model(config.model, num_classes)
     if config.model.sync_batch_norm:
-        model = convert_sync_batch_norm(model, device_type=device.type)
+        model = convert_sync_batch_norm(model)
     freeze(model, config.optim.unfreeze_from)
     model = model.to(device=device, memory_format=torch.channels_last)
     return TrainState(

@@ -22,7 +22,7 @@ def test_groups_follow_the_type_of_the_module(sync):
     """torchvision names the norms of a shortcut downsample.1: a search for "bn" would miss them."""
     model = MODELS["resnet18"](num_classes=10)
     if sync:
-        model = convert_sync_batch_norm(model, device_type="cpu")
+        model = convert_sync_batch_norm(model)
     groups = parameter_groups(
         model, OptimConfig(weight_decay=1e-4, norm_weight_decay=0.0, bias_weight_decay=1e-5)
     )

@@ -8,6 +8,7 @@ something to see.
 import copy
 import json
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -31,7 +32,6 @@ from resnet_dist.config import (
 )
 from resnet_dist.data.sources.digits import load_digits
 from resnet_dist.data.types import Batch
-from resnet_dist.ema import Ema
 from resnet_dist.engine import evaluate, train_step
 from resnet_dist.mix import draw_mix, mix_images
 from resnet_dist.models.build import build_model
@@ -52,27 +52,57 @@ COUNTS = {
     "inception_v4": 42679816,
     "inception_resnet_v2": 55843464,
 }
-THROUGH_A_FILE = {"lenet5", "alexnet", "vgg11_bn", "googlenet", "densenet121", "efficientnet_b0"}
-"""One of each family; the states of the others are copied, as they are before they are written."""
-FAMILY_TOO = {
-    "plain20": (32, 8, 0.05, 1.0),
-    "preresnet110": (32, 8, 0.3, 1.0),
-    "resnet29": (32, 8, 0.1, 1.0),
-    "resnet50d": (64, 8, 0.02, 1.0),
-    "seresnet50": (64, 8, 0.05, 1.0),
+WITH_RESUME = {"lenet5", "alexnet", "vgg11_bn", "googlenet", "densenet121", "efficientnet_b0"}
+"""One of each family is saved to a file and resumed: a checkpoint knows tensors, not networks."""
+FAMILY_TOO = ("plain20", "preresnet110", "resnet29", "resnet50d", "seresnet50")
+"""Blocks and options of the ResNet family that no other test trains."""
+
+
+@dataclass(frozen=True)
+class Overfit:
+    """Settings with which a network learns a few images by heart at once."""
+
+    size: int
+    """side of the images"""
+    count: int
+    lr: float
+    clip: float = 0.0
+    """largest norm of the gradient; 0 = no clipping"""
+    updates: int = 1
+
+
+SETTINGS = {
+    "lenet5": Overfit(32, 4, 2.0, updates=2),
+    "alexnet": Overfit(63, 4, 2.0, clip=1.0, updates=2),
+    "googlenet": Overfit(32, 4, 0.03),
+    "inception_v3": Overfit(299, 2, 0.01),
+    "inception_v4": Overfit(75, 2, 0.01),
+    "inception_resnet_v2": Overfit(75, 2, 0.01),
+    "vgg": Overfit(32, 4, 2.0, clip=1.0, updates=2),
+    "vgg_bn": Overfit(32, 4, 0.6, clip=1.0, updates=2),
+    "densenet": Overfit(32, 4, 0.03),
+    "efficientnet_b2": Overfit(64, 4, 0.003, updates=2),
+    "efficientnet_b5": Overfit(48, 4, 0.003),
+    "efficientnet_b6": Overfit(48, 4, 0.003),
+    "efficientnet_b7": Overfit(48, 4, 0.0005),
+    "efficientnet": Overfit(48, 4, 0.003, updates=2),
+    "plain20": Overfit(32, 4, 0.05, updates=3),
+    "preresnet110": Overfit(32, 4, 0.1, updates=3),
+    "resnet29": Overfit(32, 4, 0.03, updates=2),
+    "resnet50d": Overfit(64, 4, 0.005),
+    "seresnet50": Overfit(64, 4, 0.01),
 }
-"""Blocks and options of the ResNet family that no other test trains, with settings as below; eight
-updates more.
-"""
-LARGE = (
-    "inception_v3",
-    "inception_r",
-    "densenet161",
-    "densenet2",
-    "efficientnet_b5",
-    "efficientnet_b6",
-    "efficientnet_b7",
-)
+"""By name, or by the family that the name begins with. After these updates the loss is at most 0.75
+times the first one, on one CPU in fp32."""
+
+
+def settings(name):
+    """The settings of a network."""
+    if name in SETTINGS:
+        return SETTINGS[name]
+    if name.startswith("vgg"):
+        return SETTINGS["vgg_bn" if name.endswith("_bn") else "vgg"]
+    return next(own for family, own in SETTINGS.items() if name.startswith(family))
 
 
 def batch_of(size, count):
@@ -84,32 +114,6 @@ def batch_of(size, count):
         images.contiguous(memory_format=torch.channels_last),
         torch.from_numpy(labels[:count]),
         np.arange(count),
-    )
-
-
-def settings(name):
-    """Side of the images, how many, learning rate and largest gradient (0 = as it is) that overfit
-    at once.
-    """
-    own = {
-        "lenet5": (32, 4, 2.0, 0.0),
-        "alexnet": (63, 8, 1.0, 1.0),
-        "googlenet": (64, 8, 0.03, 0.0),
-        "inception_v3": (299, 2, 0.01, 0.0),
-        "inception_v4": (75, 4, 0.003, 0.0),
-        "efficientnet_b2": (64, 4, 0.003, 0.0),
-        "inception_resnet_v2": (75, 4, 0.02, 0.0),
-    }
-    family = {
-        "vgg": (32, 4, 0.3 if name.endswith("_bn") else 1.0, 1.0),
-        "dense": (32, 8, 0.05, 0.0),
-        "effic": (48, 4, 0.003, 0.0),
-    }
-    own |= FAMILY_TOO
-    return (
-        own[name]
-        if name in own
-        else next(value for key, value in family.items() if name.startswith(key))
     )
 
 
@@ -131,52 +135,55 @@ def narrow(monkeypatch):
 
 
 @pytest.mark.parametrize("name", [*ZOO, *FAMILY_TOO])
-def test_trains_resumes_averages_and_evaluates(name, narrow, tmp_path):
-    """Three updates through the engine's step, in bf16 (two of a large one), the last also from the
-    saved state: the loss falls, and weights, momentum, average and statistics are the same, bit for
-    bit.
+def test_trains_averages_and_evaluates(name, narrow, tmp_path):
+    """A few updates by the engine's step: the loss falls with a margin, and the network and its
+    average evaluate. Of some networks the last update is also done from the saved state: weights,
+    momentum, average and statistics are the same, bit for bit.
     """
-    size, count, lr, clip = settings(name)
+    own = settings(name)
     config = Config(
         model=ModelConfig(name=name),
         optim=OptimConfig(weight_decay=0.0),
-        train=TrainConfig(precision="fp32", ema_decay=0.9, clip_grad_norm=clip),
+        train=TrainConfig(precision="fp32", ema_decay=0.9, clip_grad_norm=own.clip),
     )
     state = build_state(config, 10, CPU)
-    model, rule, batch = copy.deepcopy(state.model), rule_of(config), batch_of(size, count)
-    resumed = TrainState(model, build_optimizer(config.optim, model), state.scaler, Ema(model, 0.9))
+    rule, batch = rule_of(config), batch_of(own.size, own.count)
     assert all(
         isinstance(m, SyncBatchNorm) for m in state.model.modules() if isinstance(m, _BatchNorm)
     )
 
     def step(state):
         torch.manual_seed(1)  # the same masks each time, so that they do not hide the fall
-        counts, _ = train_step(
-            NoSync(state.model.train()), state, [batch], lr, rule, NonFinite(state.model, 0)
-        )
+        nonfinite = NonFinite(state.model, 0)
+        model = NoSync(state.model.train())
+        counts, _ = train_step(model, state, [batch], own.lr, rule, nonfinite)
         return counts.result()["loss"]
 
-    updates = 10 if name in FAMILY_TOO else 1 if name.startswith(LARGE) else 2
-    losses = [step(state) for _ in range(updates)]
-    saved = checkpoint._copy_to_cpu({"format": checkpoint.FORMAT, **state.state_dict()})
-    if name in THROUGH_A_FILE:
-        checkpoint.write_checkpoint(tmp_path / "a.pt", saved)
-        saved = checkpoint.unpack_checkpoint(checkpoint.read_checkpoint(tmp_path / "a.pt"), "a.pt")
+    losses = [step(state) for _ in range(own.updates)]
+    saved = saved_and_read(state, tmp_path / "a.pt") if name in WITH_RESUME else None
     losses.append(step(state))
-    resumed.load_state_dict(saved)
-    assert step(resumed) == losses[-1]
-    assert equal_trees(state.state_dict(), resumed.state_dict())
-    print(name, losses)
-    assert losses[-1] < 0.9 * losses[0] and losses[0] < 10
+    assert losses[-1] < 0.9 * losses[0] and losses[0] < 10, losses
+    if saved is not None:
+        resumed = build_state(config, 10, CPU)
+        resumed.load_state_dict(saved)
+        assert step(resumed) == losses[-1]
+        assert equal_trees(state.state_dict(), resumed.state_dict())
     for model in (state.model, state.ema.model):
-        result = evaluate(model, ListLoader([batch], count), Alone(), FP32).result()
-        assert result["num"] == count and np.isfinite(result["loss"])
+        result = evaluate(model, ListLoader([batch], own.count), Alone(), FP32).result()
+        assert result["num"] == own.count and np.isfinite(result["loss"])
+
+
+def saved_and_read(state, path):
+    """The state, through a file."""
+    content = checkpoint._copy_to_cpu({"format": checkpoint.FORMAT, **state.state_dict()})
+    checkpoint.write_checkpoint(path, content)
+    return checkpoint.unpack_checkpoint(checkpoint.read_checkpoint(path), str(path))
 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_parameters_figures_and_conversion(name):
-    """On meta, with 1000 classes. Conversion to torch's SyncBatchNorm leaves no other norm, and the
-    same keys.
+    """On meta, with 1000 classes. Conversion to SyncBatchNorm leaves no other norm, and the same
+    keys.
     """
     entry = ZOO[name]
     with torch.device("meta"):
@@ -201,9 +208,9 @@ def test_parameters_figures_and_conversion(name):
     else:
         assert count == COUNTS[name]
     keys, norms = list(model.state_dict()), sum(isinstance(m, _BatchNorm) for m in model.modules())
-    model = convert_sync_batch_norm(model, device_type="cuda")
+    model = convert_sync_batch_norm(model)
     assert list(model.state_dict()) == keys
-    assert sum(isinstance(m, nn.SyncBatchNorm) for m in model.modules()) == norms
+    assert sum(isinstance(m, SyncBatchNorm) for m in model.modules()) == norms
 
 
 def densenet_parameters(growth, depths, channels):
