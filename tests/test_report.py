@@ -11,7 +11,7 @@ from resnet_dist.commands import report
 
 @pytest.fixture
 def folder(tmp_path):
-    """A run of two processes: ten epochs, the second five of them 100 s after the first had ended."""
+    """A run of two sessions of five epochs, the second 100 s after the end of the first."""
     records = []
     for step in range(10, 101, 10):
         elapsed = float(step if step <= 50 else step - 50)
@@ -60,7 +60,7 @@ def test_table_and_picture(folder, capsys):
     assert call(folder) == 0
     out = capsys.readouterr().out
     for part in (
-        "100 steps, 10.00 epochs, 0:01:40 h in 2 runs",
+        "100 steps, 10.00 epochs, 0:01:40 h in 2 sessions",
         "555 images/s",
         "1.5 %",
         "bad images",
@@ -110,3 +110,43 @@ def test_several_runs_are_compared(folder, tmp_path, capsys):
     assert rows["other"] == ["0.50", "0:00:02", "1.5000", "nan", "nan", "nan"]
     assert (folder / "metrics.png").read_bytes()[:4] == b"\x89PNG"
     assert call(folder, tmp_path / "none") == 2
+
+
+def run_folder(folder, name, correct, num=10000):
+    place = folder / name
+    place.mkdir()
+    line = {
+        "step": 5,
+        "train/epoch": 0.5,
+        "val/loss": 1.0,
+        "val/top1": 100 * correct / num,
+        "val/correct1": correct,
+        "val/num": num,
+    }
+    (place / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    return place
+
+
+def test_a_difference_inside_its_interval_is_not_called_one(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    base = run_folder(tmp_path, "base", 9000)
+    near = run_folder(tmp_path, "near", 9080)
+    far = run_folder(tmp_path, "far", 9110)
+    assert call(base, near, far) == 0
+    out = capsys.readouterr().out
+    assert "near and base: no difference in final val top-1 beyond chance" in out
+    assert "far has +1.10 points of final val top-1 against base (95 % interval +0.29 to" in out
+    assert call(base) == 0
+    assert "top-1  90.00 % (95 %: 89.40 to 90.57)" in capsys.readouterr().out
+
+
+def test_few_classes_have_no_top5(tmp_path, capsys):
+    folder = run_folder(tmp_path, "few", 90, 100)
+    assert call(folder, "--out", tmp_path / "p.png") == 0
+    assert "top-5" not in capsys.readouterr().out
+
+
+def test_a_folder_name_cannot_forge_lines(tmp_path, capsys):
+    assert call(tmp_path / "a\nerror: \x1b[31m") == 2
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "\x1b" not in out

@@ -30,6 +30,8 @@ LAYERS = [
         "rendezvous",
         "console",
         "metrics_file",
+        "intervals",
+        "history",
         "log",
         "sinks.*",
         "metrics",

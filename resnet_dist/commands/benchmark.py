@@ -53,9 +53,9 @@ class FigureLog(Log):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config.log, config.output_dir, False, {})
-        self.lines: list[dict[str, Any]] = []
+        self.lines: list[Mapping[str, Any]] = []
 
-    def metrics(self, step: int, values: dict[str, Any]) -> None:
+    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
         """Keep the values of one line."""
         self.lines.append(values)
 

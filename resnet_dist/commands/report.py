@@ -1,23 +1,19 @@
-"""`resnet-dist report`: what came out of a run, or of several beside each other, from metrics.jsonl
-alone.
+"""`resnet-dist report`: the result of a run, or of several beside each other.
+
+Everything comes from metrics.jsonl.
 """
 
 import argparse
 import math
 import statistics
+from collections.abc import Sequence
 from datetime import timedelta
-from itertools import pairwise
 from pathlib import Path
 
-from resnet_dist.metrics_file import read_metrics
-
-_COLORS = ("#1f5fa8", "#c8501e", "#3a8a4d", "#8a5fb0", "#8a8a8a", "#b08a1f")
-_SPLITS = {
-    "train": ("train", "#8a8a8a"),
-    "val": ("val", "#1f5fa8"),
-    "val_ema": ("val, EMA", "#c8501e"),
-}
-"""Name and color of what the keys of metrics.jsonl begin with."""
+from resnet_dist.commands.report_plots import SPLITS, plot_run, plot_runs
+from resnet_dist.history import Evaluation, RunHistory, read_run
+from resnet_dist.intervals import difference_interval
+from resnet_dist.text import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,191 +24,139 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of a run, with its metrics.jsonl; several are compared",
     )
     parser.add_argument(
-        "--out", default=None, metavar="PNG", help="the picture; default: metrics.png in the first"
+        "--out",
+        default=None,
+        metavar="PNG",
+        help="the picture; default: metrics.png in the first folder",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table and draw the picture where matplotlib is installed; 0, or 2 when there is
-    nothing to report.
+    """Print the table, and draw the picture if matplotlib is installed.
+
+    Returns 0, or 2 if there is nothing to report or the picture cannot be written.
     """
-    runs: dict[Path, list[dict]] = {}
-    for folder in map(Path, args.output_dir):
-        try:
-            runs[folder] = read_metrics(folder / "metrics.jsonl")
-        except OSError as error:
-            print(
-                f"error: {folder} has no readable metrics.jsonl ({error.strerror}): name the output_dir of a run"
-            )
-            return 2
-        if not runs[folder]:
-            print(
-                f"error: {folder / 'metrics.jsonl'} has no line yet: the run has not logged anything"
-            )
-            return 2
-    folder, records = next(iter(runs.items()))
-    print(summary(records, folder) if len(runs) == 1 else comparison(runs))
-    out = Path(args.out) if args.out else folder / "metrics.png"
     try:
-        if len(runs) == 1:
-            plot(records, folder.absolute().name, out)
-        else:
-            plot_comparison(runs, out)
-        print(f"picture: {out}")
-    except ImportError:
-        print("no picture, since matplotlib is not installed: pip install resnet-dist[report]")
-    except (OSError, ValueError) as error:
-        print(f"error: the picture {out} cannot be written: {error}; --out names another file")
+        runs = [read_run(Path(folder)) for folder in args.output_dir]
+    except ValueError as error:
+        print(f"error: {error}")
         return 2
-    return 0
+    print(summarize(runs[0]) if len(runs) == 1 else compare(runs))
+    out = Path(args.out) if args.out else runs[0].folder / "metrics.png"
+    return _draw(runs, out)
 
 
-def series(records: list[dict], key: str) -> tuple[list[float], list[float]]:
-    """The epochs at which `key` has a number, and the numbers."""
-    points = [
-        (record["train/epoch"], record[key])
-        for record in records
-        if record.get(key) is not None and record.get("train/epoch") is not None
-    ]
-    return [epoch for epoch, _ in points], [value for _, value in points]
-
-
-def summary(records: list[dict], folder: Path) -> str:
-    """The table: final and best accuracy of raw and averaged weights, length, speed."""
-    epochs = series(records, "train/epoch")[0]
-    lines = {
-        "run": folder,
-        "length": f"{records[-1]['step']} steps, {max(epochs, default=0):.2f} epochs, {_duration(records)}",
+def summarize(run: RunHistory) -> str:
+    """The table of one run: final and best accuracy of raw and averaged weights, length, speed."""
+    rows = {
+        "run": printable(run.folder),
+        "length": f"{run.last_step} steps, {run.last_epoch:.2f} epochs, {_duration(run)}",
     }
     for prefix in ("val", "val_ema"):
-        where, top1 = series(records, f"{prefix}/top1")
-        _, top5 = series(records, f"{prefix}/top5")
-        found = list(zip(top1, top5, where, strict=False))
-        for name, at in (
-            (("final", found[-1]), ("best", max(found, key=lambda one: one[0]))) if found else ()
-        ):
-            lines[f"{_SPLITS[prefix][0]} {name}"] = (
-                "top-1 {:6.2f} %   top-5 {:6.2f} %   at epoch {:.2f}".format(*at)
-            )
-    _, speed = series(records, "train/images_per_second")
-    _, waits = series(records, "train/data_wait_fraction")
-    _, bad = series(records, "train/bad_images")
-    if speed:
-        lines["speed"] = f"{statistics.median(speed):.0f} images/s (median)"
+        evaluations = run.evaluations(prefix)
+        if evaluations:
+            name = SPLITS[prefix][0]
+            best = max(evaluations, key=_top1)
+            rows[f"{name} final"] = _describe_evaluation(evaluations[-1])
+            rows[f"{name} best"] = _describe_evaluation(best)
+    speeds = run.curve("train/images_per_second").values
+    if speeds:
+        rows["speed"] = f"{statistics.median(speeds):.0f} images/s (median)"
+    waits = run.curve("train/data_wait_fraction").values
     if waits:
-        lines["data wait"] = f"{100 * statistics.median(waits):.1f} % of the time (median)"
-    if bad and bad[-1]:
-        lines["bad images"] = f"{bad[-1]:.0f}"
-    width = max(map(len, lines))
-    return "\n".join(f"{name:<{width}}   {value}" for name, value in lines.items())
+        rows["data wait"] = f"{100 * statistics.median(waits):.1f} % of the time (median)"
+    bad_images = run.curve("train/bad_images").values
+    if bad_images and bad_images[-1]:
+        rows["bad images"] = f"{bad_images[-1]:.0f}"
+    width = max(len(name) for name in rows)
+    return "\n".join(f"{name:<{width}}   {value}" for name, value in rows.items())
 
 
-def comparison(runs: dict[Path, list[dict]]) -> str:
-    """A row for each run: length, the training loss of the last log line, final and best accuracy."""
-    width = max(len(folder.absolute().name) for folder in runs)
-    lines = [f"{'run':{width}}  epochs     time  train loss  val top-1  val top-5  best top-1"]
-    for folder, records in runs.items():
-        loss, top1, top5 = (
-            series(records, key)[1] for key in ("train/loss", "val/top1", "val/top5")
-        )
-        numbers = [
-            loss[-1] if loss else math.nan,
-            *((top1[-1], top5[-1], max(top1)) if top1 else [math.nan] * 3),
-        ]
-        epochs, time = (
-            max(series(records, "train/epoch")[0], default=0),
-            _duration(records).split()[0],
-        )
-        lines.append(
-            f"{folder.absolute().name:{width}}  {epochs:6.2f}  {time:>7}  "
-            "{:10.4f}  {:9.2f}  {:9.2f}  {:10.2f}".format(*numbers)
-        )
+def compare(runs: Sequence[RunHistory]) -> str:
+    """A row for each run, and which differences in accuracy are more than chance."""
+    width = max(len(run.name) for run in runs)
+    header = f"{'run':{width}}  epochs      time  train loss  val top-1  val top-5  best top-1"
+    lines = [header, *(_comparison_row(run, width) for run in runs)]
+    first = runs[0]
+    for other in runs[1:]:
+        sentence = describe_difference(first, other)
+        if sentence:
+            lines.append(sentence)
     return "\n".join(lines)
 
 
-def _duration(records: list[dict]) -> str:
-    """Time that the processes of the run took, without the breaks between them and without what was
-    done anew.
-    """
-    timed = [record for record in records if "elapsed" in record]
-    starts = [record["time"] - record["elapsed"] for record in timed]
-    # Lines of one process agree on when it began, to within the clocks' drift; the last of them has
-    # its length.
-    lengths = [
-        record["elapsed"]
-        for record, (start, after) in zip(timed, pairwise([*starts, math.inf]), strict=True)
-        if abs(after - start) > 2
-    ]
-    runs = f" in {len(lengths)} runs" if len(lengths) > 1 else ""
-    return f"{timedelta(seconds=round(sum(lengths)))} h{runs}"
+def describe_difference(first: RunHistory, second: RunHistory) -> str:
+    """Whether the final accuracies differ by more than chance; empty without evaluations."""
+    intervals = []
+    for run in (first, second):
+        evaluations = run.evaluations("val")
+        if not evaluations or evaluations[-1].interval is None:
+            return ""
+        intervals.append(evaluations[-1].interval)
+    difference = difference_interval(intervals[0], intervals[1])
+    bounds = f"{difference.low:+.2f} to {difference.high:+.2f}"
+    if difference.contains(0.0):
+        return (
+            f"{second.name} and {first.name}: no difference in final val top-1 beyond chance "
+            f"(95 % interval {bounds} points)"
+        )
+    return (
+        f"{second.name} has {difference.value:+.2f} points of final val top-1 against {first.name} "
+        f"(95 % interval {bounds})"
+    )
 
 
-def plot(records: list[dict], title: str, out: Path) -> None:
-    """Draw loss, top-1, learning rate and speed against the epoch. Raises ImportError without
-    matplotlib.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True)
-    panels = {
-        "loss": "loss (cross-entropy, nats)",
-        "top1": "top-1 (%)",
-        "lr": "learning rate",
-        "images_per_second": "images per second, all ranks",
-    }
-    for axis, (metric, label) in zip(axes.flat, panels.items(), strict=True):
-        for prefix, (name, color) in _SPLITS.items():
-            where, values = series(records, f"{prefix}/{metric}")
-            if values:
-                axis.plot(
-                    where,
-                    values,
-                    color=color,
-                    linewidth=1.5,
-                    marker="o" if len(values) <= 40 else None,
-                    markersize=3,
-                    label=f"{name}: {values[-1]:.4g} at the end",
-                )
-        axis.set_ylabel(label)
-        if axis.lines:
-            axis.legend(frameon=False, fontsize=9)
-    for axis in axes[1]:
-        axis.set_ylim(bottom=0)
-        axis.set_xlabel("epoch")
-    figure.suptitle(title, fontsize=12)
-    _save(figure, out)
+def _draw(runs: Sequence[RunHistory], out: Path) -> int:
+    """Draw the picture; returns the exit code."""
+    try:
+        if len(runs) == 1:
+            plot_run(runs[0], out)
+        else:
+            plot_runs(runs, out)
+    except ImportError:
+        print("no picture, since matplotlib is not installed: pip install resnet-dist[report]")
+    except (OSError, ValueError) as error:
+        print(
+            f"error: the picture {printable(out)} cannot be written: {printable(error)}; "
+            "--out names another file"
+        )
+        return 2
+    else:
+        print(f"picture: {printable(out)}")
+    return 0
 
 
-def plot_comparison(runs: dict[Path, list[dict]], out: Path) -> None:
-    """Draw training loss and validation top-1 of each run against the epoch. Raises ImportError
-    without matplotlib.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    panels = {"train/loss": "training loss (nats)", "val/top1": "validation top-1 (%)"}
-    for axis, (key, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-        for number, (folder, records) in enumerate(runs.items()):
-            where, values = series(records, key)
-            if values:
-                axis.plot(
-                    where,
-                    values,
-                    color=_COLORS[number % len(_COLORS)],
-                    linewidth=1.5,
-                    markersize=3,
-                    marker="o" if len(values) <= 40 else None,
-                    label=f"{folder.absolute().name}: {values[-1]:.4g} at the end",
-                )
-        axis.set_ylabel(label)
-        axis.set_xlabel("epoch")
-        axis.legend(frameon=False, fontsize=9)
-    _save(figure, out)
+def _top1(evaluation: Evaluation) -> float:
+    return evaluation.top1
 
 
-def _save(figure, out: Path) -> None:
-    for axis in figure.axes:
-        axis.grid(color="#e4e4e4", linewidth=0.7)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out, dpi=120)
+def _describe_evaluation(evaluation: Evaluation) -> str:
+    text = f"top-1 {evaluation.top1:6.2f} %"
+    if evaluation.interval is not None:
+        text += f" (95 %: {evaluation.interval.low:.2f} to {evaluation.interval.high:.2f})"
+    if evaluation.top5 is not None:
+        text += f"   top-5 {evaluation.top5:6.2f} %"
+    return f"{text}   at epoch {evaluation.epoch:.2f}"
+
+
+def _comparison_row(run: RunHistory, width: int) -> str:
+    losses = run.curve("train/loss").values
+    loss = losses[-1] if losses else math.nan
+    evaluations = run.evaluations("val")
+    top1 = evaluations[-1].top1 if evaluations else math.nan
+    top5 = evaluations[-1].top5 if evaluations else None
+    best = max((evaluation.top1 for evaluation in evaluations), default=math.nan)
+    seconds = timedelta(seconds=round(sum(run.session_seconds())))
+    return (
+        f"{run.name:{width}}  {run.last_epoch:6.2f}  {seconds!s:>8}  {loss:10.4f}  {top1:9.2f}  "
+        f"{math.nan if top5 is None else top5:9.2f}  {best:10.2f}"
+    )
+
+
+def _duration(run: RunHistory) -> str:
+    """Training time, without the breaks between sessions and without repeated steps."""
+    seconds = run.session_seconds()
+    text = f"{timedelta(seconds=round(sum(seconds)))} h"
+    if len(seconds) > 1:
+        text += f" in {len(seconds)} sessions"
+    return text
