@@ -1,0 +1,168 @@
+"""Elastic torchrun on the loopback interface: three agents, one of them killed, and one that joins.
+
+Outside the quick suite (`-m long`): the agents wait for each other, which takes minutes.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from dist_utils import by_step, free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = (
+    "import sys; from resnet_dist.commands.launch import launch_workers; "
+    "sys.exit(launch_workers(sys.argv[1:], ()))"
+)
+SECONDS_PER_STEP = 0.3
+EPOCHS = 8
+STEPS = EPOCHS * 22  # 1,442 images in batches of 64
+
+
+class Agents:
+    """The agents of one elastic job, by name, and the run that their workers write."""
+
+    def __init__(self, folder, digits):
+        self.folder, self.digits = folder, digits
+        self.port = free_port()
+        self.running = {}
+
+    def start(self, name, ranks):
+        """An agent with so many ranks. The first that is started hosts the rendezvous."""
+        is_host = int(not self.running)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        options = [
+            *("--nnodes", "1:3", "--nproc_per_node", str(ranks), "--max-restarts", "9"),
+            *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{self.port}"),
+            *("--rdzv-id", "elastic", "--local-addr", "127.0.0.1"),
+            "--rdzv-conf",
+            f"is_host={is_host},last_call_timeout=4,keep_alive_interval=1,keep_alive_max_attempt=3",
+        ]
+        worker = [ROOT / "tests/elastic/worker.py", self.folder, SECONDS_PER_STEP]
+        command = [sys.executable, "-c", LAUNCH, *options, *worker, *self.settings()]
+        with open(self.folder / f"{name}.log", "a") as log:
+            self.running[name] = subprocess.Popen(
+                list(map(str, command)), stdout=log, stderr=log, env=environment
+            )
+
+    def settings(self):
+        values = {
+            "config": ROOT / "configs/quickstart.yaml",
+            "data.data_dir": self.digits,
+            "output_dir": self.folder / "run",
+            "data.train_crop_size": 8,
+            "data.val_resize_size": 8,
+            "data.val_crop_size": 8,
+            "train.epochs": EPOCHS,
+            "train.global_batch_size": 64,
+            "checkpoint.interval_steps": 5,
+            "log.interval_steps": 1,
+            "log.wandb": "disabled",
+            "distributed.threads": 1,
+            "distributed.timeout_s": 120,
+            "data.threads": 1,
+        }
+        return ["train", *(word for key, value in values.items() for word in (f"--{key}", value))]
+
+    def kill(self, name):
+        """SIGKILL to the agent alone: its workers are orphans then."""
+        self.running.pop(name).kill()
+
+    def metrics(self):
+        path = self.folder / "run" / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def wait_for_steps(self, more):
+        """Until the run has logged `more` steps than now."""
+        deadline = time.monotonic() + 300
+        goal = self.last_step() + more
+        while self.last_step() < goal:
+            ended = [name for name, agent in self.running.items() if agent.poll() is not None]
+            assert not ended and time.monotonic() < deadline, (ended, self.printed())
+            time.sleep(0.1)
+
+    def last_step(self):
+        lines = self.metrics()
+        return lines[-1]["step"] if lines else 0
+
+    def printed(self):
+        return "\n".join(
+            f"== {path.name}\n{path.read_text()[-3000:]}" for path in self.folder.glob("*.log")
+        )
+
+    def orphans(self):
+        """Processes of workers that still live, though their agent is gone."""
+        started = (self.folder / "pids").read_text().splitlines()
+        pairs = [tuple(map(int, line.split())) for line in started]
+        alive = {agent.pid for agent in self.running.values() if agent.poll() is None}
+        return [pid for agent, pid in pairs if agent not in alive and is_alive(pid)]
+
+    def stop(self):
+        for agent in self.running.values():
+            if agent.poll() is None:
+                agent.terminate()
+        for agent in self.running.values():
+            agent.wait(60)
+
+
+def is_alive(pid):
+    try:
+        return "worker.py" in Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.long
+def test_an_agent_dies_and_another_joins(digits, tmp_path):
+    """64 images on 4, 3 (two train, one is a spare) and 4 ranks: same samples, crops and learning
+    rates of each step, every line of the log once, no orphan.
+    """
+    agents = Agents(tmp_path, digits)
+    try:
+        agents.start("host", 2)
+        agents.start("first", 1)
+        agents.start("second", 1)
+        agents.wait_for_steps(6 + random.Random(0).randrange(4))
+        agents.kill("second")
+        agents.wait_for_steps(10)
+        assert agents.orphans() == []
+        agents.start("second", 1)
+        agents.wait_for_steps(40)
+        codes = {name: agent.wait(300) for name, agent in agents.running.items()}
+    finally:
+        agents.stop()
+    assert set(codes.values()) == {0}, (codes, agents.printed())
+    printed = agents.printed()
+    assert "64 does not divide by 3 ranks: 2 of them train, 1 wait as spares" in printed
+    for ranks in (4, 2):
+        assert f"batch 64 = {ranks} cpu ranks" in printed
+    assert "Traceback" not in printed
+    trained = [line["step"] for line in agents.metrics() if "train/loss" in line]
+    assert trained == list(range(1, STEPS + 1))
+    evaluated = [line["step"] for line in agents.metrics() if "val/top1" in line]
+    assert evaluated == sorted(set(evaluated)) and evaluated[-1] == STEPS
+    steps = by_step(tmp_path)
+    assert [len(samples) for _, samples in steps.values()] == [64] * STEPS
+    assert orders_of_one_rank(tmp_path, digits) == steps
+
+
+def orders_of_one_rank(folder, digits):
+    """The same run, undisturbed and alone."""
+    alone = folder / "alone"
+    alone.mkdir()
+    agents = Agents(alone, digits)
+    worker = [ROOT / "tests/elastic/worker.py", alone, 0]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": "0", "WORLD_SIZE": "1"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agents.port)}
+    command = [sys.executable, *worker, *agents.settings()]
+    done = subprocess.run(
+        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return by_step(alone)
