@@ -147,16 +147,15 @@ class Watchdog:
             if any(peer.is_gone for peer in self.peers):
                 break
             time.sleep(0.02)
-        gone = self._lost_ranks()
-        if gone and not self.lost_server:
+        if not self.lost_server:
             # The lost rank may have said why, and the positions of all ranks name its step.
             with contextlib.suppress(RuntimeError):
                 self._read_failure()
                 self._read_beats(range(self.world_size))
         if self.failure:
             return self.failure
-        if not gone:
-            gone = self.lost_server or self._behind(begun + 1) or "no rank seems to be gone"
+        gone = self._lost_ranks() or self.lost_server or self._behind(begun + 1)
+        gone = gone or "no rank seems to be gone"
         reason = str(problem).splitlines()[0]
         text = f"lost at step {self.step} ({self.phase}): {gone}; {reason}"
         return self.own(text, EXIT_LOST_RANK)
