@@ -276,8 +276,13 @@ def keep_freed_memory() -> None:
 
 def stop(runtime: Runtime) -> None:
     """Leave the process group."""
-    if runtime.watchdog is not None:
-        runtime.watchdog.leave(10.0)
+    assert runtime.watchdog is not None
+    leave_ranks(runtime.watchdog)
+
+
+def leave_ranks(watchdog: Watchdog) -> None:
+    """Leave the process group, and wait for the other ranks if this one serves their store."""
+    watchdog.leave(10.0)
     if dist.is_initialized():
         dist.destroy_process_group()
 

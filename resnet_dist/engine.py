@@ -25,6 +25,7 @@ from resnet_dist.mix import Mixing, mix_images
 from resnet_dist.nonfinite import NonFinite, TooManyNonFiniteError
 from resnet_dist.plan import TrainPlan, is_due
 from resnet_dist.precision import Precision
+from resnet_dist.process import failures_reported_first
 from resnet_dist.rng import derive_seed
 from resnet_dist.schedule import Schedule
 from resnet_dist.timing import Clock
@@ -377,7 +378,8 @@ def train_loop(parts: Training, services: Services) -> int:
     window = Window(state, device)
     batches = parts.train_loader.batches(state.step, plan.total_steps)
     train_mode(parts.model)
-    with collection_by_hand(), contextlib.closing(batches):
+    reported_first = failures_reported_first(services.runtime)
+    with collection_by_hand(), contextlib.closing(batches), reported_first:
         while True:
             # 1. Log where it is due, and wherever the loop waits for the device anyway.
             stops = services.poll(state.step, "log")

@@ -4,6 +4,7 @@ Exit codes: 0 is success, 1 an unexpected error (with its traceback), 2 an error
 mend (in a sentence), `EXIT_LOST_RANK` a lost rank, 128 + number a signal after its checkpoint.
 """
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -11,7 +12,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -21,7 +22,7 @@ from resnet_dist.config import Config
 from resnet_dist.distributed import Runtime
 from resnet_dist.layout import describe_layout, fit_layout
 from resnet_dist.precision import resolve_settings
-from resnet_dist.rendezvous import LostRankError, read_launcher
+from resnet_dist.rendezvous import Launcher, LostRankError, read_launcher
 from resnet_dist.watchdog import EXIT_LOST_RANK, Watchdog, write_error_file
 
 _BATCH_OF_ONE = (
@@ -63,15 +64,23 @@ def run_process(
         code = body(config, runtime)
     except Exception as problem:
         code = _report(problem, watchdog)
+    return _leave(code, watchdog)
+
+
+def _leave(code: int, watchdog: Watchdog) -> int:
+    """Leave the other ranks; returns the exit code that the launcher is to see."""
     if watchdog.lost_server and code == 128 + signal.SIGTERM:
         code = EXIT_LOST_RANK  # nobody sent a signal: the watchdog asked for the end
     if code in (1, 2, EXIT_LOST_RANK):
         # The other ranks may never come to a common end.
+        if watchdog.is_watching and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            watchdog.exit_now(code)  # NCCL's destructors may wait for a rank that is lost
         return code
     watchdog.tell_spares(code)
     if code >= 128:
-        write_error_file(f"stopped by {_signal_name(code)}; resume with: {resume_command(runtime)}")
-    distributed.stop(runtime)
+        name = signal.Signals(code - 128).name
+        write_error_file(f"stopped by {name}; resume with: {resume_command(watchdog.launcher)}")
+    distributed.leave_ranks(watchdog)
     return code
 
 
@@ -118,6 +127,22 @@ def report_failure(problem: Exception, runtime: Runtime) -> int:
     return _report(problem, runtime.watchdog)
 
 
+@contextlib.contextmanager
+def failures_reported_first(runtime: Runtime) -> Iterator[None]:
+    """Print what ended this rank before anything is closed.
+
+    To close a loader may mean to wait for a device that waits for a lost rank. What the user can
+    mend is left to the caller, who may add to it.
+    """
+    try:
+        yield
+    except (ValueError, FloatingPointError):
+        raise
+    except Exception as problem:
+        report_failure(problem, runtime)
+        raise
+
+
 def _report(problem: Exception, watchdog: Watchdog) -> int:
     if "Expected more than 1 value per channel" in str(problem):
         return watchdog.fail(watchdog.own(f"{_BATCH_OF_ONE} ({problem})", 2))
@@ -135,21 +160,17 @@ def _is_of_a_collective(problem: Exception) -> bool:
     return isinstance(problem, lost) or "/gloo/" in str(problem)
 
 
-def _signal_name(code: int) -> str:
-    return signal.Signals(code - 128).name
-
-
-def resume_command(runtime: Runtime) -> str:
+def resume_command(place: Runtime | Launcher) -> str:
     """The shell command that started this run; the same command resumes it."""
     if "RESNET_DIST_RESUME" in os.environ:  # set by a launcher other than torchrun
         return os.environ["RESNET_DIST_RESUME"]
     arguments = shlex.join(sys.argv)
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return f"{_program('python')} {arguments}"
-    if runtime.world_size > runtime.local_world_size:
+    if place.world_size > place.local_world_size:
         return f"the same torchrun command on each of the nodes, with {arguments}"
     torchrun = _program("torchrun")
-    return f"{torchrun} --standalone --nproc_per_node {runtime.local_world_size} {arguments}"
+    return f"{torchrun} --standalone --nproc_per_node {place.local_world_size} {arguments}"
 
 
 def _program(name: str) -> str:

@@ -30,6 +30,9 @@ _GRACE_SECONDS = 5.0
 _SAVE_SECONDS = 30.0
 """Time that a rank has to save and leave once the store is gone."""
 
+_LEAVE_SECONDS = 60.0
+"""Time that a rank has to close its loaders and logs after it has reported a failure."""
+
 _PATIENCE = 0.85
 """Share of `timeout_s` that a rank waits: less than 1, to speak before a collective times out."""
 
@@ -118,7 +121,8 @@ class Watchdog:
         self.ended = threading.Event()
         self._failing_since: float | None = None
         is_spare = self.rank >= world_size
-        if not is_spare and (world_size > 1 or self.launcher.agent):
+        self.is_watching = not is_spare and (world_size > 1 or self.launcher.agent > 0)
+        if self.is_watching:
             # A connection of its own: a call may block for long.
             self.store = meeting.store.clone()
             for work in (self._talk_to_store, self._watch):
@@ -180,8 +184,22 @@ class Watchdog:
             print(f"error (rank {self.rank}): {text}", file=sys.stderr, flush=True)
         self.reported = failure.code
         write_error_file(failure.headline)
+        if self.is_watching:
+            threading.Thread(target=self._leave_by_force, name="leave", daemon=True).start()
         self.leave(2.0)
         return failure.code
+
+    def exit_now(self, code: int) -> None:
+        """End this process without any clean-up."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    def _leave_by_force(self) -> None:
+        """End this process after a while, whatever its main thread waits for."""
+        time.sleep(_LEAVE_SECONDS)
+        assert self.reported is not None
+        self.exit_now(self.reported)
 
     def leave(self, seconds: float) -> None:
         """Stop watching. The rank that serves the store waits up to `seconds` for the others."""

@@ -56,7 +56,7 @@ def launch_workers(arguments: list[str], commands: Collection[str]) -> int:
     _let_nodes_join_again(options)
     _silence_torchrun()
     try:
-        torchrun.run(options)
+        torchrun.run(options)  # type: ignore[no-untyped-call]
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
         return _say_how_it_ended(rank, failure.exitcode)

@@ -215,3 +215,29 @@ def test_a_wait_that_all_share_is_none(digits, tmp_path):
     assert wait_app(start(digits, tmp_path, *more, entry=entry)) == [0, 0, 0], (
         tmp_path / "log"
     ).read_text()
+
+
+def test_the_headline_comes_before_what_hangs(digits, tmp_path):
+    """As with a device that waits for a lost rank: the loader cannot be closed. The failure is
+    printed first, and the process ends all the same.
+    """
+
+    def entry(arguments):
+        from resnet_dist.data.pixels.loader import DaliTrainLoader
+
+        real = DaliTrainLoader.batches
+        watchdog._LEAVE_SECONDS = 3.0
+
+        def batches(self, *steps):
+            try:
+                yield from real(self, *steps)
+            finally:
+                (tmp_path / f"hangs_{os.environ['RANK']}").touch()
+                time.sleep(600)
+
+        DaliTrainLoader.batches = batches
+        return at_step_3(1, out_of_memory)(arguments)
+
+    assert wait_app(start(digits, tmp_path, entry=entry)) == [1, 1, 1]
+    assert (tmp_path / "hangs_1").exists()
+    assert "error (rank 1): Traceback" in (tmp_path / "log").read_text()
