@@ -12,6 +12,7 @@ import json
 import resource
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
