@@ -1,362 +1,434 @@
-"""The command line, `resnet-dist COMMAND`. It parses first, and imports what a command needs only
-then.
+"""The command line: `resnet-dist COMMAND`.
+
+Only the options of the command in question are set up, and what a command needs is imported when it
+runs: help and errors come before torch is imported.
 """
 
 import argparse
 import contextlib
+import functools
 import os
 import shlex
 import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Any, TypeAlias
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+import yaml
+from jsonargparse import Namespace
 
+from resnet_dist import __version__
 from resnet_dist.cluster import ClusterConfig
-from resnet_dist.config import Config
+from resnet_dist.config import Config, ModelConfig, to_dict
+from resnet_dist.config_rules import AtLeast
+from resnet_dist.options import CommandLine, Parser, add_config_options, program_name
+from resnet_dist.settings import build_config, flatten_settings, setting_hints
+from resnet_dist.text import did_you_mean, printable
 
-os.environ.setdefault(
-    "TORCH_CPP_LOG_LEVEL", "ERROR"
-)  # torch's warnings about a lost rank are pages; we say it
-COMMANDS = {
-    "train": "train a network; also what train.py does",
-    "submit": "train on a SLURM cluster; also what slurm/submit.py does",
-    "evaluate": "top-1 and top-5 of a checkpoint on the validation set",
-    "predict": "the most probable classes of images, by a checkpoint",
-    "export": "a checkpoint's network for ONNX, torch.export, safetensors or torchvision",
-    "benchmark": "speed of the whole loop beside a bare one; benchmark loader: of the data path beside others",
-    "data": "get a data set ready: import, pack, download, verify, show",
-    "models": "every network: parameters, GFLOPs, published accuracy",
-    "doctor": "a preflight of a run: layout, folders, data, network, versions",
-    "report": "a table and a plot of a run's metrics.jsonl",
-}
-QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
+# torch prints pages of warnings about a lost rank; our own message is one line.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+_Count: TypeAlias = Annotated[int, AtLeast(1)]
+_CONFIG_USAGE = "[--config FILE ...] [--section.key VALUE ...]"
 
 
-def config_parser(program: str, description: str) -> ArgumentParser:
-    """A parser of the whole config tree: `--config FILE` (several overlay each other),
-    `--section.key VALUE`.
+@dataclass(frozen=True)
+class Command:
+    """A command: its line in the list of commands, its options, and what it does."""
+
+    summary: str
+    add_options: Callable[[Parser], None]
+    run: Callable[[CommandLine], int]
+    usage: str | None = None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command that the first argument names. Returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    line, command = _prepare(arguments or ["--help"])
+    try:
+        return command.run(line)
+    except BrokenPipeError:
+        # The reader has gone, as in `| head`. Python flushes once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def parse_config(arguments: list[str]) -> Config:
+    """The config that the arguments of `resnet-dist train` describe."""
+    line, _ = _prepare(["train", *arguments])
+    return line.settings()[0]
+
+
+def _prepare(arguments: list[str]) -> tuple[CommandLine, Command]:
+    """The command that `arguments` name, and a command line with its options.
+
+    Ends the process if they name none, or ask for the list of commands.
     """
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog=program,
-        description=description,
-        usage="%(prog)s [--config FILE ...] [--section.key VALUE ...] [--print_config]",
+    top = Parser("COMMAND [--help]", "Distributed training of image classification networks.")
+    top.prog = program_name(())
+    top.add_argument("--version", action="version", version=f"resnet-dist {__version__}")
+    name, parser = _add_commands(top, COMMANDS, arguments)
+    if name != "data":
+        return CommandLine(top, parser, (name,), arguments), COMMANDS[name]
+    commands = _data_commands()
+    action, parser = _add_commands(parser, commands, arguments[1:] or ["--help"], "data")
+    return CommandLine(top, parser, (name, action), arguments), commands[action]
+
+
+def _add_commands(
+    parser: Parser, commands: dict[str, "Command"], arguments: list[str], *before: str
+) -> tuple[str, Parser]:
+    """Add commands to a parser; only the one that comes first in `arguments` gets its options."""
+    chosen = arguments[0]
+    subcommands = parser.add_subcommands(
+        dest="action" if before else "command", title="commands", description=" ", metavar="COMMAND"
     )
-    parser.add_argument(
-        "--config", action="config", help="YAML file of settings; of several the later ones win"
-    )
-    parser.add_class_arguments(Config)
-    return parser
+    for name, command in commands.items():
+        subparser = Parser(command.usage, command.summary)
+        subcommands.add_subcommand(name, subparser, help=command.summary)
+        subparser.prog = program_name((*before, name))
+        if name == chosen:
+            command.add_options(subparser)
+            found = subparser
+    if chosen in commands:
+        return chosen, found
+    if not chosen.startswith("-"):
+        similar = did_you_mean(chosen, commands)
+        parser.error(f"there is no command {printable(chosen)}{similar}")
+    # Prints the help, the version, or an error about an unknown option, and ends the process.
+    parser.parse_args([chosen])
+    raise AssertionError("an option in place of a command ends the process")
 
 
-def parse_config(parser: ArgumentParser, arguments: list[str]) -> Config:
-    """The config that the arguments describe. Ends the process with a sentence when they describe
-    none.
-
-    Of several ranks only the first speaks.
-    """
-    silent = os.environ.get("RANK", "0") != "0"
-    with (
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stderr(nowhere if silent else sys.stderr),
-    ):
-        values = parser.parse_args(arguments)
-        try:
-            settings = vars(parser.instantiate(values))
-            config = Config(
-                **{
-                    key: value
-                    for key, value in settings.items()
-                    if key not in ("config", "cluster")
-                }
-            )
-        except ValueError as problem:
-            parser.error(str(problem))
-    return config
+def _config_or_print(line: CommandLine, **sources: Any) -> tuple[Config, Namespace]:  # noqa: ANN401
+    """As `CommandLine.settings`; with --print_config it prints them and ends the process."""
+    config, options = line.settings(**sources)
+    if options.print_config:
+        print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
+        sys.exit(0)
+    return config, options
 
 
-def train(arguments: list[str]) -> int:
+def _train(line: CommandLine) -> int:
     """Train; without any argument the quickstart, and say so."""
-    parser = config_parser(
-        "train.py", "Train a network on a folder of images; the same command again resumes."
-    )
-    if not arguments:
-        if not QUICKSTART.exists():
-            parser.error("name a recipe: --config FILE (the repository's folder configs/ has some)")
+    quickstart = ""
+    if len(line.arguments) == 1:
+        quickstart = "quickstart"
         if os.environ.get("RANK", "0") == "0":
-            print(
-                "no arguments: running the quickstart, --config configs/quickstart.yaml", flush=True
-            )
-        arguments = ["--config", str(QUICKSTART)]
-    config = parse_config(parser, arguments)
+            print("no arguments: running the quickstart, --config quickstart", flush=True)
+    config, _ = _config_or_print(line, first_file=quickstart)
 
     from resnet_dist import process, run
 
     return process.run_process(config, run.train, resolve_auto=False)
 
 
-def submit(arguments: list[str]) -> int:
-    """Train on a SLURM cluster: every option of train, and those of the cluster. Submit again to
-    resume.
-    """
-    parser = config_parser("submit.py", submit.__doc__)
-    parser.add_class_arguments(ClusterConfig, "cluster")
-    arguments = [
-        f"{word}=true"
-        if word in ("--cluster.dry_run", "--cluster.wait") and after[:2] in ("", "--")
-        else word
-        for word, after in zip(arguments, [*arguments[1:], ""], strict=True)
-    ]
-    first = parse_config(parser, arguments)
-    cluster = parser.instantiate(parser.parse_args(arguments)).cluster
-    configs = [
-        parse_config(parser, ["--config", file, *arguments])
-        for file in cluster.configs.split(",")
-        if file
-    ]
-    program = (
-        ["resnet-dist", "submit"]
-        if sys.argv[0].endswith("resnet-dist")
-        else ["python", "slurm/submit.py"]
-    )
+def _add_submit_options(parser: Parser) -> None:
+    add_config_options(parser)
+    parser.add_settings(ClusterConfig, "cluster.")
+
+
+def _submit(line: CommandLine) -> int:
+    config, options = _config_or_print(line)
+    cluster = line.cluster(options)
+    files = [name.strip() for name in cluster.configs.split(",") if name.strip()]
+    configs = [line.settings(first_file=name)[0] for name in files]
 
     from resnet_dist.launch.submission import submit_jobs
 
     try:
-        return submit_jobs(configs or [first], cluster, shlex.join([*program, *arguments]))
+        return submit_jobs(configs or [config], cluster, _typed_command(line))
     except ValueError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
 
 
-def evaluate(arguments: list[str]) -> int:
-    """Evaluate a checkpoint; with several processes: torchrun --nproc_per_node N -m resnet_dist.cli
-    evaluate ...
+def _typed_command(line: CommandLine) -> str:
+    return f"{line.parser.prog} {shlex.join(line.arguments[1:])}"
+
+
+def _add_checkpoint_options(parser: Parser) -> None:
+    parser.add_option(
+        "--checkpoint",
+        dest="checkpoint_file",
+        metavar="PATH",
+        help="checkpoint file, or the folder of a run",
+    )
+    add_config_options(parser)
+
+
+def _add_evaluate_options(parser: Parser) -> None:
+    _add_json_option(parser)
+    _add_checkpoint_options(parser)
+
+
+def _evaluate(line: CommandLine) -> int:
+    path = _checkpoint_path(line)
+
+    from resnet_dist.commands import evaluate
+
+    return _run_on_checkpoint(line, path, evaluate.run, ("json",))
+
+
+def _add_predict_options(parser: Parser) -> None:
+    parser.add_option(
+        "images", nargs="*", metavar="IMAGE", help="file; folder; - reads paths from stdin"
+    )
+    parser.add_option(
+        "--top", type=_Count, default=5, metavar="K", help="number of classes to print"
+    )
+    parser.add_option(
+        "--json", action="store_true", help="print one JSON object per image, also for errors"
+    )
+    _add_checkpoint_options(parser)
+
+
+def _predict(line: CommandLine) -> int:
+    path = _checkpoint_path(line)
+
+    from resnet_dist.commands import predict
+
+    return _run_on_checkpoint(line, path, predict.run, ("images", "top", "json"))
+
+
+def _add_export_options(parser: Parser) -> None:
+    parser.add_option(
+        "--to",
+        choices=["onnx", "torch_export", "safetensors", "torchvision"],
+        help="file format",
+    )
+    parser.add_option("--output", metavar="FILE", help="file to write")
+    parser.add_option(
+        "--raw_weights", action="store_true", help="export the trained weights instead of their EMA"
+    )
+    _add_checkpoint_options(parser)
+
+
+def _export(line: CommandLine) -> int:
+    path = _checkpoint_path(line)
+    for name in ("to", "output"):
+        if name not in line.typed():
+            line.parser.error(f"--{name} is missing")
+
+    from resnet_dist.commands import export
+
+    return _run_on_checkpoint(line, path, export.run, ("to", "output", "raw_weights"))
+
+
+def _checkpoint_path(line: CommandLine) -> Path:
+    """The value of --checkpoint. Ends the process if it is missing."""
+    typed = line.typed()
+    if "checkpoint_file" not in typed:
+        line.parser.error("--checkpoint PATH is missing")
+    return Path(typed.checkpoint_file).expanduser()
+
+
+def _run_on_checkpoint(
+    line: CommandLine,
+    path: Path,
+    run: Callable[[dict[str, Any], Config, argparse.Namespace], int],
+    names: tuple[str, ...],
+) -> int:
+    """Read the checkpoint at `path` and call `run(checkpoint, config, options)`.
+
+    The settings are those of the checkpoint, changed by files and options. `names` are the
+    command's own options.
     """
-    parser = _checkpoint_parser("evaluate", evaluate.__doc__)
-    parser.add_argument(
-        "--json", action="store_true", help="print the result as one line of JSON only"
-    )
-    return _run(parser, arguments)
+    from resnet_dist.checkpoint import read_checkpoint, unpack_checkpoint
+
+    with contextlib.suppress(KeyboardInterrupt):
+        try:
+            saved = unpack_checkpoint(read_checkpoint(path), str(path))
+            defaults = flatten_settings(saved["config"], setting_hints())
+        except ValueError as problem:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"error: {problem}", file=sys.stderr)
+            return 2
+        config, options = _config_or_print(line, defaults=defaults)
+        _refuse_other_network(line, config.model, build_config(defaults).model)
+        own = {name: options[name] for name in names}
+        return run(saved, config, argparse.Namespace(checkpoint=str(path), **own))
+    return 130
 
 
-def predict(arguments: list[str]) -> int:
-    """Print the most probable classes of images (JPEG or PNG), seen exactly as in evaluation; in
-    one process.
-    """
-    parser = _checkpoint_parser("predict", predict.__doc__)
-    parser.add_argument(
-        "images", nargs="*", metavar="IMAGE", help="file; folder; -: paths on stdin, one a line"
-    )
-    parser.add_argument(
-        "--top", type=_positive, default=5, metavar="K", help="number of classes (default: 5)"
-    )
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="print one JSON object a line, with an error if it failed",
-    )
-    return _run(parser, arguments)
+def _refuse_other_network(line: CommandLine, asked: ModelConfig, saved: ModelConfig) -> None:
+    saved_values = asdict(saved)
+    for name, value in asdict(asked).items():
+        if value != saved_values[name]:
+            line.parser.error(
+                f"model.{name} is {value!r}, and {saved_values[name]!r} in the checkpoint: "
+                "the settings of model are the checkpoint's and cannot be changed"
+            )
 
 
-def export(arguments: list[str]) -> int:
-    """Write a checkpoint's network for other programs, and check that it computes the same there;
-    in one process.
-    """
-    parser = _checkpoint_parser("export", export.__doc__)
-    parser.add_argument(
-        "--to", required=True, choices=["onnx", "torch_export", "safetensors", "torchvision"]
+def _add_benchmark_options(parser: Parser) -> None:
+    parser.add_option(
+        "what",
+        nargs="?",
+        choices=["loop", "loader"],
+        default="loop",
+        help="loop: the whole training loop against a bare one; loader: the data loader against "
+        "others",
     )
-    parser.add_argument(
-        "--output", required=True, metavar="FILE", help="what to write; torch.export likes a .pt2"
-    )
-    parser.add_argument(
-        "--raw_weights", action="store_true", help="not the averaged ones, where there are any"
-    )
-    return _run(parser, arguments)
-
-
-def benchmark(arguments: list[str]) -> int:
-    """Measure what the whole training loop costs beside a bare one; `benchmark loader`: the data
-    path beside others.
-    """
-    loader = arguments[:1] == ["loader"]
-    parser = argparse.ArgumentParser(
-        prog="resnet-dist benchmark",
-        description=benchmark.__doc__,
-        epilog="takes every option of training, for instance --config FILE; with several "
-        "processes: torchrun --nproc_per_node N -m resnet_dist.cli benchmark ...",
-    )
-    parser.add_argument("--windows", type=int, default=5, help="rounds of windows (default: 5)")
-    parser.add_argument(
-        "--steps",
-        type=int,
-        default=40,
-        help="of the loop: steps of a window that count (default: 40)",
-    )
-    parser.add_argument(
-        "--images", type=int, default=2000, help="of the loader: images of a window (default: 2000)"
-    )
-    parser.add_argument(
+    parser.add_option("--windows", type=_Count, default=5, help="number of measurements")
+    parser.add_option("--steps", type=_Count, default=40, help="loop: steps per measurement")
+    parser.add_option("--images", type=_Count, default=2000, help="loader: images per measurement")
+    parser.add_option(
         "--read_delay_ms",
-        type=float,
-        default=0,
-        help="of the loader: also with this added to a read",
+        type=Annotated[float, AtLeast(0)],
+        default=0.0,
+        help="loader: measure also with this delay added to each read",
     )
-    parser.add_argument(
+    parser.add_option(
         "--originals",
         default="",
-        help="of the loader: data folder for the others (default: ours)",
+        help="loader: data folder for the other loaders; empty: data_dir",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print the result as one line of JSON only"
-    )
-    options, settings = parser.parse_known_args(arguments[loader:])
-    config = parse_config(config_parser("resnet-dist benchmark", benchmark.__doc__), settings)
+    _add_json_option(parser)
+    add_config_options(parser)
+
+
+def _benchmark(line: CommandLine) -> int:
+    config, options = _config_or_print(line)
 
     from resnet_dist import process
-    from resnet_dist.commands import benchmark as loop
-    from resnet_dist.commands import benchmark_loader
+    from resnet_dist.commands import benchmark, benchmark_loader
 
-    measure = benchmark_loader.compare_loaders if loader else loop.measure_training
+    is_loader = options.what == "loader"
+    measure = benchmark_loader.compare_loaders if is_loader else benchmark.measure_training
     return process.run_process(config, lambda config, runtime: measure(config, runtime, options))
 
 
-def data(arguments: list[str]) -> int:
-    """Get a data set ready."""
-    from resnet_dist.commands import data as command
+def _add_doctor_options(parser: Parser) -> None:
+    _add_json_option(parser)
+    add_config_options(parser)
 
-    parser = command.build_parser()
-    options, settings = parser.parse_known_args(arguments)
-    if options.command != "show":
-        return command.run(parser.parse_args(arguments))
-    config = parse_config(config_parser("resnet-dist data show", data.__doc__), settings)
+
+def _doctor(line: CommandLine) -> int:
+    config, options = _config_or_print(line)
+
+    from resnet_dist.commands import doctor
+
+    return doctor.run(config, options.json)
+
+
+def _no_options(parser: Parser) -> None:
+    """The sub-commands of `data` have the options."""
+
+
+def _add_json_option(parser: Parser) -> None:
+    parser.add_option(
+        "--json", action="store_true", help="print only the result, as one line of JSON"
+    )
+
+
+def _add_models_options(parser: Parser) -> None:
+    parser.add_option("filter", nargs="?", default="", help="only names that contain this text")
+    parser.add_option("--json", action="store_true", help="print one line of JSON per network")
+
+
+def _models(line: CommandLine) -> int:
+    from resnet_dist.commands import models
+
+    return models.run(line.options())
+
+
+def _add_report_options(parser: Parser) -> None:
+    from resnet_dist.commands import report
+
+    report.add_arguments(parser)
+
+
+def _report(line: CommandLine) -> int:
+    from resnet_dist.commands import report
+
+    return report.run(line.options())
+
+
+def _data_commands() -> dict[str, Command]:
+    from resnet_dist.commands import data
+
+    commands = {}
+    for name, summary in data.SUMMARIES.items():
+        add_options = functools.partial(data.add_arguments, name=name)
+        commands[name] = Command(summary, add_options, _data)
+    usage = f"[--out FILE] [--images N] [--epochs N] {_CONFIG_USAGE}"
+    commands["show"] = Command(data.SUMMARIES["show"], _add_show_options, _show, usage)
+    return commands
+
+
+def _add_show_options(parser: Parser) -> None:
+    from resnet_dist.commands import data
+
+    data.add_arguments(parser, name="show")
+    add_config_options(parser)
+
+
+def _data(line: CommandLine) -> int:
+    from resnet_dist.commands import data
+
+    options = line.options()
+    options.command = line.command[-1]
+    return data.run(options)
+
+
+def _show(line: CommandLine) -> int:
+    config, options = _config_or_print(line)
 
     from resnet_dist.commands import show
 
     return show.run(config, options)
 
 
-def doctor(arguments: list[str]) -> int:
-    """Check what would end a run, also under torchrun: exit code 0, 1 with warnings, 2 with errors;
-    --json for JSON.
-    """
-    config = parse_config(
-        config_parser("resnet-dist doctor", doctor.__doc__), [a for a in arguments if a != "--json"]
-    )
-
-    from resnet_dist.commands import doctor as command
-
-    return command.run(config, "--json" in arguments)
-
-
-def report(arguments: list[str]) -> int:
-    """Summarise a run."""
-    parser = argparse.ArgumentParser(prog="resnet-dist report", description=report.__doc__)
-
-    from resnet_dist.commands import report as command
-
-    command.add_arguments(parser)
-    return command.run(parser.parse_args(arguments))
-
-
-def models(arguments: list[str]) -> int:
-    """List the networks."""
-    from resnet_dist.commands import models as command
-
-    return command.run(arguments)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command that the first argument names; returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    listing = "\n".join(f"  {name:10} {meaning}" for name, meaning in COMMANDS.items())
-    if not arguments or arguments[0] not in COMMANDS:
-        wrong = bool(arguments) and arguments[0] not in ("-h", "--help")
-        print(
-            f"usage: resnet-dist COMMAND [--help]\n\n{listing}",
-            file=sys.stderr if wrong else sys.stdout,
-        )
-        if wrong:
-            print(f"error: unknown command {arguments[0]!r}", file=sys.stderr)
-        return 2 if wrong else 0
-    functions = {
-        "train": train,
-        "submit": submit,
-        "evaluate": evaluate,
-        "predict": predict,
-        "export": export,
-        "benchmark": benchmark,
-        "data": data,
-        "models": models,
-        "doctor": doctor,
-        "report": report,
-    }
-    try:
-        return functions[arguments[0]](arguments[1:])
-    except BrokenPipeError:  # of `| head`
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # Python flushes once more at its end
-        return 141
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
-
-
-def _checkpoint_parser(command: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"resnet-dist {command}",
-        description=description,
-        allow_abbrev=False,
-        epilog="--section.key VALUE changes a setting of the checkpoint: --data.data_dir",
-    )
-    parser.add_argument(
-        "--checkpoint", required=True, metavar="PATH", help="file of a run's checkpoints/ folder"
-    )
-    return parser
-
-
-def _run(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
-    """Do what the parser is named after, with its options, a checkpoint's content, and its config
-    with changes.
-    """
-    words, own = iter(arguments), parser._option_string_actions
-    options, others = parser.parse_known_args(
-        [  # the value of a setting is no image, wherever it stands
-            f"{word}={next(words, '')}"
-            if word[:2] == "--" and word not in own and "=" not in word
-            else word
-            for word in words
-        ]
-    )
-    settings = [word for word in others if word[:2] == "--" or "images" not in options]
-    options.images = [
-        *getattr(options, "images", ()),
-        *(word for word in others if word not in settings),
-    ]
-    if any(word.startswith("--model.") for word in settings):
-        parser.error("the settings of model are the checkpoint's: they cannot be changed")
-    with contextlib.suppress(KeyboardInterrupt):
-        from resnet_dist.checkpoint import flatten, read_checkpoint, unpack_checkpoint
-        from resnet_dist.commands import evaluate, export, predict
-
-        try:
-            saved = unpack_checkpoint(read_checkpoint(Path(options.checkpoint)), options.checkpoint)
-        except ValueError as problem:
-            parser.exit(2, f"error: {problem}\n" if os.environ.get("RANK", "0") == "0" else None)
-        overlay = config_parser(parser.prog, parser.description)
-        overlay.usage = parser.format_usage().removeprefix("usage: ").strip()
-        overlay.set_defaults(flatten(saved["config"]))
-        command = {"evaluate": evaluate, "predict": predict, "export": export}[
-            parser.prog.split()[-1]
-        ]
-        return command.run(saved, parse_config(overlay, settings), options)
-    return 130
-
-
+COMMANDS = {
+    "train": Command(
+        "train a network; the same command again resumes", add_config_options, _train, _CONFIG_USAGE
+    ),
+    "submit": Command(
+        "train on a SLURM cluster; the same command again resumes",
+        _add_submit_options,
+        _submit,
+        f"{_CONFIG_USAGE} [--cluster.key VALUE ...]",
+    ),
+    "evaluate": Command(
+        "top-1 and top-5 accuracy of a checkpoint on the validation set",
+        _add_evaluate_options,
+        _evaluate,
+        f"--checkpoint PATH [--json] {_CONFIG_USAGE}",
+    ),
+    "predict": Command(
+        "the most probable classes of images (JPEG or PNG)",
+        _add_predict_options,
+        _predict,
+        f"--checkpoint PATH [--top K] [--json] {_CONFIG_USAGE} IMAGE ...",
+    ),
+    "export": Command(
+        "write a network for ONNX, torch.export, safetensors or torchvision, and check the result",
+        _add_export_options,
+        _export,
+        f"--checkpoint PATH --to FORMAT --output FILE [--raw_weights] {_CONFIG_USAGE}",
+    ),
+    "benchmark": Command(
+        "measure the speed of the training loop (loop) or of the data loader (loader)",
+        _add_benchmark_options,
+        _benchmark,
+        f"[loop|loader] [--windows N] [--json] {_CONFIG_USAGE}",
+    ),
+    "data": Command(
+        "get a data set ready: import, pack, download, verify, show", _no_options, _data
+    ),
+    "models": Command(
+        "list all networks: parameters, GFLOPs, published accuracy", _add_models_options, _models
+    ),
+    "doctor": Command(
+        "check what would stop a run, also under torchrun; exit code 1: warnings, 2: errors",
+        _add_doctor_options,
+        _doctor,
+        f"[--json] {_CONFIG_USAGE}",
+    ),
+    "report": Command("a table and a plot of the metrics of runs", _add_report_options, _report),
+}
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,6 +18,7 @@ from resnet_dist.config_rules import (
     Factor,
     NotEmpty,
     Range,
+    SettingError,
     Within,
     check_values,
 )
@@ -370,7 +371,7 @@ def check(config: Config) -> None:
     check_values(config)
     for rule in _RULES_ACROSS_KEYS:
         for key, value, text in rule(config):
-            raise ValueError(f"{key} is {value!r}: {text}")
+            raise SettingError(key, value, text)
 
 
 def to_dict(config: Config) -> dict[str, Any]:

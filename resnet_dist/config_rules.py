@@ -14,6 +14,14 @@ from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_orig
 TypeHint: TypeAlias = Any
 
 
+class SettingError(ValueError):
+    """A setting has a value that is not allowed."""
+
+    def __init__(self, key: str, value: object, rule: str) -> None:
+        super().__init__(f"{key} is {value!r}: {rule}")
+        self.key = key
+
+
 class Rule:
     """A condition on a value; for a list of numbers, on each of them."""
 
@@ -146,12 +154,12 @@ def refuse_value(key: str, value: object, hint: TypeHint) -> None:
     """Raise ValueError if `value` has not the type `hint` or breaks a rule that `hint` carries."""
     plain, rules = split_hint(hint)
     if not has_type(value, plain):
-        raise ValueError(f"{key} is {value!r}: it must be {describe_type(plain)}")
+        raise SettingError(key, value, f"it must be {describe_type(plain)}")
     if not all(math.isfinite(number) for number in _numbers(value)):
-        raise ValueError(f"{key} is {value!r}: it must be finite")
+        raise SettingError(key, value, "it must be finite")
     for rule in rules:
         if not rule.holds(value):
-            raise ValueError(f"{key} is {value!r}: {rule.text()}")
+            raise SettingError(key, value, rule.text())
 
 
 def walk(section: object, prefix: str = "") -> Iterator[tuple[str, object, TypeHint]]:
@@ -166,10 +174,18 @@ def walk(section: object, prefix: str = "") -> Iterator[tuple[str, object, TypeH
 
 def split_hint(hint: TypeHint) -> tuple[TypeHint, list[Rule]]:
     """The type and the rules of a type hint: `Annotated[int, AtLeast(1)]` -> int, [AtLeast(1)]."""
-    if _origin(hint) is not Annotated:
+    if type_origin(hint) is not Annotated:
         return hint, []
     plain, *rules = get_args(hint)
     return plain, rules
+
+
+def type_origin(hint: TypeHint) -> object:
+    """What stands before the brackets of a type: tuple[int, ...] -> tuple, Literal["a"] -> Literal.
+
+    As `typing.get_origin`, whose static type differs between kinds of hints.
+    """
+    return get_origin(hint)
 
 
 def has_type(value: object, hint: TypeHint) -> bool:
@@ -177,7 +193,7 @@ def has_type(value: object, hint: TypeHint) -> bool:
 
     A whole number is a number, a list may stand for a tuple, but a bool is not a number.
     """
-    origin, arguments = _origin(hint), get_args(hint)
+    origin, arguments = type_origin(hint), get_args(hint)
     if _is_union(hint):
         return any(has_type(value, one) for one in arguments)
     if origin is Literal:
@@ -201,7 +217,7 @@ def has_type(value: object, hint: TypeHint) -> bool:
 def describe_type(hint: TypeHint) -> str:
     """The values that a type hint allows, in words: "a number", "one of sgd, lars"."""
     hint = split_hint(hint)[0]
-    origin, arguments = _origin(hint), get_args(hint)
+    origin, arguments = type_origin(hint), get_args(hint)
     if _is_union(hint):
         return " or ".join(describe_type(one) for one in arguments)
     if origin is Literal:
@@ -236,12 +252,8 @@ def _items_have_types(
     return all(has_type(value, hint) for value, hint in zip(values, hints, strict=True))
 
 
-def _origin(hint: TypeHint) -> object:
-    return get_origin(hint)
-
-
 def _is_union(hint: TypeHint) -> bool:
-    return _origin(hint) in (Union, types.UnionType)
+    return type_origin(hint) in (Union, types.UnionType)
 
 
 def _numbers(value: object) -> list[float]:

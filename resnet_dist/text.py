@@ -1,5 +1,8 @@
 """Text from outside (file names, messages of other programs) in a form that is safe to print."""
 
+import difflib
+from collections.abc import Iterable
+
 
 def printable(text: object) -> str:
     r"""`text` on one line, with control characters and invisible ones escaped (`\n`, `\x1b`).
@@ -11,3 +14,9 @@ def printable(text: object) -> str:
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in str(text)
     )
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence, "; did you mean resnet50?", or "" if no known word is similar."""
+    similar = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {similar[0]}?" if similar else ""

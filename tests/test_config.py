@@ -3,17 +3,20 @@
 import os
 import subprocess
 import sys
+from dataclasses import is_dataclass
 
 import pytest
 import yaml
 
-from resnet_dist.cli import config_parser, parse_config
+from resnet_dist.cli import parse_config
 from resnet_dist.config import Config, DataConfig, OptimConfig, TrainConfig, to_dict
+from resnet_dist.options import field_meanings
 from resnet_dist.remarks import far_from_recipe, remarks
+from resnet_dist.settings import setting_hints
 
 
 def parse(*arguments):
-    return parse_config(config_parser("train.py", ""), list(arguments))
+    return parse_config(list(arguments))
 
 
 def refusal(capsys, *arguments):
@@ -232,15 +235,18 @@ def test_help_is_quick_and_complete():
         "wandb",
         "torchvision",
     }
-    flat = config_parser("train.py", "")
-    options = [
-        action for action in flat._actions if action.dest not in ("help", "config", "print_config")
-    ]
-    assert len(options) > 50
-    for action in options:
-        assert f"--{action.dest}" in done.stdout
-        if "." in action.dest or action.dest in ("seed", "output_dir"):
-            assert action.help and len(action.help) > 10, f"--{action.dest} has no meaning"
+    help_text = " ".join(done.stdout.split())
+    meanings = {}
+    for section in (
+        Config,
+        *(type(value) for value in vars(Config()).values() if is_dataclass(value)),
+    ):
+        meanings |= {f"{section.__name__}.{k}": v for k, v in field_meanings(section).items()}
+    assert len(setting_hints()) > 50
+    for key in setting_hints():
+        assert f"--{key} " in help_text
+    for key, meaning in meanings.items():
+        assert len(meaning) > 10 and meaning in help_text, f"{key} has no meaning"
 
 
 def test_print_config_prints_the_tree():

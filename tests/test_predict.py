@@ -96,13 +96,13 @@ def test_what_cannot_be_used_is_named_and_the_others_go_on(checkpoint, digits, t
     (tmp_path / "damaged.png").write_bytes(encode(picture(40, 50), "PNG").replace(b"IDAT", b"IDOT"))
     shutil.copy(good, strange)
     words = [
-        tmp_path / "missing.jpg",
         "--data.val_resize_size",
         "16",
-        good,
-        tmp_path / "text.jpg",
         "--checkpoint",
         checkpoint,
+        tmp_path / "missing.jpg",
+        good,
+        tmp_path / "text.jpg",
         tmp_path / "cut.jpg",
         tmp_path / "small.png",
         good,
@@ -233,16 +233,15 @@ def test_bytes_from_a_pipe(checkpoint, digits, tmp_path):
 def test_refusals(checkpoint, tmp_path, monkeypatch, capsys):
     for arguments, said in (
         (["--model.name", "resnet32"], "the settings of model are the checkpoint's"),
-        (["--data.val_resize_size", "8"], "it must not be below data.val_crop_size"),
-        (["--top", "0"], "'0' is not a whole number of 1 or more"),
-        (["--topp", "3"], "usage: resnet-dist predict [-h] --checkpoint"),
+        (["--data.val_resize_size", "8"], "it must be at least data.val_crop_size"),
+        (["--top", "0"], "--top is 0: it must be at least 1"),
+        (["--topp", "3"], "no option --topp; did you mean --top?"),
     ):
         with pytest.raises(SystemExit) as ending:
             cli.main(["predict", "a.jpg", "--checkpoint", checkpoint, *arguments])
         assert ending.value.code == 2 and said in capsys.readouterr().err
-    with pytest.raises(SystemExit) as ending:
-        cli.main(["predict", "a.jpg", "--checkpoint", str(tmp_path / "gone.pt")])
-    assert ending.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    assert cli.main(["predict", "a.jpg", "--checkpoint", str(tmp_path / "gone.pt")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="one process: start it without torchrun"):
         load_network({}, Config(), torch.device("cpu"))

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_dist.cli import config_parser, parse_config
+from resnet_dist.cli import parse_config
 from resnet_dist.cluster import ClusterConfig
 from resnet_dist.config import Config
 from resnet_dist.data.sampling.order import steps_per_epoch
@@ -27,6 +27,7 @@ from resnet_dist.models.zoo import check_image_size
 from resnet_dist.optim import parameter_groups
 from resnet_dist.remarks import far_from_recipe, remarks
 from resnet_dist.schedule import build_schedule, epochs_to_steps, peak_lr
+from resnet_dist.settings import setting_hints
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "recipes.json"
@@ -50,12 +51,7 @@ IMAGES = {
 
 @functools.cache
 def load(name: str) -> Config:
-    return parse_config(parser(), ["--config", str(ROOT / "configs" / f"{name}.yaml")])
-
-
-@functools.cache
-def parser():
-    return config_parser("train.py", "")
+    return parse_config(["--config", str(ROOT / "configs" / f"{name}.yaml")])
 
 
 def data_of(config: Config) -> tuple[int, int]:
@@ -205,7 +201,7 @@ def test_the_head_comment_is_complete_and_its_options_exist(name):
     parts = head(name)
     assert {"Command", "Hardware", "Expected", "Source"} <= set(parts), "label missing"
     assert name == "quickstart" or f"configs/{name}.yaml" in parts["Command"]
-    known = {action.dest for action in parser()._actions}
+    known = set(setting_hints())
     known |= {f"cluster.{field.name}" for field in dataclasses.fields(ClusterConfig)}
     used = re.findall(r"--([a-z_0-9]+\.[a-z_0-9]+)", " ".join(parts.values()))
     assert set(used) <= known

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from resnet_dist.console import Progress
+from resnet_dist.options import Parser
 
 _ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz")
 _PLAIN_NAME = re.compile(r"[^./\\\0][^/\\\0]*")  # in no folder, not hidden, not ..
@@ -72,26 +73,21 @@ _OPTIONS = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands."""
-    parser = argparse.ArgumentParser(prog="resnet-dist data", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
-    for name, (text, arguments) in _COMMANDS.items():
-        command = commands.add_parser(
-            name,
-            help=text,
-            description=text,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )
-        for argument in arguments.split():
-            default, meaning = _OPTIONS.get(argument, (None, None))
-            kind = (
-                {"action": "store_true"}
-                if default is False
-                else {"type": type(default), "default": default}
-            )
-            command.add_argument(argument, help=meaning, **({} if default is None else kind))
-    return parser
+SUMMARIES = {name: text for name, (text, _) in _COMMANDS.items()}
+
+
+def add_arguments(parser: Parser, name: str) -> None:
+    """Add the arguments of the sub-command `name`."""
+    _, arguments = _COMMANDS[name]
+    for argument in arguments.split():
+        if not argument.startswith("--"):
+            parser.add_option(argument)
+            continue
+        default, meaning = _OPTIONS[argument]
+        if default is False:
+            parser.add_option(argument, help=meaning, action="store_true")
+        else:
+            parser.add_option(argument, help=meaning, type=type(default), default=default)
 
 
 def run(args: argparse.Namespace) -> int:

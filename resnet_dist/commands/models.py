@@ -77,17 +77,8 @@ def facts(name: str) -> dict:
     }
 
 
-def run(arguments: list[str]) -> int:
-    """Print the table."""
-    parser = argparse.ArgumentParser(
-        prog="resnet-dist models",
-        description="Every name that model.name takes. GFLOPs are multiply-adds of one "
-        "image of the size beside them, as the papers count. Top-1 in percent is what others published, on ImageNet "
-        "unless it says CIFAR-10; docs/results.md has what this project measured.",
-    )
-    parser.add_argument("filter", nargs="?", default="", help="only names that contain this")
-    parser.add_argument("--json", action="store_true", help="one line of JSON for each network")
-    options = parser.parse_args(arguments)
+def run(options: argparse.Namespace) -> int:
+    """Print the table of the networks whose name contains `options.filter`."""
     names = [name for name in MODELS if options.filter in name]
     if not names:
         print(f"error: no network has {options.filter!r} in its name", file=sys.stderr)
