@@ -21,9 +21,9 @@ from resnet_dist.distributed import StopSignal
 from resnet_dist.launch import status
 from resnet_dist.launch.rank import end_rank, free_port, judge_signal
 from resnet_dist.launch.script import check_text
+from resnet_dist.options import field_meanings
 from resnet_dist.rendezvous import Launcher, Meeting, Peer
 from resnet_dist.watchdog import Watchdog
-from resnet_dist.options import field_meanings
 
 RECIPE = ["submit", "--config", "configs/resnet50.yaml", "--data.data_dir", "/data/imagenet"]
 
