@@ -352,7 +352,7 @@ def _data_commands() -> dict[str, Command]:
 
     commands = {}
     for name, summary in data.SUMMARIES.items():
-        add_options = functools.partial(data.add_arguments, name=name)
+        add_options = functools.partial(data.add_data_options, name=name)
         commands[name] = Command(summary, add_options, _data)
     usage = f"[--out FILE] [--images N] [--epochs N] {_CONFIG_USAGE}"
     commands["show"] = Command(data.SUMMARIES["show"], _add_show_options, _show, usage)
@@ -362,7 +362,7 @@ def _data_commands() -> dict[str, Command]:
 def _add_show_options(parser: Parser) -> None:
     from resnet_dist.commands import data
 
-    data.add_arguments(parser, name="show")
+    data.add_data_options(parser, name="show")
     add_config_options(parser)
 
 

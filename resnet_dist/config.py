@@ -359,10 +359,10 @@ class Config:
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
 
     def __post_init__(self) -> None:
-        check(self)
+        check_config(self)
 
 
-def check(config: Config) -> None:
+def check_config(config: Config) -> None:
     """Check types, values, and rules that involve several keys.
 
     Raises ValueError with the key, its value, the rule and the way out. `Config` calls it whenever

@@ -222,11 +222,10 @@ def describe_type(hint: TypeHint) -> str:
         return " or ".join(describe_type(one) for one in arguments)
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}"
-    if origin is tuple:
-        plural = f"{_NAMES[arguments[0]][1]}"
-        return f"a list of {plural if Ellipsis in arguments else f'{len(arguments)} {plural}'}"
-    if origin is list:
-        return f"a list of {_NAMES[arguments[0]][1]}"
+    if origin is tuple and Ellipsis not in arguments:
+        return f"a list of {len(arguments)} {_plural(arguments[0])}"
+    if origin in (tuple, list):
+        return f"a list of {_plural(arguments[0])}"
     if origin is dict:
         return "a mapping from names to values"
     return _NAMES[hint][0]
@@ -240,6 +239,12 @@ _NAMES = {
     str: ("text", "texts"),
     type(None): ("null", "nulls"),
 }
+
+
+def _plural(hint: TypeHint) -> str:
+    if type_origin(hint) is Literal:
+        return f"values out of {', '.join(map(str, get_args(hint)))}"
+    return _NAMES[hint][1]
 
 
 def _items_have_types(

@@ -130,7 +130,7 @@ def build_section(section: type[T], values: Mapping[str, Any], prefix: str = "")
 
 
 def build_config(values: Mapping[str, Any]) -> Config:
-    """The config of flat settings. Raises ValueError as `config.check` does."""
+    """The config of flat settings. Raises ValueError as `config.check_config` does."""
     return build_section(Config, values)
 
 

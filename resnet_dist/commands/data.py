@@ -76,7 +76,7 @@ _OPTIONS = {
 SUMMARIES = {name: text for name, (text, _) in _COMMANDS.items()}
 
 
-def add_arguments(parser: Parser, name: str) -> None:
+def add_data_options(parser: Parser, name: str) -> None:
     """Add the arguments of the sub-command `name`."""
     _, arguments = _COMMANDS[name]
     for argument in arguments.split():
