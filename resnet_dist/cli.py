@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import yaml
 from jsonargparse import Namespace
@@ -23,8 +23,11 @@ from resnet_dist.cluster import ClusterConfig
 from resnet_dist.config import Config, ModelConfig, to_dict
 from resnet_dist.config_rules import AtLeast
 from resnet_dist.options import CommandLine, Parser, add_config_options, program_name
-from resnet_dist.settings import build_config, flatten_settings, setting_hints
+from resnet_dist.settings import build_config
 from resnet_dist.text import did_you_mean, printable
+
+if TYPE_CHECKING:
+    from resnet_dist.saved_network import SavedNetwork
 
 # torch prints pages of warnings about a lost rank; our own message is one line.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -190,7 +193,18 @@ def _predict(line: CommandLine) -> int:
 
     from resnet_dist.commands import predict
 
-    return _run_on_checkpoint(line, path, predict.run, ("images", "top", "json"))
+    # Before the network is loaded: a wrong name should not take that long to be noticed.
+    try:
+        images = predict.find_images(line.options().images)
+    except ValueError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+
+    def run(saved: "SavedNetwork", config: Config, options: argparse.Namespace) -> int:
+        options.images = images
+        return predict.run(saved, config, options)
+
+    return _run_on_checkpoint(line, path, run, ("top", "json"))
 
 
 def _add_export_options(parser: Parser) -> None:
@@ -228,7 +242,7 @@ def _checkpoint_path(line: CommandLine) -> Path:
 def _run_on_checkpoint(
     line: CommandLine,
     path: Path,
-    run: Callable[[dict[str, Any], Config, argparse.Namespace], int],
+    run: Callable[["SavedNetwork", Config, argparse.Namespace], int],
     names: tuple[str, ...],
 ) -> int:
     """Read the checkpoint at `path` and call `run(checkpoint, config, options)`.
@@ -236,18 +250,17 @@ def _run_on_checkpoint(
     The settings are those of the checkpoint, changed by files and options. `names` are the
     command's own options.
     """
-    from resnet_dist.checkpoint import read_checkpoint, unpack_checkpoint
+    from resnet_dist.saved_network import open_network
 
     with contextlib.suppress(KeyboardInterrupt):
         try:
-            saved = unpack_checkpoint(read_checkpoint(path), str(path))
-            defaults = flatten_settings(saved["config"], setting_hints())
+            saved = open_network(path)
         except ValueError as problem:
             if os.environ.get("RANK", "0") == "0":
                 print(f"error: {problem}", file=sys.stderr)
             return 2
-        config, options = _config_or_print(line, defaults=defaults)
-        _refuse_other_network(line, config.model, build_config(defaults).model)
+        config, options = _config_or_print(line, defaults=saved.settings)
+        _refuse_other_network(line, config.model, build_config(saved.settings).model)
         own = {name: options[name] for name in names}
         return run(saved, config, argparse.Namespace(checkpoint=str(path), **own))
     return 130

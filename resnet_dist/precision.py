@@ -52,7 +52,7 @@ def resolve_settings(
         return config
     precision = resolve_precision("auto", device)
     if saved is not None:
-        precision = resolve_precision(saved["train"]["precision"], device)
+        precision = resolve_precision(saved.get("train", {}).get("precision", "auto"), device)
     return replace(config, train=replace(train, precision=precision))
 
 

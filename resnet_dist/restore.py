@@ -5,13 +5,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resnet_dist import checkpoint
 from resnet_dist.checkpoint import Saver, TrainState
+from resnet_dist.checkpoint_file import (
+    NEEDED_TO_RESUME,
+    download_weights,
+    read_checkpoint,
+    refuse_newer,
+    unpack_checkpoint,
+    unpack_weights,
+)
 from resnet_dist.config import CheckpointConfig, Config
 from resnet_dist.distributed import Runtime
 from resnet_dist.files import write_file
 from resnet_dist.log import Log
 from resnet_dist.models import weights
+from resnet_dist.resume_rules import check_resumable, model_changes
+from resnet_dist.run_folder import find_checkpoint, newest_valid, refuse_lost
 
 
 @dataclass(frozen=True)
@@ -48,14 +57,23 @@ def find_start(config: Config, runtime: Runtime, log: Log) -> StartPoint:
     """
     section = config.checkpoint
     folder = checkpoint_folder(config)
-    own = runtime.on_main(lambda: checkpoint.newest_valid(folder, log.warn))
+    own = runtime.on_main(lambda: newest_valid(folder, log.warn))
     if own:
         _warn_about_ignored(section, str(own), log)
         return StartPoint(str(own), _read(str(own), runtime), is_own=True)
-    runtime.on_main(lambda: checkpoint.refuse_lost(folder))
+    runtime.on_main(lambda: refuse_lost(folder))
     if section.resume:
-        return StartPoint(section.resume, _read(section.resume, runtime))
+        path = _find(section.resume, runtime, log, best=False)
+        return StartPoint(path, _read(path, runtime, log))
+    if section.init_from and not section.init_from.startswith("torchvision:"):
+        return StartPoint(weights_path=_find(section.init_from, runtime, log, best=True))
     return StartPoint(weights_path=section.init_from)
+
+
+def _find(path: str, runtime: Runtime, log: Log, best: bool) -> str:
+    """The file that a setting means, which may name the folder of a run."""
+    found: str = runtime.on_main(lambda: str(find_checkpoint(Path(path), log.warn, best)))
+    return found
 
 
 def _warn_about_ignored(section: CheckpointConfig, own: str, log: Log) -> None:
@@ -64,9 +82,10 @@ def _warn_about_ignored(section: CheckpointConfig, own: str, log: Log) -> None:
             log.say(f"resuming from {own}; checkpoint.{key} is ignored")
 
 
-def _read(path: str, runtime: Runtime) -> dict[str, Any]:
-    payload = runtime.bytes_from_main(lambda: checkpoint.read_checkpoint(Path(path)))
-    return checkpoint.unpack_checkpoint(payload, path)
+def _read(path: str, runtime: Runtime, log: Log | None = None) -> dict[str, Any]:
+    say = None if log is None else log.warn
+    payload = runtime.bytes_from_main(lambda: read_checkpoint(Path(path), say))
+    return unpack_checkpoint(payload, path, NEEDED_TO_RESUME)
 
 
 def restore(
@@ -88,11 +107,11 @@ def restore(
 def _resume(state: TrainState, start: StartPoint, saver: Saver, log: Log) -> None:
     """Load everything: weights, optimizer, scaler, average, step."""
     assert start.saved is not None
-    for change in checkpoint.check_resumable(start.saved, saver.facts):
+    for change in check_resumable(start.saved, saver.facts):
         log.warn(f"the run continues with a changed setting: {change}")
     state.load_state_dict(start.saved)
     if start.is_own:
-        saver.saved = (state.step, state.evaluated_step)
+        saver.note_saved(state)
     else:
         # The file of that best checkpoint is in another folder.
         state.best_top1 = -1.0
@@ -106,9 +125,14 @@ def _init_weights(
 
     The log gets a short table, init_from.txt in output_dir the whole one.
     """
-    read = weights.download if path.startswith("torchvision:") else checkpoint.read_checkpoint
-    content = weights.unpack(runtime.bytes_from_main(lambda: read(path)), path)
-    checkpoint.refuse_newer(content, path)
+
+    def read() -> bytes:
+        if path.startswith("torchvision:"):
+            return download_weights(path)
+        return read_checkpoint(Path(path), log.warn)
+
+    content = unpack_weights(runtime.bytes_from_main(read), path)
+    refuse_newer(content, path)
     rows, complete = weights.load_weights(state.model, content, path)
     if state.ema:
         state.ema.model.load_state_dict(state.model.state_dict())
@@ -133,7 +157,7 @@ def _warn_about_other_network(
     content: dict[str, Any], path: str, config: Config, saver: Saver, log: Log
 ) -> None:
     """Warn if the tensors fit, but mean something else."""
-    changes = checkpoint.model_changes(content, config)
+    changes = model_changes(content, config)
     if changes:
         log.warn(
             f"{path} is of a different network, whose tensors may fit all the same: "

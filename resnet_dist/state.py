@@ -1,8 +1,6 @@
 """The state of a run from its config: network, optimizer, gradient scaler and average."""
 
-import os
 import warnings
-from typing import Any
 
 import torch
 from torch import nn
@@ -32,25 +30,6 @@ def build_state(config: Config, num_classes: int, device: torch.device) -> Train
         scaler=Precision(config.train.precision, device).gradient_scaler(),
         ema=Ema(model, config.train.ema_decay) if config.train.ema_decay else None,
     )
-
-
-def load_network(
-    saved: dict[str, Any], config: Config, device: torch.device, raw: bool = False
-) -> tuple[nn.Module, str]:
-    """The network of a checkpoint in eval mode, and which weights it has.
-
-    Args:
-        raw: Take the raw weights ("model") also where the checkpoint has averaged ones ("ema").
-
-    Raises:
-        ValueError: If this is one of several processes.
-    """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ValueError("this command runs in one process: start it without torchrun")
-    model = build_state(config, len(saved["class_names"]), device).model
-    kind = "ema" if saved["ema"] and not raw else "model"
-    model.load_state_dict(saved[kind])
-    return model.eval(), kind
 
 
 def wrap_ddp(model: nn.Module, device: torch.device) -> nn.parallel.DistributedDataParallel:

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from resnet_dist import cli
-from resnet_dist.checkpoint import read_checkpoint, unpack_checkpoint, write_checkpoint
+from resnet_dist.checkpoint_file import read_checkpoint, unpack_checkpoint, write_checkpoint
 from resnet_dist.commands import export
 from resnet_dist.config import Config, DataConfig, ModelConfig, to_dict
 from resnet_dist.models.build import build_model
-from resnet_dist.state import load_network
+from resnet_dist.saved_network import load_network, open_network
 
 
 @pytest.fixture
@@ -33,8 +33,9 @@ def run(tmp_path, capfd):
 
 
 def network(checkpoint, raw=False):
-    saved = unpack_checkpoint(read_checkpoint(checkpoint), "")
-    return load_network(saved, Config(model=ModelConfig("resnet20")), torch.device("cpu"), raw)[0]
+    saved = open_network(Path(checkpoint))
+    config = Config(model=ModelConfig("resnet20"))
+    return load_network(saved, config, torch.device("cpu"), raw)[0]
 
 
 def images(n):
@@ -175,7 +176,7 @@ def test_failures_leave_nothing(checkpoint, run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(
             export,
-            "write_whole",
+            "replace_file",
             lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")),
         )
         code, output, _, err = run(checkpoint, "safetensors")

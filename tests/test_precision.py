@@ -6,9 +6,11 @@ import pytest
 import torch
 from dist_utils import run_app
 
-from resnet_dist import checkpoint, precision
+from resnet_dist import precision
+from resnet_dist.checkpoint_file import read_checkpoint, unpack_checkpoint
 from resnet_dist.config import Config, TrainConfig, to_dict
 from resnet_dist.precision import Precision, resolve_precision, resolve_settings
+from resnet_dist.run_folder import newest_valid
 
 CPU = torch.device("cpu")
 AUTO = Config()
@@ -65,9 +67,9 @@ def test_a_run_keeps_its_precision_on_another_kind_of_node(digits, tmp_path):
         log = tmp_path / "log"
         log.unlink(missing_ok=True)
         assert run_app(1, arguments, str(log), on_avx2) == [0]
-        newest = checkpoint.newest_valid(tmp_path / "run" / "checkpoints", print)
-        payload = checkpoint.read_checkpoint(newest)
-        saved = checkpoint.unpack_checkpoint(payload, "newest")["config"]["train"]["precision"]
+        newest = newest_valid(tmp_path / "run" / "checkpoints", print)
+        payload = read_checkpoint(newest)
+        saved = unpack_checkpoint(payload, "newest")["config"]["train"]["precision"]
         return saved, log.read_text()
 
     assert train(1, "bf16")[0] == "bf16"

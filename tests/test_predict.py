@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +14,11 @@ from dist_utils import run_app
 from image_files import OneProcess, encode, picture, val_loader
 
 from resnet_dist import cli, engine
-from resnet_dist.checkpoint import read_checkpoint, unpack_checkpoint
 from resnet_dist.commands.predict import find_images
 from resnet_dist.config import Config, ModelConfig
 from resnet_dist.data.sources.scan import build_index
 from resnet_dist.precision import Precision
-from resnet_dist.state import load_network
+from resnet_dist.saved_network import load_network, open_network
 
 
 def main(arguments):
@@ -69,11 +69,14 @@ def test_a_validation_folder_gets_what_evaluation_gives_it(checkpoint, digits, t
     )
     assert sum(label in rank for label, rank in zip(own, ranks, strict=True)) == counts["correct5"]
 
-    saved = unpack_checkpoint(read_checkpoint(checkpoint), "")
-    model, weights = load_network(saved, Config(model=ModelConfig("resnet20")), torch.device("cpu"))
-    precision = Precision(saved["config"]["train"]["precision"])
-    data = saved["config"]["data"] | {"val_flip": True, "val_batch_size": 100, "kind": "folder"}
-    loader, shares = val_loader(index, tmp_path, dtype=precision.dtype, **data), []
+    saved = open_network(Path(checkpoint))
+    config = Config(model=ModelConfig("resnet20"))
+    model, weights = load_network(saved, config, torch.device("cpu"))
+    changed = {"val_flip": True, "val_batch_size": 100, "kind": "folder"}
+    data = saved.content["config"]["data"] | changed
+    precision = Precision(saved.content["config"]["train"]["precision"])
+    loader = val_loader(index, tmp_path, dtype=precision.dtype, **data)
+    shares = []
     for batch in loader:
         logits = engine.predict_logits(model, batch, loader.mirrored, precision)
         shares += logits.softmax(1).tolist()
@@ -230,7 +233,8 @@ def test_bytes_from_a_pipe(checkpoint, digits, tmp_path):
     assert code == 0 and text.splitlines()[1].startswith("/dev/stdin  ")
 
 
-def test_refusals(checkpoint, tmp_path, monkeypatch, capsys):
+def test_refusals(checkpoint, digits, tmp_path, monkeypatch, capsys):
+    image = f"{digits}/val/3/0004.jpg"
     for arguments, said in (
         (["--model.name", "resnet32"], "the settings of model are the checkpoint's"),
         (["--data.val_resize_size", "8"], "it must be at least data.val_crop_size"),
@@ -238,10 +242,10 @@ def test_refusals(checkpoint, tmp_path, monkeypatch, capsys):
         (["--topp", "3"], "no option --topp; did you mean --top?"),
     ):
         with pytest.raises(SystemExit) as ending:
-            cli.main(["predict", "a.jpg", "--checkpoint", checkpoint, *arguments])
+            cli.main(["predict", image, "--checkpoint", checkpoint, *arguments])
         assert ending.value.code == 2 and said in capsys.readouterr().err
-    assert cli.main(["predict", "a.jpg", "--checkpoint", str(tmp_path / "gone.pt")]) == 2
+    assert cli.main(["predict", image, "--checkpoint", str(tmp_path / "gone.pt")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="one process: start it without torchrun"):
-        load_network({}, Config(), torch.device("cpu"))
+        load_network(open_network(Path(checkpoint)), Config(), torch.device("cpu"))

@@ -46,7 +46,7 @@ LAYERS = [
         "data.sources.index",
     },
     {"optim", "ema", "mix", "losses", "models.*", "data.*"},
-    {"checkpoint"},
+    {"checkpoint", "checkpoint_file", "run_folder", "resume_rules", "saved_network"},
     {"state", "nonfinite", "restore"},
     {"engine"},
     {"summary"},
@@ -60,7 +60,7 @@ FENCES = {
     "nvidia": {"data.pixels.dali", "data.operations", "commands.rivals"},
     "torchvision": {
         "models.zoo",
-        "models.weights",
+        "checkpoint_file",
         "commands.data",
         "commands.rivals",
         "commands.export",

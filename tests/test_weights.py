@@ -12,17 +12,15 @@ import torch
 import torchvision
 from torch import nn
 
-from resnet_dist.checkpoint import read_checkpoint
+from resnet_dist.checkpoint_file import download_weights, read_checkpoint, unpack_weights
 from resnet_dist.models import weights
 from resnet_dist.models.build import MODELS
 from resnet_dist.models.resnet import FAMILY
 from resnet_dist.models.weights import (
     describe,
-    download,
     find_weights,
     head_modules,
     load_weights,
-    unpack,
 )
 
 
@@ -306,12 +304,12 @@ def test_files(tmp_path, suffix):
     else:
         safetensors.torch.save_file(source, path)
     model, payload = MODELS["resnet20"](num_classes=5), read_checkpoint(path)
-    assert load_weights(model, unpack(payload, str(path)), str(path))[1]
+    assert load_weights(model, unpack_weights(payload, str(path)), str(path))[1]
     assert model.fc.weight.dtype == torch.float32
     assert_equal(model, {key: value.float() for key, value in source.items()})
     for damaged in (payload[: len(payload) // 2], b"", b"\0" * 100):
         with pytest.raises(ValueError, match=rf"x\.{suffix} is damaged, or no file of"):
-            unpack(damaged, str(path))
+            unpack_weights(damaged, str(path))
 
 
 def test_objects_are_not_loaded(monkeypatch):
@@ -321,10 +319,10 @@ def test_objects_are_not_loaded(monkeypatch):
     with pytest.raises(
         ValueError, match=r"x\.pth needs Python objects \(\S+\).*not loaded.*'weights\.pth'"
     ):
-        unpack(buffer.getvalue(), "x.pth")
+        unpack_weights(buffer.getvalue(), "x.pth")
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(ValueError, match=r"needs safetensors: pip install 'resnet-dist\[export\]'"):
-        unpack(b"", "x.safetensors")
+        unpack_weights(b"", "x.safetensors")
 
 
 def test_the_head_is_found_by_structure():
@@ -369,21 +367,21 @@ def test_downloads_that_cannot_be_had(tmp_path, monkeypatch):
         torchvision.models._api.WeightsEnum, "url", property(lambda weights: url + path.name)
     )
     with pytest.raises(ValueError, match=rf"'{name}'.*could not be had.*no network.*{path}"):
-        download(name)
+        download_weights(name)
     url = f"{tmp_path.as_uri()}/"
     torch.save({"a": torch.zeros(2)}, tmp_path / path.name)
     with pytest.raises(ValueError, match="could not be had .invalid hash value"):
-        download(name)
+        download_weights(name)
     torch.save({"a": torch.zeros(2)}, path)  # a download that the disk has spoilt since
     with pytest.raises(ValueError, match=rf"{path} is damaged.*delete it"):
-        download(name)
+        download_weights(name)
     path.write_bytes(b"half")
     with pytest.raises(ValueError, match=rf"could not be had.*{path}"):
-        download(name)
+        download_weights(name)
     for wrong in ("torchvision:resnet50:V9", "torchvision:resnet50"):
         with pytest.raises(
             ValueError, match=rf"'{wrong}'.*torchvision:resnet50:IMAGENET1K_V1, {name}"
         ):
-            download(wrong)
+            download_weights(wrong)
     with pytest.raises(ValueError, match="those of its own models"):
-        download("torchvision:resnet20:IMAGENET1K_V1")
+        download_weights("torchvision:resnet20:IMAGENET1K_V1")

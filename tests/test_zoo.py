@@ -20,8 +20,14 @@ from test_engine import FP32, Alone, ListLoader, NoSync, rule_of
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from resnet_dist import checkpoint, engine
-from resnet_dist.checkpoint import TrainState
+from resnet_dist import engine
+from resnet_dist.checkpoint import TrainState, copy_to_cpu
+from resnet_dist.checkpoint_file import (
+    FORMAT,
+    read_checkpoint,
+    unpack_checkpoint,
+    write_checkpoint,
+)
 from resnet_dist.config import (
     AugmentConfig,
     Config,
@@ -175,9 +181,9 @@ def test_trains_averages_and_evaluates(name, narrow, tmp_path):
 
 def saved_and_read(state, path):
     """The state, through a file."""
-    content = checkpoint._copy_to_cpu({"format": checkpoint.FORMAT, **state.state_dict()})
-    checkpoint.write_checkpoint(path, content)
-    return checkpoint.unpack_checkpoint(checkpoint.read_checkpoint(path), str(path))
+    content = copy_to_cpu({"format": FORMAT, **state.state_dict()})
+    write_checkpoint(path, content)
+    return unpack_checkpoint(read_checkpoint(path), str(path))
 
 
 @pytest.mark.parametrize("name", ZOO)

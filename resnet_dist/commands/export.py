@@ -1,159 +1,264 @@
 """A checkpoint's network for other programs, and the proof that it computes the same there."""
 
 import argparse
-import hashlib
 import io
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from resnet_dist import __version__
 from resnet_dist.config import Config, ModelConfig
-from resnet_dist.data.sources.index import write_whole
-from resnet_dist.state import load_network
+from resnet_dist.files import replace_file
+from resnet_dist.saved_network import SavedNetwork, load_network
+from resnet_dist.text import printable
 
-TOLERANCE = 1e-4  # how far logits may be apart, as a share of the largest of their batch
+TOLERANCE = 1e-4
+"""How far logits may be apart, as a share of the largest of their batch."""
+
+Network = Callable[[torch.Tensor], torch.Tensor]
+"""Logits [N, classes] of normalised images [N, 3, S, S]."""
 
 
-def run(saved: dict, config: Config, options: argparse.Namespace) -> int:
-    """Write options.output, read it back and compare; only then it gets its name. Returns 2, with a
-    sentence, if not. The network is in fp32 and eval mode. It takes [N, 3, S, S], S
-    data.val_crop_size, normalised as in evaluation.
+@dataclass(frozen=True)
+class Export:
+    """One network on its way into a file."""
+
+    to: str
+    """onnx, torch_export, safetensors or torchvision"""
+    name: str
+    """model.name"""
+    options: str
+    """the name and the options of the network that are not the usual ones, for messages"""
+    num_classes: int
+    side: int
+    """data.val_crop_size, side of the images that the network takes"""
+    facts: dict[str, str]
+    """what the file says about the network, where the format has room for it"""
+
+
+def run(saved: SavedNetwork, config: Config, options: argparse.Namespace) -> int:
+    """Write `options.output`, read it back, and compare; only then does it get its name.
+
+    The network is in fp32 and eval mode. It takes images [N, 3, S, S] with S data.val_crop_size,
+    normalised as in evaluation. Returns 0, or 2 after an error that is printed.
     """
-    output, data, name, count = (
-        Path(options.output),
-        config.data,
-        config.model.name,
-        len(saved["class_names"]),
-    )
-    unchecked, side, to = (
-        output.with_name(f".{os.getpid()}.{output.name}"),
-        data.val_crop_size,
-        options.to,
-    )
     config = replace(config, model=replace(config.model, sync_batch_norm=False))
-    usual = ModelConfig(name, config.model.num_classes, sync_batch_norm=False)
-    network = f"{name} {dict(asdict(config.model).items() - asdict(usual).items()) or ''}".strip()
+    output = Path(options.output)
     try:
         if output.exists():
-            raise ValueError(f"--output {output} exists: take another name, or remove it")
-        model, weights = load_network(saved, config, torch.device("cpu"), options.raw_weights)
-        facts = {
-            "model": name,
-            "weights": weights,
-            "resnet_dist": __version__,
-            "checkpoint_sha256": hashlib.sha256(Path(options.checkpoint).read_bytes()).hexdigest(),
-        }
-        facts |= {
-            key: json.dumps((asdict(data) | saved)[key])
-            for key in ("step", "class_names", "val_resize_size", "val_crop_size", "mean", "std")
-        }
-        write_whole(
-            str(unchecked),
-            _encode(to, model.to(memory_format=torch.contiguous_format), facts, side),
-            True,
-        )
-        found = difference(model, _decode(to, model, unchecked, name, count, network), side)
-        if not found <= TOLERANCE:
             raise ValueError(
-                f"it computes other logits, by {found:.1e} of the largest, than this {network}"
+                f"--output {printable(output)} exists: take another name, or remove it"
             )
-        os.replace(unchecked, output)
+        model, weights = load_network(saved, config, torch.device("cpu"), options.raw_weights)
+        export = _describe_export(saved, config, options.to, weights)
+        found = write_export(export, model, output)
     except (ValueError, OSError, ImportError) as problem:
         way_out = ": pip install 'resnet-dist[export]'" if isinstance(problem, ImportError) else ""
-        print(f"error: --to {to}: {problem}{way_out}", file=sys.stderr)
+        print(f"error: --to {options.to}: {printable(problem)}{way_out}", file=sys.stderr)
         return 2
-    finally:
-        unchecked.unlink(missing_ok=True)
     print(
-        f"{output}: {name}, {weights} weights of step {saved['step']}; read back, its logits agree to {found:.1e}"
+        f"{printable(output)}: {export.name}, {weights} weights of step {saved.step}; read back, "
+        f"its logits agree to {found:.1e}"
     )
     return 0
 
 
-@torch.inference_mode()
-def difference(model: torch.nn.Module, other: Callable, side: int) -> float:
-    """The largest difference of logits as in TOLERANCE: for an image of noise, then for five, noise
-    and smooth ones.
+def _describe_export(saved: SavedNetwork, config: Config, to: str, weights: str) -> Export:
+    data = config.data
+    usual = ModelConfig(config.model.name, config.model.num_classes, sync_batch_norm=False)
+    changed = dict(asdict(config.model).items() - asdict(usual).items())
+    facts = {
+        "model": config.model.name,
+        "weights": weights,
+        "resnet_dist": __version__,
+        "checkpoint_sha256": saved.sha256,
+        "step": json.dumps(saved.step),
+        "class_names": json.dumps(saved.class_names),
+        "val_resize_size": json.dumps(data.val_resize_size),
+        "val_crop_size": json.dumps(data.val_crop_size),
+        "mean": json.dumps(data.mean),
+        "std": json.dumps(data.std),
+    }
+    return Export(
+        to=to,
+        name=config.model.name,
+        options=f"{config.model.name} {changed or ''}".strip(),
+        num_classes=len(saved.class_names),
+        side=data.val_crop_size,
+        facts=facts,
+    )
+
+
+def write_export(export: Export, model: nn.Module, output: Path) -> float:
+    """Write the network to `output`, unless it computes something else when it is read back.
+
+    Returns the largest difference of logits, as `difference`.
+
+    Raises:
+        ValueError: The file that was written does not compute the same, or the format has no such
+            network.
+        ImportError: The library of the format is not installed.
+        OSError: The file cannot be written.
     """
-    random, ramp = (
-        torch.Generator().manual_seed(0),
-        torch.linspace(-2, 2, side).expand(3, side, side),
-    )
-    noise = torch.randn(2, 3, side, side, generator=random)
-    batches = (
-        noise[:1],
-        torch.stack([noise[1], ramp, ramp.mT, ramp.clamp(max=-2), ramp.clamp(min=2)]),
-    )
-    pairs = [(model(images), other(images)) for images in batches]
-    return float(torch.stack([(b - a).abs().max() / a.abs().max() for a, b in pairs]).max())
+    content = _WRITERS[export.to](export, model.to(memory_format=torch.contiguous_format))
+    with replace_file(output) as file:
+        file.write(content)
+        file.flush()
+        network = _READERS[export.to](export, model, Path(file.name))
+        found = difference(model, network, export.side)
+        # Not "found > TOLERANCE", which is false for NaN.
+        if not found <= TOLERANCE:
+            raise ValueError(
+                f"it computes other logits, by {found:.1e} of the largest, than this "
+                f"{export.options}"
+            )
+    return found
 
 
-def _encode(to: str, model: torch.nn.Module, facts: dict[str, str], side: int) -> bytes:
-    buffer = io.BytesIO()
-    if to == "safetensors":
-        from safetensors.torch import save
+@torch.inference_mode()
+def difference(model: Network, other: Network, side: int) -> float:
+    """The largest difference of logits, as a share of the largest logit of the batch.
 
-        return save(model.state_dict(), metadata={"format": "pt", **facts})
-    if to == "torchvision":
-        torch.save(model.state_dict(), buffer)
-        return buffer.getvalue()
-    program = torch.export.export(
-        model,
-        (torch.zeros(2, 3, side, side),),
-        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-    )
-    if to == "torch_export":
-        torch.export.save(program, buffer, extra_files={"metadata.json": json.dumps(facts)})
-        return buffer.getvalue()
-    program = torch.onnx.export(
-        program, input_names=["images"], output_names=["logits"], verbose=False
-    )
-    program.model.metadata_props.update(facts)
-    return program.model_proto.SerializeToString()
+    Compared are a batch of one image of noise, and one of five images, noise and smooth ones.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 3, side, side, generator=generator)
+    ramp = torch.linspace(-2, 2, side).expand(3, side, side)
+    dark = ramp.clamp(max=-2)
+    bright = ramp.clamp(min=2)
+    batches = (noise[:1], torch.stack([noise[1], ramp, ramp.mT, dark, bright]))
+    worst = []
+    for images in batches:
+        expected = model(images)
+        worst.append((other(images) - expected).abs().max() / expected.abs().max())
+    # torch's maximum is NaN if any value is.
+    return float(torch.stack(worst).max())
 
 
-def _decode(
-    to: str, model: torch.nn.Module, path: Path, name: str, num_classes: int, network: str
-) -> Callable:
-    if to == "onnx":
-        from onnxruntime import InferenceSession
+def _write_safetensors(export: Export, model: nn.Module) -> bytes:
+    from safetensors.torch import save
 
-        session = InferenceSession(path, providers=["CPUExecutionProvider"])
-        return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-    if to == "torch_export":
-        return torch.export.load(
-            io.BytesIO(path.read_bytes())
-        ).module()  # of a path, it wants the suffix .pt2
+    content: bytes = save(model.state_dict(), metadata={"format": "pt", **export.facts})
+    return content
+
+
+def _read_safetensors(export: Export, model: nn.Module, path: Path) -> Network:
+    from safetensors.torch import load_file
+
     own = model.state_dict()
-    if to == "safetensors":
-        from safetensors.torch import load_file
+    weights = load_file(path)
+    if weights.keys() != own.keys() or not all(torch.equal(weights[key], own[key]) for key in own):
+        raise ValueError("the tensors that were read back are not those that were written")
 
-        weights = load_file(path)
-        if weights.keys() != own.keys() or not all(
-            torch.equal(weights[key], own[key]) for key in own
-        ):
-            raise ValueError("the tensors that were read back are not those that were written")
-        return lambda images: torch.func.functional_call(model, weights, (images,))
-    from torchvision import models
+    def network(images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = torch.func.functional_call(model, weights, (images,))
+        return logits
 
-    with (
-        torch.device("meta"),
-        warnings.catch_warnings(),
-    ):  # no weights are drawn that are replaced at once
-        warnings.simplefilter("ignore")  # of how they would be
-        theirs = getattr(models, name, lambda num_classes: torch.nn.Module())(
-            num_classes=num_classes
-        )
-    if {key: t.shape for key, t in theirs.state_dict().items()} != {
-        key: t.shape for key, t in own.items()
-    }:
-        raise ValueError(f"it has no {network}: take onnx, torch_export or safetensors")
+    return network
+
+
+def _write_torchvision(export: Export, model: nn.Module) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    return buffer.getvalue()
+
+
+def _read_torchvision(export: Export, model: nn.Module, path: Path) -> Network:
+    theirs = _torchvision_network(export.name, export.num_classes)
+    shapes = {key: tensor.shape for key, tensor in theirs.state_dict().items()}
+    if shapes != {key: tensor.shape for key, tensor in model.state_dict().items()}:
+        raise ValueError(f"it has no {export.options}: take onnx, torch_export or safetensors")
     theirs.load_state_dict(torch.load(path, weights_only=True), strict=True, assign=True)
     return theirs.eval()
+
+
+def _torchvision_network(name: str, num_classes: int) -> nn.Module:
+    """Torchvision's network of that name without memory for weights; an empty one if unknown."""
+    from torchvision import models
+
+    build = getattr(models, name, None)
+    if build is None:
+        return nn.Module()
+    with torch.device("meta"), warnings.catch_warnings():
+        # Some networks warn of how they would be initialised.
+        warnings.simplefilter("ignore")
+        network: nn.Module = build(num_classes=num_classes)
+    return network
+
+
+def _exported_program(export: Export, model: nn.Module) -> torch.export.ExportedProgram:
+    # The batch size is free, the side of the images is not.
+    images = torch.zeros(2, 3, export.side, export.side)
+    batch = torch.export.Dim("batch", min=1)
+    return torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
+
+
+def _write_torch_export(export: Export, model: nn.Module) -> bytes:
+    buffer = io.BytesIO()
+    extra_files = {"metadata.json": json.dumps(export.facts)}
+    torch.export.save(_exported_program(export, model), buffer, extra_files=extra_files)
+    return buffer.getvalue()
+
+
+def _read_torch_export(export: Export, model: nn.Module, path: Path) -> Network:
+    # From bytes: of a path, torch expects the suffix .pt2.
+    return torch.export.load(io.BytesIO(path.read_bytes())).module()
+
+
+def _write_onnx(export: Export, model: nn.Module) -> bytes:
+    program = torch.onnx.export(
+        _exported_program(export, model),
+        input_names=["images"],
+        output_names=["logits"],
+        verbose=False,
+    )
+    assert program is not None
+    _name_batch_dimension(program.model)
+    program.model.metadata_props.update(export.facts)
+    content: bytes = program.model_proto.SerializeToString()
+    return content
+
+
+def _name_batch_dimension(model: Any) -> None:  # noqa: ANN401  onnx_ir has no types
+    """Call the free dimension `batch`; torch.export has called it s77 or the like."""
+    from onnx_ir import SymbolicDim
+
+    invented = model.graph.inputs[0].shape[0].value
+    values = [*model.graph.inputs, *model.graph.outputs]
+    values += [value for node in model.graph for value in node.outputs]
+    for value in values:
+        for axis, size in enumerate(value.shape or ()):
+            if getattr(size, "value", None) == invented:
+                value.shape[axis] = SymbolicDim("batch")
+
+
+def _read_onnx(export: Export, model: nn.Module, path: Path) -> Network:
+    from onnxruntime import InferenceSession
+
+    session = InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def network(images: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+    return network
+
+
+_WRITERS: dict[str, Callable[[Export, nn.Module], bytes]] = {
+    "onnx": _write_onnx,
+    "torch_export": _write_torch_export,
+    "safetensors": _write_safetensors,
+    "torchvision": _write_torchvision,
+}
+_READERS: dict[str, Callable[[Export, nn.Module, Path], Network]] = {
+    "onnx": _read_onnx,
+    "torch_export": _read_torch_export,
+    "safetensors": _read_safetensors,
+    "torchvision": _read_torchvision,
+}

@@ -1,5 +1,6 @@
-"""The most probable classes of single images: evaluation's loader and forward pass over a list of
-files.
+"""The most probable classes of single images.
+
+They go through the loader and the forward pass of evaluation, as a list of files.
 """
 
 import argparse
@@ -9,128 +10,184 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
 
 from resnet_dist import engine
 from resnet_dist.config import Config
 from resnet_dist.data.build import build_val_loader
-from resnet_dist.data.sources.index import SUFFIXES, list_files
+from resnet_dist.data.sources.index import SUFFIXES, list_files, some
 from resnet_dist.data.types import IGNORED_LABEL
 from resnet_dist.distributed import Runtime
 from resnet_dist.precision import Precision
 from resnet_dist.process import run_process
-from resnet_dist.state import load_network
+from resnet_dist.saved_network import SavedNetwork, load_network
+from resnet_dist.text import printable
+
+SIGPIPE_EXIT_CODE = 141
+"""128 + SIGPIPE: nobody reads the output any more."""
 
 
-def run(saved: dict, config: Config, options: argparse.Namespace) -> int:
-    """Print the options.top most probable classes of options.images, as evaluation sees them.
-    Returns 1 if an image cannot be used (it is named, the others go on), 2 if none can, 141
-    (SIGPIPE's) if nobody reads on.
+@dataclass(frozen=True)
+class Prediction:
+    """What the network says about one file."""
+
+    path: str
+    problem: str
+    """why the image cannot be used; empty if it can"""
+    best: list[tuple[int, float]]
+    """class ids and their probabilities, the most probable first"""
+
+
+def run(saved: SavedNetwork, config: Config, options: argparse.Namespace) -> int:
+    """Print the `options.top` most probable classes of the files `options.images`.
+
+    Returns 1 if an image cannot be used (it is named, the others go on), 2 if none can be used,
+    and `SIGPIPE_EXIT_CODE` if nobody reads the output.
     """
 
     def body(config: Config, runtime: Runtime) -> int:
         model, weights = load_network(saved, config, runtime.device)
-        files, names, good = find_images(options.images), saved["class_names"], 0
-        width = max(map(len, files))
-        print(f"{config.model.name}, {weights} weights of step {saved['step']}", file=sys.stderr)
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # a file's name may be what no encoding has
+        files = options.images
+        print(f"{config.model.name}, {weights} weights of step {saved.step}", file=sys.stderr)
+        # The name of a file need not be text.
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         try:
-            for path, problem, best in predict(model, files, config, runtime, options.top):
-                good += not problem
-                if options.json:
-                    best = [
-                        {"class": names[i], "index": i, "probability": share} for i, share in best
-                    ]
-                    told = {"error": problem} if problem else {"predictions": best}
-                    print(json.dumps({"path": path, **told}), flush=True)
-                elif problem:
-                    print(f"error: {path}: {problem}", file=sys.stderr)
-                else:
-                    print(
-                        *(
-                            f"{'' if row else path:{width}}  {100 * share:6.2f} %  {names[i]}"
-                            for row, (i, share) in enumerate(best)
-                        ),
-                        sep="\n",
-                        flush=True,
-                    )
-        except OSError as problem:  # of standard output: the loader keeps its own
-            os.dup2(
-                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-            )  # Python flushes once more at its end
-            if isinstance(problem, BrokenPipeError):
-                return 141
-            raise ValueError(f"standard output cannot be written: {problem}") from problem
-        return (1 if good else 2) if good < len(files) else 0
+            good = 0
+            for prediction in predict_files(model, files, config, runtime, options.top):
+                _print(prediction, saved.class_names, options.json, max(map(len, files)))
+                if not prediction.problem:
+                    good += 1
+        except OSError as problem:
+            # Of standard output: the loader keeps its own errors.
+            return _output_is_gone(problem)
+        if good == len(files):
+            return 0
+        return 1 if good else 2
 
     return run_process(config, body)
 
 
-def predict(model, files: list[str], config: Config, runtime: Runtime, top: int) -> Iterator[tuple]:
-    """For each file, in order: path, "" or what is wrong with it, its `top` best as (class id,
-    probability). Batches are those of evaluation. Equal logits rank by class id, as in Counts.
+def _output_is_gone(problem: OSError) -> int:
+    """The exit code if standard output is closed. Raises ValueError if it cannot be written."""
+    # Python flushes once more when it ends, which would fail again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(problem, BrokenPipeError):
+        return SIGPIPE_EXIT_CODE
+    raise ValueError(f"standard output cannot be written: {problem}") from problem
+
+
+def _print(prediction: Prediction, names: list[str], as_json: bool, width: int) -> None:
+    if as_json:
+        print(json.dumps(_as_json(prediction, names)), flush=True)
+        return
+    path = printable(prediction.path)
+    if prediction.problem:
+        print(f"error: {path}: {printable(prediction.problem)}", file=sys.stderr)
+        return
+    for row, (class_id, share) in enumerate(prediction.best):
+        title = path if row == 0 else ""
+        print(f"{title:{width}}  {100 * share:6.2f} %  {printable(names[class_id])}")
+    sys.stdout.flush()
+
+
+def _as_json(prediction: Prediction, names: list[str]) -> dict[str, Any]:
+    if prediction.problem:
+        return {"path": prediction.path, "error": prediction.problem}
+    best = [
+        {"class": names[class_id], "index": class_id, "probability": share}
+        for class_id, share in prediction.best
+    ]
+    return {"path": prediction.path, "predictions": best}
+
+
+def predict_files(
+    model: nn.Module, files: list[str], config: Config, runtime: Runtime, top: int
+) -> Iterator[Prediction]:
+    """The `top` most probable classes of each file, in order.
+
+    Batches are those of evaluation. Equal logits rank by class id, as in `Counts`.
     """
     index = list_files(files)
     precision = Precision(config.train.precision, runtime.device)
+    # The files are not those of the run: they must not enter its quarantine.jsonl.
     with (
         tempfile.TemporaryDirectory() as scratch,
         closing(
-            # The quarantine.jsonl of these images does not belong into the run's folder.
             build_val_loader(replace(config, output_dir=scratch), runtime, index=index)
         ) as loader,
     ):
         for batch in loader:
+            assert batch is not None, "a single process has no rounds without a batch"
             logits = engine.predict_logits(model, batch, loader.mirrored, precision).cpu()
             order = logits.argsort(dim=1, descending=True, stable=True)[:, :top]
-            columns = (
-                batch.labels.tolist(),
-                order.tolist(),
-                logits.softmax(1).gather(1, order).tolist(),
-            )
-            for row, label, classes, shares in zip(batch.indices.tolist(), *columns, strict=True):
-                problem = loader.quarantine.files[index.path(row)] if label == IGNORED_LABEL else ""
-                yield files[row], problem, list(zip(classes, shares, strict=True))
+            shares = logits.softmax(1).gather(1, order)
+            rows = zip(batch.indices.tolist(), batch.labels.tolist(), strict=True)
+            for place, (row, label) in enumerate(rows):
+                problem = ""
+                if label == IGNORED_LABEL:
+                    problem = loader.quarantine.files[index.path(row)]  # type: ignore[attr-defined]
+                best = list(zip(order[place].tolist(), shares[place].tolist(), strict=True))
+                yield Prediction(files[row], problem, best)
 
 
 def find_images(words: list[str]) -> list[str]:
-    """The files that are named, and the images (SUFFIXES, not hidden) in and below folders, sorted
-    as in a data set. "-" stands for words on standard input, one a line or before each zero byte.
-    Raises ValueError where nothing is.
+    """The files that the arguments of the command name.
+
+    A folder stands for the images (by `SUFFIXES`, not hidden) in it and below, sorted as in a data
+    set. "-" stands for paths on standard input, one a line, or before each zero byte if there are
+    any.
+
+    Raises:
+        ValueError: There is no image at all, or none of the named files exists.
     """
-    files, words = [], list(words)
-    for word in words:  # which may grow
-        if word == "-":
-            data = sys.stdin.buffer.read()
-            if data.startswith((b"\xff\xd8", b"\x89PNG")):
-                raise ValueError(
-                    "- is a list of paths, but standard input is an image: name /dev/stdin for that"
-                )
-            words += [
-                os.fsdecode(line) for line in data.split(b"\0" if b"\0" in data else b"\n") if line
-            ]
-        elif not os.path.isdir(word):
-            files.append(word)
-        else:
-            for root, folders, names in os.walk(
-                word, onerror=lambda bad: files.append(bad.filename), followlinks=True
-            ):
-                folders[:] = sorted(
-                    name
-                    for name in folders
-                    if name[0] != "."
-                    and not f"{os.path.realpath(root)}/".startswith(  # links in a circle
-                        f"{os.path.realpath(os.path.join(root, name))}/"
-                    )
-                )
-                files.extend(
-                    os.path.join(root, name)
-                    for name in sorted(names)
-                    if name[0] != "." and name.lower().endswith(SUFFIXES)
-                )
+    files: list[str] = []
+    for word in words:
+        paths = _read_paths() if word == "-" else [word]
+        for path in paths:
+            files.extend(_images_below(path) if os.path.isdir(path) else [path])
     if not files:
         raise ValueError(
-            f"no image: name files, folders with {', '.join(SUFFIXES)} in or below them, or - for a list"
+            f"no image: name files, folders with {', '.join(SUFFIXES)} in or below them, or - for "
+            "a list"
         )
+    if not any(os.path.exists(path) for path in files):
+        raise ValueError(f"no image: {printable(some(files))} does not exist")
     return files
+
+
+def _read_paths() -> list[str]:
+    """The paths on standard input. Raises ValueError if it is an image itself."""
+    data = sys.stdin.buffer.read()
+    if data.startswith((b"\xff\xd8", b"\x89PNG")):
+        raise ValueError(
+            "- is a list of paths, but standard input is an image: name /dev/stdin for that"
+        )
+    separator = b"\0" if b"\0" in data else b"\n"
+    return [os.fsdecode(line) for line in data.split(separator) if line]
+
+
+def _images_below(folder: str) -> Iterator[str]:
+    """The images in and below a folder; a folder that cannot be listed stands for itself."""
+    unreadable: list[str] = []
+
+    def note(problem: OSError) -> None:
+        unreadable.append(str(problem.filename))
+
+    for root, folders, names in os.walk(folder, onerror=note, followlinks=True):
+        folders[:] = sorted(
+            name for name in folders if name[0] != "." and not _leads_back(root, name)
+        )
+        for name in sorted(names):
+            if name[0] != "." and name.lower().endswith(SUFFIXES):
+                yield os.path.join(root, name)
+    yield from unreadable
+
+
+def _leads_back(root: str, name: str) -> bool:
+    """Whether a sub-folder links to `root` or a folder above it: a walk would not end."""
+    inside = os.path.realpath(root) + "/"
+    target = os.path.realpath(os.path.join(root, name)) + "/"
+    return inside.startswith(target)

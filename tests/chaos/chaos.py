@@ -38,7 +38,7 @@ from dist_utils import (
 )
 
 from resnet_dist import checkpoint, cli, engine
-from resnet_dist.checkpoint import read_checkpoint, unpack_checkpoint
+from resnet_dist.checkpoint_file import read_checkpoint, unpack_checkpoint
 from resnet_dist.watchdog import EXIT_LOST_RANK
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ import pytest
 from chaos import FAULTS, RANKS, Round, arguments, differences, draw, other_ranks
 from dist_utils import run_app
 
-from resnet_dist.checkpoint import read_checkpoint, unpack_checkpoint, write_checkpoint
+from resnet_dist.checkpoint_file import read_checkpoint, unpack_checkpoint, write_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from dist_utils import run_app, start_app, wait_app, wait_for_step
 from PIL import Image
 
 from resnet_dist import checkpoint, cli, engine
-from resnet_dist.checkpoint import newest_valid
+from resnet_dist.run_folder import newest_valid
 from resnet_dist.data.sampling.order import rows_at
 
 SMALL = ["--data.train_crop_size", "8", "--data.val_resize_size", "8", "--data.val_crop_size", "8",
@@ -201,7 +201,7 @@ def test_a_full_disk_while_saving(tmp_path, digits):
         real = builtins.open
 
         def full(path, mode="r", *args, **kwargs):
-            late = str(path).endswith(".pt.tmp") and "step_00000005" not in str(path)
+            late = ".pt." in str(path) and str(path).endswith(".tmp") and "step_00000005" not in str(path)
             return real("/dev/full" if late else path, mode, *args, **kwargs)
 
         builtins.open = full
@@ -227,7 +227,7 @@ def test_a_folder_that_stops_taking_checkpoints(tmp_path, digits, how):
         real, step, write = builtins.open, engine.train_step, checkpoint.write_checkpoint
 
         def read_only(path, mode="r", *args, **kwargs):
-            if str(path).endswith(".pt.tmp") and "step_00000005" not in str(path):
+            if ".pt." in str(path) and str(path).endswith(".tmp") and "step_00000005" not in str(path):
                 raise OSError(errno.EROFS, "Read-only file system", str(path))
             return real(path, mode, *args, **kwargs)
 

@@ -16,7 +16,7 @@ from dist_utils import equal_trees, run_app, slow_from, start_app, wait_app, wai
 from image_files import encode, picture, write_split
 
 from resnet_dist import cli
-from resnet_dist.checkpoint import read_checkpoint, unpack_checkpoint
+from resnet_dist.checkpoint_file import read_checkpoint, unpack_checkpoint
 
 STEPS = 24
 

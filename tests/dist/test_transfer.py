@@ -16,7 +16,7 @@ import torchvision
 from dist_utils import equal_trees, free_port, run_app, start_app, wait_app, wait_for_step
 
 from resnet_dist import cli
-from resnet_dist.checkpoint import read_checkpoint, unpack_checkpoint
+from resnet_dist.checkpoint_file import read_checkpoint, unpack_checkpoint
 from resnet_dist.models.build import MODELS
 
 NAME = "torchvision:resnet18:IMAGENET1K_V1"

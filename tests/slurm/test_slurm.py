@@ -24,7 +24,7 @@ import torch
 from dist_utils import run_app
 
 from resnet_dist import cli
-from resnet_dist.checkpoint import read_checkpoint, unpack_checkpoint
+from resnet_dist.checkpoint_file import read_checkpoint, unpack_checkpoint
 from resnet_dist.data.sources.digits import write_digits
 from resnet_dist.launch import status
 
