@@ -499,6 +499,7 @@ def test_an_older_attempt_cannot_publish(tmp_path):
     assert names == [
         "attempt",
         "last.pt",
+        "saved",
         *(f"step_{n:08d}.pt{end}" for n in (5, 10) for end in ("", ".sha256")),
     ]
     assert warnings == []
