@@ -35,7 +35,7 @@ def lines_of(path):
 
 
 def test_it_is_resumed_and_ends_as_it_would_have(folder, digits):
-    """The same settings by the old config.yaml; losses and rates of every later step are the same."""
+    """With its old config.yaml; losses and learning rates of every later step are the same."""
     log = folder / "log"
     arguments = ["train", "--config", str(folder / "config.yaml"), "--data.data_dir", digits]
     assert run_app(1, [*arguments, "--output_dir", str(folder)], str(log)) == [0], log.read_text()
