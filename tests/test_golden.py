@@ -73,4 +73,4 @@ def test_it_is_evaluated_predicted_and_reported(folder, digits):
     assert "lenet5, model weights of step 30" in printed
     log.unlink()
     assert sorted(path.name for path in folder.rglob("*")) == before, "a command has written there"
-    assert "31 steps" in command("report", folder, "--out", folder / "metrics.png")
+    assert "30 steps" in command("report", folder, "--out", folder / "metrics.png")
