@@ -67,7 +67,7 @@ def build_network(saved: SavedNetwork, config: Config, device: torch.device) -> 
     """The network of a checkpoint in eval mode, with fresh weights: see `load_into`."""
     model = build_model(config.model, len(saved.class_names))
     if config.model.sync_batch_norm:
-        model = convert_sync_batch_norm(model, device_type=device.type)
+        model = convert_sync_batch_norm(model)
     model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.eval()
 
