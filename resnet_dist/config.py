@@ -330,12 +330,34 @@ class DistributedConfig:
 
 @dataclass(frozen=True)
 class RecipeConfig:
-    """How a published result was obtained. A run that is far from it prints a warning."""
+    """Facts about a recipe. They change nothing; a run that is far from them prints a warning."""
 
     global_batch_size: Annotated[int, AtLeast(0)] = 0
-    """images per optimizer update; 0: not known"""
+    """images per optimizer update of the published training; 0: not known"""
     world_size: Annotated[int, AtLeast(0)] = 0
-    """number of ranks; 0: not known"""
+    """number of ranks of the published training; 0: not known"""
+    local_batch_size: Annotated[int, AtLeast(0)] = 0
+    """images on each rank in one micro-step; 0: not known"""
+    updates: Annotated[int, AtLeast(0)] = 0
+    """number of optimizer updates; 0: not known"""
+    peak_lr: Annotated[float, AtLeast(0)] = 0.0
+    """peak learning rate; 0: not known"""
+    top1: Annotated[float | None, Within(0, 100)] = None
+    """published top-1 accuracy in percent; null: none"""
+    top5: Annotated[float | None, Within(0, 100)] = None
+    """published top-5 accuracy in percent; null: none"""
+    reference: str = ""
+    """paper or repository in short form"""
+    source: str = ""
+    """paper or repository in full, with section or table"""
+    hardware: str = ""
+    """hardware that the recipe is meant for"""
+    command: str = ""
+    """commands that start the training and evaluate its result"""
+    expected: str = ""
+    """expected result in words"""
+    differs: str = ""
+    """differences between this recipe and its source"""
 
 
 @dataclass(frozen=True)

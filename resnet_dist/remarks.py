@@ -1,121 +1,161 @@
-"""What is worth a warning at the start of a run, and no error: settings without effect, or far from
-their recipe.
+"""Warnings at the start of a run: settings without effect, slow ones, or far from the recipe.
+
+None of them is an error. Each function yields sentences that name the key and its value.
 """
 
+from collections.abc import Iterator
 from operator import attrgetter
 
 from resnet_dist.config import Config
 
-_READS = {  # a choice, and the keys beside it that each of its kinds reads
+# For each kind of optimizer, schedule and loss, the settings of the same section that it uses.
+_USED_SETTINGS = {
     "optim.kind": {
-        "sgd": "momentum nesterov",
-        "lars": "momentum trust_coefficient eps",
-        "lamb": "betas eps",
-        "rmsprop": "momentum alpha eps",
-        "adamw": "betas eps",
+        "sgd": ("momentum", "nesterov"),
+        "lars": ("momentum", "trust_coefficient", "eps"),
+        "lamb": ("betas", "eps"),
+        "rmsprop": ("momentum", "alpha", "eps"),
+        "adamw": ("betas", "eps"),
     },
     "schedule.kind": {
-        "cosine": "final_lr",
-        "step": "milestones gamma",
-        "polynomial": "power final_lr",
-        "exponential": "gamma decay_epochs",
+        "cosine": ("final_lr",),
+        "step": ("milestones", "gamma"),
+        "polynomial": ("power", "final_lr"),
+        "exponential": ("gamma", "decay_epochs"),
     },
-    "train.loss": {"ce": "", "bce": "bce_target_threshold"},
+    "train.loss": {"ce": (), "bce": ("bce_target_threshold",)},
 }
+_DEFAULTS = Config()
 
 
-def remarks(config: Config, device: str) -> list[str]:
-    """Sentences about settings that have no effect as the others are, or a bad one, on `device`
-    ("cuda", "cpu").
+def remarks(config: Config, device: str, has_fast_bf16: bool = True) -> list[str]:
+    """All warnings about the settings themselves.
+
+    Args:
+        config: the settings.
+        device: "cuda" or "cpu".
+        has_fast_bf16: whether the device has instructions for bf16.
     """
-    schedule, plain, found = config.schedule, Config(), []
-    for choice, kinds in _READS.items():
-        kind, section = attrgetter(choice)(config), attrgetter(choice.split(".")[0])
-        for key in sorted({*" ".join(kinds.values()).split()} - {*kinds[kind].split()}):
-            if (value := getattr(section(config), key)) != getattr(section(plain), key):
-                found.append(
-                    f"{choice.split('.')[0]}.{key} is {value!r}, which {choice} {kind} does not use"
-                )
-    if schedule.kind == "step" and any(
-        milestone >= config.train.epochs for milestone in schedule.milestones
-    ):
+    found = [text for check in _CHECKS for text in check(config)]
+    return [*found, *_device(config, device), *_bf16(config, device, has_fast_bf16)]
+
+
+def recipe_mismatch(config: Config, world_size: int) -> list[str]:
+    """Warnings about a run that differs from its recipe by more than a factor of 4.
+
+    Compared are the global batch size, the number of ranks, and the number of images over which a
+    batch norm layer computes its statistics.
+    """
+    recipe, batch_size = config.recipe, config.train.global_batch_size
+    ranks = recipe.world_size or world_size
+    found = []
+    if _is_far(batch_size, recipe.global_batch_size):
         found.append(
-            f"schedule.milestones {schedule.milestones} reach beyond train.epochs, {config.train.epochs}"
+            f"train.global_batch_size is {batch_size}, and the recipe's result was reached with "
+            f"{recipe.global_batch_size}: expect another result, or use that batch size "
+            "(train.grad_accum_steps saves memory)"
         )
+    images = batch_size / world_size / config.train.grad_accum_steps
+    recipe_images = (recipe.global_batch_size or batch_size) / ranks
+    has_local_statistics = recipe.world_size and not config.model.sync_batch_norm
+    if has_local_statistics and _is_far(images, recipe_images):
+        way_out = "more ranks, or more train.grad_accum_steps"
+        if images < recipe_images:
+            way_out = "model.sync_batch_norm true, or fewer ranks and train.grad_accum_steps"
+        found.append(
+            f"batch norm statistics are over {images:g} images, on the recipe's {ranks} ranks over "
+            f"{recipe_images:g}: use {way_out}"
+        )
+    elif _is_far(world_size, ranks):
+        effect = "" if config.model.sync_batch_norm else ": only the time it takes should differ"
+        found.append(f"this run has {world_size} ranks, the recipe {ranks}{effect}")
+    return found
+
+
+def _is_far(value: float, expected: float) -> bool:
+    """Whether a value differs from the expected one by more than a factor of 4; 0: not known."""
+    if not expected:
+        return False
+    return not expected / 4 <= value <= expected * 4
+
+
+def _unused_settings(config: Config) -> Iterator[str]:
+    for choice, used_by_kind in _USED_SETTINGS.items():
+        section = choice.split(".")[0]
+        kind = attrgetter(choice)(config)
+        all_names = {name for names in used_by_kind.values() for name in names}
+        for name in sorted(all_names - set(used_by_kind[kind])):
+            key = f"{section}.{name}"
+            value = attrgetter(key)(config)
+            if value != attrgetter(key)(_DEFAULTS):
+                yield f"{key} is {value!r}, which {choice} {kind} does not use"
+
+
+def _schedule(config: Config) -> Iterator[str]:
+    schedule, epochs = config.schedule, config.train.epochs
+    if schedule.kind == "step" and max(schedule.milestones, default=0) >= epochs:
+        yield f"schedule.milestones {schedule.milestones} reach beyond train.epochs, {epochs}"
     if schedule.warmup_kind == "constant" and not schedule.warmup_epochs:
-        found.append(
-            "schedule.warmup_kind is constant, which has no effect: schedule.warmup_epochs is 0"
+        yield "schedule.warmup_kind is constant, without effect: schedule.warmup_epochs is 0"
+
+
+def _label_smoothing(config: Config) -> Iterator[str]:
+    is_mixed = config.augment.mixup_alpha or config.augment.cutmix_alpha
+    train = config.train
+    is_binary = train.loss == "bce" and train.bce_target_threshold
+    if is_binary and train.label_smoothing and not is_mixed:
+        yield (
+            "train.label_smoothing has no effect: train.bce_target_threshold makes each target 0 "
+            "or 1"
         )
-    mixed = config.augment.mixup_alpha or config.augment.cutmix_alpha
-    if (
-        config.train.loss == "bce"
-        and config.train.bce_target_threshold
-        and config.train.label_smoothing
-        and not mixed
-    ):
-        found.append(
-            "train.label_smoothing has no effect: train.bce_target_threshold makes each target 0 or 1"
-        )
-    if config.checkpoint.resume and config.checkpoint.init_from:
-        found.append("checkpoint.init_from is set beside checkpoint.resume, which comes first")
-    optim, start = config.optim, config.checkpoint.init_from or config.checkpoint.resume
-    if not start and (optim.unfreeze_from or optim.backbone_lr_scale != 1.0):
-        found.append(
-            "optim.unfreeze_from or backbone_lr_scale holds back random weights: set checkpoint.init_from"
+
+
+def _start(config: Config) -> Iterator[str]:
+    checkpoint, optim = config.checkpoint, config.optim
+    if checkpoint.resume and checkpoint.init_from:
+        yield "checkpoint.init_from is ignored: checkpoint.resume comes first"
+    is_fine_tuning = optim.unfreeze_from or optim.backbone_lr_scale != 1.0
+    if is_fine_tuning and not checkpoint.init_from and not checkpoint.resume:
+        yield (
+            "optim.unfreeze_from or optim.backbone_lr_scale holds back random weights: set "
+            "checkpoint.init_from"
         )
     if optim.unfreeze_from == "head" and optim.backbone_lr_scale != 1.0:
-        found.append("optim.backbone_lr_scale has no effect where optim.unfreeze_from is head")
-    if config.data.kind == "synthetic" and config.data.data_dir:
-        found.append(
-            f"data.data_dir is {config.data.data_dir!r}, which synthetic data does not read"
-        )
-    if (
-        config.data.train_crop != "random_resized"
-        and config.data.crop_scale != plain.data.crop_scale
-    ):
-        found.append(
-            f"data.crop_scale is set, which data.train_crop {config.data.train_crop} does not use"
-        )
+        yield "optim.backbone_lr_scale has no effect where optim.unfreeze_from is head"
+
+
+def _data(config: Config) -> Iterator[str]:
+    data = config.data
+    if data.kind == "synthetic" and data.data_dir:
+        yield f"data.data_dir is {data.data_dir!r}, which synthetic data does not use"
+    if data.train_crop != "random_resized" and data.crop_scale != _DEFAULTS.data.crop_scale:
+        yield f"data.crop_scale is set, which data.train_crop {data.train_crop} does not use"
+
+
+_CHECKS = (_unused_settings, _schedule, _label_smoothing, _start, _data)
+
+
+def _device(config: Config, device: str) -> Iterator[str]:
     if config.train.precision == "fp16" and device == "cpu":
-        found.append(
-            "train.precision is fp16, whose backward pass is about 100 times slower than bf16's on a CPU"
+        yield (
+            "train.precision is fp16, whose backward pass is about 100 times slower than bf16's on "
+            "a CPU"
         )
-    if config.distributed.threads and device == "cuda":
-        found.append(
-            f"distributed.threads is {config.distributed.threads}, which has no effect on a GPU"
-        )
-    return found
+    threads = config.distributed.threads
+    if threads and device == "cuda":
+        yield f"distributed.threads is {threads}, which has no effect on a GPU"
 
 
-def far_from_recipe(config: Config, world_size: int) -> list[str]:
-    """Sentences about a batch, ranks, or images that a norm layer sees at once, over 4 times off
-    the recipe's.
-    """
-    recipe, batch, found = config.recipe, config.train.global_batch_size, []
-    ranks = recipe.world_size or world_size
-    seen, meant = (
-        batch / world_size / config.train.grad_accum_steps,
-        (recipe.global_batch_size or batch) / ranks,
-    )
-    if _far(batch, recipe.global_batch_size):
-        found.append(
-            f"train.global_batch_size is {batch}, and the recipe's figure was reached with "
-            f"{recipe.global_batch_size}: expect another, or take that (train.grad_accum_steps saves memory)"
+def _bf16(config: Config, device: str, has_fast_bf16: bool) -> Iterator[str]:
+    if config.train.precision != "bf16" or has_fast_bf16:
+        return
+    if device == "cpu":
+        yield (
+            "train.precision is bf16, but this CPU has no instructions for it: about nine times "
+            "slower than fp32, measured on an AVX2 CPU; use train.precision auto or fp32"
         )
-    if recipe.world_size and not config.model.sync_batch_norm and _far(seen, meant):
-        way = (
-            "model.sync_batch_norm true, or fewer ranks and train.grad_accum_steps"
-            if seen < meant
-            else "more ranks, or more train.grad_accum_steps"
+    else:
+        yield (
+            "train.precision is bf16, but this GPU has no hardware for it, which makes it slow; "
+            "use train.precision auto or fp16"
         )
-        found.append(
-            f"a norm layer sees {seen:g} images at once, on the recipe's {ranks} ranks {meant:g}: take {way}"
-        )
-    elif _far(world_size, ranks):
-        same = "" if config.model.sync_batch_norm else ": only the time it takes should differ"
-        found.append(f"this run has {world_size} ranks, the recipe {ranks}{same}")
-    return found
-
-
-def _far(value: float, meant: float) -> bool:
-    return bool(meant) and not meant / 4 <= value <= meant * 4

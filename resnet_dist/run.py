@@ -27,9 +27,9 @@ from resnet_dist.mix import build_mixing
 from resnet_dist.models.zoo import check_image_size
 from resnet_dist.nonfinite import TooManyNonFiniteError, write_replay
 from resnet_dist.plan import TrainPlan, build_plan
-from resnet_dist.precision import Precision, resolve_settings
+from resnet_dist.precision import Precision, has_fast_bf16, resolve_settings
 from resnet_dist.process import report_failure
-from resnet_dist.remarks import far_from_recipe, remarks
+from resnet_dist.remarks import recipe_mismatch, remarks
 from resnet_dist.restore import checkpoint_folder, find_start, restore
 from resnet_dist.schedule import Schedule, build_schedule, peak_lr
 from resnet_dist.state import build_state, wrap_ddp
@@ -154,9 +154,9 @@ def ask_main(should_continue: ShouldContinue, signal: int, runtime: Runtime) -> 
 
 def warn_about_settings(config: Config, runtime: Runtime, log: Log) -> None:
     """Warn about settings that work, but probably not as the user expects."""
-    for remark in remarks(config, runtime.device.type):
+    for remark in remarks(config, runtime.device.type, has_fast_bf16(runtime.device)):
         log.warn(remark)
-    for remark in far_from_recipe(config, runtime.world_size):
+    for remark in recipe_mismatch(config, runtime.world_size):
         log.warn(remark)
 
 

@@ -11,7 +11,7 @@ import yaml
 from resnet_dist.cli import parse_config
 from resnet_dist.config import Config, DataConfig, OptimConfig, TrainConfig, to_dict
 from resnet_dist.options import field_meanings
-from resnet_dist.remarks import far_from_recipe, remarks
+from resnet_dist.remarks import recipe_mismatch, remarks
 from resnet_dist.settings import setting_hints
 
 
@@ -178,6 +178,17 @@ def test_settings_without_effect_are_remarked(arguments, word):
     assert word in found[0]
 
 
+def test_bf16_without_hardware_is_obeyed_with_a_warning():
+    config = Config(train=TrainConfig(precision="bf16"))
+    (remark,) = remarks(config, "cpu", has_fast_bf16=False)
+    assert "about nine times slower than fp32, measured on an AVX2 CPU" in remark
+    assert "use train.precision auto or fp32" in remark
+    (remark,) = remarks(config, "cuda", has_fast_bf16=False)
+    assert "auto or fp16" in remark
+    assert remarks(config, "cpu", has_fast_bf16=True) == []
+    assert remarks(Config(), "cpu", has_fast_bf16=False) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "world_size", "words"),
     [
@@ -190,12 +201,12 @@ def test_settings_without_effect_are_remarked(arguments, word):
         (
             ["--recipe.world_size", "8", "--model.sync_batch_norm", "false"],
             1,
-            ["sees 256 images", "32", "more ranks"],
+            ["over 256 images", "32", "more ranks"],
         ),
         (
             ["--recipe.world_size", "1", "--model.sync_batch_norm", "false"],
             8,
-            ["sees 32 images", "256", "sync_batch_norm"],
+            ["over 32 images", "256", "sync_batch_norm"],
         ),
         (
             [
@@ -212,7 +223,7 @@ def test_settings_without_effect_are_remarked(arguments, word):
     ],
 )
 def test_a_run_far_from_its_recipe_says_so(arguments, world_size, words):
-    found = far_from_recipe(parse(*arguments), world_size)
+    found = recipe_mismatch(parse(*arguments), world_size)
     assert len(found) == bool(words)
     assert all(word in found[0] for word in words), found
 

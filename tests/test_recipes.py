@@ -1,9 +1,8 @@
-"""Every file of configs/: it parses without a remark, its head comment is true, its numbers equal
-the golden ones.
+"""Every file of configs/: its settings have an effect, its facts are true, its numbers golden.
 
 The golden numbers are tests/golden/recipes.json, and the table of configs/README.md comes from the
-head comments. After a change that is meant: `python tests/test_recipes.py --write` writes both
-anew; then read the difference.
+section `recipe` of each file. After a change that is meant: `python tests/test_recipes.py --write`
+writes both anew; then read the difference.
 """
 
 import dataclasses
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from resnet_dist.cli import parse_config
 from resnet_dist.cluster import ClusterConfig
@@ -25,7 +25,7 @@ from resnet_dist.models.build import MODELS, build_model
 from resnet_dist.models.resnet import FAMILY
 from resnet_dist.models.zoo import check_image_size
 from resnet_dist.optim import parameter_groups
-from resnet_dist.remarks import far_from_recipe, remarks
+from resnet_dist.remarks import recipe_mismatch, remarks
 from resnet_dist.schedule import build_schedule, epochs_to_steps, peak_lr
 from resnet_dist.settings import setting_hints
 
@@ -114,47 +114,43 @@ def numbers(name: str) -> dict:
     }
 
 
-def head(name: str) -> dict[str, str]:
-    """The labelled parts of a head comment, {"Command": ..., ...}, and its title as "Title"."""
-    parts, label = {"Title": ""}, "Title"
-    for line in (ROOT / "configs" / f"{name}.yaml").read_text().splitlines():
-        if not line.startswith("#"):
-            return {label: text.strip() for label, text in parts.items()}
-        if found := re.match(r"# ([A-Z][a-z]+): +(.*)", line):
-            label, line = found[1], f"# {found[2]}"
-            parts[label] = ""
-        parts[label] += " " + line[1:].strip()
-    raise AssertionError(f"{name} is nothing but a comment")
-
-
-def published(name: str) -> tuple[str, str]:
-    """(top-1, top-5) in percent as the head comment has them, the first of each; "" for none."""
-    text = head(name)["Expected"]
-    found = [re.search(rf"([\d.]+)(?: \+- [\d.]+)? % top-{k}\b", text) for k in (1, 5)]
-    return tuple(match[1] if match else "" for match in found)
-
-
 def table() -> str:
     lines = [
         "| recipe | epochs | batch | GPUs | published top-1 | top-5 | source |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in PUBLISHED:
-        config, (top1, top5) = load(name), published(name)
-        source = re.split(r",|;| \(|(?<!al)\. |\.$", head(name)["Source"])[0].removeprefix(
-            "github.com/"
-        )
+        config = load(name)
+        recipe = config.recipe
         cells = (
             f"[{name}]({name}.yaml)",
             f"{round(config.train.epochs, 1):g}",
             f"{config.train.global_batch_size:,}",
-            config.recipe.world_size,
-            top1,
-            top5,
-            source,
+            recipe.world_size,
+            written(name, "top1"),
+            written(name, "top5"),
+            recipe.reference,
         )
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
+
+
+def written(name: str, key: str) -> str:
+    """A figure of the recipe with as many digits as the file has; "" for none."""
+    node = yaml.compose((ROOT / "configs" / f"{name}.yaml").read_text())
+    recipe = next(value for label, value in node.value if label.value == "recipe")
+    return next((value.value for label, value in recipe.value if label.value == key), "")
+
+
+def check_all(check, names=NAMES) -> None:
+    """Call `check(name)` for each recipe, and show all that fail."""
+    failures = []
+    for name in names:
+        try:
+            check(name)
+        except Exception as problem:
+            failures.append(f"{name}: {type(problem).__name__}: {problem}")
+    assert not failures, "\n".join(failures)
 
 
 def golden_text() -> str:
@@ -175,117 +171,128 @@ def write() -> None:
     README.write_text(f"{before}<!-- table -->\n{table()}<!-- table -->\n{after}")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_numbers_equal_the_golden_file(name):
+def test_numbers_equal_the_golden_file():
     """Curve, groups and size, to 1e-9; the file holds every config and no other."""
     golden = json.loads(GOLDEN.read_text())
     assert list(golden) == NAMES
-    want, have = golden[name], numbers(name)
-    assert have["lr_at_epoch"] == pytest.approx(want.pop("lr_at_epoch"), rel=1e-9, abs=1e-15)
-    assert have["peak_lr"] == pytest.approx(want.pop("peak_lr"), rel=1e-9)
-    assert {key: have[key] for key in want} == want
+
+    def check(name):
+        want, have = golden[name], numbers(name)
+        assert have["lr_at_epoch"] == pytest.approx(want.pop("lr_at_epoch"), rel=1e-9, abs=1e-15)
+        assert have["peak_lr"] == pytest.approx(want.pop("peak_lr"), rel=1e-9)
+        assert {key: have[key] for key in want} == want
+
+    check_all(check)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_no_setting_is_without_effect(name):
-    config = load(name)
-    assert remarks(config, "cuda") == []
-    assert far_from_recipe(config, config.recipe.world_size or 1) == []
-    check_image_size(config.model.name, config.data)
-    assert config.output_dir == ("runs/study" if name == "study_cifar10" else f"runs/{name}")
-    assert config.model.name in MODELS
+def test_no_setting_is_without_effect():
+    def check(name):
+        config = load(name)
+        assert remarks(config, "cuda") == []
+        assert recipe_mismatch(config, config.recipe.world_size or 1) == []
+        check_image_size(config.model.name, config.data)
+        assert config.output_dir == ("runs/study" if name == "study_cifar10" else f"runs/{name}")
+        assert config.model.name in MODELS
+
+    check_all(check)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_head_comment_is_complete_and_its_options_exist(name):
-    parts = head(name)
-    assert {"Command", "Hardware", "Expected", "Source"} <= set(parts), "label missing"
-    assert name == "quickstart" or f"configs/{name}.yaml" in parts["Command"]
-    known = set(setting_hints())
-    known |= {f"cluster.{field.name}" for field in dataclasses.fields(ClusterConfig)}
-    used = re.findall(r"--([a-z_0-9]+\.[a-z_0-9]+)", " ".join(parts.values()))
-    assert set(used) <= known
-    if name in PUBLISHED:
-        assert "This project has not run it." in parts["Expected"]
+def test_every_recipe_says_how_where_and_what():
+    known = set(setting_hints()) | {
+        f"cluster.{field.name}" for field in dataclasses.fields(ClusterConfig)
+    }
+
+    def check(name):
+        recipe = load(name).recipe
+        for key in ("command", "hardware", "expected", "source"):
+            assert getattr(recipe, key), f"recipe.{key} is missing"
+        assert name == "quickstart" or f"configs/{name}.yaml" in recipe.command
+        used = re.findall(r"--([a-z_0-9]+\.[a-z_0-9]+)", recipe.command)
+        assert set(used) <= known
+        assert bool(recipe.reference) == (name in PUBLISHED)
+
+    check_all(check)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_the_head_comment_states_the_run(name):
-    """Epochs, updates, batch, peak, ranks and local batch, which the comment has from the source,
-    are the config's.
-    """
-    config, parts = load(name), head(name)
-    sentence = (
-        r"([\d.]+) epochs = ([\d,]+) updates of ([\d,]+) images; peak learning rate ([\d.]+)\."
-    )
-    found = re.fullmatch(sentence, parts["Run"])
-    epochs, updates, batch, peak = (float(text.replace(",", "")) for text in found.groups())
-    have = numbers(name)
-    assert (epochs, updates, batch) == (
-        config.train.epochs,
-        have["updates"],
-        config.train.global_batch_size,
-    )
-    assert have["peak_lr"] == pytest.approx(peak, rel=1e-9)
-    ranks = 1
-    for option in ("nproc_per_node", "cluster.nodes", "cluster.gpus_per_node"):
-        ranks *= (
-            int(found[1]) if (found := re.search(rf"--{option} (\d+)", parts["Command"])) else 1
+def test_the_facts_of_a_recipe_are_those_of_its_settings():
+    """Updates, batch, peak, ranks and local batch, which the facts have from the source."""
+
+    def check(name):
+        config, have = load(name), numbers(name)
+        recipe = config.recipe
+        assert recipe.updates == have["updates"]
+        assert have["peak_lr"] == pytest.approx(recipe.peak_lr, rel=1e-9)
+        ranks = 1
+        for option in ("nproc_per_node", "cluster.nodes", "cluster.gpus_per_node"):
+            found = re.search(rf"--{option} (\d+)", recipe.command)
+            ranks *= int(found[1]) if found else 1
+        assert ranks == recipe.world_size
+        mixes = bool(config.augment.mixup_alpha or config.augment.cutmix_alpha)
+        batch_size = config.train.global_batch_size
+        assert recipe.local_batch_size == check_layout(
+            batch_size, ranks, config.train.grad_accum_steps, pairs=mixes
         )
-    assert ranks == config.recipe.world_size
-    local = int(re.search(r"([\d,]+) images on ", parts["Hardware"])[1].replace(",", ""))
-    mixes = bool(config.augment.mixup_alpha or config.augment.cutmix_alpha)
-    assert local == check_layout(
-        config.train.global_batch_size, ranks, config.train.grad_accum_steps, pairs=mixes
-    )
-    assert abs(config.recipe.global_batch_size / config.train.global_batch_size - 1) < 0.02
+        assert f"{recipe.local_batch_size:,} images on " in recipe.hardware
+        assert abs(recipe.global_batch_size / batch_size - 1) < 0.02
+        for key in ("top1", "top5"):
+            assert not written(name, key) or written(name, key) in recipe.expected
+
+    check_all(check, PUBLISHED)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in PUBLISHED if "_Weights." in head(name)["Expected"]]
-)
-def test_figures_and_sizes_are_those_that_torchvision_publishes(name):
+def test_figures_and_sizes_are_those_that_torchvision_publishes():
     from torchvision.models import get_weight
 
-    weights = get_weight(re.search(r"\w+_Weights\.\w+", head(name)["Expected"])[0])
-    figures = weights.meta["_metrics"]["ImageNet-1K"]
-    assert published(name) == (f"{figures['acc@1']:.2f}", f"{figures['acc@5']:.2f}")
-    assert count(network_of(load(name))) == weights.meta["num_params"]
+    names = [name for name in PUBLISHED if "_Weights." in load(name).recipe.expected]
+    assert len(names) > 15
+
+    def check(name):
+        weights = get_weight(re.search(r"\w+_Weights\.\w+", load(name).recipe.expected)[0])
+        figures = weights.meta["_metrics"]["ImageNet-1K"]
+        published = (f"{figures['acc@1']:.2f}", f"{figures['acc@5']:.2f}")
+        assert (written(name, "top1"), written(name, "top5")) == published
+        assert count(network_of(load(name))) == weights.meta["num_params"]
+
+    check_all(check, names)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_sizes_are_those_of_torchvision_and_the_papers(name):
+# Millions of parameters that He et al. 2015 and 2016 publish.
+MILLIONS = {
+    "resnet20": 0.27,
+    "resnet32": 0.46,
+    "resnet44": 0.66,
+    "resnet56": 0.85,
+    "resnet110": 1.7,
+    "preresnet110": 1.7,
+    "preresnet164": 1.7,
+}
+
+
+def test_sizes_are_those_of_torchvision_and_the_papers():
     """Numbers of parameters that others publish: torchvision's, and the papers' in millions."""
     from torchvision.models import get_model_weights, list_models
 
-    config = load(name)
-    model, size = network_of(config), count(network_of(config))
-    millions = {
-        "resnet20": 0.27,
-        "resnet32": 0.46,
-        "resnet44": 0.66,
-        "resnet56": 0.85,
-        "resnet110": 1.7,  # He 2015
-        "preresnet110": 1.7,
-        "preresnet164": 1.7,
-    }  # He 2016
-    if config.model.shortcut == "A" or config.model.name.startswith(
-        "plain"
-    ):  # He et al. 2015: of the same size
-        twin = (
-            name.replace("plain", "resnet") if "plain" in name else name.replace("resnet", "plain")
-        )
-        assert size == count(network_of(load(twin)))
-    elif config.model.name in millions:
-        assert size / 1e6 == pytest.approx(
-            millions[config.model.name], abs=0.05 if size > 1e6 else 0.005
-        )
-    elif config.model.name == "densenet264":  # no published weights; about 33 million
-        assert 33e6 < size < 34e6
-    else:
-        assert config.model.name in list_models()
-        theirs = {weights.meta["num_params"] for weights in get_model_weights(config.model.name)}
-        assert theirs & {size, count(model, without="aux")}
+    def check(name):
+        config = load(name)
+        model = config.model.name
+        network = network_of(config)
+        size = count(network)
+        if config.model.shortcut == "A" or model.startswith("plain"):
+            # He et al. 2015: a plain network is as large as the ResNet with option A.
+            pair = ("plain", "resnet") if "plain" in name else ("resnet", "plain")
+            assert size == count(network_of(load(name.replace(*pair))))
+        elif model in MILLIONS:
+            tolerance = 0.05 if size > 1e6 else 0.005
+            assert size / 1e6 == pytest.approx(MILLIONS[model], abs=tolerance)
+        elif model == "densenet264":
+            # There are no published weights; it has about 33 million.
+            assert 33e6 < size < 34e6
+        else:
+            assert model in list_models()
+            theirs = {weights.meta["num_params"] for weights in get_model_weights(model)}
+            assert theirs & {size, count(network, without="aux")}
+
+    check_all(check, PUBLISHED)
 
 
 def test_the_average_of_torchvision_per_step():
@@ -298,12 +305,12 @@ def test_the_average_of_torchvision_per_step():
     for name in names:
         assert load(name).train.ema_decay == pytest.approx(per_update ** (1 / 32), abs=1e-9)
         assert (
-            f"{per_update:.8f}" in head(name)["Source"]
-            and str(load(name).train.ema_decay) in head(name)["Source"]
+            f"{per_update:.8f}" in load(name).recipe.source
+            and str(load(name).train.ema_decay) in load(name).recipe.source
         )
 
 
-def test_the_table_is_that_of_the_head_comments():
+def test_the_table_is_that_of_the_recipes():
     assert README.read_text().split("<!-- table -->\n")[1] == table(), (
         "python tests/test_recipes.py --write"
     )
