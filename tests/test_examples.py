@@ -1,0 +1,60 @@
+"""The examples: the training in plain PyTorch has our loss curve, and the notebook runs."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+
+from resnet_dist import cli
+from resnet_dist.data.sources.digits import write_digits
+
+ROOT = Path(__file__).resolve().parents[1]
+EPOCHS = 1
+WARMUP_EPOCHS = 0.5
+SIDE = 16
+STEPS = 22
+
+# Both compute the same operations in fp32, and the curves were equal to 2.3e-7, the rounding of the
+# mean loss. A different rounding inside the network would grow with each update, to 0.05 here.
+TOLERANCE = 1e-5
+
+
+def load_minimal():
+    """The example as a module: examples/ is no package."""
+    spec = importlib.util.spec_from_file_location("minimal", ROOT / "examples/minimal.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def our_losses(digits, folder):
+    arguments = ["train", "--config", str(ROOT / "configs/quickstart.yaml")]
+    arguments += ["--data.data_dir", str(digits), "--output_dir", str(folder)]
+    arguments += ["--train.epochs", str(EPOCHS), "--train.precision", "fp32"]
+    arguments += ["--model.sync_batch_norm", "false"]
+    arguments += ["--schedule.warmup_epochs", str(WARMUP_EPOCHS)]
+    for key in ("train_crop_size", "val_resize_size", "val_crop_size"):
+        arguments += [f"--data.{key}", str(SIDE)]
+    arguments += ["--log.interval_steps", "1", "--log.wandb", "disabled"]
+    assert cli.main(arguments) == 0
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    (top1,) = [line["val/top1"] for line in lines if "val/top1" in line]
+    return np.array(losses), top1
+
+
+def test_minimal_has_our_loss_curve(tmp_path):
+    digits = tmp_path / "digits"
+    write_digits(str(digits))
+    losses, top1 = our_losses(digits, tmp_path / "run")
+    minimal = load_minimal()
+    minimal.CROP_SIZE = SIDE
+    minimal.WARMUP_EPOCHS = WARMUP_EPOCHS
+    model, others = minimal.train(digits, EPOCHS)
+    assert len(losses) == len(others) == STEPS
+    difference = np.abs(losses - np.array(others)).max()
+    print(f"largest difference of the losses: {difference:.2g}")
+    assert difference < TOLERANCE
+    assert losses[-5:].mean() < losses[:5].mean() - 0.2
+    assert abs(top1 - minimal.evaluate(model, digits)) < 1.0
