@@ -128,6 +128,17 @@ def _train(line: CommandLine) -> int:
     return process.run_process(config, run.train, resolve_auto=False)
 
 
+def _add_no_options(parser: Parser) -> None:
+    """The command has a parser of its own."""
+
+
+def _launch(line: CommandLine) -> int:
+    """Start a command or a script on several processes, with torchrun's options."""
+    from resnet_dist.commands.launch import launch_workers
+
+    return launch_workers(line.arguments[1:], COMMANDS)
+
+
 def _add_submit_options(parser: Parser) -> None:
     add_config_options(parser)
     parser.add_settings(ClusterConfig, "cluster.")
@@ -398,6 +409,12 @@ def _show(line: CommandLine) -> int:
 COMMANDS = {
     "train": Command(
         "train a network; the same command again resumes", add_config_options, _train, _CONFIG_USAGE
+    ),
+    "launch": Command(
+        "start a command on several processes: torchrun with our summary and exit code",
+        _add_no_options,
+        _launch,
+        "[TORCHRUN_OPTION ...] COMMAND|SCRIPT [ARGUMENT ...]",
     ),
     "submit": Command(
         "train on a SLURM cluster; the same command again resumes",

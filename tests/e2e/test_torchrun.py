@@ -156,9 +156,63 @@ def test_sigkill_of_torchrun(tmp_path, environment):
         time.sleep(0.05)
     text = (tmp_path / "printed").read_text()
     stopped = int(re.search(r"stopped at step (\d+) of", text)[1])
-    assert "kept the ranks' store" in text and "frame #" not in text and "Traceback" not in text
+    assert re.search("warning .*torchrun, .* is gone: saving, and leaving", text), text
+    assert "frame #" not in text and "Traceback" not in text
     assert logged_steps(tmp_path / "run")[-1] == stopped
     assert (tmp_path / "run" / "checkpoints" / f"step_{stopped:08d}.pt").exists()
+
+
+def launch(*arguments):
+    """`resnet-dist launch` with two ranks."""
+    options = ["--standalone", "--nproc_per_node", "2"]
+    return [sys.executable, "-m", "resnet_dist.cli", "launch", *options, *arguments]
+
+
+def test_launch_ends_with_our_words_and_our_code(tmp_path, environment):
+    """Through torchrun the same failure is code 1, and its page repeats our sentence at its end."""
+    environment["PYTHONPATH"] = str(ROOT)
+    refused = ["--config", str(ROOT / "configs/quickstart.yaml"), "--data.kind", "folder"]
+    refused += ["--data.data_dir", "/nowhere"]
+    plain = [*TORCHRUN, str(ROOT / "train.py")]
+    ended = [
+        subprocess.run(
+            [*command, *refused],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        for command in (launch("train"), plain)
+    ]
+    assert [done.returncode for done in ended] == [2, 1]
+    ours, theirs = (done.stderr.splitlines() for done in ended)
+    assert len(ours) == 2, ours
+    assert ours[0].startswith("error (rank ") and "data.data_dir" in ours[0]
+    assert re.fullmatch(r"rank \d ended with exit code 2: an error that you can mend.*", ours[1])
+    assert "data.data_dir" in theirs[-2] and "Traceback" in ended[1].stderr
+
+
+def test_a_closed_session_saves(tmp_path, environment):
+    """SIGHUP, as when ssh ends: the launcher passes it on, also under nohup."""
+    environment["PYTHONPATH"] = str(ROOT)
+    command = launch("train", "--config", str(ROOT / "configs/quickstart.yaml"), *SMALL)
+    command += ["--output_dir", "run", "--log.wandb", "disabled", "--train.epochs", "60"]
+    with open(tmp_path / "printed", "w") as printed:
+        started = subprocess.Popen(
+            ["nohup", *command], cwd=tmp_path, env=environment, stdout=printed, stderr=printed
+        )
+        deadline = time.monotonic() + 300
+        while not (steps := logged_steps(tmp_path / "run")) or steps[-1] < 4:
+            assert started.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        started.send_signal(signal.SIGHUP)
+        assert started.wait(180) == 128 + signal.SIGHUP
+    text = (tmp_path / "printed").read_text()
+    stopped = int(re.search(r"stopped at step (\d+) of", text)[1])
+    assert (tmp_path / "run" / "checkpoints" / f"step_{stopped:08d}.pt").exists()
+    assert re.search(r"resume +resnet-dist launch --standalone .* train --config", text)
+    assert "Traceback" not in text
 
 
 def test_the_quickstart_reaches_its_accuracy(tmp_path, environment):
