@@ -76,6 +76,17 @@ class DataConfig:
     exclude: str = ""
     """text file with training images to leave out, one `train/<class>/<file>` per line, as written
     by `resnet-dist data verify`"""
+    rescan: Literal["auto", "always", "never"] = "auto"
+    """when the list of images that is kept beside the data is made anew. auto: if the times of a
+    class folder, or the name or size of a shard, have changed; where the file system does not keep
+    the times of folders (mounts of object stores), at every start. never: the list is trusted"""
+    max_pixels: Annotated[int, AtLeast(1)] = 67_108_864
+    """largest number of pixels of an image; a larger one counts as broken, since a few of them can
+    fill the memory. No image of ImageNet has more than 38.5 million"""
+    max_file_mb: Annotated[int, AtLeast(1)] = 256
+    """largest size of an image's file in MiB; a larger one counts as broken"""
+    read_timeout_s: Annotated[float, Above(0)] = 300.0
+    """seconds that the storage may take to deliver one image; then it counts as broken"""
     train_crop_size: Annotated[int, AtLeast(1)] = 224
     """height and width of a training image in pixels"""
     train_crop: Literal["random_resized", "scale_jitter", "pad"] = "random_resized"

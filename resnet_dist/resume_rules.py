@@ -26,6 +26,12 @@ FREE_TO_CHANGE = frozenset(
         "data.prefetch_batches",
         "data.val_batch_size",
         "data.max_bad_images",
+        # When the list of images is made anew; the list itself is compared by its fingerprint.
+        "data.rescan",
+        # Which files are too large or too slow to be used, as data.max_bad_images.
+        "data.max_pixels",
+        "data.max_file_mb",
+        "data.read_timeout_s",
         "log",
         "checkpoint",
         "distributed",

@@ -30,7 +30,7 @@ class OneProcess:
     def on_main(self, function):
         return function()
 
-    bytes_from_main = on_main
+    bytes_from_main = long_on_main = on_main
 
     def sum_integer(self, number):
         return number
@@ -83,15 +83,15 @@ def pack_shards(index, folder, order, shards: int, flat: bool = False, ids: bool
                     f"{row:04d}{os.path.splitext(index.name(row))[1]}" if flat else index.name(row)
                 )
                 with open(index.path(row), "rb") as file:
-                    _add_member(tar, name, file.read())
+                    add_member(tar, name, file.read())
                 if ids:
-                    _add_member(
+                    add_member(
                         tar, os.path.splitext(name)[0] + ".cls", str(index.labels_of(row)).encode()
                     )
     return folder
 
 
-def _add_member(tar, name: str, data: bytes) -> None:
+def add_member(tar, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))

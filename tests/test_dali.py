@@ -32,7 +32,8 @@ from resnet_dist.data.pixels.dali import (
     windows_to_torch,
 )
 from resnet_dist.data.pixels.finish import Normalizer, resize_and_crop, resize_exact
-from resnet_dist.data.pixels.read import Encoded, image_size
+from resnet_dist.data.pixels.image_header import image_size
+from resnet_dist.data.pixels.read import Encoded
 from resnet_dist.data.sampling import augment, crops
 from resnet_dist.data.sampling.jobs import val_job
 from resnet_dist.data.types import Job, OperationPlan

@@ -20,6 +20,7 @@ from image_files import OneProcess, encode, picture, train_loader, write_split
 from PIL import Image
 from scipy.io import savemat
 from test_pack import killed
+from torchvision.datasets import imagenet
 
 from resnet_dist.cli import main
 from resnet_dist.data.sources.scan import build_index
@@ -77,8 +78,17 @@ def synsets():
     return buffer.getvalue()
 
 
+def publish(monkeypatch, folder):
+    """Let the sums of the archives in `folder` be the published ones."""
+    published = {
+        key: (name, hashlib.md5((folder / name).read_bytes()).hexdigest())
+        for key, (name, _) in imagenet.ARCHIVE_META.items()
+    }
+    monkeypatch.setattr(imagenet, "ARCHIVE_META", published)
+
+
 @pytest.fixture
-def archives(tmp_path):
+def archives(tmp_path, monkeypatch):
     folder = tmp_path / "archives"
     folder.mkdir()
     inner = {
@@ -103,6 +113,7 @@ def archives(tmp_path):
             "w:gz",
         )
     )
+    publish(monkeypatch, folder)
     return folder
 
 
@@ -124,7 +135,8 @@ def test_import_to_folders_goes_on_after_a_kill(archives, tmp_path):
         for split, files in (("train", TRAIN), ("val", VAL))
         for name, data in files.items()
     }
-    killed(run_import, 6, archives, tmp_path / "out")
+    # The record of the checked archives is written three times, with three calls each.
+    killed(run_import, 9 + 6, archives, tmp_path / "out")
     half = contents(tmp_path / "out")
     assert len(half) == 5 and half.items() <= expected.items()
     times = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in half}
@@ -143,6 +155,43 @@ def test_import_to_shards_is_the_import_packed(archives, tmp_path):
         for split in ("train", "val")
         for file in ("index.bin", f"{split}-000000.tar")
     }
+
+
+def test_archives_of_another_content_are_refused(archives, tmp_path, capsys):
+    """By their MD5 sums, which are computed once for each file."""
+    val = archives / "ILSVRC2012_img_val.tar"
+    good = val.read_bytes()
+    place = good.index(VAL[f"{WNIDS[12]}/ILSVRC2012_val_00000001.JPEG"][-40:])
+    val.write_bytes(good[:place] + b"x" + good[place + 1 :])
+    assert run_import(archives, tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert "val.tar is not the published file: its MD5 sum is not" in said
+    assert "--skip_checksums" in said
+    assert not contents(tmp_path / "out")
+    checked = json.loads((tmp_path / "out/.archives.json").read_text())
+    assert [name for name, *_ in checked] == ["ILSVRC2012_img_train.tar"]
+    assert run_import(archives, tmp_path / "other", "--skip_checksums") == 0
+    val.write_bytes(good)
+    assert run_import(archives, tmp_path / "out") == 0
+    assert len(json.loads((tmp_path / "out/.archives.json").read_text())) == 3
+
+
+def test_no_bar_is_drawn_into_a_pipe(archives, tmp_path, capsys):
+    assert run_import(archives, tmp_path / "out") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_home_and_variables_in_paths(archives, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    assert run_import("~/archives", "$PLACE/out") == 0
+    assert main(["data", "pack", "~/out", "~/packed"]) == 0
+    assert (tmp_path / "packed/train/index.bin").exists()
+    capsys.readouterr()
+    assert main(["data", "pack", "/no/such/folder", "~/x"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("/no/such/folder") == 1
+    assert "data.data_dir '/no/such/folder' does not exist here: name" in said
 
 
 def special(name, kind, target=""):

@@ -2,51 +2,72 @@
 right.
 """
 
+import contextlib
+import json
 import os
+import stat
+import tarfile
 import tempfile
 import time
 import warnings
+import zlib
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 from dist_utils import run_ranks
-from image_files import OneProcess, pack_shards, simulated_index
+from hypothesis import strategies as st
+from image_files import OneProcess, add_member, pack_shards, simulated_index
+from torchvision.datasets import ImageFolder
 
+from resnet_dist.data.pixels.read import load
 from resnet_dist.data.sources import index as index_module
 from resnet_dist.data.sources import scan as scan_module
 from resnet_dist.data.sources.index import (
     SHARD_INDEX,
+    SUFFIXES,
     check_num_classes,
     check_same_classes,
+    encode_header,
     open_index,
     write_index,
 )
 from resnet_dist.data.sources.scan import build_index
+from resnet_dist.data.sources.scan_progress import ScanProgress, keeps_folder_times
 from resnet_dist.distributed import Runtime
+from resnet_dist.files import write_file
 
 ALONE = OneProcess()
 
 
-def make(folder, names, age=60):
-    """Empty files, in folders whose last change is `age` seconds ago."""
+def make(folder, names):
+    """Empty files, in the given folders."""
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
-    past = time.time() - age
-    for path in folder.rglob("*"):
-        if path.is_dir():
-            os.utime(path, (past, past))
     return str(folder)
+
+
+@pytest.fixture
+def settled(monkeypatch):
+    """Folders count as unchanged for long at once; the ticks of the file system's clock pass."""
+    monkeypatch.setattr(scan_module, "_SETTLED_NS", 0)
+    monkeypatch.setattr(scan_module, "keeps_folder_times", lambda folder: True)
+
+    def tick():
+        time.sleep(0.05)
+
+    return tick
 
 
 @pytest.fixture
 def scans(monkeypatch):
     """How often the storage was listed."""
     calls = []
-    for name in ("_scan", "_scan_shards"):
+    for name in ("_scan_folders", "_scan_shards"):
         scan = getattr(scan_module, name)
         monkeypatch.setattr(
             scan_module, name, lambda *args, scan=scan: calls.append(1) or scan(*args)
@@ -71,11 +92,12 @@ def test_rows_are_sorted_by_class_and_name(tmp_path):
             "train/a/x.PNG",
             "train/ä/1.jpg",
             "train/b/notes.txt",
-            "train/.ipynb_checkpoints/1.jpg",
             "train/a/._x.jpg",
+            "train/.ipynb_checkpoints/x.ipynb",
         ],
     )
-    index = build_index(data_dir, "train", ALONE)
+    with pytest.warns(UserWarning, match="4 entries are no images and are left out"):
+        index = build_index(data_dir, "train", ALONE)
     assert index.class_names == ("a", "b", "ä")
     assert index.labels_of(np.arange(4)).dtype == np.int64
     assert labels(index) == [0, 1, 1, 2]
@@ -89,55 +111,248 @@ def test_rows_are_sorted_by_class_and_name(tmp_path):
     assert index.place(2) == (expected[2], 0, -1)
 
 
-def test_cache_is_used_until_a_folder_changes(tmp_path, scans):
-    data_dir = make(tmp_path, ["train/a/1.jpg", "train/b/1.jpg"])
+def test_cache_is_used_until_a_folder_changes(tmp_path, scans, settled):
+    data_dir = make(tmp_path, ["train/a/1.jpg", "train/b/1.jpg", "train/b/inner/1.jpg"])
+    settled()
     first, again = build_index(data_dir, "train", ALONE), build_index(data_dir, "train", ALONE)
     assert len(scans) == 1
     assert paths(first) == paths(again)
-    make(tmp_path, ["train/b/2.jpg"], age=50)
-    assert len(build_index(data_dir, "train", ALONE)) == 3
-    os.unlink(tmp_path / "train/b/1.jpg")
-    assert len(build_index(data_dir, "train", ALONE)) == 2
-    make(tmp_path, ["train/c/1.jpg"], age=40)
+    changes = [
+        lambda: make(tmp_path, ["train/b/2.jpg"]),
+        lambda: os.unlink(tmp_path / "train/b/1.jpg"),
+        lambda: make(tmp_path, ["train/b/inner/2.jpg"]),
+        lambda: make(tmp_path, ["train/c/1.jpg"]),
+    ]
+    for number, change in enumerate(changes):
+        settled()
+        change()
+        settled()
+        size = len(build_index(data_dir, "train", ALONE))
+        assert (size, len(scans)) == ([4, 3, 4, 5][number], number + 2)
     assert build_index(data_dir, "train", ALONE).class_names == ("a", "b", "c")
-    assert len(scans) == 4
+    assert len(scans) == 5
 
 
-def test_a_folder_that_has_just_changed_is_not_trusted(tmp_path, scans):
-    data_dir = make(
-        tmp_path, ["train/a/1.jpg"], age=-60
-    )  # however long it takes to get to the next line
+def test_a_restored_folder_time_is_noticed(tmp_path, scans, settled):
+    """`touch -d` and rsync restore times of modification, but not the time of change."""
+    data_dir = make(tmp_path, ["train/a/1.jpg", "train/a/2.jpg"])
+    settled()
+    build_index(data_dir, "train", ALONE)
+    before = os.stat(tmp_path / "train/a")
+    settled()
+    os.rename(tmp_path / "train/a/1.jpg", tmp_path / "train/a/3.jpg")
+    os.utime(tmp_path / "train/a", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert os.stat(tmp_path / "train/a").st_mtime_ns == before.st_mtime_ns
+    index = build_index(data_dir, "train", ALONE)
+    assert [index.name(row) for row in range(2)] == ["a/2.jpg", "a/3.jpg"]
+    assert len(scans) == 2
+
+
+def test_a_file_system_without_folder_times_is_listed_at_every_start(
+    tmp_path, scans, settled, monkeypatch
+):
+    """Unless data.rescan never says otherwise; data.rescan always lists in any case."""
+    data_dir = make(tmp_path, ["train/a/1.jpg"])
+    monkeypatch.setattr(scan_module, "keeps_folder_times", lambda folder: False)
+    settled()
+    with pytest.warns(UserWarning, match="does not keep the times of folders.*data.rescan never"):
+        build_index(data_dir, "train", ALONE)
+    build_index(data_dir, "train", ALONE)
+    assert len(scans) == 2
+    build_index(data_dir, "train", ALONE, rescan="never")
+    assert len(scans) == 2
+    monkeypatch.setattr(scan_module, "keeps_folder_times", lambda folder: True)
+    build_index(data_dir, "train", ALONE)
+    assert len(scans) == 2
+    build_index(data_dir, "train", ALONE, rescan="always")
+    assert len(scans) == 3
+
+
+def test_file_systems_that_keep_times(tmp_path):
+    table = tmp_path / "mountinfo"
+    table.write_text(
+        "1 0 8:1 / / rw - ext4 /dev/sda rw\n"
+        "2 1 0:50 / /mnt/bucket rw shared:1 - fuse.s3fs s3fs rw\n"
+        "3 1 0:51 / /mnt/bucket/with\\040space rw - lustre x rw\n"
+        "4 1 0:52 / /mnt/odd rw - somethingfs x rw\n"
+    )
+    for folder, keeps in {
+        "/data": True,
+        "/mnt/bucket/data": False,
+        "/mnt/bucketless": True,
+        "/mnt/bucket/with space/data": True,
+        "/mnt/odd": False,
+    }.items():
+        assert keeps_folder_times(folder, str(table)) == keeps
+    assert keeps_folder_times("/data", str(tmp_path / "none"))
+
+
+def test_a_folder_that_has_just_changed_is_not_trusted(tmp_path, scans, settled, monkeypatch):
+    data_dir = make(tmp_path, ["train/a/1.jpg"])
+    monkeypatch.setattr(scan_module, "_SETTLED_NS", 3600 * 10**9)
     build_index(data_dir, "train", ALONE)
     build_index(data_dir, "train", ALONE)
     assert len(scans) == 2
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda blob: b"",
-        lambda blob: blob[:200],
-        lambda blob: b"no index" * 1000,
-        lambda blob: blob[:100] + bytes(10) + blob[110:],
-        lambda blob: blob[:-64],
-        lambda blob: blob[:-1],
-        lambda blob: blob + bytes(64),
-    ],
-)
-def test_damaged_cache_is_made_anew(tmp_path, scans, damage):
-    data_dir = make(tmp_path, ["val/a/1.jpg", "val/b/1.jpg"])
+def rewritten(blob, change):
+    """An index file with changed facts or arrays, and checksums that fit."""
+    facts, start, _ = index_module._read_header(blob)
+    body = bytearray(blob[start:])
+    rows, name_bytes = facts.pop("rows"), facts.pop("name_bytes")
+    change(facts, body)
+    facts["checksum"] = zlib.crc32(body)
+    return encode_header(rows, name_bytes, facts) + bytes(body)
+
+
+def set_fact(name, value):
+    return lambda blob: rewritten(blob, lambda facts, body: facts.update({name: value}))
+
+
+def set_bytes(place, value):
+    def change(facts, body):
+        body[place : place + len(value)] = value
+
+    return lambda blob: rewritten(blob, change)
+
+
+# The records of class folders are (starts int64, labels int32); of three rows and one more, they
+# take 48 bytes and end at byte 64, where the names begin: 1.jpg1.jpg2.jpg.
+DAMAGES = {
+    "empty": lambda blob: b"",
+    "cut off in the header": lambda blob: blob[:200],
+    "something else": lambda blob: b"no index" * 1000,
+    "zeros in the header": lambda blob: blob[:100] + bytes(10) + blob[110:],
+    "a block less": lambda blob: blob[:-64],
+    "a byte less": lambda blob: blob[:-1],
+    "a block more": lambda blob: blob + bytes(64),
+    "a flipped bit in a name": lambda blob: blob[:-60] + b"X" + blob[-59:],
+    "a name that leads outside": set_bytes(64, b"../.."),
+    "a name that is a parent": set_bytes(64 + 5, b"a/../"),
+    "an absolute name": set_bytes(64, b"/etc/"),
+    "a null byte": set_bytes(64, b"\0"),
+    "a label above the classes": set_bytes(2 * 12 + 8, b"\7\0\0\0"),
+    "a negative label": set_bytes(8, b"\xff\xff\xff\xff"),
+    "labels out of order": set_bytes(2 * 12 + 8, bytes(4)),
+    "a name without length": set_bytes(12, bytes(8)),
+    "names beyond the end": set_bytes(3 * 12, b"\xff"),
+    "a class that leads outside": set_fact("classes", ["..", "b"]),
+    "a class twice": set_fact("classes", ["a", "a"]),
+    "no classes": set_fact("classes", None),
+    "shards of nowhere": set_fact("shards", ["../x.tar"]),
+    "stamps of another kind": set_fact("stamps", [{}]),
+    "a negative number of rows": lambda blob: encode_header(-5, 0, {"shards": []}),
+    "no table": lambda blob: index_module._padded(
+        index_module._PREFIX.pack(b"resndist", 4, zlib.crc32(b"[]"), 2) + b"[]"
+    ),
+}
+
+
+def test_damaged_cache_is_made_anew(tmp_path, scans, settled):
+    """Also where all checksums are right: what it says is checked."""
+    data_dir = make(tmp_path, ["val/a/1.jpg", "val/b/1.jpg", "val/b/2.jpg"])
+    settled()
     expected = build_index(data_dir, "val", ALONE)
     cache = tmp_path / ".resnet_dist_val_index.bin"
-    damaged = damage(cache.read_bytes())
-    cache.unlink()  # not in place, under a mapping
-    cache.write_bytes(damaged)
-    index = build_index(data_dir, "val", ALONE)
-    assert (index.class_names, labels(index), paths(index)) == (
-        expected.class_names,
-        labels(expected),
-        paths(expected),
+    good = cache.read_bytes()
+    failures = []
+    for name, damage in DAMAGES.items():
+        # Replaced, and not changed in place, under a mapping.
+        cache.unlink()
+        cache.write_bytes(damage(good))
+        before = len(scans)
+        index = build_index(data_dir, "val", ALONE)
+        same = (index.class_names, labels(index), paths(index)) == (
+            expected.class_names,
+            labels(expected),
+            paths(expected),
+        )
+        if not same or len(scans) != before + 1 or cache.read_bytes() != good:
+            failures.append(name)
+    assert failures == []
+    cache.write_bytes(rewritten(good, lambda facts, body: None))
+    before = len(scans)
+    build_index(data_dir, "val", ALONE)
+    assert len(scans) == before
+
+
+def test_an_index_of_an_older_version(folder, tmp_path, scans, settled):
+    """Beside class folders it is made anew; beside shards, whose names only it has, it is read."""
+
+    def as_version_3(blob):
+        facts, start, _ = index_module._read_header(blob)
+        for key in ("folders", "remarks", "checksum"):
+            facts.pop(key)
+        facts["stamps"] = [stamp[0] if stamp else -1 for stamp in facts["stamps"]]
+        text = json.dumps(facts).encode()
+        prefix = index_module._PREFIX.pack(b"resndist", 3, zlib.crc32(text), len(text))
+        return index_module._padded(prefix + text) + blob[start:]
+
+    cache = tmp_path / "folder" / ".resnet_dist_train_index.bin"
+    old = as_version_3(cache.read_bytes())
+    cache.unlink()
+    cache.write_bytes(old)
+    before = len(scans)
+    again = build_index(str(tmp_path / "folder"), "train", ALONE)
+    assert (len(scans), paths(again)) == (before + 1, paths(folder))
+    root = pack_shards(folder, tmp_path / "shards" / "train", order=range(6), shards=2)
+    new = build_index(str(tmp_path / "shards"), "train", ALONE)
+    old = as_version_3((root / SHARD_INDEX).read_bytes())
+    (root / SHARD_INDEX).unlink()
+    (root / SHARD_INDEX).write_bytes(old)
+    before = len(scans)
+    again = build_index(str(tmp_path / "shards"), "train", ALONE)
+    assert (len(scans), contents(again), again.fingerprint()) == (
+        before,
+        contents(new),
+        new.fingerprint(),
     )
-    assert len(scans) == 2
+    damaged = old[:-60] + b"X" + old[-59:]
+    (root / SHARD_INDEX).unlink()
+    (root / SHARD_INDEX).write_bytes(damaged)
+    build_index(str(tmp_path / "shards"), "train", ALONE)
+    assert len(scans) == before + 1
+
+
+def test_places_outside_of_a_shard_are_refused(folder, tmp_path, scans, settled):
+    root = pack_shards(folder, tmp_path / "shards" / "train", order=range(6), shards=1)
+    build_index(str(tmp_path / "shards"), "train", ALONE)
+    good = (root / SHARD_INDEX).read_bytes()
+    # A record is (start int64, label int32, shard int32, offset int64, length int64).
+    for place, value in (
+        (16, 10**9),
+        (24, 2**42),
+        (24, -5),
+        (16, -1),
+        (12, 7),
+        (12, -1),
+    ):
+        payload = value.to_bytes(4 if place == 12 else 8, "little", signed=True)
+        (root / SHARD_INDEX).unlink()
+        (root / SHARD_INDEX).write_bytes(set_bytes(place, payload)(good))
+        before = len(scans)
+        assert contents(build_index(str(tmp_path / "shards"), "train", ALONE)) == TEXTS
+        assert len(scans) == before + 1
+
+
+def test_a_damaged_row_of_a_large_index_is_found_when_it_is_used(folder, monkeypatch):
+    """Its arrays are too large to be checked when it is opened."""
+    monkeypatch.setattr(index_module, "_READ_WHOLE", 0)
+    path = os.path.join(os.path.dirname(folder.root), ".resnet_dist_train_index.bin")
+    good = Path(path).read_bytes()
+    names = 128  # six rows and one more of 12 bytes, then padding
+    for damage, use in (
+        (set_bytes(8, b"\7\0\0\0"), lambda index: index.labels_of(np.arange(2))),
+        (set_bytes(8, b"\xff\xff\xff\xff"), lambda index: index.place(0)),
+        (set_bytes(names, b"../.."), lambda index: index.place(0)),
+        (set_bytes(names, b"/etc/"), lambda index: index.name(0)),
+        (set_bytes(names, b"a/../"), lambda index: index.path(0)),
+    ):
+        os.unlink(path)
+        Path(path).write_bytes(damage(good))
+        index = index_module.open_checked(path, folder.root)
+        with pytest.raises(ValueError, match=r"is damaged: .*--data.rescan always"):
+            use(index)
 
 
 def test_every_truncation_is_noticed(tmp_path):
@@ -150,14 +365,14 @@ def test_every_truncation_is_noticed(tmp_path):
 
 
 def refuse_to_write(monkeypatch, *folders):
-    real = tempfile.mkstemp
+    real = scan_module.write_file
 
-    def refuse(*args, **kwargs):
-        if kwargs["dir"] in map(str, folders):
+    def refuse(path, content):
+        if str(path.parent) in map(str, folders):
             raise OSError(30, "Read-only file system")
-        return real(*args, **kwargs)
+        real(path, content)
 
-    monkeypatch.setattr(index_module.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(scan_module, "write_file", refuse)
 
 
 def test_unwritable_folder_costs_a_warning(tmp_path, monkeypatch):
@@ -178,8 +393,21 @@ def test_unwritable_folder_costs_a_warning(tmp_path, monkeypatch):
         build_index(data_dir, "train", ALONE)
 
 
-def test_moved_data_keeps_its_cache(tmp_path, scans):
+def test_the_cache_has_the_permissions_that_the_user_wants(tmp_path):
+    for umask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
+        data_dir = make(tmp_path / str(umask), ["train/a/1.jpg"])
+        before = os.umask(umask)
+        try:
+            build_index(data_dir, "train", ALONE)
+        finally:
+            os.umask(before)
+        cache = Path(data_dir, ".resnet_dist_train_index.bin")
+        assert stat.S_IMODE(cache.stat().st_mode) == mode
+
+
+def test_moved_data_keeps_its_cache(tmp_path, scans, settled):
     make(tmp_path / "old", ["train/a/1.jpg"])
+    settled()
     build_index(str(tmp_path / "old"), "train", ALONE)
     os.rename(tmp_path / "old", tmp_path / "new")
     assert build_index(str(tmp_path / "new"), "train", ALONE).path(0) == str(
@@ -193,15 +421,17 @@ def test_moved_data_keeps_its_cache(tmp_path, scans):
     [
         ([], "train", ["no folders at all"]),
         (["images/a.txt"], "train", ["no folder train/", "found: images"]),
+        (["train/x.tar.gz"], "train", ["x.tar.gz", "cannot be read in place", "unpack it"]),
+        (["train/x.tar.zst", "train/lost+found/a"], "train", ["x.tar.zst", "cannot be read in"]),
+        (["train/x.ZIP"], "train", ["x.ZIP", "cannot be read in place"]),
         (["n01/1.jpg", "n02/1.jpg"], "train", ["class folders itself", "the folder above it"]),
         (["train/a/1.jpg", "validation/a/1.jpg"], "val", ["no folder val/", "validation/"]),
         (["train/readme.txt"], "train", ["train/ is empty"]),
         (
-            ["train/a/1.jpg", "train/b/x.txt", "train/c/x.txt"],
+            ["train/b/x.txt", "train/c/x.gif", "train/c/y.gif"],
             "train",
-            ["2 of 3 class folders", "b, c"],
+            ["none of the 2 class folders", "2 .gif (c/x.gif)", "1 .txt (b/x.txt)", "2 folders"],
         ),
-        (["train/a/images/1.jpg"], "train", ["a/ has a folder images/"]),
         (["val/1.jpg", "val/2.jpg"], "val", ["val/ is flat", "2 images", "WNID", "not class ids"]),
     ],
 )
@@ -216,8 +446,10 @@ def test_wrong_folders_are_named(tmp_path, files, split, words):
 def test_no_folder(tmp_path):
     with pytest.raises(ValueError, match=r"data\.data_dir is empty"):
         build_index("", "train", ALONE)
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match="does not exist here: name the folder"):
         build_index(str(tmp_path / "none"), "train", ALONE)
+    with pytest.raises(ValueError, match=r"'no/such' does not exist here \(/.*no/such\): name"):
+        build_index("no/such", "train", ALONE)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):
         build_index(str(tmp_path / "file"), "train", ALONE)
@@ -225,7 +457,7 @@ def test_no_folder(tmp_path):
 
 def test_loose_images_are_warned_about(tmp_path):
     data_dir = make(tmp_path, ["train/a/1.jpg", "train/loose.jpg"])
-    with pytest.warns(UserWarning, match=r"1 images lie in .*loose\.jpg"):
+    with pytest.warns(UserWarning, match=r"1 images lie beside the class folders \(loose\.jpg\)"):
         assert len(build_index(data_dir, "train", ALONE)) == 1
 
 
@@ -267,7 +499,7 @@ def contents(index):
     return found
 
 
-def test_shards_give_the_index_of_the_folder(folder, tmp_path, scans):
+def test_shards_give_the_index_of_the_folder(folder, tmp_path, scans, settled):
     """Whatever the order in the tars, and with either form of members that names the class by a
     folder.
     """
@@ -380,7 +612,7 @@ def test_wrong_shards_are_named(folder, tmp_path):
 def test_class_folders_come_before_tar_files(tmp_path):
     """ImageNet's own archives often lie beside what came out of them."""
     data_dir = make(tmp_path, ["train/a/1.jpg", "train/a.tar"])
-    with pytest.warns(UserWarning, match=r"1 tar files lie in .*a\.tar\): they are not used"):
+    with pytest.warns(UserWarning, match=r"1 tar files lie beside .*a\.tar\): they are not used"):
         assert paths(build_index(data_dir, "train", ALONE)) == [f"{data_dir}/train/a/1.jpg"]
 
 
@@ -436,18 +668,22 @@ def _on_rank(
     """The index of a rank; ranks in `blind` do not see what lies in the data folder."""
     per_node = local_world_size or world_size
     runtime = Runtime(rank, rank % per_node, world_size, per_node, torch.device("cpu"), None)
-    real, opened, tempfile.tempdir = scan_module.open_index, [], temporary
+    opened, tempfile.tempdir = [], temporary
 
-    def see(path, root):
-        if rank in blind and path.startswith(data_dir):
-            raise FileNotFoundError(path)
-        opened.append(path)
-        return real(path, root)
+    def watched(real):
+        def see(path, root):
+            if rank in blind and path.startswith(data_dir):
+                raise FileNotFoundError(path)
+            opened.append(path)
+            return real(path, root)
 
-    scan_module.open_index = see
+        return see
+
+    scan_module.open_index = watched(scan_module.open_index)
+    scan_module.open_checked = watched(scan_module.open_checked)
     if -1 in blind:  # nobody can write there
-        scan_module.write_whole = lambda path, payload, sync=False: index_module.write_whole(
-            path.replace(data_dir, f"{data_dir}/none"), payload, sync
+        scan_module.write_file = lambda path, payload: write_file(
+            Path(str(path).replace(data_dir, f"{data_dir}/none")), payload
         )
     try:
         with warnings.catch_warnings():
@@ -514,3 +750,247 @@ def test_arrays_that_are_damaged_are_made_anew(tmp_path):
         1,
     ]
     assert path.read_bytes() == whole
+
+
+NAME = st.text(st.sampled_from("ab.-_ é\udce4\uffff~"), min_size=1, max_size=4).filter(
+    lambda name: name not in (".", "..")
+)
+ENDING = st.sampled_from([*SUFFIXES, ".JPG", ".gif", ".jfif", ".txt", "", ".jpg.txt"])
+FILE = st.builds(lambda name, ending: f"{name}{ending}", NAME, ENDING)
+PATH = st.builds(
+    lambda folders, file: "/".join([*folders, file]),
+    st.lists(NAME, min_size=1, max_size=3),
+    FILE,
+)
+
+
+def torchvision_index(root):
+    """(classes, [(path, label)]) of ImageFolder itself, without macOS's ._ files."""
+    try:
+        folder = ImageFolder(str(root), allow_empty=True)
+    except FileNotFoundError:
+        return [], []
+    samples = [
+        (os.path.relpath(path, root), folder.classes[label])
+        for path, label in folder.samples
+        if not os.path.basename(path).startswith("._")
+    ]
+    classes = sorted({name for _, name in samples})
+    return classes, [(path, classes.index(name)) for path, name in samples]
+
+
+def create(root, paths, links):
+    """The files of a tree, and links to its folders; what the file system refuses is left out."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            target = os.path.join(root, path)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            Path(target).touch()
+    folders = sorted(name for name, _, _ in os.walk(root))
+    for number, place in links:
+        target = folders[number % len(folders)]
+        source = os.path.join(root, place)
+        # A link to a folder above it is another test's subject.
+        if not os.path.realpath(source).startswith(os.path.realpath(target)):
+            with contextlib.suppress(OSError):
+                os.makedirs(os.path.dirname(source), exist_ok=True)
+                os.symlink(target, source)
+
+
+@hypothesis.settings(
+    max_examples=120, deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
+)
+@hypothesis.given(
+    paths=st.lists(PATH, max_size=12),
+    links=st.lists(
+        st.tuples(st.integers(0, 20), st.builds("/".join, st.lists(NAME, min_size=1, max_size=2))),
+        max_size=2,
+    ),
+)
+def test_the_index_holds_what_imagefolder_holds(paths, links):
+    """Random trees: classes, files, sub-folders, links, hidden files, undecodable names."""
+    with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        root = Path(temporary, "train")
+        root.mkdir()
+        create(root, paths, links)
+        classes, samples = torchvision_index(root)
+        if not samples:
+            with pytest.raises(ValueError, match="data.data_dir"):
+                build_index(temporary, "train", ALONE)
+            return
+        index = build_index(temporary, "train", ALONE)
+        assert list(index.class_names) == classes
+        assert [os.path.relpath(path, root) for path in map(index.path, range(len(index)))] == [
+            path for path, _ in samples
+        ]
+        assert labels(index) == [label for _, label in samples]
+        for stored in range(len(index)):
+            assert index.find(index.name(stored)) == stored
+
+
+def test_a_link_to_a_folder_above_is_left_out(tmp_path):
+    data_dir = make(tmp_path, ["train/a/1.jpg", "train/a/inner/2.jpg"])
+    os.symlink(tmp_path / "train/a", tmp_path / "train/a/inner/loop")
+    os.symlink("nowhere", tmp_path / "train/b")
+    os.symlink("nowhere", tmp_path / "train/a/c")
+    with pytest.warns(UserWarning) as caught:
+        index = build_index(data_dir, "train", ALONE)
+    assert [index.name(row) for row in range(len(index))] == ["a/1.jpg", "a/inner/2.jpg"]
+    said = "\n".join(str(warning.message) for warning in caught)
+    assert "1 links to a folder above them (a/inner/loop)" in said
+    assert "1 broken links (a/c)" in said
+    assert "1 links lead nowhere and are left out (b): a class behind one is missing" in said
+
+
+def test_what_is_said_about_a_folder_is_said_at_every_start(tmp_path, scans, settled):
+    """In one line by kind, from the cached list too."""
+    data_dir = make(
+        tmp_path,
+        [
+            "train/a/1.jpg",
+            "train/a/2.webp",
+            "train/a/3.gif",
+            "train/a/4.jfif",
+            "train/a/5",
+            "train/a/.hidden.png",
+            "train/lost+found/x",
+            "train/__MACOSX/a/._1.jpg",
+            "train/@eaDir/x.txt",
+        ],
+    )
+    settled()
+    for _ in range(2):
+        with pytest.warns(UserWarning) as caught:
+            index = build_index(data_dir, "train", ALONE)
+        said = [str(warning.message).removeprefix(f"{index.root}: ") for warning in caught]
+        assert said == [
+            "9 entries are no images and are left out: 3 folders without an image (@eaDir), "
+            "2 without a suffix (a/5), 1 ._ files of macOS (__MACOSX/a/._1.jpg), 1 .gif (a/3.gif), "
+            "1 .jfif (a/4.jfif), 1 .txt (@eaDir/x.txt); to use them, rename .jfif to .jpg and "
+            "convert .gif to .png",
+            "1 images lie in hidden files or folders and count, as in torchvision's ImageFolder "
+            "(a/.hidden.png): remove them if that is not meant",
+            "1 images are neither JPEG nor PNG (1 .webp): Pillow decodes them in the reader, which "
+            "is slower",
+        ]
+    assert len(scans) == 1
+    assert index.class_names == ("a",)
+
+
+class SlowClock:
+    """Each look at it takes some seconds."""
+
+    def __init__(self, seconds):
+        self.seconds, self.now = seconds, 0.0
+
+    def __call__(self):
+        self.now += self.seconds
+        return self.now
+
+
+def test_a_long_scan_keeps_its_progress(folder, tmp_path, monkeypatch, capsys):
+    """A restart lists only what was not listed, in folders and shards, and says how far it is."""
+    pack_shards(folder, tmp_path / "shards" / "train", order=range(6), shards=3)
+    for data_dir, function in (("folder", "list_class"), ("shards", "read_headers")):
+        root = str(tmp_path / data_dir)
+        real, calls = getattr(scan_module, function), []
+
+        def counted(*args, real=real, calls=calls):
+            calls.append(args)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        monkeypatch.setattr(scan_module, function, counted)
+        monkeypatch.setattr(
+            scan_module,
+            "ScanProgress",
+            lambda *args: ScanProgress(*args, clock=SlowClock(11.0)),
+        )
+        with pytest.raises(KeyboardInterrupt):
+            build_index(root, "train", ALONE, rescan="always")
+        partial = list(Path(root).rglob("*.partial"))
+        assert len(partial) == 1
+        with open(partial[0], "ab") as file:
+            file.write(b"0badc0de [cut off")
+        index = build_index(root, "train", ALONE, rescan="always")
+        assert len(calls) == 4
+        assert (contents(index), index.fingerprint()) == (TEXTS, folder.fingerprint())
+        assert not partial[0].exists()
+    assert f"listing {tmp_path}/folder/train: 3 of 3" in capsys.readouterr().err
+
+
+def test_progress_of_folders_that_have_changed_is_not_used(folder, tmp_path, monkeypatch):
+    root = tmp_path / "folder"
+    progress = ScanProgress(
+        str(root / ".resnet_dist_train_index.bin"), "x", 3, clock=SlowClock(11.0)
+    )
+    for name in folder.class_names:
+        progress.add(name, scan_module.list_class(folder.root, name).to_plain)
+    assert progress.path.exists()
+    os.rename(root / "train/b/1.jpg", root / "train/b/2.jpg")
+    index = build_index(str(root), "train", ALONE, rescan="always")
+    assert [index.name(row) for row in range(6)] == [
+        name.replace("b/1.jpg", "b/2.jpg") for name in NAMES
+    ]
+    assert not progress.path.exists()
+
+
+def test_class_ids_above_the_limit_are_refused(folder, tmp_path):
+    """A class list of that length would fill the memory."""
+    root = tmp_path / "shards" / "train"
+    for content, words in (
+        (b"1000000000", "holds the class id 1000000000, which is above the limit of 1000000"),
+        (b"1" * 33, "has 33 bytes, but a class id is a short number"),
+        (b"cat", "holds b'cat', which is no class id"),
+    ):
+        root.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(root / "x.tar", "w") as tar:
+            add_member(tar, "1.jpg", b"x")
+            add_member(tar, "1.cls", content)
+        with pytest.raises(ValueError, match=f"x.tar is no complete.*1.cls {words}"):
+            build_index(str(tmp_path / "shards"), "train", ALONE)
+    with tarfile.open(root / "x.tar", "w") as tar:
+        add_member(tar, "1.jpg", b"x")
+        add_member(tar, "1.cls", b"1000000")
+    assert len(build_index(str(tmp_path / "shards"), "train", ALONE).class_names) == 1_000_001
+
+
+def test_members_in_sub_folders_and_below_common_folders(tmp_path):
+    root = tmp_path / "train"
+    root.mkdir()
+    names = ["./imagenet/train/a/1.jpg", "/imagenet/train/a/in/2.jpg", "imagenet/train/b/1.webp"]
+    with tarfile.open(root / "x.tar", "w") as tar:
+        for name in (*names, "imagenet/train/b/notes.txt", "imagenet/train/a/._1.jpg"):
+            add_member(tar, name, b"x")
+    with pytest.warns(UserWarning, match="2 entries are no images and are left out.*1 .txt"):
+        index = build_index(str(tmp_path), "train", ALONE)
+    assert index.class_names == ("a", "b")
+    assert [index.name(row) for row in range(3)] == ["a/1.jpg", "a/in/2.jpg", "b/1.webp"]
+
+
+def test_special_files_among_the_shards(tmp_path):
+    """A fifo blocks nobody; a sparse member and a link inside of a shard are left out."""
+    (tmp_path / "train").mkdir()
+    os.mkfifo(tmp_path / "train/x.tar")
+    with pytest.raises(ValueError, match="x.tar is no regular file"):
+        build_index(str(tmp_path), "train", ALONE)
+    os.unlink(tmp_path / "train/x.tar")
+    with tarfile.open(tmp_path / "train/x.tar", "w") as tar:
+        add_member(tar, "a/1.jpg", b"x")
+        link = tarfile.TarInfo("a/2.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/dev/zero"
+        tar.addfile(link)
+    with pytest.warns(UserWarning, match="1 links, devices or sparse files"):
+        assert len(build_index(str(tmp_path), "train", ALONE)) == 1
+    claim = tarfile.TarInfo("a/3.jpg")
+    claim.size = 2**42
+    with open(tmp_path / "train/x.tar", "wb") as file:
+        file.write(claim.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(ValueError, match="x.tar is no complete, uncompressed tar"):
+        build_index(str(tmp_path), "train", ALONE)
+    os.truncate(tmp_path / "train/x.tar", 2**42 + 1024 + 512)
+    assert load(build_index(str(tmp_path), "train", ALONE), 0).reason == (
+        "cannot be read: it has 4398046511104 bytes, more than data.max_file_mb = 256"
+    )

@@ -1,27 +1,25 @@
 """Headers, cheap checks, quarantine and substitution."""
 
+import dataclasses
 import errno
 import functools
+import io
 import json
 import os
 import re
+import socket
 import threading
 
 import numpy as np
 import pytest
 from image_files import OneProcess, encode, pack_shards, picture, write_split
+from PIL import Image
 
 from resnet_dist.data.pixels import read
-from resnet_dist.data.pixels.read import (
-    Encoded,
-    Quarantine,
-    Reader,
-    blank,
-    check,
-    image_size,
-    load,
-    next_good,
-)
+from resnet_dist.data.pixels.image_header import find_fault, image_size, inspect
+from resnet_dist.data.pixels.quarantine import Quarantine, Wanted, blank, next_good
+from resnet_dist.data.pixels.read import Encoded, Reader, ReadLimits, examine, load
+from resnet_dist.data.sources.index import list_files
 from resnet_dist.data.sources.scan import build_index
 
 
@@ -40,7 +38,7 @@ from resnet_dist.data.sources.scan import build_index
 def test_jpeg_size(mode, options):
     data = encode(picture(37, 53).convert(mode), **options)
     assert image_size(data) == (37, 53)
-    assert check(data) is None
+    assert find_fault(data) is None
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "I;16"])
@@ -48,7 +46,7 @@ def test_png_size(mode):
     image = picture(37, 53).convert("L").convert("I") if mode == "I;16" else picture(37, 53)
     data = encode(image.convert(mode), "PNG")
     assert image_size(data) == (37, 53)
-    assert check(data) is None
+    assert find_fault(data) is None
 
 
 def test_a_size_that_would_take_all_memory_is_refused():
@@ -57,7 +55,11 @@ def test_a_size_that_would_take_all_memory_is_refused():
     start = data.index(b"\xff\xc0") + 5
     data[start : start + 4] = b"\xf0\x25\xf0\x35"
     assert image_size(bytes(data)) == (0xF025, 0xF035)
-    assert "61493 x 61477" in check(bytes(data))
+    assert "61493 x 61477, which is more than data.max_pixels" in find_fault(bytes(data))
+    image = encode(picture(37, 53))
+    assert find_fault(image, max_pixels=37 * 53) is None
+    assert "53 x 37" in find_fault(image, max_pixels=37 * 53 - 1)
+    assert "53 x 37" in find_fault(encode(picture(37, 53), "WEBP"), max_pixels=37 * 53 - 1)
 
 
 def test_exif_orientation_and_thumbnail_do_not_mislead():
@@ -73,15 +75,15 @@ def test_exif_orientation_and_thumbnail_do_not_mislead():
     segment = b"\xff\xe1" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail
     data = data[:2] + segment + data[2:]
     assert image_size(data) == (60, 40)
-    assert check(data) is None
-    assert "end marker" in check(data[:-2])
+    assert find_fault(data) is None
+    assert "end marker" in find_fault(data[:-2])
 
 
 def test_padding_is_tolerated():
     data = encode(picture(40, 40))
-    assert check(data[:2] + b"\xff\xff" + data[2:]) is None  # fill bytes before a marker
+    assert find_fault(data[:2] + b"\xff\xff" + data[2:]) is None  # fill bytes before a marker
     for tail in (b"\0" * 5000, b"\n", b"\xff", b"trailer of an editor" * 100):
-        assert check(data + tail) is None
+        assert find_fault(data + tail) is None
 
 
 @pytest.mark.parametrize(
@@ -90,11 +92,15 @@ def test_padding_is_tolerated():
         (b"", "empty"),
         (b"\xff", "neither JPEG nor PNG"),
         (b"<html>not found</html>", "neither JPEG nor PNG.*<html>"),
-        (encode(picture(20, 20), "GIF"), "neither.*GIF89a|neither.*GIF87a"),
+        (encode(picture(20, 20), "GIF")[:60], "neither.*GIF8.a.*; Pillow: "),
+        (
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+            "neither.*; Pillow: it knows no such",
+        ),
         (encode(picture(20, 20))[:300], "cut off"),
         (encode(picture(200, 200))[:-100], "end marker is missing"),
         (encode(picture(20, 20), "PNG")[:20], "PNG header"),
-        (encode(picture(20, 20), "PNG")[:-8], "end marker is missing"),
+        (encode(picture(20, 20), "PNG")[:-40], "end marker is missing"),
         (b"\xff\xd8\xff\xd9\0\0", "gives no size"),
         (b"\xff\xd8" + b"\0" * 100, "damaged"),
         (
@@ -104,7 +110,7 @@ def test_padding_is_tolerated():
     ],
 )
 def test_bad_bytes(data, reason):
-    assert re.search(reason, check(data))
+    assert re.search(reason, find_fault(data))
 
 
 def test_every_cut_is_noticed():
@@ -114,8 +120,17 @@ def test_every_cut_is_noticed():
         encode(picture(24, 24), progressive=True),
         encode(picture(24, 24), "PNG"),
     ):
-        assert all(check(data[:length]) is not None for length in range(len(data) - 2))
-        assert check(data) is None
+        whole = np.asarray(Image.open(io.BytesIO(data)))
+        noticed = 0
+        for length in range(len(data) - 2):
+            image = examine(0, data[:length])
+            if image.reason is not None:
+                noticed += 1
+                continue
+            assert np.array_equal(np.asarray(Image.open(io.BytesIO(image.data))), whole)
+        # A PNG has 12 bytes behind its picture, and two checksums before them.
+        assert noticed >= len(data) - 24
+        assert find_fault(data) is None
 
 
 def test_missing_file_is_a_bad_image(tmp_path):
@@ -145,7 +160,7 @@ def test_next_good_skips_and_wraps(tmp_path):
     index = write_split(tmp_path, [good, good, b"text", b"", good[:-50], b""], classes=2)
     quarantine = Quarantine(str(tmp_path / "out"), "train", rank=3, limit=10)
     shown = [
-        next_good(index, load(index, row), quarantine, wanted=row, epoch=1, step=7).row
+        next_good(index, load(index, row), quarantine, Wanted(row, epoch=1, step=7)).row
         for row in range(6)
     ]
     assert shown == [0, 1, 0, 0, 0, 0]
@@ -158,7 +173,8 @@ def test_next_good_skips_and_wraps(tmp_path):
     ]  # each once
     assert lines[0] == {
         "path": index.path(2),
-        "reason": "neither JPEG nor PNG: the file starts with b'text'",
+        "reason": "neither JPEG nor PNG: the file starts with b'text'; "
+        "Pillow: it knows no such format",
         "split": "train",
         "rank": 3,
         "epoch": 1,
@@ -170,7 +186,7 @@ def test_no_good_image_at_all(tmp_path):
     index = write_split(tmp_path, [b"", b"x", b""])
     quarantine = Quarantine(str(tmp_path), "train", rank=0, limit=10)
     with pytest.raises(ValueError, match="none of the 3 images"):
-        next_good(index, load(index, 1), quarantine, wanted=1, epoch=0, step=0)
+        next_good(index, load(index, 1), quarantine, Wanted(1, epoch=0, step=0))
 
 
 def test_limit_names_file_reason_record_and_option(tmp_path):
@@ -189,14 +205,14 @@ def test_limit_names_file_reason_record_and_option(tmp_path):
 def test_record_that_cannot_be_written_does_not_stop_the_run(tmp_path):
     (tmp_path / "file").write_text("")
     quarantine = Quarantine(str(tmp_path / "file" / "out"), "train", rank=0, limit=2)
-    with pytest.warns(UserWarning, match="a.jpg is bad"):
+    with pytest.warns(UserWarning, match="a.jpg is broken"):
         quarantine.add("a.jpg", "empty")
 
 
 def test_blank_is_a_good_image_of_the_same_row():
     image = blank(Encoded(7, b"", 0, 0, "the file is empty"))
     assert (image.row, image.height, image.width, image.reason) == (7, 1, 1, "the file is empty")
-    assert check(image.data) is None
+    assert find_fault(image.data) is None
     assert image_size(image.data) == (1, 1)
 
 
@@ -262,9 +278,9 @@ def test_a_few_late_files_do_not_make_a_storage_slow(tmp_path, clock):
     index = write_split(tmp_path, [encode(picture(20, 20, seed=i)) for i in range(16)])
     reader = Reader(index, threads=4)
 
-    def late(index, row):
+    def late(index, row, limits):
         clock.now += 0.05 if row < 7 else 1e-5
-        return load(index, row)
+        return load(index, row, limits)
 
     reader.load = late
     reader.collect(reader.request(np.arange(16)))
@@ -302,8 +318,7 @@ def test_shard_that_is_cut_off_or_gone_is_named(tmp_path):
     shard, offset, length = index.place(last)
     os.truncate(shard, offset + 100)
     assert (
-        load(index, last).reason
-        == f"cannot be read: the shard ends after 100 of its {length} bytes"
+        load(index, last).reason == f"cannot be read: the file ends after 100 of its {length} bytes"
     )
     assert index.path(last).startswith(f"{shard}:class")
     os.unlink(shard)
@@ -329,23 +344,130 @@ def test_what_may_pass_is_tried_again(
     """With growing pauses, and from a new descriptor; what will not pass is a bad image at once."""
     index = write_split(tmp_path, [encode(picture(20, 20))])
     index = packed(index, tmp_path, shards=1) if in_shards else index
-    slept, tries, opened, real, os_open = [], [], [], {"open": open, "pread": os.pread}, os.open
+    slept, tries, opened = [], [], []
+    pread, os_open = os.pread, os.open
     read._open_shard.cache_clear()
 
-    def failing(name):
-        def call(*args, **kwargs):
-            tries.append(args)
-            if len(tries) <= failures:
-                raise OSError(number, os.strerror(number))
-            return real[name](*args, **kwargs)
-
-        return call
+    def failing(*args):
+        tries.append(args)
+        if len(tries) <= failures:
+            raise OSError(number, os.strerror(number))
+        return pread(*args)
 
     monkeypatch.setattr(read.time, "sleep", slept.append)
-    monkeypatch.setattr(read.os, "pread", failing("pread"))
+    monkeypatch.setattr(read.os, "pread", failing)
     monkeypatch.setattr(read.os, "open", lambda *args: opened.append(args) or os_open(*args))
-    monkeypatch.setattr(read, "open", failing("open"), raising=False)
     assert load(index, 0).reason == reason
     assert slept == waits
     assert len(tries) == len(waits) + 1
-    assert len(opened) == (len(tries) if in_shards else 0)
+    assert len(opened) == len(tries)
+
+
+def test_formats_that_only_pillow_reads_are_decoded_by_it():
+    """With the pixels of ImageFolder's loader, in a form that the training decoder reads."""
+    image = picture(37, 53)
+    for form, options in (
+        ("WEBP", {"lossless": True}),
+        ("BMP", {}),
+        ("TIFF", {}),
+        ("GIF", {}),
+        ("PPM", {}),
+    ):
+        data = encode(image, form, **options)
+        expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        read_back = examine(3, data)
+        assert (read_back.row, read_back.height, read_back.width) == (3, 37, 53)
+        assert read_back.reason is None
+        assert image_size(data) == (37, 53)
+        assert find_fault(data) is None
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(read_back.data))), expected)
+        assert inspect(read_back.data, 37 * 53).suspicion is None
+
+
+def test_a_missing_end_marker_is_a_suspicion_that_pillow_decides():
+    """An end marker that was overwritten by zeros, with the whole picture before it."""
+    data = encode(picture(64, 48))
+    zeros = data[:-2] + bytes(4096)
+    whole = np.asarray(Image.open(io.BytesIO(data)))
+    assert inspect(zeros, 64 * 48).suspicion == "the file is cut off: its end marker is missing"
+    good = examine(0, zeros)
+    assert (good.reason, good.height, good.width) == (None, 64, 48)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(good.data))), whole)
+    broken = examine(0, data[: len(data) * 3 // 4])
+    assert re.search(r"end marker is missing; Pillow: .*truncated", broken.reason)
+    assert load(list_files(["/nowhere/x.jpg"]), 0).reason == (
+        "cannot be read: No such file or directory"
+    )
+
+
+def special_files(folder):
+    """{path: words of the reason} of files that no reader may open blindly."""
+    os.mkfifo(folder / "fifo.jpg")
+    os.symlink("/dev/zero", folder / "zero.jpg")
+    os.mkdir(folder / "folder.jpg")
+    (folder / "sparse.jpg").touch()
+    os.truncate(folder / "sparse.jpg", 200 * 2**30)
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(folder / "s.jpg"))
+    server.close()
+    return {
+        "fifo.jpg": "it is a fifo, not a regular file",
+        "zero.jpg": "it is a character device, not a regular file",
+        "folder.jpg": "it is a folder, not a regular file",
+        "sparse.jpg": "it has 214748364800 bytes, more than data.max_file_mb = 256",
+        "s.jpg": "No such device or address",
+    }
+
+
+def test_special_files_are_broken_images(tmp_path):
+    """None of them blocks, none fills the memory; and no descriptor stays open."""
+    before = set(os.listdir("/proc/self/fd"))
+    for name, reason in special_files(tmp_path).items():
+        found = load(list_files([str(tmp_path / name)]), 0)
+        assert found.reason == f"cannot be read: {reason}"
+        assert found.data == b""
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_member_that_claims_terabytes_is_a_broken_image(tmp_path):
+    """In a sparse shard that has them, and in one that does not."""
+    index = packed(write_split(tmp_path, [encode(picture(20, 20))] * 2, classes=1), tmp_path, 1)
+    lengths = np.array(index.arrays["length"])
+    claimed = dataclasses.replace(index, arrays={**index.arrays, "length": lengths + 2**42})
+    assert load(claimed, 0).reason.startswith("cannot be read: it has 43980465")
+    short = ReadLimits(2**42, 2**20, timeout_s=60)
+    lengths = dataclasses.replace(index, arrays={**index.arrays, "length": lengths + 2**24})
+    assert re.search(r"the file ends after \d+ of its \d+ bytes", load(lengths, 0, short).reason)
+
+
+def test_a_large_file_is_read_in_pieces_within_a_time(tmp_path, monkeypatch):
+    data = bytes(range(256)) * 100
+    (tmp_path / "x.jpg").write_bytes(data)
+    index = list_files([str(tmp_path / "x.jpg")])
+    monkeypatch.setattr(read, "_PIECE_BYTES", 1000)
+    assert read.read_image_bytes(index, 0) == data
+    now = iter(range(0, 10000, 7))
+    monkeypatch.setattr(read.time, "monotonic", lambda: next(now))
+    limits = ReadLimits(2**20, 2**20, timeout_s=50)
+    reason = load(index, 0, limits).reason
+    assert re.search(r"\d+ of its 25600 bytes came within data.read_timeout_s = 50", reason)
+
+
+def test_a_file_that_the_storage_never_delivers_is_a_broken_image(tmp_path):
+    """The other images of the request arrive, in order."""
+    index = write_split(tmp_path, [encode(picture(8 + i, 9)) for i in range(6)])
+    reader = Reader(index, threads=3, limits=ReadLimits(2**20, 2**20, timeout_s=0.5))
+    released = threading.Event()
+
+    def hang(index, row, limits):
+        if row == 2:
+            released.wait(120)
+        return load(index, row, limits)
+
+    reader.load = hang
+    images = reader.collect(reader.request(np.arange(6)))
+    assert [image.row for image in images] == list(range(6))
+    assert [image.reason is None for image in images] == [True, True, False, True, True, True]
+    assert "has not answered within data.read_timeout_s = 0.5 s" in images[2].reason
+    reader.close()
+    released.set()

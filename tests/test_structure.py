@@ -61,7 +61,8 @@ FENCES = {
     "torchvision": {
         "models.zoo",
         "checkpoint_file",
-        "commands.data",
+        "commands.download",
+        "commands.import_imagenet",
         "commands.rivals",
         "commands.export",
     },

@@ -22,7 +22,7 @@ from resnet_dist.commands.rivals import MakeBatches, plain_dali, plain_torchvisi
 from resnet_dist.config import Config
 from resnet_dist.data.build import build_train_loader
 from resnet_dist.data.pixels.loader import DaliTrainLoader
-from resnet_dist.data.pixels.read import Encoded
+from resnet_dist.data.pixels.read import Encoded, ReadLimits
 from resnet_dist.data.sources.index import Index
 from resnet_dist.distributed import Runtime
 
@@ -102,9 +102,9 @@ def _slow_down_reading(loader: DaliTrainLoader, seconds: float) -> None:
     """Let each read of a file take that much longer, as on slow storage."""
     load = loader.reader.load
 
-    def slow_load(index: Index, row: int) -> Encoded:
+    def slow_load(index: Index, row: int, limits: ReadLimits) -> Encoded:
         time.sleep(seconds)
-        return load(index, row)
+        return load(index, row, limits)
 
     loader.reader.load = slow_load
 

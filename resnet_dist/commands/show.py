@@ -1,11 +1,10 @@
-"""`resnet-dist data show`: a picture of what the network sees, made by the loaders that training
-uses.
-"""
+"""`resnet-dist data show`: a picture of what the network sees, made by the loaders of training."""
 
 import argparse
 import tempfile
 from dataclasses import replace
 from itertools import zip_longest
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,18 +12,41 @@ from PIL import Image, ImageDraw, ImageFont
 
 from resnet_dist.config import Config
 from resnet_dist.data.build import build_train_loader, build_val_loader
+from resnet_dist.data.types import Batch
 from resnet_dist.distributed import Runtime
 from resnet_dist.process import run_process
 
-_LINE, _GAP = 18, 6  # height of a line of text and room between tiles, in pixels
+# Height of a line of text, room between tiles and smallest side of a tile, in pixels.
+_LINE = 18
+_GAP = 6
+_SMALLEST_TILE = 128
+_FONT_SIZE = 12
+_PIXELS_A_LETTER = 7
+
+
+class Tile(NamedTuple):
+    """One image of the picture."""
+
+    above: str
+    """text above it"""
+    pixels: torch.Tensor
+    """[side, side, 3], 0 to 1"""
+    below: str
+    """text below it"""
+
+
+class _Shown(NamedTuple):
+    """A batch of one image, and what it shows."""
+
+    title: str
+    batch: Batch
 
 
 def run(config: Config, args: argparse.Namespace) -> int:
-    """Write args.out: in each row a training image in several epochs, then the crops of an
-    evaluation image.
+    """Write args.out.
 
-    Mixup and CutMix, which come later, are not in it. Returns the exit code: 2 for what the user
-    did, with a sentence.
+    Each row has a training image as several epochs show it, then the crops of an evaluation image.
+    Mixup and CutMix, which come later, are not in it. Returns the exit code.
     """
 
     def body(config: Config, runtime: Runtime) -> int:
@@ -32,69 +54,94 @@ def run(config: Config, args: argparse.Namespace) -> int:
             raise ValueError(
                 "data.kind is synthetic, which has no images to show: take folder or digits"
             )
-        with tempfile.TemporaryDirectory() as scratch:
-            single = replace(
-                config,
-                output_dir=scratch,
-                augment=replace(config.augment, repeats=1),
-                train=replace(
-                    config.train, global_batch_size=1, grad_accum_steps=1, precision="fp32"
-                ),
-            )
-            train = build_train_loader(single, runtime)
-            val = build_val_loader(single, runtime)
-            spread = [
-                np.unique(np.linspace(0, loader.num_samples - 1, args.images).astype(np.int64))[
-                    :, None
-                ]
-                for loader in (train, val)
-            ]
-            trained = [
-                [(f"epoch {epoch}", train.show_rows(row, epoch)) for epoch in range(args.epochs)]
-                for row in spread[0]
-            ]
-            evaluated = [[("evaluation", val.show_rows(row))] for row in spread[1]]
-            train.close()
-            val.close()
-        rows = [left + right for left, right in zip_longest(trained, evaluated, fillvalue=[])]
-        mean, std = torch.tensor(config.data.mean), torch.tensor(config.data.std)
-        names = (*train.class_names, "broken")  # which has a negative label
-        sheet(
-            [
-                [
-                    (
-                        title,
-                        view[0].permute(1, 2, 0).cpu() * std + mean,
-                        names[max(-1, int(batch.labels))],
-                    )
-                    for title, batch in row
-                    for view in (batch.images, *batch.other_views)
-                ]
-                for row in rows
-            ]
-        ).save(args.out)
+        rows, class_names = _load(config, runtime, args)
+        # A broken image has a negative label.
+        names = (*class_names, "broken")
+        mean = torch.tensor(config.data.mean)
+        std = torch.tensor(config.data.std)
+        tiles = []
+        for row in rows:
+            tiles.append([tile for shown in row for tile in _tiles(shown, mean, std, names)])
+        sheet(tiles).save(args.out)
         print(f"picture: {args.out}")
         return 0
 
     return run_process(config, body)
 
 
-def sheet(rows: list[list[tuple[str, torch.Tensor, str]]]) -> Image.Image:
-    """Rows of (text above, [side, side, 3] of 0 to 1, text below) as one picture; small ones are
-    shown larger.
-    """
-    largest = max(len(pixels) for row in rows for _, pixels, _ in row)
-    factor = -(-128 // largest)
-    across, down = factor * largest + _GAP, factor * largest + 2 * _LINE + _GAP
-    canvas = Image.new(
-        "RGB", (max(map(len, rows)) * across + _GAP, len(rows) * down + _GAP), "white"
-    )
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
-    for r, row in enumerate(rows):
-        for c, (above, pixels, below) in enumerate(row):
-            x, y, side = _GAP + c * across, _GAP + r * down, factor * len(pixels)
-            tile = Image.fromarray((255 * pixels).round().clamp(0, 255).byte().numpy())
-            canvas.paste(tile.resize((side, side), Image.Resampling.NEAREST), (x, y + _LINE))
-            draw.text((x, y), f"{above}, {len(pixels)} px", "#606060", font)
-            draw.text((x, y + _LINE + side), below[: across // 7], "black", font)
+def _load(
+    config: Config, runtime: Runtime, args: argparse.Namespace
+) -> tuple[list[list[_Shown]], tuple[str, ...]]:
+    """(the rows of the picture, class names), through the loaders of training."""
+    augment = replace(config.augment, repeats=1)
+    with tempfile.TemporaryDirectory() as scratch:
+        single = replace(
+            config,
+            output_dir=scratch,
+            augment=augment,
+            train=replace(config.train, global_batch_size=1, grad_accum_steps=1, precision="fp32"),
+        )
+        train = build_train_loader(single, runtime)
+        val = build_val_loader(single, runtime)
+        trained = []
+        for row in _spread(train.num_samples, args.images):
+            epochs = range(args.epochs)
+            trained.append([_Shown(f"epoch {epoch}", train.show_rows(row, epoch)) for epoch in epochs])
+        evaluated = []
+        for row in _spread(val.num_samples, args.images):
+            evaluated.append([_Shown("evaluation", val.show_rows(row))])
+        train.close()
+        val.close()
+    rows = []
+    for left, right in zip_longest(trained, evaluated):
+        rows.append([*(left or []), *(right or [])])
+    return rows, train.class_names
+
+
+def _spread(num_samples: int, count: int) -> list[np.ndarray]:
+    """Rows that are spread evenly over a split, each as int64 [1]."""
+    rows = np.unique(np.linspace(0, num_samples - 1, count).astype(np.int64))
+    return [np.array([row]) for row in rows]
+
+
+def _tiles(
+    shown: _Shown, mean: torch.Tensor, std: torch.Tensor, names: tuple[str, ...]
+) -> list[Tile]:
+    """The views of an image with the normalisation undone."""
+    name = names[max(-1, int(shown.batch.labels))]
+    tiles = []
+    for view in (shown.batch.images, *shown.batch.other_views):
+        pixels = view[0].permute(1, 2, 0).cpu() * std + mean
+        tiles.append(Tile(shown.title, pixels, name))
+    return tiles
+
+
+def sheet(rows: list[list[Tile]]) -> Image.Image:
+    """Rows of tiles as one picture; small ones are enlarged by a whole factor."""
+    largest = max(len(tile.pixels) for row in rows for tile in row)
+    factor = -(-_SMALLEST_TILE // largest)
+    across = factor * largest + _GAP
+    down = factor * largest + 2 * _LINE + _GAP
+    columns = max(map(len, rows))
+    size = (columns * across + _GAP, len(rows) * down + _GAP)
+    canvas = Image.new("RGB", size, "white")
+    for row_number, row in enumerate(rows):
+        for column_number, tile in enumerate(row):
+            position = (_GAP + column_number * across, _GAP + row_number * down)
+            _draw_tile(canvas, tile, position, factor, letters=across // _PIXELS_A_LETTER)
     return canvas
+
+
+def _draw_tile(
+    canvas: Image.Image, tile: Tile, position: tuple[int, int], factor: int, letters: int
+) -> None:
+    """Draw a tile with its texts, its upper left corner at `position`."""
+    x, y = position
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(_FONT_SIZE)
+    side = factor * len(tile.pixels)
+    levels = (255 * tile.pixels).round().clamp(0, 255).byte().numpy()
+    image = Image.fromarray(levels).resize((side, side), Image.Resampling.NEAREST)
+    canvas.paste(image, (x, y + _LINE))
+    draw.text((x, y), f"{tile.above}, {len(tile.pixels)} px", "#606060", font)
+    draw.text((x, y + _LINE + side), tile.below[:letters], "black", font)

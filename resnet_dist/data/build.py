@@ -101,8 +101,8 @@ def _build_index(data: DataConfig, runtime: Runtime, split: str, exclude: str = 
     The embedded digits are written to `data_dir` by the main process first.
     """
     if data.kind == "digits":
-        runtime.on_main(lambda: write_digits(data.data_dir))
-    return build_index(data.data_dir, split, runtime, exclude)
+        runtime.long_on_main(lambda: write_digits(data.data_dir))
+    return build_index(data.data_dir, split, runtime, exclude, data.rescan)
 
 
 def _num_threads(data: DataConfig, runtime: Runtime) -> int:

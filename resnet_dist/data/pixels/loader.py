@@ -39,7 +39,8 @@ from resnet_dist.data.pixels.finish import (
     resize_exact,
     resize_fast,
 )
-from resnet_dist.data.pixels.read import Encoded, Quarantine, Reader, blank, next_good
+from resnet_dist.data.pixels.quarantine import Quarantine, Wanted, blank, next_good
+from resnet_dist.data.pixels.read import Encoded, Reader, read_limits
 from resnet_dist.data.sampling import augment as augmentation
 from resnet_dist.data.sampling import order
 from resnet_dist.data.sampling.crops import Geometry
@@ -189,7 +190,7 @@ class DaliLoader:
         self.threads = settings.threads
         self.num_samples = len(index)
         self.class_names = index.class_names
-        self.reader = Reader(index)
+        self.reader = Reader(index, limits=read_limits(config))
         self.decoder = Decoder(
             local_batch_size=local_batch_size,
             threads=settings.threads,
@@ -353,9 +354,8 @@ class DaliLoader:
                 self.index,
                 image,
                 self.quarantine,
-                wanted=int(job.rows[place]),
-                epoch=job.epoch,
-                step=job.step,
+                Wanted(int(job.rows[place]), job.epoch, job.step),
+                self.reader.limits,
             )
         self.quarantine.add(self.index.path(image.row), image.reason)
         return blank(image)

@@ -1,8 +1,8 @@
 """The embedded quickstart set: 1,797 real handwritten digits, written out once as image files.
 
 Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning
-Repository, 1998, DOI 10.24432/C50P49, CC BY 4.0 (see digits.LICENSE.txt). 8x8 pixels with values
-0..16 are packed in digits.npz.
+Repository, 1998, DOI 10.24432/C50P49, CC BY 4.0 (see digits.LICENSE.txt). Images of 8x8 pixels with
+values from 0 to 16 are packed in digits.npz.
 """
 
 import tempfile
@@ -11,26 +11,29 @@ from pathlib import Path
 import numpy as np
 
 SIZE = 32
-"""Side of the written images in pixels: what the CIFAR family of networks is made for."""
+"""Height and width of the written images: what the CIFAR family of networks is made for."""
 
 _COMPLETE = ".resnet_dist_digits"
+_LARGEST_VALUE = 16
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """The set as it is embedded: images uint8 [1797, 8, 8] of 0..16, labels int64 [1797]."""
+    """The set as it is embedded: images uint8 [1797, 8, 8] of 0 to 16, labels int64 [1797]."""
     with np.load(Path(__file__).with_name("digits.npz")) as stored:
-        packed, labels = stored["pixels"], stored["labels"]
+        packed = stored["pixels"]
+        labels = stored["labels"]
     return packed.reshape(-1, 8, 8), labels.astype(np.int64)
 
 
 def write_digits(data_dir: str) -> None:
-    """Write the digits to data_dir/train/<digit>/ and data_dir/val/<digit>/ as JPEG files, unless
-    they are there.
+    """Write the digits to data_dir/train/<digit>/ and data_dir/val/<digit>/ as JPEG files, once.
 
-    Every fifth image of each class goes to val: 1,442 train and 355 val. They are written to a
-    folder beside it that is renamed when complete, so that a killed process leaves no half of a
-    data set. Call it on one process only. Raises ValueError when `data_dir` is empty, or has other
-    contents.
+    Every fifth image of each class goes to val: there are 1,442 for training and 355 for
+    validation. They are written to a folder beside `data_dir` which is renamed when it is complete,
+    so that a killed process leaves no half of a data set. Call it in one process only.
+
+    Raises:
+        ValueError: if `data_dir` is empty, or the folder holds something else.
     """
     if not data_dir:
         raise ValueError(
@@ -42,41 +45,44 @@ def write_digits(data_dir: str) -> None:
         return
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ValueError(
-            f"data.data_dir {data_dir!r} has contents that are not the digits: with data.kind digits name "
-            f"a folder that is empty or does not exist yet; with data of your own use --data.kind folder"
+            f"data.data_dir {data_dir!r} has contents that are not the digits: with data.kind "
+            f"digits name a folder that is empty or does not exist yet; for your own data use "
+            f"--data.kind folder"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
-        # In a folder of it: the temporary one is closed to other users.
+        # The temporary folder itself is closed to other users, so that a folder in it is used.
         folder = Path(temporary, target.name)
         _write_files(folder)
         try:
-            folder.replace(target)  # over an empty folder or none
+            # This works over an empty folder or none.
+            folder.replace(target)
         except OSError:
-            if not (target / _COMPLETE).is_file():  # unless another run was faster
+            # Another run may have been faster.
+            if not (target / _COMPLETE).is_file():
                 raise
 
 
 def _write_files(folder: Path) -> None:
     """All image files, and last the mark that they are complete."""
-    from PIL import Image
-
     images, labels = load_digits()
     for digit in range(10):
-        for number, row in enumerate(np.flatnonzero(labels == digit)):
-            # 16 * 15.94 = 255; rounding keeps the 17 levels apart. Bicubic, since 4x4 blocks are no
-            # strokes.
-            pixels = np.round(images[row] * (255 / 16)).astype(np.uint8)
-            image = (
-                Image.fromarray(pixels)
-                .resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-                .convert("RGB")
-            )
-            path = (
-                folder / ("val" if number % 5 == 4 else "train") / str(digit) / f"{number:04d}.jpg"
-            )
+        rows = np.flatnonzero(labels == digit)
+        for number, row in enumerate(rows):
+            split = "val" if number % 5 == 4 else "train"
+            path = folder / split / str(digit) / f"{number:04d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(path, quality=95, subsampling=0)
+            _write_image(path, images[row])
     (folder / _COMPLETE).write_text(
         "written by resnet_dist.data.sources.digits; the images are complete\n"
     )
+
+
+def _write_image(path: Path, values: np.ndarray) -> None:
+    """Enlarge one digit (uint8 [8, 8]) to SIZE pixels and save it."""
+    from PIL import Image
+
+    # 255 / 16 keeps the 17 levels apart after rounding. Bicubic, since 4x4 blocks are no strokes.
+    pixels = np.round(values * (255 / _LARGEST_VALUE)).astype(np.uint8)
+    image = Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    image.convert("RGB").save(path, quality=95, subsampling=0)

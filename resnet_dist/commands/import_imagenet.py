@@ -1,0 +1,195 @@
+"""`resnet-dist data import-imagenet`: the three ILSVRC 2012 archives to class folders or shards."""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, cast
+
+from resnet_dist.console import Progress
+from resnet_dist.data.sources.pack import ImageSource, PackOptions, pack
+from resnet_dist.files import write_file, write_file_unsynced
+
+# A file name in no folder that is neither hidden nor `..`.
+_PLAIN_NAME = re.compile(r"[^./\\\0][^/\\\0]*")
+_HASH_PIECE_BYTES = 2**24
+_CHECKED = ".archives.json"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Import the archives in args.src.
+
+    Raises ValueError if one is missing, damaged or another than the published one.
+    """
+    from torchvision.datasets.imagenet import ARCHIVE_META
+
+    names = {key: name for key, (name, _) in ARCHIVE_META.items()}
+    paths = {key: os.path.join(args.src, name) for key, name in names.items()}
+    missing = [path for path in paths.values() if not os.path.isfile(path)]
+    if missing:
+        raise ValueError(
+            f"no {', '.join(missing)}: get them from image-net.org (ILSVRC 2012), with these names"
+        )
+    # The headers come first: they find most damage in seconds, the checksums in minutes.
+    wnids, truth = _read_devkit(paths["devkit"])
+    found = {
+        "train": _find_train(paths["train"], wnids),
+        "val": _find_val(paths["val"], wnids, truth),
+    }
+    if not args.skip_checksums:
+        sums = {paths[key]: md5 for key, (_, md5) in ARCHIVE_META.items()}
+        _check_sums(sums, Path(args.out, _CHECKED))
+    for split, sources in found.items():
+        if args.shards:
+            options = PackOptions(args.out, args.shard_mb, args.workers, args.resize, args.quality)
+            print(pack(sources, split, options))
+        else:
+            _write_folder(args.out, split, sources)
+    return 0
+
+
+def _check_sums(sums: dict[str, str], record: Path) -> None:
+    """Compare the archives' MD5 sums with the published ones, once for each file.
+
+    Args:
+        sums: the published MD5 sum of each path.
+        record: file of the archives that have passed, by size and time of modification.
+    """
+    passed = []
+    if record.exists():
+        passed = json.loads(record.read_text())
+    for path, published in sums.items():
+        stat = os.stat(path)
+        mark = [os.path.basename(path), published, stat.st_size, stat.st_mtime_ns]
+        if mark in passed:
+            continue
+        if _md5(path, stat.st_size) != published:
+            raise ValueError(
+                f"{path} is not the published file: its MD5 sum is not {published}. Get it again, "
+                f"or import it as it is with --skip_checksums"
+            )
+        passed.append(mark)
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_file(record, json.dumps(passed))
+
+
+def _md5(path: str, size: int) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with Progress(size, f"check {os.path.basename(path)}", "B") as bar, open(path, "rb") as file:
+        while piece := file.read(_HASH_PIECE_BYTES):
+            digest.update(piece)
+            bar.update(len(piece))
+    return digest.hexdigest()
+
+
+def _find_train(path: str, wnids: dict[int, str]) -> list[ImageSource]:
+    """The training images, in one tar per class inside the archive."""
+    sources = []
+    with Progress(len(wnids), "find train", "class") as bar:
+        for tar, outer in _members(path, {f"{wnid}.tar" for wnid in wnids.values()}):
+            wnid = outer.name.removesuffix(".tar")
+            for _, inner in _members(f"{path}: {outer.name}", None, tar.extractfile(outer)):
+                offset = outer.offset_data + inner.offset_data
+                sources.append(ImageSource(f"{wnid}/{inner.name}", path, offset, inner.size))
+            bar.update()
+    return sources
+
+
+def _find_val(path: str, wnids: dict[int, str], truth: list[int]) -> list[ImageSource]:
+    """The validation images; `truth` has the class of each."""
+    folders = {}
+    for number, key in enumerate(truth, 1):
+        folders[f"ILSVRC2012_val_{number:08d}.JPEG"] = wnids[key]
+    sources = []
+    for _, member in _members(path, set(folders)):
+        name = f"{folders[member.name]}/{member.name}"
+        sources.append(ImageSource(name, path, member.offset_data, member.size))
+    return sources
+
+
+def _read_devkit(path: str) -> tuple[dict[int, str], list[int]]:
+    """(wnid of each ILSVRC2012_ID that is a class, the ID of each validation image).
+
+    IDs of groups of classes are left out.
+    """
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise ValueError(
+            "the devkit's meta.mat cannot be read without scipy: pip install scipy"
+        ) from None
+    try:
+        files = _devkit_files(path)
+        synsets = loadmat(io.BytesIO(files["meta.mat"]), squeeze_me=True)["synsets"]
+        wnids = {}
+        for synset in synsets:
+            if synset["num_children"] == 0:
+                wnids[int(synset["ILSVRC2012_ID"])] = str(synset["WNID"])
+        truth = [int(line) for line in files["ILSVRC2012_validation_ground_truth.txt"].split()]
+        if set(truth) <= set(wnids) and all(map(_PLAIN_NAME.fullmatch, wnids.values())):
+            return wnids, truth
+        raise ValueError("its classes do not agree with those of the validation images")
+    except (tarfile.TarError, EOFError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged, or not the devkit of ILSVRC 2012 ({error}): get it again"
+        ) from error
+
+
+def _devkit_files(path: str) -> dict[str, bytes]:
+    """The contents of the devkit's files, by their names without a folder."""
+    files = {}
+    with tarfile.open(path, "r:*") as tar:
+        for member in tar:
+            if member.isreg():
+                files[os.path.basename(member.name)] = cast(
+                    "IO[bytes]", tar.extractfile(member)
+                ).read()
+    return files
+
+
+def _members(
+    path: str, wanted: set[str] | None, file: IO[bytes] | None = None
+) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """The members of a tar, of which only the headers are read.
+
+    Raises ValueError for a member that is no plain file or not in `wanted` (None: any) before it is
+    looked at, for one that is there twice or missing, and for a tar that is not complete.
+    """
+    missing = set(wanted or ())
+    try:
+        with tarfile.open(path, "r:", fileobj=file) as tar:
+            for member in tar:
+                plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE)
+                named = _PLAIN_NAME.fullmatch(member.name)
+                if not plain or not named or (wanted is not None and member.name not in missing):
+                    raise ValueError(
+                        f"{path}: the member {member.name!r} is refused: the archive holds the "
+                        f"files of ImageNet, each once and in no folder, and no links or devices"
+                    )
+                missing.discard(member.name)
+                yield tar, member
+            # tarfile takes damage for the end.
+            source = cast("IO[bytes]", tar.fileobj)
+            source.seek(tar.offset)
+            if missing or source.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                lacks = min(missing, default="its end marker")
+                raise tarfile.ReadError(f"it lacks {lacks}")
+    except tarfile.TarError as error:
+        raise ValueError(f"{path} is damaged or cut off ({error}): get it again") from error
+
+
+def _write_folder(out: str, split: str, sources: list[ImageSource]) -> None:
+    """Write each image that is not there to out/split/<class>/."""
+    with Progress(len(sources), f"write {split}") as bar:
+        for source in sources:
+            path = Path(out, split, source.name)
+            if not path.exists() or path.stat().st_size != source.length:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_file_unsynced(path, source.read())
+            bar.update()
+    print(f"{split}: {len(sources)} images in {os.path.join(out, split)}")

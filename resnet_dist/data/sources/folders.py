@@ -1,0 +1,231 @@
+"""Class folders, listed as torchvision's ImageFolder lists them.
+
+One folder of the split's folder is one class. Its images are the files in it and in its sub-folders
+(links are followed) whose names end in one of torchvision's IMG_EXTENSIONS. Classes are ordered by
+name; files by the path of their folder, then by name. The differences from ImageFolder:
+
+- Files that macOS leaves beside others (`._name.jpg`) are no images. ImageFolder lists them, and
+  fails when it decodes one.
+- A class folder without an image is left out with a remark. ImageFolder raises an error.
+- A link to a folder that contains it is not followed. ImageFolder follows it about 40 times.
+- A link whose own name ends as an image's is taken for a file without a look at its target.
+
+Everything left out is counted by kind.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from resnet_dist.data.sources.index import SUFFIXES, some
+
+_DECODED_DIRECTLY = (".jpg", ".jpeg", ".png")
+_NO_SUFFIX = "without a suffix"
+_BROKEN_LINK = "broken links"
+_LOOP = "links to a folder above them"
+_RESOURCE_FORK = "._ files of macOS"
+_EMPTY_FOLDER = "folders without an image"
+_HINT_SUFFIXES = {".jfif": "rename .jfif to .jpg", ".gif": "convert .gif to .png"}
+
+
+@dataclass
+class LeftOut:
+    """What was found and is no image of the data set, counted by kind."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    """for each kind one of them, relative to the split's folder"""
+
+    def add(self, kind: str, name: str) -> None:
+        """Count one entry."""
+        self.counts[kind] += 1
+        # The file system lists names in any order: the smallest makes the message the same.
+        self.examples[kind] = min(name, self.examples.get(kind, name))
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> "LeftOut":
+        """From the dictionary that dataclasses.asdict makes of it."""
+        return cls(Counter(plain["counts"]), dict(plain["examples"]))
+
+    def add_all(self, other: "LeftOut") -> None:
+        """Add the counts of another part of the data set."""
+        self.counts.update(other.counts)
+        for kind, name in other.examples.items():
+            self.examples.setdefault(kind, name)
+
+    def remark(self) -> str | None:
+        """One sentence with all counts, or None if nothing was left out."""
+        if not self.counts:
+            return None
+        kinds = []
+        for kind, count in sorted(self.counts.items(), key=_by_count):
+            kinds.append(f"{count} {kind} ({self.examples[kind]})")
+        hints = [hint for suffix, hint in _HINT_SUFFIXES.items() if suffix in self.counts]
+        advice = f"; to use them, {' and '.join(hints)}" if hints else ""
+        total = self.counts.total()
+        return f"{total} entries are no images and are left out: {', '.join(kinds)}{advice}"
+
+
+@dataclass
+class ClassListing:
+    """What one class folder holds."""
+
+    files: list[str] = field(default_factory=list)
+    """relative to the class folder, in ImageFolder's order"""
+    folders: list[str] = field(default_factory=list)
+    """the class folder and all folders below it that were listed, relative to the split's folder"""
+    stamps: list[list[int]] = field(default_factory=list)
+    """of each of `folders`, from before it was listed"""
+    left_out: LeftOut = field(default_factory=LeftOut)
+    hidden: list[str] = field(default_factory=list)
+    """images whose own name, or folder, begins with a dot"""
+
+    def to_plain(self) -> dict[str, Any]:
+        """As a dictionary for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> "ClassListing":
+        """From what `to_plain` has returned."""
+        return cls(**{**plain, "left_out": LeftOut.from_plain(plain["left_out"])})
+
+    def is_current(self, root: str) -> bool:
+        """Whether all its folders are as they were when they were listed."""
+        try:
+            return [folder_stamp(os.path.join(root, name)) for name in self.folders] == self.stamps
+        except OSError:
+            return False
+
+
+def _by_count(item: tuple[str, int]) -> tuple[int, str]:
+    """Sorts the most frequent kinds first."""
+    kind, count = item
+    return -count, kind
+
+
+def folder_stamp(path: str) -> list[int]:
+    """When the folder's list of names has changed last: [mtime, ctime] in ns.
+
+    Programs that restore times (`touch -d`, rsync, tar) cannot set ctime. Raises OSError.
+    """
+    stat = os.stat(path)
+    return [stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def list_class(root: str, name: str) -> ClassListing:
+    """List the class folder `name` of the split's folder `root`, with its sub-folders.
+
+    Raises OSError if a folder cannot be listed.
+    """
+    listing = ClassListing()
+    found: list[tuple[str, str]] = []
+    # Folders still to list, relative to the class folder, each with the identities of its parents.
+    waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
+    while waiting:
+        folder, above = waiting.pop()
+        relative = f"{name}/{folder}" if folder else name
+        stat = os.stat(os.path.join(root, relative))
+        identity = (stat.st_dev, stat.st_ino)
+        if identity in above:
+            listing.left_out.add(_LOOP, relative)
+            continue
+        listing.folders.append(relative)
+        listing.stamps.append([stat.st_mtime_ns, stat.st_ctime_ns])
+        images, below = _list_folder(root, relative, listing.left_out)
+        found += [(folder, image) for image in images]
+        for inner in below:
+            inside = f"{folder}/{inner}" if folder else inner
+            waiting.append((inside, (*above, identity)))
+    # This is the order of `sorted(os.walk(...))` with the files of each folder sorted.
+    found.sort()
+    for folder, file in found:
+        path = f"{folder}/{file}" if folder else file
+        listing.files.append(path)
+        if name.startswith(".") or path.startswith(".") or "/." in path:
+            listing.hidden.append(f"{name}/{path}")
+    if not found:
+        listing.left_out.add(_EMPTY_FOLDER, name)
+    return listing
+
+
+def _list_folder(root: str, folder: str, left_out: LeftOut) -> tuple[list[str], list[str]]:
+    """(names of the images, sorted names of the folders) in one folder."""
+    images = []
+    below = []
+    with os.scandir(os.path.join(root, folder)) as entries:
+        for entry in entries:
+            if _is_image(entry):
+                images.append(entry.name)
+            elif entry.is_dir():
+                below.append(entry.name)
+            else:
+                left_out.add(_kind(entry), f"{folder}/{entry.name}")
+    return images, sorted(below)
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name counts as an image."""
+    return name.lower().endswith(SUFFIXES) and not name.startswith("._")
+
+
+def _is_image(entry: "os.DirEntry[str]") -> bool:
+    # The target of a link is not looked at, which would take a call of the file system for each
+    # one: a broken link counts as an unreadable image and does not shorten the data set.
+    return is_image_name(entry.name) and not entry.is_dir(follow_symlinks=False)
+
+
+def _kind(entry: "os.DirEntry[str]") -> str:
+    """What an entry is that is neither an image nor a folder."""
+    if entry.is_symlink() and not os.path.exists(entry.path):
+        return _BROKEN_LINK
+    return kind_of_name(entry.name)
+
+
+def kind_of_name(name: str) -> str:
+    """What to count a file as that is no image: by its suffix, in lower case."""
+    if name.startswith("._"):
+        return _RESOURCE_FORK
+    return os.path.splitext(name)[1].lower() or _NO_SUFFIX
+
+
+def class_folders(root: str) -> list[str]:
+    """Sorted names of the folders in `root`, as ImageFolder's find_classes, empty ones included."""
+    with os.scandir(root) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir())
+
+
+def broken_links(root: str) -> list[str]:
+    """Sorted names of the links in `root` that lead nowhere: a class folder may be behind one."""
+    with os.scandir(root) as entries:
+        links = [entry for entry in entries if entry.is_symlink()]
+        return sorted(entry.name for entry in links if not os.path.exists(entry.path))
+
+
+def formats_remark(names: Iterable[str]) -> str | None:
+    """A sentence about images that the training decoder does not read, or None."""
+    counts: Counter[str] = Counter()
+    for name in names:
+        suffix = os.path.splitext(name)[1].lower()
+        if suffix not in _DECODED_DIRECTLY:
+            counts[suffix] += 1
+    if not counts:
+        return None
+    kinds = ", ".join(
+        f"{count} {suffix}" for suffix, count in sorted(counts.items(), key=_by_count)
+    )
+    return (
+        f"{counts.total()} images are neither JPEG nor PNG ({kinds}): Pillow decodes them in the "
+        f"reader, which is slower"
+    )
+
+
+def hidden_remark(hidden: list[str]) -> str | None:
+    """A sentence about images in hidden files and folders, or None."""
+    if not hidden:
+        return None
+    return (
+        f"{len(hidden)} images lie in hidden files or folders and count, as in torchvision's "
+        f"ImageFolder ({some(hidden, 3)}): remove them if that is not meant"
+    )

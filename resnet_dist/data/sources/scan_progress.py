@@ -1,0 +1,149 @@
+"""The progress of a long listing, kept in a file, so that a restart goes on where it was."""
+
+import contextlib
+import json
+import os
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from resnet_dist.text import printable
+
+_SILENT_SECONDS = 10.0
+_SECONDS_BETWEEN_LINES = 30.0
+
+Clock = Callable[[], float]
+
+
+class ScanProgress:
+    """The parts (class folders, shards) of a data set that have been listed.
+
+    A listing of less than 10 s writes and prints nothing. A longer one appends each part to a file
+    as a line of JSON with its CRC-32, and prints how far it is every 30 s. Where the file cannot be
+    written, a restart begins again.
+    """
+
+    def __init__(self, path: str, title: str, total: int, clock: Clock = time.monotonic) -> None:
+        """Read what an earlier process has left.
+
+        Args:
+            path: the file of the index that is being made; ours lies beside it.
+            title: what is listed, for the lines that are printed.
+            total: number of parts.
+            clock: the time in seconds.
+        """
+        self.path = Path(f"{path}.partial")
+        self.title = title
+        self.total = total
+        self.clock = clock
+        self.started = clock()
+        self.spoken = self.started
+        self.done = 0
+        self.waiting: list[tuple[str, Callable[[], Any]]] = []
+        self.parts = self._read()
+
+    def __enter__(self) -> "ScanProgress":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Remove the file if the listing is complete."""
+        if kind is None:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+
+    def known(self, name: str) -> Any | None:  # noqa: ANN401 - what JSON has made of a part
+        """What an earlier process has found of a part; None if nothing."""
+        return self.parts.get(name)
+
+    def add(self, name: str, to_plain: Callable[[], Any]) -> None:
+        """Keep a part that was listed; `to_plain` gives it in a form that JSON can write."""
+        self.done += 1
+        if name not in self.parts:
+            self.waiting.append((name, to_plain))
+        now = self.clock()
+        if now - self.started < _SILENT_SECONDS:
+            return
+        self._write()
+        if now - self.spoken >= _SECONDS_BETWEEN_LINES:
+            self.spoken = now
+            text = f"listing {self.title}: {self.done} of {self.total}"
+            print(printable(text), file=sys.stderr, flush=True)
+
+    def _write(self) -> None:
+        if not self.waiting:
+            return
+        lines = [_encode(name, to_plain()) for name, to_plain in self.waiting]
+        # Without the file the listing goes on; only a restart would begin again.
+        with contextlib.suppress(OSError), open(self.path, "a", encoding="ascii") as file:
+            # One write of whole lines: two processes that list the same folder do not mix theirs.
+            file.write("".join(lines))
+        self.waiting.clear()
+
+    def _read(self) -> dict[str, Any]:
+        parts: dict[str, Any] = {}
+        try:
+            lines = self.path.read_bytes().split(b"\n")
+        except OSError:
+            return parts
+        for line in lines:
+            checksum, _, text = line.partition(b" ")
+            # The last line may have been cut off by a kill.
+            if checksum == b"%08x" % zlib.crc32(text):
+                name, part = json.loads(text)
+                parts[name] = part
+        return parts
+
+
+def _encode(name: str, part: Any) -> str:  # noqa: ANN401 - whatever JSON can write
+    text = json.dumps([name, part], separators=(",", ":"))
+    return f"{zlib.crc32(text.encode()):08x} {text}\n"
+
+
+def keeps_folder_times(folder: str, table: str = "/proc/self/mountinfo") -> bool:
+    """Whether the file system of `folder` changes a folder's times with each file in it.
+
+    That is so on local disks and on the usual network file systems. Mounts of object stores and
+    other FUSE file systems, and whatever is not known, are taken for ones that do not.
+    """
+    try:
+        lines = Path(table).read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return True
+    place = os.path.realpath(folder)
+    best = ("", "")
+    for line in lines:
+        fields, _, system = line.partition(" - ")
+        mount = fields.split(" ")[4].replace("\\040", " ")
+        inside = place == mount or place.startswith(mount.rstrip("/") + "/")
+        if inside and len(mount) >= len(best[0]):
+            best = (mount, system.split(" ")[0])
+    return best[1] in _KEEPS_TIMES
+
+
+_KEEPS_TIMES = {
+    *("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "jfs", "reiserfs", "bcachefs"),
+    *("tmpfs", "ramfs", "overlay", "aufs", "squashfs", "erofs", "iso9660", "udf"),
+    *("vfat", "exfat", "ntfs", "ntfs3", "fuseblk", "hfsplus", "apfs"),
+    *(
+        "nfs",
+        "nfs4",
+        "lustre",
+        "gpfs",
+        "ceph",
+        "beegfs",
+        "beegfs_nodev",
+        "pvfs2",
+        "wekafs",
+        "panfs",
+    ),
+    *("9p", "virtiofs", "cifs", "smb3"),
+}

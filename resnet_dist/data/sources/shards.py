@@ -1,0 +1,232 @@
+"""Tar shards: the images that their headers list.
+
+A shard is a plain tar file with members `<class>/<file>` (or `<class>/<folder>/<file>`), or with
+webdataset's `<key>.jpg` and `<key>.cls`, where the latter holds the class id in ASCII digits.
+Leading folders that all members share, such as `imagenet/train/`, are no part of the class.
+"""
+
+import io
+import os
+import posixpath
+import tarfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from stat import S_ISREG
+from typing import Any, cast
+
+import numpy as np
+
+from resnet_dist.data.sources.folders import (
+    LeftOut,
+    formats_remark,
+    is_image_name,
+    kind_of_name,
+)
+from resnet_dist.data.sources.index import SUFFIXES, Origin, encode_index, some, sort_rows
+
+MAX_CLASS_ID = 1_000_000
+"""Largest class id in a .cls member; a larger one is damage, and would fill the memory with class
+names. The largest public sets have some 20,000 classes."""
+
+ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".rar", ".7z")
+"""Endings of archives that people take for shards, and that cannot be read by position."""
+
+_MAX_CLS_BYTES = 32
+
+
+@dataclass
+class Shard:
+    """The images of one shard."""
+
+    folders: list[str] = field(default_factory=list)
+    """of each image; the first part is its class; empty if a .cls member has it"""
+    files: list[str] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    class_ids: dict[str, int] = field(default_factory=dict)
+    """from the .cls members: by the stem of the image's name"""
+    left_out: LeftOut = field(default_factory=LeftOut)
+    stamp: list[int] = field(default_factory=list)
+    """[size in bytes, time of modification in ns]"""
+
+    def to_plain(self) -> dict[str, Any]:
+        """As a dictionary for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> "Shard":
+        """From what `to_plain` has returned."""
+        return cls(**{**plain, "left_out": LeftOut.from_plain(plain["left_out"])})
+
+
+def read_headers(path: str) -> Shard:
+    """List the images of one shard, from its headers.
+
+    Raises ValueError if it is no complete and uncompressed tar file.
+    """
+    stat = os.stat(path)
+    if not S_ISREG(stat.st_mode):
+        raise ValueError(f"the shard {path} is no regular file: replace it by a tar file")
+    shard = Shard(stamp=[stat.st_size, stat.st_mtime_ns])
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while (member := tar.next()) is not None:
+                # tarfile keeps a kilobyte for each member otherwise.
+                tar.__dict__["members"].clear()
+                _add_member(shard, tar, member)
+            _check_end(tar)
+    except (tarfile.TarError, ValueError, MemoryError, OverflowError) as error:
+        reason = str(error) or "a member claims more bytes than there are"
+        raise ValueError(
+            f"the shard {path} is no complete, uncompressed tar file: {reason}. Copy it again, or "
+            f"pack it again with `resnet-dist data pack`"
+        ) from None
+    return shard
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Raise ValueError unless the end marker follows: tarfile takes damage for the end."""
+    file = cast("io.BufferedReader", tar.fileobj)
+    file.seek(tar.offset)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise ValueError(f"it ends or is damaged at byte {tar.offset}, before its end marker")
+
+
+def _add_member(shard: Shard, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+    folder, file = posixpath.split(_inside(member.name))
+    stem, suffix = posixpath.splitext(file)
+    if member.isdir():
+        return
+    if not member.isreg() or member.issparse():
+        shard.left_out.add("links, devices or sparse files", member.name)
+    elif is_image_name(file):
+        shard.folders.append(folder)
+        shard.files.append(file)
+        shard.offsets.append(member.offset_data)
+        shard.lengths.append(member.size)
+    elif suffix == ".cls":
+        # Beside class folders it repeats what the folder says.
+        if not folder:
+            shard.class_ids[stem] = _read_class_id(tar, member)
+    else:
+        shard.left_out.add(kind_of_name(file), member.name)
+
+
+def _inside(name: str) -> str:
+    """A member's name as a path without leading `/`, `./` and `../`."""
+    parts = posixpath.normpath(name).split("/")
+    while parts and parts[0] in ("", ".", ".."):
+        parts = parts[1:]
+    return "/".join(parts)
+
+
+def _read_class_id(tar: tarfile.TarFile, member: tarfile.TarInfo) -> int:
+    """The class id in a .cls member; -1 for a negative one, which means none."""
+    if member.size > _MAX_CLS_BYTES:
+        raise ValueError(f"{member.name} has {member.size} bytes, but a class id is a short number")
+    content = cast("io.BufferedReader", tar.extractfile(member)).read()
+    try:
+        number = int(content)
+    except ValueError:
+        raise ValueError(f"{member.name} holds {content!r}, which is no class id") from None
+    if number > MAX_CLASS_ID:
+        raise ValueError(
+            f"{member.name} holds the class id {number}, which is above the limit of {MAX_CLASS_ID}"
+        )
+    return max(-1, number)
+
+
+def index_shards(root: str, names: Sequence[str], shards: Sequence[Shard]) -> bytes:
+    """The bytes of the index of a split's shards.
+
+    Raises ValueError if they hold no image, or nothing tells the class of one.
+    """
+    rule = f"data.data_dir: the {len(shards)} tar files in {root}"
+    left_out = LeftOut()
+    for shard in shards:
+        left_out.add_all(shard.left_out)
+    files = [file for shard in shards for file in shard.files]
+    if not files:
+        found = left_out.remark() or "they are empty"
+        raise ValueError(f"{rule} ({some(names)}) hold no image ({', '.join(SUFFIXES)}); {found}")
+    folders = _without_common(shards)
+    with_class = [bool(folder) for folder in folders]
+    if any(with_class) and not all(with_class):
+        raise ValueError(
+            f"{rule} hold some images in class folders and some without: pack them in one way"
+        )
+    if all(with_class):
+        classes, labels, rows = _by_folder(folders, files)
+    else:
+        classes, labels = _by_class_id(root, names, shards)
+        rows = [os.fsencode(file) for file in files]
+    order = sort_rows(classes, labels, rows)
+    places = _places(shards)
+    remarks = [left_out.remark(), formats_remark(files)]
+    origin = Origin(
+        shards=tuple(names),
+        stamps=tuple((shard.stamp[0],) for shard in shards),
+        remarks=tuple(remark for remark in remarks if remark),
+    )
+    ordered_rows = [rows[row] for row in order]
+    return encode_index(classes, np.asarray(labels)[order], ordered_rows, origin, places[order])
+
+
+def _places(shards: Sequence[Shard]) -> np.ndarray:
+    """[n, 3], int64: number of the shard, offset and length of each image."""
+    numbers = np.repeat(np.arange(len(shards)), [len(shard.files) for shard in shards])
+    offsets = np.concatenate([np.array(shard.offsets, dtype="<i8") for shard in shards])
+    lengths = np.concatenate([np.array(shard.lengths, dtype="<i8") for shard in shards])
+    return np.stack([numbers, offsets, lengths], axis=1)
+
+
+def _without_common(shards: Sequence[Shard]) -> list[list[str]]:
+    """The parts of each image's folder, without the leading ones that all images share.
+
+    At least one part remains of each, the class.
+    """
+    folders = [folder.split("/") if folder else [] for shard in shards for folder in shard.folders]
+    unnamed = [not folder for folder in folders]
+    if any(unnamed):
+        return folders
+    first = folders[0]
+    common = min(map(len, folders)) - 1
+    for depth in range(common):
+        if any(folder[depth] != first[depth] for folder in folders):
+            common = depth
+            break
+    return [folder[common:] for folder in folders]
+
+
+def _by_folder(
+    folders: list[list[str]], files: list[str]
+) -> tuple[list[str], list[int], list[bytes]]:
+    """(class names, labels, names inside the class) of images in class folders."""
+    classes = sorted({folder[0] for folder in folders})
+    ids = {name: label for label, name in enumerate(classes)}
+    labels = [ids[folder[0]] for folder in folders]
+    rows = []
+    for folder, file in zip(folders, files, strict=True):
+        rows.append(os.fsencode("/".join([*folder[1:], file])))
+    return classes, labels, rows
+
+
+def _by_class_id(
+    root: str, names: Sequence[str], shards: Sequence[Shard]
+) -> tuple[list[str], list[int]]:
+    """(class names, labels) of images with .cls members.
+
+    Classes have numbers for names, so that ids stay what they are where a class has no image.
+    """
+    labels = []
+    for name, shard in zip(names, shards, strict=True):
+        for file in shard.files:
+            label = shard.class_ids.get(posixpath.splitext(file)[0], -1)
+            if label == -1:
+                path = os.path.join(root, name)
+                raise ValueError(
+                    f"the shard {path} holds {file} with neither a class folder nor a .cls file of "
+                    f"that name with a class id, so nothing tells its class"
+                )
+            labels.append(label)
+    return list(map(str, range(max(labels) + 1))), labels
