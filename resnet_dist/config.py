@@ -133,8 +133,8 @@ class DataConfig:
     val_batch_size: Annotated[int, AtLeast(1)] = 128
     """images per evaluation batch on each rank. It does not change the result"""
     threads: Annotated[int, AtLeast(0)] = 0
-    """data loading threads of each rank; 0: 4 on a GPU, CPU cores / ranks of this machine on the
-    CPU"""
+    """data loading threads of each rank; 0: CPU cores / ranks of this machine, on a GPU at most
+    8"""
     prefetch_batches: Annotated[int, AtLeast(1)] = 3
     """batches that are loaded ahead of training"""
     max_bad_images: Annotated[int, AtLeast(0)] = 100
@@ -144,6 +144,30 @@ class DataConfig:
     """number of synthetic training images; there are a tenth as many validation images"""
     synthetic_classes: Annotated[int, AtLeast(1)] = 1000
     """number of classes of the synthetic data"""
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """JPEG decoding by DALI on a GPU: how the work is divided and which memory is reserved. On the
+    CPU only `queue_depth` has a meaning.
+    """
+
+    hw_decoder_load: Annotated[float, Within(0, 1)] = 0.9
+    """fraction of a batch for the JPEG hardware of A100, H100 and later GPUs; CUDA kernels decode
+    the rest. Without meaning on a GPU that has no such hardware"""
+    preallocate_width: Annotated[int, AtLeast(0)] = 0
+    """width of the largest image, in pixels: its memory is reserved at the start, which saves
+    allocations later. 0: reserve when an image needs it"""
+    preallocate_height: Annotated[int, AtLeast(0)] = 0
+    """height of the largest image, in pixels, like preallocate_width"""
+    device_memory_padding_mb: Annotated[int, AtLeast(0)] = 16
+    """GPU memory reserved at the start for each decoding thread, in MiB; it grows when an image
+    needs more"""
+    host_memory_padding_mb: Annotated[int, AtLeast(0)] = 8
+    """pinned CPU memory reserved at the start for each decoding thread, in MiB; it grows when an
+    image needs more"""
+    queue_depth: Annotated[int, AtLeast(1)] = 2
+    """batches that the decoder has at the same time; more take more memory"""
 
 
 @dataclass(frozen=True)
@@ -382,6 +406,7 @@ class Config:
     """seed of everything random: initial weights, order of the images, crops, flips"""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

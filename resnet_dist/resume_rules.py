@@ -32,6 +32,7 @@ FREE_TO_CHANGE = frozenset(
         "data.max_pixels",
         "data.max_file_mb",
         "data.read_timeout_s",
+        "decoder",
         "log",
         "checkpoint",
         "distributed",

@@ -265,7 +265,8 @@ def test_gpu_form_places_what_touches_pixels_on_the_gpu(slots):
     pipeline = build_pipeline(GraphSpec(8, 4, "mixed", views=1, slots=slots))
     operators = placement(pipeline)
     assert operators.pop("ExternalSource") == {"cpu"}
-    assert operators.pop("decoders__ImageSlice") == {"mixed"}
+    assert operators.pop("decoders__Image") == {"mixed"}
+    assert "decoders__ImageSlice" not in operators
     # On the CPU as well: which operation an image gets, and its arguments.
     for name in ("_ArithmeticGenericOp", "_TensorSubscript", "_conditional__Split"):
         assert operators.pop(name, None) == ({"cpu", "gpu"} if slots else None)

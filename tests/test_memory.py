@@ -14,6 +14,7 @@ from PIL import Image
 from resnet_dist.config import AugmentConfig
 from resnet_dist.data.pixels import loader as loader_module
 from resnet_dist.data.pixels.dali import LoadedJob, split_into_portions
+from resnet_dist.data.pixels.read import Encoded
 from resnet_dist.data.sampling.crops import Geometry
 
 # Peak memory of an epoch over the images of a folder, above that after one batch of small ones.
@@ -80,7 +81,7 @@ def test_tiny_files_that_declare_many_pixels_do_not_eat_the_memory(tmp_path):
 
 def test_portions_cover_a_batch_in_order():
     windows = np.array([[0, 0, 10, size] for size in (1, 5, 3, 30, 2, 2, 9, 1)])
-    loaded = LoadedJob(None, [None] * 8, Geometry(windows, (), windows[:, 0]))
+    loaded = LoadedJob(None, [Encoded(0, b"", 10, 100)] * 8, Geometry(windows, (), windows[:, 0]))
     portions = list(split_into_portions(loaded, 100))
     assert [(portion.start, portion.stop) for portion in portions] == [
         (0, 3),
@@ -91,6 +92,8 @@ def test_portions_cover_a_batch_in_order():
     assert [portion.num_pixels for portion in portions] == [90, 300, 40, 100]
     assert [portion.is_last for portion in portions] == [False, False, False, True]
     assert len(list(split_into_portions(loaded, 10_000))) == 1
+    whole = list(split_into_portions(loaded, 2000, whole_images=True))
+    assert [portion.num_pixels for portion in whole] == [2000] * 4
 
 
 def test_pixels_do_not_depend_on_the_portions(tmp_path, monkeypatch):

@@ -13,6 +13,9 @@ from resnet_dist.data.types import TrainLoader, ValLoader
 from resnet_dist.distributed import Runtime
 from resnet_dist.precision import DTYPES, resolve_precision
 
+_MOST_GPU_THREADS = 8
+"""More threads hardly help a decoder whose work is on the GPU."""
+
 
 def build_loaders(config: Config, runtime: Runtime) -> tuple[TrainLoader, ValLoader]:
     """Build this rank's loaders of both splits. Call it on every rank.
@@ -92,6 +95,7 @@ def _loader_settings(config: Config, runtime: Runtime) -> LoaderSettings:
         dtype=DTYPES[precision],
         threads=_num_threads(config.data, runtime),
         output_dir=config.output_dir,
+        decoder=config.decoder,
     )
 
 
@@ -109,7 +113,8 @@ def _num_threads(data: DataConfig, runtime: Runtime) -> int:
     """Number of decoding threads: `data.threads`, or its default for the device."""
     if data.threads:
         return data.threads
-    if runtime.device.type == "cuda":
-        return 4
     num_cores = len(os.sched_getaffinity(0))
-    return max(1, num_cores // runtime.local_world_size)
+    share = max(1, num_cores // runtime.local_world_size)
+    if runtime.device.type == "cuda":
+        return min(share, _MOST_GPU_THREADS)
+    return share

@@ -51,8 +51,8 @@ class Job:
     epoch: int = 0
     step: int = 0
     draws: IntArray | int = 0
-    """`rng.epoch_of_repetition`: the epoch and the repetition, where an epoch shows an image several
-    times; int64 [n], or one number for all images"""
+    """the epoch and the repetition, where an epoch shows an image several times, as one number
+    (`rng.epoch_of_repetition`): int64 [n], or one for all images"""
     side: int = 0
     """side of the training crop, in pixels"""
     operations: OperationPlan | None = None

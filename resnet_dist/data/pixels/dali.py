@@ -5,6 +5,10 @@ each view resize it with antialias, take a square out of it and mirror it; uint8
 of this runs there. On the CPU the graph ends after the window, and torch does the rest (finish.py).
 The graph holds no randomness: windows, flips and operations are inputs (see sampling/).
 
+The CPU decodes the window alone. A GPU decodes the whole image and then takes the window: with the
+chroma upsampling of Pillow, nvImageCodec's GPU decoders refuse to decode a window, and DALI would
+decode on the CPU without saying so.
+
 The CPU decoder gives exactly the pixels of Pillow, for whole images and for windows (measured: no
 difference on 500 photographs, with every chroma subsampling, progressive, grayscale, CMYK, and PNG
 of 1 to 8 bits with and without palette and alpha). Of PNG with 16 bits it takes the high byte,
@@ -16,12 +20,13 @@ the batches that are wanted run, and a batch that fails can be repaired and run 
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from resnet_dist.config import DecoderConfig
 from resnet_dist.data.arrays import IntArray
 from resnet_dist.data.operations import BRANCH_OF_OP, DALI_FORMS, DaliForm, DaliNode
 from resnet_dist.data.pixels.read import Encoded
@@ -50,6 +55,8 @@ class GraphSpec:
     """number of squares that DALI resizes, crops and mirrors; 0 ends the graph after the window"""
     slots: int = 0
     """operations of an OperationPlan on the one view"""
+    options: DecoderConfig = field(default_factory=DecoderConfig)
+    """of the GPU decoder"""
 
 
 def build_pipeline(spec: GraphSpec) -> DaliPipeline:
@@ -90,17 +97,40 @@ def _decode_window(spec: GraphSpec) -> DaliNode:
     """The decoded window of each image, in the graph that is being defined."""
     from nvidia.dali import fn, types
 
-    # The CPU decoder upsamples chroma as Pillow does; the GPU decoder has to be told to.
-    like_pillow = {"jpeg_fancy_upsampling": True} if spec.decode == "mixed" else {}
+    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+    anchor = fn.external_source(name="anchor", dtype=types.INT32, ndim=1)
+    extent = fn.external_source(name="extent", dtype=types.INT32, ndim=1)
+    if spec.decode == "mixed":
+        return fn.slice(_decode_on_gpu(encoded, spec), start=anchor, shape=extent, axes=(0, 1))
+    # The CPU decoder upsamples chroma as Pillow does.
     return fn.decoders.image_slice(
-        fn.external_source(name="encoded", dtype=types.UINT8, ndim=1),
-        fn.external_source(name="anchor", dtype=types.INT32, ndim=1),
-        fn.external_source(name="extent", dtype=types.INT32, ndim=1),
+        encoded,
+        anchor,
+        extent,
         axes=(0, 1),
-        device=spec.decode,
+        device="cpu",
         output_type=types.RGB,
         adjust_orientation=False,
-        **like_pillow,
+    )
+
+
+def _decode_on_gpu(encoded: DaliNode, spec: GraphSpec) -> DaliNode:
+    """Whole images, decoded on a GPU, in the graph that is being defined."""
+    from nvidia.dali import fn, types
+
+    options = spec.options
+    return fn.decoders.image(
+        encoded,
+        device="mixed",
+        output_type=types.RGB,
+        adjust_orientation=False,
+        # Upsample chroma as Pillow does.
+        jpeg_fancy_upsampling=True,
+        hw_decoder_load=options.hw_decoder_load,
+        preallocate_width_hint=options.preallocate_width,
+        preallocate_height_hint=options.preallocate_height,
+        device_memory_padding=options.device_memory_padding_mb * 2**20,
+        host_memory_padding=options.host_memory_padding_mb * 2**20,
     )
 
 
@@ -232,9 +262,13 @@ class LoadedJob:
     images: list[Encoded]
     geometry: Geometry
 
-    def pixels_to_decode(self) -> IntArray:
-        """int64 [n]: pixels of each image that are in memory at once."""
+    def window_pixels(self) -> IntArray:
+        """Pixels of each window: int64 [n]."""
         return self.geometry.windows[:, 2] * self.geometry.windows[:, 3]
+
+    def image_pixels(self) -> IntArray:
+        """Pixels of each whole image: int64 [n]."""
+        return np.array([image.height * image.width for image in self.images], np.int64)
 
 
 @dataclass(frozen=True)
@@ -244,6 +278,8 @@ class Portion:
     loaded: LoadedJob
     start: int
     stop: int
+    num_pixels: int = 0
+    """decoded pixels, all together"""
 
     @property
     def places(self) -> slice:
@@ -255,26 +291,29 @@ class Portion:
         """Whether the job is complete with it."""
         return self.stop == len(self.loaded.images)
 
-    @property
-    def num_pixels(self) -> int:
-        """Decoded pixels of the portion."""
-        return int(self.loaded.pixels_to_decode()[self.places].sum())
 
+def split_into_portions(
+    loaded: LoadedJob, max_pixels: int, whole_images: bool = False
+) -> Iterator[Portion]:
+    """Divide a job into portions of at most `max_pixels` decoded pixels, or of a single image.
 
-def split_into_portions(loaded: LoadedJob, max_pixels: int) -> Iterator[Portion]:
-    """Cut a job into portions of at most `max_pixels` decoded pixels, or of a single image.
-
-    A few files of some kilobytes can declare gigabytes of pixels.
+    A few files of some kilobytes can declare gigabytes of pixels. `whole_images`: count whole
+    images in place of windows.
     """
+    sizes = loaded.image_pixels() if whole_images else loaded.window_pixels()
+    total = int(sizes.sum())
+    if total <= max_pixels:
+        yield Portion(loaded, 0, len(sizes), total)
+        return
     start = 0
     pixels = 0
-    for place, size in enumerate(loaded.pixels_to_decode().tolist()):
+    for place, size in enumerate(sizes.tolist()):
         if place > start and pixels + size > max_pixels:
-            yield Portion(loaded, start, place)
+            yield Portion(loaded, start, place, pixels)
             start = place
             pixels = 0
         pixels += size
-    yield Portion(loaded, start, len(loaded.images))
+    yield Portion(loaded, start, len(sizes), pixels)
 
 
 class Decoder:
@@ -290,6 +329,7 @@ class Decoder:
         device: torch.device,
         views: int = 1,
         slots: int = 0,
+        options: DecoderConfig | None = None,
     ) -> None:
         """Start a pipeline.
 
@@ -299,10 +339,17 @@ class Decoder:
             device: where the pixels are wanted.
             views: squares of each image, which only a GPU makes.
             slots: operations on each image, which only a GPU applies.
+            options: of the GPU decoder.
         """
         if device.type == "cuda":
             self.spec = GraphSpec(
-                local_batch_size, threads, "mixed", device.index, views=views, slots=slots
+                local_batch_size,
+                threads,
+                decode="mixed",
+                device_id=device.index,
+                views=views,
+                slots=slots,
+                options=options or DecoderConfig(),
             )
         else:
             self.spec = GraphSpec(local_batch_size, threads)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from resnet_dist.config import AugmentConfig, DataConfig
+from resnet_dist.config import AugmentConfig, DataConfig, DecoderConfig
 from resnet_dist.data.arrays import IntArray
 from resnet_dist.data.pixels.dali import (
     Augmenter,
@@ -61,9 +61,6 @@ _GROUP_VALUES = 32_768
 # Batches whose files are being read while an earlier one is decoded.
 _READ_AHEAD = 2
 
-# Portions that are being decoded while an earlier one is finished.
-_DECODE_AHEAD = 1
-
 _MAX_PENDING_PIXELS = {"cpu": 2**28, "cuda": 2**30}
 """Decoded pixels of all portions under way, three bytes each. A batch of 1,024 photographs of
 ImageNet has 0.2 * 2**30; a single image may have more.
@@ -80,6 +77,7 @@ class LoaderSettings:
     """that decode and, on the CPU, that resize"""
     output_dir: str
     """folder of quarantine.jsonl"""
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
 
 
 @dataclass
@@ -188,6 +186,7 @@ class DaliLoader:
         self.device = settings.device
         self.dtype = settings.dtype
         self.threads = settings.threads
+        self.queue_depth = settings.decoder.queue_depth
         self.num_samples = len(index)
         self.class_names = index.class_names
         self.reader = Reader(index, limits=read_limits(config))
@@ -197,6 +196,7 @@ class DaliLoader:
             device=settings.device,
             views=views,
             slots=slots,
+            options=settings.decoder,
         )
         self.augmenter = Augmenter(
             slots=slots, local_batch_size=local_batch_size, threads=settings.threads
@@ -281,14 +281,15 @@ class DaliLoader:
     def _decode(self, loaded: LoadedJob, unfinished: _UnfinishedBatch) -> Iterator[Batch]:
         """Start to decode a job; yields the batch that is complete meanwhile, if there is one."""
         max_pixels = _MAX_PENDING_PIXELS[self.device.type]
-        for portion in split_into_portions(loaded, max_pixels // 2):
+        is_whole = self.device.type == "cuda"
+        for portion in split_into_portions(loaded, max_pixels // 2, is_whole):
             while (
                 self.decoder.pending
                 and self.decoder.pending_pixels + portion.num_pixels > max_pixels
             ):
                 yield from self._finish_oldest(unfinished)
             self.decoder.submit(portion)
-            if len(self.decoder.pending) > _DECODE_AHEAD:
+            if len(self.decoder.pending) >= self.queue_depth:
                 yield from self._finish_oldest(unfinished)
 
     def _finish_oldest(self, unfinished: _UnfinishedBatch) -> Iterator[Batch]:

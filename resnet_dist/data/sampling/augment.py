@@ -183,9 +183,9 @@ def erasing_boxes(
     ratios = 0.3 * 11 ** numbers[:, 4::2]
     tries = np.rint(np.sqrt(np.stack([areas * ratios, areas / ratios], axis=2)))
 
-    fits = (tries < side).all(axis=2)
+    fits = np.all(tries < side, axis=2)
     first_fit = fits.argmax(axis=1)
     sides = tries[np.arange(len(tries)), first_fit]
     corners = np.floor(numbers[:, 1:3] * (side - sides + 1))
-    is_erased = (numbers[:, :1] < config.random_erasing) & fits.any(axis=1)[:, None]
+    is_erased = (numbers[:, :1] < config.random_erasing) & np.any(fits, axis=1, keepdims=True)
     return (np.hstack([corners, sides]) * is_erased).astype(np.int64)
