@@ -15,6 +15,7 @@ from resnet_dist import engine
 from resnet_dist.checkpoint import Saver
 from resnet_dist.config import Config, to_dict
 from resnet_dist.data.build import build_loaders
+from resnet_dist.data.pixels.probe import describe_jpeg_decoder
 from resnet_dist.data.sources.index import check_num_classes
 from resnet_dist.data.types import TrainLoader
 from resnet_dist.distributed import Runtime, StopSignal
@@ -109,6 +110,7 @@ def build_and_train(
         f"{layout}, {parts.rule.precision.name}, peak lr {parts.schedule.peak_lr:g}, "
         f"{plan.total_steps} steps of {plan.steps_per_epoch} per epoch; step {state.step}, {origin}"
     )
+    report_jpeg_decoder(config, runtime, log)
     services = Services(runtime, saver, log, StopSignal(runtime.cpu_group, runtime.watchdog))
     try:
         ended_by = run_loop(parts, services, should_continue)
@@ -216,3 +218,14 @@ def write_config(config: Config) -> None:
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+def report_jpeg_decoder(config: Config, runtime: Runtime, log: Log) -> None:
+    """On a GPU, say which decoder serves JPEG files: a fallback to the CPU must not go unnoticed."""
+    if runtime.device.type != "cuda" or config.data.kind == "synthetic" or not runtime.is_main:
+        return
+    level, text = describe_jpeg_decoder(runtime.device)
+    if level == "ok":
+        log.say(text)
+    else:
+        log.warn(text)

@@ -38,7 +38,7 @@ def test_a_good_run_on_two_ranks(digits, tmp_path):
     assert codes == [0, 0], printed
     lines = printed.splitlines()
     assert [line.split()[:2] for line in lines] == [
-        ["ok", name] for name in ("layout", "folder", "data", "software")
+        ["ok", name] for name in ("layout", "folder", "data", "decoder", "software")
     ]
     for line, words in zip(
         lines,

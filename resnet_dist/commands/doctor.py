@@ -13,6 +13,7 @@ import torch
 
 from resnet_dist.config import Config
 from resnet_dist.data.build import build_loaders
+from resnet_dist.data.pixels.probe import describe_dali_wheels, describe_jpeg_decoder
 from resnet_dist.data.sources.index import check_num_classes
 from resnet_dist.distributed import Runtime
 from resnet_dist.layout import check_layout
@@ -43,7 +44,7 @@ def run(config: Config, as_json: bool) -> int:
     """All checks, printed; every rank returns its own 0, 1 with warnings, or 2 with errors."""
 
     def body(config: Config, runtime: Runtime) -> int:
-        found = quick(config, runtime, (_data, _software))
+        found = quick(config, runtime, (_data, _decoder, _software))
         told = found if runtime.is_main else [one for one in found if one["level"] != "ok"]
         for line in (
             [json.dumps(told)]
@@ -119,13 +120,16 @@ def _data(config: Config, runtime: Runtime) -> tuple[str, str]:
     )
 
 
+def _decoder(config: Config, runtime: Runtime) -> tuple[str, str]:
+    found = [describe_dali_wheels(), describe_jpeg_decoder(runtime.device)]
+    level = max((level for level, _ in found), key=LEVELS.index)
+    return level, "; ".join(text for _, text in found)
+
+
 def _software(config: Config, runtime: Runtime) -> tuple[str, str]:
     driver, asked = Path("/proc/driver/nvidia/version"), config.log.wandb
     offline = asked if asked in ("disabled", "offline") else why_offline("auto")
-    found = [
-        f"{name} {metadata.version(name)}"
-        for name in ("torch", "torchvision", "nvidia-dali-cuda120", "wandb")
-    ]
+    found = [f"{name} {metadata.version(name)}" for name in ("torch", "torchvision", "wandb")]
     found += [
         driver.read_text().splitlines()[0] if driver.exists() else "no GPU driver",
         f"W&B {offline or 'online'}",
