@@ -221,7 +221,7 @@ def write_config(config: Config) -> None:
 
 
 def report_jpeg_decoder(config: Config, runtime: Runtime, log: Log) -> None:
-    """On a GPU, say which decoder serves JPEG files: a fallback to the CPU must not go unnoticed."""
+    """On a GPU, say which decoder serves JPEG files: a fallback to the CPU would go unnoticed."""
     if runtime.device.type != "cuda" or config.data.kind == "synthetic" or not runtime.is_main:
         return
     level, text = describe_jpeg_decoder(runtime.device)

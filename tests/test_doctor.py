@@ -46,6 +46,7 @@ def test_a_good_run_on_two_ranks(digits, tmp_path):
             "64 = 2 ranks (gloo at 127.0.0.1:",
             "can be written",
             "1442 + 355 images, 10 classes",
+            "JPEG: CPU decoder",
             "torch ",
         ),
         strict=True,
