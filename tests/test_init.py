@@ -74,7 +74,7 @@ def test_every_tensor_is_drawn_anew_and_by_seed():
 
 def test_zero_residual_norms_touches_the_last_norm_only():
     model = MODELS["resnet50"](num_classes=2)
-    zero_residual_norms(m for m in model.modules() if isinstance(m, resnet.Bottleneck))
+    zero_residual_norms(m.last_norm for m in model.modules() if isinstance(m, resnet.Bottleneck))
     zeroed = [
         n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and not m.weight.any()
     ]

@@ -1,8 +1,7 @@
-"""How the weights of a fresh network are drawn.
+"""How the weights of a new network are initialised.
 
 Every choice is made by module type, never by the name of a module, so that a norm in a shortcut is
-treated like any other. All functions work in place, also on the meta device, where they do nothing
-but keep the shapes.
+treated like any other. All functions work in place. On the meta device they do nothing.
 """
 
 from collections.abc import Iterable
@@ -13,11 +12,12 @@ from torch.nn.modules.conv import _ConvNd
 
 
 def init_weights(model: nn.Module) -> nn.Module:
-    """Draw every parameter of `model` anew, and reset the running statistics of its norms. Returns
-    `model`.
+    """Initialise every parameter of `model`, and reset the running statistics of its norms.
+
+    Returns `model`.
 
     Convolutions: normal with mean 0 and variance 2 / fan_out, where fan_out = out_channels * kernel
-    area (over groups it is not divided, as in torchvision); biases 0. This keeps the variance of
+    area (not divided by the groups, as in torchvision); biases 0. This keeps the variance of
     the *gradients* through ReLU layers: He et al. 2015, "Delving Deep into Rectifiers", section
     2.2, "Backward Propagation Case". Norms: weight 1, bias 0. Linear layers: PyTorch's default,
     U(-1/sqrt(in), 1/sqrt(in)), as torchvision's `fc`.
@@ -32,12 +32,12 @@ def init_weights(model: nn.Module) -> nn.Module:
     return model
 
 
-def zero_residual_norms(blocks: Iterable[nn.Module]) -> None:
-    """Set the weight of the last norm of each residual block to zero.
+def zero_residual_norms(last_norms: Iterable[nn.Module]) -> None:
+    """Set the weights of these norms to zero: the last norm of each residual branch.
 
-    `blocks` are modules with an attribute `last_norm`, the norm that ends the residual branch. Such
-    a block passes on its shortcut alone in the first step, which makes the start of large-batch
-    training easier: Goyal et al. 2017, "Accurate, Large Minibatch SGD", section 5.1.
+    Such a block passes on its shortcut alone in the first step, which makes the start of
+    large-batch training easier: Goyal et al. 2017, "Accurate, Large Minibatch SGD", section 5.1.
     """
-    for block in blocks:
-        nn.init.zeros_(block.last_norm.weight)
+    for norm in last_norms:
+        assert isinstance(norm.weight, nn.Parameter)
+        nn.init.zeros_(norm.weight)

@@ -1,11 +1,11 @@
-"""The ResNet family: one network, and a table of what has a name.
+"""The ResNet family: one network, and a table of its members by name.
 
 ImageNet: ResNet-18/34/50/101/152 (He et al. 2015, "Deep Residual Learning for Image Recognition",
 table 1), ResNeXt (Xie et al. 2016, "Aggregated Residual Transformations") and Wide ResNet
-bottlenecks (Zagoruyko and Komodakis 2016, "Wide Residual Networks"), with torchvision's names and
-state-dict keys, so that weights go both ways. CIFAR: ResNet-20/32/44/56/110 (He et al. 2015,
-section 4.2). Plain networks are the same without shortcuts, and pre-activation ones (`preresnet`)
-move norm and ReLU before the convolutions (He et al. 2016, "Identity Mappings").
+bottlenecks (Zagoruyko and Komodakis 2016, "Wide Residual Networks"). Names and state-dict keys are
+torchvision's, so that weights can be exchanged. CIFAR: ResNet-20/32/44/56/110 (He et al. 2015,
+section 4.2). Plain networks are the same without shortcuts. Pre-activation networks (`preresnet`)
+have norm and ReLU before the convolutions (He et al. 2016, "Identity Mappings").
 
 A network is a stem, stages `layer1..layerN` of residual blocks, a global average pool and a
 classifier. The first block of every stage but the first halves height and width. Images are [B, 3,
@@ -15,6 +15,7 @@ H, W], logits are [B, num_classes].
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +26,14 @@ from resnet_dist.models.init import init_weights, zero_residual_norms
 
 @dataclass(frozen=True)
 class Options:
-    """What the members of the family differ in, apart from the kind of block and the depth."""
+    """How the members of the family differ, apart from the kind of block and the depth."""
 
     stem: str = "imagenet"
     """imagenet: 7x7 convolution of stride 2, 3x3 max pool of stride 2; cifar: 3x3 convolution, no
     pool; deep: three 3x3 convolutions in place of the 7x7 (ResNet-C, He et al. 2018, "Bag of
     Tricks", figure 2)"""
     stem_channels: int = 64
-    """channels of the stem; stage i has stem_channels * widen * 2**i"""
+    """channels of the stem; stage i, from 0, has stem_channels * widen * 2**i"""
     widen: int = 1
     """factor on the channels of all stages (k of Zagoruyko and Komodakis 2016, table 1)"""
     shortcut: str = "B"
@@ -43,7 +44,7 @@ class Options:
     groups: int = 1
     """groups of the 3x3 convolution of a bottleneck"""
     width_per_group: int = 64
-    """its channels in each group at the first stage, see `Bottleneck`"""
+    """channels of that convolution in each group at the first stage, see `Bottleneck`"""
     zero_init_residual: bool = False
     """start every block as its shortcut, see `init.zero_residual_norms`"""
     stride_in_1x1: bool = False
@@ -53,38 +54,40 @@ class Options:
     squeeze_excitation: bool = False
     """weigh the channels at the end of each residual branch, see `SqueezeExcitation`"""
     stochastic_depth: float = 0.0
-    """rate at which the last residual branch is left out in training; it rises linearly from 0 for
-    the first, as in timm (Huang et al. 2016 begin one step above)"""
+    """rate at which the last residual branch is dropped in training. It rises linearly from 0 for
+    the first block, as in timm (Huang et al. 2016 begin one step above 0)"""
     blur_pool: bool = False
     """blur before each convolution of stride 2 but the stem's, see `BlurConv2d`"""
 
 
 class BlurConv2d(nn.Conv2d):
-    """A convolution after the 3x3 binomial filter, so that its stride does not alias. Same
-    state-dict keys as Conv2d.
+    """A convolution after a 3x3 binomial filter, so that its stride does not alias.
 
     Zhang 2019, "Making Convolutional Networks Shift-Invariant Again"; blur first, then the strided
-    convolution.
+    convolution. Same arguments and state-dict keys as Conv2d.
     """
 
-    def __init__(self, *args, **options) -> None:
+    kernel: Tensor
+
+    def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         row = torch.tensor([0.25, 0.5, 0.25])
         self.register_buffer("kernel", row[:, None] * row, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, out_channels, H / stride, W / stride]."""
         channels = x.shape[1]
-        return super().forward(
-            F.conv2d(x, self.kernel.expand(channels, 1, 3, 3), padding=1, groups=channels)
-        )
+        kernel = self.kernel.expand(channels, 1, 3, 3)
+        blurred = F.conv2d(x, kernel, padding=1, groups=channels)
+        return super().forward(blurred)
 
 
 class SqueezeExcitation(nn.Module):
-    """Each channel times a weight in (0, 1) that two layers find from all channels' means: [B, C,
-    H, W], same shape.
+    """Multiply each channel of [B, C, H, W] by a weight in (0, 1), which two layers compute from
+    the means of all channels.
 
-    Hu et al. 2017, "Squeeze-and-Excitation Networks", equations 2 to 4, reduction 16. Keys as
-    timm's `se`.
+    Hu et al. 2017, "Squeeze-and-Excitation Networks", equations 2 to 4, reduction 16. State-dict
+    keys as timm's `se`.
     """
 
     def __init__(self, channels: int) -> None:
@@ -93,13 +96,17 @@ class SqueezeExcitation(nn.Module):
         self.fc2 = nn.Conv2d(channels // 16, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(self.fc2(torch.relu(self.fc1(x.mean((2, 3), keepdim=True)))))
+        """[B, C, H, W] -> [B, C, H, W]."""
+        means = x.mean((2, 3), keepdim=True)
+        hidden = torch.relu(self.fc1(means))
+        return x * torch.sigmoid(self.fc2(hidden))
 
 
 class NoShortcut(nn.Module):
     """The path around the block of a plain network, which adds nothing."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """A zero."""
         return x.new_zeros(())
 
 
@@ -111,11 +118,12 @@ def conv(
     groups: int = 1,
     blur: bool = False,
 ) -> nn.Conv2d:
-    """A convolution that keeps the size at stride 1. No bias: a norm follows, which would cancel
-    it.
+    """A convolution that keeps the size at stride 1.
+
+    It has no bias, since a norm follows that would cancel it.
     """
-    kind = BlurConv2d if blur and stride > 1 else nn.Conv2d
-    return kind(
+    conv_type = BlurConv2d if blur and stride > 1 else nn.Conv2d
+    return conv_type(
         in_channels, out_channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False
     )
 
@@ -123,47 +131,63 @@ def conv(
 def make_shortcut(
     in_channels: int, out_channels: int, stride: int, options: Options
 ) -> nn.Module | None:
-    """The path around a block, or None where the input can be added as it is.
+    """The path around a block, or None if the input can be added as it is.
 
-    `options.shortcut` is "A" (every `stride`-th pixel, and channels of zeros behind those there
-    are), "B" (1x1 convolution and norm), both of which leave the input alone where the shape does
-    not change, "C" (as B, in every block) or "none". He et al. 2015, section 4.1, "Identity vs.
-    Projection Shortcuts". Raises ValueError for another kind.
+    `options.shortcut` is one of (He et al. 2015, section 4.1, "Identity vs. Projection Shortcuts"):
+
+    - "A": every `stride`-th pixel, and channels of zeros behind the existing ones;
+    - "B": a 1x1 convolution and a norm; A and B are None where the shape does not change;
+    - "C": as B, in every block;
+    - "none": nothing is added.
+
+    Raises:
+        ValueError: For another kind.
     """
     kind = options.shortcut
     if kind not in ("A", "B", "C", "none"):
         raise ValueError(
             f"model.shortcut: {kind!r} is not a kind of shortcut; choose 'A' (zero padding), 'B' "
-            "(projection where the shape changes), 'C' (projection everywhere) or 'none' (plain network)"
+            "(projection where the shape changes), 'C' (projection everywhere) or 'none' (plain "
+            "network)"
         )
     if kind == "none":
         return NoShortcut()
     if kind != "C" and stride == 1 and in_channels == out_channels:
         return None
     if kind == "A":
-        zeros = nn.ConstantPad3d(
-            (0, 0, 0, 0, 0, out_channels - in_channels), 0.0
-        )  # of C, H, W: behind C only
+        # The pairs of widths belong to W, H and C: zeros are added behind C only.
+        zeros = nn.ConstantPad3d((0, 0, 0, 0, 0, out_channels - in_channels), 0.0)
         return nn.Sequential(nn.AvgPool2d(1, stride), zeros)
-    norm = [] if options.preactivation else [nn.BatchNorm2d(out_channels)]  # there it comes before
+
+    layers: list[nn.Module] = []
     if options.avg_pool_shortcut:
-        pool = (
-            nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False)
-            if stride > 1
-            else nn.Identity()
-        )
-        return nn.Sequential(pool, conv(in_channels, out_channels, 1), *norm)
-    return nn.Sequential(conv(in_channels, out_channels, 1, stride, blur=options.blur_pool), *norm)
+        if stride > 1:
+            pool = nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False)
+            layers = [pool, conv(in_channels, out_channels, 1)]
+        else:
+            layers = [nn.Identity(), conv(in_channels, out_channels, 1)]
+    else:
+        layers = [conv(in_channels, out_channels, 1, stride, blur=options.blur_pool)]
+    if not options.preactivation:  # whose norm comes before the block
+        layers.append(nn.BatchNorm2d(out_channels))
+    return nn.Sequential(*layers)
 
 
 class Block(nn.Module):
-    """What residual blocks share: [B, in_channels, H, W] -> [B, expansion * channels, H / stride, W
-    / stride].
+    """What residual blocks share.
 
-    `downsample` is the shortcut, None for identity. `is_first`: the block follows the stem, whose
-    norm and ReLU serve as its pre-activation (He et al. 2016, appendix). `drop_rate`: share of
-    samples in training whose residual branch is left out (Huang et al. 2016, "Deep Networks with
-    Stochastic Depth"); the others are scaled up by as much.
+    [B, in_channels, H, W] -> [B, expansion * channels, H / stride, W / stride]. `downsample` is the
+    shortcut, None for identity.
+
+    Args:
+        in_channels: Channels of the input.
+        channels: Channels of the block, before `expansion`.
+        stride: Stride of the block.
+        options: Options of the network.
+        is_first: Whether the block follows the stem, whose norm and ReLU then serve as its
+            pre-activation (He et al. 2016, appendix).
+        drop_rate: Share of the samples whose residual branch is dropped in training (Huang et al.
+            2016, "Deep Networks with Stochastic Depth"); the others are scaled up by as much.
     """
 
     expansion: int
@@ -178,38 +202,63 @@ class Block(nn.Module):
         drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        out_channels, before = channels * self.expansion, options.preactivation
+        out_channels = channels * self.expansion
         self._make_residual(in_channels, channels, stride, options)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = make_shortcut(in_channels, out_channels, stride, options)
-        self.se = SqueezeExcitation(out_channels) if options.squeeze_excitation else nn.Identity()
-        self.preactivation = (
-            nn.Sequential(nn.BatchNorm2d(in_channels), nn.ReLU(inplace=True))
-            if before and not is_first
-            else nn.Identity()
-        )
-        self.activation = nn.Identity() if before else self.relu
+        self.se: nn.Module = nn.Identity()
+        if options.squeeze_excitation:
+            self.se = SqueezeExcitation(out_channels)
+        self.preactivation: nn.Module = nn.Identity()
+        if options.preactivation and not is_first:
+            self.preactivation = norm_and_relu(in_channels)
+        self.activation = nn.Identity() if options.preactivation else self.relu
         self.drop_rate = drop_rate
+
+    def _make_residual(
+        self, in_channels: int, channels: int, stride: int, options: Options
+    ) -> None:
+        """Set the layers of `residual`."""
+        raise NotImplementedError
+
+    def residual(self, x: Tensor) -> Tensor:
+        """The branch beside the shortcut."""
+        raise NotImplementedError
 
     @property
     def last_norm(self) -> nn.Module:
         """The norm that ends the residual branch."""
-        return getattr(self, "bn3", self.bn2)
+        name = "bn3" if hasattr(self, "bn3") else "bn2"
+        return self.get_submodule(name)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, in_channels, H, W] -> [B, expansion * channels, H / stride, W / stride]."""
         activated = self.preactivation(x)
         shortcut = x if self.downsample is None else self.downsample(activated)
         out = self.se(self.residual(activated))
         if self.drop_rate and self.training:
-            kept = out.new_empty(len(out), 1, 1, 1).bernoulli_(1 - self.drop_rate)
-            out = out * kept / (1 - self.drop_rate)
+            out = drop_samples(out, self.drop_rate)
         out += shortcut
-        return self.activation(out)
+        activated_sum: Tensor = self.activation(out)
+        return activated_sum
+
+
+def drop_samples(x: Tensor, rate: float) -> Tensor:
+    """Set random samples of [B, C, H, W] to zero, at the given rate, and scale up the others."""
+    kept = x.new_empty(len(x), 1, 1, 1).bernoulli_(1 - rate)
+    return x * kept / (1 - rate)
+
+
+def norm_and_relu(channels: int) -> nn.Sequential:
+    """A pre-activation."""
+    return nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
 
 
 def end_norm(channels: int, options: Options) -> nn.Module:
     """The norm after a block's last convolution; with pre-activation the next block has it."""
-    return nn.Identity() if options.preactivation else nn.BatchNorm2d(channels)
+    if options.preactivation:
+        return nn.Identity()
+    return nn.BatchNorm2d(channels)
 
 
 class BasicBlock(Block):
@@ -227,17 +276,19 @@ class BasicBlock(Block):
 
     def residual(self, x: Tensor) -> Tensor:
         """The branch beside the shortcut."""
-        return self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out: Tensor = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return out
 
 
 class Bottleneck(Block):
     """1x1, 3x3 and 1x1 convolutions and a shortcut (He et al. 2015, figure 5 right).
 
-    The 3x3 convolution has groups * (channels * width_per_group // 64) channels: Xie et al. 2016,
-    table 1, and Wide ResNet with one group. `stride_in_1x1` puts the stride in the first 1x1
-    convolution as in the paper ("v1"); otherwise it sits in the 3x3 ("v1.5", as torchvision and
-    fb.resnet.torch), which looks at every pixel: about half a point better and 5 % slower by
-    NVIDIA's account.
+    The 3x3 convolution has groups * (channels * width_per_group // 64) channels (Xie et al. 2016,
+    table 1; Wide ResNet with one group). `stride_in_1x1` puts the stride into the first 1x1
+    convolution, as in the paper ("v1"). Otherwise the 3x3 has it ("v1.5", as in torchvision and
+    fb.resnet.torch), so that every pixel counts: about half a point better and 5 % slower according
+    to NVIDIA.
     """
 
     expansion = 4
@@ -245,7 +296,8 @@ class Bottleneck(Block):
     def _make_residual(
         self, in_channels: int, channels: int, stride: int, options: Options
     ) -> None:
-        width, blur = channels * options.width_per_group // 64 * options.groups, options.blur_pool
+        width = channels * options.width_per_group // 64 * options.groups
+        blur = options.blur_pool
         stride1, stride2 = (stride, 1) if options.stride_in_1x1 else (1, stride)
         self.conv1 = conv(in_channels, width, 1, stride1, blur=blur)
         self.bn1 = nn.BatchNorm2d(width)
@@ -256,64 +308,54 @@ class Bottleneck(Block):
 
     def residual(self, x: Tensor) -> Tensor:
         """The branch beside the shortcut."""
-        out = self.relu(self.bn1(self.conv1(x)))
-        return self.bn3(self.conv3(self.relu(self.bn2(self.conv2(out)))))
+        out: Tensor = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return out
 
 
 class ResNet(nn.Module):
     """A residual network with one stage for each entry of `depths`.
 
-    Images [B, 3, H, W] -> logits [B, num_classes]. H and W are free; the classifier sees the mean
-    over the last map.
+    Images [B, 3, H, W] -> logits [B, num_classes]. H and W are free, since the classifier sees the
+    mean over the last map.
 
-    block: BasicBlock or Bottleneck, for all stages. depths: blocks per stage. num_classes: length
-    of a row of logits. options: those of `Options`.
+    Args:
+        block: BasicBlock or Bottleneck, for all stages.
+        depths: Blocks of each stage.
+        num_classes: Length of a row of logits.
+        **options: Fields of `Options`.
 
-    Raises ValueError for a stem or shortcut that there is not, and for options that exclude each
-    other. Warns where stride_in_1x1 has no effect.
+    Raises:
+        ValueError: For an unknown stem or shortcut, and for options that exclude each other.
     """
 
     def __init__(
-        self, block: type[Block], depths: Sequence[int], num_classes: int = 1000, **options
+        self, block: type[Block], depths: Sequence[int], num_classes: int = 1000, **options: Any
     ) -> None:
         super().__init__()
-        options = Options(**options)
-        check_options(block, options)
-        self._make_stem(options.stem, options.stem_channels)
+        own = Options(**options)
+        check_options(block, own)
+        self._make_stem(own.stem, own.stem_channels)
         self.num_stages = len(depths)
-        in_channels, number_of_all, last = options.stem_channels, 0, max(1, sum(depths) - 1)
-        for i, depth in enumerate(depths):
-            channels, stage = options.stem_channels * options.widen * 2**i, nn.Sequential()
-            for number in range(depth):
-                stride = 2 if i > 0 and number == 0 else 1
-                stage.append(
-                    block(
-                        in_channels,
-                        channels,
-                        stride,
-                        options,
-                        is_first=number_of_all == 0,
-                        drop_rate=options.stochastic_depth * number_of_all / last,
-                    )
-                )
-                in_channels = channels * block.expansion
-                number_of_all += 1
-            self.add_module(f"layer{i + 1}", stage)
-        self.activation = (
-            nn.Sequential(nn.BatchNorm2d(in_channels), nn.ReLU(inplace=True))
-            if options.preactivation
-            else nn.Identity()
-        )
+        channels = self._make_stages(block, depths, own)
+        self.activation: nn.Module = nn.Identity()
+        if own.preactivation:
+            self.activation = norm_and_relu(channels)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(in_channels, num_classes)
+        self.fc = nn.Linear(channels, num_classes)
         init_weights(self)
-        if options.zero_init_residual:
-            zero_residual_norms(m for m in self.modules() if isinstance(m, Block))
+        if own.zero_init_residual:
+            zero_residual_norms(
+                module.last_norm for module in self.modules() if isinstance(module, Block)
+            )
 
     def _make_stem(self, stem: str, channels: int) -> None:
-        """Set conv1, bn1, relu and maxpool: [B, 3, H, W] -> [B, channels, H / 4, W / 4], or full
-        size for "cifar".
+        """Set conv1, bn1, relu and maxpool.
+
+        [B, 3, H, W] -> [B, channels, H / 4, W / 4], or full size for "cifar".
         """
+        self.conv1: nn.Module
         if stem == "imagenet":
             self.conv1 = conv(3, channels, 7, stride=2)
         elif stem == "deep":
@@ -337,29 +379,57 @@ class ResNet(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, stride=2, padding=1)
 
+    def _make_stages(self, block: type[Block], depths: Sequence[int], options: Options) -> int:
+        """Set layer1 to layerN; returns the channels of the last map."""
+        in_channels = options.stem_channels
+        block_index = 0
+        last_index = max(1, sum(depths) - 1)
+        for stage_index, depth in enumerate(depths):
+            channels = options.stem_channels * options.widen * 2**stage_index
+            stage = nn.Sequential()
+            for index_in_stage in range(depth):
+                halves = stage_index > 0 and index_in_stage == 0
+                stage.append(
+                    block(
+                        in_channels,
+                        channels,
+                        2 if halves else 1,
+                        options,
+                        is_first=block_index == 0,
+                        drop_rate=options.stochastic_depth * block_index / last_index,
+                    )
+                )
+                in_channels = channels * block.expansion
+                block_index += 1
+            self.add_module(f"layer{stage_index + 1}", stage)
+        return in_channels
+
     def forward(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> logits [B, num_classes]."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        for i in range(1, self.num_stages + 1):
-            x = getattr(self, f"layer{i}")(x)
-        return self.fc(torch.flatten(self.avgpool(self.activation(x)), 1))
+        for number in range(1, self.num_stages + 1):
+            x = getattr(self, f"layer{number}")(x)
+        x = self.avgpool(self.activation(x))
+        logits: Tensor = self.fc(torch.flatten(x, 1))
+        return logits
 
 
 def check_options(block: type[Block], options: Options) -> None:
-    """Refuse options that exclude each other with a ValueError; warn about one without effect."""
+    """Raise ValueError for options that exclude each other; warn about one without effect."""
     if block is BasicBlock and (options.groups != 1 or options.width_per_group != 64):
         raise ValueError(
-            f"groups={options.groups}, width_per_group={options.width_per_group}: only bottlenecks have "
-            "these"
+            f"groups={options.groups}, width_per_group={options.width_per_group}: only bottleneck "
+            "blocks have these options"
         )
     if options.zero_init_residual and (options.preactivation or options.shortcut == "none"):
         raise ValueError(
-            "model.zero_init_residual is true: it needs a norm at the end of the residual branch and a "
-            "shortcut beside it, and this network is pre-activated or plain; set it to false"
+            "model.zero_init_residual is true: it needs a norm at the end of the residual branch "
+            "and a shortcut beside it, and this network is pre-activated or plain; set it to false"
         )
     if options.stochastic_depth and options.shortcut == "none":
         raise ValueError(
-            f"model.stochastic_depth is {options.stochastic_depth}: a plain network has no way around a "
-            "block that is left out; set it to 0"
+            f"model.stochastic_depth is {options.stochastic_depth}: a plain network has no shortcut "
+            "around a dropped block; set it to 0"
         )
     if options.avg_pool_shortcut and options.shortcut in ("A", "none"):
         raise ValueError(
@@ -372,15 +442,12 @@ def check_options(block: type[Block], options: Options) -> None:
         )
 
 
-_CIFAR = {
-    "stem": "cifar",
-    "stem_channels": 16,
-    "shortcut": "A",
-}  # He et al. 2015, section 4.2; 6 n + 2 layers
+# He et al. 2015, section 4.2; 6 n + 2 layers.
+_CIFAR = {"stem": "cifar", "stem_channels": 16, "shortcut": "A"}
 _PLAIN = {"shortcut": "none"}
 _PRE = {"preactivation": True}
 
-FAMILY: dict[str, tuple[type[Block], tuple[int, ...], dict]] = {
+FAMILY: dict[str, tuple[type[Block], tuple[int, ...], dict[str, Any]]] = {
     # He et al. 2015, table 1: 11.7, 21.8, 25.6, 44.5 and 60.2 million parameters
     "resnet18": (BasicBlock, (2, 2, 2, 2), {}),
     "resnet34": (BasicBlock, (3, 4, 6, 3), {}),
@@ -422,4 +489,4 @@ FAMILY: dict[str, tuple[type[Block], tuple[int, ...], dict]] = {
     "preresnet1001": (Bottleneck, (111, 111, 111), _CIFAR | _PRE),
     "wide_resnet28_10": (BasicBlock, (4, 4, 4), _CIFAR | _PRE | {"widen": 10, "shortcut": "B"}),
 }
-"""Each name's block, blocks per stage, and further arguments of `ResNet`."""
+"""For each name: block, blocks of each stage, and the options of `ResNet`."""

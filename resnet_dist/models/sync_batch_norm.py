@@ -26,7 +26,8 @@ SYNC_IN_GROUP_OF_ONE = False
 def _all_reduce_sum(numbers: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over all ranks, as an operation that `torch.compile` can trace."""
     total = functional_collectives.all_reduce(numbers, "sum", group)
-    return functional_collectives.wait_tensor(total)
+    waited: Tensor = functional_collectives.wait_tensor(total)  # type: ignore[no-untyped-call]
+    return waited
 
 
 def _dense(x: Tensor, like: Tensor) -> Tensor:
@@ -165,6 +166,7 @@ class SyncBatchNorm(_BatchNorm):
         if not self.training or not dist.is_available() or not dist.is_initialized():
             return None
         group = self.process_group or dist.group.WORLD
+        assert group is not None
         if group.size() == 1 and not SYNC_IN_GROUP_OF_ONE:
             return None
         return group
@@ -189,14 +191,18 @@ class SyncBatchNorm(_BatchNorm):
             weight, bias = self.weight.to(dtype), self.bias.to(dtype)
         else:
             weight, bias = torch.ones_like(statistics[0]), torch.zeros_like(statistics[0])
-        return _Normalize.apply(x, weight, bias, statistics, self.eps, group)
+        y: Tensor = _Normalize.apply(x, weight, bias, statistics, self.eps, group)
+        return y
 
     def _update_running_statistics(self, statistics: Tensor, total: int) -> None:
         """Move the running statistics towards those of this batch; equal on every rank."""
         mean, biased_var = statistics.unbind()
         unbiased_var = biased_var * (total / (total - 1))
+        assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         for running, new in ((self.running_mean, mean), (self.running_var, unbiased_var)):
+            assert running is not None
+            momentum: Tensor | float
             if self.momentum is None:
                 momentum = 1 / self.num_batches_tracked.to(running.dtype)
             else:
@@ -216,5 +222,6 @@ def convert_sync_batch_norm(
         if isinstance(norm, _BatchNorm):
             # All other attributes are those of a batch norm.
             norm.__class__ = SyncBatchNorm
+            assert isinstance(norm, SyncBatchNorm)
             norm.process_group = process_group
     return module
