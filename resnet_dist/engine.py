@@ -10,6 +10,7 @@ import gc
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -128,11 +129,8 @@ def train_step(
     """Do one update from `grad_accum_steps` micro-batches; nothing in it waits for the device.
 
     An update whose gradient is not finite is skipped on the device, by the optimizer's `found_inf`;
-    in fp16 the scaler decides that, from the same gradient.
-
-    Args:
-        model: Computes the logits: the DDP wrapper of `state.model`.
-        lr: Learning rate of this update.
+    in fp16 the scaler decides that, from the same gradient. `model` computes the logits: the DDP
+    wrapper of `state.model`.
 
     Returns:
         This rank's counts, and the L2 norm of the gradient (averaged over all samples of the
@@ -161,17 +159,19 @@ def accumulate_gradient(
     """
     counts = Counts.zero(micro_batches[0].images.device)
     mix = rule.mixing(state.step)
+    auxiliary_weight = float(getattr(state.model, "auxiliary_weight", 0.0))
     for number, batch in enumerate(micro_batches, start=1):
         is_last = number == len(micro_batches)
         images, share = mix_images(batch.images, mix)
-        with contextlib.nullcontext() if is_last else model.no_sync():
+        with contextlib.nullcontext() if is_last else model.no_sync():  # type: ignore[operator]
             with rule.precision.autocast():
                 logits = all_logits(model(images))
             losses = [rule.loss_fn(at_least_fp32(each), batch.labels, share) for each in logits]
             objective = losses[0]
             for auxiliary_loss in losses[1:]:
-                objective = objective + state.model.auxiliary_weight * auxiliary_loss
-            state.scaler.scale(objective.mean() / len(micro_batches)).backward()
+                objective = objective + auxiliary_weight * auxiliary_loss
+            scaled = state.scaler.scale(objective.mean() / len(micro_batches))
+            scaled.backward()  # type: ignore[no-untyped-call]
         counts = counts + Counts.of(logits[0].detach(), batch.labels, losses[0].detach())
     return counts
 
@@ -187,8 +187,8 @@ def clip_gradient(optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Te
 
 
 def apply_update(state: TrainState, lr: float, skipped: torch.Tensor) -> None:
-    """Let the optimizer update the weights unless `skipped` (a bool scalar); one step has passed."""
-    optimizer = state.optimizer
+    """Update the weights unless `skipped` (a bool scalar), and count the step."""
+    optimizer: Any = state.optimizer
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     if optimizer.defaults["fused"]:
@@ -258,10 +258,8 @@ def predict_logits(
     """Logits [B, C] of an evaluation batch, by a model in eval mode.
 
     The probabilities of several views of an image are averaged (Krizhevsky et al. 2012, section
-    4.1). The result is then the logarithm of the averages.
-
-    Args:
-        mirrored: Whether each view counts together with its mirror image, see `ValLoader`.
+    4.1). The result is then the logarithm of the averages. `mirrored`: each view counts together
+    with its mirror image, see `ValLoader`.
     """
     views = []
     for view in (batch.images, *batch.other_views):
@@ -277,7 +275,7 @@ def predict_logits(
 
 
 def warm_up_ddp(model: nn.Module, image_size: int, precision: Precision) -> None:
-    """Let DDP find its final gradient buckets before the first update, without a trace in the model.
+    """Let DDP find its final gradient buckets before the first update; the model stays as it is.
 
     DDP rebuilds its buckets after the first backward pass. With more than two ranks the order of
     additions in an all-reduce depends on the place in the bucket. Without this warm-up the first
@@ -295,7 +293,7 @@ def warm_up_ddp(model: nn.Module, image_size: int, precision: Precision) -> None
         with precision.autocast():
             logits = all_logits(model(images))
         zeros = [each.float().sum() * 0 for each in logits]
-        torch.stack(zeros).sum().backward()
+        torch.stack(zeros).sum().backward()  # type: ignore[no-untyped-call]
     model.zero_grad(set_to_none=True)
     for buffer, value in zip(model.buffers(), buffers_before, strict=True):
         buffer.copy_(value)
@@ -367,6 +365,17 @@ def collection_by_hand() -> Iterator[None]:
         gc.unfreeze()
 
 
+@contextlib.contextmanager
+def closing_batches(batches: Iterator[Batch]) -> Iterator[None]:
+    """Close the loader's generator at the end, so that it stops to read ahead."""
+    try:
+        yield
+    finally:
+        close = getattr(batches, "close", None)
+        if close is not None:
+            close()
+
+
 def train_loop(parts: Training, services: Services) -> int:
     """Train from `state.step` to `plan.total_steps`.
 
@@ -379,7 +388,7 @@ def train_loop(parts: Training, services: Services) -> int:
     batches = parts.train_loader.batches(state.step, plan.total_steps)
     train_mode(parts.model)
     reported_first = failures_reported_first(services.runtime)
-    with collection_by_hand(), contextlib.closing(batches), reported_first:
+    with collection_by_hand(), closing_batches(batches), reported_first:
         while True:
             # 1. Log where it is due, and wherever the loop waits for the device anyway.
             stops = services.poll(state.step, "log")

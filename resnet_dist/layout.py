@@ -14,9 +14,8 @@ def check_layout(
 ) -> int:
     """The local batch size: images of one rank in one micro-step.
 
-    Args:
-        pairs: Whether mixup or CutMix is on. They mix neighbours of the same rank, so that the
-            local batch size must be even.
+    `pairs`: mixup or CutMix is on. They mix neighbours of the same rank, so that the local batch
+    size must be even.
 
     Raises:
         ValueError: If the global batch does not divide; the message names the nearest layouts.

@@ -1,4 +1,4 @@
-"""The loss of each image, for targets that may be mixed with those of the neighbour (see mix.py)."""
+"""The loss of each image, with targets that may be mixed with the neighbour's (see mix.py)."""
 
 from collections.abc import Callable
 

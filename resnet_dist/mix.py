@@ -100,4 +100,5 @@ def mix_images(images: torch.Tensor, mix: Mix | None) -> tuple[torch.Tensor, flo
 
 def swap_neighbours(batch: torch.Tensor) -> torch.Tensor:
     """Each row of [B, ...] in the place of its neighbour: rows 1, 0, 3, 2, ..."""
-    return batch.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    pairs: torch.Tensor = batch.unflatten(0, (-1, 2))  # type: ignore[no-untyped-call]
+    return pairs.flip(1).flatten(0, 1)

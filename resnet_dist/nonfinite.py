@@ -1,4 +1,4 @@
-"""Updates whose gradient is not finite: leave no trace of them, count them, and report their images."""
+"""Updates whose gradient is not finite: undo them, count them, and report their images."""
 
 import json
 from pathlib import Path

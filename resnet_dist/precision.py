@@ -1,15 +1,21 @@
-"""The arithmetic of the forward and backward pass: what `train.precision` means on this hardware."""
+"""The arithmetic of the forward and backward pass: `train.precision` on this hardware."""
 
 import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from resnet_dist.config import Config
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PrecisionName = Literal["fp32", "bf16", "fp16"]
+
+DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 _CPU_FLAGS_OF_FAST_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 """Linux's names of the instructions: two of x86-64, and one of 64-bit Arm."""
@@ -56,8 +62,10 @@ def resolve_settings(
     return replace(config, train=replace(train, precision=precision))
 
 
-def resolve_precision(setting: str, device: torch.device) -> str:
-    """The precision that `setting` stands for on `device`: "fp32", "bf16" or "fp16".
+def resolve_precision(
+    setting: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device
+) -> PrecisionName:
+    """The precision that `setting` stands for on `device`.
 
     `auto` is the fastest precision that the hardware computes natively: bf16 where it has it, else
     fp16 on a GPU and fp32 on a CPU.

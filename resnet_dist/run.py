@@ -48,8 +48,7 @@ def always_stop(signal: int) -> bool:
 def train(config: Config, runtime: Runtime, should_continue: ShouldContinue = always_stop) -> int:
     """Train one run; every rank calls it.
 
-    Args:
-        should_continue: Asked in the main process after a signal and its checkpoint.
+    `should_continue` is asked in the main process after a signal and its checkpoint.
 
     Returns:
         The exit code: 0, 128 + signal after a checkpoint, or that of `report_failure`.

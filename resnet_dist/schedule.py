@@ -1,9 +1,8 @@
-"""The learning rate as a function of the step, and durations in epochs as steps. Pure functions of
-numbers.
+"""The learning rate of each step, and durations in epochs as steps. Pure functions of numbers.
 
 The laws are torch's `LinearLR` or `ConstantLR`, then `CosineAnnealingLR`, `MultiStepLR`,
-`PolynomialLR` or `StepLR`, in closed form: the learning rate of a step does not depend on the steps
-before it, so a resumed run needs no state of it.
+`PolynomialLR` or `StepLR`, in closed form. The learning rate of a step does not depend on the steps
+before it, so that a resumed run needs no state of it.
 """
 
 import math
@@ -19,15 +18,18 @@ def epochs_to_steps(epochs: float, steps_per_epoch: int) -> int:
 
 
 def peak_lr(base_lr: float, base_batch_size: int, global_batch_size: int) -> float:
-    """Linear scaling of the learning rate (Goyal et al. 2017, section 2.1); `base_batch_size` 0
-    leaves `base_lr`.
+    """Linear scaling of the learning rate (Goyal et al. 2017, section 2.1).
+
+    With a `base_batch_size` of 0 it is `base_lr`.
     """
-    return base_lr * global_batch_size / base_batch_size if base_batch_size else base_lr
+    if not base_batch_size:
+        return base_lr
+    return base_lr * global_batch_size / base_batch_size
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Warm-up over `warmup_steps`, then the decay that `kind` says until `total_steps`."""
+    """Warm-up over `warmup_steps`, then the decay that `kind` names, until `total_steps`."""
 
     kind: str
     peak_lr: float
@@ -44,31 +46,39 @@ class Schedule:
     def lr(self, step: int) -> float:
         """Learning rate of the update number `step`, counted from 0.
 
-        Warm-up rises from peak * warmup_start_factor at step 0 to the peak at step `warmup_steps`,
-        or stays at the former until then (Goyal et al. 2017, section 2.2). The cosine (SGDR,
-        Loshchilov and Hutter 2017, equation 5, without restarts) and the polynomial (power 2 in
-        MLPerf's LARS reference) reach `final_lr` at `total_steps`, one step after the last update.
         Milestones and the exponential's decays count from the start of the run, warm-up included
         (Goyal et al. 2017; TensorFlow's code of Inception v3 and of EfficientNet).
         """
         if step < self.warmup_steps:
-            start = self.warmup_start_factor
-            return self.peak_lr * (
-                start + (self.warmup_kind == "linear") * (1 - start) * step / self.warmup_steps
-            )
+            return self.peak_lr * self._warmup_factor(step)
         if self.kind == "step":
             return self.peak_lr * self.gamma ** bisect_right(self.milestones, step)
         if self.kind == "exponential":
             return self.peak_lr * self.gamma ** (step // self.decay_steps)
-        progress = min(
-            1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        )
-        left = (
-            (1 - progress) ** self.power
-            if self.kind == "polynomial"
-            else (1 + math.cos(math.pi * progress)) / 2
-        )
-        return self.final_lr + (self.peak_lr - self.final_lr) * left
+        return self.final_lr + (self.peak_lr - self.final_lr) * self._remaining(step)
+
+    def _warmup_factor(self, step: int) -> float:
+        """The factor on the peak during warm-up.
+
+        Linear: it rises from `warmup_start_factor` at step 0 to 1 at step `warmup_steps`. Constant:
+        it stays at the former (Goyal et al. 2017, section 2.2).
+        """
+        start = self.warmup_start_factor
+        if self.warmup_kind == "constant":
+            return start
+        return start + (1 - start) * step / self.warmup_steps
+
+    def _remaining(self, step: int) -> float:
+        """The part of the way from the final to the peak learning rate that is left, 1 to 0.
+
+        It is 0 at `total_steps`, one step after the last update. Cosine: SGDR, Loshchilov and
+        Hutter 2017, equation 5, without restarts. Polynomial: power 2 in MLPerf's LARS reference.
+        """
+        decay_steps = max(1, self.total_steps - self.warmup_steps)
+        progress = min(1.0, (step - self.warmup_steps) / decay_steps)
+        if self.kind == "polynomial":
+            return float((1 - progress) ** self.power)
+        return (1 + math.cos(math.pi * progress)) / 2
 
 
 def build_schedule(

@@ -23,7 +23,7 @@ def build_state(config: Config, num_classes: int, device: torch.device) -> Train
     if config.model.sync_batch_norm:
         model = convert_sync_batch_norm(model)
     freeze(model, config.optim.unfreeze_from)
-    model = model.to(device=device, memory_format=torch.channels_last)
+    model = model.to(device).to(memory_format=torch.channels_last)
     return TrainState(
         model=model,
         optimizer=build_optimizer(config.optim, model),

@@ -82,7 +82,7 @@ SETTINGS = {
     "alexnet": Overfit(63, 4, 2.0, clip=1.0, updates=2),
     "googlenet": Overfit(32, 4, 0.03),
     "inception_v3": Overfit(299, 2, 0.01),
-    "inception_v4": Overfit(75, 2, 0.01),
+    "inception_v4": Overfit(75, 4, 0.003, updates=3),
     "inception_resnet_v2": Overfit(75, 2, 0.01),
     "vgg": Overfit(32, 4, 2.0, clip=1.0, updates=2),
     "vgg_bn": Overfit(32, 4, 0.6, clip=1.0, updates=2),

@@ -1,8 +1,8 @@
 """`resnet-dist benchmark`: the speed of the whole training loop beside that of a bare loop.
 
 The bare loop is forward, backward and update on one fixed batch, with the same network, DDP and
-optimizer. The whole loop is `engine.train_loop` with its data, metrics, gradient norm, signals and log.
-Both run in the same process and alternate, since machines are noisy: the medians of many short
+optimizer. The whole loop is `engine.train_loop` with its data, metrics, gradient norm, signals and
+log. Both run in the same process and alternate, since machines are noisy: the medians of many short
 windows are compared. CPU time per image hardly depends on what else the machine does, so it is
 reported beside the clock's.
 """
@@ -12,7 +12,7 @@ import json
 import resource
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,7 +58,7 @@ class FigureLog(Log):
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
         """Keep the values of one line."""
-        self.lines.append(values)
+        self.lines.append(dict(values))
 
 
 def measure_training(config: Config, runtime: Runtime, options: argparse.Namespace) -> int:
@@ -117,7 +117,8 @@ class NoValLoader:
     rounds = 0
     mirrored = False
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Batch | None]:
+        """Never called."""
         raise AssertionError("a benchmark does not evaluate")
 
     def close(self) -> None:
@@ -155,7 +156,8 @@ def run_whole_loop(parts: Training, interval: int, config: Config, runtime: Runt
 
 def run_bare_loop(parts: Training, batch: Batch, interval: int, runtime: Runtime) -> Speed:
     """Forward, backward and update on one batch, for five intervals; the first does not count."""
-    parts.state.optimizer.found_inf = None
+    optimizer: Any = parts.state.optimizer
+    optimizer.found_inf = None
     for _ in range(interval):
         bare_step(parts, batch).item()  # .item() waits for the device
     runtime.barrier()
@@ -180,7 +182,7 @@ def bare_step(parts: Training, batch: Batch) -> torch.Tensor:
     with parts.rule.precision.autocast():
         logits = engine.all_logits(parts.model(batch.images))[0]
     loss = F.cross_entropy(logits.float(), batch.labels)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss

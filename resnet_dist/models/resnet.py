@@ -428,8 +428,8 @@ def check_options(block: type[Block], options: Options) -> None:
         )
     if options.stochastic_depth and options.shortcut == "none":
         raise ValueError(
-            f"model.stochastic_depth is {options.stochastic_depth}: a plain network has no shortcut "
-            "around a dropped block; set it to 0"
+            f"model.stochastic_depth is {options.stochastic_depth}: a plain network has no "
+            "shortcut around a dropped block; set it to 0"
         )
     if options.avg_pool_shortcut and options.shortcut in ("A", "none"):
         raise ValueError(

@@ -96,7 +96,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Any,  # noqa: ANN401
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
@@ -104,6 +104,7 @@ class _Normalize(torch.autograd.Function):
         eps: float,
         group: dist.ProcessGroup,
     ) -> Tensor:
+        """The normalised x."""
         ctx.save_for_backward(x, weight, statistics)
         ctx.eps = eps
         ctx.group = group
@@ -112,7 +113,8 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        """The gradients of x, weight and bias."""
         x, weight, statistics = ctx.saved_tensors
         mean, var = statistics.unbind()
         dy = _dense(dy, like=x)
@@ -172,6 +174,7 @@ class SyncBatchNorm(_BatchNorm):
         return group
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise [B, C, ...]."""
         group = self._group_to_sync()
         if group is None:
             return super().forward(x)
