@@ -155,7 +155,7 @@ def _submit(line: CommandLine) -> int:
     try:
         return submit_jobs(configs or [config], cluster, _typed_command(line))
     except ValueError as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {printable(problem)}", file=sys.stderr)
         return 2
 
 
@@ -268,7 +268,7 @@ def _run_on_checkpoint(
             saved = open_network(path)
         except ValueError as problem:
             if os.environ.get("RANK", "0") == "0":
-                print(f"error: {problem}", file=sys.stderr)
+                print(f"error: {printable(problem)}", file=sys.stderr)
             return 2
         config, options = _config_or_print(line, defaults=saved.settings)
         _refuse_other_network(line, config.model, build_config(saved.settings).model)

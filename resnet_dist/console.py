@@ -15,7 +15,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from resnet_dist.text import printable
+from resnet_dist.text import printable, printable_lines
 
 # No bar is narrower than this, whatever stands beside it.
 _LEAST_BAR_WIDTH = 10
@@ -54,13 +54,13 @@ class Console:
         self._print(text, sys.stdout)
 
     def warn(self, text: str) -> None:
-        """Print a sentence that the user should not miss."""
-        self._print(f"warning: {text}", sys.stderr)
+        """Print a sentence that the user should not miss, on one line."""
+        self._print(f"warning: {printable(text)}", sys.stderr)
 
     def _print(self, text: str, stream: TextIO) -> None:
         if not self.enabled:
             return
-        safe = "\n".join(printable(line) for line in text.split("\n"))
+        safe = printable_lines(text)
         # ValueError: the stream is closed. OSError: its reader is gone or its disk is full.
         # Neither may end a training.
         with contextlib.suppress(OSError, ValueError):

@@ -103,7 +103,7 @@ class Parser(ArgumentParser):
         """Print the message and end the process with code 2. Of several ranks, rank 0 prints."""
         if os.environ.get("RANK", "0") == "0":
             print(self.format_usage().strip(), file=sys.stderr)
-            print(f"error: {self._in_words(message)}", file=sys.stderr)
+            print(f"error: {printable(self._in_words(message))}", file=sys.stderr)
             print(f"`{self.prog} --help` lists all options", file=sys.stderr)
         sys.exit(2)
 

@@ -23,6 +23,7 @@ from resnet_dist.distributed import Runtime
 from resnet_dist.layout import describe_layout, fit_layout
 from resnet_dist.precision import resolve_settings
 from resnet_dist.rendezvous import Launcher, LostRankError, read_launcher
+from resnet_dist.text import printable
 from resnet_dist.watchdog import EXIT_LOST_RANK, Watchdog, write_error_file
 
 _BATCH_OF_ONE = (
@@ -109,9 +110,9 @@ def _report_early(problem: Exception) -> int:
     code = 2 if isinstance(problem, ValueError) else EXIT_LOST_RANK
     rank = os.environ.get("RANK", "")
     if code == EXIT_LOST_RANK:
-        print(f"error (rank {rank}): {problem}", file=sys.stderr, flush=True)
+        print(f"error (rank {rank}): {printable(problem)}", file=sys.stderr, flush=True)
     elif rank in ("", "0") and os.environ.get("SLURM_PROCID", "0") == "0":
-        print(f"error: {problem}", file=sys.stderr, flush=True)
+        print(f"error: {printable(problem)}", file=sys.stderr, flush=True)
     write_error_file(str(problem))
     return code
 
@@ -145,13 +146,13 @@ def failures_reported_first(runtime: Runtime) -> Iterator[None]:
 
 def _report(problem: Exception, watchdog: Watchdog) -> int:
     if "Expected more than 1 value per channel" in str(problem):
-        return watchdog.fail(watchdog.own(f"{_BATCH_OF_ONE} ({problem})", 2))
+        return watchdog.fail(watchdog.own(printable(f"{_BATCH_OF_ONE} ({problem})"), 2))
     if isinstance(problem, (ValueError, FloatingPointError)):
-        return watchdog.fail(watchdog.own(str(problem), 2))
+        return watchdog.fail(watchdog.own(printable(problem), 2))
     if _is_of_a_collective(problem):
         return watchdog.fail(watchdog.find_cause(problem))
     trace = "".join(traceback.format_exception(problem))
-    return watchdog.fail(watchdog.own(f"{type(problem).__name__}: {problem}"), trace)
+    return watchdog.fail(watchdog.own(printable(f"{type(problem).__name__}: {problem}")), trace)
 
 
 def _is_of_a_collective(problem: Exception) -> bool:

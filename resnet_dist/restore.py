@@ -21,6 +21,7 @@ from resnet_dist.log import Log
 from resnet_dist.models import weights
 from resnet_dist.resume_rules import check_resumable, model_changes
 from resnet_dist.run_folder import find_checkpoint, newest_valid, refuse_lost
+from resnet_dist.text import printable
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def _find(path: str, runtime: Runtime, log: Log, best: bool) -> str:
 def _warn_about_ignored(section: CheckpointConfig, own: str, log: Log) -> None:
     for key in ("resume", "init_from"):
         if getattr(section, key):
-            log.say(f"resuming from {own}; checkpoint.{key} is ignored")
+            log.say(f"resuming from {printable(own)}; checkpoint.{key} is ignored")
 
 
 def _read(path: str, runtime: Runtime, log: Log | None = None) -> dict[str, Any]:
@@ -138,9 +139,12 @@ def _init_weights(
         state.ema.model.load_state_dict(state.model.state_dict())
 
     found_under = ".".join(weights.find_weights(content)[0]) or "top level of the file"
-    title = f"weights of {path}, {found_under}"
-    show = log.say if complete else log.warn
-    show(f"{title}\n{weights.describe(rows)}")
+    title = f"weights of {printable(path)}, {printable(found_under)}"
+    if complete:
+        log.say(title)
+    else:
+        log.warn(f"{title}: not all of them fit")
+    log.say(weights.describe(rows))
     _warn_about_other_network(content, path, config, saver, log)
 
     def write_table() -> None:

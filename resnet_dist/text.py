@@ -20,3 +20,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a sentence, "; did you mean resnet50?", or "" if no known word is similar."""
     similar = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {similar[0]}?" if similar else ""
+
+
+def printable_lines(text: object) -> str:
+    """`text` with its line breaks, and everything else as `printable` has it.
+
+    For a text that has several lines on purpose: names inside it must be printable by themselves.
+    """
+    return "\n".join(printable(line) for line in str(text).split("\n"))

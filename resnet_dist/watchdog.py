@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from resnet_dist.rendezvous import Meeting, process_state
+from resnet_dist.text import printable_lines
 
 EXIT_LOST_RANK = 75
 """Exit code (EX_TEMPFAIL) when another rank or the launcher was lost: the same command resumes."""
@@ -181,7 +182,7 @@ class Watchdog:
                 self.store.set("error", json.dumps(asdict(failure)))
             is_new = is_new and self.store.add(f"said/{self.host}/{text}", 1) == 1
         if is_new:
-            print(f"error (rank {self.rank}): {text}", file=sys.stderr, flush=True)
+            print(f"error (rank {self.rank}): {printable_lines(text)}", file=sys.stderr, flush=True)
         self.reported = failure.code
         write_error_file(failure.headline)
         if self.is_watching:

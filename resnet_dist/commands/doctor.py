@@ -22,6 +22,7 @@ from resnet_dist.process import run_process
 from resnet_dist.restore import checkpoint_folder
 from resnet_dist.schedule import peak_lr
 from resnet_dist.sinks.wandb import why_offline
+from resnet_dist.text import printable
 
 LEVELS = ("ok", "warning", "error")
 
@@ -51,7 +52,7 @@ def run(config: Config, as_json: bool) -> int:
             if as_json
             else ["{level:9}{check:10}{text}".format(**one) for one in told]
         ):
-            print(line, flush=True)
+            print(printable(line), flush=True)
         runtime.watchdog.leave(5.0)
         return max(LEVELS.index(one["level"]) for one in found)
 

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         runs = [read_run(Path(folder)) for folder in args.output_dir]
     except ValueError as error:
-        print(f"error: {error}")
+        print(f"error: {printable(error)}")
         return 2
     print(summarize(runs[0]) if len(runs) == 1 else compare(runs))
     out = Path(args.out) if args.out else runs[0].folder / "metrics.png"

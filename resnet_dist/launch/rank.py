@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from resnet_dist.config import Config
 from resnet_dist.launch.status import show_job
+from resnet_dist.text import printable
 
 if TYPE_CHECKING:
     from resnet_dist.distributed import Runtime
@@ -262,7 +263,9 @@ def preflight_and_train(
     found = doctor.quick(config, runtime)
     if runtime.is_main:
         for one in found:
-            print(f"preflight: {one['level']}, {one['check']}: {one['text']}", flush=True)
+            print(
+                f"preflight: {one['level']}, {one['check']}: {printable(one['text'])}", flush=True
+            )
     errors = [one["text"] for one in found if one["level"] == "error"]
     if errors:
         raise ValueError("; ".join(errors))

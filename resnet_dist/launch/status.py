@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from resnet_dist.text import printable_lines
+
 NOT_ENDED = ("", "PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED")
 """States of a job that will run, runs, or will run again; empty where SLURM gave no answer."""
 
@@ -109,7 +111,11 @@ def wait(jobs: Sequence[BatchJob], folder: Path) -> int:
         print(f"job {job.job_id}: {last}, {outcome}", flush=True)
         if not succeeded:
             code = 1
-            print(first_error(folder, job.job_id, results), file=sys.stderr, flush=True)
+            print(
+                printable_lines(first_error(folder, job.job_id, results)),
+                file=sys.stderr,
+                flush=True,
+            )
     return code
 
 

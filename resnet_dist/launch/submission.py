@@ -55,7 +55,7 @@ def submit_jobs(configs: list[Config], cluster: ClusterConfig, command: str) -> 
     for config in configs:
         warnings = check_training(config, cluster, world_size)
         for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
+            print(f"warning: {printable(warning)}", file=sys.stderr, flush=True)
     if cluster.executor == "debug":
         from resnet_dist import run
         from resnet_dist.process import run_process
@@ -80,8 +80,8 @@ def submit_jobs(configs: list[Config], cluster: ClusterConfig, command: str) -> 
     ]
     jobs = start_jobs(tasks, cluster, parameters, folder)
     for job, output in zip(jobs, outputs, strict=True):
-        print(f"job {job.job_id}, {world_size} ranks, {output}")
-        print(f"  log     {folder}/{job.job_id}_0*log.out")
+        print(f"job {job.job_id}, {world_size} ranks, {printable(output)}")
+        print(f"  log     {printable(folder)}/{job.job_id}_0*log.out")
     print(how_to_follow(jobs[0].job_id, cluster, folder, command), flush=True)
     return wait(jobs, folder) if cluster.wait else 0
 

@@ -1,0 +1,65 @@
+"""Text from outside is printed so that it cannot forge lines or move the cursor."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+from resnet_dist.text import printable, printable_lines
+
+PACKAGE = Path(__file__).resolve().parents[1] / "resnet_dist"
+
+# Names in the package for what comes from outside.
+FOREIGN = {"problem", "error", "warning", "path", "file", "folder", "output", "name", "detail"}
+
+# Here `name` is that of a network, a loader or a signal, which is ours.
+OURS = {"export.py", "models.py", "benchmark_loader.py"}
+
+
+def test_control_characters_are_escaped():
+    assert printable("a\nb\x1b[31m\u202eß 中") == "a\\nb\\x1b[31m\\u202eß 中"
+    assert printable_lines("a\x07\nb") == "a\\x07\nb"
+    assert printable("lone \udcff byte") == "lone \\udcff byte"
+
+
+def test_no_foreign_text_is_printed_raw():
+    raw = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or getattr(node.func, "id", "") != "print":
+                continue
+            for value in ast.walk(node):
+                if not isinstance(value, ast.FormattedValue):
+                    continue
+                source = ast.unparse(value.value)
+                is_ours = (
+                    path.name in OURS
+                    or source.endswith("model.name")
+                    or "signal." in source.lower()
+                )
+                if source.split(".")[-1] in FOREIGN and not is_ours:
+                    raw.append(f"{path}:{value.lineno} {source}")
+    assert raw == []
+
+
+def test_a_name_cannot_forge_an_error_line(tmp_path):
+    """Through the real command line: a folder, a missing file and a class with newlines."""
+    evil = "x\nerror (rank 0): forged \x1b[2J"
+    (tmp_path / evil / "train").mkdir(parents=True)
+    for arguments in (
+        ["report", evil],
+        ["evaluate", "--checkpoint", evil],
+        ["train", "--config", evil],
+        ["data", "verify", evil],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "resnet_dist.cli", *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        printed = done.stdout + done.stderr
+        assert done.returncode == 2, printed
+        assert "\x1b" not in printed
+        assert not any(line.startswith("error (rank 0): forged") for line in printed.splitlines())
