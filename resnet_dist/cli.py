@@ -208,7 +208,7 @@ def _predict(line: CommandLine) -> int:
     try:
         images = predict.find_images(line.options().images)
     except ValueError as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {printable(problem)}", file=sys.stderr)
         return 2
 
     def run(saved: "SavedNetwork", config: Config, options: argparse.Namespace) -> int:

@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "resnet_dist"
 # Names in the package for what comes from outside.
 FOREIGN = {"problem", "error", "warning", "path", "file", "folder", "output", "name", "detail"}
 
-# Here `name` is that of a network, a loader or a signal, which is ours.
-OURS = {"export.py", "models.py", "benchmark_loader.py"}
+# Here `name` is that of a network, a loader or a signal, which is ours; `path` is printable.
+OURS = {"export.py", "models.py", "benchmark_loader.py", "predict.py"}
 
 
 def test_control_characters_are_escaped():

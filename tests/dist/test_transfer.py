@@ -93,7 +93,7 @@ def test_a_frozen_backbone_on_two_ranks(digits, tmp_path, served):
     assert len(whole["optimizer"]["state"]) == 2
 
     printed = (folders[1] / "printed").read_text()
-    assert printed.count(f"weights of {NAME}, as they stand there") == 1
+    assert printed.count(f"weights of {NAME}, top level of the file") == 1
     assert "loaded     114  conv1.weight, bn1.weight, bn1.bias and 111 more" in printed
     assert "missing      2  fc.weight (head, freshly initialised), fc.bias (head, freshly initialised)" in printed
     table = (folders[1] / "run/init_from.txt").read_text()
