@@ -41,12 +41,12 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"error: {printable(error)}")
         return 2
-    print(summarize(runs[0]) if len(runs) == 1 else compare(runs))
+    print(summarize_run(runs[0]) if len(runs) == 1 else compare_runs(runs))
     out = Path(args.out) if args.out else runs[0].folder / "metrics.png"
     return _draw(runs, out)
 
 
-def summarize(run: RunHistory) -> str:
+def summarize_run(run: RunHistory) -> str:
     """The table of one run: final and best accuracy of raw and averaged weights, length, speed."""
     rows = {
         "run": printable(run.folder),
@@ -72,7 +72,7 @@ def summarize(run: RunHistory) -> str:
     return "\n".join(f"{name:<{width}}   {value}" for name, value in rows.items())
 
 
-def compare(runs: Sequence[RunHistory]) -> str:
+def compare_runs(runs: Sequence[RunHistory]) -> str:
     """A row for each run, and which differences in accuracy are more than chance."""
     width = max(len(run.name) for run in runs)
     header = f"{'run':{width}}  epochs      time  train loss  val top-1  val top-5  best top-1"

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from resnet_dist.files import write_file
+from resnet_dist.text import printable
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Endings, in any case, of the files that count as images: torchvision's IMG_EXTENSIONS."""
@@ -502,7 +503,7 @@ def check_num_classes(num_classes: int | None, found: int) -> int:
 def some(names: Sequence[str], count: int = 5) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
+    return ", ".join(printable(name) for name in names[:count]) + more
 
 
 def _check_plain_names(names: Sequence[str], what: str) -> None:
