@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from resnet_dist.config import Config, to_dict
 from resnet_dist.files import replace_file, write_file
 from resnet_dist.text import printable
 
@@ -292,6 +293,14 @@ def _is_optimizer(value: object) -> bool:
     return isinstance(value.get("param_groups"), list) and all(map(_is_dict, states))
 
 
+def _is_config(value: object) -> bool:
+    """Whether every section of our config that is there holds settings."""
+    if not isinstance(value, dict) or not _is_dict(value):
+        return False
+    sections = [key for key, default in to_dict(Config()).items() if isinstance(default, dict)]
+    return all(_is_dict(value.get(section, {})) for section in sections)
+
+
 def _is_names(value: object) -> bool:
     return isinstance(value, list) and len(value) > 0 and all(map(_is_text, value))
 
@@ -306,7 +315,7 @@ _PARTS: dict[str, tuple[Callable[[object], bool], str]] = {
     "ema": (_is_weights_or_none, "tensors by name, or None"),
     "optimizer": (_is_optimizer, "the state dict of an optimizer"),
     "scaler": (_is_dict, "the state dict of a GradScaler"),
-    "config": (_is_dict, "settings by name"),
+    "config": (_is_config, "settings by section"),
     "class_names": (_is_names, "a list of names"),
     "num_samples": (_is_step, "a number of images"),
     "fingerprint": (_is_text, "a text"),

@@ -217,18 +217,18 @@ def model_changes(saved: Content, config: Config) -> list[str]:
 def stored_config(saved: Content, name: str) -> Settings:
     """The config of a checkpoint as flat settings that this version knows.
 
-    Settings of the network that are unknown are refused: it could not be built as it was. Others
-    are left out.
+    Unknown settings of the network and of the data are refused: what it computes would not be what
+    it was trained for. Others are left out.
 
     Raises:
-        ValueError: The network has a setting that this version does not know.
+        ValueError: There is an unknown setting of these sections.
     """
     known = flatten(to_dict(Config()))
     stored = _stored(saved["config"])
-    strange = [key for key in stored if key.startswith("model.") and key not in known]
-    if strange:
-        raise ValueError(
-            f"{printable(name)} holds a network with {printable(strange[0])}, which this version "
-            "does not know: update it"
-        )
+    for key in stored:
+        if key.partition(".")[0] in ("model", "data") and key not in known:
+            raise ValueError(
+                f"the checkpoint {printable(name)} has the setting {printable(key)}, which this "
+                "version does not know: update it"
+            )
     return {key: value for key, value in stored.items() if key in known}

@@ -73,6 +73,8 @@ def test_onnx(checkpoint, run):
         and f"{output}: resnet20, ema weights of step 2" in out
     )
     session = onnxruntime.InferenceSession(output)
+    assert session.get_inputs()[0].shape == ["batch", 3, 16, 16]
+    assert session.get_outputs()[0].shape == ["batch", 10]
     model = network(checkpoint)
     for n in (1, 7):
         [logits] = session.run(["logits"], {"images": images(n).numpy()})

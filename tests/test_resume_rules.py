@@ -115,5 +115,5 @@ def test_a_stored_config_of_another_version_can_be_read():
     settings = resume_rules.stored_config(saved, "x.pt")
     assert settings == flatten(to_dict(Config()))
     saved["config"]["model"]["attention"] = True
-    with pytest.raises(ValueError, match=r"x\.pt holds a network with model\.attention"):
+    with pytest.raises(ValueError, match=r"x\.pt has the setting model\.attention.*update it"):
         resume_rules.stored_config(saved, "x.pt")
