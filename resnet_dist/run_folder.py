@@ -1,7 +1,8 @@
 """The checkpoints of a run: which file is the newest, which links lead there, and who may write.
 
 The folder `checkpoints` of a run holds `step_<step>.pt` with `.sha256` files for sha256sum, the
-links `last.pt` and `best.pt`, `attempt` (the process that may write here) and `saved` (that one was).
+links `last.pt` and `best.pt`, `attempt` (the process that may write here), and `saved` once a
+checkpoint was saved.
 """
 
 import contextlib

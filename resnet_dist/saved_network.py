@@ -68,8 +68,10 @@ def build_network(saved: SavedNetwork, config: Config, device: torch.device) -> 
     model = build_model(config.model, len(saved.class_names))
     if config.model.sync_batch_norm:
         model = convert_sync_batch_norm(model)
-    model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model.eval()
+    placed: nn.Module = model.to(  # type: ignore[call-overload]
+        device=device, memory_format=torch.channels_last
+    )
+    return placed.eval()
 
 
 def load_into(model: nn.Module, saved: SavedNetwork, kind: str) -> None:

@@ -1,4 +1,4 @@
-"""Exports of a checkpoint: each computes, in the program it is for, what the checkpoint computes."""
+"""Exports of a checkpoint: each computes what the checkpoint computes, in the program it is for."""
 
 import errno
 import json

@@ -75,7 +75,7 @@ def test_a_folder_of_set_aside_ones_is_no_start_from_scratch(tmp_path):
 
 
 def test_damaged_ones_are_set_aside_and_never_crowd_out_the_good(tmp_path):
-    """After a fallback to step 1 the damaged step 9 does not count among the newest that are kept."""
+    """After a fallback to step 1 the damaged step 9 is not among the newest that are kept."""
     save_steps(tmp_path, (1, 9))
     (tmp_path / "step_00000009.pt").write_bytes(b"damaged")
     assert newest_valid(tmp_path, lambda text: None).name == "step_00000001.pt"
@@ -169,7 +169,7 @@ def test_a_name_that_claims_another_step_misleads_nobody(tmp_path, sealed):
 
 
 def test_a_run_goes_on_from_a_file_under_a_wrong_name(tmp_path):
-    """It is found for the links, and later saves neither fail nor remove it as long as it counts."""
+    """It is found for the links, and later saves neither fail nor remove it while it counts."""
     save_steps(tmp_path, (1, 2), best=(2,))
     step_path(tmp_path, 2).rename(tmp_path / "step_zzz.pt")
     newest = newest_valid(tmp_path, lambda text: None)
@@ -221,7 +221,7 @@ DAMAGES = (b"\0" * 30, b"", b"\n", b"not a number", b"\xff\xfe", b"1", b"1 host"
 
 
 def test_a_damaged_attempt_is_named_and_mended(tmp_path):
-    """When no other run is alive; a run that is alive mends its own, and is named if it is not ours."""
+    """When no other run is alive. A run that is alive mends its own file."""
     path = tmp_path / "attempt"
     for damage in DAMAGES:
         told = []

@@ -154,8 +154,11 @@ def _read_safetensors(export: Export, model: nn.Module, path: Path) -> Network:
 
     own = model.state_dict()
     weights = load_file(path)
-    if weights.keys() != own.keys() or not all(torch.equal(weights[key], own[key]) for key in own):
-        raise ValueError("the tensors that were read back are not those that were written")
+    if weights.keys() != own.keys():
+        raise ValueError("the names that were read back are not those that were written")
+    for key, tensor in own.items():
+        if not torch.equal(weights[key], tensor):
+            raise ValueError(f"the tensor {key} that was read back is not the one that was written")
 
     def network(images: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = torch.func.functional_call(model, weights, (images,))
@@ -172,11 +175,14 @@ def _write_torchvision(export: Export, model: nn.Module) -> bytes:
 
 def _read_torchvision(export: Export, model: nn.Module, path: Path) -> Network:
     theirs = _torchvision_network(export.name, export.num_classes)
-    shapes = {key: tensor.shape for key, tensor in theirs.state_dict().items()}
-    if shapes != {key: tensor.shape for key, tensor in model.state_dict().items()}:
+    if _shapes(theirs) != _shapes(model):
         raise ValueError(f"it has no {export.options}: take onnx, torch_export or safetensors")
     theirs.load_state_dict(torch.load(path, weights_only=True), strict=True, assign=True)
     return theirs.eval()
+
+
+def _shapes(network: nn.Module) -> dict[str, torch.Size]:
+    return {key: tensor.shape for key, tensor in network.state_dict().items()}
 
 
 def _torchvision_network(name: str, num_classes: int) -> nn.Module:
@@ -230,9 +236,11 @@ def _name_batch_dimension(model: Any) -> None:  # noqa: ANN401  onnx_ir has no t
     """Call the free dimension `batch`; torch.export has called it s77 or the like."""
     from onnx_ir import SymbolicDim
 
-    invented = model.graph.inputs[0].shape[0].value
-    values = [*model.graph.inputs, *model.graph.outputs]
-    values += [value for node in model.graph for value in node.outputs]
+    graph = model.graph
+    invented = graph.inputs[0].shape[0].value
+    values = [*graph.inputs, *graph.outputs]
+    for node in graph:
+        values.extend(node.outputs)
     for value in values:
         for axis, size in enumerate(value.shape or ()):
             if getattr(size, "value", None) == invented:

@@ -124,10 +124,10 @@ def predict_files(
             logits = engine.predict_logits(model, batch, loader.mirrored, precision).cpu()
             order = logits.argsort(dim=1, descending=True, stable=True)[:, :top]
             shares = logits.softmax(1).gather(1, order)
-            rows = zip(batch.indices.tolist(), batch.labels.tolist(), strict=True)
-            for place, (row, label) in enumerate(rows):
+            labels = batch.labels.tolist()
+            for place, row in enumerate(batch.indices.tolist()):
                 problem = ""
-                if label == IGNORED_LABEL:
+                if labels[place] == IGNORED_LABEL:
                     problem = loader.quarantine.files[index.path(row)]  # type: ignore[attr-defined]
                 best = list(zip(order[place].tolist(), shares[place].tolist(), strict=True))
                 yield Prediction(files[row], problem, best)
@@ -147,7 +147,10 @@ def find_images(words: list[str]) -> list[str]:
     for word in words:
         paths = _read_paths() if word == "-" else [word]
         for path in paths:
-            files.extend(_images_below(path) if os.path.isdir(path) else [path])
+            if os.path.isdir(path):
+                files.extend(_images_below(path))
+            else:
+                files.append(path)
     if not files:
         raise ValueError(
             f"no image: name files, folders with {', '.join(SUFFIXES)} in or below them, or - for "
@@ -177,11 +180,13 @@ def _images_below(folder: str) -> Iterator[str]:
         unreadable.append(str(problem.filename))
 
     for root, folders, names in os.walk(folder, onerror=note, followlinks=True):
-        folders[:] = sorted(
-            name for name in folders if name[0] != "." and not _leads_back(root, name)
-        )
+        shown = [name for name in folders if not name.startswith(".")]
+        # os.walk goes on into what is left in this list.
+        folders[:] = sorted(name for name in shown if not _leads_back(root, name))
         for name in sorted(names):
-            if name[0] != "." and name.lower().endswith(SUFFIXES):
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(SUFFIXES):
                 yield os.path.join(root, name)
     yield from unreadable
 

@@ -67,9 +67,10 @@ def head_modules(model: nn.Module) -> dict[str, nn.Linear]:
     A model with an attribute `auxiliary_weight` may have auxiliary classifiers. Each is a module
     of its own that ends in a linear layer with as many outputs as the main one.
     """
-    linears = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
-    }
+    linears = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            linears[name] = module
     if not linears:
         return {}
     last = next(reversed(linears))
@@ -77,12 +78,11 @@ def head_modules(model: nn.Module) -> dict[str, nn.Linear]:
     if hasattr(model, "auxiliary_weight"):
         last_of_module = {name.rpartition(".")[0]: name for name in linears}
         ends.update(last_of_module.values())
-    outputs = linears[last].out_features
-    return {
-        name: module
-        for name, module in linears.items()
-        if name in ends and module.out_features == outputs
-    }
+    heads = {}
+    for name, module in linears.items():
+        if name in ends and module.out_features == linears[last].out_features:
+            heads[name] = module
+    return heads
 
 
 def freeze(model: nn.Module, unfreeze_from: str) -> None:
@@ -109,9 +109,10 @@ def freeze(model: nn.Module, unfreeze_from: str) -> None:
             f"optim.unfreeze_from is {unfreeze_from!r}, where the network begins: nothing would be "
             "frozen; leave it empty, or name a later module"
         )
-    head = {f"{name}.{kind}" for name in head_modules(model) for kind in ("weight", "bias")}
+    heads = head_modules(model)
     for number, (name, parameter) in enumerate(model.named_parameters()):
-        parameter.requires_grad_(number >= first or name in head)
+        is_in_head = name.rpartition(".")[0] in heads
+        parameter.requires_grad_(number >= first or is_in_head)
 
 
 def load_exactly(model: nn.Module, weights: Weights, name: str) -> None:
@@ -121,19 +122,18 @@ def load_exactly(model: nn.Module, weights: Weights, name: str) -> None:
         ValueError: Names or shapes differ, with the first of them; `name` says whose they are.
     """
     own = model.state_dict()
-    missing = [key for key in own if key not in weights]
-    strange = [key for key in weights if key not in own]
-    other = [
-        f"{key} {list(weights[key].shape)} instead of {list(own[key].shape)}"
-        for key in own
-        if key in weights and weights[key].shape != own[key].shape
-    ]
-    lists = {"missing": missing, "unknown": strange, "of another shape": other}
-    problems = [f"{kind}: {some(names, 3)}" for kind, names in lists.items() if names]
-    if problems:
-        raise ValueError(
-            printable(f"{name} does not fit the network: tensors {'; '.join(problems)}")
-        )
+    problems: Rows = {
+        "missing": [key for key in own if key not in weights],
+        "unknown": [key for key in weights if key not in own],
+        "of another shape": [],
+    }
+    for key, value in own.items():
+        if key in weights and weights[key].shape != value.shape:
+            shapes = f"{list(weights[key].shape)} instead of {list(value.shape)}"
+            problems["of another shape"].append(f"{key} {shapes}")
+    found = [f"{kind}: {some(names, 3)}" for kind, names in problems.items() if names]
+    if found:
+        raise ValueError(printable(f"{name} does not fit the network: tensors {'; '.join(found)}"))
     model.load_state_dict(weights)
 
 
@@ -225,23 +225,32 @@ def _match(weights: Weights, own: Weights, remarks: dict[str, str], head: str) -
     """Find the place of each tensor of a file among those of the model."""
     matching = _Matching()
     for key, value in weights.items():
-        names = [target for target in _candidates(str(key), head) if target in own]
-        fitting = [name for name in names if name not in matching.found and _fits(value, own[name])]
-        if not fitting:
-            instead = f" instead of {list(own[names[0]].shape)}" if names else ""
-            matching.rows["skipped"].append(f"{printable(key)} {_shape(value)}{instead}")
-            expected = bool(names) and remarks[names[0]] != ""
-            matching.is_whole = matching.is_whole and expected
+        names = [name for name in _candidates(str(key), head) if name in own]
+        free = [name for name in names if name not in matching.found]
+        target = next((name for name in free if _fits(value, own[name])), None)
+        if target is not None:
+            _place(matching, str(key), value, target, own[target])
             continue
-        target = fitting[0]
-        matching.found[target] = value.reshape(own[target].shape).to(own[target].dtype)
-        if value.shape != own[target].shape:
-            matching.rows["reshaped"].append(f"{key} -> {target}")
-        elif key != target:
-            matching.rows["renamed"].append(f"{key} -> {target}")
-        else:
-            matching.rows["loaded"].append(key)
+        skipped = f"{printable(key)} {_shape(value)}"
+        if names:
+            skipped += f" instead of {list(own[names[0]].shape)}"
+        matching.rows["skipped"].append(skipped)
+        if not names or not remarks[names[0]]:
+            matching.is_whole = False
     return matching
+
+
+def _place(
+    matching: _Matching, key: str, value: torch.Tensor, target: str, own: torch.Tensor
+) -> None:
+    """Note that the tensor `key` of the file becomes the tensor `target` of the model."""
+    matching.found[target] = value.reshape(own.shape).to(own.dtype)
+    if value.shape != own.shape:
+        matching.rows["reshaped"].append(f"{key} -> {target}")
+    elif key != target:
+        matching.rows["renamed"].append(f"{key} -> {target}")
+    else:
+        matching.rows["loaded"].append(key)
 
 
 def _shape(value: object) -> list[Any]:
@@ -253,9 +262,11 @@ def _shape(value: object) -> list[Any]:
 
 def describe(rows: Rows, most: int = 3) -> str:
     """The rows of `load_weights` as a table, with at most so many names in each."""
-    return "\n".join(
-        f"  {kind:8} {len(names):5}  {some(names, most)}".rstrip() for kind, names in rows.items()
-    )
+    lines = []
+    for kind, names in rows.items():
+        line = f"  {kind:8} {len(names):5}  {some(names, most)}"
+        lines.append(line.rstrip())
+    return "\n".join(lines)
 
 
 def _candidates(key: str, head: str) -> list[str]:
@@ -278,4 +289,6 @@ def _fits(value: object, own: torch.Tensor) -> TypeGuard[torch.Tensor]:
         return False
     if value.shape == own.shape:
         return True
-    return {value.ndim, own.ndim} == {2, 4} and value.flatten(1).shape == own.flatten(1).shape
+    if {value.ndim, own.ndim} != {2, 4}:
+        return False
+    return value.flatten(1).shape == own.flatten(1).shape
