@@ -31,7 +31,13 @@ from resnet_dist.data.pixels.dali import (
     build_pipeline,
     windows_to_torch,
 )
-from resnet_dist.data.pixels.finish import Normalizer, resize_and_crop, resize_exact
+from resnet_dist.data.pixels.finish import (
+    Normalizer,
+    erase,
+    erase_by_mask,
+    resize_and_crop,
+    resize_exact,
+)
 from resnet_dist.data.pixels.image_header import image_size
 from resnet_dist.data.pixels.read import Encoded
 from resnet_dist.data.sampling import augment, crops
@@ -297,6 +303,18 @@ def test_normalizer(dtype, width):
     assert (out.double() - expected).abs().max() <= {torch.float32: 1e-6}.get(
         dtype, 3 * torch.finfo(dtype).eps
     )
+
+
+def test_the_gpu_erases_what_the_cpu_erases():
+    """The form for the whole batch, on rectangles at every edge, of one pixel, and none."""
+    boxes = [(0, 0, 3, 4), (7, 0, 3, 12), (0, 9, 10, 3), (4, 5, 1, 1), (0, 0, 10, 12), (0, 0, 0, 0)]
+    boxes = np.array(boxes, np.int64)
+    images = torch.randn(len(boxes), 10, 12, 3)
+    one, other = images.clone(), images.clone()
+    erase(one, boxes)
+    erase_by_mask(other, torch.from_numpy(boxes))
+    assert torch.equal(one, other)
+    assert [int((image == 0).sum()) // 3 for image in one] == [12, 36, 30, 1, 120, 0]
 
 
 # Operation, parameter: what policies and jitter reach at their ends, and the neutral ones.

@@ -25,7 +25,7 @@ from resnet_dist.data.build import build_loaders, build_train_loader, build_val_
 from resnet_dist.data.pixels import loader as loader_module
 from resnet_dist.data.sampling import augment, crops
 from resnet_dist.data.sources.scan import build_index
-from resnet_dist.data.types import IGNORED_LABEL
+from resnet_dist.data.types import IGNORED_LABEL, Batch
 
 N = 43
 GOOD = [encode(picture(40 + i % 7, 60 - i % 5, i)) for i in range(N)]
@@ -459,3 +459,29 @@ def test_too_few_images_for_a_batch(good, tmp_path):
     with pytest.raises(ValueError, match="train.global_batch_size = 64"):
         train_loader(good, tmp_path, global_batch_size=64)
     assert not loader_threads()
+
+
+def test_a_batch_is_handed_over_to_the_stream_of_the_caller(monkeypatch):
+    """The caller's stream waits for the event, and each tensor's memory is kept for it."""
+    calls = []
+
+    class Tensor:
+        def __init__(self, name):
+            self.name = name
+
+        def record_stream(self, stream):
+            calls.append((self.name, stream))
+
+    class Stream:
+        def wait_event(self, event):
+            calls.append(("wait", event))
+
+    stream = Stream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    batch = Batch(Tensor("images"), Tensor("labels"), np.arange(3), (Tensor("view"),))
+
+    def made():
+        yield loader_module._ReadyBatch(batch, "event")
+
+    assert list(loader_module._receive(made())) == [batch]
+    assert calls == [("wait", "event"), *((name, stream) for name in ("images", "labels", "view"))]

@@ -6,6 +6,7 @@ batches ready.
 """
 
 import atexit
+import contextlib
 import functools
 import queue
 import threading
@@ -38,6 +39,7 @@ from resnet_dist.data.pixels.finish import (
     resize_and_crop,
     resize_exact,
     resize_fast,
+    to_device,
 )
 from resnet_dist.data.pixels.quarantine import Quarantine, Wanted, blank, next_good
 from resnet_dist.data.pixels.read import Encoded, Reader, read_limits
@@ -87,6 +89,27 @@ class _UnfinishedBatch:
     views: list[torch.Tensor] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _ReadyBatch:
+    """A batch, and on a GPU the event after which its tensors are complete."""
+
+    batch: Batch
+    event: torch.cuda.Event | None = None
+
+
+def _receive(ready: Generator[_ReadyBatch, None, None]) -> Generator[Batch, None, None]:
+    """Hand batches over to the stream of the caller, which waits for them on the GPU alone."""
+    with contextlib.closing(ready):
+        for item in ready:
+            if item.event is not None:
+                stream = torch.cuda.current_stream()
+                stream.wait_event(item.event)
+                for tensor in (item.batch.images, item.batch.labels, *item.batch.other_views):
+                    # Its memory is not reused before the caller's stream is done with it.
+                    tensor.record_stream(stream)
+            yield item.batch
+
+
 class _BackgroundError:
     """What the background thread of `_run_ahead` raised."""
 
@@ -97,7 +120,9 @@ class _BackgroundError:
 _END = object()
 
 
-def _run_ahead(items: Generator[Batch, None, None], depth: int) -> Generator[Batch, None, None]:
+def _run_ahead(
+    items: Generator[_ReadyBatch, None, None], depth: int
+) -> Generator[_ReadyBatch, None, None]:
     """Yield `items`, computed in a background thread that keeps up to `depth` of them ready.
 
     What the thread raises is raised here. Closing this generator stops the thread, closes `items`
@@ -123,7 +148,7 @@ def _run_ahead(items: Generator[Batch, None, None], depth: int) -> Generator[Bat
 
 
 def _fill_queue(
-    items: Generator[Batch, None, None], ready: "queue.Queue[Any]", stopped: threading.Event
+    items: Generator[_ReadyBatch, None, None], ready: "queue.Queue[Any]", stopped: threading.Event
 ) -> None:
     """Put `items` into a queue until they end or `stopped` is set: the work of the thread."""
     disable_openmp_in_thread()
@@ -235,7 +260,7 @@ class DaliLoader:
             ValueError: when more than `data.max_bad_images` training images are broken.
         """
         self._stop()
-        self.running = _run_ahead(self._produce(jobs), self.config.prefetch_batches)
+        self.running = _receive(_run_ahead(self._produce(jobs), self.config.prefetch_batches))
         return self.running
 
     def load(self, job: Job, requested: "list[Future[list[Encoded]]] | None" = None) -> LoadedJob:
@@ -256,11 +281,22 @@ class DaliLoader:
             self.running.close()
             self.running = None
 
-    def _produce(self, jobs: Iterable[Job]) -> Generator[Batch, None, None]:
-        """Each job read, decoded and finished, while the next ones are being read and decoded."""
-        if self.device.type == "cuda":
+    def _produce(self, jobs: Iterable[Job]) -> Generator[_ReadyBatch, None, None]:
+        """The batches of `jobs`; on a GPU they are made on a stream of their own."""
+        with contextlib.closing(self._produce_batches(jobs)) as batches:
+            if self.device.type != "cuda":
+                for batch in batches:
+                    yield _ReadyBatch(batch)
+                return
             # A new thread starts on device 0.
             torch.cuda.set_device(self.device)
+            stream = torch.cuda.Stream(self.device)
+            with torch.cuda.stream(stream):
+                for batch in batches:
+                    yield _ReadyBatch(batch, stream.record_event())
+
+    def _produce_batches(self, jobs: Iterable[Job]) -> Generator[Batch, None, None]:
+        """Each job read, decoded and finished, while the next ones are being read and decoded."""
         unfinished = _UnfinishedBatch()
         reading: deque[tuple[Job, list[Future[list[Encoded]]]]] = deque()
         try:
@@ -373,8 +409,7 @@ class DaliLoader:
         labels = torch.from_numpy(np.where(is_bad, IGNORED_LABEL, self.index.labels_of(rows)))
         if loaded.job.boxes is not None:
             erase(views[0], loaded.job.boxes)
-        if self.device.type == "cuda":
-            labels = labels.pin_memory().to(self.device, non_blocking=True)
+        labels = to_device(labels, self.device)
         first, *others = [images.permute(0, 3, 1, 2) for images in views]
         return Batch(first, labels, rows, tuple(others))
 
