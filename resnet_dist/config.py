@@ -290,6 +290,12 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """precision of the forward and backward pass (autocast); weights stay in fp32. auto: bf16 if
     the hardware supports it, otherwise fp16 on a GPU and fp32 on a CPU"""
+    tf32: bool = False
+    """let a GPU of the Ampere generation or later round the inputs of float32 convolutions and
+    matrix products to TF32 (10 bits of mantissa), which is faster. false: fp32 means float32"""
+    deterministic: bool = False
+    """on a GPU, use only deterministic algorithms and do not choose convolution algorithms by
+    timing. Slower. On a CPU training is always deterministic"""
     loss: Literal["ce", "bce"] = "ce"
     """training loss. ce: cross-entropy; bce: binary cross-entropy, averaged over the classes
     (Wightman et al. 2021). Evaluation always uses cross-entropy"""

@@ -1,13 +1,14 @@
 """The arithmetic of the forward and backward pass: `train.precision` on this hardware."""
 
 import contextlib
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from resnet_dist.config import Config
+from resnet_dist.config import Config, TrainConfig
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 
@@ -60,6 +61,24 @@ def resolve_settings(
     if saved is not None:
         precision = resolve_precision(saved.get("train", {}).get("precision", "auto"), device)
     return replace(config, train=replace(train, precision=precision))
+
+
+def set_arithmetic(config: TrainConfig, device: torch.device) -> None:
+    """Set PyTorch's process-wide switches for `train.tf32` and `train.deterministic`.
+
+    On a CPU both change nothing. With `deterministic`, cuBLAS needs a fixed workspace, unless the
+    user has set one (https://docs.nvidia.com/cuda/cublas/#results-reproducibility).
+    """
+    if device.type != "cuda":
+        return
+    torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    torch.backends.cudnn.allow_tf32 = config.tf32
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True)
+        # Filling new memory with NaN only serves to find bugs.
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def resolve_precision(

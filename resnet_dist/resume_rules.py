@@ -93,6 +93,8 @@ CHANGED_WITH_A_WARNING = frozenset(
         "train.epochs",
         "train.grad_accum_steps",
         "train.precision",
+        "train.tf32",
+        "train.deterministic",
         "train.loss",
         "train.bce_target_threshold",
         "train.label_smoothing",

@@ -28,7 +28,7 @@ from resnet_dist.mix import build_mixing
 from resnet_dist.models.zoo import check_image_size
 from resnet_dist.nonfinite import TooManyNonFiniteError, write_replay
 from resnet_dist.plan import TrainPlan, build_plan
-from resnet_dist.precision import Precision, has_fast_bf16, resolve_settings
+from resnet_dist.precision import Precision, has_fast_bf16, resolve_settings, set_arithmetic
 from resnet_dist.process import report_failure
 from resnet_dist.remarks import recipe_mismatch, remarks
 from resnet_dist.restore import checkpoint_folder, find_start, restore
@@ -70,6 +70,7 @@ def build_and_train(
     # 1. Settings that depend on the machine and on the checkpoint.
     start = find_start(config, runtime, log)
     config = resolve_settings(config, runtime.device, start.saved_config)
+    set_arithmetic(config.train, runtime.device)
     warn_about_settings(config, runtime, log)
     check_image_size(config.model.name, config.data)
     layout = check_and_describe_layout(config, runtime)

@@ -1,5 +1,6 @@
 """What `train.precision: auto` becomes, on this hardware, on other hardware, and on a resume."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from dist_utils import run_app
 from resnet_dist import precision
 from resnet_dist.checkpoint_file import read_checkpoint, unpack_checkpoint
 from resnet_dist.config import Config, TrainConfig, to_dict
-from resnet_dist.precision import Precision, resolve_precision, resolve_settings
+from resnet_dist.precision import Precision, resolve_precision, resolve_settings, set_arithmetic
 from resnet_dist.run_folder import newest_valid
 
 CPU = torch.device("cpu")
@@ -50,6 +51,33 @@ def test_precision_is_that_of_autocast_and_scaler():
             product = torch.ones(2, 2) @ torch.ones(2, 2)
         assert product.dtype == own.dtype == dtype
         assert own.gradient_scaler().is_enabled() == (name == "fp16")
+
+
+@pytest.fixture
+def switches():
+    """PyTorch's switches, as they were, after the test."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def test_switches_of_a_gpu(switches, monkeypatch):
+    """TF32 and deterministic algorithms follow the config on a GPU, and nothing changes on a CPU."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    cudnn.benchmark = True
+    for wanted in (True, False):
+        set_arithmetic(TrainConfig(tf32=wanted), torch.device("cuda"))
+        assert (matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark) == (wanted, wanted, True)
+    set_arithmetic(TrainConfig(tf32=True, deterministic=True), CPU)
+    assert not torch.are_deterministic_algorithms_enabled() and not matmul.allow_tf32
+    set_arithmetic(TrainConfig(deterministic=True), torch.device("cuda"))
+    assert torch.are_deterministic_algorithms_enabled() and not cudnn.benchmark
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 def test_a_run_keeps_its_precision_on_another_kind_of_node(digits, tmp_path):

@@ -29,6 +29,7 @@ from resnet_dist.engine import Services, Training
 from resnet_dist.layout import check_layout
 from resnet_dist.log import Log
 from resnet_dist.plan import build_plan
+from resnet_dist.precision import set_arithmetic
 from resnet_dist.restore import checkpoint_folder
 from resnet_dist.run import build_update_rule
 from resnet_dist.schedule import build_schedule
@@ -69,6 +70,7 @@ def measure_training(config: Config, runtime: Runtime, options: argparse.Namespa
     local_batch_size = check_layout(
         config.train.global_batch_size, runtime.world_size, config.train.grad_accum_steps
     )
+    set_arithmetic(config.train, runtime.device)
     interval = max(1, options.steps // 4)
     parts = build_training(config, runtime, interval)
     batch = next(iter(parts.train_loader.batches(0, 1)))
@@ -76,7 +78,7 @@ def measure_training(config: Config, runtime: Runtime, options: argparse.Namespa
     for _ in range(options.windows):
         bare = run_bare_loop(parts, batch, interval, runtime)
         whole = run_whole_loop(parts, interval, config, runtime)
-        windows.append(compare(whole, bare))
+        windows.append(compare_speeds(whole, bare))
     parts.train_loader.close()
     if runtime.is_main:
         print_result(describe_result(config, runtime, local_batch_size, windows), options.json)
@@ -188,7 +190,7 @@ def bare_step(parts: Training, batch: Batch) -> torch.Tensor:
     return loss
 
 
-def compare(whole: Speed, bare: Speed) -> dict[str, float]:
+def compare_speeds(whole: Speed, bare: Speed) -> dict[str, float]:
     """The figures of one window."""
     return {
         "whole_images_per_second": whole.images_per_second,

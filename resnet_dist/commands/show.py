@@ -86,7 +86,9 @@ def _load(
         trained = []
         for row in _spread(train.num_samples, args.images):
             epochs = range(args.epochs)
-            trained.append([_Shown(f"epoch {epoch}", train.show_rows(row, epoch)) for epoch in epochs])
+            trained.append(
+                [_Shown(f"epoch {epoch}", train.show_rows(row, epoch)) for epoch in epochs]
+            )
         evaluated = []
         for row in _spread(val.num_samples, args.images):
             evaluated.append([_Shown("evaluation", val.show_rows(row))])
