@@ -171,6 +171,9 @@ def check_and_describe_layout(config: Config, runtime: Runtime) -> str:
         train.grad_accum_steps,
         pairs=config.augment.mixup_alpha > 0 or config.augment.cutmix_alpha > 0,
     )
+    # SyncBatchNorm takes the batches of all ranks as equal, without asking again.
+    total = runtime.sum_integer(local_batch_size)
+    assert total == runtime.world_size * local_batch_size, "ranks differ in their local batch size"
     return (
         f"batch {train.global_batch_size} = {runtime.world_size} {runtime.device.type} ranks * "
         f"{train.grad_accum_steps} micro-steps * {local_batch_size}"
