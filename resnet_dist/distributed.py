@@ -70,6 +70,13 @@ class Runtime:
         """The sum of each rank's `number`."""
         return int(self.all_reduce_sum(torch.tensor(number, device=self.device)))
 
+    def gather_numbers(self, numbers: list[float]) -> list[list[float]]:
+        """The `numbers` of each rank, on every rank, over the CPU group."""
+        own = torch.tensor(numbers, dtype=torch.float64)
+        found = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(found, own, group=self.cpu_group)
+        return [tensor.tolist() for tensor in found]
+
     def broadcast_buffers(self, model: torch.nn.Module) -> None:
         """Give every rank the main process's buffers (running statistics), in place."""
         for buffer in model.buffers():

@@ -480,6 +480,20 @@ def report_bad_images(num_bad: int, num_samples: int, log: Log) -> None:
         )
 
 
+def times_of_ranks(times: dict[str, float], runtime: Runtime) -> dict[str, list[float]]:
+    """Seconds that each rank waited for data per step, and that its steps took.
+
+    The ranks wait for each other in every step, so that all steps are as long as that of the
+    slowest rank. The one that waits longest for data is the one that holds up the others.
+    """
+    waited = times["data_wait_fraction"] * times["step_seconds"]
+    rows = runtime.gather_numbers([waited, times["step_seconds"]])
+    return {
+        "ranks/data_seconds": [round(row[0], 6) for row in rows],
+        "ranks/step_seconds": [round(row[1], 6) for row in rows],
+    }
+
+
 def log_training(parts: Training, window: Window, services: Services) -> None:
     """Log the steps of the window. Every rank calls it, and waits for the device.
 
@@ -489,7 +503,7 @@ def log_training(parts: Training, window: Window, services: Services) -> None:
     state, plan = parts.state, parts.plan
     counts = window.counts.reduce(runtime)
     result = counts.result(len(parts.train_loader.class_names))
-    values = {
+    values: dict[str, Any] = {
         "train/epoch": state.step / plan.steps_per_epoch,
         "train/loss": result["loss"],
         "train/top1": result["top1"],
@@ -500,8 +514,10 @@ def log_training(parts: Training, window: Window, services: Services) -> None:
     }
     if "top5" in result:
         values["train/top5"] = result["top5"]
-    for key, value in window.clock.take().items():
+    times = window.clock.take()
+    for key, value in times.items():
         values[f"train/{key}"] = value
+    values |= times_of_ranks(times, runtime)
     services.log.metrics(state.step, values)
 
     first, last = window.nonfinite.longest_row()

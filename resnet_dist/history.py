@@ -1,6 +1,7 @@
 """The history of a run, as its metrics.jsonl tells it."""
 
 import math
+import statistics
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -65,6 +66,17 @@ class RunHistory:
         """All evaluations of the raw weights ("val") or of their average ("val_ema")."""
         lines = [record for record in self.records if _has_number(record, f"{prefix}/top1")]
         return [_evaluation(line, prefix) for line in lines]
+
+    def data_seconds_of_ranks(self) -> list[float]:
+        """For each rank, the median of the seconds per step that it waited for data.
+
+        Empty if no line tells them; only lines with as many ranks as the last one count.
+        """
+        lines = [
+            line["ranks/data_seconds"] for line in self.records if "ranks/data_seconds" in line
+        ]
+        alike = [line for line in lines if len(line) == len(lines[-1])]
+        return [statistics.median(seconds) for seconds in zip(*alike, strict=True)]
 
     def session_seconds(self) -> list[float]:
         """How long each session trained, without what a later one had to repeat.

@@ -99,12 +99,7 @@ def build_and_train(
         plan=plan,
     )
     engine.warm_up_ddp(parts.model, config.data.train_crop_size, parts.rule.precision)
-    log.start(
-        state.step,
-        plan.total_steps,
-        evaluated=state.evaluated_step == state.step,
-        check_claim=saver.check_claim,
-    )
+    start_log(log, parts, saver)
     log.say(
         f"{summary_at_start(config, parts)}\n"
         f"{layout}, {parts.rule.precision.name}, peak lr {parts.schedule.peak_lr:g}, "
@@ -125,6 +120,17 @@ def build_and_train(
     if saver.failure:
         raise ValueError(saver.failure)
     return 128 + ended_by if ended_by else 0
+
+
+def start_log(log: Log, parts: Training, saver: Saver) -> None:
+    """Let the log continue where the state is, as long as no other process claims the folder."""
+    state = parts.state
+    log.start(
+        state.step,
+        parts.plan.total_steps,
+        evaluated=state.evaluated_step == state.step,
+        check_claim=saver.check_claim,
+    )
 
 
 def run_loop(parts: Training, services: Services, should_continue: ShouldContinue) -> int:

@@ -97,3 +97,12 @@ def test_fewer_than_six_classes_have_no_top5():
         counts = Counts.of(torch.eye(classes), torch.arange(classes), torch.zeros(classes))
         assert ("top5" in counts.result(classes)) == (classes == 6)
         assert ("correct5" in counts.result(classes)) == (classes == 6)
+
+
+def _gather(rank, world_size):
+    runtime = Runtime(rank, rank, world_size, world_size, torch.device("cpu"), None)
+    return runtime.gather_numbers([rank + 0.5, 2.0])
+
+
+def test_numbers_of_all_ranks_in_order():
+    assert run_ranks(_gather, 2) == [[[0.5, 2.0], [1.5, 2.0]]] * 2

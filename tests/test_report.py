@@ -150,3 +150,22 @@ def test_a_folder_name_cannot_forge_lines(tmp_path, capsys):
     assert call(tmp_path / "a\nerror: \x1b[31m") == 2
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and "\x1b" not in out
+
+
+def test_the_slow_rank_is_named(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    for slow, expected in ((0.2, True), (0.012, False)):
+        lines = [
+            {
+                "step": step,
+                "train/epoch": step / 10,
+                "train/step_seconds": 0.5,
+                "ranks/data_seconds": [0.01, 0.01, slow, 0.011][: 2 if step == 1 else 4],
+            }
+            for step in (1, 2, 3)
+        ]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        assert call(tmp_path) == 0
+        out = capsys.readouterr().out
+        sentence = "rank 2 waits 200 ms per step for data, the others 10 ms (medians)"
+        assert (sentence in out) == expected and ("slow rank" in out) == expected

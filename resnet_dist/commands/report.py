@@ -15,6 +15,9 @@ from resnet_dist.history import Evaluation, RunHistory, read_run
 from resnet_dist.intervals import difference_interval
 from resnet_dist.text import printable
 
+# A rank is called slow if it waits for data longer than the others by this share of a step.
+_SLOW_SHARE = 0.05
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
@@ -65,6 +68,9 @@ def summarize_run(run: RunHistory) -> str:
     waits = run.curve("train/data_wait_fraction").values
     if waits:
         rows["data wait"] = f"{100 * statistics.median(waits):.1f} % of the time (median)"
+    slowest = _describe_slowest_rank(run)
+    if slowest:
+        rows["slow rank"] = slowest
     bad_images = run.curve("train/bad_images").values
     if bad_images and bad_images[-1]:
         rows["bad images"] = f"{bad_images[-1]:.0f}"
@@ -150,6 +156,23 @@ def _comparison_row(run: RunHistory, width: int) -> str:
     return (
         f"{run.name:{width}}  {run.last_epoch:6.2f}  {seconds!s:>8}  {loss:10.4f}  {top1:9.2f}  "
         f"{math.nan if top5 is None else top5:9.2f}  {best:10.2f}"
+    )
+
+
+def _describe_slowest_rank(run: RunHistory) -> str:
+    """The rank that waits longest for data, if it costs a step more than the others' waiting."""
+    seconds = run.data_seconds_of_ranks()
+    step_seconds = run.curve("train/step_seconds").values
+    if len(seconds) < 2 or not step_seconds:
+        return ""
+    slowest = max(range(len(seconds)), key=seconds.__getitem__)
+    others = statistics.median(seconds[:slowest] + seconds[slowest + 1 :])
+    excess = seconds[slowest] - others
+    if excess < _SLOW_SHARE * statistics.median(step_seconds):
+        return ""
+    return (
+        f"rank {slowest} waits {1000 * seconds[slowest]:.0f} ms per step for data, the others "
+        f"{1000 * others:.0f} ms (medians)"
     )
 
 
