@@ -67,6 +67,8 @@ CLOCK = {
     "train/images_per_second",
     "train/data_wait_fraction",
     "train/step_seconds",
+    "ranks/data_seconds",
+    "ranks/step_seconds",
 }
 
 

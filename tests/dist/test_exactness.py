@@ -47,7 +47,7 @@ def comparable(lines):
     """The lines without what depends on the clock; so do the bad files that an attempt, reading
     ahead, has met.
     """
-    clock = {"time", "elapsed", "train/images_per_second", "train/data_wait_fraction", "train/step_seconds",
+    clock = {"time", "elapsed", "train/images_per_second", "train/data_wait_fraction", "train/step_seconds", "ranks/data_seconds", "ranks/step_seconds",
              "train/bad_images"}
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]
 
