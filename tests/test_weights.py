@@ -69,6 +69,9 @@ NVIDIA = {f"layer{i + 1}.": f"layers.{i}." for i in range(3)}
         ({"fc.": "head.fc."}, 2),
         ({"fc.": "last_linear."}, 2),
         ({"fc.": "classifier."}, 2),
+        ({"fc.": "linear."}, 2),
+        ({"fc.": "output."}, 2),
+        ({"": "module.", "module.fc.": "module.linear."}, 116),
         ({"conv1.": "layer0.conv1."}, 1),
         ({**NVIDIA, "": "module."}, 116),
     ],
@@ -220,6 +223,19 @@ def test_old_densenet_names():
         model,
         {**model.state_dict(), **{key: source[key] for key in source if "num_batches" not in key}},
     )
+
+
+def test_a_head_is_recognised_by_position_and_shape_alone():
+    """With other classes it is known to be the head; another layer is not taken for it."""
+    source = renamed(network(10).state_dict(), **{"fc.": "linear."})
+    rows, whole = load_weights(MODELS["resnet20"](num_classes=2), source, "x.pth")
+    assert whole and rows["skipped"] == [
+        "linear.weight [10, 64] instead of [2, 64]",
+        "linear.bias [10] instead of [2]",
+    ]
+    source["projection.weight"] = torch.zeros(10, 7)
+    rows, whole = load_weights(MODELS["resnet20"](num_classes=10), source, "x.pth")
+    assert not whole and "projection.weight [10, 7]" in rows["skipped"]
 
 
 def test_another_number_of_classes_means_a_fresh_head():

@@ -224,8 +224,12 @@ def _remark(key: str, heads: dict[str, nn.Linear]) -> str:
 def _match(weights: Weights, own: Weights, remarks: dict[str, str], head: str) -> _Matching:
     """Find the place of each tensor of a file among those of the model."""
     matching = _Matching()
+    file_head = _head_of_file(weights, own, head)
     for key, value in weights.items():
-        names = [name for name in _candidates(str(key), head) if name in own]
+        candidates = _candidates(str(key), head)
+        if file_head and str(key).rpartition(".")[0] == file_head:
+            candidates.append(f"{head}.{str(key).rpartition('.')[2]}")
+        names = [name for name in candidates if name in own]
         free = [name for name in names if name not in matching.found]
         target = next((name for name in free if _fits(value, own[name])), None)
         if target is not None:
@@ -238,6 +242,25 @@ def _match(weights: Weights, own: Weights, remarks: dict[str, str], head: str) -
         if not names or not remarks[names[0]]:
             matching.is_whole = False
     return matching
+
+
+def _head_of_file(weights: Weights, own: Weights, head: str) -> str:
+    """The module that is the file's classifier by position and shape, whatever its name is.
+
+    It is the last linear layer of the file, if it takes as many features as that of the model.
+    Returns "" if there is none.
+    """
+    linears = []
+    for key, value in weights.items():
+        if str(key).endswith(".weight") and isinstance(value, torch.Tensor) and value.ndim == 2:
+            linears.append(str(key))
+    expected = own.get(f"{head}.weight")
+    if not linears or expected is None:
+        return ""
+    last = linears[-1]
+    if weights[last].shape[1] != expected.shape[1]:
+        return ""
+    return last.removesuffix(".weight")
 
 
 def _place(
