@@ -164,7 +164,7 @@ def _typed_command(line: CommandLine) -> str:
 
 
 def _add_checkpoint_options(parser: Parser) -> None:
-    parser.add_option(
+    parser.add_path(
         "--checkpoint",
         dest="checkpoint_file",
         metavar="PATH",
@@ -187,7 +187,7 @@ def _evaluate(line: CommandLine) -> int:
 
 
 def _add_predict_options(parser: Parser) -> None:
-    parser.add_option(
+    parser.add_path(
         "images", nargs="*", metavar="IMAGE", help="file; folder; - reads paths from stdin"
     )
     parser.add_option(
@@ -224,7 +224,7 @@ def _add_export_options(parser: Parser) -> None:
         choices=["onnx", "torch_export", "safetensors", "torchvision"],
         help="file format",
     )
-    parser.add_option("--output", metavar="FILE", help="file to write")
+    parser.add_path("--output", metavar="FILE", help="file to write")
     parser.add_option(
         "--raw_weights", action="store_true", help="export the trained weights instead of their EMA"
     )
@@ -247,7 +247,7 @@ def _checkpoint_path(line: CommandLine) -> Path:
     typed = line.typed()
     if "checkpoint_file" not in typed:
         line.parser.error("--checkpoint PATH is missing")
-    return Path(typed.checkpoint_file).expanduser()
+    return Path(typed.checkpoint_file)
 
 
 def _run_on_checkpoint(
@@ -305,7 +305,7 @@ def _add_benchmark_options(parser: Parser) -> None:
         default=0.0,
         help="loader: measure also with this delay added to each read",
     )
-    parser.add_option(
+    parser.add_path(
         "--originals",
         default="",
         help="loader: data folder for the other loaders; empty: data_dir",
@@ -450,7 +450,9 @@ COMMANDS = {
         "get a data set ready: import, pack, download, verify, show", _no_options, _data
     ),
     "models": Command(
-        "list all networks: parameters, GFLOPs, published accuracy", _add_models_options, _models
+        "list all networks: parameters, GFLOPs (multiply-adds of one image), published accuracy",
+        _add_models_options,
+        _models,
     ),
     "doctor": Command(
         "check what would stop a run, also under torchrun; exit code 1: warnings, 2: errors",

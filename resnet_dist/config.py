@@ -7,6 +7,7 @@ ranks are checked where these are known (run.py).
 """
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -144,6 +145,9 @@ class DataConfig:
     """number of synthetic training images; there are a tenth as many validation images"""
     synthetic_classes: Annotated[int, AtLeast(1)] = 1000
     """number of classes of the synthetic data"""
+
+    def __post_init__(self) -> None:
+        _expand_home(self, "data_dir", "exclude")
 
 
 @dataclass(frozen=True)
@@ -334,6 +338,9 @@ class CheckpointConfig:
     project, a .pth, .pt or .safetensors file of torchvision, timm or NVIDIA, or
     torchvision:resnet50:IMAGENET1K_V2, which is downloaded"""
 
+    def __post_init__(self) -> None:
+        _expand_home(self, "resume", "init_from")
+
 
 @dataclass(frozen=True)
 class LogConfig:
@@ -423,6 +430,7 @@ class Config:
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
 
     def __post_init__(self) -> None:
+        _expand_home(self, "output_dir")
         check_config(self)
 
 
@@ -451,6 +459,15 @@ def _without_tuples(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return [_without_tuples(item) for item in value]
     return value
+
+
+def _expand_home(section: object, *names: str) -> None:
+    """Replace `~` at the start of paths by the home folder, as the shell does for a word."""
+    for name in names:
+        path = getattr(section, name)
+        if isinstance(path, str) and path.startswith("~"):
+            # The dataclass is frozen once it is built.
+            object.__setattr__(section, name, os.path.expanduser(path))
 
 
 # Each function yields (key, value, rule) for what is wrong.

@@ -61,6 +61,7 @@ class Parser(ArgumentParser):
         )
         self.option_names: list[str] = []
         self.own_hints: dict[str, TypeHint] = {}
+        self.path_names: list[str] = []
         self.setting_hints: dict[str, TypeHint] = {}
 
     def add_option(self, name: str, **details: Any) -> None:  # noqa: ANN401
@@ -71,6 +72,11 @@ class Parser(ArgumentParser):
             self.own_hints[name.lstrip("-")] = hint
             details["type"] = split_hint(hint)[0]
         self.add_argument(name, **details)
+
+    def add_path(self, name: str, **details: Any) -> None:  # noqa: ANN401
+        """As `add_option`, for one or more paths, in which `~` stands for the home folder."""
+        self.add_option(name, **details)
+        self.path_names.append(details.get("dest", name.lstrip("-")))
 
     def add_settings(self, section: type, prefix: str = "") -> None:
         """Add an option for each field of a dataclass and of the dataclasses in it."""
@@ -204,6 +210,11 @@ class CommandLine:
         """
         for name in self.command:
             namespace = namespace[name]
+        for name in self.parser.path_names:
+            value = namespace.get(name)
+            # Where --checkpoint is missing, jsonargparse puts the section of that name there.
+            if isinstance(value, (str, list)):
+                namespace[name] = _expand_home(value)
         try:
             for name, hint in self.parser.own_hints.items():
                 if name in namespace:
@@ -255,6 +266,12 @@ def as_yaml(value: object) -> str:
     value = list(value) if isinstance(value, tuple) else value
     text: str = yaml.safe_dump(value, default_flow_style=True, width=1000)
     return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _expand_home(path: str | list[str]) -> str | list[str]:
+    if isinstance(path, list):
+        return [os.path.expanduser(one) for one in path]
+    return os.path.expanduser(path)
 
 
 def _metavar(hint: TypeHint) -> str | None:

@@ -3,15 +3,19 @@
 import os
 import subprocess
 import sys
+from typing import Literal, get_args
 
+import hypothesis
 import pytest
 import yaml
+from hypothesis import HealthCheck, assume, given
+from hypothesis import strategies as st
 
 from resnet_dist import __version__, cli, recipes, settings
 from resnet_dist.config import CheckpointConfig, Config, to_dict
-from resnet_dist.config_rules import describe_type
-from resnet_dist.options import field_meanings
-from resnet_dist.settings import config_from_dict, setting_hints
+from resnet_dist.config_rules import describe_type, split_hint, type_origin
+from resnet_dist.options import as_yaml, field_meanings
+from resnet_dist.settings import build_config, config_from_dict, read_yaml, setting_hints
 
 # What each command with settings needs besides them to be parsed.
 COMMANDS = {
@@ -272,3 +276,102 @@ def test_print_config_shows_files_and_options_together(files, capsys):
     assert ending.value.code == 0
     tree = yaml.safe_load(capsys.readouterr().out)
     assert (tree["seed"], tree["train"]["epochs"], tree["output_dir"]) == (8, 20, "first")
+
+
+def test_the_home_folder_in_paths(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = settings_of(
+        "train",
+        "--output_dir=~/run",
+        "--data.data_dir=~/data",
+        "--data.exclude=~/list.txt",
+        "--checkpoint.resume=~/a.pt",
+        "--checkpoint.init_from=torchvision:resnet50:IMAGENET1K_V2",
+    )
+    assert (config.output_dir, config.data.data_dir) == ("/home/me/run", "/home/me/data")
+    assert (config.data.exclude, config.checkpoint.resume) == (
+        "/home/me/list.txt",
+        "/home/me/a.pt",
+    )
+    assert config.checkpoint.init_from == "torchvision:resnet50:IMAGENET1K_V2"
+    assert Config(output_dir="~").output_dir == "/home/me"
+    for arguments, name, path in (
+        (["predict", "--checkpoint=~/a.pt", "~/b.jpg"], "checkpoint_file", "/home/me/a.pt"),
+        (["predict", "--checkpoint=~/a.pt", "~/b.jpg"], "images", ["/home/me/b.jpg"]),
+        (["export", "--output=~/c.onnx"], "output", "/home/me/c.onnx"),
+    ):
+        line, _ = cli._prepare(arguments)
+        assert line.options()[name] == path
+
+
+def example_values(hint):
+    """Values of a setting's type that its rules allow."""
+    plain, rules = split_hint(hint)
+    kind = type_origin(plain)
+    if plain is type(None):
+        values = st.none()
+    elif kind is Literal:
+        values = st.sampled_from(get_args(plain))
+    elif plain is bool:
+        values = st.booleans()
+    elif plain is str:
+        # Text that YAML might take for something else is the hard part.
+        odd = st.sampled_from(
+            ["null", "1e5", "yes", "[a", "{x", "a: b", "#", "'", "007", "~x", "-"]
+        )
+        values = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), max_size=9)
+        values = (odd | values).filter(lambda text: not text.startswith("~"))
+    elif plain in (int, float):
+        values = numbers_for(plain)
+    elif kind is tuple:
+        items = get_args(plain)
+        if Ellipsis in items:
+            values = st.lists(example_values(items[0]), max_size=3).map(tuple)
+        else:
+            values = st.tuples(*map(example_values, items)).map(sorted).map(tuple)
+    else:
+        values = st.one_of([example_values(one) for one in get_args(plain)])
+    return values.filter(lambda value: value is None or all(rule.holds(value) for rule in rules))
+
+
+def numbers_for(kind):
+    if kind is int:
+        return st.integers(0, 40) | st.integers(-(2**40), 2**40)
+    return st.sampled_from([0.0, 0.5, 1.0, 1e-5, 30.0]) | st.floats(0, 1) | st.floats(1e-9, 1e9)
+
+
+@st.composite
+def configs(draw):
+    """A config with a few settings that differ from their default."""
+    values = {}
+    for key in draw(st.lists(st.sampled_from(sorted(setting_hints())), max_size=6, unique=True)):
+        values[key] = draw(example_values(setting_hints()[key]))
+    try:
+        return values, build_config(values)
+    except ValueError:
+        # A rule across several settings is broken.
+        assume(False)
+
+
+@hypothesis.settings(
+    max_examples=12,
+    deadline=None,
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+        HealthCheck.filter_too_much,
+    ],
+)
+@given(configs())
+def test_a_config_survives_yaml_and_the_command_line(tmp_path, drawn):
+    values, config = drawn
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    assert build_config(read_yaml(path, setting_hints()).values) == config
+    assert config_from_dict(to_dict(config)) == config
+    arguments = []
+    for key, value in values.items():
+        text = value if isinstance(value, str) else as_yaml(value)
+        arguments.append(f"--{key}={text}")
+    assert settings_of("train", *arguments) == config
+    assert settings_of("train", "--config", str(path)) == config

@@ -13,7 +13,7 @@ import pytest
 import torchvision
 
 from resnet_dist import cli
-from resnet_dist.commands.models import facts
+from resnet_dist.commands.models import measure_network
 from resnet_dist.models.build import MODELS
 from resnet_dist.models.resnet import FAMILY
 
@@ -21,7 +21,7 @@ GOLDEN = Path(__file__).resolve().parent / "golden" / "models.json"
 
 
 def line(name):
-    return {key: value for key, value in facts(name).items() if key != "name"}
+    return {key: value for key, value in measure_network(name).items() if key != "name"}
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -46,7 +46,7 @@ LAYERS = [
         "data.sources.index",
     },
     {"optim", "ema", "mix", "losses", "models.*", "data.*"},
-    {"checkpoint", "checkpoint_file", "run_folder", "resume_rules", "saved_network"},
+    {"memory", "checkpoint", "checkpoint_file", "run_folder", "resume_rules", "saved_network"},
     {"state", "nonfinite", "restore"},
     {"engine"},
     {"summary"},

@@ -1,8 +1,14 @@
-"""Every network by its name: its size, its cost, and what others published for it."""
+"""`resnet-dist models`: all networks with parameters, GFLOPs and published accuracy.
+
+GFLOPs are multiply-adds for one image of the size beside them, as papers count. Top-1 accuracy in
+percent is what others published, on ImageNet unless it says CIFAR-10; docs/results.md has what this
+project measured.
+"""
 
 import argparse
 import json
 import sys
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,8 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from resnet_dist.models.build import MODELS
 from resnet_dist.models.resnet import FAMILY
 from resnet_dist.models.zoo import ZOO
+from resnet_dist.text import did_you_mean
 
-_CIFAR, _V1 = "CIFAR-10, He et al. 2015, table 6", "torchvision {}_Weights.IMAGENET1K_V1"
+_CIFAR = "CIFAR-10, He et al. 2015, table 6"
+_V1 = "torchvision {}_Weights.IMAGENET1K_V1"
 _IDENTITY = "CIFAR-10, He et al. 2016"
 PUBLISHED: dict[str, tuple[float, str]] = {
     "resnet18": (69.758, _V1.format("ResNet18")),
@@ -43,22 +51,24 @@ PUBLISHED: dict[str, tuple[float, str]] = {
     "preresnet1001": (95.08, f"{_IDENTITY}, table 4"),
     "wide_resnet28_10": (96.00, "CIFAR-10, Zagoruyko and Komodakis 2016, table 5"),
 }
-"""Top-1 accuracy in percent of members of the ResNet family, and where it stands: none of them is
-this project's
-"""
+"""Published top-1 accuracy in percent of members of the ResNet family, and where it stands."""
 
 
-def facts(name: str) -> dict:
-    """What there is to say of a network: parameters and multiply-adds at its native size, on the
-    meta device.
+def measure_network(name: str) -> dict[str, Any]:
+    """Parameters and multiply-adds of a network at its native image size, and published accuracy.
+
+    The network is built on the meta device. Raises ValueError if an optional library is missing.
     """
-    size, (top1, source), stages = 224, PUBLISHED.get(name, (None, "")), ""
+    size, stages = 224, ""
+    top1, source = PUBLISHED.get(name, (None, ""))
     if name in FAMILY:
         block, depths, options = FAMILY[name]
-        size = 32 if options.get("stem") == "cifar" else size
         stages = f"{block.__name__} {'-'.join(map(str, depths))}"
+        if options.get("stem") == "cifar":
+            size = 32
     if name in ZOO:
-        size, top1, source = ZOO[name].size, ZOO[name].top1, ZOO[name].source
+        entry = ZOO[name]
+        size, top1, source = entry.size, entry.top1, entry.source
     classes = 10 if size == 32 else 1000
     with torch.device("meta"):
         model: nn.Module = MODELS[name](num_classes=classes).eval()
@@ -67,7 +77,7 @@ def facts(name: str) -> dict:
         model(images)
     return {
         "name": name,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "size": size,
         "classes": classes,
         "multiply_adds": counter.get_total_flops() // 2,
@@ -81,27 +91,33 @@ def run(options: argparse.Namespace) -> int:
     """Print the table of the networks whose name contains `options.filter`."""
     names = [name for name in MODELS if options.filter in name]
     if not names:
-        print(f"error: no network has {options.filter!r} in its name", file=sys.stderr)
+        similar = did_you_mean(options.filter, MODELS)
+        print(f"error: no network has {options.filter!r} in its name{similar}", file=sys.stderr)
         return 2
     if not options.json:
-        print(
-            f"{'name':20} {'params/M':>8}  {'size':>4}  {'GFLOPs':>7}  {'stages':24}  {'top-1':>5}  published in"
-        )
+        print(_HEADER)
     for name in names:
         try:
-            row = facts(name)
-        except ValueError as problem:  # an optional library is not there
+            row = measure_network(name)
+        except ValueError as problem:
+            # An optional library is not installed.
             row = {"name": name, "error": str(problem)}
-        if options.json:
-            print(json.dumps(row), flush=True)
-            continue
-        if "error" in row:
-            print(f"{name:20} {row['error']}", flush=True)
-            continue
-        top1 = f"{row['top1']:.2f}" if row["top1"] else "-"
-        print(
-            f"{name:20} {row['parameters'] / 1e6:8.2f}  {row['size']:4}  {row['multiply_adds'] / 1e9:7.2f}  "
-            f"{row['stages']:24}  {top1:>5}  {row['source']}".rstrip(),
-            flush=True,
-        )
+        print(json.dumps(row) if options.json else _format_row(row), flush=True)
     return 0
+
+
+_HEADER = (
+    f"{'name':20} {'params/M':>8}  {'size':>4}  {'GFLOPs':>7}  {'stages':24}  {'top-1':>5}  "
+    "published in"
+)
+
+
+def _format_row(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"{row['name']:20} {row['error']}"
+    top1 = f"{row['top1']:.2f}" if row["top1"] else "-"
+    line = (
+        f"{row['name']:20} {row['parameters'] / 1e6:8.2f}  {row['size']:4}  "
+        f"{row['multiply_adds'] / 1e9:7.2f}  {row['stages']:24}  {top1:>5}  {row['source']}"
+    )
+    return line.rstrip()
