@@ -105,7 +105,7 @@ def _add_commands(
     raise AssertionError("an option in place of a command ends the process")
 
 
-def _config_or_print(line: CommandLine, **sources: Any) -> tuple[Config, Namespace]:  # noqa: ANN401
+def _config_or_print(line: CommandLine, **sources: Any) -> tuple[Config, Namespace]:
     """As `CommandLine.settings`; with --print_config it prints them and ends the process."""
     config, options = line.settings(**sources)
     if options.print_config:

@@ -64,7 +64,7 @@ class Parser(ArgumentParser):
         self.path_names: list[str] = []
         self.setting_hints: dict[str, TypeHint] = {}
 
-    def add_option(self, name: str, **details: Any) -> None:  # noqa: ANN401
+    def add_option(self, name: str, **details: Any) -> None:
         """As `add_argument`, for a type that may carry rules: Annotated[int, AtLeast(1)]."""
         self.option_names.append(name)
         hint = details.get("type")
@@ -73,7 +73,7 @@ class Parser(ArgumentParser):
             details["type"] = split_hint(hint)[0]
         self.add_argument(name, **details)
 
-    def add_path(self, name: str, **details: Any) -> None:  # noqa: ANN401
+    def add_path(self, name: str, **details: Any) -> None:
         """As `add_option`, for one or more paths, in which `~` stands for the home folder."""
         self.add_option(name, **details)
         self.path_names.append(details.get("dest", name.lstrip("-")))

@@ -354,7 +354,7 @@ def configs(draw):
 
 
 @hypothesis.settings(
-    max_examples=12,
+    max_examples=25,
     deadline=None,
     suppress_health_check=[
         HealthCheck.function_scoped_fixture,
