@@ -90,7 +90,8 @@ def _mixes_pairs(config: Config) -> bool:
 
 
 def _with_micro_steps(config: Config, steps: int) -> Config:
-    return replace(config, train=replace(config.train, grad_accum_steps=steps))
+    train = replace(config.train, grad_accum_steps=steps)
+    return replace(config, train=train)
 
 
 def _wait_as_spare(watchdog: Watchdog) -> int:
@@ -145,14 +146,20 @@ def failures_reported_first(runtime: Runtime) -> Iterator[None]:
 
 
 def _report(problem: Exception, watchdog: Watchdog) -> int:
-    if "Expected more than 1 value per channel" in str(problem):
-        return watchdog.fail(watchdog.own(printable(f"{_BATCH_OF_ONE} ({problem})"), 2))
+    text = printable(problem)
+    if "Expected more than 1 value per channel" in text:
+        failure = watchdog.own(f"{_BATCH_OF_ONE} ({text})", 2)
+        return watchdog.fail(failure)
     if isinstance(problem, (ValueError, FloatingPointError)):
-        return watchdog.fail(watchdog.own(printable(problem), 2))
+        failure = watchdog.own(text, 2)
+        return watchdog.fail(failure)
     if _is_of_a_collective(problem):
-        return watchdog.fail(watchdog.find_cause(problem))
-    trace = "".join(traceback.format_exception(problem))
-    return watchdog.fail(watchdog.own(printable(f"{type(problem).__name__}: {problem}")), trace)
+        failure = watchdog.find_cause(problem)
+        return watchdog.fail(failure)
+    kind = type(problem).__name__
+    failure = watchdog.own(f"{kind}: {text}")
+    trace = traceback.format_exception(problem)
+    return watchdog.fail(failure, "".join(trace))
 
 
 def _is_of_a_collective(problem: Exception) -> bool:

@@ -53,6 +53,13 @@ class Launcher:
     """whether the launcher starts failed ranks again (torchrun --max-restarts)"""
 
     @property
+    def is_gone(self) -> bool:
+        """Whether torchrun's agent has ended: this process then has another parent."""
+        if not self.agent:
+            return False
+        return os.getppid() != self.agent
+
+    @property
     def serves_store(self) -> bool:
         """Whether this process is the one that serves the store."""
         return self.rank == 0 and not self.agent_store
@@ -68,7 +75,10 @@ class Peer:
     @property
     def is_gone(self) -> bool:
         """Whether the process is known to have ended; False where it cannot be seen from here."""
-        return self.host == socket.gethostname() and process_state(self.pid)[:1] in ("", "Z", "X")
+        if self.host != socket.gethostname():
+            return False
+        state = process_state(self.pid)
+        return not state or state[0] in "ZX"
 
 
 @dataclass(frozen=True)
@@ -166,7 +176,12 @@ def _check_launcher(launcher: Launcher, environment: Mapping[str, str]) -> None:
 
 
 def _assignments(environment: Mapping[str, str], names: tuple[str, ...] | list[str]) -> str:
-    return ", ".join(f"{name}={environment.get(name, '')}" for name in names)
+    """The variables as one would type them."""
+    assignments = []
+    for name in names:
+        value = environment.get(name, "")
+        assignments.append(f"{name}={value}")
+    return ", ".join(assignments)
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -309,7 +324,7 @@ def _hand_out_token(
 
 def _check_time(launcher: Launcher, deadline: float, text: str) -> None:
     """Raise LostRankError once the time is over, or when the launcher has gone."""
-    if launcher.agent and os.getppid() != launcher.agent:
+    if launcher.is_gone:
         raise LostRankError("lost at the start: torchrun is gone")
     if time.monotonic() > deadline:
         raise LostRankError(f"lost at the start: {text}; distributed.timeout_s is over")

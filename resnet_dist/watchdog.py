@@ -217,13 +217,15 @@ class Watchdog:
 
     def tell_spares(self, code: int) -> None:
         """Tell the ranks that wait as spares with which code the others end."""
-        if self.rank == 0 and len(self.processes) > self.world_size:
-            with contextlib.suppress(RuntimeError):
-                self.store.set("finished", str(code))
+        spares = len(self.processes) - self.world_size
+        if self.rank != 0 or not spares:
+            return
+        with contextlib.suppress(RuntimeError):
+            self.store.set("finished", str(code))
 
     def code_of_the_others(self) -> int | None:
         """For a spare: the exit code of the ranks that train; None while they do."""
-        if self.launcher.agent and os.getppid() != self.launcher.agent:
+        if self.launcher.is_gone:
             return EXIT_LOST_RANK
         try:
             if not self.store.check(["finished"]):
@@ -237,45 +239,66 @@ class Watchdog:
     def _talk_to_store(self) -> None:
         """Publish this rank's position and read the others', until the end."""
         ticks = 0
-        # Rank 0 is read always, since it may serve the store; the others while something is wrong.
-        seldom = max(1, int(0.05 * self.timeout_s / self.interval))
-        while not self.lost_server and not self.ended.wait(self.interval):
+        while not self.lost_server:
+            if self.ended.wait(self.interval):
+                return
             ticks += 1
-            waits = time.monotonic() - self.moved > 0.5 * self.timeout_s
-            everybody = self.curious or (waits and ticks % seldom == 0)
             try:
-                self.store.set(f"beat/{self.rank}", json.dumps(asdict(self._position(ticks))))
-                self._read_beats(range(self.world_size if everybody else 1))
+                self._exchange_positions(ticks)
                 self._read_failure()
             except RuntimeError:
-                self._give_up_store(self._who_served_the_store())
-            if self.launcher.agent and os.getppid() != self.launcher.agent:
+                who = self._who_served_the_store()
+                self._give_up_store(who)
+            if self.launcher.is_gone:
                 self._give_up_store("torchrun, the parent of this process,")
 
+    def _exchange_positions(self, ticks: int) -> None:
+        """Publish this rank's position; read rank 0's, which may serve the store, and while
+        something is wrong all of them.
+        """
+        position = asdict(self._position(ticks))
+        self.store.set(f"beat/{self.rank}", json.dumps(position))
+        waited = time.monotonic() - self.moved
+        every = max(1, int(0.05 * self.timeout_s / self.interval))
+        is_due = ticks % every == 0
+        waits_long = waited > 0.5 * self.timeout_s
+        if self.curious or (waits_long and is_due):
+            self._read_beats(range(self.world_size))
+        else:
+            self._read_beats(range(1))
+
     def _position(self, ticks: int) -> Beat:
-        main = sys._current_frames().get(threading.main_thread().ident or 0)
-        frames = list(traceback.walk_stack(main))[:_STACK_DEPTH]
-        calls = [
-            f"{os.path.basename(frame.f_code.co_filename)}:{line} {frame.f_code.co_name}"
-            for frame, line in frames
-        ]
-        return Beat(ticks, self.count, self.step, self.phase, " < ".join(calls))
+        """What this rank tells the others."""
+        return Beat(
+            ticks=ticks,
+            count=self.count,
+            step=self.step,
+            phase=self.phase,
+            stack=_stack_of_main_thread(),
+        )
 
     def _read_beats(self, ranks: range) -> None:
         for rank in ranks:
             key = f"beat/{rank}"
             if not self.store.check([key]):
                 continue
-            beat = Beat(**json.loads(self.store.get(key)))
+            told = json.loads(self.store.get(key))
+            beat = Beat(**told)
             known = self.heard.get(rank)
-            if known is None or known.beat != beat:
-                self.heard[rank] = Heard(time.monotonic(), beat)
+            if known is not None and known.beat == beat:
+                continue
+            now = time.monotonic()
+            self.heard[rank] = Heard(now, beat)
         if len(ranks) == self.world_size:
             self.read_all = time.monotonic()
 
     def _read_failure(self) -> None:
-        if self.failure is None and self.store.check(["error"]):
-            self.failure = Failure(**json.loads(self.store.get("error")))
+        if self.failure is not None:
+            return
+        if not self.store.check(["error"]):
+            return
+        published = json.loads(self.store.get("error"))
+        self.failure = Failure(**published)
 
     def _who_served_the_store(self) -> str:
         if self.launcher.agent_store:
@@ -356,8 +379,13 @@ class Watchdog:
 
     def _lost_ranks(self) -> str:
         """The ranks of this machine whose process has ended."""
-        gone = [rank for rank, peer in enumerate(self.peers) if peer.is_gone]
-        return "; ".join(self._describe(rank) for rank in gone if rank != self.rank)
+        gone = []
+        for rank, peer in enumerate(self.peers):
+            if rank == self.rank:
+                continue
+            if peer.is_gone:
+                gone.append(self._describe(rank))
+        return "; ".join(gone)
 
     def _behind(self, since: float) -> str:
         """The other ranks that have been silent `since` then, or are not as far as this one."""
@@ -384,6 +412,21 @@ class Watchdog:
             return f"{text}, never heard of"
         beat = heard.beat
         return f"{text}, last heard of at step {beat.step} ({beat.phase}) in {beat.stack}"
+
+
+def _stack_of_main_thread() -> str:
+    """The calls that the main thread is in, the innermost first."""
+    frames = sys._current_frames()
+    main_thread = threading.main_thread()
+    innermost = frames.get(main_thread.ident or 0)
+    calls = []
+    for frame, line in traceback.walk_stack(innermost):
+        code = frame.f_code
+        file = os.path.basename(code.co_filename)
+        calls.append(f"{file}:{line} {code.co_name}")
+        if len(calls) == _STACK_DEPTH:
+            break
+    return " < ".join(calls)
 
 
 def write_error_file(text: str) -> None:

@@ -168,8 +168,8 @@ def saved_steps(output_dir):
     ]
 
 
-def slow_from(step, entry=None):
-    """The command line's main (or `entry`) whose updates take 0.4 s longer from that step on, so
+def slow_from(step, entry=None, seconds=0.4):
+    """The command line's main (or `entry`) whose updates take `seconds` longer from that step on, so
     that whoever waits for it finds the run under way, however busy the machine is.
     """
 
@@ -179,7 +179,7 @@ def slow_from(step, entry=None):
         real = engine.train_step
 
         def train_step(model, state, *rest):
-            time.sleep(0.4 if state.step >= step else 0)
+            time.sleep(seconds if state.step >= step else 0)
             return real(model, state, *rest)
 
         engine.train_step = train_step

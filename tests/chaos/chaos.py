@@ -45,8 +45,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RANKS, EPOCHS, STEPS_PER_EPOCH = 2, 3, 12
 TOTAL_STEPS = EPOCHS * STEPS_PER_EPOCH
 STOP_TIMEOUT = 12.0  # distributed.timeout_s where a rank is stopped
-SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
-SPOILS = ("flip newest", "truncate newest", "empty newest", "leftovers")
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+SPOILS = ("flip newest", "flip a lone one", "truncate newest", "empty newest", "leftovers")
 FAULTS = (
     "kill one",
     "kill all",
@@ -58,9 +58,12 @@ FAULTS = (
     "stop one",
     "raise alone",
     "disk full",
+    "disk full and freed",
+    "kill before link",
+    "second run",
     *SPOILS,
 )
-"""What can happen; the last four to the files, between two attempts."""
+"""What can happen; the spoils happen to the files, between two attempts."""
 CLOCK = {
     "time",
     "elapsed",
@@ -149,6 +152,22 @@ def differences(folder: Path, undisturbed: Path) -> list[str]:
     return found + (["metrics"] if metrics(folder) != metrics(undisturbed) else [])
 
 
+def expected_codes(fault: str, name: str, victim: int) -> list[int]:
+    """The exit codes of all ranks after a fault; `name` is the signal's."""
+    if fault.startswith("signal"):
+        return [128 + signal.Signals[name]] * RANKS
+    if fault == "raise alone":
+        return [1] * RANKS
+    if fault == "second run":
+        return [2] * RANKS
+    dead = [victim]
+    if fault in ("kill all", "disk full"):
+        dead = list(range(RANKS))
+    elif fault in ("kill in checkpoint", "kill before link", "disk full and freed"):
+        dead = [0]  # the main process writes
+    return [-signal.SIGKILL if rank in dead else EXIT_LOST_RANK for rank in range(RANKS)]
+
+
 class Round:
     """One run and what is done to it. `lost` and `seconds` are of each new start: the steps that
     were done again, and from the fault to the log line of the first step that is new.
@@ -193,6 +212,9 @@ class Round:
         more = ("--distributed.timeout_s", str(STOP_TIMEOUT)) if fault == "stop one" else ()
 
         def act(processes) -> None:
+            if fault == "second run":
+                self.supersede(processes)
+                return
             pids = [process.pid for process in processes]
             if fault == "disk full":
                 while not (
@@ -219,34 +241,37 @@ class Round:
                 )  # as torchrun and SLURM do with what does not go
 
         by_itself = entry is not None and fault != "disk full"
-        codes, moment = self.attempt(at, entry or slow_from(at), None if by_itself else act, more)
+        # The second run has to come before the first one ends.
+        seconds = 8.0 if fault == "second run" else 0.4
+        entry = entry or slow_from(at, seconds=seconds)
+        codes, moment = self.attempt(at, entry, None if by_itself else act, more)
         self.thrown.append(fault + (f" {name}" if fault.startswith("signal") else ""))
-        expected = {
-            "signal one": 128 + signal.Signals[name],
-            "signal all": 128 + signal.Signals[name],
-        }.get(fault)
         (self.folder / "full").unlink(missing_ok=True)
-        if expected:
-            assert codes == [expected] * RANKS, (fault, codes, self.tail())
+        assert codes == expected_codes(fault, name, victim), (fault, codes, self.tail())
+        if fault.startswith("signal"):
             assert saved_step(self.folder) == last_step(self.folder), "a signal costs no step"
-        else:
-            deadly = (
-                fault != "raise alone"
-            )  # a writer dies in the main process, whichever rank was drawn
-            dead = {
-                "kill all": range(RANKS),
-                "disk full": range(RANKS),
-                "kill in checkpoint": [0],
-            }.get(fault, [victim])
-            expected = [
-                -9 if deadly and rank in dead else EXIT_LOST_RANK if deadly else 1
-                for rank in range(RANKS)
-            ]
-            assert codes == expected, (fault, codes, self.tail())
         self.struck, self.resumed = (moment, last_step(self.folder)), False
         self.say(
             f"{self.thrown[-1]}, rank {victim}, step {last_step(self.folder)}: exit codes {codes}"
         )
+
+    def supersede(self, processes) -> None:
+        """Start the same run again while it is under way: the first one has to leave, and the
+        second is killed.
+        """
+        second = start_app(
+            RANKS,
+            arguments(self.digits, self.folder),
+            str(self.folder / "log"),
+            slow_from(TOTAL_STEPS - 3),
+        )
+        deadline = time.monotonic() + 120
+        while any(process.is_alive() for process in processes):
+            assert time.monotonic() < deadline, self.tail()
+            time.sleep(0.02)
+        for process in second:
+            process.kill()
+        wait_app(second)
 
     def attempt(
         self, at: int | None, entry=None, act=None, more: tuple = ()
@@ -319,9 +344,23 @@ class Round:
                     die()
                 if fault == "disk full" and content["step"] >= at:
                     raise OSError(28, "No space left on device")
+                if fault == "disk full and freed" and content["step"] >= at:
+                    if not full_at and content["step"] < TOTAL_STEPS - 6:
+                        full_at.append(content["step"])
+                    if content["step"] in full_at:
+                        raise OSError(28, "No space left on device")
+                    write(path, content, *checks)
+                    die()
                 write(path, content, *checks)
 
+            def links(place, newest, *rest):
+                if fault == "kill before link" and int(newest.stem.partition("_")[2]) >= at:
+                    die()
+                mend(place, newest, *rest)
+
+            full_at: list[int] = []
             engine.train_step, checkpoint.write_checkpoint = train_step, writing
+            mend, checkpoint.mend_links = checkpoint.mend_links, links
             if fault == "kill in evaluation":
                 engine.evaluate = evaluation
             if fault == "disk full" and rank == 0:
@@ -342,6 +381,8 @@ class Round:
             "kill at epoch",
             "raise alone",
             "disk full",
+            "disk full and freed",
+            "kill before link",
         )
         return changed if fault in inside else None
 
@@ -356,7 +397,9 @@ class Round:
                 file.write('{"step": 9')
             return
         content = bytearray(checkpoints[-1].read_bytes())
-        if fault == "flip newest":
+        if fault == "flip a lone one":
+            checkpoints[-1].with_name(checkpoints[-1].name + ".sha256").unlink(missing_ok=True)
+        if fault.startswith("flip"):
             content[self.random.randrange(len(content))] ^= 1 << self.random.randrange(8)
         elif fault == "truncate newest":
             del content[self.random.randrange(1, len(content)) :]
