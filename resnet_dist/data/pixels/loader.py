@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +42,7 @@ from resnet_dist.data.pixels.finish import (
     to_device,
 )
 from resnet_dist.data.pixels.quarantine import Quarantine, Wanted, blank, next_good
-from resnet_dist.data.pixels.read import Encoded, Reader, read_limits
+from resnet_dist.data.pixels.read import Encoded, Reader, Share, read_limits
 from resnet_dist.data.sampling import augment as augmentation
 from resnet_dist.data.sampling import order
 from resnet_dist.data.sampling.crops import Geometry
@@ -263,7 +263,7 @@ class DaliLoader:
         self.running = _receive(_run_ahead(self._produce(jobs), self.config.prefetch_batches))
         return self.running
 
-    def load(self, job: Job, requested: "list[Future[list[Encoded]]] | None" = None) -> LoadedJob:
+    def load(self, job: Job, requested: list[Share] | None = None) -> LoadedJob:
         """Read the files of a job; `requested` are those that were asked for already.
 
         Bad images are replaced (training) or blacked out (evaluation).
@@ -290,7 +290,7 @@ class DaliLoader:
                 return
             # A new thread starts on device 0.
             torch.cuda.set_device(self.device)
-            stream = torch.cuda.Stream(self.device)
+            stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             with torch.cuda.stream(stream):
                 for batch in batches:
                     yield _ReadyBatch(batch, stream.record_event())
@@ -298,7 +298,7 @@ class DaliLoader:
     def _produce_batches(self, jobs: Iterable[Job]) -> Generator[Batch, None, None]:
         """Each job read, decoded and finished, while the next ones are being read and decoded."""
         unfinished = _UnfinishedBatch()
-        reading: deque[tuple[Job, list[Future[list[Encoded]]]]] = deque()
+        reading: deque[tuple[Job, list[Share]]] = deque()
         try:
             for job in jobs:
                 reading.append((job, self.reader.request(job.rows)))
@@ -310,8 +310,8 @@ class DaliLoader:
                 yield from self._finish_oldest(unfinished)
         finally:
             for _, requested in reading:
-                for future in requested:
-                    future.cancel()
+                for share in requested:
+                    share.cancel()
             self.decoder.drop_pending()
 
     def _decode(self, loaded: LoadedJob, unfinished: _UnfinishedBatch) -> Iterator[Batch]:

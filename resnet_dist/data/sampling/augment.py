@@ -165,7 +165,7 @@ def lighting_shifts(
     # Normal numbers by the method of Box and Muller (1958).
     radius = np.sqrt(-2 * np.log(1 - numbers[:, :3]))
     normal = radius * np.cos(2 * np.pi * numbers[:, 3:])
-    shifts = config.lighting_std * normal * _EIGENVALUES @ _EIGENVECTORS.T
+    shifts: FloatArray = config.lighting_std * normal * _EIGENVALUES @ _EIGENVECTORS.T
     return shifts.astype(np.float32)
 
 
@@ -188,4 +188,5 @@ def erasing_boxes(
     sides = tries[np.arange(len(tries)), first_fit]
     corners = np.floor(numbers[:, 1:3] * (side - sides + 1))
     is_erased = (numbers[:, :1] < config.random_erasing) & np.any(fits, axis=1, keepdims=True)
-    return (np.hstack([corners, sides]) * is_erased).astype(np.int64)
+    boxes: FloatArray = np.hstack([corners, sides]) * is_erased
+    return boxes.astype(np.int64)
