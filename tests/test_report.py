@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import re
 import sys
+import xml.etree.ElementTree
 
 import pytest
 
@@ -169,3 +171,24 @@ def test_the_slow_rank_is_named(tmp_path, capsys):
         out = capsys.readouterr().out
         sentence = "rank 2 waits 200 ms per step for data, the others 10 ms (medians)"
         assert (sentence in out) == expected and ("slow rank" in out) == expected
+
+
+def test_html_page(tmp_path, capsys):
+    """One file without references to others; foreign text is escaped; settings that differ."""
+    base = run_folder(tmp_path, "base <b>", 9000)
+    far = run_folder(tmp_path, "far", 9110)
+    for folder, lr in ((base, 0.1), (far, 0.2)):
+        (folder / "config.yaml").write_text(f"seed: 0\noptim:\n  base_lr: {lr}\n")
+    page = tmp_path / "page.html"
+    assert call(base, far, "--html", page) == 0
+    html = page.read_text()
+    xml.etree.ElementTree.fromstring(
+        re.search("<body>.*</body>", html, re.S)[0].replace("&nbsp;", " ")
+    )
+    assert "base &lt;b&gt;" in html and "<b>" not in html
+    assert "optim.base_lr" in html and ">seed<" not in html
+    assert "89.40 to 90.57" in html and "+1.10 points" in html
+    assert "http" not in html and "<script" not in html
+    assert call(base, "--html", tmp_path / "none" / "page.html") == 2
+    (base / "config.yaml").write_text("[")
+    assert call(base, "--html", page) == 0

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
+from resnet_dist.commands.report_page import render_page
 from resnet_dist.commands.report_plots import SPLITS, plot_run, plot_runs
+from resnet_dist.files import write_file
 from resnet_dist.history import Evaluation, RunHistory, read_run
 from resnet_dist.intervals import difference_interval
 from resnet_dist.text import printable
@@ -32,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PNG",
         help="the picture; default: metrics.png in the first folder",
     )
+    parser.add_argument(
+        "--html",
+        default=None,
+        metavar="FILE",
+        help="also write the report as one HTML page: curves, accuracies, settings",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
         return 2
     print(summarize_run(runs[0]) if len(runs) == 1 else compare_runs(runs))
     out = Path(args.out) if args.out else runs[0].folder / "metrics.png"
-    return _draw(runs, out)
+    code = _draw(runs, out)
+    return max(code, _write_page(runs, Path(args.html))) if args.html else code
 
 
 def summarize_run(run: RunHistory) -> str:
@@ -129,6 +138,19 @@ def _draw(runs: Sequence[RunHistory], out: Path) -> int:
         return 2
     else:
         print(f"picture: {printable(out)}")
+    return 0
+
+
+def _write_page(runs: Sequence[RunHistory], path: Path) -> int:
+    """Write the HTML page; returns the exit code."""
+    differences = [describe_difference(runs[0], other) for other in runs[1:]]
+    page = render_page(runs, [sentence for sentence in differences if sentence])
+    try:
+        write_file(path, page)
+    except OSError as error:
+        print(f"error: --html {printable(path)} cannot be written: {printable(error)}")
+        return 2
+    print(f"page: {printable(path)}")
     return 0
 
 

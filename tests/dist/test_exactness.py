@@ -25,12 +25,44 @@ def arguments(digits, output_dir, *more):
     """Twelve steps an epoch on small images, each step logged, a checkpoint every five steps and at
     each epoch.
     """
-    return ["train", "--config", "configs/quickstart.yaml", "--data.data_dir", str(digits), "--output_dir", str(output_dir),
-            "--data.train_crop_size", "8", "--data.val_resize_size", "8", "--data.val_crop_size", "8",
-            "--train.epochs", "2", "--train.global_batch_size", "120", "--train.precision", "fp32",
-            "--train.ema_decay", "0.9", "--train.label_smoothing", "0.1", "--checkpoint.interval_steps", "5",
-            "--log.interval_steps", "1", "--distributed.timeout_s", "60", "--log.wandb", "disabled",
-            "--distributed.threads", "1", "--data.threads", "1", *more]
+    return [
+        "train",
+        "--config",
+        "configs/quickstart.yaml",
+        "--data.data_dir",
+        str(digits),
+        "--output_dir",
+        str(output_dir),
+        "--data.train_crop_size",
+        "8",
+        "--data.val_resize_size",
+        "8",
+        "--data.val_crop_size",
+        "8",
+        "--train.epochs",
+        "2",
+        "--train.global_batch_size",
+        "120",
+        "--train.precision",
+        "fp32",
+        "--train.ema_decay",
+        "0.9",
+        "--train.label_smoothing",
+        "0.1",
+        "--checkpoint.interval_steps",
+        "5",
+        "--log.interval_steps",
+        "1",
+        "--distributed.timeout_s",
+        "60",
+        "--log.wandb",
+        "disabled",
+        "--distributed.threads",
+        "1",
+        "--data.threads",
+        "1",
+        *more,
+    ]
 
 
 def final(output_dir):
@@ -47,8 +79,16 @@ def comparable(lines):
     """The lines without what depends on the clock; so do the bad files that an attempt, reading
     ahead, has met.
     """
-    clock = {"time", "elapsed", "train/images_per_second", "train/data_wait_fraction", "train/step_seconds", "ranks/data_seconds", "ranks/step_seconds",
-             "train/bad_images"}
+    clock = {
+        "time",
+        "elapsed",
+        "train/images_per_second",
+        "train/data_wait_fraction",
+        "train/step_seconds",
+        "ranks/data_seconds",
+        "ranks/step_seconds",
+        "train/bad_images",
+    }
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]
 
 
@@ -61,7 +101,10 @@ def assert_same_run(a, b):
 
 def resumed_steps(output_dir):
     """The steps from which the run's attempts went on, as they said."""
-    return [int(step) for step in re.findall(r"; step (\d+), from \S*step_", (output_dir / "log").read_text())]
+    return [
+        int(step)
+        for step in re.findall(r"; step (\d+), from \S*step_", (output_dir / "log").read_text())
+    ]
 
 
 def kill_at(step, saved, world_size, command, folder):
@@ -77,7 +120,9 @@ def kill_at(step, saved, world_size, command, folder):
 def undisturbed(digits, tmp_path_factory):
     """The uninterrupted run on two ranks."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert run_app(2, arguments(digits, folder), str(folder / "log")) == [0, 0], (folder / "log").read_text()
+    assert run_app(2, arguments(digits, folder), str(folder / "log")) == [0, 0], (
+        folder / "log"
+    ).read_text()
     return folder
 
 
@@ -85,7 +130,9 @@ def test_killed_three_times_ends_bit_identically(digits, undisturbed, tmp_path):
     # before the first checkpoint, and between two
     for step, saved in ((3, -1), (9, 5), (17, 10)):
         kill_at(step, saved, 2, arguments(digits, tmp_path), tmp_path)
-    assert run_app(2, arguments(digits, tmp_path), str(tmp_path / "log")) == [0, 0], (tmp_path / "log").read_text()
+    assert run_app(2, arguments(digits, tmp_path), str(tmp_path / "log")) == [0, 0], (
+        tmp_path / "log"
+    ).read_text()
     resumed = resumed_steps(tmp_path)
     assert len(resumed) == 2
     assert resumed[0] >= 5 and resumed[1] >= 10
@@ -96,13 +143,19 @@ def test_signals_lose_no_step(digits, undisturbed, tmp_path):
     """All ranks agree on the step, save there and leave with 128 + signal, also when one alone was
     told.
     """
-    for at, number, everyone in ((3, signal.SIGTERM, True), (9, signal.SIGINT, False), (15, signal.SIGUSR1, False)):
+    for at, number, everyone in (
+        (3, signal.SIGTERM, True),
+        (9, signal.SIGINT, False),
+        (15, signal.SIGUSR1, False),
+    ):
         processes = start_app(2, arguments(digits, tmp_path), str(tmp_path / "log"), slow_from(at))
         wait_for_step(tmp_path, at, processes)
         for process in processes if everyone else processes[1:]:
             os.kill(process.pid, number)
         assert wait_app(processes) == [128 + number] * 2
-        stopped = unpack_checkpoint(read_checkpoint(tmp_path / "checkpoints" / "last.pt"), "last.pt")["step"]
+        stopped = unpack_checkpoint(
+            read_checkpoint(tmp_path / "checkpoints" / "last.pt"), "last.pt"
+        )["step"]
         assert stopped >= at and metrics(tmp_path)[-1]["step"] == stopped
         stops = [*resumed_steps(tmp_path), stopped]
     assert run_app(2, arguments(digits, tmp_path), str(tmp_path / "log")) == [0, 0]
@@ -114,21 +167,28 @@ def test_clock_locale_umask_and_home_have_no_effect(digits, undisturbed, tmp_pat
     """Row of the table of faults: a clock that jumps back and forth, Turkish, no rights for others,
     a home that is none.
     """
+
     def entry(arguments):
         real, calls = time.time, itertools.count()
         time.time = lambda: real() + (-1) ** next(calls) * 1e7
         time.time_ns = lambda: int(time.time() * 1e9)
         os.umask(0o077)
-        os.environ.pop("HOME", None) if os.environ["RANK"] == "0" else os.environ.update(HOME="/dev/null/home")
+        os.environ.pop("HOME", None) if os.environ["RANK"] == "0" else os.environ.update(
+            HOME="/dev/null/home"
+        )
         os.environ.update(LC_ALL="tr_TR.UTF-8", LANG="C", TZ="Pacific/Kiritimati")
         time.tzset()
         return cli.main(arguments)
 
-    processes = start_app(2, arguments(digits, tmp_path), str(tmp_path / "log"), slow_from(8, entry))
+    processes = start_app(
+        2, arguments(digits, tmp_path), str(tmp_path / "log"), slow_from(8, entry)
+    )
     wait_for_step(tmp_path, 8, processes)
     os.kill(processes[1].pid, signal.SIGTERM)
     assert wait_app(processes) == [143, 143], (tmp_path / "log").read_text()
-    assert run_app(2, arguments(digits, tmp_path), str(tmp_path / "log"), entry) == [0, 0], (tmp_path / "log").read_text()
+    assert run_app(2, arguments(digits, tmp_path), str(tmp_path / "log"), entry) == [0, 0], (
+        tmp_path / "log"
+    ).read_text()
     assert_same_run(tmp_path, undisturbed)
 
 
@@ -140,7 +200,9 @@ def test_three_ranks_resume_bit_identically(digits, tmp_path):
     whole.mkdir(), parts.mkdir()
     kill_at(7, 5, 3, arguments(digits, parts), parts)
     for folder in (whole, parts):
-        assert run_app(3, arguments(digits, folder), str(folder / "log")) == [0, 0, 0], (folder / "log").read_text()
+        assert run_app(3, arguments(digits, folder), str(folder / "log")) == [0, 0, 0], (
+            folder / "log"
+        ).read_text()
     assert not resumed_steps(whole)
     assert len(resumed_steps(parts)) == 1
     assert_same_run(whole, parts)
@@ -151,18 +213,47 @@ def test_all_of_the_augmentation_resumes_bit_identically(tmp_path):
     in the second of four epochs: functions of the step as well.
     """
     for split, count in (("train", 48), ("val", 20)):
-        write_split(str(tmp_path / "data"), [encode(picture(70, 80, i)) for i in range(count)], split=split)
-    more = ["--data.kind", "folder", "--augment.policy", "trivialaugment", "--augment.color_jitter", "[0.4,0.4,0.4,0.1]",
-            "--augment.lighting_std", "0.1", "--augment.random_erasing", "0.3", "--augment.repeats", "2",
-            "--augment.mixup_alpha", "0.2", "--augment.cutmix_alpha", "1.0", "--data.train_crop_size", "64",
-            "--data.progressive_start_size", "32", "--data.progressive_epochs", "[0,2]", "--data.crop_scale", "[0.3,1]",
-            "--train.global_batch_size", "8", "--train.epochs", "4"]
+        write_split(
+            str(tmp_path / "data"), [encode(picture(70, 80, i)) for i in range(count)], split=split
+        )
+    more = [
+        "--data.kind",
+        "folder",
+        "--augment.policy",
+        "trivialaugment",
+        "--augment.color_jitter",
+        "[0.4,0.4,0.4,0.1]",
+        "--augment.lighting_std",
+        "0.1",
+        "--augment.random_erasing",
+        "0.3",
+        "--augment.repeats",
+        "2",
+        "--augment.mixup_alpha",
+        "0.2",
+        "--augment.cutmix_alpha",
+        "1.0",
+        "--data.train_crop_size",
+        "64",
+        "--data.progressive_start_size",
+        "32",
+        "--data.progressive_epochs",
+        "[0,2]",
+        "--data.crop_scale",
+        "[0.3,1]",
+        "--train.global_batch_size",
+        "8",
+        "--train.epochs",
+        "4",
+    ]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir(), parts.mkdir()
     kill_at(9, 5, 2, arguments(tmp_path / "data", parts, *more), parts)
     for folder in (whole, parts):
-        assert run_app(2, arguments(tmp_path / "data", folder, *more), str(folder / "log")) == [0, 0], (
-            folder / "log").read_text()
+        assert run_app(2, arguments(tmp_path / "data", folder, *more), str(folder / "log")) == [
+            0,
+            0,
+        ], (folder / "log").read_text()
     assert len(resumed_steps(parts)) == 1
     assert_same_run(whole, parts)
 
@@ -177,8 +268,18 @@ def test_a_finished_run_is_not_trained_again(digits, undisturbed):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_evaluate_counts_the_same_on_any_number_of_ranks(undisturbed, tmp_path, world_size):
     output = tmp_path / "out"
-    code = run_app(world_size, ["evaluate", "--json", "--checkpoint", str(undisturbed / "checkpoints" / "last.pt"),
-                                "--data.val_batch_size", "50"], str(output))
+    code = run_app(
+        world_size,
+        [
+            "evaluate",
+            "--json",
+            "--checkpoint",
+            str(undisturbed / "checkpoints" / "last.pt"),
+            "--data.val_batch_size",
+            "50",
+        ],
+        str(output),
+    )
     assert code == [0] * world_size, output.read_text()
     result = json.loads(output.read_text().splitlines()[-1])
     logged = [line for line in metrics(undisturbed) if "val/top1" in line][-1]
