@@ -3,6 +3,7 @@ right.
 """
 
 import contextlib
+import datetime
 import json
 import os
 import stat
@@ -17,6 +18,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from dist_utils import run_ranks
 from hypothesis import strategies as st
 from image_files import OneProcess, add_member, pack_shards, simulated_index
@@ -994,3 +996,23 @@ def test_special_files_among_the_shards(tmp_path):
     assert load(build_index(str(tmp_path), "train", ALONE), 0).reason == (
         "cannot be read: it has 4398046511104 bytes, more than data.max_file_mb = 256"
     )
+
+
+def _slow_scan(rank, world_size, data_dir):
+    """The index of a rank, where the listing takes longer than a collective may wait."""
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=6))
+    runtime = Runtime(rank, rank, world_size, world_size, torch.device("cpu"), group)
+    real = scan_module.list_class
+
+    def slow(root, name):
+        time.sleep(10)
+        return real(root, name)
+
+    scan_module.list_class = slow
+    return paths(build_index(data_dir, "train", runtime))
+
+
+def test_a_scan_may_take_longer_than_the_time_out_of_a_collective(tmp_path):
+    data_dir = make(tmp_path, ["train/a/1.jpg"])
+    first, second = run_ranks(_slow_scan, 2, data_dir)
+    assert first == second == [str(tmp_path / "train/a/1.jpg")]

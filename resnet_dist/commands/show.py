@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from resnet_dist.config import Config
 from resnet_dist.data.build import build_train_loader, build_val_loader
+from resnet_dist.data.pixels.loader import DaliTrainLoader, DaliValLoader
 from resnet_dist.data.types import Batch
 from resnet_dist.distributed import Runtime
 from resnet_dist.process import run_process
@@ -83,6 +84,8 @@ def _load(
         )
         train = build_train_loader(single, runtime)
         val = build_val_loader(single, runtime)
+        assert isinstance(train, DaliTrainLoader)
+        assert isinstance(val, DaliValLoader)
         trained = []
         for row in _spread(train.num_samples, args.images):
             epochs = range(args.epochs)
