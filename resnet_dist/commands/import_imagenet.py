@@ -28,8 +28,12 @@ def run(args: argparse.Namespace) -> int:
     """
     from torchvision.datasets.imagenet import ARCHIVE_META
 
-    names = {key: name for key, (name, _) in ARCHIVE_META.items()}
-    paths = {key: os.path.join(args.src, name) for key, name in names.items()}
+    paths = {}
+    sums = {}
+    for key, (name, md5) in ARCHIVE_META.items():
+        path = os.path.join(args.src, name)
+        paths[key] = path
+        sums[path] = md5
     missing = [path for path in paths.values() if not os.path.isfile(path)]
     if missing:
         raise ValueError(
@@ -42,7 +46,6 @@ def run(args: argparse.Namespace) -> int:
         "val": _find_val(paths["val"], wnids, truth),
     }
     if not args.skip_checksums:
-        sums = {paths[key]: md5 for key, (_, md5) in ARCHIVE_META.items()}
         _check_sums(sums, Path(args.out, _CHECKED))
     for split, sources in found.items():
         if args.shards:

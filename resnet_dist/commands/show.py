@@ -88,13 +88,15 @@ def _load(
         assert isinstance(val, DaliValLoader)
         trained = []
         for row in _spread(train.num_samples, args.images):
-            epochs = range(args.epochs)
-            trained.append(
-                [_Shown(f"epoch {epoch}", train.show_rows(row, epoch)) for epoch in epochs]
-            )
+            shown = []
+            for epoch in range(args.epochs):
+                batch = train.show_rows(row, epoch)
+                shown.append(_Shown(f"epoch {epoch}", batch))
+            trained.append(shown)
         evaluated = []
         for row in _spread(val.num_samples, args.images):
-            evaluated.append([_Shown("evaluation", val.show_rows(row))])
+            batch = val.show_rows(row)
+            evaluated.append([_Shown("evaluation", batch)])
         train.close()
         val.close()
     rows = []
@@ -105,7 +107,8 @@ def _load(
 
 def _spread(num_samples: int, count: int) -> list[np.ndarray]:
     """Rows that are spread evenly over a split, each as int64 [1]."""
-    rows = np.unique(np.linspace(0, num_samples - 1, count).astype(np.int64))
+    spread = np.linspace(0, num_samples - 1, count)
+    rows = np.unique(spread.astype(np.int64))
     return [np.array([row]) for row in rows]
 
 
@@ -131,8 +134,10 @@ def sheet(rows: list[list[Tile]]) -> Image.Image:
     size = (columns * across + _GAP, len(rows) * down + _GAP)
     canvas = Image.new("RGB", size, "white")
     for row_number, row in enumerate(rows):
+        y = _GAP + row_number * down
         for column_number, tile in enumerate(row):
-            position = (_GAP + column_number * across, _GAP + row_number * down)
+            x = _GAP + column_number * across
+            position = (x, y)
             _draw_tile(canvas, tile, position, factor, letters=across // _PIXELS_A_LETTER)
     return canvas
 

@@ -16,7 +16,7 @@ Everything left out is counted by kind.
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from resnet_dist.data.sources.index import SUFFIXES, some
@@ -46,7 +46,7 @@ class LeftOut:
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> "LeftOut":
-        """From the dictionary that dataclasses.asdict makes of it."""
+        """From the dictionary of its fields."""
         return cls(Counter(plain["counts"]), dict(plain["examples"]))
 
     def add_all(self, other: "LeftOut") -> None:
@@ -84,7 +84,8 @@ class ClassListing:
 
     def to_plain(self) -> dict[str, Any]:
         """As a dictionary for JSON."""
-        return asdict(self)
+        # dataclasses.asdict would copy each name.
+        return {**vars(self), "left_out": vars(self.left_out)}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> "ClassListing":

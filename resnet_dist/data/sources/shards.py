@@ -10,7 +10,7 @@ import os
 import posixpath
 import tarfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from stat import S_ISREG
 from typing import Any, cast
 
@@ -51,7 +51,8 @@ class Shard:
 
     def to_plain(self) -> dict[str, Any]:
         """As a dictionary for JSON."""
-        return asdict(self)
+        # dataclasses.asdict would copy each name.
+        return {**vars(self), "left_out": vars(self.left_out)}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> "Shard":
@@ -174,10 +175,14 @@ def index_shards(root: str, names: Sequence[str], shards: Sequence[Shard]) -> by
 
 def _places(shards: Sequence[Shard]) -> np.ndarray:
     """[n, 3], int64: number of the shard, offset and length of each image."""
-    numbers = np.repeat(np.arange(len(shards)), [len(shard.files) for shard in shards])
-    offsets = np.concatenate([np.array(shard.offsets, dtype="<i8") for shard in shards])
-    lengths = np.concatenate([np.array(shard.lengths, dtype="<i8") for shard in shards])
-    return np.stack([numbers, offsets, lengths], axis=1)
+    parts = []
+    for number, shard in enumerate(shards):
+        part = np.empty((len(shard.files), 3), dtype="<i8")
+        part[:, 0] = number
+        part[:, 1] = shard.offsets
+        part[:, 2] = shard.lengths
+        parts.append(part)
+    return np.concatenate(parts)
 
 
 def _without_common(shards: Sequence[Shard]) -> list[list[str]]:
@@ -185,16 +190,16 @@ def _without_common(shards: Sequence[Shard]) -> list[list[str]]:
 
     At least one part remains of each, the class.
     """
-    folders = [folder.split("/") if folder else [] for shard in shards for folder in shard.folders]
-    unnamed = [not folder for folder in folders]
-    if any(unnamed):
+    folders = []
+    for shard in shards:
+        for folder in shard.folders:
+            folders.append(folder.split("/") if folder else [])
+    shortest = min(map(len, folders))
+    if shortest == 0:
         return folders
-    first = folders[0]
-    common = min(map(len, folders)) - 1
-    for depth in range(common):
-        if any(folder[depth] != first[depth] for folder in folders):
-            common = depth
-            break
+    # The last part of the shortest one has to remain.
+    heads = [folder[: shortest - 1] for folder in folders]
+    common = len(os.path.commonprefix([min(heads), max(heads)]))
     return [folder[common:] for folder in folders]
 
 
@@ -207,7 +212,8 @@ def _by_folder(
     labels = [ids[folder[0]] for folder in folders]
     rows = []
     for folder, file in zip(folders, files, strict=True):
-        rows.append(os.fsencode("/".join([*folder[1:], file])))
+        inner_name = "/".join([*folder[1:], file])
+        rows.append(os.fsencode(inner_name))
     return classes, labels, rows
 
 
@@ -221,7 +227,8 @@ def _by_class_id(
     labels = []
     for name, shard in zip(names, shards, strict=True):
         for file in shard.files:
-            label = shard.class_ids.get(posixpath.splitext(file)[0], -1)
+            stem, _ = posixpath.splitext(file)
+            label = shard.class_ids.get(stem, -1)
             if label == -1:
                 path = os.path.join(root, name)
                 raise ValueError(
@@ -229,4 +236,5 @@ def _by_class_id(
                     f"that name with a class id, so nothing tells its class"
                 )
             labels.append(label)
-    return list(map(str, range(max(labels) + 1))), labels
+    classes = [str(number) for number in range(max(labels) + 1)]
+    return classes, labels
