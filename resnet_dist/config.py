@@ -8,8 +8,10 @@ ranks are checked where these are known (run.py).
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from resnet_dist.config_rules import (
@@ -432,6 +434,22 @@ class Config:
     def __post_init__(self) -> None:
         _expand_home(self, "output_dir")
         check_config(self)
+
+    @classmethod
+    def from_yaml(cls, *files: str | Path, changes: Mapping[str, Any] | None = None) -> "Config":
+        """Read the settings of YAML files; those of later files override earlier ones.
+
+        Args:
+            files: YAML files, or recipes by name ("quickstart", "resnet50").
+            changes: Settings that override the files, as {"train.epochs": 2}.
+
+        Raises:
+            ValueError: A file or a setting does not exist, or a value breaks a rule.
+        """
+        # By name: that module imports this one.
+        settings = import_module("resnet_dist.settings")
+        config: Config = settings.config_from_files([str(name) for name in files], changes or {})
+        return config
 
 
 def check_config(config: Config) -> None:

@@ -15,6 +15,7 @@ import yaml
 
 from resnet_dist.config import Config
 from resnet_dist.config_rules import TypeHint, refuse_value, split_hint, type_origin
+from resnet_dist.recipes import find_recipe
 from resnet_dist.text import did_you_mean, printable
 
 T = TypeVar("T")
@@ -137,6 +138,22 @@ def build_config(values: Mapping[str, Any]) -> Config:
 def config_from_dict(tree: Mapping[str, Any]) -> Config:
     """The config of nested settings, as `config.to_dict` makes them and a checkpoint holds them."""
     return build_config(flatten_settings(tree, setting_hints()))
+
+
+def config_from_files(names: list[str], changes: Mapping[str, Any]) -> Config:
+    """The config of YAML files or recipes by name, with flat settings that override them.
+
+    Raises ValueError if a file or a setting does not exist, or a value breaks a rule.
+    """
+    hints = setting_hints()
+    files = FileSettings()
+    for name in names:
+        files.update(read_yaml(find_recipe(name), hints))
+    for key, value in changes.items():
+        if key not in hints:
+            raise ValueError(unknown_setting(key, hints))
+        refuse_value(key, value, hints[key])
+    return build_config({**files.values, **changes})
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]

@@ -133,7 +133,7 @@ def metrics(folder):
 
 
 def test_the_constraints_fit_the_requirements():
-    """constraints.txt names a version of every direct requirement, and one that setup.cfg allows."""
+    """constraints.txt has a version of every direct requirement that setup.cfg allows."""
     config = ConfigParser()
     config.read(ROOT / "setup.cfg")
     texts = [config["options"]["install_requires"], *config["options.extras_require"].values()]

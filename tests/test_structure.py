@@ -10,7 +10,6 @@ PACKAGE = ROOT / "resnet_dist"
 # A module imports from its own layer and from those above it in this list. `name.*` stands for a sub-package.
 LAYERS = [
     {
-        "",
         "config",
         "config_rules",
         "cluster",
@@ -52,7 +51,7 @@ LAYERS = [
     {"summary"},
     {"run"},
     {"launch.*", "api", "commands.*"},
-    {"cli"},
+    {"", "cli"},
 ]
 
 # The modules that may import a heavy library, each inside the function that needs it.
@@ -223,9 +222,13 @@ def test_files_and_functions_are_short_and_documented():
 
 
 def test_no_public_name_is_defined_in_two_modules():
-    """Commands share a verb, `run`, since the command line calls each of them by it."""
+    """Commands share a verb, `run`, since the command line calls each of them by it. The Python
+    interface has the verbs of the parts that it calls.
+    """
     places = defaultdict(list)
     for name, tree in TREES.items():
+        if name == "api":
+            continue
         for node in tree.body:
             named = getattr(node, "name", "_")
             if not named.startswith("_") and not (name.startswith("commands.") and named == "run"):

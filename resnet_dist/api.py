@@ -1,0 +1,232 @@
+"""The Python interface. `import resnet_dist` offers these functions, and imports them when needed.
+
+    import resnet_dist
+
+    config = resnet_dist.Config.from_yaml("quickstart")
+    folder = resnet_dist.train(config)
+    network = resnet_dist.load(folder)
+    print(resnet_dist.evaluate(network)["top1"])
+    for prediction in resnet_dist.predict(network, "photos/"):
+        print(prediction.path, prediction.best[0])
+
+They call what the command line calls: `resnet-dist train`, `evaluate` and `predict`.
+"""
+
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import nn
+
+from resnet_dist import distributed, run
+from resnet_dist.checkpoint_file import download_weights, read_checkpoint, unpack_weights
+from resnet_dist.commands.evaluate import evaluate_network
+from resnet_dist.commands.predict import find_images, predict_files
+from resnet_dist.config import Config, DataConfig, ModelConfig
+from resnet_dist.data.pixels.finish import Normalizer, resize_and_crop, resize_exact
+from resnet_dist.data.sampling.crops import val_geometry
+from resnet_dist.distributed import Runtime
+from resnet_dist.models.build import build_model
+from resnet_dist.models.weights import load_weights
+from resnet_dist.precision import resolve_settings
+from resnet_dist.process import run_process
+from resnet_dist.saved_network import SavedNetwork, load_network, open_network
+from resnet_dist.settings import build_config, config_from_dict
+
+Paths = str | Path | Iterable[str | Path]
+
+
+@dataclass(frozen=True)
+class ImagePrediction:
+    """What a network says about one image."""
+
+    path: str
+    best: tuple[tuple[str, float], ...]
+    """class names and their probabilities, the most probable first; empty if there is a problem"""
+    problem: str = ""
+    """why the image cannot be used; empty if it can"""
+
+
+class EvaluationTransform:
+    """From a PIL image to the input of the network, exactly as in evaluation.
+
+    The shorter side is resized to `data.val_resize_size`, the central square of
+    `data.val_crop_size` is taken, and the pixels are normalised: torchvision's Resize, CenterCrop,
+    ToTensor and Normalize. Settings that average over several crops are not followed; `predict`
+    does.
+    """
+
+    def __init__(self, data: DataConfig) -> None:
+        self.data = replace(data, val_crops="center", val_scales=())
+        self.normalize = Normalizer(data, torch.float32, torch.device("cpu"))
+        self.normalize.prepare(data.val_crop_size)
+
+    def __call__(self, image: Image) -> torch.Tensor:
+        """A float32 tensor [3, val_crop_size, val_crop_size]."""
+        pixels = torch.from_numpy(np.array(image.convert("RGB")))
+        height, width = pixels.shape[:2]
+        geometry = val_geometry(np.array([height]), np.array([width]), self.data)
+        view = geometry.views[0]
+        size = (int(view.sizes[0, 0]), int(view.sizes[0, 1]))
+        offset = view.offsets[0].tolist()
+        square = resize_and_crop(pixels, size, offset, 0, view.side, resize_exact)
+        out = torch.empty(1, view.side, view.side, 3)
+        self.normalize(square[None], out)
+        return out[0].permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trained network and what is needed to use it; `load` makes it."""
+
+    model: nn.Module
+    """in eval mode: images [B, 3, H, W] to logits [B, len(class_names)]"""
+    class_names: tuple[str, ...]
+    """the classes in the order of the logits"""
+    transform: EvaluationTransform
+    """from a PIL image to an input of the model"""
+    config: Config
+    """the settings that the network was trained with"""
+    device: torch.device
+    saved: SavedNetwork
+    """the checkpoint"""
+
+
+def create_model(
+    name: str,
+    num_classes: int = 1000,
+    weights: str | Path = "",
+    **options: Any,  # noqa: ANN401  the type depends on the option
+) -> nn.Module:
+    """Build a network of `resnet-dist models`.
+
+    Args:
+        name: For instance "resnet50".
+        num_classes: Number of logits.
+        weights: A file with weights (a checkpoint of this project, of torchvision or of timm), or
+            weights of torchvision, as "torchvision:resnet50:IMAGENET1K_V2". The classifier keeps
+            its random weights if the file has another number of classes. Empty: all are random.
+        options: Further settings of the section `model`, for instance zero_init_residual=True.
+
+    Returns:
+        The network in training mode: images [B, 3, H, W] to logits [B, num_classes].
+
+    Raises:
+        ValueError: There is no such network or option, or the weights are not of this network.
+    """
+    section: ModelConfig = config_from_dict({"model": {**options, "name": name}}).model
+    model = build_model(section, num_classes)
+    if weights:
+        load_weights(model, _read_weights(str(weights)), str(weights))
+    return model
+
+
+def _read_weights(name: str) -> dict[str, Any]:
+    if name.startswith("torchvision:"):
+        payload = download_weights(name)
+    else:
+        payload = read_checkpoint(Path(name))
+    return unpack_weights(payload, name)
+
+
+def load(path: str | Path, device: str = "auto") -> Network:
+    """Load a trained network from the folder of a run, or from a checkpoint.
+
+    Of a folder, the best checkpoint is taken; of a checkpoint, the averaged weights if it has any.
+
+    Args:
+        path: A run's `output_dir`, or a file of its folder checkpoints/.
+        device: "cpu", "cuda" or "auto".
+
+    Raises:
+        ValueError: There is no checkpoint, or it is damaged.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = torch.device(device)
+    saved = open_network(Path(path))
+    config = build_config(saved.settings)
+    model, _ = load_network(saved, config, place)
+    transform = EvaluationTransform(config.data)
+    return Network(model, tuple(saved.class_names), transform, config, place, saved)
+
+
+def predict(network: Network, images: Paths, top: int = 5) -> list[ImagePrediction]:
+    """The most probable classes of images, seen exactly as in evaluation.
+
+    Args:
+        network: What `load` returns.
+        images: Files, or folders with images in or below them.
+        top: Number of classes for each image.
+
+    Raises:
+        ValueError: There is no image at all. An image that cannot be decoded has its `problem` in
+            its prediction.
+    """
+    words = [images] if isinstance(images, (str, Path)) else list(images)
+    files = find_images([str(word) for word in words])
+    # One process needs no process group.
+    runtime = Runtime(0, 0, 1, 1, network.device, None)
+    config = resolve_settings(network.config, network.device)
+    predictions = []
+    for found in predict_files(network.model, files, config, runtime, top):
+        best: tuple[tuple[str, float], ...] = ()
+        if not found.problem:
+            best = tuple((network.class_names[number], share) for number, share in found.best)
+        predictions.append(ImagePrediction(found.path, best, found.problem))
+    return predictions
+
+
+def evaluate(network: Network, data_dir: str | Path = "") -> dict[str, Any]:
+    """Evaluate the network on the validation set that it was trained with, or on another one.
+
+    Under torchrun, call it in every process: each evaluates its share. The weights are those of the
+    checkpoint: changes of `network.model` have no effect.
+
+    Args:
+        network: What `load` returns.
+        data_dir: A folder with val/ and the same classes; empty: the one of the training.
+
+    Returns:
+        "top1" and "top5" in percent, "loss", and the counts behind them ("num", "correct1", ...).
+
+    Raises:
+        ValueError: The data does not fit the network.
+    """
+    config = network.config
+    if data_dir:
+        config = replace(config, data=replace(config.data, kind="folder", data_dir=str(data_dir)))
+    section = config.distributed
+    runtime = distributed.start(network.device.type, section.timeout_s, section.threads)
+    try:
+        config = resolve_settings(config, runtime.device)
+        with tempfile.TemporaryDirectory() as scratch:
+            results = evaluate_network(network.saved, config, runtime, scratch)
+    finally:
+        distributed.stop(runtime)
+    counts: dict[str, Any] = results["ema" if "ema" in results else "model"]
+    return counts
+
+
+def train(config: Config) -> Path:
+    """Train, in this process or under torchrun (call it in every process). It resumes by itself.
+
+    Returns:
+        The folder of the run, for `load`.
+
+    Raises:
+        RuntimeError: The training failed, or was stopped by a signal. What went wrong has been
+            printed.
+    """
+    code = run_process(config, run.train, resolve_auto=False)
+    if code:
+        raise RuntimeError(
+            f"the training ended with exit code {code}: see its last messages. The same call "
+            f"resumes from the checkpoints in {config.output_dir}"
+        )
+    return Path(config.output_dir)
