@@ -22,7 +22,7 @@ _PANELS = {
 
 _WIDTH = 480
 _HEIGHT = 240
-_MARGIN = 44
+_MARGIN = 60
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8885; }
