@@ -78,7 +78,7 @@ def set_arithmetic(config: TrainConfig, device: torch.device) -> None:
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True)
         # Filling new memory with NaN only serves to find bugs.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def resolve_precision(
