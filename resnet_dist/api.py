@@ -101,7 +101,7 @@ def create_model(
     name: str,
     num_classes: int = 1000,
     weights: str | Path = "",
-    **options: Any,  # noqa: ANN401  the type depends on the option
+    **options: Any,
 ) -> nn.Module:
     """Build a network of `resnet-dist models`.
 

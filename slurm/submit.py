@@ -1,9 +1,10 @@
-"""Train on a SLURM cluster. The same command again resumes; slurm/README.md tells the rest.
+"""Train on a SLURM cluster; the same command again resumes. slurm/README.md explains the rest.
 
-python slurm/submit.py --config configs/resnet50.yaml --config slurm/example_gpu.yaml
---data.data_dir /data/imagenet python slurm/submit.py --config configs/resnet50.yaml --cluster.nodes
-4 --cluster.gpus_per_node 8 --cluster.dry_run python slurm/submit.py --help
-every option
+    python slurm/submit.py --config configs/resnet50.yaml --config slurm/example_gpu.yaml \\
+        --data.data_dir /data/imagenet
+    python slurm/submit.py --config configs/resnet50.yaml --data.data_dir /data/imagenet \\
+        --cluster.nodes 4 --cluster.gpus_per_node 8 --cluster.dry_run
+    python slurm/submit.py --help
 """
 
 import sys
