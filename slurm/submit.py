@@ -1,10 +1,7 @@
-"""Train on a SLURM cluster; the same command again resumes. slurm/README.md explains the rest.
+"""Train on a SLURM cluster; the same command again resumes.
 
-    python slurm/submit.py --config configs/resnet50.yaml --config slurm/example_gpu.yaml \\
-        --data.data_dir /data/imagenet
-    python slurm/submit.py --config configs/resnet50.yaml --data.data_dir /data/imagenet \\
-        --cluster.nodes 4 --cluster.gpus_per_node 8 --cluster.dry_run
-    python slurm/submit.py --help
+`python slurm/submit.py --help` lists every option, and slurm/README.md has examples. It is the same
+as `resnet-dist submit`.
 """
 
 import sys
