@@ -56,7 +56,7 @@ LAYERS = [
 
 # The modules that may import a heavy library, each inside the function that needs it.
 FENCES = {
-    "nvidia": {"data.pixels.dali", "data.operations", "data.pixels.probe", "commands.rivals"},
+    "nvidia": {"data.pixels.dali", "data.dali_operations", "data.pixels.probe", "commands.rivals"},
     "torchvision": {
         "models.zoo",
         "checkpoint_file",

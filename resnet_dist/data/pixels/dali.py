@@ -28,7 +28,8 @@ import torch
 
 from resnet_dist.config import DecoderConfig
 from resnet_dist.data.arrays import IntArray
-from resnet_dist.data.operations import BRANCH_OF_OP, DALI_FORMS, DaliForm, DaliNode
+from resnet_dist.data.dali_operations import DaliForm, DaliNode
+from resnet_dist.data.operations import BRANCH_OF_OP, DALI_FORMS
 from resnet_dist.data.pixels.read import Encoded
 from resnet_dist.data.sampling.crops import Geometry
 from resnet_dist.data.types import Job, OperationPlan

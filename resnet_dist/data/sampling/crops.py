@@ -1,9 +1,10 @@
 """Where images are cropped: random windows and flips in training, central squares in evaluation.
 
-A window is a row (y, x, height, width) in pixels, int64. Training and evaluation have one form of
-geometry, so that one decoder serves both: decode a window, resize it, take one or more squares out
-of the result, mirror them. Training geometry is a pure function of (seed, epoch, row, image size),
-computed for a whole batch at once: a few microseconds per image.
+A window is (y, x, height, width) in pixels, int64. Training and evaluation describe their geometry
+in the same form, so that one decoder serves both: it decodes a window, resizes it, cuts one or more
+squares out of the result and mirrors them. The training geometry is a pure function of (seed,
+epoch, row, image size). It is computed for a whole batch at once, which takes a few microseconds
+per image.
 """
 
 from dataclasses import dataclass
@@ -15,54 +16,66 @@ from resnet_dist.data.arrays import BoolArray, FloatArray, IntArray
 from resnet_dist.rng import uniform
 
 TRIES = 10
-"""Tries of torchvision's RandomResizedCrop."""
+"""Number of windows that torchvision's RandomResizedCrop tries before it takes the central one."""
 
-# An area and a ratio for each try, then the position.
+# Two numbers for each try (area and ratio), then two for the position.
 _NUMBERS_PER_SAMPLE = 2 * TRIES + 2
 
-# Progressive sides are multiples of it.
+# With progressive resizing, all crop sides are multiples of this many pixels.
 _SIDE_STEP = 32
 
 
 @dataclass(frozen=True)
 class View:
-    """How one square is taken out of the decoded window of each image; int64, in pixels."""
+    """How one square is cut out of the decoded window of each image, in pixels."""
 
     sizes: IntArray
-    """[n, 2]: the (height, width) that the window is resized to"""
+    """int64 [n, 2]: the (height, width) that the window is resized to"""
     offsets: IntArray
-    """[n, 2]: the (y, x) in the resized window where the square begins; what lies outside of the
-    window is black"""
+    """int64 [n, 2]: the (y, x) of the square's top left corner in the resized window; parts of the
+    square outside of the window are black"""
     side: int
     """side of the square"""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What is done with each image of a batch, in this order."""
+    """How each image of a batch is cropped, resized and mirrored. The fields are in this order."""
 
     windows: IntArray
-    """int64 [n, 4]: the (y, x, height, width) of the image that is decoded"""
+    """int64 [n, 4]: the window (y, x, height, width) of each image that is decoded"""
     views: tuple[View, ...]
-    """the squares: one in training, one or more in evaluation"""
+    """the squares that are cut out: one in training, one or more in evaluation"""
     flips: IntArray
-    """int64 [n]: 1 where the squares are mirrored, else 0"""
+    """int64 [n]: 1 if the squares of an image are mirrored horizontally, otherwise 0"""
 
 
 def train_side(epoch: int, config: DataConfig) -> int:
-    """Side of the training crop in an epoch, in pixels.
+    """Side of the training crop in an epoch.
 
-    It is `train_crop_size`. With progressive resizing it rises linearly between the two
-    `progressive_epochs`, rounded to a multiple of 32 (Leclerc et al. 2023, FFCV).
+    Without progressive resizing this is `train_crop_size`. With it, the side grows linearly from
+    `progressive_start_size` to `train_crop_size` between the two `progressive_epochs`, rounded to a
+    multiple of 32 (Leclerc et al. 2023, FFCV).
+
+    Args:
+        epoch: the epoch, counted from 0.
+        config: the section `data`.
+
+    Returns:
+        The side in pixels.
     """
     start = config.progressive_start_size
     begin, end = config.progressive_epochs
     if not start or epoch >= end:
         return config.train_crop_size
-    progress = max(0.0, (epoch - begin) / max(end - begin, 1e-9))
+    # `end` may equal `begin`.
+    num_epochs = max(end - begin, 1e-9)
+    progress = max(0.0, (epoch - begin) / num_epochs)
     exact_side = start + (config.train_crop_size - start) * progress
+
     side = round(exact_side / _SIDE_STEP) * _SIDE_STEP
-    return min(config.train_crop_size, max(_SIDE_STEP, side))
+    side = max(side, _SIDE_STEP)
+    return min(side, config.train_crop_size)
 
 
 def train_geometry(
@@ -74,23 +87,26 @@ def train_geometry(
     side: int,
     config: DataConfig,
 ) -> Geometry:
-    """Random crops and flips of the samples `rows`, whose images are `heights` x `widths`.
+    """Draw crops and flips of a training batch.
 
     Args:
         seed: the seed of the run.
-        epoch: one number, or one for each sample where an epoch shows an image several times (see
+        epoch: one number, or one for each sample if an epoch shows an image several times (see
             rng.py).
-        rows: int64 [n].
-        heights: int64 [n], in pixels.
-        widths: int64 [n], in pixels.
+        rows: int64 [n], the samples.
+        heights: int64 [n], heights of their images, in pixels.
+        widths: int64 [n], widths of their images, in pixels.
         side: side of the crop, in pixels.
-        config: says how images are cropped (`train_crop`).
+        config: the section `data`; `train_crop` is the kind of crop.
     """
     if config.train_crop == "random_resized":
         windows = random_windows(
             seed, epoch, rows, heights, widths, config.crop_scale, config.crop_ratio
         )
-        view = View(np.full((len(rows), 2), side), np.zeros((len(rows), 2), np.int64), side)
+        # The whole window is resized to the square.
+        sizes = np.full((len(rows), 2), side)
+        offsets = np.zeros((len(rows), 2), np.int64)
+        view = View(sizes, offsets, side)
     else:
         windows = whole_windows(heights, widths)
         numbers = uniform(seed, "crop", epoch, rows, 3)
@@ -102,26 +118,54 @@ def train_geometry(
 def _random_squares(
     numbers: FloatArray, heights: IntArray, widths: IntArray, side: int, config: DataConfig
 ) -> View:
-    """A random square of each resized image, from uniform numbers [n, 3]."""
-    low, high = side, side
+    """Draw a square out of each whole image, after its shorter side was resized.
+
+    With `train_crop` "scale_jitter" the shorter side is resized to a random length in
+    `scale_jitter`, otherwise to `side`. With "pad" the image is padded on all sides before.
+
+    Args:
+        numbers: uniform [n, 3]: a number for the length of the shorter side, then two for the
+            position of the square.
+        heights: int64 [n], in pixels.
+        widths: int64 [n], in pixels.
+        side: side of the square, in pixels.
+        config: the section `data`.
+    """
+    low = side
+    high = side
     if config.train_crop == "scale_jitter":
         low, high = config.scale_jitter
-    border = config.pad if config.train_crop == "pad" else 0
+    border = 0
+    if config.train_crop == "pad":
+        border = config.pad
 
-    shorter = low + np.floor(numbers[:, 0] * (high - low + 1)).astype(np.int64)
+    num_lengths = high - low + 1
+    shorter = low + np.floor(numbers[:, 0] * num_lengths).astype(np.int64)
     sizes = resized_sides(heights, widths, shorter)
+
     num_places = sizes - side + 2 * border + 1
     offsets = np.floor(numbers[:, 1:] * num_places).astype(np.int64) - border
     return View(sizes, offsets, side)
 
 
 def val_geometry(heights: IntArray, widths: IntArray, config: DataConfig) -> Geometry:
-    """The squares of evaluation, taken out of the whole image, whose shorter side is resized.
+    """The squares that evaluation cuts out of whole images, after resizing their shorter side.
 
-    There is one central square; or the four corners and the centre (`val_crops: ten`, whose mirror
-    images are taken on the device); or, for each of `val_scales`, the central square of the image
-    resized to that shorter side. A side that is shorter than the square is padded with black, with
-    the odd pixel after the image, as in torchvision.
+    There are three cases:
+
+    - By default, one central square of `val_crop_size`.
+    - With `val_crops` "ten", the central square and the four corners. The loader does not mirror
+      them: their mirror images are computed on the device.
+    - With `val_scales`, for each of these sides the central square of the image whose shorter side
+      is resized to it.
+
+    An image that is smaller than the square is padded with black. If the padding is odd, the
+    additional pixel is at the bottom or right, as in torchvision.
+
+    Args:
+        heights: int64 [n], in pixels.
+        widths: int64 [n], in pixels.
+        config: the section `data`.
     """
     scales = [(side, side) for side in config.val_scales]
     if not scales:
@@ -129,19 +173,32 @@ def val_geometry(heights: IntArray, widths: IntArray, config: DataConfig) -> Geo
     views = []
     for resize_size, side in scales:
         sizes = resized_sides(heights, widths, resize_size)
-        # Negative where the image is padded, which never happens with corners.
+        # The largest offset. It is negative if the image is padded, which never happens with
+        # corners.
         last = sizes - side
-        center = np.where(last >= 0, np.rint(last / 2), np.trunc(last / 2)).astype(np.int64)
+        middle = last / 2
+        center = np.where(last >= 0, np.rint(middle), np.trunc(middle)).astype(np.int64)
         views.append(View(sizes, center, side))
         if config.val_crops == "ten":
             for corner in ((0, 0), (0, 1), (1, 0), (1, 1)):
-                views.append(View(sizes, last * np.array(corner), side))
+                offsets = last * np.array(corner)
+                views.append(View(sizes, offsets, side))
+
+    windows = whole_windows(heights, widths)
     no_flips = np.zeros(len(heights), np.int64)
-    return Geometry(whole_windows(heights, widths), tuple(views), no_flips)
+    return Geometry(windows, tuple(views), no_flips)
 
 
 def whole_windows(heights: IntArray, widths: IntArray) -> IntArray:
-    """The windows that are the whole images: int64 [n, 4]."""
+    """Windows that cover the whole images.
+
+    Args:
+        heights: int64 [n], in pixels.
+        widths: int64 [n], in pixels.
+
+    Returns:
+        int64 [n, 4].
+    """
     zeros = np.zeros(len(heights), np.int64)
     return np.stack([zeros, zeros, heights, widths], axis=1).astype(np.int64)
 
@@ -155,11 +212,20 @@ def random_windows(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> IntArray:
-    """Random resized crops (Szegedy et al. 2014, section 6) of the samples `rows`.
+    """Draw random resized crops (Szegedy et al. 2014, section 6).
+
+    Args:
+        seed: the seed of the run.
+        epoch: one number, or one for each sample (see rng.py).
+        rows: int64 [n], the samples.
+        heights: int64 [n], in pixels.
+        widths: int64 [n], in pixels.
+        scale: range of the area, as a fraction of the image's area.
+        ratio: range of width over height.
 
     Returns:
-        int64 [n, 4]. A window depends only on the seed, the epoch, its sample and the size of its
-        image.
+        int64 [n, 4]. Each window depends only on the seed, the epoch, its sample and the size of
+        its image.
     """
     numbers = uniform(seed, "crop", epoch, rows, _NUMBERS_PER_SAMPLE)
     return windows_from_uniforms(numbers, heights, widths, scale, ratio)
@@ -172,55 +238,99 @@ def windows_from_uniforms(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> IntArray:
-    """The law of torchvision's `RandomResizedCrop.get_params` on uniform numbers.
+    """The algorithm of torchvision's `RandomResizedCrop.get_params`, on given uniform numbers.
 
-    A try has an area, uniform in `scale` times the image's, and width over height, log-uniform in
-    `ratio`. The first of ten tries that fits into the image is placed uniformly. If none fits, the
-    window is the largest central one whose ratio is in `ratio`, of at least one pixel (torchvision
-    may give none there). Sides are rounded half to even, as in torchvision.
+    Each try draws an area, uniform in `scale` times the area of the image, and a ratio of width
+    over height, log-uniform in `ratio`. The first of ten tries that fits into the image is placed
+    uniformly. If none fits, the window is the largest central one whose ratio is in `ratio`, of at
+    least one pixel (torchvision may return an empty one). Sides are rounded half to even, as in
+    torchvision.
 
     Args:
-        numbers: float64 [n, 22] in [0, 1).
+        numbers: float64 [n, 22] in [0, 1): for each try a number for the area and one for the
+            ratio, then two for the position.
         heights: int64 [n], in pixels.
         widths: int64 [n], in pixels.
-        scale: range of the area, as a fraction of the image's.
+        scale: range of the area, as a fraction of the image's area.
         ratio: range of width over height.
 
     Returns:
         int64 [n, 4].
     """
-    images = np.stack([heights, widths], axis=1).astype(np.int64)
     area_numbers = numbers[:, 0 : 2 * TRIES : 2]
-    areas = images.prod(axis=1, keepdims=True) * (scale[0] + (scale[1] - scale[0]) * area_numbers)
+    ratio_numbers = numbers[:, 1 : 2 * TRIES : 2]
+    position_numbers = numbers[:, -2:]
+
+    images = np.stack([heights, widths], axis=1).astype(np.int64)
+    image_areas = images.prod(axis=1, keepdims=True)
+    areas = image_areas * (scale[0] + (scale[1] - scale[0]) * area_numbers)
     low, high = np.log(ratio)
-    ratios = np.exp(low + (high - low) * numbers[:, 1 : 2 * TRIES : 2])
+    ratios = np.exp(low + (high - low) * ratio_numbers)
+    # (height, width) of each try: [n, TRIES, 2].
     tries = np.rint(np.sqrt(np.stack([areas / ratios, areas * ratios], axis=2)))
 
-    fits = ((tries > 0) & (tries <= images[:, None])).all(axis=2)
+    side_fits = (tries > 0) & (tries <= images[:, None])
+    fits = side_fits.all(axis=2)
     any_fits = fits.any(axis=1, keepdims=True)
-    first_fit = tries[np.arange(len(tries)), fits.argmax(axis=1)]
+    number_of_first = fits.argmax(axis=1)
+    first_fit = tries[np.arange(len(tries)), number_of_first]
     sides = np.where(any_fits, first_fit, _largest_central(images, ratio))
+
     room = images - sides
-    corners = np.where(any_fits, np.floor(numbers[:, -2:] * (room + 1)), room // 2)
+    random_corners = np.floor(position_numbers * (room + 1))
+    central_corners = room // 2
+    corners = np.where(any_fits, random_corners, central_corners)
     return np.hstack([corners, sides]).astype(np.int64)
 
 
 def _largest_central(images: IntArray, ratio: tuple[float, float]) -> FloatArray:
-    """Sides of the largest window of each image with width over height in `ratio`: [n, 2]."""
-    limits = np.stack([images[:, 1] / ratio[0], images[:, 0] * ratio[1]], axis=1)
-    return np.maximum(np.rint(np.minimum(images, limits)), 1)
+    """The largest sides inside of each image with width over height in `ratio`.
+
+    Args:
+        images: int64 [n, 2], (height, width) of the images.
+        ratio: range of width over height.
+
+    Returns:
+        float64 [n, 2], (height, width), whole numbers of at least 1.
+    """
+    largest_heights = images[:, 1] / ratio[0]
+    largest_widths = images[:, 0] * ratio[1]
+    limits = np.stack([largest_heights, largest_widths], axis=1)
+    sides = np.rint(np.minimum(images, limits))
+    return np.maximum(sides, 1)
 
 
 def flips(seed: int, epoch: int | IntArray, rows: IntArray, probability: float) -> BoolArray:
-    """Whether each of the samples `rows` is mirrored: bool [n]."""
-    return uniform(seed, "flip", epoch, rows, 1)[:, 0] < probability
+    """Draw which samples are mirrored horizontally.
+
+    Args:
+        seed: the seed of the run.
+        epoch: one number, or one for each sample (see rng.py).
+        rows: int64 [n], the samples.
+        probability: probability of mirroring.
+
+    Returns:
+        bool [n].
+    """
+    numbers = uniform(seed, "flip", epoch, rows, 1)
+    return numbers[:, 0] < probability
 
 
 def resized_sides(heights: IntArray, widths: IntArray, shorter: int | IntArray) -> IntArray:
-    """(height, width) after the shorter side is resized to `shorter` (one number, or [n]).
+    """The sizes of images after their shorter side was resized.
 
-    The longer side is truncated, as in torchvision's `Resize(shorter)`. Returns int64 [n, 2].
+    The longer side is truncated to whole pixels, as in torchvision's `Resize(shorter)`.
+
+    Args:
+        heights: int64 [n], in pixels.
+        widths: int64 [n], in pixels.
+        shorter: the new length of the shorter side in pixels: one number, or int64 [n].
+
+    Returns:
+        int64 [n, 2], (height, width).
     """
     sides = np.stack([heights, widths], axis=1).astype(np.int64)
-    resized: IntArray = np.reshape(shorter, (-1, 1)) * sides // sides.min(axis=1, keepdims=True)
+    old_shorter = sides.min(axis=1, keepdims=True)
+    new_shorter = np.reshape(shorter, (-1, 1))
+    resized: IntArray = new_shorter * sides // old_shorter
     return resized
