@@ -1,0 +1,100 @@
+"""The commands that README.md and docs/ show: each one is run, or at least parsed by its program."""
+
+import os
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from torch.distributed.run import get_args_parser
+
+from resnet_dist import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "slurm/README.md")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
+
+# The shell's own words, and commands that the tests of installation run.
+NOT_OURS = {"source", "pip", "git", "cd"}
+# What takes long, or needs a network or official archives, has its own tests.
+PARSED_ONLY = ("data import", "data download", "submit", "benchmark", "models")
+
+
+def commands():
+    """(page, command) of each fenced block of shell commands, with continued lines joined."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                command = line.partition(" # ")[0].strip()
+                if command and not command.startswith("#"):
+                    found.append((page.relative_to(ROOT), command))
+    return found
+
+
+def arguments_of_train(words):
+    """The arguments of train.py in a command, after checking those of torchrun before them."""
+    place = words.index("train.py")
+    if words[0] == "torchrun":
+        get_args_parser().parse_args(words[1 : place + 1])
+    return words[place + 1 :]
+
+
+@pytest.fixture
+def folder(digits, checkpoint, tmp_path, monkeypatch):
+    """A folder with what the commands name: a run, recipes, photographs."""
+    shutil.copytree(
+        Path(checkpoint).resolve().parents[1], tmp_path / "runs" / "resnet50", symlinks=True
+    )
+    shutil.copytree(tmp_path / "runs" / "resnet50", tmp_path / "runs" / "photos", symlinks=True)
+    os.symlink(ROOT / "configs", tmp_path / "configs")
+    os.symlink(ROOT / "slurm", tmp_path / "slurm")
+    os.symlink(digits, tmp_path / "photos")
+    os.symlink(Path(digits) / "val" / "0", tmp_path / "folder")
+    for name in ("photo.jpg", "new.jpg"):
+        shutil.copy(next((Path(digits) / "val" / "1").iterdir()), tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_recipes_and_options_of_training_commands_exist(folder):
+    failures = []
+    for page, command in commands():
+        words = shlex.split(command)
+        if "train.py" not in words or "--help" in words or "--print_config" in words:
+            continue
+        try:
+            cli.parse_config(arguments_of_train(words) or ["--config", "configs/quickstart.yaml"])
+        except SystemExit:
+            failures.append(f"{page}: {command}")
+    assert failures == []
+
+
+@pytest.mark.slow
+def test_commands_run(folder, digits):
+    failures = []
+    for page, command in commands():
+        words = shlex.split(command.replace("/data/imagenet", digits))
+        if words[0] != "resnet-dist" or " ".join(words[1:]).startswith(PARSED_ONLY):
+            continue
+        try:
+            code = cli.main(words[1:])
+        except SystemExit as end:
+            code = end.code
+        if code != 0:
+            failures.append(f"{page}: {command}: exit code {code}")
+    assert failures == []
+
+
+def test_programs_are_known():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    unknown = []
+    for page, command in commands():
+        words = shlex.split(command)
+        known = words[0] in ("torchrun", "resnet-dist", "python", "find", *NOT_OURS)
+        if words[0] == "make":
+            known = set(words[1:]) <= targets
+        if not known:
+            unknown.append(f"{page}: {command}")
+    assert unknown == []
