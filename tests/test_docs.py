@@ -1,15 +1,16 @@
-"""The commands that README.md and docs/ show: each one is run, or at least parsed by its program."""
+"""The commands of README.md and docs/: each one is run, or at least parsed by its program."""
 
 import os
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from torch.distributed.run import get_args_parser
 
-from resnet_dist import cli
+from resnet_dist import Config, cli
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "slurm/README.md")]
@@ -98,3 +99,25 @@ def test_programs_are_known():
         if not known:
             unknown.append(f"{page}: {command}")
     assert unknown == []
+
+
+@pytest.mark.slow
+def test_the_python_example_of_the_readme(folder, digits, monkeypatch, capsys):
+    """The block runs as it stands, with the quickstart shortened to a few steps."""
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(
+        1
+    )
+    quickstart = Config.from_yaml("quickstart")
+    short = replace(
+        quickstart,
+        output_dir=str(folder / "runs" / "short"),
+        data=replace(quickstart.data, data_dir=digits),
+        train=replace(quickstart.train, epochs=0.2),
+        schedule=replace(quickstart.schedule, warmup_epochs=0.0),
+        log=replace(quickstart.log, wandb="disabled"),
+    )
+    monkeypatch.setattr(Config, "from_yaml", lambda name: short)
+    exec(compile(example, "README.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    images = [line for line in printed if line.startswith("photos/val")]
+    assert len(images) == 355
