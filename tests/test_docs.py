@@ -19,7 +19,7 @@ PAGES += sorted((ROOT / "docs").glob("*.md"))
 # The shell's own words, and commands that the tests of installation run.
 NOT_OURS = {"source", "pip", "git", "cd"}
 # What takes long, or needs a network or official archives, has its own tests.
-PARSED_ONLY = ("data import", "data download", "submit", "benchmark", "models")
+PARSED_ONLY = ("data import", "data download", "submit", "benchmark", "models", "launch")
 
 
 def commands():
@@ -36,10 +36,12 @@ def commands():
 
 def arguments_of_train(words):
     """The arguments of train.py in a command, after checking those of torchrun before them."""
-    place = words.index("train.py")
+    script = words.index("train.py")
     if words[0] == "torchrun":
-        get_args_parser().parse_args(words[1 : place + 1])
-    return words[place + 1 :]
+        get_args_parser().parse_args(words[1 : script + 1])
+    if words[:2] == ["resnet-dist", "launch"]:
+        get_args_parser().parse_args(words[2 : script + 1])
+    return words[script + 1 :]
 
 
 @pytest.fixture
