@@ -72,8 +72,8 @@ def write_file_unsynced(path: Path, content: bytes) -> None:
     """As `write_file`, but a crash of the machine (not one of the process) may leave an empty file.
 
     For many files that can be written again: a sync takes milliseconds for each. The temporary file
-    is hidden and has a fixed name, so that a new attempt replaces what a killed one has left. Raises
-    OSError.
+    is hidden and has a fixed name, so that a new attempt replaces what a killed one has left.
+    Raises OSError.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:

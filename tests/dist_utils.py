@@ -169,8 +169,8 @@ def saved_steps(output_dir):
 
 
 def slow_from(step, entry=None, seconds=0.4):
-    """The command line's main (or `entry`) whose updates take `seconds` longer from that step on, so
-    that whoever waits for it finds the run under way, however busy the machine is.
+    """The command line's main (or `entry`) whose updates take `seconds` longer from that step on,
+    so that whoever waits for it finds the run under way, however busy the machine is.
     """
 
     def slowed(arguments):

@@ -536,7 +536,8 @@ def test_show_has_the_pixels_of_training(tmp_path):
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys; from resnet_dist.cli import main\ntry: main(['data', 'pack', '--help'])\nexcept SystemExit: "
+        "import sys; from resnet_dist.cli import main\n"
+        "try: main(['data', 'pack', '--help'])\nexcept SystemExit: "
         "print(sorted({'torch', 'numpy', 'PIL', 'scipy', 'torchvision'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -169,8 +169,8 @@ def killed(function, count, *arguments):
     assert process.exitcode == -signal.SIGKILL
 
 
-# Before the second shard is complete; between its sidecar and it. Each small file takes three calls,
-# the index of the source and the plan come first.
+# Before the second shard is complete; between its sidecar and it. Each small file takes three
+# calls, the index of the source and the plan come first.
 @pytest.mark.parametrize("count", [12, 16])
 def test_a_killed_pack_goes_on(source, tmp_path, count):
     for i in range(6):

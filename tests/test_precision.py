@@ -82,7 +82,9 @@ def test_switches_of_a_gpu(switches, monkeypatch):
 
 
 def test_a_run_keeps_its_precision_on_another_kind_of_node(digits, tmp_path):
-    """Started in bf16, resumed with `auto` on a CPU for which `auto` is fp32, then with another one."""
+    """Started in bf16, resumed with `auto` on a CPU for which `auto` is fp32, then with another
+    one.
+    """
 
     def train(epochs, setting):
         arguments = [

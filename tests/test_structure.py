@@ -7,7 +7,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "resnet_dist"
 
-# A module imports from its own layer and from those above it in this list. `name.*` stands for a sub-package.
+# A module imports from its own layer and from those above it in this list. `name.*` stands for a
+# sub-package.
 LAYERS = [
     {
         "config",
