@@ -20,7 +20,9 @@ SCALE, RATIO = (0.08, 1.0), (0.75, 4 / 3)
 
 
 class FakeTorch:
-    """The few functions of torch that get_params calls, in float64 and with given uniform numbers."""
+    """The few functions of torch that get_params calls, in float64 and with given uniform
+    numbers.
+    """
 
     def __init__(self, numbers):
         self.shape, self.place = list(numbers[:-2]), list(numbers[-2:])

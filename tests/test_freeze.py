@@ -151,7 +151,9 @@ def test_the_backbone_may_learn_more_slowly():
 
 
 def test_groups_with_a_head_of_their_own():
-    """By kind of parameter and then backbone and head; without a scale the three groups of any run."""
+    """By kind of parameter and then backbone and head; without a scale the three groups of any
+    run.
+    """
     model = MODELS["resnet20"](num_classes=10)
     config = {"weight_decay": 1e-4, "norm_weight_decay": 0.0, "bias_weight_decay": 1e-5}
     plain, split = (

@@ -156,7 +156,9 @@ def update(net, optimizer, step):
 
 @pytest.mark.parametrize("kind", ["lars", "lamb", "rmsprop"])
 def test_updates_equal_a_loop_over_numbers(kind):
-    """A fixed sequence of gradients, with a falling learning rate; one gradient is zero at first."""
+    """A fixed sequence of gradients, with a falling learning rate; one gradient is zero at
+    first.
+    """
     net, optimizer = small_net(kind)
     loops = {
         p: Loop(kind, p.detach(), group["adapt"], group["weight_decay"])
@@ -193,7 +195,9 @@ def test_defaults_of_eps_and_adamw_is_that_of_torch():
 
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_an_optimizer_goes_on_bit_for_bit_from_its_file(kind):
-    """And an update that is marked as not finite leaves no trace, not in the count of steps either."""
+    """And an update that is marked as not finite leaves no trace, not in the count of steps
+    either.
+    """
     nets = [small_net(kind, torch.float32) for _ in range(2)]
     states = [
         TrainState(net, optimizer, torch.amp.GradScaler("cpu", enabled=False))

@@ -146,7 +146,9 @@ def test_quality_encodes_all_that_it_makes_smaller(source, tmp_path):
 
 
 def killed(function, count, *arguments):
-    """Run `function` in a process that gets SIGKILL at its `count`-th flush to the disk or rename."""
+    """Run `function` in a process that gets SIGKILL at its `count`-th flush to the disk or
+    rename.
+    """
 
     def counted(original, calls):
         def call(*args):
@@ -190,7 +192,9 @@ def test_a_killed_pack_goes_on(source, tmp_path, count):
 
 
 def test_what_is_not_all_there_is_no_data_set(source, tmp_path):
-    """A shard that was not copied, or not written before a kill: an error, not a smaller data set."""
+    """A shard that was not copied, or not written before a kill: an error, not a smaller data
+    set.
+    """
     for i in range(3):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (400, 400, 3), np.uint8)).save(
             source / f"train/b/large{i}.png"

@@ -66,7 +66,9 @@ def switches():
 
 
 def test_switches_of_a_gpu(switches, monkeypatch):
-    """TF32 and deterministic algorithms follow the config on a GPU, and nothing changes on a CPU."""
+    """TF32 and deterministic algorithms follow the config on a GPU, and nothing changes on a
+    CPU.
+    """
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn

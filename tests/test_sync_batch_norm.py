@@ -38,7 +38,9 @@ def make_batch(images, dtype, channels_last=True, shift=2.0):
 
 
 def set_weights(norm):
-    """Weights and biases that differ by channel, one of them zero as in a zero-initialised block."""
+    """Weights and biases that differ by channel, one of them zero as in a zero-initialised
+    block.
+    """
     if norm.affine:
         with torch.no_grad():
             norm.weight.copy_(torch.linspace(-1, 2, 6))

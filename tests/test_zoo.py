@@ -363,7 +363,9 @@ def test_the_warm_up_needs_no_more_than_two_values_a_channel():
 
 
 def test_lenet_sees_what_table_1_says():
-    """A gradient of each map of C3 reaches the maps of S2 in the table, and no other: 60 kernels."""
+    """A gradient of each map of C3 reaches the maps of S2 in the table, and no other: 60
+    kernels.
+    """
     torch.manual_seed(0)
     model, seen = ZOO["lenet5"].make(num_classes=10), []
     model.s2.register_forward_hook(lambda module, inputs, out: seen.append(out))
