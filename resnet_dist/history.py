@@ -1,44 +1,49 @@
-"""The history of a run, as its metrics.jsonl tells it."""
+"""The history of a run, read from its metrics.jsonl."""
 
-import math
 import statistics
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 from resnet_dist.intervals import Interval, wilson_interval
 from resnet_dist.metrics_file import Record, read_metrics
 from resnet_dist.text import printable
 
-# Two lines are of one process if their times tell of the same start, up to the drift of the clocks.
+# Two lines come from the same process if their start times, computed from time and elapsed seconds,
+# differ by less than this. Clocks drift.
 _SAME_START_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The numbers of one key."""
+    """One quantity over the course of a run."""
 
     epochs: list[float]
+    """the epoch of each value"""
     values: list[float]
+    """the values, as many as epochs"""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The accuracy of one evaluation, in percent; top5 is None with fewer than six classes."""
+    """The result of one evaluation. Accuracies are in percent."""
 
     epoch: float
+    """number of epochs trained before"""
     top1: float
     top5: float | None
+    """None if there are fewer than six classes"""
     interval: Interval | None
-    """of top1; None if the line does not tell the number of images"""
+    """confidence interval of top1; None if the line has no number of images"""
 
 
 @dataclass(frozen=True)
 class RunHistory:
-    """The lines of one run."""
+    """The metrics of one run."""
 
     folder: Path
+    """the output_dir of the run"""
     records: list[Record]
+    """the lines of metrics.jsonl, at least one"""
 
     @property
     def name(self) -> str:
@@ -48,53 +53,93 @@ class RunHistory:
     @property
     def last_step(self) -> int:
         """Number of updates at the last line."""
-        return int(self.records[-1]["step"])
+        last = self.records[-1]
+        return int(last["step"])
 
     @property
     def last_epoch(self) -> float:
-        """Epochs at the last line that tells them."""
-        return max(self.curve("train/epoch").epochs, default=0.0)
+        """The largest number of epochs of any line; 0 if no line has one."""
+        epochs = self.curve("train/epoch").epochs
+        return max(epochs, default=0.0)
 
     def curve(self, key: str) -> Curve:
-        """The lines at which `key` has a number."""
-        lines = [record for record in self.records if _has_number(record, key)]
-        return Curve(
-            [float(line["train/epoch"]) for line in lines], [float(line[key]) for line in lines]
-        )
+        """Read one quantity.
+
+        Args:
+            key: The name of the quantity in metrics.jsonl, as "train/loss".
+
+        Returns:
+            The lines in which `key` is a number.
+        """
+        epochs = []
+        values = []
+        for record in self.records:
+            if _has_number(record, key):
+                epochs.append(float(record["train/epoch"]))
+                values.append(float(record[key]))
+        return Curve(epochs, values)
 
     def evaluations(self, prefix: str) -> list[Evaluation]:
-        """All evaluations of the raw weights ("val") or of their average ("val_ema")."""
-        lines = [record for record in self.records if _has_number(record, f"{prefix}/top1")]
-        return [_evaluation(line, prefix) for line in lines]
+        """Read all evaluations.
+
+        Args:
+            prefix: "val" for the weights that are trained, "val_ema" for their average.
+        """
+        evaluations = []
+        for record in self.records:
+            if _has_number(record, f"{prefix}/top1"):
+                evaluations.append(_evaluation(record, prefix))
+        return evaluations
 
     def data_seconds_of_ranks(self) -> list[float]:
-        """For each rank, the median of the seconds per step that it waited for data.
+        """How long each rank waited for data.
 
-        Empty if no line tells them; only lines with as many ranks as the last one count.
+        The number of ranks may change when a run resumes. Only lines with as many ranks as the last
+        one are used.
+
+        Returns:
+            For each rank, the median over all lines of the seconds per step. Empty if no line has
+            these times.
         """
-        lines = [
-            line["ranks/data_seconds"] for line in self.records if "ranks/data_seconds" in line
-        ]
-        alike = [line for line in lines if len(line) == len(lines[-1])]
-        return [statistics.median(seconds) for seconds in zip(*alike, strict=True)]
+        lines = []
+        for record in self.records:
+            if "ranks/data_seconds" in record:
+                lines.append(record["ranks/data_seconds"])
+        if not lines:
+            return []
+        num_ranks = len(lines[-1])
+        comparable = [line for line in lines if len(line) == num_ranks]
+        return [statistics.median(seconds) for seconds in zip(*comparable, strict=True)]
 
     def session_seconds(self) -> list[float]:
-        """How long each session trained, without what a later one had to repeat.
+        """How long each session trained, without steps that a later session had to repeat.
 
-        A session is one start of the program. Interrupted and resumed, a run has several.
+        A session is one start of the program. A run that was interrupted and resumed has several.
+
+        Returns:
+            The seconds of each session, in order.
         """
         timed = [record for record in self.records if "elapsed" in record]
-        starts = [record["time"] - record["elapsed"] for record in timed]
         seconds = []
-        for number, (start, next_start) in enumerate(pairwise([*starts, math.inf])):
-            is_last_line = abs(next_start - start) > _SAME_START_SECONDS
+        for number, record in enumerate(timed):
+            is_last_line = number + 1 == len(timed)
+            if not is_last_line:
+                following = timed[number + 1]
+                is_last_line = not _same_session(record, following)
             if is_last_line:
-                seconds.append(float(timed[number]["elapsed"]))
+                seconds.append(float(record["elapsed"]))
         return seconds
 
 
 def read_run(folder: Path) -> RunHistory:
-    """The history of the run in `folder`. Raises ValueError if there is none."""
+    """Read the history of a run.
+
+    Args:
+        folder: The output_dir of the run.
+
+    Raises:
+        ValueError: metrics.jsonl cannot be read, or has no lines.
+    """
     path = folder / "metrics.jsonl"
     try:
         records = read_metrics(path)
@@ -107,25 +152,44 @@ def read_run(folder: Path) -> RunHistory:
     return RunHistory(folder, records)
 
 
+def _same_session(record: Record, following: Record) -> bool:
+    """Whether two lines with times were written by the same start of the program."""
+    start = record["time"] - record["elapsed"]
+    following_start = following["time"] - following["elapsed"]
+    difference = abs(following_start - start)
+    return bool(difference <= _SAME_START_SECONDS)
+
+
 def _has_number(record: Record, key: str) -> bool:
-    return _is_number(record.get(key)) and _is_number(record.get("train/epoch"))
+    """Whether a line has a number under `key`, and an epoch."""
+    value = record.get(key)
+    epoch = record.get("train/epoch")
+    return _is_number(value) and _is_number(epoch)
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether a JSON value is a number. In Python, True and False are numbers too."""
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float))
 
 
 def _evaluation(record: Record, prefix: str) -> Evaluation:
+    """Read the evaluation in a line that has one."""
     top1 = float(record[f"{prefix}/top1"])
     top5 = record.get(f"{prefix}/top5")
+    if top5 is not None:
+        top5 = float(top5)
     num = record.get(f"{prefix}/num")
     interval = None
     if isinstance(num, int) and num > 0:
-        correct = record.get(f"{prefix}/correct1", round(top1 * num / 100))
+        # A line without the count: recover it from the accuracy.
+        estimate = round(top1 * num / 100)
+        correct = record.get(f"{prefix}/correct1", estimate)
         interval = wilson_interval(int(correct), num)
     return Evaluation(
         epoch=float(record["train/epoch"]),
         top1=top1,
-        top5=None if top5 is None else float(top5),
+        top5=top5,
         interval=interval,
     )

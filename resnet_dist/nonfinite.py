@@ -1,4 +1,4 @@
-"""Updates whose gradient is not finite: undo them, count them, and report their images."""
+"""Handle updates whose gradient is not finite: undo them, count them, report their images."""
 
 import json
 from pathlib import Path
@@ -14,10 +14,21 @@ from resnet_dist.schedule import Schedule
 
 
 class TooManyNonFiniteError(FloatingPointError):
-    """Too many updates in a row were skipped."""
+    """Too many consecutive updates were skipped."""
 
-    def __init__(self, text: str, first: int, last: int) -> None:
-        """`first` and `last` are the numbers of the skipped updates, counted from 1."""
+    def __init__(
+        self,
+        text: str,
+        first: int,
+        last: int,
+    ) -> None:
+        """Create the error.
+
+        Args:
+            text: The message.
+            first: Number of the first skipped update, counted from 1.
+            last: Number of the last skipped update.
+        """
         super().__init__(text)
         self.first = first
         self.last = last
@@ -26,42 +37,72 @@ class TooManyNonFiniteError(FloatingPointError):
 class NonFinite:
     """Undoes and counts updates whose gradient is not finite, without waiting for the device.
 
-    The optimizer skips such an update (see `engine.train_step`). Its forward pass has changed the
-    running statistics already; this class puts them back.
+    The optimizer skips such an update (see `engine.train_step`). By then, the forward pass has
+    already changed the running statistics of batch norm. This class restores them.
     """
 
     def __init__(self, model: nn.Module, step: int) -> None:
-        """`step` is the number of updates done before."""
-        self.statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-        self.snapshot = [torch.empty_like(buffer) for buffer in self.statistics]
+        """Create the counters on the device of the model.
+
+        Args:
+            model: The network.
+            step: Number of updates that are already done.
+        """
+        self.statistics: list[torch.Tensor] = []
+        self.snapshot: list[torch.Tensor] = []
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                self.statistics.append(buffer)
+                self.snapshot.append(torch.empty_like(buffer))
         device = next(model.parameters()).device
         self.step = torch.full((), step, dtype=torch.int64, device=device)
         counters = torch.zeros(4, dtype=torch.int64, device=device)
+        # Number of skipped updates: now in a row, the longest row, and in all. `longest_end` is the
+        # number of the last update of the longest row.
         self.in_row, self.longest, self.longest_end, self.total = counters.unbind()
 
     def snapshot_statistics(self) -> None:
-        """Copy the running statistics as they are before the forward pass."""
+        """Copy the running statistics. Call this before the forward pass."""
         if self.statistics:
             torch._foreach_copy_(self.snapshot, self.statistics)
 
     def restore_if_skipped(self, skipped: torch.Tensor) -> None:
-        """Count an update; put the statistics back if it is skipped (a bool scalar)."""
+        """Count an update, and restore the running statistics if it was skipped.
+
+        Args:
+            skipped: bool scalar on the device of the model.
+        """
         for before, now in zip(self.snapshot, self.statistics, strict=True):
             torch.where(skipped, before, now, out=now)
         self.step.add_(1)
         self.total.add_(skipped)
-        self.in_row.add_(1).mul_(skipped)
-        longer = self.in_row > self.longest
-        torch.where(longer, self.in_row, self.longest, out=self.longest)
-        torch.where(longer, self.step, self.longest_end, out=self.longest_end)
+        # A good update resets the row to 0.
+        self.in_row.add_(1)
+        self.in_row.mul_(skipped)
+        is_longer = self.in_row > self.longest
+        torch.where(
+            is_longer,
+            self.in_row,
+            self.longest,
+            out=self.longest,
+        )
+        torch.where(
+            is_longer,
+            self.step,
+            self.longest_end,
+            out=self.longest_end,
+        )
 
     def longest_row(self) -> tuple[int, int]:
-        """First and last of the most updates in a row that were skipped, counted from 1.
+        """The longest row of consecutive skipped updates. Waits for the device.
 
-        The last is 0 if none was skipped. Waits for the device.
+        Returns:
+            The numbers of its first and last update, counted from 1. The last is 0 if no update was
+            skipped.
         """
-        length, end = torch.stack([self.longest, self.longest_end]).tolist()
-        return end - length + 1, end
+        length, last = torch.stack([self.longest, self.longest_end]).tolist()
+        first = last - length + 1
+        return first, last
 
 
 def write_replay(
@@ -71,25 +112,49 @@ def write_replay(
     schedule: Schedule,
     runtime: Runtime,
 ) -> None:
-    """Write nonfinite.json, which names the images of the skipped updates; called by every rank.
+    """Write nonfinite.json, which lists the images of the skipped updates. Call it on every rank.
 
-    Steps count from 0, as everywhere else. For each of them: the learning rate, and for each rank
-    the rows of its micro-batches.
+    The file holds the steps (counted from 0, as in the log), the learning rate of each step, for
+    each rank the sample indices of its micro-batches, and the file name of each index.
+
+    Args:
+        problem: The error, which says which updates were skipped.
+        folder: Where the main process writes the file.
+        loader: The training data.
+        schedule: The learning rate schedule.
+        runtime: The process group.
     """
     steps = range(problem.first - 1, problem.last)
-    own_rows = [batch.indices.tolist() for batch in loader.batches(steps.start, steps.stop)]
+    own_rows = []
+    for batch in loader.batches(steps.start, steps.stop):
+        own_rows.append(batch.indices.tolist())
     rows_of_ranks: list[list[list[int]]] = [[] for _ in range(runtime.world_size)]
-    dist.all_gather_object(rows_of_ranks, own_rows, group=runtime.cpu_group)
+    dist.all_gather_object(
+        rows_of_ranks,
+        own_rows,
+        group=runtime.cpu_group,
+    )
 
-    index = getattr(loader, "index", None)
-    files = {}
-    if index is not None:
-        rows = {row for batches in rows_of_ranks for batch in batches for row in batch}
-        files = {row: index.path(row) for row in sorted(rows)}
     content = {
         "steps": list(steps),
         "lr": [schedule.lr(step) for step in steps],
         "rows_of_ranks": rows_of_ranks,
-        "files": files,
+        "files": _file_names(loader, rows_of_ranks),
     }
-    runtime.on_main(lambda: write_file(folder / "nonfinite.json", json.dumps(content)))
+    text = json.dumps(content)
+    runtime.on_main(lambda: write_file(folder / "nonfinite.json", text))
+
+
+def _file_names(
+    loader: TrainLoader,
+    rows_of_ranks: list[list[list[int]]],
+) -> dict[int, str]:
+    """The file name of each sample index. Empty for data that has no files."""
+    index = getattr(loader, "index", None)
+    if index is None:
+        return {}
+    rows = set()
+    for micro_batches in rows_of_ranks:
+        for micro_batch in micro_batches:
+            rows.update(micro_batch)
+    return {row: index.path(row) for row in sorted(rows)}

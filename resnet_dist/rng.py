@@ -1,31 +1,63 @@
-"""Random numbers as pure functions of their purpose: no generator has a state that could be lost.
+"""Random numbers as pure functions of their purpose.
 
-`uniform` is the counter-based generator Philox4x32-10 (Salmon et al. 2011, "Parallel random
-numbers: as easy as 1, 2, 3"), written over numpy arrays. The numbers of one sample cost no
-generator object, and depend neither on the other samples of the batch nor on the version of numpy.
+There is no generator with a state that a checkpoint would have to keep. `uniform` is the
+counter-based generator Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as
+1, 2, 3"), written with numpy arrays. The numbers of a sample depend neither on the other samples
+of the batch nor on the version of numpy.
 """
 
 import hashlib
 
 import numpy as np
 
-_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-_LOW_32 = np.uint64(0xFFFFFFFF)
+# Constants of Philox4x32, Salmon et al. 2011, section 3.3.
+_MULTIPLIER_0 = np.uint64(0xD2511F53)
+_MULTIPLIER_1 = np.uint64(0xCD9E8D57)
+_WEYL_0 = 0x9E3779B9
+_WEYL_1 = 0xBB67AE85
+_NUM_ROUNDS = 10
+
+_LOW_32_BITS = 0xFFFFFFFF
+_LOW_32 = np.uint64(_LOW_32_BITS)
+_SHIFT_32 = np.uint64(32)
+
+# A float64 has 53 bits: 32 bits of one word, and 21 bits of the next.
+_SHIFT_21 = np.uint64(21)
+_SHIFT_11 = np.uint64(11)
+_FLOAT64_SCALE = 2.0**-53
+
+# `uniform` takes the repetition from the bits above these of its `epoch`.
+_BITS_OF_EPOCH = 24
 
 
-def derive_seed(seed: int, purpose: str, *numbers: int) -> int:
-    """A seed of 63 bits for one purpose, for example `derive_seed(seed, "step", step, rank)`.
+def derive_seed(
+    seed: int,
+    purpose: str,
+    *numbers: int,
+) -> int:
+    """Derive a seed for one purpose, for example `derive_seed(seed, "step", step, rank)`.
 
-    Equal arguments give equal seeds on every machine. Seeds of different arguments are unrelated
-    (BLAKE2b).
+    Equal arguments give equal seeds on every machine. Different arguments give unrelated seeds,
+    because they are hashed (BLAKE2b).
+
+    Args:
+        seed: The seed of the run.
+        purpose: What the random numbers are for.
+        *numbers: Anything else that the seed depends on.
+
+    Returns:
+        A seed of 63 bits.
     """
-    text = "/".join([str(seed), purpose, *map(str, numbers)])
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+    parts = [seed, purpose, *numbers]
+    text = "/".join(str(part) for part in parts)
+    hasher = hashlib.blake2b(text.encode(), digest_size=8)
+    number = int.from_bytes(hasher.digest(), "little")
+    # torch takes signed numbers of 64 bits.
+    return number >> 1
 
 
 def philox4x32(counter: np.ndarray, key: int) -> np.ndarray:
-    """Ten rounds of Philox4x32.
+    """Apply the ten rounds of Philox4x32.
 
     Args:
         counter: [n, 4], each number below 2**32.
@@ -34,48 +66,80 @@ def philox4x32(counter: np.ndarray, key: int) -> np.ndarray:
     Returns:
         [n, 4] of uint64, each number below 2**32.
     """
-    c0, c1, c2, c3 = (counter[:, i].astype(np.uint64) for i in range(4))
-    k0 = key & 0xFFFFFFFF
+    words = counter.astype(np.uint64)
+    c0 = words[:, 0]
+    c1 = words[:, 1]
+    c2 = words[:, 2]
+    c3 = words[:, 3]
+    k0 = key & _LOW_32_BITS
     k1 = key >> 32
-    for _ in range(10):
-        product0 = _MULTIPLIERS[0] * c0
-        product1 = _MULTIPLIERS[1] * c2
-        c0 = (product1 >> np.uint64(32)) ^ c1 ^ np.uint64(k0)
-        c1 = product1 & _LOW_32
-        c2 = (product0 >> np.uint64(32)) ^ c3 ^ np.uint64(k1)
-        c3 = product0 & _LOW_32
-        k0 = (k0 + _WEYL[0]) & 0xFFFFFFFF
-        k1 = (k1 + _WEYL[1]) & 0xFFFFFFFF
+    for _ in range(_NUM_ROUNDS):
+        product_0 = _MULTIPLIER_0 * c0
+        product_1 = _MULTIPLIER_1 * c2
+        high_0 = product_0 >> _SHIFT_32
+        high_1 = product_1 >> _SHIFT_32
+        c0 = high_1 ^ c1 ^ np.uint64(k0)
+        c1 = product_1 & _LOW_32
+        c2 = high_0 ^ c3 ^ np.uint64(k1)
+        c3 = product_0 & _LOW_32
+        k0 = (k0 + _WEYL_0) & _LOW_32_BITS
+        k1 = (k1 + _WEYL_1) & _LOW_32_BITS
     return np.stack([c0, c1, c2, c3], axis=1)
 
 
 def epoch_of_repetition(epoch: int, repetition: np.ndarray) -> np.ndarray:
-    """The `epoch` of `uniform` if an epoch shows a sample several times; int64 [n].
+    """The argument `epoch` of `uniform` if an epoch shows a sample several times.
 
-    `repetition` [n] counts from 0, below 256. The first time is the epoch itself.
+    Args:
+        epoch: The epoch, from 0.
+        repetition: [n], which repetition it is, from 0 and below 256.
+
+    Returns:
+        int64 [n]. Equal to `epoch` for repetition 0.
     """
-    return epoch + (np.asarray(repetition, dtype=np.int64) << 24)
+    repetition = np.asarray(repetition, dtype=np.int64)
+    return epoch + (repetition << _BITS_OF_EPOCH)
 
 
 def uniform(
-    seed: int, purpose: str, epoch: int | np.ndarray, indices: np.ndarray, count: int
+    seed: int,
+    purpose: str,
+    epoch: int | np.ndarray,
+    indices: np.ndarray,
+    count: int,
 ) -> np.ndarray:
-    """`count` numbers in [0, 1) for each sample: float64 [len(indices), count].
+    """Draw `count` numbers in [0, 1) for each sample.
 
-    Each has 53 random bits. A row depends on (seed, purpose, epoch, index) alone. Its first numbers
-    do not depend on `count`. `epoch` is one number for all samples, or one for each
-    ([len(indices)], see `epoch_of_repetition`).
+    A row depends only on (seed, purpose, epoch, index). Its first numbers do not depend on `count`.
+
+    Args:
+        seed: The seed of the run.
+        purpose: What the numbers are for.
+        epoch: One number for all samples, or one for each ([n], see `epoch_of_repetition`).
+        indices: [n], the indices of the samples in the data set.
+        count: Number of random numbers per sample.
+
+    Returns:
+        float64 [n, count], each number with 53 random bits.
     """
     indices = np.asarray(indices, dtype=np.uint64)
-    num_blocks = (count + 1) // 2  # a block of 128 bits makes two numbers
-    counter = np.empty((len(indices), num_blocks, 4), dtype=np.uint64)
+    epochs = np.asarray(epoch, dtype=np.uint64)
+    num_samples = len(indices)
+    # A block of 128 bits makes two numbers.
+    num_blocks = (count + 1) // 2
+    num_numbers = 2 * num_blocks
+
+    counter = np.empty((num_samples, num_blocks, 4), dtype=np.uint64)
     counter[..., 0] = np.arange(num_blocks, dtype=np.uint64)
     counter[..., 1] = (indices & _LOW_32)[:, None]
-    counter[..., 2] = (indices >> np.uint64(32))[:, None]
-    counter[..., 3] = np.asarray(epoch, dtype=np.uint64).reshape(-1, 1)
-    words = philox4x32(counter.reshape(-1, 4), derive_seed(seed, purpose))
-    words = words.reshape(len(indices), num_blocks * 2, 2)
-    # 32 bits of the first word and 21 of the second.
-    bits = (words[..., 0] << np.uint64(21)) | (words[..., 1] >> np.uint64(11))
-    numbers: np.ndarray = bits.astype(np.float64) * 2.0**-53
+    counter[..., 2] = (indices >> _SHIFT_32)[:, None]
+    counter[..., 3] = epochs.reshape(-1, 1)
+    key = derive_seed(seed, purpose)
+    words = philox4x32(counter.reshape(-1, 4), key)
+
+    pairs = words.reshape(num_samples, num_numbers, 2)
+    high_bits = pairs[..., 0] << _SHIFT_21
+    low_bits = pairs[..., 1] >> _SHIFT_11
+    bits = high_bits | low_bits
+    numbers: np.ndarray = bits.astype(np.float64) * _FLOAT64_SCALE
     return numbers[:, :count]

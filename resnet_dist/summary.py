@@ -1,4 +1,4 @@
-"""The sentences that a run prints at its start and at its end."""
+"""The text that a run prints at its start and at its end."""
 
 import shlex
 from pathlib import Path
@@ -11,29 +11,45 @@ from resnet_dist.text import printable
 
 
 def summary_at_start(config: Config, parts: Training) -> str:
-    """What is trained, and on what."""
-    num_parameters = sum(parameter.numel() for parameter in parts.state.model.parameters())
+    """Describe the network and the data in one line.
+
+    Args:
+        config: The settings of the run.
+        parts: The network and the data loaders.
+    """
+    num_parameters = 0
+    for parameter in parts.state.model.parameters():
+        num_parameters += parameter.numel()
+    millions = num_parameters / 1e6
+    num_train = parts.train_loader.num_samples
+    num_val = parts.val_loader.num_samples
     return (
-        f"{config.model.name}, {num_parameters / 1e6:.2f} M parameters, "
-        f"{config.model.num_classes} classes, {parts.train_loader.num_samples} training and "
-        f"{parts.val_loader.num_samples} validation images"
+        f"{config.model.name}, {millions:.2f} M parameters, {config.model.num_classes} classes, "
+        f"{num_train} training and {num_val} validation images"
     )
 
 
-def summary_at_end(config: Config, parts: Training, services: Services) -> str:
-    """How the run ended, where its files are, and the commands that come next.
+def summary_at_end(
+    config: Config,
+    parts: Training,
+    services: Services,
+) -> str:
+    """Describe how the run ended, where its files are, and which commands come next.
 
-    A finished run offers evaluate, predict and report. A stopped run offers the command that
-    resumes it.
+    For a finished run these are evaluate, predict and report. For a stopped run it is the command
+    that resumes it.
+
+    Args:
+        config: The settings of the run.
+        parts: The training state and the plan.
+        services: The log, whose sinks have files too, and the process group.
+
+    Returns:
+        A headline, and one indented line for each file or command.
     """
-    state, plan = parts.state, parts.plan
+    is_finished = parts.state.step >= parts.plan.total_steps
     folder = Path(config.output_dir)
-    finished = state.step >= plan.total_steps
-    headline = "finished" if finished else f"stopped at step {state.step} of {plan.total_steps}"
-    if state.best_step >= 0:
-        headline += f"; best val top-1 {state.best_top1:.2f} % at step {state.best_step}"
-    links = [checkpoint_folder(config) / name for name in ("last.pt", "best.pt")]
-    checkpoints = [str(link) for link in links if link.exists()]
+    checkpoints = _checkpoint_links(config)
     rows = {
         "checkpoints": printable(", ".join(checkpoints) or "none"),
         "config": printable(folder / "config.yaml"),
@@ -41,11 +57,39 @@ def summary_at_end(config: Config, parts: Training, services: Services) -> str:
     }
     for sink, location in services.log.locations().items():
         rows[sink] = printable(location)
-    if not finished:
+    if not is_finished:
         rows["resume"] = resume_command(services.runtime)
     elif checkpoints:
+        # The last link is best.pt if there is one.
         best = printable(shlex.quote(checkpoints[-1]))
+        run_folder = printable(shlex.quote(str(folder)))
         rows["evaluate"] = f"resnet-dist evaluate --checkpoint {best}"
         rows["predict"] = f"resnet-dist predict --checkpoint {best} IMAGE_OR_FOLDER"
-        rows["report"] = f"resnet-dist report {printable(shlex.quote(str(folder)))}"
-    return "\n".join([headline, *(f"  {name:<11}  {value}" for name, value in rows.items())])
+        rows["report"] = f"resnet-dist report {run_folder}"
+
+    lines = [_headline(parts, is_finished)]
+    for name, value in rows.items():
+        lines.append(f"  {name:<11}  {value}")
+    return "\n".join(lines)
+
+
+def _headline(parts: Training, is_finished: bool) -> str:
+    """Whether the run is finished, and its best accuracy."""
+    state = parts.state
+    headline = f"stopped at step {state.step} of {parts.plan.total_steps}"
+    if is_finished:
+        headline = "finished"
+    if state.best_step >= 0:
+        headline += f"; best val top-1 {state.best_top1:.2f} % at step {state.best_step}"
+    return headline
+
+
+def _checkpoint_links(config: Config) -> list[str]:
+    """The paths of last.pt and best.pt, as far as they exist."""
+    folder = checkpoint_folder(config)
+    links = []
+    for name in ("last.pt", "best.pt"):
+        link = folder / name
+        if link.exists():
+            links.append(str(link))
+    return links

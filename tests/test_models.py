@@ -1,36 +1,30 @@
-"""`resnet-dist models`: every network's size and cost against a golden file, and against what
-torchvision publishes.
+"""`resnet-dist models`: the figures it prints against a measurement of every network, and against
+what torchvision publishes.
 
-After a change that is meant: `python tests/test_models.py --write` writes tests/golden/models.json
-anew.
+After an intended change, `python -m resnet_dist.models.figures` writes the figures again.
 """
 
 import json
+import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torchvision
 
 from resnet_dist import cli
-from resnet_dist.commands.models import measure_network
+from resnet_dist.commands.models import read_figures
 from resnet_dist.models.build import MODELS
+from resnet_dist.models.figures import measure_network
 from resnet_dist.models.resnet import FAMILY
-
-GOLDEN = Path(__file__).resolve().parent / "golden" / "models.json"
-
-
-def line(name):
-    return {key: value for key, value in measure_network(name).items() if key != "name"}
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_size_and_cost(name):
-    """Parameters and multiply-adds as torchvision's weights say them (five significant digits), and
-    the golden ones.
+    """The printed figures are the measured ones, and those of torchvision's weights (five
+    significant digits).
     """
-    row = line(name)
-    assert row == json.loads(GOLDEN.read_text())[name]
+    row = measure_network(name)
+    assert row == read_figures()[name]
     if name in torchvision.models.list_models(torchvision.models):
         weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].meta
         assert row["multiply_adds"] / 1e9 == pytest.approx(weights["_ops"], abs=6e-4)
@@ -39,8 +33,20 @@ def test_size_and_cost(name):
             assert row["top1"] == weights["_metrics"]["ImageNet-1K"]["acc@1"]
 
 
-def test_golden_file_has_no_other_names():
-    assert list(json.loads(GOLDEN.read_text())) == list(MODELS)
+def test_figures_have_no_other_names():
+    assert list(read_figures()) == list(MODELS)
+
+
+def test_the_command_does_not_import_torch():
+    code = (
+        "import sys\n"
+        "from resnet_dist import cli\n"
+        "assert cli.main(['models']) == 0\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1 + len(MODELS)
 
 
 def test_a_missing_optional_library_costs_only_its_rows(capsys, monkeypatch):
@@ -60,9 +66,3 @@ def test_table(capsys):
     assert json.loads(capsys.readouterr().out)["parameters"] == 269_722
     assert cli.main(["models", "nonsense"]) == 2
     assert "no network" in capsys.readouterr().err
-
-
-if __name__ == "__main__":
-    assert sys.argv[1:] == ["--write"], __doc__
-    rows = ",\n".join(f'"{name}": {json.dumps(line(name))}' for name in MODELS)
-    GOLDEN.write_text("{\n" + rows + "\n}\n")

@@ -1,4 +1,7 @@
-"""`resnet-dist data verify`: what is unusual about each image, before a run finds out."""
+"""`resnet-dist data verify`: find unusual or broken images before training does.
+
+Every image is decoded twice: with the decoder of training, and with Pillow.
+"""
 
 import argparse
 import contextlib
@@ -26,222 +29,390 @@ from resnet_dist.data.sources.pack import open_splits
 from resnet_dist.files import write_file
 from resnet_dist.text import printable
 
-KINDS = ("broken", "disagreement", "not_jpeg", "cmyk", "grayscale", "rotated", "tiny", "duplicate")
-"""broken: of no use to training; disagreement: only one of DALI and Pillow decodes it, or their
-pixels differ by more than 2"""
+KINDS = (
+    "broken",
+    "disagreement",
+    "not_jpeg",
+    "cmyk",
+    "grayscale",
+    "rotated",
+    "tiny",
+    "duplicate",
+)
+"""Kinds of findings.
+
+"broken": training cannot use the image. "disagreement": only one of DALI and Pillow decodes it, or
+their pixels differ by more than 2 levels. The others describe images that training can use.
+"""
 
 _EXIF_ORIENTATION = 0x0112
-_IMAGES_OF_A_JOB = 64
-_PRINTED_LINES = 50
-_LARGEST_DIFFERENCE = 2
+_IMAGES_PER_JOB = 64
+_MAX_PRINTED_LINES = 50
+_MAX_PIXEL_DIFFERENCE = 2
 
 Finding = tuple[str, str]
-"""(kind, detail)"""
+"""(kind, detail) of one image; in `FindingsByKind`, (name of the image, detail)."""
+
+FindingsByKind = dict[str, list[Finding]]
+"""For each of `KINDS`, the images it applies to."""
+
+Splits = dict[str, Index]
+"""train and val."""
 
 
 @dataclass(frozen=True)
 class _Job:
-    """Some images of a split, for one thread."""
+    """Some images of a split, which one thread examines."""
 
     split: str
+    """train or val"""
     index: Index
+    """the images of the split"""
     rows: range
+    """rows of the index"""
 
 
-class _Theirs(NamedTuple):
-    """What Pillow makes of a file."""
+class _PillowResult(NamedTuple):
+    """How Pillow reads a file."""
 
     pixels: np.ndarray | None
+    """uint8 [h, w, 3]; None if it cannot decode the file"""
     findings: list[Finding]
+    """unusual properties of the image"""
     problem: str
+    """why it cannot decode the file; empty if it can"""
 
 
 class _Examination:
-    """The threads' results."""
+    """Collects the findings of all threads."""
 
     def __init__(self, tiny: int) -> None:
         self.tiny = tiny
-        self.found: dict[str, list[Finding]] = {kind: [] for kind in KINDS}
+        self.findings: FindingsByKind = {}
         """for each kind, (name of the image, detail)"""
-        self.same: dict[bytes, list[str]] = {}
-        """names of the images, by the digest of their bytes"""
+        for kind in KINDS:
+            self.findings[kind] = []
+        self.names_by_digest: dict[bytes, list[str]] = {}
+        """names of the images whose files have the same bytes"""
         self.local = threading.local()
 
     def examine(self, job: _Job) -> int:
-        """Examine the images of a job in this thread; returns their number."""
+        """Examine the images of a job in the current thread.
+
+        Returns:
+            The number of images.
+        """
         for row in job.rows:
             self._examine_image(job.split, job.index, row)
         return len(job.rows)
 
-    def _examine_image(self, split: str, index: Index, row: int) -> None:
+    def _examine_image(
+        self,
+        split: str,
+        index: Index,
+        row: int,
+    ) -> None:
+        """Examine one image, and add its findings."""
         name = f"{split}/{index.name(row)}"
         try:
             data = read_image_bytes(index, row)
         except OSError as error:
-            reason = f"cannot be read: {error.strerror or error}"
-            self.found["broken"].append((name, reason))
+            reason = error.strerror or error
+            self.findings["broken"].append((name, f"cannot be read: {reason}"))
             return
         image = examine(row, data)
-        for kind, detail in _findings(data, image, self._decoder(), self.tiny):
-            self.found[kind].append((name, detail))
+        decoder = self._decoder()
+        for kind, detail in _find_unusual(data, image, decoder, self.tiny):
+            self.findings[kind].append((name, detail))
         if data:
             digest = hashlib.blake2b(data, digest_size=32).digest()
-            self.same.setdefault(digest, []).append(name)
+            names = self.names_by_digest.setdefault(digest, [])
+            names.append(name)
 
     def _decoder(self) -> Decoder:
-        """The decoder of this thread."""
+        """The decoder of the current thread, which is created at the first call."""
         if not hasattr(self.local, "decoder"):
             device = torch.device("cpu")
-            self.local.decoder = Decoder(local_batch_size=1, threads=1, device=device)
+            self.local.decoder = Decoder(
+                local_batch_size=1,
+                threads=1,
+                device=device,
+            )
         decoder: Decoder = self.local.decoder
         return decoder
 
-    def finish(self) -> dict[str, list[Finding]]:
-        """All findings, sorted, with the duplicates among them."""
-        for names in self.same.values():
-            # The first is kept: an image of val/ if there is one, since its twin in train/ would
-            # tell the answer.
+    def finish(self) -> FindingsByKind:
+        """Add the duplicates, and return all findings in sorted order."""
+        for names in self.names_by_digest.values():
+            # The first name is kept. It is a validation image if there is one, because a copy of it
+            # in train/ would leak the answer.
             names.sort(key=_val_first)
+            original = names[0]
             for name in names[1:]:
-                self.found["duplicate"].append((name, f"as {names[0]}"))
-        return {kind: sorted(findings) for kind, findings in self.found.items()}
+                self.findings["duplicate"].append((name, f"as {original}"))
+        for findings in self.findings.values():
+            findings.sort()
+        return self.findings
 
 
 def _val_first(name: str) -> tuple[bool, str]:
-    return name.startswith("train/"), name
+    """Sort key that puts the images of val/ before those of train/."""
+    is_training_image = name.startswith("train/")
+    return is_training_image, name
 
 
 def run(args: argparse.Namespace) -> int:
-    """Examine every image of args.data_dir, on the CPU.
+    """Examine every image of `args.data_dir` on the CPU, and write the reports.
 
-    Returns 1 if one is broken, else 0. Raises ValueError if there are no images.
+    Args:
+        args: The options of the command: `data_dir`, `report`, `write_exclude`,
+            `exclude_duplicates`, `tiny` and `workers`.
+
+    Returns:
+        The exit code: 1 if an image is broken, else 0.
+
+    Raises:
+        ValueError: There are no images.
+    """
+    splits, remarks = _open_with_remarks(args.data_dir)
+    for remark in remarks:
+        print(remark)
+    num_images = _count_images(splits)
+    findings = _examine_all(splits, args)
+
+    summary = [f"{num_images} images in {args.data_dir}"]
+    details = _describe_findings(findings)
+    report = {
+        "data_dir": args.data_dir,
+        "images": num_images,
+        "remarks": remarks,
+        **findings,
+    }
+    text_path = str(Path(args.report).with_suffix(".txt"))
+    _write_lines(args.report, [json.dumps(report, indent=1)])
+    _write_lines(text_path, [*summary, *remarks, *details])
+    if args.write_exclude:
+        excluded = _excluded_names(findings, args.exclude_duplicates)
+        _write_lines(args.write_exclude, excluded)
+
+    printed = [*summary, *details][:_MAX_PRINTED_LINES]
+    for line in printed:
+        print(printable(line))
+    print(printable(f"report: {args.report}"))
+    if findings["broken"]:
+        return 1
+    return 0
+
+
+def _open_with_remarks(data_dir: str) -> tuple[Splits, list[str]]:
+    """Index a data set, and collect the warnings that this raises.
+
+    Returns:
+        The splits, and the messages of the warnings.
+
+    Raises:
+        ValueError: There are no images.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        splits = open_splits(args.data_dir)
+        splits = open_splits(data_dir)
     remarks = [str(warning.message) for warning in caught]
-    for remark in remarks:
-        print(remark)
-    found = _examine_all(splits, args)
-    total = sum(map(len, splits.values()))
-    text = [f"{total} images in {args.data_dir}", *remarks]
-    for kind, findings in found.items():
-        text.append(f"{len(findings)} {kind}")
-        text += [f"  {name}: {detail}" for name, detail in findings]
-    report = {"data_dir": args.data_dir, "images": total, "remarks": remarks, **found}
-    _write_lines(args.report, [json.dumps(report, indent=1)])
-    _write_lines(str(Path(args.report).with_suffix(".txt")), text)
-    if args.write_exclude:
-        _write_lines(args.write_exclude, _excluded(found, args.exclude_duplicates))
-    printed = [line for line in text if line not in remarks][:_PRINTED_LINES]
-    for line in (*printed, f"report: {args.report}"):
-        print(printable(line))
-    return 1 if found["broken"] else 0
+    return splits, remarks
 
 
-def _examine_all(splits: dict[str, Index], args: argparse.Namespace) -> dict[str, list[Finding]]:
-    """The findings of every image, by kind."""
+def _count_images(splits: Splits) -> int:
+    """Number of images in all splits."""
+    return sum(len(index) for index in splits.values())
+
+
+def _describe_findings(findings: FindingsByKind) -> list[str]:
+    """Format the findings.
+
+    Returns:
+        For each kind a line with the number of images, and then a line for each image.
+    """
+    lines = []
+    for kind, found in findings.items():
+        lines.append(f"{len(found)} {kind}")
+        for name, detail in found:
+            lines.append(f"  {name}: {detail}")
+    return lines
+
+
+def _examine_all(splits: Splits, args: argparse.Namespace) -> FindingsByKind:
+    """Examine all images in `args.workers` threads. Returns the findings by kind."""
     jobs = []
     for split, index in splits.items():
-        for start in range(0, len(index), _IMAGES_OF_A_JOB):
-            stop = min(start + _IMAGES_OF_A_JOB, len(index))
-            jobs.append(_Job(split, index, range(start, stop)))
+        for start in range(0, len(index), _IMAGES_PER_JOB):
+            stop = min(start + _IMAGES_PER_JOB, len(index))
+            job = _Job(split, index, range(start, stop))
+            jobs.append(job)
     examination = _Examination(args.tiny)
-    total = sum(map(len, splits.values()))
+    num_images = _count_images(splits)
     with (
-        Progress(total, "verify") as bar,
+        Progress(num_images, "verify") as bar,
         ThreadPoolExecutor(args.workers) as pool,
         warnings.catch_warnings(),
     ):
-        # Pillow warns about odd metadata.
+        # Pillow warns about unusual metadata, which is of no importance here.
         warnings.simplefilter("ignore")
-        for number in pool.map(examination.examine, jobs):
-            bar.update(number)
+        for num_examined in pool.map(examination.examine, jobs):
+            bar.update(num_examined)
     return examination.finish()
 
 
-def _excluded(found: dict[str, list[Finding]], with_duplicates: bool) -> list[str]:
-    """Sorted names of the training images that data.exclude should leave out."""
-    names = {name for name, _ in found["broken"]}
+def _excluded_names(findings: FindingsByKind, with_duplicates: bool) -> list[str]:
+    """Sorted names of the training images that `data.exclude` should leave out."""
+    kinds = ["broken"]
     if with_duplicates:
-        names |= {name for name, _ in found["duplicate"]}
-    return sorted(name for name in names if name.startswith("train/"))
+        kinds.append("duplicate")
+    names = set()
+    for kind in kinds:
+        for name, _ in findings[kind]:
+            if name.startswith("train/"):
+                names.add(name)
+    return sorted(names)
 
 
 def _write_lines(path: str, lines: list[str]) -> None:
-    text = "".join(f"{line}\n" for line in lines)
-    write_file(Path(path), text.encode("utf-8", "surrogateescape"))
+    """Write a text file. File names that are not valid UTF-8 keep their bytes.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    text = "\n".join([*lines, ""])
+    content = text.encode("utf-8", "surrogateescape")
+    write_file(Path(path), content)
 
 
-def _findings(data: bytes, image: Encoded, decoder: Decoder, tiny: int) -> list[Finding]:
-    """What applies to one image: `data` is its file, `image` what the reader makes of it."""
-    ours = None if image.reason else _decode(image, decoder)
-    theirs = _decode_with_pillow(data, tiny)
+def _find_unusual(
+    data: bytes,
+    image: Encoded,
+    decoder: Decoder,
+    tiny: int,
+) -> list[Finding]:
+    """Examine one image.
+
+    Args:
+        data: The bytes of its file.
+        image: The result of the reader of training for these bytes.
+        decoder: The decoder of training.
+        tiny: Shorter side in pixels below which an image counts as tiny.
+    """
+    training_pixels = None
+    if not image.reason:
+        training_pixels = _decode(image, decoder)
+    pillow = _decode_with_pillow(data, tiny)
     found = []
-    if ours is None:
-        found.append(("broken", image.reason or "the decoder refuses it"))
-    found += theirs.findings
-    disagreement = _disagreement(ours, theirs)
+    if training_pixels is None:
+        reason = image.reason or "the decoder refuses it"
+        found.append(("broken", reason))
+    found.extend(pillow.findings)
+    disagreement = _disagreement(training_pixels, pillow)
     if disagreement:
         found.append(("disagreement", disagreement))
     return found
 
 
-def _disagreement(ours: np.ndarray | None, theirs: _Theirs) -> str | None:
-    """How the training decoder and Pillow differ; None if they agree."""
-    if (ours is None) != (theirs.pixels is None):
-        return theirs.problem or "Pillow alone decodes it"
-    if ours is None or theirs.pixels is None:
+def _disagreement(training_pixels: np.ndarray | None, pillow: _PillowResult) -> str | None:
+    """Compare the pixels of the decoder of training with those of Pillow.
+
+    Args:
+        training_pixels: uint8 [h, w, 3]; None if the decoder refuses the image.
+        pillow: What Pillow makes of the same file.
+
+    Returns:
+        How they differ, in a few words. None if they agree.
+    """
+    if training_pixels is None and pillow.pixels is None:
         return None
-    if ours.shape == theirs.pixels.shape:
-        difference = np.abs(ours.astype(np.int16) - theirs.pixels).max()
-        if difference <= _LARGEST_DIFFERENCE:
+    if training_pixels is None or pillow.pixels is None:
+        return pillow.problem or "Pillow alone decodes it"
+    if training_pixels.shape == pillow.pixels.shape:
+        # Differences of uint8 would wrap around.
+        signed = training_pixels.astype(np.int16)
+        difference = np.abs(signed - pillow.pixels).max()
+        if difference <= _MAX_PIXEL_DIFFERENCE:
             return None
     return "Pillow decodes it to other pixels"
 
 
-def _decode_with_pillow(data: bytes, tiny: int) -> _Theirs:
+def _decode_with_pillow(data: bytes, tiny: int) -> _PillowResult:
+    """Decode a file with Pillow, and list the unusual properties of the image.
+
+    Args:
+        data: The bytes of the file.
+        tiny: Shorter side in pixels below which an image counts as tiny.
+    """
     try:
         with Image.open(io.BytesIO(data)) as picture:
             pixels = np.asarray(picture.convert("RGB"))
-            return _Theirs(pixels, _properties(picture, tiny), "")
+            findings = _properties(picture, tiny)
     # Pillow's plugins raise many types.
     except Exception as error:
-        return _Theirs(None, [], f"{type(error).__name__}: {error}")
+        problem = f"{type(error).__name__}: {error}"
+        return _PillowResult(None, [], problem)
+    return _PillowResult(pixels, findings, "")
 
 
 def _properties(picture: Image.Image, tiny: int) -> list[Finding]:
-    """What is unusual about an image that Pillow has opened."""
+    """Unusual properties of an image that Pillow has opened.
+
+    Args:
+        picture: The image.
+        tiny: Shorter side in pixels below which an image counts as tiny.
+
+    Returns:
+        The findings, in the order of `KINDS`.
+    """
     found = []
-    width, height = picture.size
-    orientation = 1
-    # Damaged metadata is no damaged image.
-    with contextlib.suppress(Exception):
-        orientation = picture.getexif().get(_EXIF_ORIENTATION, 1)
     if picture.format not in ("JPEG", "MPO"):
         found.append(("not_jpeg", str(picture.format)))
     if picture.mode == "CMYK":
         found.append(("cmyk", picture.mode))
-    if picture.mode[0] in "1LI":
+    # Pillow's modes of one channel are 1, L, LA, La, I, I;16 and their variants.
+    first_letter = picture.mode[0]
+    if first_letter in "1LI":
         found.append(("grayscale", picture.mode))
+    orientation = _exif_orientation(picture)
     if orientation not in (0, 1):
-        found.append(("rotated", f"EXIF orientation {orientation}, which training ignores"))
-    if min(width, height) < tiny:
+        detail = f"EXIF orientation {orientation}, which training ignores"
+        found.append(("rotated", detail))
+    width, height = picture.size
+    shorter_side = min(width, height)
+    if shorter_side < tiny:
         found.append(("tiny", f"{width} x {height}"))
     return found
 
 
+def _exif_orientation(picture: Image.Image) -> int:
+    """The EXIF orientation of an image: 1 for upright, also where it has none."""
+    # An image with damaged metadata is not a damaged image.
+    with contextlib.suppress(Exception):
+        orientation: int = picture.getexif().get(_EXIF_ORIENTATION, 1)
+        return orientation
+    return 1
+
+
 def _decode(image: Encoded, decoder: Decoder) -> np.ndarray | None:
-    """The whole image as training decodes it, uint8 [h, w, 3]; None if the decoder refuses it."""
-    window = whole_windows(np.array([image.height]), np.array([image.width]))
-    geometry = Geometry(window, (), np.zeros(1, np.int64))
+    """Decode the whole image as training does.
+
+    Returns:
+        uint8 [h, w, 3], or None if the decoder refuses the image.
+    """
+    heights = np.array([image.height])
+    widths = np.array([image.width])
+    window = whole_windows(heights, widths)
+    not_mirrored = np.zeros(1, np.int64)
+    geometry = Geometry(window, (), not_mirrored)
     job = val_job(np.array([image.row]))
+    portion = Portion(LoadedJob(job, [image], geometry), 0, 1)
     try:
-        decoder.submit(Portion(LoadedJob(job, [image], geometry), 0, 1))
+        decoder.submit(portion)
         _, decoded = decoder.collect()
         pixels: np.ndarray = windows_to_torch(decoded[0])[0].numpy()
-        return pixels
     except RuntimeError:
         decoder.pending.clear()
         decoder.restart()
         return None
+    return pixels

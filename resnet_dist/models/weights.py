@@ -1,7 +1,7 @@
-"""Weights of other programs (torchvision, timm, NVIDIA) in our networks, and which of them train.
+"""Load weights of other programs (torchvision, timm, NVIDIA), and freeze parts of a network.
 
-The names in a file are brought to those of the model by one table, and every tensor of both is
-accounted for.
+A table of patterns translates the tensor names of a file to those of the model. Every tensor of
+the file and of the model is accounted for.
 """
 
 import re
@@ -17,9 +17,9 @@ from resnet_dist.text import printable
 
 Weights = dict[str, torch.Tensor]
 Rows = dict[str, list[str]]
-"""Names of tensors by what became of them."""
+"""Tensor names, grouped by what happened to the tensors."""
 
-# Keys that files keep their weights under: averaged weights come first.
+# Keys under which training programs store weights. Averaged weights are preferred.
 _NESTED = (
     "ema",
     "state_dict_ema",
@@ -34,14 +34,17 @@ _NESTED = (
     "net",
 )
 
+# Wrappers such as DistributedDataParallel and torch.compile prepend these to every name.
 _PREFIX = r"^((module|_orig_mod|model|net)\.)+"
 
 
 def _layer_from_one(match: re.Match[str]) -> str:
-    return f"layer{int(match[1]) + 1}."
+    """Translate NVIDIA's "layers.0." to "layer1."."""
+    number = int(match[1]) + 1
+    return f"layer{number}."
 
 
-# Names of other programs, and ours.
+# Pairs of a pattern that other programs use and its replacement in our networks.
 _RENAMES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     # NVIDIA: ResNets since 2021, SE-ResNets
     (r"^layers\.(\d+)\.", _layer_from_one),
@@ -55,17 +58,26 @@ _RENAMES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     # torchvision: DenseNets of 2017
     (r"(\.denselayer\d+\.(?:norm|conv))\.(?=[12]\.)", r"\1"),
 )
+# Names that other programs give to the classifier.
 _HEADS = r"^(fc|head|head\.fc|classifier|classifier\.fc|last_linear|classif)\.(?=(weight|bias)$)"
 
+# Why a tensor of the model may be missing in a file.
 _FRESH_HEAD = " (head, freshly initialised)"
 _NO_EFFECT = " (without effect)"
 
 
 def head_modules(model: nn.Module) -> dict[str, nn.Linear]:
-    """The classifier by name: the last linear layer, and the last ones of auxiliary classifiers.
+    """Find the classifier, and the classifiers of auxiliary heads.
 
-    A model with an attribute `auxiliary_weight` may have auxiliary classifiers. Each is a module
-    of its own that ends in a linear layer with as many outputs as the main one.
+    The classifier is the last linear layer of the model. A model with an attribute
+    `auxiliary_weight` may have auxiliary heads. Each of these is a module that ends in a linear
+    layer with as many outputs as the classifier.
+
+    Args:
+        model: The network.
+
+    Returns:
+        The linear layers by name, in the order of the model. Empty if it has no linear layer.
     """
     linears = {}
     for name, module in model.named_modules():
@@ -73,186 +85,281 @@ def head_modules(model: nn.Module) -> dict[str, nn.Linear]:
             linears[name] = module
     if not linears:
         return {}
-    last = next(reversed(linears))
-    ends = {last}
+    main = next(reversed(linears))
+    candidates = {main}
     if hasattr(model, "auxiliary_weight"):
-        last_of_module = {name.rpartition(".")[0]: name for name in linears}
-        ends.update(last_of_module.values())
+        # A later layer of the same parent module replaces an earlier one.
+        last_in_parent = {}
+        for name in linears:
+            parent = name.rpartition(".")[0]
+            last_in_parent[parent] = name
+        candidates.update(last_in_parent.values())
+    num_classes = linears[main].out_features
     heads = {}
     for name, module in linears.items():
-        if name in ends and module.out_features == linears[last].out_features:
+        if name in candidates and module.out_features == num_classes:
             heads[name] = module
     return heads
 
 
 def freeze(model: nn.Module, unfreeze_from: str) -> None:
-    """Train only the module `unfreeze_from`, all that is defined after it, and the classifier.
+    """Set `requires_grad` so that only the last part of a network is trained.
 
-    "head" trains the classifier alone, "" trains everything.
+    Args:
+        model: The network; its parameters are changed in place.
+        unfreeze_from: Name of the first module that is trained, as "layer4". All parameters that
+            are defined after it and the classifier are trained too. "head" trains only the
+            classifier, and an empty string trains everything.
 
     Raises:
-        ValueError: There is no such module, it has no parameters, or nothing comes before it.
+        ValueError: There is no such module, it has no parameters, or it is the first one, so that
+            nothing would be frozen.
     """
     if not unfreeze_from:
         return
+    first = _first_trained(model, unfreeze_from)
+    heads = head_modules(model)
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        module = name.rpartition(".")[0]
+        is_trained = number >= first or module in heads
+        parameter.requires_grad_(is_trained)
+
+
+def _first_trained(model: nn.Module, unfreeze_from: str) -> int:
+    """Number of the first trained parameter; for "head" the number of all parameters."""
     names = [name for name, _ in model.named_parameters()]
-    inside = [i for i, name in enumerate(names) if name.startswith(f"{unfreeze_from}.")]
-    if not inside and unfreeze_from != "head":
-        parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
+    prefix = f"{unfreeze_from}."
+    first = None
+    for number, name in enumerate(names):
+        if name.startswith(prefix):
+            first = number
+            break
+    if first is None and unfreeze_from == "head":
+        return len(names)
+    if first is None:
+        top_modules = dict.fromkeys(name.split(".")[0] for name in names)
+        choices = ", ".join(top_modules)
         raise ValueError(
             f"optim.unfreeze_from is {unfreeze_from!r}: the network has no such module with "
-            f"parameters; choose head, {parts} or a part"
+            f"parameters; choose head, {choices} or a part"
         )
-    first = inside[0] if inside else len(names)
     if first == 0:
         raise ValueError(
             f"optim.unfreeze_from is {unfreeze_from!r}, where the network begins: nothing would be "
             "frozen; leave it empty, or name a later module"
         )
-    heads = head_modules(model)
-    for number, (name, parameter) in enumerate(model.named_parameters()):
-        is_in_head = name.rpartition(".")[0] in heads
-        parameter.requires_grad_(number >= first or is_in_head)
+    return first
 
 
-def load_exactly(model: nn.Module, weights: Weights, name: str) -> None:
-    """Load a state dict that has every tensor of the model, and no other.
+def load_exactly(
+    model: nn.Module,
+    weights: Weights,
+    name: str,
+) -> None:
+    """Load a state dict that has exactly the tensors of the model.
+
+    Args:
+        model: The network; unchanged if this raises.
+        weights: The state dict.
+        name: What error messages call the weights.
 
     Raises:
-        ValueError: Names or shapes differ, with the first of them; `name` says whose they are.
+        ValueError: Names or shapes differ. The message lists the first of them.
     """
     own = model.state_dict()
-    problems: Rows = {
-        "missing": [key for key in own if key not in weights],
-        "unknown": [key for key in weights if key not in own],
-        "of another shape": [],
-    }
+    missing = [key for key in own if key not in weights]
+    unknown = [key for key in weights if key not in own]
+    reshaped = []
     for key, value in own.items():
-        if key in weights and weights[key].shape != value.shape:
-            shapes = f"{list(weights[key].shape)} instead of {list(value.shape)}"
-            problems["of another shape"].append(f"{key} {shapes}")
-    found = [f"{kind}: {some(names, 3)}" for kind, names in problems.items() if names]
+        if key not in weights:
+            continue
+        shape = list(weights[key].shape)
+        expected = list(value.shape)
+        if shape != expected:
+            reshaped.append(f"{key} {shape} instead of {expected}")
+    problems = {
+        "missing": missing,
+        "unknown": unknown,
+        "of another shape": reshaped,
+    }
+    found = []
+    for kind, names in problems.items():
+        if names:
+            found.append(f"{kind}: {some(names, 3)}")
     if found:
-        raise ValueError(printable(f"{name} does not fit the network: tensors {'; '.join(found)}"))
+        reasons = "; ".join(found)
+        raise ValueError(printable(f"{name} does not fit the network: tensors {reasons}"))
     model.load_state_dict(weights)
 
 
 def find_weights(content: object) -> tuple[list[str], Weights]:
-    """The state dict in a file's content, averaged weights first, and the keys that lead to it.
+    """Find the state dict in the content of a file. Averaged weights are preferred.
 
-    Returns ([], {}) if there is none.
+    Args:
+        content: What the file holds: a state dict, or dictionaries that contain one.
+
+    Returns:
+        The keys that lead to the state dict, and the state dict. ([], {}) if there is none.
     """
     if not isinstance(content, dict):
         return [], {}
     for key in _NESTED:
-        keys, weights = find_weights(content.get(key))
+        inner_keys, weights = find_weights(content.get(key))
         if weights:
-            return [key, *keys], weights
-    has_tensors = any(isinstance(value, torch.Tensor) for value in content.values())
-    return [], content if has_tensors else {}
+            return [key, *inner_keys], weights
+    for value in content.values():
+        if isinstance(value, torch.Tensor):
+            return [], content
+    return [], {}
+
+
+def _empty_rows() -> Rows:
+    """The rows of `load_weights`, in the order in which they are printed."""
+    kinds = ("loaded", "renamed", "reshaped", "skipped", "missing")
+    return {kind: [] for kind in kinds}
 
 
 @dataclass
 class _Matching:
-    """Where the tensors of a file go."""
+    """Where the tensors of a file go in the model."""
 
     found: Weights = field(default_factory=dict)
-    """by name in the model, in its shape"""
-    rows: Rows = field(
-        default_factory=lambda: {
-            kind: [] for kind in ("loaded", "renamed", "reshaped", "skipped", "missing")
-        }
-    )
+    """tensors by their name in the model, in the shape and type of the model"""
+    rows: Rows = field(default_factory=_empty_rows)
+    """see `load_weights`"""
     is_whole: bool = True
-    """whether nothing was skipped but heads and num_batches_tracked"""
+    """whether only heads and num_batches_tracked were skipped"""
 
 
-def load_weights(model: nn.Module, content: dict[str, Any], name: str) -> tuple[Rows, bool]:
-    """Copy the weights in a file's content into a model.
+def load_weights(
+    model: nn.Module,
+    content: dict[str, Any],
+    name: str,
+) -> tuple[Rows, bool]:
+    """Copy the weights in the content of a file into a model.
 
-    The head keeps its fresh values if the file has another number of classes.
+    The head keeps its initial values if the file has another number of classes.
 
     Args:
         model: The network; unchanged if this raises.
         content: What the file holds: a state dict, alone or under one of the usual keys.
-        name: The file, for messages.
+        name: The file name, for error messages.
 
     Returns:
-        The names of the tensors under "loaded", "renamed", "reshaped" (1x1 convolution and linear
-        layer), "skipped" (in the file only) and "missing" (in the model only); and whether the
-        last two hold nothing but heads and num_batches_tracked, which old files lack.
+        A tuple of two values.
+
+        - The tensor names under "loaded", "renamed", "reshaped" (between a 1x1 convolution and a
+          linear layer), "skipped" (only in the file) and "missing" (only in the model).
+        - Whether everything fits: the last two lists hold only heads and num_batches_tracked,
+          which old files do not have.
 
     Raises:
-        ValueError: Less than half of the backbone's tensors are found, or values are not finite.
+        ValueError: The file has less than half of the tensors before the head, or some of its
+            values are not finite.
     """
-    weights = find_weights(content)[1]
+    _, weights = find_weights(content)
     own = model.state_dict()
     heads = head_modules(model)
+    main_head = next(reversed(heads), "")
     remarks = {key: _remark(key, heads) for key in own}
-    matching = _match(weights, own, remarks, next(reversed(heads), ""))
+    matching = _match(weights, own, remarks, main_head)
+
     missing = [key for key in own if key not in matching.found]
-    missing.sort(key=lambda key: remarks[key])
+    # Tensors without a remark, which are required, come first.
+    missing.sort(key=remarks.__getitem__)
     matching.rows["missing"] = [key + remarks[key] for key in missing]
 
-    needed = sum(not remarks[key] for key in own)
-    absent = sum(not remarks[key] for key in missing)
-    if 2 * absent > needed:
+    num_needed = sum(1 for key in own if not remarks[key])
+    num_absent = sum(1 for key in missing if not remarks[key])
+    if 2 * num_absent > num_needed:
+        num_found = num_needed - num_absent
+        in_file = printable(some(list(weights), 3)) or "no tensors"
+        in_model = some(list(own), 3)
         raise ValueError(
-            f"checkpoint.init_from is {name!r}: it has {needed - absent} of the {needed} tensors "
-            "of the network before its head, and half are needed. The file has "
-            f"{printable(some(list(weights), 3)) or 'no tensors'}; the network "
-            f"{some(list(own), 3)}. Choose the model.name and options that it was made with"
+            f"checkpoint.init_from is {name!r}: it has {num_found} of the {num_needed} tensors "
+            f"of the network before its head, and half are needed. The file has {in_file}; the "
+            f"network {in_model}. Choose the model.name and options that it was made with"
         )
-    broken = [key for key, value in matching.found.items() if not torch.isfinite(value).all()]
+    _refuse_non_finite(matching.found, name)
+    model.load_state_dict(matching.found, strict=False)
+    fits = matching.is_whole and num_absent == 0
+    return matching.rows, fits
+
+
+def _refuse_non_finite(weights: Weights, name: str) -> None:
+    """Raise ValueError if a value of a tensor is NaN or infinite."""
+    broken = []
+    for key, value in weights.items():
+        if not torch.isfinite(value).all():
+            broken.append(key)
     if broken:
         raise ValueError(
             f"checkpoint.init_from is {name!r}: values that are not finite in {some(broken, 3)}"
         )
-    model.load_state_dict(matching.found, strict=False)
-    return matching.rows, matching.is_whole and not absent
 
 
 def _remark(key: str, heads: dict[str, nn.Linear]) -> str:
-    """Why a tensor of the model may be missing in a file; empty if it must be there."""
-    if key.rpartition(".")[0] in heads:
+    """Why a file may lack the tensor `key` of the model. Empty if the tensor is required."""
+    module = key.rpartition(".")[0]
+    if module in heads:
         return _FRESH_HEAD
     if key.endswith(".num_batches_tracked"):
         return _NO_EFFECT
     return ""
 
 
-def _match(weights: Weights, own: Weights, remarks: dict[str, str], head: str) -> _Matching:
-    """Find the place of each tensor of a file among those of the model."""
+def _match(
+    weights: Weights,
+    own: Weights,
+    remarks: dict[str, str],
+    head: str,
+) -> _Matching:
+    """Assign each tensor of a file to a tensor of the model.
+
+    Args:
+        weights: State dict of the file.
+        own: State dict of the model.
+        remarks: For each tensor of the model, why it may be missing; see `_remark`.
+        head: Name of the classifier of the model.
+    """
     matching = _Matching()
     file_head = _head_of_file(weights, own, head)
-    for key, value in weights.items():
-        candidates = _candidates(str(key), head)
-        if file_head and str(key).rpartition(".")[0] == file_head:
-            candidates.append(f"{head}.{str(key).rpartition('.')[2]}")
+    for original_key, value in weights.items():
+        key = str(original_key)
+        candidates = _candidates(key, head)
+        module, _, attribute = key.rpartition(".")
+        if file_head and module == file_head:
+            candidates.append(f"{head}.{attribute}")
         names = [name for name in candidates if name in own]
-        free = [name for name in names if name not in matching.found]
-        target = next((name for name in free if _fits(value, own[name])), None)
-        if target is not None:
-            _place(matching, str(key), value, target, own[target])
+        if _place(matching, key, value, names, own):
             continue
         skipped = f"{printable(key)} {_shape(value)}"
         if names:
-            skipped += f" instead of {list(own[names[0]].shape)}"
+            expected = own[names[0]]
+            skipped += f" instead of {list(expected.shape)}"
         matching.rows["skipped"].append(skipped)
-        if not names or not remarks[names[0]]:
+        is_harmless = bool(names) and remarks[names[0]] != ""
+        if not is_harmless:
             matching.is_whole = False
     return matching
 
 
-def _head_of_file(weights: Weights, own: Weights, head: str) -> str:
-    """The module that is the file's classifier by position and shape, whatever its name is.
+def _head_of_file(
+    weights: Weights,
+    own: Weights,
+    head: str,
+) -> str:
+    """Find the classifier of a file by position and shape, whatever its name is.
 
-    It is the last linear layer of the file, if it takes as many features as that of the model.
-    Returns "" if there is none.
+    It is the last linear layer of the file, if it has as many input features as that of the model.
+
+    Returns:
+        The name of the layer in the file. An empty string if there is none.
     """
     linears = []
     for key, value in weights.items():
-        if str(key).endswith(".weight") and isinstance(value, torch.Tensor) and value.ndim == 2:
+        is_matrix = isinstance(value, torch.Tensor) and value.ndim == 2
+        if is_matrix and str(key).endswith(".weight"):
             linears.append(str(key))
     expected = own.get(f"{head}.weight")
     if not linears or expected is None:
@@ -264,27 +371,41 @@ def _head_of_file(weights: Weights, own: Weights, head: str) -> str:
 
 
 def _place(
-    matching: _Matching, key: str, value: torch.Tensor, target: str, own: torch.Tensor
-) -> None:
-    """Note that the tensor `key` of the file becomes the tensor `target` of the model."""
-    matching.found[target] = value.reshape(own.shape).to(own.dtype)
-    if value.shape != own.shape:
-        matching.rows["reshaped"].append(f"{key} -> {target}")
-    elif key != target:
-        matching.rows["renamed"].append(f"{key} -> {target}")
-    else:
-        matching.rows["loaded"].append(key)
+    matching: _Matching,
+    key: str,
+    value: object,
+    names: list[str],
+    own: Weights,
+) -> bool:
+    """Give the tensor `key` of the file the first of `names` that is free and that it fits.
+
+    Returns:
+        Whether there is such a name.
+    """
+    for target in names:
+        expected = own[target]
+        if target in matching.found or not _fits(value, expected):
+            continue
+        matching.found[target] = value.reshape(expected.shape).to(expected.dtype)
+        if value.shape != expected.shape:
+            matching.rows["reshaped"].append(f"{key} -> {target}")
+        elif key != target:
+            matching.rows["renamed"].append(f"{key} -> {target}")
+        else:
+            matching.rows["loaded"].append(key)
+        return True
+    return False
 
 
 def _shape(value: object) -> list[Any]:
-    """The shape of a tensor; for another value its type."""
+    """The shape of a tensor. For another value, a list with the name of its type."""
     if isinstance(value, torch.Tensor):
         return list(value.shape)
     return [type(value).__name__]
 
 
 def describe(rows: Rows, most: int = 3) -> str:
-    """The rows of `load_weights` as a table, with at most so many names in each."""
+    """Format the rows of `load_weights` as a table, with at most `most` names in each row."""
     lines = []
     for kind, names in rows.items():
         line = f"  {kind:8} {len(names):5}  {some(names, most)}"
@@ -293,22 +414,29 @@ def describe(rows: Rows, most: int = 3) -> str:
 
 
 def _candidates(key: str, head: str) -> list[str]:
-    """What the model may call the tensor that a file calls `key`, the likeliest name first.
+    """Names that the model may have for the tensor `key` of a file, the most likely one first.
 
-    Any number of renames may apply.
+    Any number of the renames may apply to one name.
     """
-    names = [key, re.sub(_PREFIX, "", key)]
-    for pattern, replacement in (*_RENAMES, (_HEADS, f"{head}.")):
-        names += [re.sub(pattern, replacement, name) for name in names]
-    return list(dict.fromkeys(names))
+    renames = [*_RENAMES, (_HEADS, f"{head}.")]
+    without_prefix = re.sub(_PREFIX, "", key)
+    names = [key, without_prefix]
+    for pattern, replacement in renames:
+        renamed = [re.sub(pattern, replacement, name) for name in names]
+        names.extend(renamed)
+    unique = dict.fromkeys(names)
+    return list(unique)
 
 
 def _fits(value: object, own: torch.Tensor) -> TypeGuard[torch.Tensor]:
-    """Whether `value` can take the place of `own`, as it is or as the same layer in another form.
+    """Whether `value` can replace the tensor `own` of the model.
 
-    A 1x1 convolution and a linear layer are two forms of the same layer.
+    A 1x1 convolution and a linear layer are the same layer in two shapes, so one can replace the
+    other.
     """
-    if not isinstance(value, torch.Tensor) or value.is_floating_point() != own.is_floating_point():
+    if not isinstance(value, torch.Tensor):
+        return False
+    if value.is_floating_point() != own.is_floating_point():
         return False
     if value.shape == own.shape:
         return True

@@ -169,6 +169,8 @@ class Entry:
     """smallest side of an image"""
     min_train_size: int = 0
     """smallest side in training; 0 = min_size"""
+    library: str = ""
+    """optional library that builds it; empty = none"""
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,7 @@ def _torchvision_entry(weights: str, published: _Published) -> Entry:
 
 def _timm_entry(name: str, top1: float, top5: float) -> Entry:
     source = "Szegedy et al. 2016, table 2"
-    return Entry(partial(_timm, name), source, 299, top1, top5, min_size=75)
+    return Entry(partial(_timm, name), source, 299, top1, top5, min_size=75, library="timm")
 
 
 ZOO: dict[str, Entry] = {
