@@ -1,6 +1,6 @@
-"""Reading settings: YAML files with line numbers, and nested dicts as a checkpoint holds them.
+"""Read settings from YAML files and from the nested dictionaries in checkpoints.
 
-Settings are kept flat, as {"optim.base_lr": 0.1}. `build_config` makes the config of them.
+Settings are kept flat, as {"optim.base_lr": 0.1}. `build_config` turns them into a config.
 """
 
 import dataclasses
@@ -20,57 +20,76 @@ from resnet_dist.text import did_you_mean, printable
 
 T = TypeVar("T")
 
-# Names that a setting had in an earlier version, and the name that it has now. Files and
-# checkpoints with the earlier name stay readable.
+Hints = Mapping[str, TypeHint]
+"""The type hint, with rules, of each setting."""
+
 RENAMED_SETTINGS: dict[str, str] = {}
+"""For each setting that was renamed, {earlier name: present name}.
+
+Files and checkpoints with the earlier name stay readable.
+"""
 
 
 @dataclass
 class FileSettings:
-    """The settings of one or more YAML files, and where each of them stands."""
+    """The settings of one or more YAML files."""
 
     values: dict[str, Any] = field(default_factory=dict)
+    """the value of each setting"""
     places: dict[str, str] = field(default_factory=dict)
-    """For each setting its file and line, as "configs/resnet50.yaml, line 12"."""
+    """file and line of each setting, as "configs/resnet50.yaml, line 12".
+    """
 
     def update(self, later: "FileSettings") -> None:
-        """Take over the settings of another file, which override those so far."""
+        """Add the settings of another file. They override the present ones."""
         self.values.update(later.values)
         self.places.update(later.places)
 
 
 @cache
 def setting_hints(section: type = Config, prefix: str = "") -> dict[str, TypeHint]:
-    """The type hint, with rules, of every setting of a tree of dataclasses."""
+    """List all settings of a dataclass and of the dataclasses nested in it.
+
+    Args:
+        section: The dataclass.
+        prefix: Text before each key, as "optim.".
+
+    Returns:
+        The type hint, with rules, of each setting.
+    """
     hints: dict[str, TypeHint] = {}
-    for name, hint in get_type_hints(section, include_extras=True).items():
+    own_hints = get_type_hints(section, include_extras=True)
+    for name, hint in own_hints.items():
+        key = f"{prefix}{name}"
         if dataclasses.is_dataclass(hint):
             assert isinstance(hint, type)
-            hints.update(setting_hints(hint, f"{prefix}{name}."))
+            inner_hints = setting_hints(hint, f"{key}.")
+            hints.update(inner_hints)
         else:
-            hints[f"{prefix}{name}"] = hint
+            hints[key] = hint
     return hints
 
 
-def read_yaml(path: Path, hints: Mapping[str, TypeHint]) -> FileSettings:
-    """Read a YAML file with the settings that `hints` lists, and check their types and rules.
+def read_yaml(path: Path, hints: Hints) -> FileSettings:
+    """Read a YAML file of settings, and check the type and the rules of each value.
 
-    Raises ValueError with file and line.
+    Args:
+        path: The file.
+        hints: The known settings, see `setting_hints`.
+
+    Raises:
+        ValueError: The file cannot be read or is not valid YAML, a setting is unknown or set twice,
+            or a value breaks its rule. The message names file and line.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=_Loader)
-    except (OSError, UnicodeDecodeError) as problem:
-        raise ValueError(f"cannot read {path}: {printable(problem)}") from problem
-    except yaml.YAMLError as problem:
-        raise ValueError(f"{path} is not valid YAML: {printable(problem)}") from problem
     settings = FileSettings()
+    root = _parse_yaml(path)
     if root is None:
         return settings
-    for key, node in _leaves(root, hints, path):
-        place = f"{path}, line {node.start_mark.line + 1}"
+    for key, node in _find_settings(root, hints, path):
+        place = _place(path, node)
         if key in settings.values:
-            raise ValueError(f"{key} is set twice: {settings.places[key]} and {place}")
+            first_place = settings.places[key]
+            raise ValueError(f"{key} is set twice: {first_place} and {place}")
         value = _construct(node, path)
         try:
             refuse_value(key, value, hints[key])
@@ -81,17 +100,51 @@ def read_yaml(path: Path, hints: Mapping[str, TypeHint]) -> FileSettings:
     return settings
 
 
-def flatten_settings(tree: Mapping[str, Any], hints: Mapping[str, TypeHint]) -> dict[str, Any]:
-    """Nested settings as flat ones: {"optim": {"base_lr": 0.1}} -> {"optim.base_lr": 0.1}.
+def _parse_yaml(path: Path) -> yaml.Node | None:
+    """Parse a YAML file.
 
-    Raises ValueError for a setting that `hints` does not list.
+    Returns:
+        Its tree of nodes, which know their lines. None for an empty file.
+
+    Raises:
+        ValueError: The file cannot be read, or it is not valid YAML.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        return yaml.compose(text, Loader=_Loader)
+    except (OSError, UnicodeDecodeError) as problem:
+        raise ValueError(f"cannot read {path}: {printable(problem)}") from problem
+    except yaml.YAMLError as problem:
+        raise _not_valid_yaml(path, problem) from problem
+
+
+def _not_valid_yaml(path: Path, problem: yaml.YAMLError) -> ValueError:
+    """The error for a file with a mistake in its YAML."""
+    return ValueError(f"{path} is not valid YAML: {printable(problem)}")
+
+
+def _place(path: Path, node: yaml.Node) -> str:
+    """File and line of a YAML node. Lines count from 1."""
+    line = node.start_mark.line + 1
+    return f"{path}, line {line}"
+
+
+def flatten_settings(tree: Mapping[str, Any], hints: Hints) -> dict[str, Any]:
+    """Flatten nested settings: {"optim": {"base_lr": 0.1}} becomes {"optim.base_lr": 0.1}.
+
+    Args:
+        tree: The nested settings.
+        hints: The known settings, see `setting_hints`.
+
+    Raises:
+        ValueError: A setting is unknown.
     """
     flat: dict[str, Any] = {}
-    sections = _sections(hints)
+    sections = _section_names(hints)
 
     def visit(branch: Mapping[str, Any], prefix: str) -> None:
         for name, value in branch.items():
-            key = RENAMED_SETTINGS.get(f"{prefix}{name}", f"{prefix}{name}")
+            key = _present_name(f"{prefix}{name}")
             if key in sections and isinstance(value, Mapping):
                 visit(value, f"{key}.")
             elif key in hints:
@@ -103,41 +156,78 @@ def flatten_settings(tree: Mapping[str, Any], hints: Mapping[str, TypeHint]) -> 
     return flat
 
 
-def unknown_setting(key: str, hints: Mapping[str, TypeHint]) -> str:
-    """The sentence about a setting that does not exist, with a similar one if there is one."""
+def _present_name(key: str) -> str:
+    """The name that a setting has in this version."""
+    return RENAMED_SETTINGS.get(key, key)
+
+
+def unknown_setting(key: str, hints: Hints) -> str:
+    """The error message for a setting that does not exist.
+
+    Args:
+        key: What the user wrote.
+        hints: The known settings, of which a similar one is suggested.
+    """
     if key == "cluster" or key.startswith("cluster."):
         return f"there is no setting {key} here: it belongs to `resnet-dist submit`"
-    same_end = [known for known in hints if known.split(".")[-1] == key.split(".")[-1]]
-    similar = did_you_mean(key, list(hints))
-    if not similar and same_end:
-        similar = f"; did you mean {same_end[0]}?"
-    return f"there is no setting {printable(key)}{similar}"
+    suggestion = did_you_mean(key, list(hints))
+    if not suggestion:
+        # Perhaps the section is wrong, as in train.base_lr.
+        last_part = key.split(".")[-1]
+        for known in hints:
+            if known.split(".")[-1] == last_part:
+                suggestion = f"; did you mean {known}?"
+                break
+    return f"there is no setting {printable(key)}{suggestion}"
 
 
-def build_section(section: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
-    """Build a dataclass, and the dataclasses in it, from flat settings; others get their default.
+def build_section(
+    section: type[T],
+    values: Mapping[str, Any],
+    prefix: str = "",
+) -> T:
+    """Build a dataclass, and the dataclasses nested in it, from flat settings.
 
-    Lists become tuples and whole numbers become floats where the type of the field says so.
+    Lists become tuples and integers become floats where the field has that type.
+
+    Args:
+        section: The dataclass.
+        values: Flat settings. Fields that are absent keep their default.
+        prefix: Text before the keys of this section, as "optim.".
     """
     arguments: dict[str, Any] = {}
-    for name, hint in get_type_hints(section, include_extras=True).items():
+    hints = get_type_hints(section, include_extras=True)
+    for name, hint in hints.items():
         key = f"{prefix}{name}"
         if dataclasses.is_dataclass(hint):
             assert isinstance(hint, type)
             arguments[name] = build_section(hint, values, f"{key}.")
         elif key in values:
-            arguments[name] = _convert(values[key], split_hint(hint)[0])
+            plain_hint, _ = split_hint(hint)
+            arguments[name] = _convert(values[key], plain_hint)
     return section(**arguments)
 
 
 def build_config(values: Mapping[str, Any]) -> Config:
-    """The config of flat settings. Raises ValueError as `config.check_config` does."""
+    """Build the config from flat settings.
+
+    Raises:
+        ValueError: As in `config.check_config`.
+    """
     return build_section(Config, values)
 
 
 def config_from_dict(tree: Mapping[str, Any]) -> Config:
-    """The config of nested settings, as `config.to_dict` makes them and a checkpoint holds them."""
-    return build_config(flatten_settings(tree, setting_hints()))
+    """Build the config from nested settings, such as those in a checkpoint.
+
+    This is the inverse of `config.to_dict`.
+
+    Raises:
+        ValueError: A setting is unknown, or as in `config.check_config`.
+    """
+    hints = setting_hints()
+    values = flatten_settings(tree, hints)
+    return build_config(values)
 
 
 def config_from_files(names: list[str], changes: Mapping[str, Any]) -> Config:
@@ -157,7 +247,7 @@ def config_from_files(names: list[str], changes: Mapping[str, Any]) -> Config:
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML 1.1 as PyYAML reads it, with numbers such as 1e-4, which PyYAML takes for text."""
+    """Reads YAML 1.1 as PyYAML does, but takes 1e-4 as a number, not as text."""
 
 
 _Loader.add_implicit_resolver(
@@ -167,54 +257,87 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _leaves(
-    node: yaml.Node, hints: Mapping[str, TypeHint], path: Path, prefix: str = ""
+def _find_settings(
+    node: yaml.Node,
+    hints: Hints,
+    path: Path,
+    prefix: str = "",
 ) -> Iterator[tuple[str, yaml.Node]]:
-    """Yield (key, value node) of every setting in a YAML mapping."""
-    sections = _sections(hints)
+    """Find all settings in a YAML mapping.
+
+    Args:
+        node: The mapping.
+        hints: The known settings.
+        path: The file, for error messages.
+        prefix: Text before the keys of the mapping, as "optim.".
+
+    Yields:
+        The key and the value node of each setting.
+
+    Raises:
+        ValueError: `node` is not a mapping, or a setting is unknown.
+    """
     if not isinstance(node, yaml.MappingNode):
         name = prefix.removesuffix(".") or "the file"
-        raise ValueError(
-            f"{name} must hold settings, one `key: value` per line "
-            f"({path}, line {node.start_mark.line + 1})"
-        )
-    # Replaces a merge key (`<<: *anchor`) by what it stands for.
+        place = _place(path, node)
+        raise ValueError(f"{name} must hold settings, one `key: value` per line ({place})")
+    sections = _section_names(hints)
+    # Replaces merge keys (`<<: *anchor`) by the entries that they refer to.
     _Loader("").flatten_mapping(node)
     for key_node, value_node in node.value:
-        key = f"{prefix}{key_node.value}"
-        key = RENAMED_SETTINGS.get(key, key)
+        key = _present_name(f"{prefix}{key_node.value}")
         if key in sections:
-            yield from _leaves(value_node, hints, path, f"{key}.")
+            yield from _find_settings(value_node, hints, path, f"{key}.")
         elif key in hints:
             yield key, value_node
         else:
-            line = key_node.start_mark.line + 1
-            raise ValueError(f"{unknown_setting(key, hints)} ({path}, line {line})")
+            message = unknown_setting(key, hints)
+            place = _place(path, key_node)
+            raise ValueError(f"{message} ({place})")
 
 
-def _sections(hints: Mapping[str, TypeHint]) -> set[str]:
-    return {key.rpartition(".")[0] for key in hints} - {""}
+def _section_names(hints: Hints) -> set[str]:
+    """The sections of the settings: "optim" for "optim.base_lr"."""
+    names = set()
+    for key in hints:
+        section = key.rpartition(".")[0]
+        if section:
+            names.add(section)
+    return names
 
 
 def _construct(node: yaml.Node, path: Path) -> object:
-    """The Python value of a YAML node."""
+    """The Python value of a YAML node.
+
+    Raises:
+        ValueError: The value is not valid YAML.
+    """
     loader = _Loader("")
     try:
         return loader.construct_object(node, deep=True)
     except yaml.YAMLError as problem:
-        raise ValueError(f"{path} is not valid YAML: {printable(problem)}") from problem
+        raise _not_valid_yaml(path, problem) from problem
     finally:
         loader.dispose()
 
 
 def _convert(value: object, hint: TypeHint) -> object:
-    if isinstance(value, int) and not isinstance(value, bool) and _takes_float(hint):
+    """Convert an integer to float, or a list to a tuple, if the type hint asks for it."""
+    # In Python, True and False are integers too.
+    is_bool = isinstance(value, bool)
+    if isinstance(value, int) and not is_bool and _takes_float(hint):
         return float(value)
     if type_origin(hint) is tuple and isinstance(value, (list, tuple)):
         item_hint = get_args(hint)[0]
-        return tuple(_convert(item, item_hint) for item in value)
+        items = [_convert(item, item_hint) for item in value]
+        return tuple(items)
     return value
 
 
 def _takes_float(hint: TypeHint) -> bool:
-    return hint is float or float in get_args(hint) and type_origin(hint) is not tuple
+    """Whether a type hint is float, or a union with it such as `float | None`."""
+    if hint is float:
+        return True
+    if type_origin(hint) is tuple:
+        return False
+    return float in get_args(hint)

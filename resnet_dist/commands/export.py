@@ -1,4 +1,7 @@
-"""A checkpoint's network for other programs, and the proof that it computes the same there."""
+"""`resnet-dist export`: save the network of a checkpoint in a format of other programs.
+
+The file is read back, and must give the same logits, before it gets its name.
+"""
 
 import argparse
 import io
@@ -20,48 +23,70 @@ from resnet_dist.saved_network import SavedNetwork, load_network
 from resnet_dist.text import printable
 
 TOLERANCE = 1e-4
-"""How far logits may be apart, as a share of the largest of their batch."""
+"""Largest accepted difference of logits, as a share of the largest logit of the batch."""
 
 Network = Callable[[torch.Tensor], torch.Tensor]
-"""Logits [N, classes] of normalised images [N, 3, S, S]."""
+"""Maps normalised images [N, 3, S, S] to logits [N, classes]."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """One network on its way into a file."""
+    """What is exported."""
 
     to: str
-    """onnx, torch_export, safetensors or torchvision"""
+    """format: onnx, torch_export, safetensors or torchvision"""
     name: str
     """model.name"""
     options: str
-    """the name and the options of the network that are not the usual ones, for messages"""
+    """the name and the options of the network that differ from the defaults, for messages"""
     num_classes: int
+    """number of outputs"""
     side: int
-    """data.val_crop_size, side of the images that the network takes"""
+    """side of the images that the network takes: data.val_crop_size"""
     facts: dict[str, str]
-    """what the file says about the network, where the format has room for it"""
+    """metadata of the file, in formats that have a place for it"""
 
 
-def run(saved: SavedNetwork, config: Config, options: argparse.Namespace) -> int:
-    """Write `options.output`, read it back, and compare; only then does it get its name.
+def run(
+    saved: SavedNetwork,
+    config: Config,
+    options: argparse.Namespace,
+) -> int:
+    """Write the network to `options.output`, read it back, and compare.
 
-    The network is in fp32 and eval mode. It takes images [N, 3, S, S] with S data.val_crop_size,
-    normalised as in evaluation. Returns 0, or 2 after an error that is printed.
+    The network is in fp32 and in eval mode. It takes images [N, 3, S, S], where S is
+    data.val_crop_size, normalised as in evaluation.
+
+    Args:
+        saved: The checkpoint.
+        config: The settings of its run.
+        options: `output`, the file; `to`, the format; `raw_weights`, whether to export the weights
+            that were trained although the checkpoint has averaged ones.
+
+    Returns:
+        The exit code: 0, or 2 after an error, which is printed.
     """
-    config = replace(config, model=replace(config.model, sync_batch_norm=False))
+    model_config = replace(config.model, sync_batch_norm=False)
+    config = replace(config, model=model_config)
     output = Path(options.output)
     try:
         if output.exists():
             raise ValueError(
                 f"--output {printable(output)} exists: take another name, or remove it"
             )
-        model, weights = load_network(saved, config, torch.device("cpu"), options.raw_weights)
+        model, weights = load_network(
+            saved,
+            config,
+            torch.device("cpu"),
+            options.raw_weights,
+        )
         export = _describe_export(saved, config, options.to, weights)
         found = write_export(export, model, output)
     except (ValueError, OSError, ImportError) as problem:
-        way_out = ": pip install 'resnet-dist[export]'" if isinstance(problem, ImportError) else ""
-        print(f"error: --to {options.to}: {printable(problem)}{way_out}", file=sys.stderr)
+        message = f"--to {options.to}: {printable(problem)}"
+        if isinstance(problem, ImportError):
+            message += ": pip install 'resnet-dist[export]'"
+        print(f"error: {message}", file=sys.stderr)
         return 2
     print(
         f"{printable(output)}: {export.name}, {weights} weights of step {saved.step}; read back, "
@@ -70,10 +95,21 @@ def run(saved: SavedNetwork, config: Config, options: argparse.Namespace) -> int
     return 0
 
 
-def _describe_export(saved: SavedNetwork, config: Config, to: str, weights: str) -> Export:
+def _describe_export(
+    saved: SavedNetwork,
+    config: Config,
+    to: str,
+    weights: str,
+) -> Export:
+    """Collect what is exported.
+
+    Args:
+        saved: The checkpoint.
+        config: The settings of its run.
+        to: The format.
+        weights: Which weights of the checkpoint are exported.
+    """
     data = config.data
-    usual = ModelConfig(config.model.name, config.model.num_classes, sync_batch_norm=False)
-    changed = dict(asdict(config.model).items() - asdict(usual).items())
     facts = {
         "model": config.model.name,
         "weights": weights,
@@ -89,32 +125,61 @@ def _describe_export(saved: SavedNetwork, config: Config, to: str, weights: str)
     return Export(
         to=to,
         name=config.model.name,
-        options=f"{config.model.name} {changed or ''}".strip(),
+        options=_name_with_options(config.model),
         num_classes=len(saved.class_names),
         side=data.val_crop_size,
         facts=facts,
     )
 
 
-def write_export(export: Export, model: nn.Module, output: Path) -> float:
-    """Write the network to `output`, unless it computes something else when it is read back.
+def _name_with_options(config: ModelConfig) -> str:
+    """The name of a network, and its options that differ from the defaults."""
+    default = ModelConfig(
+        name=config.name,
+        num_classes=config.num_classes,
+        sync_batch_norm=False,
+    )
+    default_values = asdict(default)
+    changed = {}
+    for key, value in asdict(config).items():
+        if value != default_values[key]:
+            changed[key] = value
+    if changed:
+        return f"{config.name} {changed}"
+    return config.name
 
-    Returns the largest difference of logits, as `difference`.
+
+def write_export(
+    export: Export,
+    model: nn.Module,
+    output: Path,
+) -> float:
+    """Write the network to a file, read it back, and compare the logits.
+
+    Args:
+        export: What is exported.
+        model: The network.
+        output: The file. It does not exist if this raises.
+
+    Returns:
+        The largest difference of logits, see `difference`.
 
     Raises:
-        ValueError: The file that was written does not compute the same, or the format has no such
-            network.
-        ImportError: The library of the format is not installed.
+        ValueError: The file gives other logits, or the format cannot hold this network.
+        ImportError: The library for the format is not installed.
         OSError: The file cannot be written.
     """
-    content = _WRITERS[export.to](export, model.to(memory_format=torch.contiguous_format))
+    write = _WRITERS[export.to]
+    read = _READERS[export.to]
+    content = write(export, model.to(memory_format=torch.contiguous_format))
     with replace_file(output) as file:
         file.write(content)
         file.flush()
-        network = _READERS[export.to](export, model, Path(file.name))
+        network = read(export, model, Path(file.name))
         found = difference(model, network, export.side)
-        # Not "found > TOLERANCE", which is false for NaN.
-        if not found <= TOLERANCE:
+        # "found > TOLERANCE" would accept NaN.
+        is_equal = found <= TOLERANCE
+        if not is_equal:
             raise ValueError(
                 f"it computes other logits, by {found:.1e} of the largest, than this "
                 f"{export.options}"
@@ -123,40 +188,67 @@ def write_export(export: Export, model: nn.Module, output: Path) -> float:
 
 
 @torch.inference_mode()
-def difference(model: Network, other: Network, side: int) -> float:
-    """The largest difference of logits, as a share of the largest logit of the batch.
+def difference(
+    model: Network,
+    other: Network,
+    side: int,
+) -> float:
+    """Compare the logits of two networks.
 
-    Compared are a batch of one image of noise, and one of five images, noise and smooth ones.
+    The inputs are a batch of one image of noise, and a batch of five images: noise, two ramps, a
+    dark and a bright image.
+
+    Args:
+        model: The reference.
+        other: The network that is compared with it.
+        side: Side of the images in pixels.
+
+    Returns:
+        The largest difference, as a share of the largest logit of the batch. NaN if a logit is NaN.
     """
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2, 3, side, side, generator=generator)
     ramp = torch.linspace(-2, 2, side).expand(3, side, side)
     dark = ramp.clamp(max=-2)
     bright = ramp.clamp(min=2)
-    batches = (noise[:1], torch.stack([noise[1], ramp, ramp.mT, dark, bright]))
-    worst = []
-    for images in batches:
+    single = noise[:1]
+    several = torch.stack([noise[1], ramp, ramp.mT, dark, bright])
+    differences = []
+    for images in (single, several):
         expected = model(images)
-        worst.append((other(images) - expected).abs().max() / expected.abs().max())
-    # torch's maximum is NaN if any value is.
-    return float(torch.stack(worst).max())
+        largest_difference = (other(images) - expected).abs().max()
+        largest_logit = expected.abs().max()
+        differences.append(largest_difference / largest_logit)
+    # The maximum of torch, unlike that of Python, is NaN if any value is.
+    return float(torch.stack(differences).max())
 
 
 def _write_safetensors(export: Export, model: nn.Module) -> bytes:
+    """The weights as the content of a .safetensors file."""
     from safetensors.torch import save
 
-    content: bytes = save(model.state_dict(), metadata={"format": "pt", **export.facts})
+    metadata = {"format": "pt", **export.facts}
+    content: bytes = save(model.state_dict(), metadata=metadata)
     return content
 
 
-def _read_safetensors(export: Export, model: nn.Module, path: Path) -> Network:
+def _read_safetensors(
+    export: Export,
+    model: nn.Module,
+    path: Path,
+) -> Network:
+    """Our network with the weights of a .safetensors file.
+
+    Raises:
+        ValueError: The weights are not those of `model`.
+    """
     from safetensors.torch import load_file
 
-    own = model.state_dict()
+    expected = model.state_dict()
     weights = load_file(path)
-    if weights.keys() != own.keys():
+    if weights.keys() != expected.keys():
         raise ValueError("the names that were read back are not those that were written")
-    for key, tensor in own.items():
+    for key, tensor in expected.items():
         if not torch.equal(weights[key], tensor):
             raise ValueError(f"the tensor {key} that was read back is not the one that was written")
 
@@ -168,57 +260,94 @@ def _read_safetensors(export: Export, model: nn.Module, path: Path) -> Network:
 
 
 def _write_torchvision(export: Export, model: nn.Module) -> bytes:
+    """The weights as the content of a file of `torch.save`."""
     buffer = io.BytesIO()
     torch.save(model.state_dict(), buffer)
     return buffer.getvalue()
 
 
-def _read_torchvision(export: Export, model: nn.Module, path: Path) -> Network:
-    theirs = _torchvision_network(export.name, export.num_classes)
-    if _shapes(theirs) != _shapes(model):
+def _read_torchvision(
+    export: Export,
+    model: nn.Module,
+    path: Path,
+) -> Network:
+    """Torchvision's network with the weights of a file.
+
+    Raises:
+        ValueError: Torchvision has no such network.
+    """
+    network = _torchvision_network(export.name, export.num_classes)
+    if _shapes(network) != _shapes(model):
         raise ValueError(f"it has no {export.options}: take onnx, torch_export or safetensors")
-    theirs.load_state_dict(torch.load(path, weights_only=True), strict=True, assign=True)
-    return theirs.eval()
+    weights = torch.load(path, weights_only=True)
+    network.load_state_dict(weights, strict=True, assign=True)
+    return network.eval()
 
 
 def _shapes(network: nn.Module) -> dict[str, torch.Size]:
-    return {key: tensor.shape for key, tensor in network.state_dict().items()}
+    """The shape of each tensor of a network."""
+    shapes = {}
+    for key, tensor in network.state_dict().items():
+        shapes[key] = tensor.shape
+    return shapes
 
 
 def _torchvision_network(name: str, num_classes: int) -> nn.Module:
-    """Torchvision's network of that name without memory for weights; an empty one if unknown."""
+    """Build a network of torchvision on the meta device.
+
+    Args:
+        name: Its name.
+        num_classes: Number of outputs.
+
+    Returns:
+        The network, or an empty module if torchvision has none of that name.
+    """
     from torchvision import models
 
     build = getattr(models, name, None)
     if build is None:
         return nn.Module()
     with torch.device("meta"), warnings.catch_warnings():
-        # Some networks warn of how they would be initialised.
+        # Some networks warn about the time that their initialisation takes.
         warnings.simplefilter("ignore")
         network: nn.Module = build(num_classes=num_classes)
     return network
 
 
 def _exported_program(export: Export, model: nn.Module) -> torch.export.ExportedProgram:
-    # The batch size is free, the side of the images is not.
+    """Trace the network with `torch.export`. The batch size is dynamic, the image size is not."""
     images = torch.zeros(2, 3, export.side, export.side)
     batch = torch.export.Dim("batch", min=1)
-    return torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
+    dynamic_shapes = ({0: batch},)
+    return torch.export.export(
+        model,
+        (images,),
+        dynamic_shapes=dynamic_shapes,
+    )
 
 
 def _write_torch_export(export: Export, model: nn.Module) -> bytes:
-    buffer = io.BytesIO()
+    """The network as the content of a .pt2 file."""
+    program = _exported_program(export, model)
     extra_files = {"metadata.json": json.dumps(export.facts)}
-    torch.export.save(_exported_program(export, model), buffer, extra_files=extra_files)
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files=extra_files)
     return buffer.getvalue()
 
 
-def _read_torch_export(export: Export, model: nn.Module, path: Path) -> Network:
-    # From bytes: of a path, torch expects the suffix .pt2.
-    return torch.export.load(io.BytesIO(path.read_bytes())).module()
+def _read_torch_export(
+    export: Export,
+    model: nn.Module,
+    path: Path,
+) -> Network:
+    """The network in a .pt2 file."""
+    # torch refuses a path without the suffix .pt2, which the temporary file does not have.
+    buffer = io.BytesIO(path.read_bytes())
+    return torch.export.load(buffer).module()
 
 
 def _write_onnx(export: Export, model: nn.Module) -> bytes:
+    """The network as the content of an .onnx file."""
     program = torch.onnx.export(
         _exported_program(export, model),
         input_names=["images"],
@@ -233,27 +362,36 @@ def _write_onnx(export: Export, model: nn.Module) -> bytes:
 
 
 def _name_batch_dimension(model: Any) -> None:  # noqa: ANN401  onnx_ir has no types
-    """Call the free dimension `batch`; torch.export has called it s77 or the like."""
+    """Rename the dynamic dimension to "batch". torch.export calls it s77 or similar."""
     from onnx_ir import SymbolicDim
 
     graph = model.graph
-    invented = graph.inputs[0].shape[0].value
+    generated_name = graph.inputs[0].shape[0].value
     values = [*graph.inputs, *graph.outputs]
     for node in graph:
         values.extend(node.outputs)
     for value in values:
-        for axis, size in enumerate(value.shape or ()):
-            if getattr(size, "value", None) == invented:
+        sizes = value.shape or ()
+        for axis, size in enumerate(sizes):
+            name = getattr(size, "value", None)
+            if name == generated_name:
                 value.shape[axis] = SymbolicDim("batch")
 
 
-def _read_onnx(export: Export, model: nn.Module, path: Path) -> Network:
+def _read_onnx(
+    export: Export,
+    model: nn.Module,
+    path: Path,
+) -> Network:
+    """The network in an .onnx file, run by ONNX Runtime on the CPU."""
     from onnxruntime import InferenceSession
 
     session = InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def network(images: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        inputs = {"images": images.numpy()}
+        logits = session.run(None, inputs)[0]
+        return torch.from_numpy(logits)
 
     return network
 

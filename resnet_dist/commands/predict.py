@@ -1,6 +1,6 @@
-"""The most probable classes of single images.
+"""`resnet-dist predict`: the most probable classes of single images.
 
-They go through the loader and the forward pass of evaluation, as a list of files.
+The images pass through the data loader and the forward pass of evaluation.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from resnet_dist import engine
@@ -27,172 +28,282 @@ from resnet_dist.saved_network import SavedNetwork, load_network
 from resnet_dist.text import printable
 
 SIGPIPE_EXIT_CODE = 141
-"""128 + SIGPIPE: nobody reads the output any more."""
+"""128 + SIGPIPE: the reader of the output has closed it."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the network says about one file."""
+    """The prediction for one file."""
 
     path: str
+    """the file"""
     problem: str
     """why the image cannot be used; empty if it can"""
     best: list[tuple[int, float]]
-    """class ids and their probabilities, the most probable first"""
+    """class indices and their probabilities, the most probable first"""
 
 
-def run(saved: SavedNetwork, config: Config, options: argparse.Namespace) -> int:
-    """Print the `options.top` most probable classes of the files `options.images`.
+def run(
+    saved: SavedNetwork,
+    config: Config,
+    options: argparse.Namespace,
+) -> int:
+    """Print the most probable classes of each image.
 
-    Returns 1 if an image cannot be used (it is named, the others go on), 2 if none can be used,
-    and `SIGPIPE_EXIT_CODE` if nobody reads the output.
+    An image that cannot be used gets an error message, and the others are predicted.
+
+    Args:
+        saved: The checkpoint.
+        config: The settings of its run.
+        options: `images`, the files; `top`, the number of classes of each; `json`, whether to print
+            one JSON object per image.
+
+    Returns:
+        The exit code: 0, 1 if some images cannot be used, 2 if none can be used, and
+        `SIGPIPE_EXIT_CODE` if the reader of the output has closed it.
     """
 
     def body(config: Config, runtime: Runtime) -> int:
         model, weights = load_network(saved, config, runtime.device)
         files = options.images
+        width = max(len(file) for file in files)
         print(f"{config.model.name}, {weights} weights of step {saved.step}", file=sys.stderr)
-        # The name of a file need not be text.
+        # A file name may have bytes that are no text.
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        num_good = 0
         try:
-            good = 0
             for prediction in predict_files(model, files, config, runtime, options.top):
-                _print(prediction, saved.class_names, options.json, max(map(len, files)))
+                _print(prediction, saved.class_names, options.json, width)
                 if not prediction.problem:
-                    good += 1
+                    num_good += 1
         except OSError as problem:
-            # Of standard output: the loader keeps its own errors.
-            return _output_is_gone(problem)
-        if good == len(files):
+            # The loader handles its own errors, so this one comes from standard output.
+            return _handle_output_error(problem)
+        if num_good == len(files):
             return 0
-        return 1 if good else 2
+        if num_good > 0:
+            return 1
+        return 2
 
     return run_process(config, body)
 
 
-def _output_is_gone(problem: OSError) -> int:
-    """The exit code if standard output is closed. Raises ValueError if it cannot be written."""
-    # Python flushes once more when it ends, which would fail again.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _handle_output_error(problem: OSError) -> int:
+    """Handle an error of standard output.
+
+    Returns:
+        The exit code if the reader has closed it.
+
+    Raises:
+        ValueError: It cannot be written for another reason.
+    """
+    # Python flushes standard output when it exits, which would fail again.
+    null_device = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null_device, sys.stdout.fileno())
     if isinstance(problem, BrokenPipeError):
         return SIGPIPE_EXIT_CODE
     raise ValueError(f"standard output cannot be written: {problem}") from problem
 
 
-def _print(prediction: Prediction, names: list[str], as_json: bool, width: int) -> None:
+def _print(
+    prediction: Prediction,
+    names: list[str],
+    as_json: bool,
+    width: int,
+) -> None:
+    """Print the prediction for one file.
+
+    Args:
+        prediction: The prediction.
+        names: The class names.
+        as_json: Whether to print a JSON object.
+        width: Width of the column with the file name.
+    """
     if as_json:
-        print(json.dumps(_as_json(prediction, names)), flush=True)
+        record = _as_json(prediction, names)
+        print(json.dumps(record), flush=True)
         return
     path = printable(prediction.path)
     if prediction.problem:
         print(f"error: {path}: {printable(prediction.problem)}", file=sys.stderr)
         return
-    for row, (class_id, share) in enumerate(prediction.best):
-        title = path if row == 0 else ""
-        print(f"{title:{width}}  {100 * share:6.2f} %  {printable(names[class_id])}")
+    title = path
+    for class_index, probability in prediction.best:
+        percent = 100 * probability
+        name = printable(names[class_index])
+        print(f"{title:{width}}  {percent:6.2f} %  {name}")
+        # Only the first line has the file name.
+        title = ""
     sys.stdout.flush()
 
 
 def _as_json(prediction: Prediction, names: list[str]) -> dict[str, Any]:
+    """The prediction for one file as plain types."""
     if prediction.problem:
         return {"path": prediction.path, "error": prediction.problem}
-    best = [
-        {"class": names[class_id], "index": class_id, "probability": share}
-        for class_id, share in prediction.best
-    ]
-    return {"path": prediction.path, "predictions": best}
+    predictions = []
+    for class_index, probability in prediction.best:
+        predictions.append(
+            {
+                "class": names[class_index],
+                "index": class_index,
+                "probability": probability,
+            }
+        )
+    return {"path": prediction.path, "predictions": predictions}
 
 
 def predict_files(
-    model: nn.Module, files: list[str], config: Config, runtime: Runtime, top: int
+    model: nn.Module,
+    files: list[str],
+    config: Config,
+    runtime: Runtime,
+    top: int,
 ) -> Iterator[Prediction]:
-    """The `top` most probable classes of each file, in order.
+    """Predict the classes of image files, in batches as in evaluation.
 
-    Batches are those of evaluation. Equal logits rank by class id, as in `Counts`.
+    Args:
+        model: The network, on the device of `runtime`.
+        files: The paths of the images.
+        config: The settings of the run that trained the network.
+        runtime: A single process.
+        top: Number of classes of each file.
+
+    Yields:
+        The prediction for each file, in order. Classes with equal logits are sorted by index, as in
+        `Counts`.
     """
     index = list_files(files)
     precision = Precision(config.train.precision, runtime.device)
-    # The files are not those of the run: they must not enter its quarantine.jsonl.
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        closing(
-            build_val_loader(replace(config, output_dir=scratch), runtime, index=index)
-        ) as loader,
+    with tempfile.TemporaryDirectory() as scratch:
+        # Bad files must not be added to the quarantine.jsonl in output_dir.
+        loader_config = replace(config, output_dir=scratch)
+        loader = build_val_loader(loader_config, runtime, index=index)
+        with closing(loader):
+            for batch in loader:
+                assert batch is not None, "a single process has no rounds without a batch"
+                logits = engine.predict_logits(
+                    model,
+                    batch,
+                    loader.mirrored,
+                    precision,
+                )
+                best_of_batch = _most_probable(logits.cpu(), top)
+                rows = batch.indices.tolist()
+                labels = batch.labels.tolist()
+                for row, label, best in zip(rows, labels, best_of_batch, strict=True):
+                    problem = ""
+                    if label == IGNORED_LABEL:
+                        path = index.path(row)
+                        problem = loader.quarantine.files[path]  # type: ignore[attr-defined]
+                    yield Prediction(files[row], problem, best)
+
+
+def _most_probable(logits: torch.Tensor, top: int) -> list[list[tuple[int, float]]]:
+    """The `top` most probable classes of each row of logits [N, classes].
+
+    Returns:
+        For each row, class indices and their probabilities, the most probable first.
+    """
+    order = logits.argsort(
+        dim=1,
+        descending=True,
+        stable=True,
+    )
+    class_indices = order[:, :top]
+    probabilities = logits.softmax(1).gather(1, class_indices)
+    rows = []
+    for row_indices, row_probabilities in zip(
+        class_indices.tolist(),
+        probabilities.tolist(),
+        strict=True,
     ):
-        for batch in loader:
-            assert batch is not None, "a single process has no rounds without a batch"
-            logits = engine.predict_logits(model, batch, loader.mirrored, precision).cpu()
-            order = logits.argsort(dim=1, descending=True, stable=True)[:, :top]
-            shares = logits.softmax(1).gather(1, order)
-            labels = batch.labels.tolist()
-            for place, row in enumerate(batch.indices.tolist()):
-                problem = ""
-                if labels[place] == IGNORED_LABEL:
-                    problem = loader.quarantine.files[index.path(row)]  # type: ignore[attr-defined]
-                best = list(zip(order[place].tolist(), shares[place].tolist(), strict=True))
-                yield Prediction(files[row], problem, best)
+        rows.append(list(zip(row_indices, row_probabilities, strict=True)))
+    return rows
 
 
 def find_images(words: list[str]) -> list[str]:
-    """The files that the arguments of the command name.
+    """Find the files that the arguments of the command name.
 
-    A folder stands for the images (by `SUFFIXES`, not hidden) in it and below, sorted as in a data
-    set. "-" stands for paths on standard input, one a line, or before each zero byte if there are
-    any.
+    Args:
+        words: Files, folders and "-". A folder stands for the images in it and in its sub-folders
+            (by `SUFFIXES`, without hidden ones), sorted as in a data set. "-" stands for the paths
+            on standard input, one per line, or separated by zero bytes if there are any.
 
     Raises:
-        ValueError: There is no image at all, or none of the named files exists.
+        ValueError: There is no image at all, or none of the files exists.
     """
     files: list[str] = []
     for word in words:
-        paths = _read_paths() if word == "-" else [word]
+        paths = [word]
+        if word == "-":
+            paths = _read_paths()
         for path in paths:
             if os.path.isdir(path):
                 files.extend(_images_below(path))
             else:
                 files.append(path)
     if not files:
+        suffixes = ", ".join(SUFFIXES)
         raise ValueError(
-            f"no image: name files, folders with {', '.join(SUFFIXES)} in or below them, or - for "
-            "a list"
+            f"no image: name files, folders with {suffixes} in or below them, or - for a list"
         )
-    if not any(os.path.exists(path) for path in files):
-        raise ValueError(f"no image: {printable(some(files))} does not exist")
-    return files
+    for path in files:
+        if os.path.exists(path):
+            return files
+    raise ValueError(f"no image: {printable(some(files))} does not exist")
 
 
 def _read_paths() -> list[str]:
-    """The paths on standard input. Raises ValueError if it is an image itself."""
+    """Read paths from standard input.
+
+    Raises:
+        ValueError: Standard input is an image.
+    """
     data = sys.stdin.buffer.read()
     if data.startswith((b"\xff\xd8", b"\x89PNG")):
         raise ValueError(
             "- is a list of paths, but standard input is an image: name /dev/stdin for that"
         )
-    separator = b"\0" if b"\0" in data else b"\n"
-    return [os.fsdecode(line) for line in data.split(separator) if line]
+    separator = b"\n"
+    if b"\0" in data:
+        separator = b"\0"
+    paths = []
+    for line in data.split(separator):
+        if line:
+            paths.append(os.fsdecode(line))
+    return paths
 
 
 def _images_below(folder: str) -> Iterator[str]:
-    """The images in and below a folder; a folder that cannot be listed stands for itself."""
+    """Find the images in a folder and in its sub-folders.
+
+    Yields:
+        The paths of the images, and then the folders that cannot be listed, so that they are
+        reported as images that cannot be read.
+    """
     unreadable: list[str] = []
 
-    def note(problem: OSError) -> None:
+    def remember(problem: OSError) -> None:
         unreadable.append(str(problem.filename))
 
-    for root, folders, names in os.walk(folder, onerror=note, followlinks=True):
-        shown = [name for name in folders if not name.startswith(".")]
-        # os.walk goes on into what is left in this list.
-        folders[:] = sorted(name for name in shown if not _leads_back(root, name))
+    for root, folders, names in os.walk(folder, onerror=remember, followlinks=True):
+        visited = []
+        for name in sorted(folders):
+            if not name.startswith(".") and not _leads_back(root, name):
+                visited.append(name)
+        # os.walk visits the sub-folders that are left in this list.
+        folders[:] = visited
         for name in sorted(names):
-            if name.startswith("."):
-                continue
-            if name.lower().endswith(SUFFIXES):
+            is_hidden = name.startswith(".")
+            if not is_hidden and name.lower().endswith(SUFFIXES):
                 yield os.path.join(root, name)
     yield from unreadable
 
 
 def _leads_back(root: str, name: str) -> bool:
-    """Whether a sub-folder links to `root` or a folder above it: a walk would not end."""
-    inside = os.path.realpath(root) + "/"
-    target = os.path.realpath(os.path.join(root, name)) + "/"
-    return inside.startswith(target)
+    """Whether the sub-folder `name` links to `root` or to a parent of it: an endless walk."""
+    path = os.path.join(root, name)
+    target = os.path.realpath(path) + "/"
+    real_root = os.path.realpath(root) + "/"
+    return real_root.startswith(target)
