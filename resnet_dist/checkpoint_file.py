@@ -1,8 +1,8 @@
-"""One file of weights: write a checkpoint of ours, and read a checkpoint, .pth or .safetensors.
+"""Read and write files of weights: our checkpoints, .pth and .safetensors.
 
-A checkpoint is a `torch.save` file of plain types. It carries its own SHA-256 in the comment at the
-end of the zip archive, because the CRC sums of a zip file cover neither its headers nor its
-padding, and torch does not check them. `sha256sum -c` can check the file beside it, `*.sha256`.
+A checkpoint is a `torch.save` file of plain types. The comment at the end of its zip archive holds
+its own SHA-256, because torch does not check the CRC sums of a zip file, and these do not cover
+its headers and padding. The file `*.sha256` beside a checkpoint is for `sha256sum -c`.
 """
 
 import argparse
@@ -28,69 +28,92 @@ FORMAT = 1
 """Version of the content of our checkpoints."""
 
 Content = dict[str, Any]
-"""What a checkpoint holds, by name of the part."""
+"""The parts of a checkpoint by name."""
 
-# The comment of the zip file: "resnet_dist step 00000012 sha256 " and the digest. The digest is
-# that of all bytes of the file before it, so it covers the zip file, its end record and the step.
-_MARK = b"resnet_dist step "
+# The comment of the zip file is "resnet_dist step 00000012 sha256 " and the digest. The digest is
+# computed over all bytes of the file before it, so it covers the archive, its end record and the
+# step.
+_COMMENT_START = b"resnet_dist step "
 _COMMENT = re.compile(rb"resnet_dist step (\d{8,}) sha256 ([0-9a-f]{64})\Z")
-_DIGITS = 64
-_TAIL = 256
-_END_RECORD = b"PK\x05\x06"
-_END_RECORD_SIZE = 22
-_MAX_COMMENT = 65535
+_DIGEST_LENGTH = 64
 
-# The part of the content that says that the file must have the comment, so that a damaged comment
-# is not taken for an older file without one.
+# The comment is within this number of bytes from the end of the file.
+_TAIL_LENGTH = 256
+
+# The end record of a zip file, which begins with these bytes and ends with the length of the
+# comment in two bytes.
+_END_RECORD_START = b"PK\x05\x06"
+_END_RECORD_LENGTH = 22
+_MAX_COMMENT_LENGTH = 65535
+
+# This part of the content says that the file must have the comment. Without it, a checkpoint with a
+# damaged comment would pass for one of an earlier version, which has no comment.
 _SEALED = "sha256_in_zip_comment"
+
+# Seconds without an answer after which a download fails. By default it would wait for ever.
+_DOWNLOAD_TIMEOUT = 60.0
 
 
 class DamagedError(ValueError):
-    """A file is not what was once written to it."""
+    """The content of a file has changed since it was written."""
 
 
 def write_checkpoint(
-    path: Path, content: Content, before_publishing: Callable[[], None] | None = None
+    path: Path,
+    content: Content,
+    before_publishing: Callable[[], None] | None = None,
 ) -> None:
-    """Write `content` so that at every moment `path` is absent, the old file or the new one.
+    """Write a checkpoint. At every moment, `path` is absent, the old file or the new one.
+
+    The file `<name>.sha256` is written beside it.
 
     Args:
-        path: The file. The file `<name>.sha256` is written beside it, for sha256sum.
-        content: Plain types and tensors. The part "step" (0 if absent) is readable from the end
-            of the file, see `read_step`.
-        before_publishing: Called when the bytes are on the disk; it may raise to leave all as it
-            was.
+        path: The file.
+        content: Plain types and tensors. `read_step` finds the part "step" (0 if absent) at the end
+            of the file.
+        before_publishing: Called when the bytes are on the disk, and before the file gets its
+            name. An exception leaves everything as it was.
 
     Raises:
-        OSError: The file cannot be written. `path` is then as it was before.
+        OSError: The file cannot be written. `path` is as it was before.
     """
-    # Into memory first: torch.save hides why a disk refuses a write.
+    # Written to memory first, because torch.save hides the reason why a disk refuses a write.
     buffer = io.BytesIO()
     torch.save({**content, _SEALED: True}, buffer)
-    _announce_comment(buffer, int(content.get("step", 0)))
-    digest = hashlib.sha256(buffer.getbuffer())
-    inside = digest.hexdigest().encode()
-    digest.update(inside)
+    step = int(content.get("step", 0))
+    _append_comment(buffer, step)
+    hasher = hashlib.sha256(buffer.getbuffer())
+    inner_digest = hasher.hexdigest().encode()
+    hasher.update(inner_digest)
     with replace_file(path, before_publishing) as file:
         file.write(buffer.getbuffer())
-        file.write(inside)
-    # The digest inside is the one that counts: the checkpoint is good, whatever happens from here.
+        file.write(inner_digest)
+    # The checkpoint is valid without the file beside it, because its own digest has priority.
     with contextlib.suppress(OSError):
-        write_digest(path, digest.hexdigest())
+        write_digest(path, hasher.hexdigest())
 
 
-def _announce_comment(buffer: io.BytesIO, step: int) -> None:
-    """Append all but the digest of the comment to a zip file, and set its length there."""
-    comment = b"%s%08d sha256 " % (_MARK, step)
-    record = bytes(buffer.getbuffer()[-_END_RECORD_SIZE:])
-    assert record.startswith(_END_RECORD), "torch.save has not written a zip file"
+def _append_comment(buffer: io.BytesIO, step: int) -> None:
+    """Append the comment to a zip file, up to the digest, and set its length in the end record."""
+    comment = b"%s%08d sha256 " % (_COMMENT_START, step)
+    length = len(comment) + _DIGEST_LENGTH
+    end_record = bytes(buffer.getbuffer()[-_END_RECORD_LENGTH:])
+    assert end_record.startswith(_END_RECORD_START), "torch.save has not written a zip file"
     buffer.seek(-2, io.SEEK_END)
-    buffer.write((len(comment) + _DIGITS).to_bytes(2, "little"))
+    buffer.write(length.to_bytes(2, "little"))
     buffer.write(comment)
 
 
 def write_digest(path: Path, digest: str) -> None:
-    """Write the file that `sha256sum -c` reads, beside the checkpoint `path`. Raises OSError."""
+    """Write the file for `sha256sum -c` beside a checkpoint.
+
+    Args:
+        path: The checkpoint.
+        digest: The SHA-256 of the whole checkpoint, in hexadecimal digits.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     write_file(digest_path(path), f"{digest}  {path.name}\n")
 
 
@@ -101,32 +124,43 @@ def digest_path(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the digests inside and beside a file say about it."""
+    """The result of a comparison of a file with its digests."""
 
     checked: bool
-    """whether there is any digest"""
+    """whether there is a digest, inside or beside the file"""
     sha256: str = ""
-    """digest of the whole file, as sha256sum prints it, where the file carries a digest inside"""
+    """SHA-256 of the whole file, if it has a digest inside"""
 
 
-def read_checkpoint(path: Path, say: Callable[[str], None] | None = None) -> bytes:
-    """The bytes of a file of weights, checked against the digest inside or beside it.
+def read_checkpoint(
+    path: Path,
+    say: Callable[[str], None] | None = None,
+) -> bytes:
+    """Read a file of weights, and compare it with the digest inside or beside it.
 
     Args:
         path: The file, or a link to it.
-        say: Called with one line if the file has neither digest, so that nothing was checked.
+        say: Called with a warning if the file has no digest, so that it was not checked.
+
+    Returns:
+        The bytes of the file.
 
     Raises:
         ValueError: The file is missing, cannot be read, or is damaged.
     """
     payload = read_bytes(path)
-    if not verify(payload, path).checked and say is not None:
+    verdict = verify(payload, path)
+    if not verdict.checked and say is not None:
         say(f"{printable(path)} has no SHA-256 inside or beside it: it is loaded unchecked")
     return payload
 
 
 def read_bytes(path: Path) -> bytes:
-    """The bytes of a file of weights. Raises ValueError if it cannot be read or is empty."""
+    """Read a file of weights without a check of its digest.
+
+    Raises:
+        ValueError: The file is missing, cannot be read, or is empty.
+    """
     try:
         payload = Path(path).read_bytes()
     except (OSError, ValueError) as problem:
@@ -137,95 +171,135 @@ def read_bytes(path: Path) -> bytes:
 
 
 def verify(payload: bytes, path: Path) -> Verdict:
-    """Compare the bytes of the file `path` with the digest inside, or else with the one beside it.
+    """Compare a file with the digest inside it, or else with the one beside it.
 
-    The digest inside decides where there is one: the file beside may be of an earlier save, if a
-    process was killed between the two writes.
+    The digest inside has priority. If a process is killed between the two writes, the file beside
+    the checkpoint is still that of an earlier save.
+
+    Args:
+        payload: The bytes of the file.
+        path: The file.
 
     Raises:
-        DamagedError: The bytes do not match, or the file is cut off.
+        DamagedError: The bytes do not match the digest, or the file is truncated.
         ValueError: The file with the digest cannot be read.
     """
-    comment = _COMMENT.search(payload[-_TAIL:])
+    comment = _COMMENT.search(payload[-_TAIL_LENGTH:])
     if comment is not None:
-        digest = hashlib.sha256(memoryview(payload)[:-_DIGITS])
-        if digest.hexdigest().encode() != comment[2]:
+        inner_digest = comment[2]
+        hasher = hashlib.sha256(memoryview(payload)[:-_DIGEST_LENGTH])
+        if hasher.hexdigest().encode() != inner_digest:
             raise DamagedError(
                 f"the checkpoint {printable(path)} is damaged: its SHA-256 is not the one at its "
                 "end"
             )
-        digest.update(comment[2])
-        return Verdict(True, digest.hexdigest())
+        hasher.update(inner_digest)
+        return Verdict(checked=True, sha256=hasher.hexdigest())
     expected = _read_digests(path)
     if expected and hashlib.sha256(payload).hexdigest() not in expected:
         raise DamagedError(
             f"the checkpoint {printable(path)} is damaged: its SHA-256 is not the one in "
             f"{printable(digest_path(path).name)}"
         )
-    if payload.startswith(b"PK") and not _ends_as_announced(payload):
+    is_zip_file = payload.startswith(b"PK")
+    if is_zip_file and not _ends_as_announced(payload):
         raise DamagedError(f"the checkpoint {printable(path)} is damaged: it is cut off")
-    return Verdict(bool(expected))
+    return Verdict(checked=bool(expected))
 
 
 def _ends_as_announced(payload: bytes) -> bool:
-    """Whether a zip file ends behind a comment of the length that its end record announces."""
-    start = payload.rfind(_END_RECORD, max(0, len(payload) - _END_RECORD_SIZE - _MAX_COMMENT))
+    """Whether a zip file ends after a comment of the length that its end record contains."""
+    max_length = _END_RECORD_LENGTH + _MAX_COMMENT_LENGTH
+    search_from = max(0, len(payload) - max_length)
+    start = payload.rfind(_END_RECORD_START, search_from)
     if start < 0:
         return False
-    comment = start + _END_RECORD_SIZE
-    announced = int.from_bytes(payload[comment - 2 : comment], "little")
-    return len(payload) == comment + announced
+    end = start + _END_RECORD_LENGTH
+    comment_length = int.from_bytes(payload[end - 2 : end], "little")
+    return len(payload) == end + comment_length
 
 
 def _read_digests(path: Path) -> list[str]:
-    """The digests in the file beside `path`; older versions wrote two while they saved."""
-    # last.pt and best.pt are links, and the digest is beside the file.
-    beside = digest_path(Path(os.path.realpath(path)))
+    """Read the digests in the file beside a checkpoint.
+
+    Earlier versions wrote two digests while they were saving.
+
+    Returns:
+        The digests. Empty if there is no such file.
+
+    Raises:
+        ValueError: The file cannot be read.
+    """
+    # last.pt and best.pt are links, and the digest is beside the file that they point to.
+    target = Path(os.path.realpath(path))
+    beside = digest_path(target)
     try:
         lines = beside.read_text().splitlines()
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError) as problem:
         raise ValueError(f"{printable(beside)} cannot be read: {problem}") from problem
-    return [line.split()[0] for line in lines if line.strip()]
+    digests = []
+    for line in lines:
+        words = line.split()
+        if words:
+            digests.append(words[0])
+    return digests
 
 
 def read_step(path: Path) -> int | None:
-    """The step that the end of a checkpoint names; None for an older or unreadable file.
+    """Read the step at the end of a checkpoint.
 
-    It is read without a check of the whole file: it may only decide which file is tried first.
+    The file is not checked. Use the step only to decide which file to try first.
+
+    Returns:
+        The step, or None for a checkpoint of an earlier version or a file that cannot be read.
     """
     try:
         with open(path, "rb") as file:
             size = file.seek(0, io.SEEK_END)
-            file.seek(max(0, size - _TAIL))
+            file.seek(max(0, size - _TAIL_LENGTH))
             tail = file.read()
     except OSError:
         return None
-    match = _COMMENT.search(tail)
-    return int(match[1]) if match else None
+    comment = _COMMENT.search(tail)
+    if comment is None:
+        return None
+    return int(comment[1])
 
 
 def unpack_weights(payload: bytes, name: str) -> Content:
-    """The content of a file of weights from its bytes; no code in it is run.
+    """Decode a file of weights. No code in it is run.
 
-    Reads files of torch.save and safetensors. `argparse.Namespace`, in which torchvision and timm
-    save their settings, is let through: it only holds values.
+    Args:
+        payload: The bytes of the file.
+        name: The file name. The suffix .safetensors selects that format; other files are those of
+            `torch.save`.
+
+    Returns:
+        The content. Empty if it is not a dictionary.
 
     Raises:
-        ValueError: The file is damaged, needs other Python objects, or safetensors is not
-            installed.
+        ValueError: The file is damaged, needs Python objects other than tensors and plain types, or
+            safetensors is not installed.
     """
     if name.endswith(".safetensors"):
         return _unpack_safetensors(payload, name)
+    # torchvision and timm save their settings as argparse.Namespace, which only holds values.
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except Exception as problem:  # torch raises a dozen types for a file that is none of its own
+            content = torch.load(
+                io.BytesIO(payload),
+                map_location="cpu",
+                weights_only=True,
+            )
+    # torch raises many types for a file in another format.
+    except Exception as problem:
         raise ValueError(_why_not_loaded(problem, name)) from problem
     if not isinstance(content, dict):
         return {}
-    if content.get(_SEALED) and not _COMMENT.search(payload[-_TAIL:]):
+    has_comment = _COMMENT.search(payload[-_TAIL_LENGTH:]) is not None
+    if content.get(_SEALED) and not has_comment:
         raise DamagedError(
             f"the checkpoint {printable(name)} is damaged: the SHA-256 at its end is gone"
         )
@@ -233,6 +307,11 @@ def unpack_weights(payload: bytes, name: str) -> Content:
 
 
 def _unpack_safetensors(payload: bytes, name: str) -> Content:
+    """Decode a .safetensors file.
+
+    Raises:
+        ValueError: The file is damaged, or safetensors is not installed.
+    """
     try:
         from safetensors.torch import load
     except ImportError as problem:
@@ -247,65 +326,92 @@ def _unpack_safetensors(payload: bytes, name: str) -> Content:
 
 
 def _why_not_loaded(problem: Exception, name: str) -> str:
-    """A sentence for an error of torch.load or safetensors."""
-    objects = re.search(r"GLOBAL (\S+)", str(problem))
-    if objects is None:
-        # torch goes on with the advice to run the code in the file.
-        reason = printable(str(problem).split(". ")[0])
+    """The error message for an exception of torch.load or safetensors."""
+    text = str(problem)
+    unsafe = re.search(r"GLOBAL (\S+)", text)
+    if unsafe is None:
+        # Only the first sentence: torch continues with the advice to run the code in the file.
+        reason = printable(text.split(". ")[0])
         return f"{printable(name)} is damaged, or no file of torch.save or safetensors: {reason}"
     return (
-        f"{printable(name)} needs Python objects ({printable(objects[1])}), which may run any "
+        f"{printable(name)} needs Python objects ({printable(unsafe[1])}), which may run any "
         "code: it is not loaded. Let the program that made it save the tensors alone: torch.save("
         "{'state_dict': model.state_dict()}, 'weights.pth')"
     )
 
 
+# The checks of the parts of a checkpoint. In Python, True and False are integers too.
+
+
 def _is_step(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= -1
+    """Whether a part is a number of steps; -1 stands for none."""
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, int) and value >= -1
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether a part is a number."""
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float))
 
 
 def _is_text(value: object) -> bool:
+    """Whether a part is a string."""
     return isinstance(value, str)
 
 
 def _is_dict(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+    """Whether a part is a dictionary whose keys are strings."""
+    if not isinstance(value, dict):
+        return False
+    return all(isinstance(key, str) for key in value)
 
 
 def _is_weights(value: object) -> bool:
+    """Whether a part is a dictionary of tensors."""
     if not isinstance(value, dict) or not _is_dict(value):
         return False
     return all(isinstance(item, torch.Tensor) for item in value.values())
 
 
 def _is_weights_or_none(value: object) -> bool:
+    """Whether a part is a dictionary of tensors or None."""
     return value is None or _is_weights(value)
 
 
 def _is_optimizer(value: object) -> bool:
-    if not isinstance(value, dict) or not isinstance(value.get("state"), dict):
+    """Whether a part has the structure of the state dict of an optimizer."""
+    if not isinstance(value, dict):
         return False
-    states = value["state"].values()
-    return isinstance(value.get("param_groups"), list) and all(map(_is_dict, states))
+    states = value.get("state")
+    if not isinstance(states, dict):
+        return False
+    if not isinstance(value.get("param_groups"), list):
+        return False
+    return all(_is_dict(state) for state in states.values())
 
 
 def _is_config(value: object) -> bool:
-    """Whether every section of our config that is there holds settings."""
+    """Whether a part is a dictionary in which each known section is a dictionary of settings."""
     if not isinstance(value, dict) or not _is_dict(value):
         return False
-    sections = [key for key, default in to_dict(Config()).items() if isinstance(default, dict)]
-    return all(_is_dict(value.get(section, {})) for section in sections)
+    for name, default in to_dict(Config()).items():
+        is_section = isinstance(default, dict)
+        if is_section and not _is_dict(value.get(name, {})):
+            return False
+    return True
 
 
 def _is_names(value: object) -> bool:
-    return isinstance(value, list) and len(value) > 0 and all(map(_is_text, value))
+    """Whether a part is a list of at least one string."""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(_is_text(item) for item in value)
 
 
-# What each part of a checkpoint must be, and how an error says it.
+# For each part of a checkpoint, its check, and how the error message describes the part.
 _PARTS: dict[str, tuple[Callable[[object], bool], str]] = {
     "step": (_is_step, "a number of steps"),
     "evaluated_step": (_is_step, "a number of steps"),
@@ -321,20 +427,33 @@ _PARTS: dict[str, tuple[Callable[[object], bool], str]] = {
     "fingerprint": (_is_text, "a text"),
 }
 NEEDED_TO_RESUME = tuple(_PARTS)
-NEEDED_TO_EVALUATE = ("step", "model", "ema", "config", "class_names")
+"""Parts of a checkpoint that a run needs to continue."""
+
+NEEDED_TO_EVALUATE = (
+    "step",
+    "model",
+    "ema",
+    "config",
+    "class_names",
+)
+"""Parts of a checkpoint that commands such as evaluate and predict need."""
 
 
-def unpack_checkpoint(payload: bytes, name: str, needed: tuple[str, ...] = ()) -> Content:
-    """The content of a checkpoint of ours from its bytes.
+def unpack_checkpoint(
+    payload: bytes,
+    name: str,
+    needed: tuple[str, ...] = (),
+) -> Content:
+    """Decode one of our checkpoints, and check its parts.
 
     Args:
         payload: The bytes of the file, as `read_checkpoint` returns them.
-        name: How messages call the file.
-        needed: Parts that must be there, `NEEDED_TO_RESUME` or `NEEDED_TO_EVALUATE`.
+        name: The file name, for error messages.
+        needed: The required parts: `NEEDED_TO_RESUME` or `NEEDED_TO_EVALUATE`.
 
     Raises:
-        ValueError: It is not a checkpoint of ours, of a newer format, lacks a needed part, or a
-            part is not of the right kind.
+        ValueError: The file is not one of our checkpoints or has a newer format, a required part is
+            missing, or a part is of the wrong type.
     """
     content = unpack_weights(payload, name)
     if "format" not in content or "model" not in content:
@@ -342,10 +461,11 @@ def unpack_checkpoint(payload: bytes, name: str, needed: tuple[str, ...] = ()) -
             f"{printable(name)} is not a checkpoint of resnet_dist: it has no 'format' and 'model'"
         )
     refuse_newer(content, name)
-    for part, (is_right, words) in _PARTS.items():
+    for part, (is_right, description) in _PARTS.items():
         if part in content and not is_right(content[part]):
             raise ValueError(
-                f"the checkpoint {printable(name)} cannot be used: its part {part!r} is not {words}"
+                f"the checkpoint {printable(name)} cannot be used: its part {part!r} is not "
+                f"{description}"
             )
         if part in needed and part not in content:
             raise ValueError(
@@ -355,7 +475,15 @@ def unpack_checkpoint(payload: bytes, name: str, needed: tuple[str, ...] = ()) -
 
 
 def refuse_newer(content: Content, name: str) -> None:
-    """Raise ValueError for a checkpoint of a newer format than this version can read."""
+    """Refuse a checkpoint in a newer format.
+
+    Args:
+        content: The content of the checkpoint.
+        name: The file name, for error messages.
+
+    Raises:
+        ValueError: The format is newer than `FORMAT`.
+    """
     number = content.get("format")
     if isinstance(number, int) and number > FORMAT:
         raise ValueError(
@@ -364,19 +492,25 @@ def refuse_newer(content: Content, name: str) -> None:
 
 
 def download_weights(name: str) -> bytes:
-    """The file of torchvision's weights `torchvision:<model>:<weights>`.
+    """Download weights of torchvision, or read them from the cache of torch.hub.
 
-    It comes from the cache of torch.hub, or from the network and is then kept there.
+    Downloaded weights are kept in that cache.
+
+    Args:
+        name: `torchvision:<model>:<weights>`, as "torchvision:resnet50:IMAGENET1K_V2".
+
+    Returns:
+        The bytes of the file.
 
     Raises:
-        ValueError: The name is unknown, the file cannot be had, or its SHA-256 does not begin with
-            the digits in its name.
+        ValueError: The name is unknown, the download fails, or the SHA-256 of the file does not
+            begin with the digits in its name.
     """
     weights = _torchvision_weights(name)
-    path = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
-    timeout = socket.getdefaulttimeout()
-    # Without a time-out a server that has fallen silent would be waited for.
-    socket.setdefaulttimeout(60.0)
+    file_name = weights.url.rpartition("/")[2]
+    path = Path(torch.hub.get_dir(), "checkpoints", file_name)
+    old_timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT)
     try:
         weights.get_state_dict(
             model_dir=str(path.parent),
@@ -386,32 +520,51 @@ def download_weights(name: str) -> bytes:
             map_location="cpu",
         )
         payload = path.read_bytes()
-    except Exception as problem:  # of the network, the disk, the file: dozens of types
+    # The network, the disk and the file raise many types.
+    except Exception as problem:
         raise ValueError(
             f"checkpoint.init_from is {name!r}: {weights.url} could not be had ({problem}). Where "
             f"there is no network, fetch it elsewhere, and put it to {path} or give its path as "
             "checkpoint.init_from"
         ) from problem
     finally:
-        socket.setdefaulttimeout(timeout)
-    digest = re.search(r"-([0-9a-f]{8,})\.", path.name)
-    if digest and not hashlib.sha256(payload).hexdigest().startswith(digest[1]):
-        raise ValueError(
-            f"{path} is damaged: its SHA-256 does not begin with {digest[1]}; delete it"
-        )
+        socket.setdefaulttimeout(old_timeout)
+    _check_digits_in_name(path, payload)
     return payload
 
 
+def _check_digits_in_name(path: Path, payload: bytes) -> None:
+    """Compare a file with the first digits of its SHA-256, as in resnet50-11ad3fa6.pth.
+
+    Raises:
+        ValueError: They differ.
+    """
+    digits = re.search(r"-([0-9a-f]{8,})\.", path.name)
+    if digits is None:
+        return
+    digest = hashlib.sha256(payload).hexdigest()
+    if not digest.startswith(digits[1]):
+        raise ValueError(
+            f"{path} is damaged: its SHA-256 does not begin with {digits[1]}; delete it"
+        )
+
+
 def _torchvision_weights(name: str) -> Any:  # noqa: ANN401  torchvision has no types
-    """The entry of torchvision's catalogue for `torchvision:<model>:<weights>`."""
+    """Look up `torchvision:<model>:<weights>` in the catalogue of torchvision.
+
+    Raises:
+        ValueError: There are no such weights.
+    """
     from torchvision.models import get_model_weights, list_models
 
     model, _, kind = name.removeprefix("torchvision:").partition(":")
-    kinds = get_model_weights(model).__members__ if model in list_models() else {}
+    kinds = {}
+    if model in list_models():
+        kinds = get_model_weights(model).__members__
     if kind not in kinds:
-        known = ", ".join(f"torchvision:{model}:{kind}" for kind in kinds)
+        known = [f"torchvision:{model}:{one}" for one in kinds]
+        choices = ", ".join(known) or "those of its own models"
         raise ValueError(
-            f"checkpoint.init_from is {name!r}: torchvision has no such weights, only "
-            f"{known or 'those of its own models'}"
+            f"checkpoint.init_from is {name!r}: torchvision has no such weights, only {choices}"
         )
     return kinds[kind]

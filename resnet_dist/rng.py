@@ -26,8 +26,11 @@ _SHIFT_21 = np.uint64(21)
 _SHIFT_11 = np.uint64(11)
 _FLOAT64_SCALE = 2.0**-53
 
-# `uniform` takes the repetition from the bits above these of its `epoch`.
+# The argument `epoch` of `uniform` has the repetition in the bits above these of its `epoch`.
 _BITS_OF_EPOCH = 24
+
+Epochs = int | np.ndarray
+"""One epoch for all samples, or one for each sample."""
 
 
 def derive_seed(
@@ -66,16 +69,14 @@ def philox4x32(counter: np.ndarray, key: int) -> np.ndarray:
     Returns:
         [n, 4] of uint64, each number below 2**32.
     """
-    words = counter.astype(np.uint64)
-    c0 = words[:, 0]
-    c1 = words[:, 1]
-    c2 = words[:, 2]
-    c3 = words[:, 3]
+    # Products of two numbers of 32 bits need 64 bits.
+    c0, c1, c2, c3 = counter.astype(np.uint64).T
     k0 = key & _LOW_32_BITS
     k1 = key >> 32
     for _ in range(_NUM_ROUNDS):
         product_0 = _MULTIPLIER_0 * c0
         product_1 = _MULTIPLIER_1 * c2
+        # The high halves are mixed with the counter and the key, the low halves only move.
         high_0 = product_0 >> _SHIFT_32
         high_1 = product_1 >> _SHIFT_32
         c0 = high_1 ^ c1 ^ np.uint64(k0)
@@ -104,7 +105,7 @@ def epoch_of_repetition(epoch: int, repetition: np.ndarray) -> np.ndarray:
 def uniform(
     seed: int,
     purpose: str,
-    epoch: int | np.ndarray,
+    epoch: Epochs,
     indices: np.ndarray,
     count: int,
 ) -> np.ndarray:
@@ -116,6 +117,7 @@ def uniform(
         seed: The seed of the run.
         purpose: What the numbers are for.
         epoch: One number for all samples, or one for each ([n], see `epoch_of_repetition`).
+            Numbers count from 0.
         indices: [n], the indices of the samples in the data set.
         count: Number of random numbers per sample.
 
@@ -130,6 +132,7 @@ def uniform(
     num_numbers = 2 * num_blocks
 
     counter = np.empty((num_samples, num_blocks, 4), dtype=np.uint64)
+    # The counter of a block: its number, the sample index in two words, and the epoch.
     counter[..., 0] = np.arange(num_blocks, dtype=np.uint64)
     counter[..., 1] = (indices & _LOW_32)[:, None]
     counter[..., 2] = (indices >> _SHIFT_32)[:, None]

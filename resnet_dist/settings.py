@@ -231,14 +231,20 @@ def config_from_dict(tree: Mapping[str, Any]) -> Config:
 
 
 def config_from_files(names: list[str], changes: Mapping[str, Any]) -> Config:
-    """The config of YAML files or recipes by name, with flat settings that override them.
+    """Build the config from YAML files and flat settings.
 
-    Raises ValueError if a file or a setting does not exist, or a value breaks a rule.
+    Args:
+        names: Files, or names of recipes. Later ones override.
+        changes: Flat settings that override the files.
+
+    Raises:
+        ValueError: A file or a setting does not exist, or a value breaks a rule.
     """
     hints = setting_hints()
     files = FileSettings()
     for name in names:
-        files.update(read_yaml(find_recipe(name), hints))
+        path = find_recipe(name)
+        files.update(read_yaml(path, hints))
     for key, value in changes.items():
         if key not in hints:
             raise ValueError(unknown_setting(key, hints))
@@ -263,7 +269,7 @@ def _find_settings(
     path: Path,
     prefix: str = "",
 ) -> Iterator[tuple[str, yaml.Node]]:
-    """Find all settings in a YAML mapping.
+    """Find all settings in a YAML mapping and in the mappings nested in it.
 
     Args:
         node: The mapping.
@@ -297,7 +303,10 @@ def _find_settings(
 
 
 def _section_names(hints: Hints) -> set[str]:
-    """The sections of the settings: "optim" for "optim.base_lr"."""
+    """The names of the sections that settings belong to.
+
+    For "optim.base_lr" this is "optim".
+    """
     names = set()
     for key in hints:
         section = key.rpartition(".")[0]
@@ -322,7 +331,12 @@ def _construct(node: yaml.Node, path: Path) -> object:
 
 
 def _convert(value: object, hint: TypeHint) -> object:
-    """Convert an integer to float, or a list to a tuple, if the type hint asks for it."""
+    """Convert an integer to float, or a list to a tuple, if the field has that type.
+
+    Args:
+        value: The value as it was read.
+        hint: The type hint of the field, without rules.
+    """
     # In Python, True and False are integers too.
     is_bool = isinstance(value, bool)
     if isinstance(value, int) and not is_bool and _takes_float(hint):
@@ -335,7 +349,10 @@ def _convert(value: object, hint: TypeHint) -> object:
 
 
 def _takes_float(hint: TypeHint) -> bool:
-    """Whether a type hint is float, or a union with it such as `float | None`."""
+    """Whether a field takes a float.
+
+    Its type hint is float, or a union with it such as `float | None`.
+    """
     if hint is float:
         return True
     if type_origin(hint) is tuple:

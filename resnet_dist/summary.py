@@ -74,7 +74,12 @@ def summary_at_end(
 
 
 def _headline(parts: Training, is_finished: bool) -> str:
-    """Whether the run is finished, and its best accuracy."""
+    """Describe whether the run is finished, and its best accuracy.
+
+    Args:
+        parts: The training state and the plan.
+        is_finished: Whether all steps are done.
+    """
     state = parts.state
     headline = f"stopped at step {state.step} of {parts.plan.total_steps}"
     if is_finished:
@@ -85,7 +90,11 @@ def _headline(parts: Training, is_finished: bool) -> str:
 
 
 def _checkpoint_links(config: Config) -> list[str]:
-    """The paths of last.pt and best.pt, as far as they exist."""
+    """Find the links to the newest and to the best checkpoint.
+
+    Returns:
+        The paths of last.pt and best.pt, as far as they exist.
+    """
     folder = checkpoint_folder(config)
     links = []
     for name in ("last.pt", "best.pt"):

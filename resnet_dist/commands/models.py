@@ -17,6 +17,10 @@ from typing import Any
 
 from resnet_dist.text import did_you_mean
 
+Row = dict[str, Any]
+"""The figures of one network by their names."""
+
+# Widths of columns, in characters.
 _NAME_WIDTH = 19
 _STAGES_WIDTH = 24
 _HEADER = "  ".join(
@@ -58,15 +62,24 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def read_figures() -> dict[str, dict[str, Any]]:
-    """The figures of every network by name, see `models.figures.measure_network`."""
+def read_figures() -> dict[str, Row]:
+    """Read the figures of every network.
+
+    Returns:
+        For each name, what `models.figures.measure_network` returned.
+    """
     file = resources.files("resnet_dist.models") / "figures.json"
-    figures: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+    text = file.read_text(encoding="utf-8")
+    figures: dict[str, Row] = json.loads(text)
     return figures
 
 
-def _make_row(name: str, figures: dict[str, Any]) -> dict[str, Any]:
-    """The printed figures of a network, or an error if its optional library is missing."""
+def _make_row(name: str, figures: Row) -> Row:
+    """Select the figures of a network that are printed.
+
+    Returns:
+        The name and the figures, or the name and an error if an optional library is missing.
+    """
     figures = dict(figures)
     library = figures.pop("library")
     if library and importlib.util.find_spec(library) is None:
@@ -76,7 +89,7 @@ def _make_row(name: str, figures: dict[str, Any]) -> dict[str, Any]:
     return {"name": name, **figures}
 
 
-def _format_row(row: dict[str, Any]) -> str:
+def _format_row(row: Row) -> str:
     """One line of the table."""
     name = row["name"].ljust(_NAME_WIDTH)
     if "error" in row:

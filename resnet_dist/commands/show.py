@@ -100,6 +100,11 @@ def _load(
 ) -> tuple[list[list[_TitledBatch]], tuple[str, ...]]:
     """Load the images of all rows through the loaders of training and evaluation.
 
+    Args:
+        config: The settings of training.
+        runtime: The process group.
+        args: The options `images` (rows of each split) and `epochs`.
+
     Returns:
         The batches of each row, and the class names.
     """
@@ -123,14 +128,20 @@ def _load(
         train.close()
         val.close()
     rows = []
-    # One split may have fewer images than the other.
-    for train_row, val_row in zip_longest(train_rows, val_rows, fillvalue=[]):
-        rows.append([*train_row, *val_row])
+    for train_row, val_row in zip_longest(train_rows, val_rows):
+        # One split may have fewer images than the other.
+        row = [*(train_row or []), *(val_row or [])]
+        rows.append(row)
     return rows, train.class_names
 
 
 def _with_single_images(config: Config, scratch: str) -> Config:
-    """The same settings for batches of one image, with `scratch` as output_dir."""
+    """Change the settings to batches of one image.
+
+    Args:
+        config: The settings of training.
+        scratch: The new output_dir, so that nothing is written to that of the run.
+    """
     augment = replace(config.augment, repeats=1)
     train = replace(
         config.train,
@@ -147,11 +158,19 @@ def _with_single_images(config: Config, scratch: str) -> Config:
 
 
 def _spread(num_samples: int, count: int) -> list[np.ndarray]:
-        assert isinstance(train, DaliTrainLoader)
-        assert isinstance(val, DaliValLoader)
-    """At most `count` sample indices, evenly spread over a split, each as int64 [1]."""
-    positions = np.linspace(0, num_samples - 1, count)
-    indices = np.unique(positions.astype(np.int64))
+    """Choose samples that are evenly spread over a split.
+
+    Args:
+        num_samples: Number of samples in the split.
+        count: Largest number of samples to choose.
+
+    Returns:
+        The index of each chosen sample, as int64 [1].
+    """
+    last = num_samples - 1
+    positions = np.linspace(0, last, count).astype(np.int64)
+    # In a small split, several positions may be equal.
+    indices = np.unique(positions)
     return [np.array([index]) for index in indices]
 
 
@@ -182,10 +201,13 @@ def _make_tiles(
 def sheet(rows: list[list[Tile]]) -> Image.Image:
     """Arrange rows of tiles in one picture.
 
-    Small images are enlarged by a whole factor, the same for all of them.
+    If images are small, all are enlarged by the same whole factor.
 
     Args:
         rows: The tiles of each row. Rows may differ in length.
+
+    Returns:
+        The picture, in RGB.
     """
     largest_side = 0
     num_columns = 0
@@ -203,8 +225,6 @@ def sheet(rows: list[list[Tile]]) -> Image.Image:
     height = len(rows) * tile_height + _GAP
     canvas = Image.new("RGB", (width, height), "white")
     for row_number, row in enumerate(rows):
-        assert isinstance(train, DaliTrainLoader)
-        assert isinstance(val, DaliValLoader)
         y = _GAP + row_number * tile_height
         for column_number, tile in enumerate(row):
             x = _GAP + column_number * tile_width

@@ -112,7 +112,13 @@ class _Examination:
         index: Index,
         row: int,
     ) -> None:
-        """Examine one image, and add its findings."""
+        """Examine one image, and add its findings.
+
+        Args:
+            split: train or val.
+            index: The images of the split.
+            row: Row of the image in the index.
+        """
         name = f"{split}/{index.name(row)}"
         try:
             data = read_image_bytes(index, row)
@@ -240,7 +246,12 @@ def _describe_findings(findings: FindingsByKind) -> list[str]:
 
 
 def _examine_all(splits: Splits, args: argparse.Namespace) -> FindingsByKind:
-    """Examine all images in `args.workers` threads. Returns the findings by kind."""
+    """Examine all images in threads.
+
+    Args:
+        splits: The images.
+        args: The options of the command, of which `workers` is the number of threads.
+    """
     jobs = []
     for split, index in splits.items():
         for start in range(0, len(index), _IMAGES_PER_JOB):
@@ -386,7 +397,11 @@ def _properties(picture: Image.Image, tiny: int) -> list[Finding]:
 
 
 def _exif_orientation(picture: Image.Image) -> int:
-    """The EXIF orientation of an image: 1 for upright, also where it has none."""
+    """Read the EXIF orientation of an image.
+
+    Returns:
+        1 for an upright image and for one without orientation.
+    """
     # An image with damaged metadata is not a damaged image.
     with contextlib.suppress(Exception):
         orientation: int = picture.getexif().get(_EXIF_ORIENTATION, 1)

@@ -126,7 +126,14 @@ def freeze(model: nn.Module, unfreeze_from: str) -> None:
 
 
 def _first_trained(model: nn.Module, unfreeze_from: str) -> int:
-    """Number of the first trained parameter; for "head" the number of all parameters."""
+    """Find the first trained parameter.
+
+    Returns:
+        Its number among the parameters of the model, from 0. For "head", the number of parameters.
+
+    Raises:
+        ValueError: As in `freeze`.
+    """
     names = [name for name, _ in model.named_parameters()]
     prefix = f"{unfreeze_from}."
     first = None
@@ -287,7 +294,11 @@ def load_weights(
 
 
 def _refuse_non_finite(weights: Weights, name: str) -> None:
-    """Raise ValueError if a value of a tensor is NaN or infinite."""
+    """Check that no value of a tensor is NaN or infinite.
+
+    Raises:
+        ValueError: There is such a value. The message lists the first tensors.
+    """
     broken = []
     for key, value in weights.items():
         if not torch.isfinite(value).all():
@@ -299,7 +310,15 @@ def _refuse_non_finite(weights: Weights, name: str) -> None:
 
 
 def _remark(key: str, heads: dict[str, nn.Linear]) -> str:
-    """Why a file may lack the tensor `key` of the model. Empty if the tensor is required."""
+    """Why a file may lack a tensor of the model.
+
+    Args:
+        key: The name of the tensor in the model.
+        heads: The classifiers of the model.
+
+    Returns:
+        The reason, in parentheses. Empty if the tensor is required.
+    """
     module = key.rpartition(".")[0]
     if module in heads:
         return _FRESH_HEAD
@@ -398,25 +417,45 @@ def _place(
 
 
 def _shape(value: object) -> list[Any]:
-    """The shape of a tensor. For another value, a list with the name of its type."""
+    """Describe a value of a file.
+
+    Returns:
+        The shape of a tensor. For another value, a list with the name of its type.
+    """
     if isinstance(value, torch.Tensor):
         return list(value.shape)
     return [type(value).__name__]
 
 
 def describe(rows: Rows, most: int = 3) -> str:
-    """Format the rows of `load_weights` as a table, with at most `most` names in each row."""
+    """Format the rows of `load_weights` as a table.
+
+    Args:
+        rows: The tensor names of each kind.
+        most: Largest number of names in a row.
+
+    Returns:
+        For each kind a line with the number of tensors and the first names.
+    """
     lines = []
     for kind, names in rows.items():
-        line = f"  {kind:8} {len(names):5}  {some(names, most)}"
+        count = len(names)
+        line = f"  {kind:8} {count:5}  {some(names, most)}"
         lines.append(line.rstrip())
     return "\n".join(lines)
 
 
 def _candidates(key: str, head: str) -> list[str]:
-    """Names that the model may have for the tensor `key` of a file, the most likely one first.
+    """List the names that the model may have for a tensor of a file.
 
     Any number of the renames may apply to one name.
+
+    Args:
+        key: The name of the tensor in the file.
+        head: Name of the classifier of the model.
+
+    Returns:
+        The names, the most likely one first, without duplicates.
     """
     renames = [*_RENAMES, (_HEADS, f"{head}.")]
     without_prefix = re.sub(_PREFIX, "", key)
