@@ -466,14 +466,19 @@ def check_config(config: Config) -> None:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The config as nested dicts, lists and plain values, for YAML, JSON and checkpoints."""
-    plain = _without_tuples(dataclasses.asdict(config))
+    nested = dataclasses.asdict(config)
+    plain = _without_tuples(nested)
     assert isinstance(plain, dict)
     return plain
 
 
 def _without_tuples(value: object) -> object:
+    """A copy of nested dicts and sequences in which every sequence is a list."""
     if isinstance(value, dict):
-        return {key: _without_tuples(item) for key, item in value.items()}
+        plain = {}
+        for key, item in value.items():
+            plain[key] = _without_tuples(item)
+        return plain
     if isinstance(value, (list, tuple)):
         return [_without_tuples(item) for item in value]
     return value
@@ -493,61 +498,91 @@ _Wrong = Iterator[tuple[str, object, str]]
 
 
 def _nesterov(config: Config) -> _Wrong:
-    if config.optim.nesterov and not config.optim.momentum:
+    optim = config.optim
+    if optim.nesterov and not optim.momentum:
         yield "optim.nesterov", True, "it needs optim.momentum above 0"
 
 
 def _warmup(config: Config) -> _Wrong:
-    warmup, epochs = config.schedule.warmup_epochs, config.train.epochs
+    warmup = config.schedule.warmup_epochs
+    epochs = config.train.epochs
     if warmup and warmup >= epochs:
         yield "schedule.warmup_epochs", warmup, f"it must be below train.epochs, {epochs}"
 
 
 def _milestones(config: Config) -> _Wrong:
-    if config.schedule.kind != "step":
+    schedule = config.schedule
+    if schedule.kind != "step":
         return
-    milestones, warmup = config.schedule.milestones, config.schedule.warmup_epochs
-    if list(milestones) != sorted(set(milestones)):
+    milestones = schedule.milestones
+    warmup = schedule.warmup_epochs
+    rising = sorted(set(milestones))
+    if list(milestones) != rising:
         yield "schedule.milestones", milestones, "each must be above the one before it: they rise"
     if any(milestone <= warmup for milestone in milestones):
-        text = f"each must be above schedule.warmup_epochs, {warmup}"
-        yield "schedule.milestones", milestones, text
+        yield (
+            "schedule.milestones",
+            milestones,
+            f"each must be above schedule.warmup_epochs, {warmup}",
+        )
 
 
 def _scale_jitter(config: Config) -> _Wrong:
-    jitter, crop = config.data.scale_jitter, config.data.train_crop_size
-    if config.data.train_crop == "scale_jitter" and jitter[0] < crop:
-        text = f"its smallest size must be at least data.train_crop_size, {crop}"
-        yield "data.scale_jitter", jitter, text
+    if config.data.train_crop != "scale_jitter":
+        return
+    jitter = config.data.scale_jitter
+    crop = config.data.train_crop_size
+    if jitter[0] < crop:
+        yield (
+            "data.scale_jitter",
+            jitter,
+            f"its smallest size must be at least data.train_crop_size, {crop}",
+        )
 
 
 def _progressive_size(config: Config) -> _Wrong:
-    start, crop = config.data.progressive_start_size, config.data.train_crop_size
+    start = config.data.progressive_start_size
+    crop = config.data.train_crop_size
     if start > crop:
-        text = f"it must be at most data.train_crop_size, {crop}"
-        yield "data.progressive_start_size", start, text
+        yield (
+            "data.progressive_start_size",
+            start,
+            f"it must be at most data.train_crop_size, {crop}",
+        )
     epochs = config.data.progressive_epochs
     if start and not epochs[1]:
-        text = "set the first and last epoch of the growth, for instance [0, 60]"
-        yield "data.progressive_epochs", epochs, text
+        yield (
+            "data.progressive_epochs",
+            epochs,
+            "set the first and last epoch of the growth, for instance [0, 60]",
+        )
 
 
 def _val_scales(config: Config) -> _Wrong:
-    if config.data.val_scales and config.data.val_crops == "ten":
-        text = "it uses center squares: set data.val_crops center, and data.val_flip if you like"
-        yield "data.val_scales", config.data.val_scales, text
+    data = config.data
+    if data.val_scales and data.val_crops == "ten":
+        yield (
+            "data.val_scales",
+            data.val_scales,
+            "it uses center squares: set data.val_crops center, and data.val_flip if you like",
+        )
 
 
 def _val_crop(config: Config) -> _Wrong:
-    resize, crop = config.data.val_resize_size, config.data.val_crop_size
+    resize = config.data.val_resize_size
+    crop = config.data.val_crop_size
     if resize < crop:
-        text = f"it must be at least data.val_crop_size, {crop}, so that the image holds the crop"
-        yield "data.val_resize_size", resize, text
+        yield (
+            "data.val_resize_size",
+            resize,
+            f"it must be at least data.val_crop_size, {crop}, so that the image holds the crop",
+        )
 
 
 def _hue(config: Config) -> _Wrong:
     jitter = config.augment.color_jitter
-    if jitter[3] > 0.5:
+    hue = jitter[3]
+    if hue > 0.5:
         yield "augment.color_jitter", jitter, "its last number, the hue, must be at most 0.5"
 
 

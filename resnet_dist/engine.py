@@ -24,7 +24,7 @@ from resnet_dist.losses import LossFn
 from resnet_dist.metrics import Counts
 from resnet_dist.mix import Mixing, mix_images
 from resnet_dist.nonfinite import NonFinite, TooManyNonFiniteError
-from resnet_dist.plan import TrainPlan, is_due
+from resnet_dist.plan import Due, TrainPlan
 from resnet_dist.precision import Precision
 from resnet_dist.process import failures_reported_first
 from resnet_dist.rng import derive_seed
@@ -155,31 +155,62 @@ def accumulate_gradient(
     """Add the gradient of all micro-batches to `.grad`; the last one averages it over the ranks.
 
     The losses of auxiliary heads, with the same targets, are added with the factor
-    `state.model.auxiliary_weight`. Returned are the counts of the main logits alone.
+    `state.model.auxiliary_weight`.
+
+    Returns:
+        The counts of the main logits, without those of the auxiliary heads.
     """
     counts = Counts.zero(micro_batches[0].images.device)
     mix = rule.mixing(state.step)
+    num_micro_batches = len(micro_batches)
     auxiliary_weight = float(getattr(state.model, "auxiliary_weight", 0.0))
     for number, batch in enumerate(micro_batches, start=1):
-        is_last = number == len(micro_batches)
         images, share = mix_images(batch.images, mix)
-        with contextlib.nullcontext() if is_last else model.no_sync():  # type: ignore[operator]
+        with all_reduce_only_if(number == num_micro_batches, model):
             with rule.precision.autocast():
                 logits = all_logits(model(images))
-            losses = [rule.loss_fn(at_least_fp32(each), batch.labels, share) for each in logits]
+
+            losses = []
+            for logits_of_head in logits:
+                head_losses = rule.loss_fn(at_least_fp32(logits_of_head), batch.labels, share)
+                losses.append(head_losses)
             objective = losses[0]
-            for auxiliary_loss in losses[1:]:
-                objective = objective + auxiliary_weight * auxiliary_loss
-            scaled = state.scaler.scale(objective.mean() / len(micro_batches))
+            for auxiliary_losses in losses[1:]:
+                objective = objective + auxiliary_weight * auxiliary_losses
+
+            mean = objective.mean() / num_micro_batches
+            scaled = state.scaler.scale(mean)
             scaled.backward()  # type: ignore[no-untyped-call]
-        counts = counts + Counts.of(logits[0].detach(), batch.labels, losses[0].detach())
+        batch_counts = Counts.of(logits[0].detach(), batch.labels, losses[0].detach())
+        counts = counts + batch_counts
     return counts
 
 
+def all_reduce_only_if(is_last: bool, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Let the backward pass average the gradient over the ranks only in the last micro-batch."""
+    if is_last:
+        return contextlib.nullcontext()
+    skip: contextlib.AbstractContextManager[None] = model.no_sync()  # type: ignore[operator]
+    return skip
+
+
 def clip_gradient(optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
-    """The L2 norm of the whole gradient, which is scaled down to `max_norm` (0 = not at all)."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    """Clip the gradient of all parameters, in place.
+
+    Args:
+        optimizer: Its parameters have the gradient.
+        max_norm: Largest L2 norm of the whole gradient; 0 leaves the gradient as it is.
+
+    Returns:
+        The L2 norm before clipping, a scalar on the device.
+    """
+    parameters = []
+    gradients = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameters.append(parameter)
+            if parameter.grad is not None:
+                gradients.append(parameter.grad)
     grad_norm = nn.utils.get_total_norm(gradients, foreach=None)
     if max_norm:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, grad_norm, foreach=None)
@@ -187,10 +218,18 @@ def clip_gradient(optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Te
 
 
 def apply_update(state: TrainState, lr: float, skipped: torch.Tensor) -> None:
-    """Update the weights unless `skipped` (a bool scalar), and count the step."""
+    """Do one optimizer step, update the EMA and count the step.
+
+    Args:
+        state: The state of training; its parameters have the unscaled gradient.
+        lr: The learning rate, before the `lr_scale` of each parameter group.
+        skipped: A bool scalar on the device; if true, weights and optimizer state keep their
+            values.
+    """
     optimizer: Any = state.optimizer
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
+        lr_scale = group.get("lr_scale", 1.0)
+        group["lr"] = lr * lr_scale
     if optimizer.defaults["fused"]:
         # Read by fused optimizers and by `optim.GuardedOptimizer`.
         optimizer.grad_scale = None
@@ -245,9 +284,14 @@ def evaluate(
 
 
 def count_batch(model: nn.Module, batch: Batch, mirrored: bool, precision: Precision) -> Counts:
-    """The counts of one evaluation batch, with its cross-entropy."""
+    """The counts of one evaluation batch, with its plain cross-entropy as the loss."""
     logits = predict_logits(model, batch, mirrored, precision)
-    losses = F.cross_entropy(logits, batch.labels, reduction="none", ignore_index=IGNORED_LABEL)
+    losses = F.cross_entropy(
+        logits,
+        batch.labels,
+        reduction="none",
+        ignore_index=IGNORED_LABEL,
+    )
     return Counts.of(logits, batch.labels, losses)
 
 
@@ -255,35 +299,54 @@ def count_batch(model: nn.Module, batch: Batch, mirrored: bool, precision: Preci
 def predict_logits(
     model: nn.Module, batch: Batch, mirrored: bool, precision: Precision
 ) -> torch.Tensor:
-    """Logits [B, C] of an evaluation batch, by a model in eval mode.
+    """Logits of an evaluation batch, by a model in eval mode.
 
     The probabilities of several views of an image are averaged (Krizhevsky et al. 2012, section
-    4.1). The result is then the logarithm of the averages. `mirrored`: each view counts together
-    with its mirror image, see `ValLoader`.
+    4.1). The result is then the logarithm of the averages.
+
+    Args:
+        model: The network.
+        batch: Its images and other views are [B, 3, H, W].
+        mirrored: Whether each view counts together with its mirror image, see `ValLoader`.
+        precision: The precision of the forward pass.
+
+    Returns:
+        Logits [B, C], at least float32.
     """
     views = []
     for view in (batch.images, *batch.other_views):
         views.append(view)
         if mirrored:
             views.append(view.flip(3))
+
+    logits = []
     with precision.autocast():
-        logits = [at_least_fp32(model(images)) for images in views]
+        for images in views:
+            outputs = model(images)
+            logits.append(at_least_fp32(outputs))
     if len(logits) == 1:
         return logits[0]
     log_probabilities = torch.stack(logits).log_softmax(2)
-    return torch.logsumexp(log_probabilities, 0) - math.log(len(logits))
+    log_sum = torch.logsumexp(log_probabilities, 0)
+    return log_sum - math.log(len(logits))
 
 
 def warm_up_ddp(model: nn.Module, image_size: int, precision: Precision) -> None:
-    """Let DDP find its final gradient buckets before the first update; the model stays as it is.
+    """Let DDP build its final gradient buckets before the first update; the model is not changed.
 
     DDP rebuilds its buckets after the first backward pass. With more than two ranks the order of
     additions in an all-reduce depends on the place in the bucket. Without this warm-up the first
     update after a resume would round differently from the same update of an uninterrupted run.
 
-    Two passes on zeros, with a zero gradient: the second forward pass is what rebuilds the buckets.
-    In training mode, since auxiliary heads have a gradient only there; the running statistics that
-    it changes are put back. Dropout may draw numbers: each step seeds its generator anew.
+    It runs two passes on zeros, with a zero gradient: the second forward pass rebuilds the buckets.
+    The model is in training mode, since auxiliary heads have a gradient only there; the running
+    statistics that this changes are restored. Dropout may draw random numbers: each training step
+    seeds its generator anew.
+
+    Args:
+        model: The DDP model.
+        image_size: Side of the images, in pixels.
+        precision: The precision and device of training.
     """
     train_mode(model)
     buffers_before = [buffer.clone() for buffer in model.buffers()]
@@ -291,39 +354,16 @@ def warm_up_ddp(model: nn.Module, image_size: int, precision: Precision) -> None
     images = images.contiguous(memory_format=torch.channels_last)
     for _ in range(2):
         with precision.autocast():
-            logits = all_logits(model(images))
-        zeros = [each.float().sum() * 0 for each in logits]
-        torch.stack(zeros).sum().backward()  # type: ignore[no-untyped-call]
+            outputs = model(images)
+        zeros = []
+        for logits in all_logits(outputs):
+            total = logits.float().sum()
+            zeros.append(total * 0)
+        objective = torch.stack(zeros).sum()
+        objective.backward()  # type: ignore[no-untyped-call]
     model.zero_grad(set_to_none=True)
     for buffer, value in zip(model.buffers(), buffers_before, strict=True):
         buffer.copy_(value)
-
-
-@dataclass(frozen=True)
-class Due:
-    """What is due at the present step."""
-
-    log: bool
-    evaluation: bool
-    checkpoint: bool
-
-    @staticmethod
-    def at(step: int, plan: TrainPlan) -> "Due":
-        """What is due after `step` updates."""
-
-        def due(*intervals: int) -> bool:
-            return any(is_due(step, interval, plan.total_steps) for interval in intervals)
-
-        return Due(
-            log=due(plan.log_interval_steps),
-            evaluation=due(plan.eval_interval_steps),
-            checkpoint=due(*plan.checkpoint_interval_steps),
-        )
-
-    @property
-    def any(self) -> bool:
-        """Whether the loop waits for the device at this step anyway."""
-        return self.log or self.evaluation or self.checkpoint
 
 
 class Window:
@@ -382,7 +422,9 @@ def train_loop(parts: Training, services: Services) -> int:
     Returns 0, or the number of the signal that ended it after a checkpoint. Raises
     TooManyNonFiniteError when `plan.max_nonfinite_steps` updates in a row were skipped.
     """
-    state, plan, rule = parts.state, parts.plan, parts.rule
+    state = parts.state
+    plan = parts.plan
+    rule = parts.rule
     device = services.runtime.device
     window = Window(state, device)
     batches = parts.train_loader.batches(state.step, plan.total_steps)
@@ -432,11 +474,14 @@ def train_loop(parts: Training, services: Services) -> int:
 def evaluate_state(parts: Training, services: Services) -> bool:
     """Evaluate the raw and the averaged weights, log both, and keep the best result.
 
-    The averaged weights, where there are any, decide which is best. Returns False if a signal ended
-    the evaluation.
+    The averaged weights decide which result is best, if the run has them.
+
+    Returns:
+        False if a signal ended the evaluation; nothing is logged then.
     """
     state = parts.state
     loader = parts.val_loader
+    runtime = services.runtime
 
     def poll() -> bool:
         return services.poll(state.step, "val")
@@ -446,13 +491,14 @@ def evaluate_state(parts: Training, services: Services) -> bool:
         models["val_ema"] = state.ema.model
     results: dict[str, float | int] = {}
     for key, model in models.items():
-        counts = evaluate(model, loader, services.runtime, parts.rule.precision, poll)
+        counts = evaluate(model, loader, runtime, parts.rule.precision, poll)
         if counts is None:
             return False
         result = counts.result(len(loader.class_names))
-        results |= {f"{key}/{name}": value for name, value in result.items()}
+        for name, value in result.items():
+            results[f"{key}/{name}"] = value
 
-    num_bad = services.runtime.sum_integer(loader.num_bad)
+    num_bad = runtime.sum_integer(loader.num_bad)
     report_bad_images(num_bad, loader.num_samples, services.log)
     top1 = results.get("val_ema/top1", results["val/top1"])
     if top1 > state.best_top1:
@@ -481,30 +527,41 @@ def report_bad_images(num_bad: int, num_samples: int, log: Log) -> None:
 
 
 def times_of_ranks(times: dict[str, float], runtime: Runtime) -> dict[str, list[float]]:
-    """Seconds that each rank waited for data per step, and that its steps took.
+    """Seconds that each rank waited for data per step, and seconds per step.
 
-    The ranks wait for each other in every step, so that all steps are as long as that of the
-    slowest rank. The one that waits longest for data is the one that holds up the others.
+    The ranks wait for each other in every step, so the step time of each rank is that of the
+    slowest one. The rank with the longest data wait delays the others.
+
+    Args:
+        times: `step_seconds` and `data_wait_fraction` of this rank.
+        runtime: Gathers the numbers of all ranks.
     """
-    waited = times["data_wait_fraction"] * times["step_seconds"]
-    rows = runtime.gather_numbers([waited, times["step_seconds"]])
+    step_seconds = times["step_seconds"]
+    data_seconds = times["data_wait_fraction"] * step_seconds
+    rows = runtime.gather_numbers([data_seconds, step_seconds])
+    rounded_data = []
+    rounded_steps = []
+    for data_of_rank, step_of_rank in rows:
+        rounded_data.append(round(data_of_rank, 6))
+        rounded_steps.append(round(step_of_rank, 6))
     return {
-        "ranks/data_seconds": [round(row[0], 6) for row in rows],
-        "ranks/step_seconds": [round(row[1], 6) for row in rows],
+        "ranks/data_seconds": rounded_data,
+        "ranks/step_seconds": rounded_steps,
     }
 
 
 def log_training(parts: Training, window: Window, services: Services) -> None:
-    """Log the steps of the window. Every rank calls it, and waits for the device.
+    """Log the steps of the window. Every rank must call it; it waits for the device.
 
-    Raises TooManyNonFiniteError when too many updates in a row were skipped.
+    Raises:
+        TooManyNonFiniteError: If too many updates in a row were skipped.
     """
     runtime = services.runtime
-    state, plan = parts.state, parts.plan
+    state = parts.state
     counts = window.counts.reduce(runtime)
     result = counts.result(len(parts.train_loader.class_names))
     values: dict[str, Any] = {
-        "train/epoch": state.step / plan.steps_per_epoch,
+        "train/epoch": state.step / parts.plan.steps_per_epoch,
         "train/loss": result["loss"],
         "train/top1": result["top1"],
         "train/lr": window.lr,
@@ -519,14 +576,23 @@ def log_training(parts: Training, window: Window, services: Services) -> None:
         values[f"train/{key}"] = value
     values |= times_of_ranks(times, runtime)
     services.log.metrics(state.step, values)
+    check_nonfinite(window, parts.plan.max_nonfinite_steps)
 
+
+def check_nonfinite(window: Window, max_steps: int) -> None:
+    """Raise TooManyNonFiniteError if `max_steps` or more updates in a row were skipped."""
     first, last = window.nonfinite.longest_row()
-    if last and last - first + 1 >= plan.max_nonfinite_steps:
-        raise TooManyNonFiniteError(
-            f"the updates {first} to {last} had a loss or gradient that is not finite (none was "
-            f"applied; lr {window.lr:g}, last gradient norm {float(window.grad_norm):g}), and "
-            f"train.max_nonfinite_steps is {plan.max_nonfinite_steps}: lower optim.base_lr, "
-            "lengthen schedule.warmup_epochs, or set train.clip_grad_norm",
-            first,
-            last,
-        )
+    if not last:
+        return
+    num_skipped = last - first + 1
+    if num_skipped < max_steps:
+        return
+    grad_norm = float(window.grad_norm)
+    raise TooManyNonFiniteError(
+        f"the updates {first} to {last} had a loss or gradient that is not finite (none was "
+        f"applied; lr {window.lr:g}, last gradient norm {grad_norm:g}), and "
+        f"train.max_nonfinite_steps is {max_steps}: lower optim.base_lr, "
+        "lengthen schedule.warmup_epochs, or set train.clip_grad_norm",
+        first,
+        last,
+    )

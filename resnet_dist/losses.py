@@ -14,7 +14,11 @@ its neighbour's label has the rest"""
 
 
 def build_loss(config: TrainConfig) -> LossFn:
-    """The training loss that the `train` section names."""
+    """Build the training loss that `config.loss` names: "ce" or "bce".
+
+    Args:
+        config: The `train` section of the config.
+    """
     smoothing = config.label_smoothing
     threshold = config.bce_target_threshold
 
@@ -26,21 +30,41 @@ def build_loss(config: TrainConfig) -> LossFn:
     def binary_loss(logits: torch.Tensor, labels: torch.Tensor, share: float) -> torch.Tensor:
         return mixed_binary_cross_entropy(logits, labels, share, smoothing, threshold)
 
-    return binary_loss if config.loss == "bce" else cross_entropy_loss
+    if config.loss == "bce":
+        return binary_loss
+    return cross_entropy_loss
 
 
 def mixed_cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor, share: float, label_smoothing: float = 0.0
 ) -> torch.Tensor:
-    """Cross-entropy with the mixed target, [B].
+    """Cross-entropy with the mixed target.
 
-    It is linear in the target: the losses of both labels are computed, then mixed.
+    Cross-entropy is linear in the target, so the losses of both labels are computed, then mixed.
+
+    Args:
+        logits: [B, C].
+        labels: int64 [B].
+        share: Weight of the image's own label, from 0 to 1; the neighbour's has the rest.
+        label_smoothing: Share of the target that is spread evenly over all classes.
+
+    Returns:
+        The loss of each image, [B].
     """
-    own = F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+    own = F.cross_entropy(
+        logits,
+        labels,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
     if share == 1.0:
         return own
-    other_labels = swap_neighbours(labels)
-    other = F.cross_entropy(logits, other_labels, reduction="none", label_smoothing=label_smoothing)
+    other = F.cross_entropy(
+        logits,
+        swap_neighbours(labels),
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
     return torch.lerp(other, own, share)
 
 
@@ -51,17 +75,32 @@ def mixed_binary_cross_entropy(
     label_smoothing: float = 0.0,
     threshold: float = 0.0,
 ) -> torch.Tensor:
-    """Binary cross-entropy with the mixed target, averaged over the C classes, [B].
+    """Binary cross-entropy with the mixed target, averaged over the C classes.
 
     Wightman et al. 2021, "ResNet strikes back". With label smoothing s the target is 1 - s + s / C
-    at the label and s / C elsewhere, before it is mixed. With a `threshold`, targets above it
-    become 1 and the others 0 (timm's `--bce-target-thresh`, 0.2 in its recipes).
+    at the label and s / C elsewhere, before it is mixed.
+
+    Args:
+        logits: [B, C].
+        labels: int64 [B].
+        share: Weight of the image's own target, from 0 to 1; the neighbour's has the rest.
+        label_smoothing: Share s of the target that is spread evenly over all classes.
+        threshold: If not 0, targets above it become 1 and the others 0 (timm's
+            `--bce-target-thresh`, 0.2 in its recipes).
+
+    Returns:
+        The loss of each image, [B].
     """
-    low = label_smoothing / logits.shape[1]
+    num_classes = logits.shape[1]
+    low = label_smoothing / num_classes
     high = 1 - label_smoothing + low
-    targets = torch.full_like(logits, low).scatter_(1, labels[:, None], high)
+    targets = torch.full_like(logits, low)
+    targets.scatter_(1, labels[:, None], high)
     if share != 1.0:
-        targets = torch.lerp(swap_neighbours(targets), targets, share)
+        neighbours = swap_neighbours(targets)
+        targets = torch.lerp(neighbours, targets, share)
     if threshold:
-        targets = (targets > threshold).to(targets.dtype)
-    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
+        is_above = targets > threshold
+        targets = is_above.to(targets.dtype)
+    losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return losses.mean(1)

@@ -29,12 +29,9 @@ class Counts:
     def zero(device: torch.device) -> "Counts":
         """Nothing counted yet."""
         integers = torch.zeros(3, dtype=torch.int64, device=device)
-        return Counts(
-            integers[0],
-            integers[1],
-            torch.zeros((), dtype=torch.float64, device=device),
-            integers[2],
-        )
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        correct1, correct5, num = integers.unbind()
+        return Counts(correct1, correct5, loss_sum, num)
 
     @staticmethod
     def of(logits: torch.Tensor, labels: torch.Tensor, losses: torch.Tensor) -> "Counts":
@@ -49,20 +46,30 @@ class Counts:
             labels: int64 [B].
             losses: [B], one of each image.
         """
+        num_images, num_classes = logits.shape
         has_label = labels != IGNORED_LABEL
         label = labels.where(has_label, 0)[:, None]
         logit_of_label = logits.gather(1, label)
-        classes = torch.arange(logits.shape[1], device=logits.device)
+
+        # The rank of the label: the number of classes before it in the order of the logits.
+        classes = torch.arange(num_classes, device=logits.device)
         is_higher = logits > logit_of_label
-        is_equal_and_before = (logits == logit_of_label) & (classes < label)
-        rank_of_label = (is_higher | is_equal_and_before).sum(1)
-        can_be_correct = has_label & ~logits.isnan().any(1)
+        is_equal = logits == logit_of_label
+        is_equal_and_before = is_equal & (classes < label)
+        is_before = is_higher | is_equal_and_before
+        rank_of_label = is_before.sum(1)
+
+        has_nan = logits.isnan().any(1)
+        can_be_correct = has_label & ~has_nan
+        is_correct1 = can_be_correct & (rank_of_label < 1)
+        is_correct5 = can_be_correct & (rank_of_label < 5)
+        # A fill on the device, without a copy from the host.
+        num = torch.full((), num_images, dtype=torch.int64, device=labels.device)
         return Counts(
-            correct1=(can_be_correct & (rank_of_label < 1)).sum(),
-            correct5=(can_be_correct & (rank_of_label < 5)).sum(),
+            correct1=is_correct1.sum(),
+            correct5=is_correct5.sum(),
             loss_sum=losses.sum(dtype=torch.float64),
-            # A fill on the device, without a copy from the host.
-            num=torch.full((), len(labels), dtype=torch.int64, device=labels.device),
+            num=num,
         )
 
     def __add__(self, other: "Counts") -> "Counts":
@@ -80,18 +87,30 @@ class Counts:
 
     def reduce(self, runtime: Runtime) -> "Counts":
         """The sum over all ranks, by one all-reduce of 32 bytes."""
-        correct1, correct5, loss_sum, num = runtime.all_reduce_sum(self._packed()).unbind()
-        return Counts(correct1.long(), correct5.long(), loss_sum, num.long())
+        total = runtime.all_reduce_sum(self._packed())
+        correct1, correct5, loss_sum, num = total.unbind()
+        return Counts(
+            correct1=correct1.long(),
+            correct5=correct5.long(),
+            loss_sum=loss_sum,
+            num=num.long(),
+        )
 
     def result(self, num_classes: int = FIRST_TOP5_CLASSES) -> dict[str, float | int]:
         """The counts as plain numbers. The only method that waits for the device.
 
-        Returns: top1 and top5 in percent, the mean loss, num, correct1 and correct5. A mean over no
-            image is NaN. With fewer than six `num_classes` every image is a top-5 hit, so that
-            top5 and correct5 are left out.
+        Args:
+            num_classes: With fewer than six classes every image is a top-5 hit, so that top5 and
+                correct5 are left out.
+
+        Returns:
+            top1 and top5 in percent, the mean loss, num, correct1 and correct5. A mean over no
+            image is NaN.
         """
         correct1, correct5, loss_sum, num = self._packed().tolist()
-        share = 1 / num if num else math.nan
+        share = math.nan
+        if num:
+            share = 1 / num
         values = {
             "top1": 100 * correct1 * share,
             "loss": loss_sum * share,

@@ -35,70 +35,115 @@ Mixing = Callable[[int], Mix | None]
 
 
 def build_mixing(config: AugmentConfig, seed: int) -> Mixing:
-    """The mixing of a run with this `augment` section."""
+    """The mixing of a run.
+
+    Args:
+        config: The `augment` section of the config.
+        seed: The seed of the run.
+    """
+    mixup_alpha = config.mixup_alpha
+    cutmix_alpha = config.cutmix_alpha
 
     def mixing(step: int) -> Mix | None:
-        return draw_mix(seed, step, config.mixup_alpha, config.cutmix_alpha)
+        return draw_mix(seed, step, mixup_alpha, cutmix_alpha)
 
     return mixing
 
 
 def draw_mix(seed: int, step: int, mixup_alpha: float, cutmix_alpha: float) -> Mix | None:
-    """How the images of update `step` are mixed; None if both alphas are 0.
+    """Draw how the images of one step are mixed.
 
-    With both, each step takes one of the two at random. Mixup: Zhang et al. 2017, "mixup: Beyond
-    Empirical Risk Minimization". CutMix: Yun et al. 2019, "CutMix"; its box has 1 - share of the
-    area around a uniform centre, and is clipped at the edges of the image.
+    Mixup: Zhang et al. 2017, "mixup: Beyond Empirical Risk Minimization". CutMix: Yun et al. 2019,
+    "CutMix"; its box has 1 - share of the area around a uniform centre, and is clipped at the edges
+    of the image. With both, each step takes one of the two at random.
+
+    Args:
+        seed: The seed of the run.
+        step: Number of updates before this one.
+        mixup_alpha: Parameter of mixup's Beta distribution; 0 turns mixup off.
+        cutmix_alpha: Parameter of CutMix's Beta distribution; 0 turns CutMix off.
+
+    Returns:
+        The mixing, or None if both alphas are 0.
     """
     if not mixup_alpha and not cutmix_alpha:
         return None
-    choice, y, x = uniform(seed, "mix", 0, np.array([step]), 3)[0].tolist()
-    use_cutmix = bool(cutmix_alpha) and (not mixup_alpha or choice >= 0.5)
+    numbers = uniform(seed, "mix", 0, np.array([step]), 3)
+    choice, centre_y, centre_x = numbers[0].tolist()
+    use_cutmix = cutmix_alpha > 0
+    if mixup_alpha and cutmix_alpha:
+        use_cutmix = choice >= 0.5
+
     if not use_cutmix:
-        return Mix(_beta(seed, step, mixup_alpha), None)
+        share = _beta(seed, step, mixup_alpha)
+        return Mix(share, box=None)
+
     share = _beta(seed, step, cutmix_alpha)
-    half = 0.5 * (1 - share) ** 0.5
-    box = (max(0.0, y - half), max(0.0, x - half), min(1.0, y + half), min(1.0, x + half))
-    return Mix(share, box)
+    area = 1 - share
+    half_side = 0.5 * area**0.5
+    top = max(0.0, centre_y - half_side)
+    left = max(0.0, centre_x - half_side)
+    bottom = min(1.0, centre_y + half_side)
+    right = min(1.0, centre_x + half_side)
+    return Mix(share, box=(top, left, bottom, right))
 
 
 def _beta(seed: int, step: int, alpha: float) -> float:
-    """A number from Beta(alpha, alpha), by Joehnk's rejection (1964).
+    """Draw a number from Beta(alpha, alpha), by Joehnk's rejection method (1964).
 
-    Written out, since numpy may change the stream of its own generator.
+    It is written out here because numpy may change the stream of its own generator.
     """
+    steps = np.array([step])
     for block in range(10_000):
-        numbers = uniform(seed, "mix/beta", block, np.array([step]), 2 * _CANDIDATES)
-        powers = numbers.reshape(_CANDIDATES, 2) ** (1 / alpha)
+        numbers = uniform(seed, "mix/beta", block, steps, 2 * _CANDIDATES)
+        pairs = numbers.reshape(_CANDIDATES, 2)
+        powers = pairs ** (1 / alpha)
         sums = powers.sum(axis=1)
-        accepted = np.flatnonzero((sums <= 1) & (sums > 0))
+        is_accepted = (sums <= 1) & (sums > 0)
+        accepted = np.flatnonzero(is_accepted)
         if len(accepted):
             first = accepted[0]
-            return float(powers[first, 0] / sums[first])
+            ratio = powers[first, 0] / sums[first]
+            return float(ratio)
     raise AssertionError(f"no number from Beta({alpha}, {alpha})")
 
 
 def mix_images(images: torch.Tensor, mix: Mix | None) -> tuple[torch.Tensor, float]:
-    """The mixed images [B, 3, H, W], and the weight of their own targets.
+    """Mix each image of a batch with its neighbour.
 
-    B must be even, unless `mix` is None.
+    Args:
+        images: [B, 3, H, W]; B must be even, unless `mix` is None.
+        mix: How to mix; None leaves the images as they are.
+
+    Returns:
+        The mixed images [B, 3, H, W], and the weight of each image's own target. For CutMix that is
+        the exact share of its own pixels.
     """
     if mix is None:
         return images, 1.0
     neighbours = swap_neighbours(images)
     if mix.box is None:
-        return torch.lerp(neighbours, images, mix.share), mix.share
+        mixed = torch.lerp(neighbours, images, mix.share)
+        return mixed, mix.share
+
     height, width = images.shape[2:]
     top, left, bottom, right = mix.box
-    rows = slice(int(top * height), int(bottom * height))
-    columns = slice(int(left * width), int(right * width))
+    first_row = int(top * height)
+    end_row = int(bottom * height)
+    first_column = int(left * width)
+    end_column = int(right * width)
+    rows = slice(first_row, end_row)
+    columns = slice(first_column, end_column)
+
     mixed = images.clone()
     mixed[:, :, rows, columns] = neighbours[:, :, rows, columns]
-    patch_area = (rows.stop - rows.start) * (columns.stop - columns.start)
-    return mixed, 1 - patch_area / (height * width)
+    patch_area = (end_row - first_row) * (end_column - first_column)
+    own_share = 1 - patch_area / (height * width)
+    return mixed, own_share
 
 
 def swap_neighbours(batch: torch.Tensor) -> torch.Tensor:
-    """Each row of [B, ...] in the place of its neighbour: rows 1, 0, 3, 2, ..."""
+    """Exchange neighbouring rows of [B, ...], B even: the result has rows 1, 0, 3, 2, ..."""
     pairs: torch.Tensor = batch.unflatten(0, (-1, 2))  # type: ignore[no-untyped-call]
-    return pairs.flip(1).flatten(0, 1)
+    swapped = pairs.flip(1)
+    return swapped.flatten(0, 1)

@@ -21,23 +21,42 @@ NewValues = tuple[Tensors, ...]
 """new weights, then new state, each with one tensor for each weight"""
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
-_DEFAULT_EPS = {"sgd": 0.0, "lars": 0.0, "lamb": 1e-6, "rmsprop": 1e-8, "adamw": 1e-8}
+_DEFAULT_EPS = {
+    "sgd": 0.0,
+    "lars": 0.0,
+    "lamb": 1e-6,
+    "rmsprop": 1e-8,
+    "adamw": 1e-8,
+}
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[Group]:
-    """The trained parameters in up to three groups, each with its weight decay.
+    """Divide the trained parameters into up to three groups, each with its own weight decay.
 
-    The groups are weights of convolutions and linear layers, norm layers, and biases of the other
-    layers. The type of the module and the dimension decide, never the name (`"bn" in name` misses a
-    norm called `downsample.1`). `adapt` marks the first group, the one that LARS and LAMB adapt.
-    Frozen parameters are in none. With `backbone_lr_scale`, backbone and head are separate groups.
+    The groups are:
+
+    1. weights of convolutions and linear layers, with `adapt=True`: LARS and LAMB adapt the
+       learning rate of this group only;
+    2. weights and biases of norm layers;
+    3. biases of all other layers.
+
+    The type of the module and the number of dimensions decide, not the name of the parameter:
+    `"bn" in name` would miss a norm called `downsample.1`. Frozen parameters (see `weights.freeze`)
+    are in no group. With `backbone_lr_scale`, backbone and head are separate groups.
+
+    Args:
+        model: The network; its parameters are not changed.
+        config: The `optim` section of the config.
+
+    Returns:
+        The groups that have at least one parameter, in the order above.
     """
     weights: list[nn.Parameter] = []
     norms: list[nn.Parameter] = []
     biases: list[nn.Parameter] = []
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            if not parameter.requires_grad:  # see weights.freeze
+            if not parameter.requires_grad:
                 continue
             if isinstance(module, _NORMS):
                 norms.append(parameter)
@@ -45,36 +64,60 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[Group]:
                 biases.append(parameter)
             else:
                 weights.append(parameter)
-    groups = [
-        _group(weights, config.weight_decay, config, adapt=True),
-        _group(norms, config.norm_weight_decay, config),
-        _group(biases, config.bias_weight_decay, config),
-    ]
-    groups = [group for group in groups if group["params"]]
+
+    groups: list[Group] = []
+    if weights:
+        groups.append(_group(weights, config.weight_decay, config, adapt=True))
+    if norms:
+        groups.append(_group(norms, config.norm_weight_decay, config))
+    if biases:
+        groups.append(_group(biases, config.bias_weight_decay, config))
     if config.backbone_lr_scale != 1.0:
         groups = split_head(groups, model, config.backbone_lr_scale)
     return groups
 
 
 def _group(
-    parameters: list[nn.Parameter], decay: float | None, config: OptimConfig, adapt: bool = False
+    parameters: list[nn.Parameter],
+    decay: float | None,
+    config: OptimConfig,
+    adapt: bool = False,
 ) -> Group:
-    weight_decay = config.weight_decay if decay is None else decay
-    return {"params": parameters, "adapt": adapt, "weight_decay": weight_decay}
+    """Build one group; a `decay` of None means the general `config.weight_decay`."""
+    if decay is None:
+        decay = config.weight_decay
+    return {
+        "params": parameters,
+        "adapt": adapt,
+        "weight_decay": decay,
+    }
 
 
 def split_head(groups: list[Group], model: nn.Module, backbone_lr_scale: float) -> list[Group]:
-    """Split each group into backbone and head.
+    """Split each group into a backbone part and a head part.
 
-    `lr_scale` of a group is the factor on the learning rate of each step.
+    Args:
+        groups: Parameter groups of `model`.
+        model: The network; `head_modules` says which of its modules are the head.
+        backbone_lr_scale: Factor on the learning rate of the backbone.
+
+    Returns:
+        Groups with the additional key `lr_scale`, the factor on the learning rate of each step: 1
+        for the head, `backbone_lr_scale` for the backbone. Empty parts are left out.
     """
-    head = {
-        parameter for module in head_modules(model).values() for parameter in module.parameters()
-    }
+    head: set[nn.Parameter] = set()
+    for module in head_modules(model).values():
+        head.update(module.parameters())
+
     split = []
     for group in groups:
-        of_backbone = [parameter for parameter in group["params"] if parameter not in head]
-        of_head = [parameter for parameter in group["params"] if parameter in head]
+        of_backbone = []
+        of_head = []
+        for parameter in group["params"]:
+            if parameter in head:
+                of_head.append(parameter)
+            else:
+                of_backbone.append(parameter)
         if of_backbone:
             split.append({**group, "params": of_backbone, "lr_scale": backbone_lr_scale})
         if of_head:
@@ -94,16 +137,24 @@ class Law:
 
 
 class GuardedOptimizer(torch.optim.Optimizer):
-    """An update law, with its state from the start and the guard of torch's fused optimizers.
+    """Apply an update law, and skip updates whose gradient is not finite.
 
-    An update whose `found_inf` (a scalar on the device, set by the training loop or by GradScaler)
-    is not zero changes neither weights nor state. A parameter without a gradient is left out.
+    It follows the protocol of torch's fused optimizers: an update whose `found_inf` (a scalar on
+    the device, set by the training loop or by GradScaler) is not zero changes neither weights nor
+    state, and the host does not wait for that decision. The state exists from the start. A
+    parameter without a gradient is left out of the update.
+
+    Args:
+        groups: Parameter groups, see `parameter_groups`.
+        law: The update law and its initial state.
+        **settings: Settings that the law reads from each group, such as `momentum` and `eps`.
     """
 
     def __init__(self, groups: list[Group], law: Law, **settings: Any) -> None:
         # To torch, "fused" means that found_inf is honoured here, and that `step` is on the device.
-        super().__init__(groups, {"lr": 0.0, "fused": True, **settings})
-        # GradScaler then hands found_inf over, and does not wait for it.
+        defaults = {"lr": 0.0, "fused": True, **settings}
+        super().__init__(groups, defaults)
+        # GradScaler then passes found_inf to this optimizer, and does not wait for it.
         self._step_supports_amp_scaling = True
         self.law = law
         for group in self.param_groups:
@@ -111,6 +162,7 @@ class GuardedOptimizer(torch.optim.Optimizer):
                 self.state[parameter] = self._initial_state(parameter)
 
     def _initial_state(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Create the state tensors of one parameter, on its device."""
         state = {}
         for name, value in self.law.initial_state.items():
             if name == "step":
@@ -121,22 +173,31 @@ class GuardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        """Do one update; the gradients are unscaled already."""
-        assert getattr(self, "grad_scale", None) is None, "GradScaler.unscale_ comes before"
+        """Do one update. The gradients must be unscaled already."""
+        assert getattr(self, "grad_scale", None) is None, "call GradScaler.unscale_ before step"
         for group in self.param_groups:
-            weights = tuple(weight for weight in group["params"] if weight.grad is not None)
+            weights = []
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    weights.append(weight)
             if weights:
-                self._update_group(group, weights)
+                self._update_group(group, tuple(weights))
 
     def _update_group(self, group: Group, weights: Tensors) -> None:
+        """Update the weights that have a gradient, and their state, unless `found_inf` is set."""
         gradients = tuple(weight.grad for weight in weights)
-        state = [
-            tuple(self.state[weight][name] for weight in weights) for name in self.law.initial_state
-        ]
+        state = []
+        for name in self.law.initial_state:
+            tensors = tuple(self.state[weight][name] for weight in weights)
+            state.append(tensors)
+
+        old_values = [weights, *state]
         new_values = self.law.update(group, weights, gradients, *state)
-        found_inf = getattr(self, "found_inf", torch.zeros((), device=weights[0].device))
+
+        no_inf = torch.zeros((), device=weights[0].device)
+        found_inf = getattr(self, "found_inf", no_inf)
         is_skipped = found_inf != 0
-        for old_tensors, new_tensors in zip([weights, *state], new_values, strict=True):
+        for old_tensors, new_tensors in zip(old_values, new_values, strict=True):
             for old, new in zip(old_tensors, new_tensors, strict=True):
                 torch.where(is_skipped, old, new, out=old)
 
@@ -153,17 +214,33 @@ def lars(group: Group, weights: Tensors, grads: Tensors, momentum_buffer: Tensor
     for ResNet-50 (lars_optimizer.py; its eps is 0, which its TensorFlow 2 version replaces by
     1e-7), with the learning rate inside v. timm and NVIDIA's LARC multiply by it outside, which is
     a different update while the learning rate changes.
+
+    Args:
+        group: Parameter group with `lr`, `weight_decay`, `momentum`, `trust_coefficient`, `eps`
+            and `adapt`.
+        weights: The weights w, of any shapes.
+        grads: The gradients g, one per weight.
+        momentum_buffer: The buffers v, one per weight.
+
+    Returns:
+        New weights, new momentum buffers.
     """
-    updates = torch._foreach_add(grads, weights, alpha=group["weight_decay"])
+    lr = group["lr"]
+    weight_decay = group["weight_decay"]
+    updates = torch._foreach_add(grads, weights, alpha=weight_decay)
     if group["adapt"]:
-        weight_norms, grad_norms = _norms(weights), _norms(grads)
-        denominators = grad_norms + group["weight_decay"] * weight_norms + group["eps"]
+        weight_norms = _norms(weights)
+        grad_norms = _norms(grads)
+        denominators = grad_norms + weight_decay * weight_norms + group["eps"]
         local = group["trust_coefficient"] * weight_norms / denominators
         is_defined = (weight_norms > 0) & (grad_norms > 0)
-        updates = _scale_each(updates, torch.where(is_defined, local, 1.0))
+        factors = torch.where(is_defined, local, 1.0)
+        updates = _scale_each(updates, factors)
+
     buffers = torch._foreach_mul(momentum_buffer, group["momentum"])
-    torch._foreach_add_(buffers, updates, alpha=group["lr"])
-    return torch._foreach_sub(weights, buffers), buffers
+    torch._foreach_add_(buffers, updates, alpha=lr)
+    new_weights = torch._foreach_sub(weights, buffers)
+    return new_weights, buffers
 
 
 def lamb(
@@ -181,13 +258,25 @@ def lamb(
         w <- w - lr * |w| / |u| * u
 
     The ratio is 1 where a norm is 0, and for norm layers and biases (NVIDIA's FusedLAMB and timm
-    exempt what has no weight decay, which is the same in their recipes). It is not clamped, as the
-    paper's phi is the identity there too. Those two also clip the norm of the gradient at 1: here
-    `train.clip_grad_norm 1` does that.
+    exempt parameters without weight decay, which is the same in their recipes). It is not clamped,
+    since the paper's phi is the identity there too. FusedLAMB and timm also clip the norm of the
+    gradient at 1: here `train.clip_grad_norm 1` does that.
+
+    Args:
+        group: Parameter group with `lr`, `weight_decay`, `betas`, `eps` and `adapt`.
+        weights: The weights w, of any shapes.
+        grads: The gradients, one per weight.
+        exp_avg: Running averages m of the gradient, one per weight.
+        exp_avg_sq: Running averages v of the squared gradient, one per weight.
+        step: Number of updates so far, one scalar per weight.
+
+    Returns:
+        New weights, averages, averages of squares and steps.
     """
     beta1, beta2 = group["betas"]
     steps = torch._foreach_add(step, 1)
-    count = torch.stack(list(steps)).double()  # 1 - beta2^t cancels in single precision
+    # In double precision: 1 - beta2^t cancels in single precision.
+    count = torch.stack(list(steps)).double()
     dtype = weights[0].dtype
     correction1 = (1 - beta1**count).to(dtype).unbind()
     correction2 = (1 - beta2**count).to(dtype).unbind()
@@ -196,22 +285,31 @@ def lamb(
     squares = torch._foreach_mul(exp_avg_sq, beta2)
     torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
 
-    roots = torch._foreach_sqrt(torch._foreach_div(squares, correction2))
+    corrected_averages = torch._foreach_div(averages, correction1)
+    corrected_squares = torch._foreach_div(squares, correction2)
+    roots = torch._foreach_sqrt(corrected_squares)
     denominators = torch._foreach_add(roots, group["eps"])
-    updates = torch._foreach_div(torch._foreach_div(averages, correction1), denominators)
+    updates = torch._foreach_div(corrected_averages, denominators)
     torch._foreach_add_(updates, weights, alpha=group["weight_decay"])
+
     if group["adapt"]:
-        weight_norms, update_norms = _norms(weights), _norms(updates)
+        weight_norms = _norms(weights)
+        update_norms = _norms(updates)
         is_defined = (weight_norms > 0) & (update_norms > 0)
         ratios = torch.where(is_defined, weight_norms / update_norms, 1.0)
         updates = _scale_each(updates, ratios)
-    return torch._foreach_add(weights, updates, alpha=-group["lr"]), averages, squares, steps
+    new_weights = torch._foreach_add(weights, updates, alpha=-group["lr"])
+    return new_weights, averages, squares, steps
 
 
 def rmsprop(
-    group: Group, weights: Tensors, grads: Tensors, square_avg: Tensors, momentum_buffer: Tensors
+    group: Group,
+    weights: Tensors,
+    grads: Tensors,
+    square_avg: Tensors,
+    momentum_buffer: Tensors,
 ) -> NewValues:
-    """RMSprop (Tieleman and Hinton 2012) as TensorFlow has it, with which Inception v3 and
+    """RMSprop (Tieleman and Hinton 2012) in TensorFlow's form, with which Inception v3 and
     EfficientNet were trained.
 
         g <- g + weight_decay * w
@@ -219,43 +317,76 @@ def rmsprop(
         b <- momentum * b + lr * g / sqrt(s + eps)
         w <- w - b
 
-    torch's differs: s starts at 0 (a first step of lr / sqrt(1 - alpha) for every weight), eps is
-    outside the root (the recipes' 1e-3 and 1.0 would mean something else), and lr is outside b.
+    torch's form differs: s starts at 0 (a first step of lr / sqrt(1 - alpha) for every weight), eps
+    is outside the root (the recipes' 1e-3 and 1.0 would mean something else), and lr is outside b.
+
+    Args:
+        group: Parameter group with `lr`, `weight_decay`, `alpha`, `momentum` and `eps`.
+        weights: The weights w, of any shapes.
+        grads: The gradients g, one per weight.
+        square_avg: Running averages s of the squared gradient, one per weight.
+        momentum_buffer: The buffers b, one per weight.
+
+    Returns:
+        New weights, averages of squares and momentum buffers.
     """
+    alpha = group["alpha"]
     grads = torch._foreach_add(grads, weights, alpha=group["weight_decay"])
-    squares = torch._foreach_mul(square_avg, group["alpha"])
-    torch._foreach_addcmul_(squares, grads, grads, value=1 - group["alpha"])
-    roots = torch._foreach_sqrt(torch._foreach_add(squares, group["eps"]))
+
+    squares = torch._foreach_mul(square_avg, alpha)
+    torch._foreach_addcmul_(squares, grads, grads, value=1 - alpha)
+    shifted_squares = torch._foreach_add(squares, group["eps"])
+    roots = torch._foreach_sqrt(shifted_squares)
+
     buffers = torch._foreach_mul(momentum_buffer, group["momentum"])
     torch._foreach_addcdiv_(buffers, grads, roots, value=group["lr"])
-    return torch._foreach_sub(weights, buffers), squares, buffers
+    new_weights = torch._foreach_sub(weights, buffers)
+    return new_weights, squares, buffers
 
 
 _LAWS = {
-    "lars": Law(lars, {"momentum_buffer": 0.0}),
-    "lamb": Law(lamb, {"exp_avg": 0.0, "exp_avg_sq": 0.0, "step": 0.0}),
-    "rmsprop": Law(rmsprop, {"square_avg": 1.0, "momentum_buffer": 0.0}),
+    "lars": Law(
+        update=lars,
+        initial_state={"momentum_buffer": 0.0},
+    ),
+    "lamb": Law(
+        update=lamb,
+        initial_state={"exp_avg": 0.0, "exp_avg_sq": 0.0, "step": 0.0},
+    ),
+    "rmsprop": Law(
+        update=rmsprop,
+        initial_state={"square_avg": 1.0, "momentum_buffer": 0.0},
+    ),
 }
 
 
 def _norms(tensors: Tensors) -> torch.Tensor:
-    """The L2 norm of each tensor."""
-    return torch.stack(list(torch._foreach_norm(tensors)))
+    """The L2 norm of each of n tensors, as one tensor [n]."""
+    norms = torch._foreach_norm(tensors)
+    return torch.stack(list(norms))
 
 
 def _scale_each(tensors: Tensors, factors: torch.Tensor) -> Tensors:
-    """Each tensor times its factor."""
+    """Multiply the i-th of n tensors by `factors[i]`; `factors` is [n]."""
     return torch._foreach_mul(tensors, factors.unbind())
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer that `config.kind` names, fused where torch has that.
+    """Build the optimizer that `config.kind` names, fused where torch has a fused kernel.
 
-    The training loop sets the learning rate at each step.
+    The learning rate starts at 0: the training loop sets it at each step.
+
+    Args:
+        config: The `optim` section of the config.
+        model: The network, on its final device.
     """
     groups = parameter_groups(model, config)
-    is_fused = next(model.parameters()).device.type in ("cuda", "cpu")
-    eps = _DEFAULT_EPS[config.kind] if config.eps is None else config.eps
+    device = next(model.parameters()).device
+    is_fused = device.type in ("cuda", "cpu")
+    eps = config.eps
+    if eps is None:
+        eps = _DEFAULT_EPS[config.kind]
+
     if config.kind in _LAWS:
         return GuardedOptimizer(
             groups,
@@ -267,9 +398,19 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
             eps=eps,
         )
     if config.kind == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=eps, fused=is_fused)
+        return torch.optim.AdamW(
+            groups,
+            lr=0.0,
+            betas=config.betas,
+            eps=eps,
+            fused=is_fused,
+        )
     sgd = torch.optim.SGD(
-        groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov, fused=is_fused
+        groups,
+        lr=0.0,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        fused=is_fused,
     )
     if config.momentum:
         create_momentum_buffers(sgd)

@@ -21,7 +21,12 @@ class TrainPlan:
 
 
 def build_plan(config: Config, steps_per_epoch: int) -> TrainPlan:
-    """The plan of a run whose epochs have `steps_per_epoch` steps."""
+    """Convert the durations of a config to steps.
+
+    Args:
+        config: The config of the run; its durations are in epochs.
+        steps_per_epoch: Number of updates of one epoch.
+    """
     train = config.train
     return TrainPlan(
         total_steps=max(1, epochs_to_steps(train.epochs, steps_per_epoch)),
@@ -44,9 +49,41 @@ def _interval(epochs: float, steps_per_epoch: int) -> int:
 
 
 def is_due(step: int, interval: int, total_steps: int) -> bool:
-    """Whether something that happens every `interval` steps (0 = never) and at the end is due after
-    `step` updates.
+    """Whether something is due after `step` updates.
+
+    Args:
+        step: Number of updates done.
+        interval: Steps from one time to the next; 0 = at the end only.
+        total_steps: Number of updates of the run, after which everything is due.
     """
     if step == total_steps:
         return True
     return step > 0 and interval > 0 and step % interval == 0
+
+
+@dataclass(frozen=True)
+class Due:
+    """What is due at the present step."""
+
+    log: bool
+    evaluation: bool
+    checkpoint: bool
+
+    @staticmethod
+    def at(step: int, plan: TrainPlan) -> "Due":
+        """What is due after `step` updates."""
+        total_steps = plan.total_steps
+        saves = False
+        for interval in plan.checkpoint_interval_steps:
+            if is_due(step, interval, total_steps):
+                saves = True
+        return Due(
+            log=is_due(step, plan.log_interval_steps, total_steps),
+            evaluation=is_due(step, plan.eval_interval_steps, total_steps),
+            checkpoint=saves,
+        )
+
+    @property
+    def any(self) -> bool:
+        """Whether the loop waits for the device at this step anyway."""
+        return self.log or self.evaluation or self.checkpoint

@@ -48,7 +48,10 @@ def always_stop(signal: int) -> bool:
 def train(config: Config, runtime: Runtime, should_continue: ShouldContinue = always_stop) -> int:
     """Train one run; every rank calls it.
 
-    `should_continue` is asked in the main process after a signal and its checkpoint.
+    Args:
+        config: The config of the run.
+        runtime: The ranks and the device of this one.
+        should_continue: Asked in the main process after a signal and its checkpoint.
 
     Returns:
         The exit code: 0, 128 + signal after a checkpoint, or that of `report_failure`.
@@ -66,7 +69,15 @@ def train(config: Config, runtime: Runtime, should_continue: ShouldContinue = al
 def build_and_train(
     config: Config, runtime: Runtime, log: Log, should_continue: ShouldContinue
 ) -> int:
-    """Build the parts of a run and train; returns 0, or 128 + signal after a checkpoint."""
+    """Build the parts of a run and train.
+
+    Returns:
+        0, or 128 + signal after a checkpoint.
+
+    Raises:
+        ValueError: If the config does not fit the data, the ranks or the checkpoint.
+        FloatingPointError: If too many updates in a row were not finite.
+    """
     # 1. Settings that depend on the machine and on the checkpoint.
     start = find_start(config, runtime, log)
     config = resolve_settings(config, runtime.device, start.saved_config)
@@ -78,7 +89,8 @@ def build_and_train(
     # 2. Data.
     train_loader, val_loader = build_loaders(config, runtime)
     num_classes = check_num_classes(config.model.num_classes, len(train_loader.class_names))
-    config = replace(config, model=replace(config.model, num_classes=num_classes))
+    model_config = replace(config.model, num_classes=num_classes)
+    config = replace(config, model=model_config)
 
     # 3. Network and state. A start that is refused changes nothing on disk.
     state = build_state(config, num_classes, runtime.device)
@@ -100,35 +112,76 @@ def build_and_train(
     )
     engine.warm_up_ddp(parts.model, config.data.train_crop_size, parts.rule.precision)
     start_log(log, parts, saver)
-    log.say(
+    log.say(describe_start(config, parts, layout, origin))
+    report_jpeg_decoder(config, runtime, log)
+
+    # 5. Training.
+    ended_by = train_and_summarize(config, parts, should_continue, log, saver, runtime)
+    if saver.failure:
+        raise ValueError(saver.failure)
+    if ended_by:
+        return 128 + ended_by
+    return 0
+
+
+def describe_start(config: Config, parts: Training, layout: str, origin: str) -> str:
+    """What is printed before the first update.
+
+    Args:
+        config: The resolved config.
+        parts: The parts of the run.
+        layout: How the global batch is divided, in words.
+        origin: Where the state comes from, in words.
+    """
+    plan = parts.plan
+    return (
         f"{summary_at_start(config, parts)}\n"
         f"{layout}, {parts.rule.precision.name}, peak lr {parts.schedule.peak_lr:g}, "
-        f"{plan.total_steps} steps of {plan.steps_per_epoch} per epoch; step {state.step}, {origin}"
+        f"{plan.total_steps} steps of {plan.steps_per_epoch} per epoch; step {parts.state.step}, "
+        f"{origin}"
     )
-    report_jpeg_decoder(config, runtime, log)
-    services = Services(runtime, saver, log, StopSignal(runtime.cpu_group, runtime.watchdog))
+
+
+def train_and_summarize(
+    config: Config,
+    parts: Training,
+    should_continue: ShouldContinue,
+    log: Log,
+    saver: Saver,
+    runtime: Runtime,
+) -> int:
+    """Run the training loop, then log the summary.
+
+    Returns:
+        0, or the signal that ended training.
+
+    Raises:
+        FloatingPointError: If too many updates in a row were not finite.
+    """
+    stop_signal = StopSignal(runtime.cpu_group, runtime.watchdog)
+    services = Services(runtime, saver, log, stop_signal)
     try:
         ended_by = run_loop(parts, services, should_continue)
         log.summary(summary_at_end(config, parts, services))
     except TooManyNonFiniteError as problem:
-        write_replay(problem, Path(config.output_dir), train_loader, parts.schedule, runtime)
+        folder = Path(config.output_dir)
+        write_replay(problem, folder, parts.train_loader, parts.schedule, runtime)
         raise FloatingPointError(
             f"{problem}; nonfinite.json in output_dir names their images"
         ) from problem
     finally:
-        services.stop_signal.close()
-    if saver.failure:
-        raise ValueError(saver.failure)
-    return 128 + ended_by if ended_by else 0
+        stop_signal.close()
+    return ended_by
 
 
 def start_log(log: Log, parts: Training, saver: Saver) -> None:
     """Let the log continue where the state is, as long as no other process claims the folder."""
     state = parts.state
+    is_evaluated = state.evaluated_step == state.step
     log.start(
         state.step,
         parts.plan.total_steps,
-        evaluated=state.evaluated_step == state.step,
+        evaluated=is_evaluated,
         check_claim=saver.check_claim,
     )
 
@@ -136,12 +189,15 @@ def start_log(log: Log, parts: Training, saver: Saver) -> None:
 def run_loop(parts: Training, services: Services, should_continue: ShouldContinue) -> int:
     """Train until the end, or until a signal after which training does not continue.
 
-    Returns 0 or that signal, once the last checkpoint is written and the loaders are closed.
+    Returns:
+        0 or that signal, once the last checkpoint is written and the loaders are closed.
     """
     runtime = services.runtime
     while True:
         ended_by = engine.train_loop(parts, services)
-        if not ended_by or not ask_main(should_continue, ended_by, runtime):
+        if not ended_by:
+            break
+        if not ask_main(should_continue, ended_by, runtime):
             break
         services.stop_signal.forget()
     services.stop_signal.finish()
@@ -156,32 +212,40 @@ def run_loop(parts: Training, services: Services, should_continue: ShouldContinu
 
 
 def ask_main(should_continue: ShouldContinue, signal: int, runtime: Runtime) -> bool:
-    """The answer of the main process, on every rank."""
-    return bool(runtime.on_main(lambda: should_continue(signal)))
+    """Ask the main process whether to continue after `signal`; every rank gets its answer."""
+    answer = runtime.on_main(lambda: should_continue(signal))
+    return bool(answer)
 
 
 def warn_about_settings(config: Config, runtime: Runtime, log: Log) -> None:
     """Warn about settings that work, but probably not as the user expects."""
-    for remark in remarks(config, runtime.device.type, has_fast_bf16(runtime.device)):
+    device = runtime.device
+    for remark in remarks(config, device.type, has_fast_bf16(device)):
         log.warn(remark)
     for remark in recipe_mismatch(config, runtime.world_size):
         log.warn(remark)
 
 
 def check_and_describe_layout(config: Config, runtime: Runtime) -> str:
-    """How the global batch is divided, in words; raises ValueError if it does not divide."""
+    """How the global batch is divided over ranks and micro-steps, in words.
+
+    Raises:
+        ValueError: If the global batch size cannot be divided evenly.
+    """
     train = config.train
+    world_size = runtime.world_size
+    mixes_pairs = config.augment.mixup_alpha > 0 or config.augment.cutmix_alpha > 0
     local_batch_size = check_layout(
         train.global_batch_size,
-        runtime.world_size,
+        world_size,
         train.grad_accum_steps,
-        pairs=config.augment.mixup_alpha > 0 or config.augment.cutmix_alpha > 0,
+        pairs=mixes_pairs,
     )
     # SyncBatchNorm takes the batches of all ranks as equal, without asking again.
     total = runtime.sum_integer(local_batch_size)
-    assert total == runtime.world_size * local_batch_size, "ranks differ in their local batch size"
+    assert total == world_size * local_batch_size, "ranks differ in their local batch size"
     return (
-        f"batch {train.global_batch_size} = {runtime.world_size} {runtime.device.type} ranks * "
+        f"batch {train.global_batch_size} = {world_size} {runtime.device.type} ranks * "
         f"{train.grad_accum_steps} micro-steps * {local_batch_size}"
     )
 
@@ -201,16 +265,26 @@ def build_update_rule(config: Config, device: torch.device) -> UpdateRule:
 
 
 def build_run_schedule(config: Config, plan: TrainPlan) -> Schedule:
-    """The learning rate of each step."""
+    """The learning rate of each step, with the peak scaled to the global batch size."""
     optim = config.optim
-    peak = peak_lr(optim.base_lr, optim.base_batch_size, config.train.global_batch_size)
-    return build_schedule(config.schedule, peak, plan.steps_per_epoch, plan.total_steps)
+    peak = peak_lr(
+        optim.base_lr,
+        optim.base_batch_size,
+        config.train.global_batch_size,
+    )
+    return build_schedule(
+        config.schedule,
+        peak,
+        plan.steps_per_epoch,
+        plan.total_steps,
+    )
 
 
 def build_saver(config: Config, train_loader: TrainLoader, runtime: Runtime, log: Log) -> Saver:
-    """What writes the checkpoints, and what they say of their run.
+    """Build the object that writes the checkpoints.
 
-    That is enough to build the run again, and to refuse a checkpoint of a different one.
+    The description in each checkpoint is enough to build the run again, and to refuse a checkpoint
+    of a different one.
     """
     description: dict[str, Any] = {
         "config": to_dict(config),
@@ -218,20 +292,28 @@ def build_saver(config: Config, train_loader: TrainLoader, runtime: Runtime, log
         "fingerprint": train_loader.fingerprint,
         "class_names": list(train_loader.class_names),
     }
-    folder = checkpoint_folder(config)
-    return Saver(folder, config.checkpoint.keep, description, log.warn, runtime.is_main)
+    return Saver(
+        checkpoint_folder(config),
+        config.checkpoint.keep,
+        description,
+        log.warn,
+        runtime.is_main,
+    )
 
 
 def write_config(config: Config) -> None:
     """Write the resolved config as `config.yaml` in output_dir, for `--config` to read."""
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+    text = yaml.safe_dump(to_dict(config), sort_keys=False)
+    write_file(folder / "config.yaml", text)
 
 
 def report_jpeg_decoder(config: Config, runtime: Runtime, log: Log) -> None:
     """On a GPU, say which decoder serves JPEG files: a fallback to the CPU would go unnoticed."""
-    if runtime.device.type != "cuda" or config.data.kind == "synthetic" or not runtime.is_main:
+    if not runtime.is_main or runtime.device.type != "cuda":
+        return
+    if config.data.kind == "synthetic":
         return
     level, text = describe_jpeg_decoder(runtime.device)
     if level == "ok":

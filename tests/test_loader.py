@@ -481,7 +481,7 @@ def test_a_batch_is_handed_over_to_the_stream_of_the_caller(monkeypatch):
     batch = Batch(Tensor("images"), Tensor("labels"), np.arange(3), (Tensor("view"),))
 
     def made():
-        yield loader_module._ReadyBatch(batch, "event")
+        yield loader_module.ReadyBatch(batch, "event")
 
-    assert list(loader_module._receive(made())) == [batch]
+    assert list(loader_module.receive(made())) == [batch]
     assert calls == [("wait", "event"), *((name, stream) for name in ("images", "labels", "view"))]

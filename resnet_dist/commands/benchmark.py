@@ -63,17 +63,29 @@ class FigureLog(Log):
 
 
 def measure_training(config: Config, runtime: Runtime, options: argparse.Namespace) -> int:
-    """Build a run, alternate the two loops in `options.windows` windows, and print the medians.
+    """Build a run, alternate the two loops, and print the medians over all windows.
 
     A window is `options.steps` steps long, after a quarter as many steps that do not count.
+
+    Args:
+        config: The config of the run.
+        runtime: The ranks and the device of this one.
+        options: `windows`, `steps` and `json` of the command line.
+
+    Returns:
+        The exit code, 0.
     """
+    train = config.train
     local_batch_size = check_layout(
-        config.train.global_batch_size, runtime.world_size, config.train.grad_accum_steps
+        train.global_batch_size,
+        runtime.world_size,
+        train.grad_accum_steps,
     )
-    set_arithmetic(config.train, runtime.device)
+    set_arithmetic(train, runtime.device)
     interval = max(1, options.steps // 4)
     parts = build_training(config, runtime, interval)
-    batch = next(iter(parts.train_loader.batches(0, 1)))
+    batches = iter(parts.train_loader.batches(0, 1))
+    batch = next(batches)
     windows = []
     for _ in range(options.windows):
         bare = run_bare_loop(parts, batch, interval, runtime)
@@ -81,7 +93,8 @@ def measure_training(config: Config, runtime: Runtime, options: argparse.Namespa
         windows.append(compare_speeds(whole, bare))
     parts.train_loader.close()
     if runtime.is_main:
-        print_result(describe_result(config, runtime, local_batch_size, windows), options.json)
+        result = describe_result(config, runtime, local_batch_size, windows)
+        print_result(result, options.json)
     return 0
 
 
@@ -128,10 +141,20 @@ class NoValLoader:
 
 
 def run_whole_loop(parts: Training, interval: int, config: Config, runtime: Runtime) -> Speed:
-    """`engine.train_loop` for five intervals, the first of which does not count."""
+    """Measure `engine.train_loop` for five intervals, the first of which does not count.
+
+    Args:
+        parts: The parts of the run.
+        interval: Steps of an interval, at whose end the loop logs.
+        config: The config of the run.
+        runtime: The ranks and the device of this one.
+    """
     state = parts.state
     end = state.step + 5 * interval
-    state.evaluated_step = end  # so that the end is not evaluated
+    plan = replace(parts.plan, total_steps=end)
+    parts = replace(parts, plan=plan)
+    # So that the end is not evaluated.
+    state.evaluated_step = end
     log = FigureLog(config)
     services = Services(
         runtime=runtime,
@@ -140,38 +163,53 @@ def run_whole_loop(parts: Training, interval: int, config: Config, runtime: Runt
         stop_signal=StopSignal(runtime.cpu_group, runtime.watchdog),
     )
     cpu_start = time.process_time()
-    engine.train_loop(replace(parts, plan=replace(parts.plan, total_steps=end)), services)
+    engine.train_loop(parts, services)
     services.stop_signal.finish()
     services.stop_signal.close()
     # Of all five intervals: the loader works ahead, and what it does early must not be left out.
     cpu_seconds = time.process_time() - cpu_start
-    local_images = 5 * interval * parts.rule.global_batch_size / runtime.world_size
+    global_batch_size = parts.rule.global_batch_size
+    local_images = 5 * interval * global_batch_size / runtime.world_size
 
-    step_seconds = statistics.mean(line["train/step_seconds"] for line in log.lines[1:])
-    data_wait = statistics.mean(line["train/data_wait_fraction"] for line in log.lines[1:])
+    step_seconds = []
+    data_waits = []
+    for line in log.lines[1:]:
+        step_seconds.append(line["train/step_seconds"])
+        data_waits.append(line["train/data_wait_fraction"])
     return Speed(
-        images_per_second=parts.rule.global_batch_size / step_seconds,
+        images_per_second=global_batch_size / statistics.mean(step_seconds),
         cpu_seconds_per_image=cpu_seconds / local_images,
-        data_wait_fraction=data_wait,
+        data_wait_fraction=statistics.mean(data_waits),
     )
 
 
 def run_bare_loop(parts: Training, batch: Batch, interval: int, runtime: Runtime) -> Speed:
-    """Forward, backward and update on one batch, for five intervals; the first does not count."""
+    """Measure forward, backward and update on one batch for five intervals.
+
+    The first interval does not count.
+
+    Args:
+        parts: The parts of the run.
+        batch: This rank's batch.
+        interval: Number of steps of an interval.
+        runtime: The ranks and the device of this one.
+    """
     optimizer: Any = parts.state.optimizer
     optimizer.found_inf = None
     for _ in range(interval):
-        bare_step(parts, batch).item()  # .item() waits for the device
+        loss = bare_step(parts, batch)
+        # This waits for the device.
+        loss.item()
     runtime.barrier()
+    num_steps = 4 * interval
     start = time.perf_counter()
     cpu_start = time.process_time()
-    loss = bare_step(parts, batch)
-    for _ in range(4 * interval - 1):
+    for _ in range(num_steps):
         loss = bare_step(parts, batch)
     loss.item()
     seconds = time.perf_counter() - start
     cpu_seconds = time.process_time() - cpu_start
-    local_images = 4 * interval * len(batch.labels)
+    local_images = num_steps * len(batch.labels)
     return Speed(
         images_per_second=local_images * runtime.world_size / seconds,
         cpu_seconds_per_image=cpu_seconds / local_images,
@@ -179,10 +217,11 @@ def run_bare_loop(parts: Training, batch: Batch, interval: int, runtime: Runtime
 
 
 def bare_step(parts: Training, batch: Batch) -> torch.Tensor:
-    """One update as a plain PyTorch script does it; returns the loss."""
+    """One update as a plain PyTorch script does it; returns the loss, a scalar."""
     optimizer = parts.state.optimizer
     with parts.rule.precision.autocast():
-        logits = engine.all_logits(parts.model(batch.images))[0]
+        outputs = parts.model(batch.images)
+        logits = engine.all_logits(outputs)[0]
     loss = F.cross_entropy(logits.float(), batch.labels)
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
@@ -192,13 +231,15 @@ def bare_step(parts: Training, batch: Batch) -> torch.Tensor:
 
 def compare_speeds(whole: Speed, bare: Speed) -> dict[str, float]:
     """The figures of one window."""
+    ratio = whole.images_per_second / bare.images_per_second
+    cpu_ratio = bare.cpu_seconds_per_image / whole.cpu_seconds_per_image
     return {
         "whole_images_per_second": whole.images_per_second,
         "bare_images_per_second": bare.images_per_second,
-        "ratio": whole.images_per_second / bare.images_per_second,
+        "ratio": ratio,
         "cpu_ms_per_image_whole": 1e3 * whole.cpu_seconds_per_image,
         "cpu_ms_per_image_bare": 1e3 * bare.cpu_seconds_per_image,
-        "cpu_ratio": bare.cpu_seconds_per_image / whole.cpu_seconds_per_image,
+        "cpu_ratio": cpu_ratio,
         "data_wait_fraction": whole.data_wait_fraction,
     }
 
@@ -206,9 +247,21 @@ def compare_speeds(whole: Speed, bare: Speed) -> dict[str, float]:
 def describe_result(
     config: Config, runtime: Runtime, local_batch_size: int, windows: list[dict[str, float]]
 ) -> dict[str, Any]:
-    """What was measured, and the medians over the windows."""
-    ratios = [window["ratio"] for window in windows]
-    medians = {name: statistics.median(window[name] for window in windows) for name in windows[0]}
+    """What was measured, and the medians over the windows.
+
+    Args:
+        config: The config of the run.
+        runtime: The ranks and the device of this one.
+        local_batch_size: Images of one micro-batch of one rank.
+        windows: The figures of each window, see `compare_speeds`.
+    """
+    ratios = []
+    for window in windows:
+        ratios.append(window["ratio"])
+    medians = {}
+    for name in windows[0]:
+        values = [window[name] for window in windows]
+        medians[name] = statistics.median(values)
     return {
         "model": config.model.name,
         "crop": config.data.train_crop_size,
@@ -225,10 +278,13 @@ def describe_result(
 
 
 def peak_memory_gib(runtime: Runtime) -> float:
-    """The most memory that this process has used: of its GPU, or of the machine on the CPU."""
+    """The most memory that this process has used, in GiB: GPU memory, or on the CPU main memory."""
     if runtime.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        num_bytes = torch.cuda.max_memory_allocated()
+        return num_bytes / 2**30
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    # Linux counts it in KiB.
+    return usage.ru_maxrss / 2**20
 
 
 _TEXT = """\
@@ -245,4 +301,7 @@ medians of {windows} windows:
 
 def print_result(result: dict[str, Any], as_json: bool) -> None:
     """Print the result as text, or as one line of JSON."""
-    print(json.dumps(result) if as_json else _TEXT.format(**result))
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print(_TEXT.format(**result))

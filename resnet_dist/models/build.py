@@ -12,38 +12,58 @@ from resnet_dist.config import ModelConfig
 from resnet_dist.models.resnet import FAMILY, Options, ResNet
 from resnet_dist.models.zoo import ZOO
 
-MODELS: dict[str, Callable[..., nn.Module]] = {
-    name: partial(ResNet, block, depths, **options)
-    for name, (block, depths, options) in FAMILY.items()
-} | {name: entry.make for name, entry in ZOO.items()}
+
+def _models() -> dict[str, Callable[..., nn.Module]]:
+    """The networks of the ResNet family, then those of the zoo."""
+    models: dict[str, Callable[..., nn.Module]] = {}
+    for name, (block, depths, options) in FAMILY.items():
+        models[name] = partial(ResNet, block, depths, **options)
+    for name, entry in ZOO.items():
+        models[name] = entry.make
+    return models
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = _models()
 """Every network by name, as a function of `num_classes`"""
 
 
 def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
-    """The network that `config` names, initialised, on the current default device.
+    """Build the network that `config` names, initialised, on the current default device.
 
-    The network takes images [B, 3, H, W] and returns logits [B, num_classes]. Options of `config`
-    that are false, 0 or "default" leave what belongs to the name. Raises ValueError for an unknown
-    name, for options that the network does not have, and for fewer than 1 class.
+    Args:
+        config: The `model` section of the config. Options that are false, 0 or "default" leave the
+            network as its name says.
+        num_classes: Number of logits.
+
+    Returns:
+        A network from images [B, 3, H, W] to logits [B, num_classes].
+
+    Raises:
+        ValueError: For an unknown name, for options that the network does not have, and for fewer
+            than 1 class.
     """
-    if config.name not in MODELS:
-        close = difflib.get_close_matches(config.name, MODELS, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(close)}? " if close else ""
+    name = config.name
+    if name not in MODELS:
+        hint = ""
+        close = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.5)
+        if close:
+            hint = f"did you mean {', '.join(close)}? "
         raise ValueError(
-            f"model.name: there is no model {config.name!r}; {hint}`resnet-dist models` lists all "
-            "names"
+            f"model.name: there is no model {name!r}; {hint}`resnet-dist models` lists all names"
         )
     if num_classes < 1:
         raise ValueError(
             f"num_classes: {num_classes} is too small; a classifier needs at least 1 class"
         )
     options = chosen_options(config)
-    if options and config.name not in FAMILY:
+    if options and name not in FAMILY:
+        first_option = next(iter(options))
         raise ValueError(
-            f"model.{next(iter(options))} is set, but only the ResNet family has this option, and "
-            f"model.name is {config.name!r}; leave it out, or choose a ResNet"
+            f"model.{first_option} is set, but only the ResNet family has this option, and "
+            f"model.name is {name!r}; leave it out, or choose a ResNet"
         )
-    return MODELS[config.name](num_classes=num_classes, **options)
+    make = MODELS[name]
+    return make(num_classes=num_classes, **options)
 
 
 def chosen_options(config: ModelConfig) -> dict[str, Any]:

@@ -72,7 +72,8 @@ class BlurConv2d(nn.Conv2d):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         row = torch.tensor([0.25, 0.5, 0.25])
-        self.register_buffer("kernel", row[:, None] * row, persistent=False)
+        column = row[:, None]
+        self.register_buffer("kernel", column * row, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, out_channels, H / stride, W / stride]."""
@@ -88,18 +89,23 @@ class SqueezeExcitation(nn.Module):
 
     Hu et al. 2017, "Squeeze-and-Excitation Networks", equations 2 to 4, reduction 16. State-dict
     keys as timm's `se`.
+
+    Args:
+        channels: Number of channels C, at least 16.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.fc1 = nn.Conv2d(channels, channels // 16, 1)
-        self.fc2 = nn.Conv2d(channels // 16, channels, 1)
+        hidden_channels = channels // 16
+        self.fc1 = nn.Conv2d(channels, hidden_channels, 1)
+        self.fc2 = nn.Conv2d(hidden_channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
         means = x.mean((2, 3), keepdim=True)
         hidden = torch.relu(self.fc1(means))
-        return x * torch.sigmoid(self.fc2(hidden))
+        weights = torch.sigmoid(self.fc2(hidden))
+        return x * weights
 
 
 class NoShortcut(nn.Module):
@@ -118,13 +124,29 @@ def conv(
     groups: int = 1,
     blur: bool = False,
 ) -> nn.Conv2d:
-    """A convolution that keeps the size at stride 1.
+    """A convolution that keeps height and width at stride 1.
 
-    It has no bias, since a norm follows that would cancel it.
+    It has no bias: the norm that follows would cancel it.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel: Side of the kernel in pixels, odd.
+        stride: Stride of the convolution.
+        groups: Number of groups of channels.
+        blur: Whether a convolution with a stride above 1 blurs its input first, see `BlurConv2d`.
     """
-    conv_type = BlurConv2d if blur and stride > 1 else nn.Conv2d
+    conv_type = nn.Conv2d
+    if blur and stride > 1:
+        conv_type = BlurConv2d
     return conv_type(
-        in_channels, out_channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False
+        in_channels,
+        out_channels,
+        kernel,
+        stride,
+        padding=kernel // 2,
+        groups=groups,
+        bias=False,
     )
 
 
@@ -140,6 +162,12 @@ def make_shortcut(
     - "C": as B, in every block;
     - "none": nothing is added.
 
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output of the block.
+        stride: Stride of the block.
+        options: Options of the network.
+
     Raises:
         ValueError: For another kind.
     """
@@ -152,25 +180,15 @@ def make_shortcut(
         )
     if kind == "none":
         return NoShortcut()
-    if kind != "C" and stride == 1 and in_channels == out_channels:
+    keeps_shape = stride == 1 and in_channels == out_channels
+    if keeps_shape and kind != "C":
         return None
     if kind == "A":
+        pool = nn.AvgPool2d(1, stride)
         # The pairs of widths belong to W, H and C: zeros are added behind C only.
         zeros = nn.ConstantPad3d((0, 0, 0, 0, 0, out_channels - in_channels), 0.0)
-        return nn.Sequential(nn.AvgPool2d(1, stride), zeros)
-
-    layers: list[nn.Module] = []
-    if options.avg_pool_shortcut:
-        if stride > 1:
-            pool = nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False)
-            layers = [pool, conv(in_channels, out_channels, 1)]
-        else:
-            layers = [nn.Identity(), conv(in_channels, out_channels, 1)]
-    else:
-        layers = [conv(in_channels, out_channels, 1, stride, blur=options.blur_pool)]
-    if not options.preactivation:  # whose norm comes before the block
-        layers.append(nn.BatchNorm2d(out_channels))
-    return nn.Sequential(*layers)
+        return nn.Sequential(pool, zeros)
+    return _projection(in_channels, out_channels, stride, options)
 
 
 class Block(nn.Module):
@@ -234,8 +252,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_channels, H, W] -> [B, expansion * channels, H / stride, W / stride]."""
         activated = self.preactivation(x)
-        shortcut = x if self.downsample is None else self.downsample(activated)
-        out = self.se(self.residual(activated))
+        shortcut = x
+        if self.downsample is not None:
+            shortcut = self.downsample(activated)
+        out = self.residual(activated)
+        out = self.se(out)
         if self.drop_rate and self.training:
             out = drop_samples(out, self.drop_rate)
         out += shortcut
@@ -243,9 +264,29 @@ class Block(nn.Module):
         return activated_sum
 
 
+def _projection(in_channels: int, out_channels: int, stride: int, options: Options) -> nn.Module:
+    """The shortcut of kinds B and C: a 1x1 convolution, and a norm without pre-activation."""
+    layers = nn.Sequential()
+    if not options.avg_pool_shortcut:
+        layers.append(conv(in_channels, out_channels, 1, stride, blur=options.blur_pool))
+    else:
+        pool: nn.Module = nn.Identity()
+        if stride > 1:
+            pool = nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False)
+        layers.append(pool)
+        layers.append(conv(in_channels, out_channels, 1))
+
+    # With pre-activation the norm is before the block.
+    if not options.preactivation:
+        layers.append(nn.BatchNorm2d(out_channels))
+    return layers
+
+
 def drop_samples(x: Tensor, rate: float) -> Tensor:
     """Set random samples of [B, C, H, W] to zero, at the given rate, and scale up the others."""
-    kept = x.new_empty(len(x), 1, 1, 1).bernoulli_(1 - rate)
+    num_samples = len(x)
+    kept = x.new_empty(num_samples, 1, 1, 1)
+    kept.bernoulli_(1 - rate)
     return x * kept / (1 - rate)
 
 
@@ -276,8 +317,12 @@ class BasicBlock(Block):
 
     def residual(self, x: Tensor) -> Tensor:
         """The branch beside the shortcut."""
-        out: Tensor = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
+        out: Tensor = self.conv1(x)
+        out = self.bn1(out)
+        out = self.relu(out)
+
+        out = self.conv2(out)
+        out = self.bn2(out)
         return out
 
 
@@ -297,20 +342,32 @@ class Bottleneck(Block):
         self, in_channels: int, channels: int, stride: int, options: Options
     ) -> None:
         width = channels * options.width_per_group // 64 * options.groups
+        out_channels = channels * self.expansion
         blur = options.blur_pool
-        stride1, stride2 = (stride, 1) if options.stride_in_1x1 else (1, stride)
-        self.conv1 = conv(in_channels, width, 1, stride1, blur=blur)
+        stride_of_1x1 = 1
+        stride_of_3x3 = stride
+        if options.stride_in_1x1:
+            stride_of_1x1 = stride
+            stride_of_3x3 = 1
+        self.conv1 = conv(in_channels, width, 1, stride_of_1x1, blur=blur)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = conv(width, width, 3, stride2, options.groups, blur=blur)
+        self.conv2 = conv(width, width, 3, stride_of_3x3, options.groups, blur=blur)
         self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = conv(width, channels * self.expansion, 1)
-        self.bn3 = end_norm(channels * self.expansion, options)
+        self.conv3 = conv(width, out_channels, 1)
+        self.bn3 = end_norm(out_channels, options)
 
     def residual(self, x: Tensor) -> Tensor:
         """The branch beside the shortcut."""
-        out: Tensor = self.relu(self.bn1(self.conv1(x)))
-        out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
+        out: Tensor = self.conv1(x)
+        out = self.bn1(out)
+        out = self.relu(out)
+
+        out = self.conv2(out)
+        out = self.bn2(out)
+        out = self.relu(out)
+
+        out = self.conv3(out)
+        out = self.bn3(out)
         return out
 
 
@@ -346,9 +403,11 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(channels, num_classes)
         init_weights(self)
         if own.zero_init_residual:
-            zero_residual_norms(
-                module.last_norm for module in self.modules() if isinstance(module, Block)
-            )
+            last_norms = []
+            for module in self.modules():
+                if isinstance(module, Block):
+                    last_norms.append(module.last_norm)
+            zero_residual_norms(last_norms)
 
     def _make_stem(self, stem: str, channels: int) -> None:
         """Set conv1, bn1, relu and maxpool.
@@ -380,7 +439,16 @@ class ResNet(nn.Module):
         self.maxpool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, stride=2, padding=1)
 
     def _make_stages(self, block: type[Block], depths: Sequence[int], options: Options) -> int:
-        """Set layer1 to layerN; returns the channels of the last map."""
+        """Set layer1 to layerN.
+
+        Args:
+            block: Class of all blocks.
+            depths: Blocks of each stage.
+            options: Options of the network.
+
+        Returns:
+            The channels of the last map.
+        """
         in_channels = options.stem_channels
         block_index = 0
         last_index = max(1, sum(depths) - 1)
@@ -388,17 +456,19 @@ class ResNet(nn.Module):
             channels = options.stem_channels * options.widen * 2**stage_index
             stage = nn.Sequential()
             for index_in_stage in range(depth):
-                halves = stage_index > 0 and index_in_stage == 0
-                stage.append(
-                    block(
-                        in_channels,
-                        channels,
-                        2 if halves else 1,
-                        options,
-                        is_first=block_index == 0,
-                        drop_rate=options.stochastic_depth * block_index / last_index,
-                    )
+                stride = 1
+                if stage_index > 0 and index_in_stage == 0:
+                    stride = 2
+                drop_rate = options.stochastic_depth * block_index / last_index
+                new_block = block(
+                    in_channels,
+                    channels,
+                    stride,
+                    options,
+                    is_first=block_index == 0,
+                    drop_rate=drop_rate,
                 )
+                stage.append(new_block)
                 in_channels = channels * block.expansion
                 block_index += 1
             self.add_module(f"layer{stage_index + 1}", stage)
@@ -406,27 +476,46 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> logits [B, num_classes]."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.conv1(images)
+        x = self.bn1(x)
+        x = self.relu(x)
+        x = self.maxpool(x)
+
         for number in range(1, self.num_stages + 1):
-            x = getattr(self, f"layer{number}")(x)
-        x = self.avgpool(self.activation(x))
-        logits: Tensor = self.fc(torch.flatten(x, 1))
+            stage = getattr(self, f"layer{number}")
+            x = stage(x)
+
+        x = self.activation(x)
+        x = self.avgpool(x)
+        x = torch.flatten(x, 1)
+        logits: Tensor = self.fc(x)
         return logits
 
 
 def check_options(block: type[Block], options: Options) -> None:
-    """Raise ValueError for options that exclude each other; warn about one without effect."""
-    if block is BasicBlock and (options.groups != 1 or options.width_per_group != 64):
+    """Check options that depend on each other; warn about an option without effect.
+
+    Args:
+        block: Class of the blocks of the network.
+        options: Options of the network.
+
+    Raises:
+        ValueError: For options that exclude each other.
+    """
+    is_basic = block is BasicBlock
+    is_plain = options.shortcut == "none"
+    has_default_groups = options.groups == 1 and options.width_per_group == 64
+    if is_basic and not has_default_groups:
         raise ValueError(
             f"groups={options.groups}, width_per_group={options.width_per_group}: only bottleneck "
             "blocks have these options"
         )
-    if options.zero_init_residual and (options.preactivation or options.shortcut == "none"):
+    if options.zero_init_residual and (options.preactivation or is_plain):
         raise ValueError(
             "model.zero_init_residual is true: it needs a norm at the end of the residual branch "
             "and a shortcut beside it, and this network is pre-activated or plain; set it to false"
         )
-    if options.stochastic_depth and options.shortcut == "none":
+    if options.stochastic_depth and is_plain:
         raise ValueError(
             f"model.stochastic_depth is {options.stochastic_depth}: a plain network has no "
             "shortcut around a dropped block; set it to 0"
@@ -436,7 +525,7 @@ def check_options(block: type[Block], options: Options) -> None:
             "model.avg_pool_shortcut is true: only shortcuts B and C project; set it to false, or "
             "model.shortcut to B"
         )
-    if block is BasicBlock and options.stride_in_1x1:
+    if is_basic and options.stride_in_1x1:
         warnings.warn(
             "stride_in_1x1 has no effect: this network has no bottleneck blocks", stacklevel=4
         )
@@ -446,29 +535,42 @@ def check_options(block: type[Block], options: Options) -> None:
 _CIFAR = {"stem": "cifar", "stem_channels": 16, "shortcut": "A"}
 _PLAIN = {"shortcut": "none"}
 _PRE = {"preactivation": True}
+_DEEP_STEM = {"stem": "deep"}
+_RESNET_D = {"stem": "deep", "avg_pool_shortcut": True}
+_SE = {"squeeze_excitation": True}
+_GROUPS_32X4 = {"groups": 32, "width_per_group": 4}
+_GROUPS_32X8 = {"groups": 32, "width_per_group": 8}
+_GROUPS_64X4 = {"groups": 64, "width_per_group": 4}
+_TWICE_AS_WIDE = {"width_per_group": 128}
+_WRN_28_10 = _CIFAR | _PRE | {"widen": 10, "shortcut": "B"}
+
+# Blocks of each stage.
+_DEPTHS_18 = (2, 2, 2, 2)
+_DEPTHS_50 = (3, 4, 6, 3)
+_DEPTHS_101 = (3, 4, 23, 3)
 
 FAMILY: dict[str, tuple[type[Block], tuple[int, ...], dict[str, Any]]] = {
     # He et al. 2015, table 1: 11.7, 21.8, 25.6, 44.5 and 60.2 million parameters
-    "resnet18": (BasicBlock, (2, 2, 2, 2), {}),
-    "resnet34": (BasicBlock, (3, 4, 6, 3), {}),
-    "resnet50": (Bottleneck, (3, 4, 6, 3), {}),
-    "resnet101": (Bottleneck, (3, 4, 23, 3), {}),
+    "resnet18": (BasicBlock, _DEPTHS_18, {}),
+    "resnet34": (BasicBlock, _DEPTHS_50, {}),
+    "resnet50": (Bottleneck, _DEPTHS_50, {}),
+    "resnet101": (Bottleneck, _DEPTHS_101, {}),
     "resnet152": (Bottleneck, (3, 8, 36, 3), {}),
     # He et al. 2015, figure 3 middle: as deep, without shortcuts
-    "plain18": (BasicBlock, (2, 2, 2, 2), _PLAIN),
-    "plain34": (BasicBlock, (3, 4, 6, 3), _PLAIN),
+    "plain18": (BasicBlock, _DEPTHS_18, _PLAIN),
+    "plain34": (BasicBlock, _DEPTHS_50, _PLAIN),
     # Xie et al. 2016, table 1, and torchvision's larger ones: 25.0, 88.8 and 83.5 million
-    "resnext50_32x4d": (Bottleneck, (3, 4, 6, 3), {"groups": 32, "width_per_group": 4}),
-    "resnext101_32x8d": (Bottleneck, (3, 4, 23, 3), {"groups": 32, "width_per_group": 8}),
-    "resnext101_64x4d": (Bottleneck, (3, 4, 23, 3), {"groups": 64, "width_per_group": 4}),
+    "resnext50_32x4d": (Bottleneck, _DEPTHS_50, _GROUPS_32X4),
+    "resnext101_32x8d": (Bottleneck, _DEPTHS_101, _GROUPS_32X8),
+    "resnext101_64x4d": (Bottleneck, _DEPTHS_101, _GROUPS_64X4),
     # Zagoruyko and Komodakis 2016, 3x3 convolutions twice as wide: 68.9 and 126.9 million
-    "wide_resnet50_2": (Bottleneck, (3, 4, 6, 3), {"width_per_group": 128}),
-    "wide_resnet101_2": (Bottleneck, (3, 4, 23, 3), {"width_per_group": 128}),
+    "wide_resnet50_2": (Bottleneck, _DEPTHS_50, _TWICE_AS_WIDE),
+    "wide_resnet101_2": (Bottleneck, _DEPTHS_101, _TWICE_AS_WIDE),
     # He et al. 2018, "Bag of Tricks", table 5; Hu et al. 2017, table 2 (28.1 million); He et al.
     # 2016, table 5
-    "resnet50c": (Bottleneck, (3, 4, 6, 3), {"stem": "deep"}),
-    "resnet50d": (Bottleneck, (3, 4, 6, 3), {"stem": "deep", "avg_pool_shortcut": True}),
-    "seresnet50": (Bottleneck, (3, 4, 6, 3), {"squeeze_excitation": True}),
+    "resnet50c": (Bottleneck, _DEPTHS_50, _DEEP_STEM),
+    "resnet50d": (Bottleneck, _DEPTHS_50, _RESNET_D),
+    "seresnet50": (Bottleneck, _DEPTHS_50, _SE),
     "preresnet200": (Bottleneck, (3, 24, 36, 3), _PRE),
     # He et al. 2015, table 6, for images of 32x32: 0.27, 0.46, 0.66, 0.85, 1.7 and 19.4 million
     "resnet20": (BasicBlock, (3, 3, 3), _CIFAR),
@@ -487,6 +589,6 @@ FAMILY: dict[str, tuple[type[Block], tuple[int, ...], dict[str, Any]]] = {
     "preresnet110": (BasicBlock, (18, 18, 18), _CIFAR | _PRE),
     "preresnet164": (Bottleneck, (18, 18, 18), _CIFAR | _PRE),
     "preresnet1001": (Bottleneck, (111, 111, 111), _CIFAR | _PRE),
-    "wide_resnet28_10": (BasicBlock, (4, 4, 4), _CIFAR | _PRE | {"widen": 10, "shortcut": "B"}),
+    "wide_resnet28_10": (BasicBlock, (4, 4, 4), _WRN_28_10),
 }
 """For each name: block, blocks of each stage, and the options of `ResNet`."""

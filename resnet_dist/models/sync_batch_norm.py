@@ -35,22 +35,32 @@ def _dense(x: Tensor, like: Tensor) -> Tensor:
 
     The native kernels are fast for these layouts, if input and gradient have the same one.
     """
-    is_channels_last = like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if is_channels_last else torch.contiguous_format
+    layout = torch.contiguous_format
+    if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):
+        layout = torch.channels_last
     return x.contiguous(memory_format=layout)
 
 
 def _per_channel(values: Tensor, like: Tensor) -> Tensor:
     """[C] as [C, 1, ...], to be combined with `like` [B, C, ...]."""
-    return values.view(-1, *[1] * (like.dim() - 2))
+    num_spatial_dims = like.dim() - 2
+    ones = [1] * num_spatial_dims
+    return values.view(-1, *ones)
 
 
 def _local_mean_and_m2(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean [C] of this rank's values, and M2 [C], the sum of their squared deviations from it.
+    """Mean and M2 (the sum of the squared deviations from the mean) of this rank's values.
 
-    Two passes over `x`, so that a mean that is large beside the deviation does no harm. In eager
-    mode by PyTorch's own kernel (on one CPU core, for 32 images of 64 channels and 56 pixels: 4.1
-    ms, and 50 ms as two reductions), which `torch.compile` cannot trace.
+    It reads `x` twice, so that a mean that is large beside the deviation does no harm. In eager
+    mode PyTorch's own kernel does it (on one CPU core, for 32 images of 64 channels and 56 pixels:
+    4.1 ms, and 50 ms as two reductions), which `torch.compile` cannot trace.
+
+    Args:
+        x: [B, C, ...].
+        dtype: Type of the results.
+
+    Returns:
+        Mean [C] and M2 [C].
     """
     channels = x.shape[1]
     count = x.numel() // channels
@@ -59,7 +69,8 @@ def _local_mean_and_m2(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         values = x.to(dtype)
         mean = values.mean(dims)
         deviations = values - _per_channel(mean, x)
-        return mean, deviations.square().sum(dims)
+        m2 = deviations.square().sum(dims)
+        return mean, m2
     # The kernel returns the type of the running statistics that it is given.
     unused = torch.zeros(2, channels, dtype=dtype, device=x.device)
     mean, biased_var = torch.batch_norm_update_stats(x, unused[0], unused[1], 0.0)
@@ -67,19 +78,36 @@ def _local_mean_and_m2(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _global_statistics(x: Tensor, dtype: torch.dtype, group: dist.ProcessGroup) -> Tensor:
-    """Mean and biased variance over the batches of all ranks, [2, C] of `dtype`.
+    """Mean and biased variance over the batches of all ranks.
 
     Each rank contributes n * mean and M2 + n * mean^2, which are sums over its values and their
     squares, and so add up over the ranks. They are float64, where the final subtraction cancels
     nothing that float32 could show.
+
+    Args:
+        x: This rank's batch [B, C, ...].
+        dtype: Type of the result.
+        group: The ranks.
+
+    Returns:
+        [2, C]: mean, biased variance.
     """
     count = x.numel() // x.shape[1]
     total = count * group.size()
-    mean, m2 = (part.double() for part in _local_mean_and_m2(x, dtype))
-    sums = _all_reduce_sum(torch.stack((count * mean, m2 + count * mean.square())), group)
-    global_mean = sums[0] / total
-    biased_var = (sums[1] / total - global_mean.square()).clamp_min(0.0)
-    return torch.stack((global_mean, biased_var)).to(dtype)
+    local_mean, local_m2 = _local_mean_and_m2(x, dtype)
+    mean = local_mean.double()
+    m2 = local_m2.double()
+    local_sum = count * mean
+    local_square_sum = m2 + count * mean.square()
+    local_sums = torch.stack((local_sum, local_square_sum))
+
+    global_sums = _all_reduce_sum(local_sums, group)
+    global_mean = global_sums[0] / total
+    mean_square = global_sums[1] / total
+    biased_var = mean_square - global_mean.square()
+    biased_var = biased_var.clamp_min(0.0)
+    statistics = torch.stack((global_mean, biased_var))
+    return statistics.to(dtype)
 
 
 class _Normalize(torch.autograd.Function):
@@ -121,19 +149,33 @@ class _Normalize(torch.autograd.Function):
         # In its eval form, and asked for no input gradient, the native backward gives the two sums
         # over this rank's batch in one pass: of dy * xhat, and of dy.
         _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            dy, x, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
+            dy,
+            x,
+            weight,
+            mean,
+            var,
+            None,
+            None,
+            False,
+            ctx.eps,
+            [False, True, True],
         )
         grad_x = None
         if ctx.needs_input_grad[0]:
-            total = x.numel() // x.shape[1] * ctx.group.size()
-            sums = _all_reduce_sum(torch.stack((grad_weight, grad_bias)), ctx.group)
-            mean_dy_xhat, mean_dy = (sums / total).unbind()
+            count = x.numel() // x.shape[1]
+            total = count * ctx.group.size()
+            local_sums = torch.stack((grad_weight, grad_bias))
+            global_sums = _all_reduce_sum(local_sums, ctx.group)
+            means = global_sums / total
+            mean_dy_xhat, mean_dy = means.unbind()
             # The equation above as s * (dy - mean_dy) + slope * (x - mean): two passes over memory.
             # The batch norm kernel does the first, since it takes float32 numbers per channel
             # beside a bf16 tensor. `slope` must have the dtype of x; it is rounded before its
             # product with the mean, so that it still acts on x - mean.
-            slope = (-weight * mean_dy_xhat / (var + ctx.eps)).to(x.dtype)
-            grad_x = F.batch_norm(dy, mean_dy, var, weight, -slope * mean, eps=ctx.eps)
+            slope = -weight * mean_dy_xhat / (var + ctx.eps)
+            slope = slope.to(x.dtype)
+            offset = -slope * mean
+            grad_x = F.batch_norm(dy, mean_dy, var, weight, offset, eps=ctx.eps)
             grad_x = grad_x.addcmul_(x, _per_channel(slope, x))
         # DDP sums the gradients of weight and bias over the ranks.
         return grad_x, grad_weight, grad_bias, None, None, None
@@ -164,8 +206,10 @@ class SyncBatchNorm(_BatchNorm):
             )
 
     def _group_to_sync(self) -> dist.ProcessGroup | None:
-        """The ranks whose batches count; None if this rank's alone do."""
-        if not self.training or not dist.is_available() or not dist.is_initialized():
+        """The ranks that share their statistics; None if this rank uses its own batch alone."""
+        if not self.training:
+            return None
+        if not dist.is_available() or not dist.is_initialized():
             return None
         group = self.process_group or dist.group.WORLD
         assert group is not None
@@ -174,12 +218,18 @@ class SyncBatchNorm(_BatchNorm):
         return group
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise [B, C, ...]."""
+        """Normalise [B, C, ...].
+
+        Raises:
+            ValueError: If the input has fewer than two dimensions, or less than two values per
+                channel on all ranks together.
+        """
         group = self._group_to_sync()
         if group is None:
             return super().forward(x)
         self._check_input_dim(x)
-        total = x.numel() // x.shape[1] * group.size()
+        count = x.numel() // x.shape[1]
+        total = count * group.size()
         if total < 2:
             raise ValueError(
                 f"expected more than 1 value per channel when training, got {total} on all ranks"
@@ -191,35 +241,54 @@ class SyncBatchNorm(_BatchNorm):
             if self.track_running_stats:
                 self._update_running_statistics(statistics, total)
         if self.affine:
-            weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+            weight = self.weight.to(dtype)
+            bias = self.bias.to(dtype)
         else:
-            weight, bias = torch.ones_like(statistics[0]), torch.zeros_like(statistics[0])
+            weight = torch.ones_like(statistics[0])
+            bias = torch.zeros_like(statistics[0])
         y: Tensor = _Normalize.apply(x, weight, bias, statistics, self.eps, group)
         return y
 
     def _update_running_statistics(self, statistics: Tensor, total: int) -> None:
-        """Move the running statistics towards those of this batch; equal on every rank."""
+        """Move the running statistics towards those of this batch; equal on every rank.
+
+        Args:
+            statistics: Mean and biased variance, [2, C].
+            total: Values per channel on all ranks.
+        """
         mean, biased_var = statistics.unbind()
         unbiased_var = biased_var * (total / (total - 1))
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
-        for running, new in ((self.running_mean, mean), (self.running_var, unbiased_var)):
-            assert running is not None
-            momentum: Tensor | float
-            if self.momentum is None:
-                momentum = 1 / self.num_batches_tracked.to(running.dtype)
-            else:
-                momentum = self.momentum
-            running.lerp_(new.to(running.dtype), momentum)
+        self._move(self.running_mean, mean)
+        self._move(self.running_var, unbiased_var)
+
+    def _move(self, running: Tensor | None, new: Tensor) -> None:
+        """Move one running statistic [C] towards its new value, in place."""
+        assert running is not None
+        assert self.num_batches_tracked is not None
+        momentum: Tensor | float
+        if self.momentum is None:
+            momentum = 1 / self.num_batches_tracked.to(running.dtype)
+        else:
+            momentum = self.momentum
+        running.lerp_(new.to(running.dtype), momentum)
 
 
 def convert_sync_batch_norm(
     module: nn.Module, process_group: dist.ProcessGroup | None = None
 ) -> nn.Module:
-    """Make every batch norm in `module` a `SyncBatchNorm`, in place; returns `module`.
+    """Make every batch norm in `module` a `SyncBatchNorm`, in place.
 
     Parameters and buffers stay the same tensors, so that an optimizer or average built earlier
     stays valid. The training flag is kept.
+
+    Args:
+        module: The network.
+        process_group: The ranks that share their statistics; None means all ranks.
+
+    Returns:
+        `module`.
     """
     for norm in module.modules():
         if isinstance(norm, _BatchNorm):

@@ -54,23 +54,30 @@ class Subsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H / 2, W / 2]."""
-        return 4 * F.avg_pool2d(x, 2) * self.weight + self.bias[:, None, None]
+        sums = 4 * F.avg_pool2d(x, 2)
+        bias = self.bias[:, None, None]
+        return sums * self.weight + bias
 
 
 class LeNet5(nn.Module):
-    """LeNet-5 of LeCun et al. 1998, section II.B, except for its two ends.
+    """LeNet-5 of LeCun et al. 1998, section II.B, except for its input and its output layer.
 
     Images [B, 3, 32, 32], no other size. The paper's input is one grey channel; here it is R, G and
     B, as the data path gives them. The paper's output is the distance of F6 from fixed bitmaps of
     the characters (RBF units). Other classes have no bitmaps, so that here a linear layer takes
     their place, as is usual. Weights start uniform in +-2.4 / fan-in (appendix A), biases at 0.
+
+    Args:
+        num_classes: Length of a row of logits.
     """
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.c1 = nn.Conv2d(3, 6, 5)
         self.s2 = Subsample(6)
-        self.c3 = nn.ModuleList(nn.Conv2d(len(sources), 1, 5) for sources in _C3)
+        self.c3 = nn.ModuleList()
+        for sources in _C3:
+            self.c3.append(nn.Conv2d(len(sources), 1, 5))
         self.s4 = Subsample(16)
         self.c5 = nn.Conv2d(16, 120, 5)
         self.f6 = nn.Linear(120, 84)
@@ -80,23 +87,33 @@ class LeNet5(nn.Module):
                 self._init(module.weight, module.bias, fan_in=4)
             elif isinstance(module, (nn.Conv2d, nn.Linear)):
                 assert module.bias is not None
-                self._init(module.weight, module.bias, fan_in=module.weight[0].numel())
+                fan_in = module.weight[0].numel()
+                self._init(module.weight, module.bias, fan_in)
 
     @staticmethod
     def _init(weight: Tensor, bias: Tensor, fan_in: int) -> None:
-        nn.init.uniform_(weight, -2.4 / fan_in, 2.4 / fan_in)
+        """Initialise a layer whose outputs each depend on `fan_in` inputs."""
+        bound = 2.4 / fan_in
+        nn.init.uniform_(weight, -bound, bound)
         nn.init.zeros_(bias)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, 3, 32, 32] -> logits [B, num_classes]."""
-        maps = squash(self.s2(squash(self.c1(images)))).unbind(1)
+        x = squash(self.c1(images))
+        x = squash(self.s2(x))
+
+        # C3: each map is the convolution of its own choice of the maps of S2.
+        maps = x.unbind(1)
         outputs = []
         for conv, sources in zip(self.c3, _C3, strict=True):
-            inputs = torch.stack([maps[source] for source in sources], 1)
+            chosen = [maps[source] for source in sources]
+            inputs = torch.stack(chosen, 1)
             outputs.append(conv(inputs))
         x = squash(torch.cat(outputs, 1))
+
         x = squash(self.s4(x))
-        x = squash(self.c5(x)).flatten(1)
+        x = squash(self.c5(x))
+        x = x.flatten(1)
         x = squash(self.f6(x))
         logits: Tensor = self.output(x)
         return logits
@@ -108,12 +125,19 @@ v3 gives none: 0.4 is that of TF-slim and of torchvision's training script."""
 
 
 def _torchvision(name: str, num_classes: int) -> nn.Module:
-    """A network of torchvision. `transform_input` would normalise the images a second time."""
+    """Build a network of torchvision.
+
+    Without `transform_input`, which would normalise the images a second time.
+    """
     from torchvision.models import get_model
 
     heads: dict[str, bool] = {}
     if name in _AUXILIARY:
-        heads = {"aux_logits": True, "transform_input": False, "init_weights": True}
+        heads = {
+            "aux_logits": True,
+            "transform_input": False,
+            "init_weights": True,
+        }
     model: nn.Module = get_model(name, weights=None, num_classes=num_classes, **heads)
     model.auxiliary_weight = _AUXILIARY.get(name, 0.0)  # type: ignore[assignment]
     return model
@@ -124,7 +148,10 @@ def _densenet264(num_classes: int) -> nn.Module:
     from torchvision.models import DenseNet
 
     model: nn.Module = DenseNet(
-        growth_rate=32, block_config=(6, 12, 64, 48), num_init_features=64, num_classes=num_classes
+        growth_rate=32,
+        block_config=(6, 12, 64, 48),
+        num_init_features=64,
+        num_classes=num_classes,
     )
     return model
 
@@ -213,6 +240,7 @@ _TORCHVISION = {
 
 
 def _torchvision_entry(weights: str, published: _Published) -> Entry:
+    """The entry of a network of torchvision; `weights` is the name before `_Weights`."""
     name = weights.lower()
     return Entry(
         make=partial(_torchvision, name),
@@ -226,44 +254,81 @@ def _torchvision_entry(weights: str, published: _Published) -> Entry:
 
 
 def _timm_entry(name: str, top1: float, top5: float) -> Entry:
-    source = "Szegedy et al. 2016, table 2"
-    return Entry(partial(_timm, name), source, 299, top1, top5, min_size=75, library="timm")
+    """The entry of a network of timm, with its published accuracy in percent."""
+    return Entry(
+        make=partial(_timm, name),
+        source="Szegedy et al. 2016, table 2",
+        size=299,
+        top1=top1,
+        top5=top5,
+        min_size=75,
+        library="timm",
+    )
 
 
-ZOO: dict[str, Entry] = {
-    "lenet5": Entry(LeNet5, "", 32, None, None, min_size=32),
-    **{
-        weights.lower(): _torchvision_entry(weights, published)
-        for weights, published in _TORCHVISION.items()
-    },
-    "densenet264": Entry(
-        _densenet264, "Huang et al. 2017, table 3", 224, 77.85, 93.88, min_size=29
-    ),
-    "inception_v4": _timm_entry("inception_v4", 80.0, 95.0),
-    "inception_resnet_v2": _timm_entry("inception_resnet_v2", 80.1, 95.1),
-}
+def _zoo() -> dict[str, Entry]:
+    """Every network of this module, in the order in which `resnet-dist models` lists them."""
+    entries = {}
+    entries["lenet5"] = Entry(
+        make=LeNet5,
+        source="",
+        size=32,
+        top1=None,
+        top5=None,
+        min_size=32,
+    )
+    for weights, published in _TORCHVISION.items():
+        entries[weights.lower()] = _torchvision_entry(weights, published)
+    entries["densenet264"] = Entry(
+        make=_densenet264,
+        source="Huang et al. 2017, table 3",
+        size=224,
+        top1=77.85,
+        top5=93.88,
+        min_size=29,
+    )
+    entries["inception_v4"] = _timm_entry("inception_v4", 80.0, 95.0)
+    entries["inception_resnet_v2"] = _timm_entry("inception_resnet_v2", 80.1, 95.1)
+    return entries
+
+
+ZOO: dict[str, Entry] = _zoo()
 """Every network of this module, by the name that `model.name` gives it."""
 
 
 def check_image_size(name: str, config: DataConfig) -> None:
-    """Raise ValueError if the network `name` cannot take a side that the `data` section names."""
+    """Check that a network can take every image size of the config.
+
+    Args:
+        name: Name of the network, as in `model.name`.
+        config: The `data` section of the config.
+
+    Raises:
+        ValueError: If the network cannot take one of the sizes.
+    """
+    # The ResNet family takes any size.
     if name not in ZOO:
-        return  # the ResNet family takes any size
+        return
     entry = ZOO[name]
-    is_fixed = name == "lenet5"
     min_train_size = entry.min_train_size or entry.min_size
-    sides = [
-        ("train_crop_size", config.train_crop_size, min_train_size),
-        ("val_crop_size", config.val_crop_size, entry.min_size),
-    ]
+    _check_side(name, "train_crop_size", config.train_crop_size, min_train_size)
+    _check_side(name, "val_crop_size", config.val_crop_size, entry.min_size)
     if config.progressive_start_size:
-        sides.append(("progressive_start_size", config.progressive_start_size, min_train_size))
+        start_size = config.progressive_start_size
+        _check_side(name, "progressive_start_size", start_size, min_train_size)
     for side in config.val_scales:
-        sides.append(("val_scales", side, entry.min_size))
-    for key, side, least in sides:
-        if side < least or (is_fixed and side != least):
-            rule = "only" if is_fixed else "or more"
-            raise ValueError(
-                f"data.{key} is {side}: {name} takes {least} pixels {rule}, and was made for "
-                f"{entry.size}; set it so, or choose another model.name"
-            )
+        _check_side(name, "val_scales", side, entry.min_size)
+
+
+def _check_side(name: str, key: str, side: int, least: int) -> None:
+    """Raise ValueError if `data.key` is a side that is too small (or not the one of LeNet-5)."""
+    is_fixed = name == "lenet5"
+    if is_fixed and side == least:
+        return
+    if not is_fixed and side >= least:
+        return
+    rule = "only" if is_fixed else "or more"
+    raise ValueError(
+        f"data.{key} is {side}: {name} takes {least} pixels {rule}, and was made for "
+        f"{ZOO[name].size}; set it so, or choose another model.name"
+    )

@@ -1,15 +1,13 @@
 """Training and validation batches from image files: the threads between the index and the model.
 
-One background thread per iteration asks the readers for the next files, hands them to DALI
-(dali.py), finishes what DALI has decoded (finish.py; on the CPU in a pool of threads) and keeps
-batches ready.
+One background thread per iteration (ahead.py) asks the readers for the next files, hands them to
+DALI (dali.py), finishes what DALI has decoded (finish.py; on the CPU in a pool of threads) and
+keeps batches ready.
 """
 
 import atexit
 import contextlib
 import functools
-import queue
-import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -21,7 +19,8 @@ import numpy as np
 import torch
 
 from resnet_dist.config import AugmentConfig, DataConfig, DecoderConfig
-from resnet_dist.data.arrays import IntArray
+from resnet_dist.data.arrays import FloatArray, IntArray
+from resnet_dist.data.pixels.ahead import ReadyBatch, receive, run_ahead
 from resnet_dist.data.pixels.dali import (
     Augmenter,
     DaliTensors,
@@ -89,95 +88,30 @@ class _UnfinishedBatch:
     views: list[torch.Tensor] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _ReadyBatch:
-    """A batch, and on a GPU the event after which its tensors are complete."""
-
-    batch: Batch
-    event: torch.cuda.Event | None = None
-
-
-def _receive(ready: Generator[_ReadyBatch, None, None]) -> Generator[Batch, None, None]:
-    """Hand batches over to the stream of the caller, which waits for them on the GPU alone."""
-    with contextlib.closing(ready):
-        for item in ready:
-            if item.event is not None:
-                stream = torch.cuda.current_stream()
-                stream.wait_event(item.event)
-                for tensor in (item.batch.images, item.batch.labels, *item.batch.other_views):
-                    # Its memory is not reused before the caller's stream is done with it.
-                    tensor.record_stream(stream)
-            yield item.batch
-
-
-class _BackgroundError:
-    """What the background thread of `_run_ahead` raised."""
-
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
-
-
-_END = object()
-
-
-def _run_ahead(
-    items: Generator[_ReadyBatch, None, None], depth: int
-) -> Generator[_ReadyBatch, None, None]:
-    """Yield `items`, computed in a background thread that keeps up to `depth` of them ready.
-
-    What the thread raises is raised here. Closing this generator stops the thread, closes `items`
-    and waits for both.
-    """
-    ready: queue.Queue[Any] = queue.Queue(maxsize=max(1, depth))
-    stopped = threading.Event()
-    thread = threading.Thread(
-        target=_fill_queue, args=(items, ready, stopped), name="loader", daemon=True
-    )
-    thread.start()
-    try:
-        while True:
-            item = ready.get()
-            if item is _END:
-                return
-            if isinstance(item, _BackgroundError):
-                raise item.error
-            yield item
-    finally:
-        stopped.set()
-        thread.join()
-
-
-def _fill_queue(
-    items: Generator[_ReadyBatch, None, None], ready: "queue.Queue[Any]", stopped: threading.Event
-) -> None:
-    """Put `items` into a queue until they end or `stopped` is set: the work of the thread."""
-    disable_openmp_in_thread()
-    try:
-        for item in items:
-            if not _put(ready, item, stopped):
-                break
-        items.close()
-        _put(ready, _END, stopped)
-    except BaseException as error:
-        _put(ready, _BackgroundError(error), stopped)
-
-
-def _put(ready: "queue.Queue[Any]", item: object, stopped: threading.Event) -> bool:
-    """Put an item into a full queue once there is room; False when nobody wants it any more."""
-    while not stopped.is_set():
-        try:
-            ready.put(item, timeout=0.1)
-            return True
-        except queue.Full:
-            continue
-    return False
-
-
 def _close_if_alive(reference: "weakref.ref[DaliLoader]") -> None:
     """Close a loader that still exists."""
     loader = reference()
     if loader is not None:
         loader.close()
+
+
+def _split_into_groups(num_images: int, side: int) -> list[slice]:
+    """Divide the images of a portion into groups of at most `_GROUP_VALUES` values each."""
+    values_per_image = 3 * side**2
+    group_size = max(1, _GROUP_VALUES // values_per_image)
+    groups = []
+    for first in range(0, num_images, group_size):
+        end = min(first + group_size, num_images)
+        groups.append(slice(first, end))
+    return groups
+
+
+def _lighting_of(portion: Portion) -> FloatArray | None:
+    """The colour shifts of the images of a portion; None without that augmentation."""
+    lighting = portion.loaded.job.lighting
+    if lighting is None:
+        return None
+    return lighting[portion.places]
 
 
 class DaliLoader:
@@ -260,40 +194,45 @@ class DaliLoader:
             ValueError: when more than `data.max_bad_images` training images are broken.
         """
         self._stop()
-        self.running = _receive(_run_ahead(self._produce(jobs), self.config.prefetch_batches))
+        made = run_ahead(self._produce(jobs), self.config.prefetch_batches)
+        self.running = receive(made)
         return self.running
 
     def load(self, job: Job, requested: list[Share] | None = None) -> LoadedJob:
-        """Read the files of a job; `requested` are those that were asked for already.
+        """Read the files of a job.
 
         Bad images are replaced (training) or blacked out (evaluation).
+
+        Args:
+            job: The images to read.
+            requested: What `reader.request` returned for the job, if it was called already.
         """
         if requested is None:
             requested = self.reader.request(job.rows)
-        images = [
-            self._replace_if_bad(job, place, image)
-            for place, image in enumerate(self.reader.collect(requested))
-        ]
-        return LoadedJob(job, images, self._geometry(job, images))
+        images = []
+        for place, image in enumerate(self.reader.collect(requested)):
+            images.append(self._replace_if_bad(job, place, image))
+        geometry = self._geometry(job, images)
+        return LoadedJob(job, images, geometry)
 
     def _stop(self) -> None:
         if self.running is not None:
             self.running.close()
             self.running = None
 
-    def _produce(self, jobs: Iterable[Job]) -> Generator[_ReadyBatch, None, None]:
+    def _produce(self, jobs: Iterable[Job]) -> Generator[ReadyBatch, None, None]:
         """The batches of `jobs`; on a GPU they are made on a stream of their own."""
         with contextlib.closing(self._produce_batches(jobs)) as batches:
             if self.device.type != "cuda":
                 for batch in batches:
-                    yield _ReadyBatch(batch)
+                    yield ReadyBatch(batch)
                 return
             # A new thread starts on device 0.
             torch.cuda.set_device(self.device)
             stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             with torch.cuda.stream(stream):
                 for batch in batches:
-                    yield _ReadyBatch(batch, stream.record_event())
+                    yield ReadyBatch(batch, stream.record_event())
 
     def _produce_batches(self, jobs: Iterable[Job]) -> Generator[Batch, None, None]:
         """Each job read, decoded and finished, while the next ones are being read and decoded."""
@@ -303,9 +242,13 @@ class DaliLoader:
             for job in jobs:
                 reading.append((job, self.reader.request(job.rows)))
                 if len(reading) > _READ_AHEAD:
-                    yield from self._decode(self.load(*reading.popleft()), unfinished)
+                    oldest, requested = reading.popleft()
+                    loaded = self.load(oldest, requested)
+                    yield from self._decode(loaded, unfinished)
             while reading:
-                yield from self._decode(self.load(*reading.popleft()), unfinished)
+                oldest, requested = reading.popleft()
+                loaded = self.load(oldest, requested)
+                yield from self._decode(loaded, unfinished)
             while self.decoder.pending:
                 yield from self._finish_oldest(unfinished)
         finally:
@@ -316,16 +259,15 @@ class DaliLoader:
 
     def _decode(self, loaded: LoadedJob, unfinished: _UnfinishedBatch) -> Iterator[Batch]:
         """Start to decode a job; yields the batch that is complete meanwhile, if there is one."""
+        decoder = self.decoder
         max_pixels = _MAX_PENDING_PIXELS[self.device.type]
         is_whole = self.device.type == "cuda"
         for portion in split_into_portions(loaded, max_pixels // 2, is_whole):
-            while (
-                self.decoder.pending
-                and self.decoder.pending_pixels + portion.num_pixels > max_pixels
-            ):
+            max_others = max_pixels - portion.num_pixels
+            while decoder.pending and decoder.pending_pixels > max_others:
                 yield from self._finish_oldest(unfinished)
-            self.decoder.submit(portion)
-            if len(self.decoder.pending) >= self.queue_depth:
+            decoder.submit(portion)
+            if len(decoder.pending) >= self.queue_depth:
                 yield from self._finish_oldest(unfinished)
 
     def _finish_oldest(self, unfinished: _UnfinishedBatch) -> Iterator[Batch]:
@@ -333,15 +275,16 @@ class DaliLoader:
         portion, decoded = self._collect()
         geometry = portion.loaded.geometry
         if portion.start == 0:
-            unfinished.views = [
-                torch.empty(
-                    (len(geometry.windows), view.side, view.side, 3),
-                    dtype=self.dtype,
-                    device=self.device,
-                )
-                for view in geometry.views
-            ]
-        finish = self._finish_on_gpu if self.device.type == "cuda" else self._finish_on_cpu
+            num_images = len(geometry.windows)
+            unfinished.views = []
+            for view in geometry.views:
+                shape = (num_images, view.side, view.side, 3)
+                images = torch.empty(shape, dtype=self.dtype, device=self.device)
+                unfinished.views.append(images)
+
+        finish = self._finish_on_cpu
+        if self.device.type == "cuda":
+            finish = self._finish_on_gpu
         for number, images in enumerate(unfinished.views):
             finish(decoded, portion, number, images[portion.places])
         if portion.is_last:
@@ -365,113 +308,163 @@ class DaliLoader:
     def _replace_undecodable(self) -> bool:
         """Treat the images that cannot be decoded as bad, in the oldest portion that has some.
 
-        Returns False when no pending portion has one.
+        Returns:
+            False if no pending portion has one.
         """
         for portion in self.decoder.pending:
-            found = self.decoder.find_undecodable(portion)
             loaded = portion.loaded
+            found = self.decoder.find_undecodable(portion)
+            if not found:
+                continue
             for place in found:
                 row = loaded.images[place].row
-                broken = Encoded(row, b"", 0, 0, "the decoder refuses it")
+                broken = Encoded(
+                    row=row,
+                    data=b"",
+                    height=0,
+                    width=0,
+                    reason="the decoder refuses it",
+                )
                 loaded.images[place] = self._replace_if_bad(loaded.job, place, broken)
-            if found:
-                loaded.geometry = self._geometry(loaded.job, loaded.images)
-                return True
+            loaded.geometry = self._geometry(loaded.job, loaded.images)
+            return True
         return False
 
     def _replace_if_bad(self, job: Job, place: int, image: Encoded) -> Encoded:
-        """`image`, or what is shown in its place when it is bad.
+        """`image` itself, or its replacement if it is bad.
 
         In training that is the next good image of the index, in evaluation a black one.
+
+        Args:
+            job: The job of the image.
+            place: Position of the image in the job.
+            image: What was read.
         """
         if image.reason is None:
             return image
         if job.training:
+            wanted = Wanted(int(job.rows[place]), job.epoch, job.step)
             return next_good(
                 self.index,
                 image,
                 self.quarantine,
-                Wanted(int(job.rows[place]), job.epoch, job.step),
+                wanted,
                 self.reader.limits,
             )
-        self.quarantine.add(self.index.path(image.row), image.reason)
+        path = self.index.path(image.row)
+        self.quarantine.add(path, image.reason)
         return blank(image)
 
     def _geometry(self, job: Job, images: list[Encoded]) -> Geometry:
-        heights = np.array([image.height for image in images])
-        widths = np.array([image.width for image in images])
-        return job_geometry(job, heights, widths, self.config)
+        """The windows and views of a job, which depend on the sizes of its images."""
+        heights = [image.height for image in images]
+        widths = [image.width for image in images]
+        return job_geometry(job, np.array(heights), np.array(widths), self.config)
 
     def _batch(self, loaded: LoadedJob, views: list[torch.Tensor]) -> Batch:
-        """The finished views of a job with their labels; an image that is bad has none."""
-        rows = np.array([image.row for image in loaded.images], dtype=np.int64)
+        """The finished views of a job with their labels; a bad image has IGNORED_LABEL.
+
+        Args:
+            loaded: The job and its images.
+            views: One tensor [B, side, side, 3] for each view.
+        """
+        rows_of_images = [image.row for image in loaded.images]
+        rows = np.array(rows_of_images, dtype=np.int64)
         is_bad = np.array([image.reason is not None for image in loaded.images])
-        labels = torch.from_numpy(np.where(is_bad, IGNORED_LABEL, self.index.labels_of(rows)))
+        known_labels = self.index.labels_of(rows)
+        labels = torch.from_numpy(np.where(is_bad, IGNORED_LABEL, known_labels))
+        labels = to_device(labels, self.device)
         if loaded.job.boxes is not None:
             erase(views[0], loaded.job.boxes)
-        labels = to_device(labels, self.device)
-        first, *others = [images.permute(0, 3, 1, 2) for images in views]
+
+        channels_first = []
+        for images in views:
+            channels_first.append(images.permute(0, 3, 1, 2))
+        first, *others = channels_first
         return Batch(first, labels, rows, tuple(others))
 
     def _finish_on_cpu(
         self, decoded: tuple[DaliTensors, ...], portion: Portion, number: int, out: torch.Tensor
     ) -> None:
-        """Fill `out` [n, side, side, 3] with the view `number` of a portion: its decoded windows,
-        resized, cropped, mirrored, augmented and normalised.
+        """Resize, crop, mirror, augment and normalise the decoded windows of a portion.
+
+        Args:
+            decoded: What DALI has decoded.
+            portion: The portion.
+            number: Which of the views to make.
+            out: The view, [n, side, side, 3]; it is filled.
         """
         job = portion.loaded.job
-        lighting = None if job.lighting is None else job.lighting[portion.places]
-        crop = self._crop_function(windows_to_torch(decoded[0]), portion, number)
-        side = out.shape[1]
+        lighting = _lighting_of(portion)
+        windows = windows_to_torch(decoded[0])
+        crop = self._crop_function(windows, portion, number)
+        num_images, side = out.shape[:2]
         self.normalize.prepare(side)
 
         def normalize(pixels: torch.Tensor, group: slice) -> None:
-            self.normalize(pixels, out[group], None if lighting is None else lighting[group])
+            lighting_of_group = None
+            if lighting is not None:
+                lighting_of_group = lighting[group]
+            self.normalize(pixels, out[group], lighting_of_group)
 
         def crop_and_normalize(group: slice) -> None:
-            normalize(crop(group), group)
+            squares = crop(group)
+            normalize(squares, group)
 
-        group_size = max(1, _GROUP_VALUES // (3 * side**2))
-        groups = [
-            slice(first, min(first + group_size, len(out)))
-            for first in range(0, len(out), group_size)
-        ]
+        groups = _split_into_groups(num_images, side)
         if job.operations is None:
             self._for_each(crop_and_normalize, groups)
             return
+
         squares = torch.cat(self._for_each(crop, groups))
-        augmented = self.augmenter(squares, job.operations.part(portion.places))
-        self._for_each(lambda group: normalize(augmented[group], group), groups)
+        operations = job.operations.part(portion.places)
+        augmented = self.augmenter(squares, operations)
+
+        def normalize_augmented(group: slice) -> None:
+            normalize(augmented[group], group)
+
+        self._for_each(normalize_augmented, groups)
 
     def _crop_function(
         self, windows: list[torch.Tensor], portion: Portion, number: int
     ) -> Callable[[slice], torch.Tensor]:
-        """A function from a group of images of the portion to their squares, uint8 [k, side, side,
-        3].
+        """Build the function that resizes, crops and mirrors a group of images.
+
+        Args:
+            windows: The decoded windows of the portion, uint8 [height, width, 3] each.
+            portion: The portion.
+            number: Which of the views to make.
+
+        Returns:
+            A function from a group of k images of the portion to uint8 [k, side, side, 3].
         """
         geometry = portion.loaded.geometry
         view = geometry.views[number]
         sizes = view.sizes[portion.places].tolist()
         offsets = view.offsets[portion.places].tolist()
         flips = geometry.flips[portion.places].tolist()
-        resize = resize_fast if portion.loaded.job.training else resize_exact
+        resize = resize_exact
+        if portion.loaded.job.training:
+            resize = resize_fast
 
         def crop(group: slice) -> torch.Tensor:
-            squares = [
-                resize_and_crop(
-                    windows[i], tuple(sizes[i]), offsets[i], flips[i], view.side, resize
-                )
-                for i in range(group.start, group.stop)
-            ]
-            return torch.stack(squares) if len(squares) > 1 else squares[0][None]
+            squares = []
+            for i in range(group.start, group.stop):
+                size = tuple(sizes[i])
+                square = resize_and_crop(windows[i], size, offsets[i], flips[i], view.side, resize)
+                squares.append(square)
+            if len(squares) == 1:
+                # Without the copy that torch.stack would make.
+                return squares[0][None]
+            return torch.stack(squares)
 
         return crop
 
     def _for_each(self, function: Callable[[slice], Any], groups: list[slice]) -> list[Any]:
-        """`function` of each group, in the pool.
+        """Call a function with each group, in the pool; returns the results in order.
 
-        With one thread it runs here: this thread would only wait for the other, and pass Python's
-        lock to and fro.
+        With one thread it runs in the calling thread: a second thread would only be waited for,
+        and the two would pass Python's lock to and fro.
         """
         if self.threads == 1:
             return [function(group) for group in groups]
@@ -481,11 +474,10 @@ class DaliLoader:
         self, decoded: tuple[DaliTensors, ...], portion: Portion, number: int, out: torch.Tensor
     ) -> None:
         """Like `_finish_on_cpu`, for squares that DALI has cropped and augmented already."""
-        job = portion.loaded.job
-        lighting = None if job.lighting is None else job.lighting[portion.places]
         pixels = batch_to_torch(decoded[number], self.device)
-        self.normalize.prepare(pixels.shape[2])
-        self.normalize(pixels, out, lighting)
+        side = pixels.shape[2]
+        self.normalize.prepare(side)
+        self.normalize(pixels, out, _lighting_of(portion))
 
 
 class DaliTrainLoader(DaliLoader):
@@ -534,8 +526,9 @@ class DaliTrainLoader(DaliLoader):
 
     def jobs(self, start_step: int, stop_step: int) -> Iterator[Job]:
         """What `batches` shows, before any file is read."""
+        grad_accum_steps = self.sampling.layout.grad_accum_steps
         for step in range(start_step, stop_step):
-            for micro_step in range(self.sampling.layout.grad_accum_steps):
+            for micro_step in range(grad_accum_steps):
                 yield train_job(self.seed, step, micro_step, self.sampling)
 
     def show_rows(self, rows: IntArray, epoch: int = 0) -> Batch:
@@ -543,7 +536,9 @@ class DaliTrainLoader(DaliLoader):
 
         It ends an iteration that is still running.
         """
-        return next(self.run([preview_job(self.seed, rows, epoch, self.sampling)]))
+        job = preview_job(self.seed, rows, epoch, self.sampling)
+        batches = self.run([job])
+        return next(batches)
 
 
 class DaliValLoader(DaliLoader):
@@ -564,25 +559,30 @@ class DaliValLoader(DaliLoader):
         settings: LoaderSettings,
     ) -> None:
         num_scales = len(config.val_scales) or 1
-        num_crops = 5 if config.val_crops == "ten" else 1
+        has_ten_crops = config.val_crops == "ten"
+        num_crops = 5 if has_ten_crops else 1
+        quarantine = Quarantine(settings.output_dir, "val", rank, None)
         super().__init__(
             index,
             config,
-            Quarantine(settings.output_dir, "val", rank, None),
+            quarantine,
             settings,
             local_batch_size=min(config.val_batch_size, len(index)),
             views=num_scales * num_crops,
         )
-        self.mirrored = config.val_flip or config.val_crops == "ten"
+        self.mirrored = config.val_flip or has_ten_crops
         self.share = order.val_batches(len(index), config.val_batch_size, rank, world_size)
         self.rounds = len(self.share)
 
     def __iter__(self) -> Iterator[Batch | None]:
         """`rounds` items; None where this rank has no batch left while other ranks have one."""
-        shares = [rows for rows in self.share if rows is not None]
-        yield from self.run(val_job(np.array(rows, dtype=np.int64)) for rows in shares)
+        jobs = []
+        for rows in self.share:
+            if rows is not None:
+                jobs.append(val_job(np.array(rows, dtype=np.int64)))
+        yield from self.run(jobs)
         # Only the last round can be without a batch.
-        for _ in range(self.rounds - len(shares)):
+        for _ in range(self.rounds - len(jobs)):
             yield None
 
     def show_rows(self, rows: IntArray) -> Batch:
@@ -590,4 +590,6 @@ class DaliValLoader(DaliLoader):
 
         It ends an iteration that is still running.
         """
-        return next(self.run([val_job(rows)]))
+        job = val_job(rows)
+        batches = self.run([job])
+        return next(batches)

@@ -70,7 +70,11 @@ class ReadLimits:
 
 def read_limits(config: DataConfig) -> ReadLimits:
     """The limits that the config sets."""
-    return ReadLimits(config.max_file_mb << 20, config.max_pixels, config.read_timeout_s)
+    return ReadLimits(
+        max_file_bytes=config.max_file_mb << 20,
+        max_pixels=config.max_pixels,
+        timeout_s=config.read_timeout_s,
+    )
 
 
 DEFAULT_LIMITS = read_limits(DataConfig())
@@ -123,10 +127,28 @@ def _open_regular(path: str) -> int:
     raise OSError("it is not a regular file")
 
 
-def _read(path: str, offset: int, length: int, limits: ReadLimits) -> bytes:
-    """The bytes of a file (`length` -1) or of a part of a shard.
+def _broken(row: int, reason: str, data: bytes = b"") -> Encoded:
+    """An image that cannot be used, of row `row` of the index."""
+    return Encoded(
+        row=row,
+        data=data,
+        height=0,
+        width=0,
+        reason=reason,
+    )
 
-    Errors that may pass are tried again. Raises OSError.
+
+def _read(path: str, offset: int, length: int, limits: ReadLimits) -> bytes:
+    """Read a file, or a part of a shard. Errors that may pass are tried again.
+
+    Args:
+        path: The file, or the shard.
+        offset: First byte of the part.
+        length: Bytes of the part; -1 for a whole file.
+        limits: What the file may cost.
+
+    Raises:
+        OSError: If it cannot be read.
     """
     for wait in (*_WAITS, None):
         try:
@@ -156,14 +178,19 @@ def _read_file(path: str, limits: ReadLimits) -> bytes:
 
 
 def _check_length(length: int, limits: ReadLimits) -> None:
-    if length > limits.max_file_bytes:
-        raise OSError(
-            f"it has {length} bytes, more than data.max_file_mb = {limits.max_file_bytes >> 20}"
-        )
+    """Raise OSError for a file of more than `limits.max_file_bytes`."""
+    if length <= limits.max_file_bytes:
+        return
+    max_file_mb = limits.max_file_bytes >> 20
+    raise OSError(f"it has {length} bytes, more than data.max_file_mb = {max_file_mb}")
 
 
 def _read_pieces(descriptor: int, offset: int, length: int, limits: ReadLimits) -> bytes:
-    """`length` bytes from `offset` on. Raises OSError if there are fewer, or it takes too long."""
+    """Read `length` bytes from `offset` on, in pieces of at most `_PIECE_BYTES`.
+
+    Raises:
+        OSError: If the file ends before, or the storage takes longer than `limits.timeout_s`.
+    """
     data = os.pread(descriptor, min(length, _PIECE_BYTES), offset)
     if len(data) == length:
         return data
@@ -176,7 +203,8 @@ def _read_pieces(descriptor: int, offset: int, length: int, limits: ReadLimits) 
                 f"{position} of its {length} bytes came within data.read_timeout_s = "
                 f"{limits.timeout_s:g}"
             )
-        piece = os.pread(descriptor, min(length - position, _PIECE_BYTES), offset + position)
+        piece_length = min(length - position, _PIECE_BYTES)
+        piece = os.pread(descriptor, piece_length, offset + position)
         pieces.append(piece)
         position += len(piece)
     if position < length:
@@ -185,19 +213,29 @@ def _read_pieces(descriptor: int, offset: int, length: int, limits: ReadLimits) 
 
 
 def read_image_bytes(index: Index, row: int, limits: ReadLimits = DEFAULT_LIMITS) -> bytes:
-    """The bytes of an image's file as they are. Raises OSError if it cannot be read."""
+    """The bytes of an image's file as they are.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
     path, offset, length = index.place(row)
     return _read(path, offset, length, limits)
 
 
 def examine(row: int, data: bytes, limits: ReadLimits = DEFAULT_LIMITS) -> Encoded:
-    """The image of a row from the bytes of its file, checked."""
+    """Check the bytes of a file; a suspicious image is decoded with Pillow at once.
+
+    Args:
+        row: Row of the index.
+        data: The bytes of the file.
+        limits: What the image may cost.
+    """
     try:
         height, width, suspicion = inspect(data, limits.max_pixels)
         if suspicion:
             data, height, width = decode_with_pillow(data, suspicion, limits.max_pixels)
     except ValueError as error:
-        return Encoded(row, data, 0, 0, str(error))
+        return _broken(row, str(error), data)
     return Encoded(row, data, height, width)
 
 
@@ -206,9 +244,9 @@ def load(index: Index, row: int, limits: ReadLimits = DEFAULT_LIMITS) -> Encoded
     try:
         data = read_image_bytes(index, row, limits)
     except OSError as error:
-        return Encoded(row, b"", 0, 0, f"cannot be read: {error.strerror or error}")
+        return _broken(row, f"cannot be read: {error.strerror or error}")
     except MemoryError:
-        return Encoded(row, b"", 0, 0, "cannot be read: there is not enough memory")
+        return _broken(row, "cannot be read: there is not enough memory")
     return examine(row, data, limits)
 
 
@@ -249,21 +287,30 @@ class Reader:
         thread has the least work: several of them only pass Python's lock to and fro (15 us of
         processor time a file instead of 60).
         """
-        parts = self.threads if self.seconds_per_file > _SLOW_SECONDS else 1
-        size = -(-len(rows) // parts)
-        return [
-            self._submit(rows[start : start + size].tolist()) for start in range(0, len(rows), size)
-        ]
+        num_shares = 1
+        if self.seconds_per_file > _SLOW_SECONDS:
+            num_shares = self.threads
+        # Rounded up.
+        size = -(-len(rows) // num_shares)
+        shares = []
+        for start in range(0, len(rows), size):
+            rows_of_share = rows[start : start + size].tolist()
+            shares.append(self._submit(rows_of_share))
+        return shares
 
     def collect(self, requested: list[Share]) -> list[Encoded]:
         """The images of a request, in its order; waits for them."""
-        return [encoded for share in requested for encoded in self._wait(share)]
+        images = []
+        for share in requested:
+            images += self._wait(share)
+        return images
 
     def close(self) -> None:
         """End the threads; what was requested and has not begun is dropped."""
         self.pool.shutdown(wait=not self.stuck, cancel_futures=True)
 
     def _submit(self, rows: list[int]) -> Share:
+        """Let one thread read `rows`."""
         share = Share(rows)
         share.future = self.pool.submit(self._load_all, share)
         return share
@@ -284,23 +331,26 @@ class Reader:
         """Leave the thread with its file, the share's `number`-th, and read the others anew."""
         share.abandoned = True
         self.stuck = True
-        reason = (
-            f"cannot be read: the storage has not answered within data.read_timeout_s = "
-            f"{self.limits.timeout_s:g} s"
+        broken = _broken(
+            share.rows[number],
+            "cannot be read: the storage has not answered within data.read_timeout_s = "
+            f"{self.limits.timeout_s:g} s",
         )
-        broken = Encoded(share.rows[number], b"", 0, 0, reason)
+        before = share.loaded[:number]
         rest = self._submit(share.rows[number + 1 :])
-        return [*share.loaded[:number], broken, *self._wait(rest)]
+        return [*before, broken, *self._wait(rest)]
 
     def _load_all(self, share: Share) -> None:
-        clock = [time.perf_counter()]
+        """Read and check the rows of a share: the work of one thread."""
+        times = [time.perf_counter()]
         for row in share.rows:
             encoded = self.load(self.index, row, self.limits)
             if share.abandoned:
                 return
             share.loaded.append(encoded)
-            clock.append(time.perf_counter())
+            times.append(time.perf_counter())
         # The median: a busy machine delays a few files as well, and more threads would only make
         # it busier.
-        if len(clock) > 1:
-            self.seconds_per_file = float(np.median(np.diff(clock)))
+        if len(times) > 1:
+            seconds = np.diff(times)
+            self.seconds_per_file = float(np.median(seconds))

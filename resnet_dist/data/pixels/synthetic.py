@@ -28,21 +28,36 @@ class _SyntheticLoader:
     def __init__(
         self, config: DataConfig, side: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self.class_names = tuple(
-            f"synthetic{label:04d}" for label in range(config.synthetic_classes)
-        )
+        """Make the bank of images.
+
+        Args:
+            config: The `data` section of the config.
+            side: Side of the images, in pixels.
+            device: Where the bank is kept.
+            dtype: Type of the images.
+        """
+        class_names = []
+        for label in range(config.synthetic_classes):
+            class_names.append(f"synthetic{label:04d}")
+        self.class_names = tuple(class_names)
+
         # Not the run's seed, which validation does not have. The labels come first, so that they
         # are the same for every side.
-        generator = torch.Generator().manual_seed(derive_seed(0, "synthetic"))
+        generator = torch.Generator()
+        generator.manual_seed(derive_seed(0, "synthetic"))
         labels = torch.randint(config.synthetic_classes, (_BANK_IMAGES,), generator=generator)
         images = torch.randn(_BANK_IMAGES, 3, side, side, generator=generator)
         self._labels = labels.to(device)
         self._images = images.to(device, dtype, memory_format=torch.channels_last)
 
     def _batch(self, rows: IntArray) -> Batch:
-        places = torch.from_numpy(rows % _BANK_IMAGES).to(self._labels.device, non_blocking=True)
-        images = self._images[places].contiguous(memory_format=torch.channels_last)
-        return Batch(images, self._labels[places], rows)
+        """The batch of the rows, int64 [n]."""
+        places = torch.from_numpy(rows % _BANK_IMAGES)
+        places = places.to(self._labels.device, non_blocking=True)
+        images = self._images[places]
+        images = images.contiguous(memory_format=torch.channels_last)
+        labels = self._labels[places]
+        return Batch(images, labels, rows)
 
     def close(self) -> None:
         """Nothing to stop."""
@@ -73,8 +88,9 @@ class SyntheticTrainLoader(_SyntheticLoader):
         """The micro-batches of steps [start_step, stop_step) in order, grad_accum_steps of them for
         each step.
         """
+        grad_accum_steps = self._sampling.layout.grad_accum_steps
         for step in range(start_step, stop_step):
-            for micro_step in range(self._sampling.layout.grad_accum_steps):
+            for micro_step in range(grad_accum_steps):
                 job = train_job(self._seed, step, micro_step, self._sampling)
                 yield self._batch(job.rows)
 
@@ -95,7 +111,12 @@ class SyntheticValLoader(_SyntheticLoader):
     ) -> None:
         super().__init__(config, config.val_crop_size, device, dtype)
         self.num_samples = max(1, config.synthetic_images // 10)
-        self._shares = order.val_batches(self.num_samples, config.val_batch_size, rank, world_size)
+        self._shares = order.val_batches(
+            self.num_samples,
+            config.val_batch_size,
+            rank,
+            world_size,
+        )
         self.rounds = len(self._shares)
 
     def __iter__(self) -> Iterator[Batch | None]:
@@ -104,4 +125,5 @@ class SyntheticValLoader(_SyntheticLoader):
             if share is None:
                 yield None
             else:
-                yield self._batch(np.array(share, dtype=np.int64))
+                rows = np.array(share, dtype=np.int64)
+                yield self._batch(rows)
