@@ -1,10 +1,19 @@
-"""Train a network on a folder of images. The same command again resumes.
+r"""Train an image classifier. Run the same command again to resume.
 
-torchrun --nproc_per_node 2 train.py                                        the quickstart: real
-digits, two minutes torchrun --nproc_per_node 8 train.py --config configs/resnet50.yaml
---data.data_dir /data/imagenet python train.py --help
-every option python train.py --config configs/resnet50.yaml --print_config               the
-resolved settings
+Examples::
+
+    # The quickstart: real digits, about two minutes.
+    torchrun --nproc_per_node 2 train.py
+
+    # ResNet-50 on ImageNet with 8 GPUs.
+    torchrun --nproc_per_node 8 train.py --config configs/resnet50.yaml \
+        --data.data_dir /data/imagenet
+
+    # List every option.
+    python train.py --help
+
+    # Print the resolved config.
+    python train.py --config configs/resnet50.yaml --print_config
 """
 
 import sys

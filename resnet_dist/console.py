@@ -1,7 +1,7 @@
-"""Sentences and a progress bar for the user: in a terminal, in a file, and in a job's log.
+"""Print messages and a progress bar: in a terminal, in a file, and in the log of a job.
 
-In a terminal the bar is the last line of the screen, and sentences appear above it. Elsewhere there
-is no bar: its control characters would fill a file or a pipe.
+In a terminal the bar is the last line of the screen, and messages appear above it. Elsewhere there
+is no bar, since its control characters would fill a file or a pipe.
 """
 
 import contextlib
@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from resnet_dist.text import printable, printable_lines
 
-# No bar is narrower than this, whatever stands beside it.
+# The bar keeps at least this width, in characters; the figures beside it are left out first.
 _LEAST_BAR_WIDTH = 10
 
-# The widest remaining time that the line is laid out for.
+# The widest remaining time for which the line has room.
 _LONGEST_ETA = "100:00:00"
 
 # Without a terminal, a long job prints a line this often.
@@ -46,15 +46,18 @@ class Console:
             self.bar = None
 
     def has_only_the_bar(self) -> bool:
-        """Whether the user sees the bar and nothing else records what it shows."""
+        """Whether the bar is shown and standard output is a terminal.
+
+        Lines with the same figures would then only repeat what the bar shows.
+        """
         return self.bar is not None and is_terminal(sys.stdout)
 
     def say(self, text: str) -> None:
-        """Print a sentence, above the progress bar."""
+        """Print a message to standard output, above the progress bar."""
         self._print(text, sys.stdout)
 
     def warn(self, text: str) -> None:
-        """Print a sentence that the user should not miss, on one line."""
+        """Print a warning to standard error, on one line."""
         self._print(f"warning: {printable(text)}", sys.stderr)
 
     def _print(self, text: str, stream: TextIO) -> None:
@@ -74,11 +77,16 @@ class Console:
 class StatusBar:
     """The last line of the screen: percentage, bar, steps, remaining time, and figures.
 
-    The figures that do not fit into the width of the terminal are left out, least important last.
+    Figures that do not fit into the width of the terminal are left out, the least important first.
+
+    Args:
+        total_steps: Number of steps at the end of the training.
+        start_step: Number of steps that earlier processes have done.
     """
 
     def __init__(self, total_steps: int, start_step: int) -> None:
-        # tqdm's monitor thread would only wake up a bar that is updated at every step anyway.
+        # tqdm's monitor thread refreshes bars that are updated rarely. This one is updated in every
+        # step.
         tqdm.monitor_interval = 0
         self._stream = sys.stderr
         self._start_step = start_step
@@ -96,21 +104,29 @@ class StatusBar:
         self._tqdm.set_postfix_str("waiting for the first step")
 
     def advance(self, step: int) -> None:
-        """Move the bar to `step`; cheap enough for every step."""
+        """Move the bar to `step`; cheap enough to call in every step."""
         steps = step - self._start_step
         if steps > 0 and not self._has_figures:
-            pace = steps / (time.monotonic() - self._started)
+            seconds = time.monotonic() - self._started
+            pace = steps / seconds
             self._tqdm.set_postfix_str(f"{pace:.2f} steps/s", refresh=False)
         self._tqdm.update(step - self._tqdm.n)
 
     def show(self, figures: Sequence[str]) -> None:
-        """Show `figures`, the most important first, as far as they fit beside the bar."""
+        """Show figures beside the bar.
+
+        Args:
+            figures: Short texts, the most important first. Those that do not fit are left out.
+        """
         self._has_figures = True
-        total = len(str(self._tqdm.total))
-        others = len("100% || / eta , ") + 2 * total + len(_LONGEST_ETA)
-        # Measured each time, since the user may change the size of the window.
-        columns = os.get_terminal_size(self._stream.fileno()).columns
-        self._tqdm.set_postfix_str(fit(figures, columns - others - _LEAST_BAR_WIDTH))
+        digits = len(str(self._tqdm.total))
+        punctuation = len("100% || / eta , ")
+        others = punctuation + 2 * digits + len(_LONGEST_ETA)
+        # The user may change the size of the window at any time.
+        descriptor = self._stream.fileno()
+        columns = os.get_terminal_size(descriptor).columns
+        room = columns - others - _LEAST_BAR_WIDTH
+        self._tqdm.set_postfix_str(fit(figures, room))
 
     def print_above(self, text: str, stream: TextIO) -> None:
         """Print lines above the bar."""
@@ -122,10 +138,15 @@ class StatusBar:
 
 
 class Progress:
-    """The progress of a long command, as a context manager.
+    """Show the progress of a long command, as a context manager.
 
-    A bar in a terminal. Elsewhere a line twice a minute, so that a job's log shows that the command
-    is alive, and a pipe gets no control characters.
+    In a terminal this is a bar. Elsewhere a line is printed twice a minute, so that the log of a
+    job shows that the command still runs, and a pipe gets no control characters.
+
+    Args:
+        total: Number of units at the end; None if it is not known.
+        title: Text before the numbers.
+        unit: What is counted.
     """
 
     def __init__(self, total: int | None, title: str, unit: str = "img") -> None:
@@ -152,22 +173,28 @@ class Progress:
             self._bar.close()
 
     def update(self, count: int = 1) -> None:
-        """Note that `count` more are done."""
+        """Record that `count` more units are done."""
         self._done += count
         if self._bar is not None:
             self._bar.update(count)
             return
         now = time.monotonic()
-        if now - self._printed >= _SECONDS_BETWEEN_LINES:
-            self._printed = now
-            with contextlib.suppress(OSError, ValueError):
-                print(self._line(now - self._started), file=sys.stderr, flush=True)
+        if now - self._printed < _SECONDS_BETWEEN_LINES:
+            return
+        self._printed = now
+        line = self._line(now - self._started)
+        with contextlib.suppress(OSError, ValueError):
+            print(line, file=sys.stderr, flush=True)
 
     def _line(self, seconds: float) -> str:
+        """Format the progress after `seconds`."""
         elapsed = timedelta(seconds=round(seconds))
         if self._total is None:
             return f"{self._title}: {self._done} {self._unit}, {elapsed} elapsed"
-        rest = seconds / self._done * (self._total - self._done) if self._done else 0.0
+        rest = 0.0
+        if self._done:
+            seconds_per_unit = seconds / self._done
+            rest = seconds_per_unit * (self._total - self._done)
         remaining = timedelta(seconds=round(rest))
         return (
             f"{self._title}: {self._done} of {self._total} {self._unit}, "
@@ -176,7 +203,7 @@ class Progress:
 
 
 def fit(figures: Sequence[str], width: int) -> str:
-    """As many of the first `figures`, separated by two spaces, as fit into `width` characters."""
+    """Join as many of the first `figures` as fit into `width` characters, with two spaces."""
     text = ""
     for figure in figures:
         longer = f"{text}  {figure}" if text else figure
@@ -189,9 +216,10 @@ def fit(figures: Sequence[str], width: int) -> str:
 def is_terminal(stream: TextIO) -> bool:
     """Whether `stream` is a terminal with a size.
 
-    A container may have a terminal of 0 x 0 characters, in which a bar shows nothing.
+    A container may have a terminal of 0 x 0 characters, which cannot show a bar.
     """
     try:
-        return min(os.get_terminal_size(stream.fileno())) > 0
+        size = os.get_terminal_size(stream.fileno())
     except (OSError, ValueError):
         return False
+    return size.columns > 0 and size.lines > 0

@@ -1,7 +1,7 @@
 """`metrics.jsonl`: one line of JSON per log line or evaluation, the source of every report.
 
-After any sequence of faults (killed processes, a full disk, a second process in the same folder)
-each step is in the file once, or it is so again once the next process has started.
+Faults such as killed processes, a full disk, or a second process in the same folder may damage the
+file. The next process that starts repairs it, so that each step is in the file once.
 """
 
 import contextlib
@@ -18,20 +18,22 @@ Record = dict[str, Any]
 
 
 class MetricsFile:
-    """The file of one process of the run.
+    """The metrics file, as one process of the run writes it.
 
-    Lines that cannot be written are kept in memory and written as soon as that is possible again.
+    Lines that cannot be written are kept in memory, and written as soon as that is possible again.
+
+    Args:
+        path: The file; it need not exist.
+        check_claim: Raises ValueError if another process has taken over the folder.
+        evaluated: Whether the state that training starts from has been evaluated. If not, its
+            evaluation is repeated, and an earlier line about it is removed.
+
+    Attributes:
+        kept: The lines of earlier processes that stay in the file.
+        last_steps: For each key, the last step at which an earlier process logged it, in any line.
     """
 
     def __init__(self, path: Path, check_claim: Callable[[], None], evaluated: bool) -> None:
-        """The file at `path`.
-
-        Args:
-            path: the file; it need not exist.
-            check_claim: raises ValueError if another process has taken over the folder.
-            evaluated: whether the state that training starts from has been evaluated. If not, its
-                evaluation is repeated, and an earlier line about it is dropped.
-        """
         self.path = path
         self._check_claim = check_claim
         self._evaluated = evaluated
@@ -39,40 +41,48 @@ class MetricsFile:
         self._prepared = False
         self._unwritten: list[bytes] = []
         self.kept: list[Record] = []
-        """the lines of earlier processes that stay"""
         self.last_steps: dict[str, int] = {}
-        """key -> last step at which an earlier process logged it, in whatever line"""
 
     def start(self, start_step: int) -> None:
-        """Drop the lines about steps that are repeated after `start_step`.
+        """Remove the lines about the steps that this process repeats.
 
-        An earlier process may have got further than its last checkpoint. Raises OSError if the file
-        cannot be prepared; `append` then tries again.
+        An earlier process may have trained further than its last checkpoint.
+
+        Args:
+            start_step: The step of the state that training starts from.
+
+        Raises:
+            OSError: The file cannot be read or written; `append` tries it again.
+            ValueError: Another process has taken over the folder.
         """
         self._start_step = start_step
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._prepare()
 
     def append(self, record: Record) -> None:
-        """Write `record`, after the lines that could not be written before.
+        """Write a line, after the lines that could not be written before.
 
-        Raises OSError if it cannot be written now. Raises ValueError if another process has taken
-        over the folder: then this one has no say in the file any longer.
+        Raises:
+            OSError: The line cannot be written now; it is kept in memory.
+            ValueError: Another process has taken over the folder; this one must no longer write.
         """
-        self._unwritten.append(json.dumps(record, allow_nan=False).encode() + b"\n")
+        text = json.dumps(record, allow_nan=False)
+        line = text.encode() + b"\n"
+        self._unwritten.append(line)
         self.flush()
 
     def flush(self) -> None:
-        """Write the lines that could not be written before; raises as `append`."""
+        """Write the lines that could not be written before; see `append` for the errors."""
         if not self._unwritten:
             return
         if not self._prepared:
             self._prepare()
-        # Opened anew each time: a lost mount may come back.
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        # The file is opened each time, since a lost mount may come back.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        descriptor = os.open(self.path, flags, 0o666)
         try:
-            # A successor first claims the folder and then replaces this file. So either the check
-            # fails, or the descriptor is of the old file, which nobody reads any longer.
+            # A newer process first claims the folder and then replaces this file. Therefore either
+            # the check fails, or the descriptor belongs to the old file, which nobody reads.
             self._check_claim()
             while self._unwritten:
                 _append_whole(descriptor, self._unwritten[0])
@@ -81,18 +91,21 @@ class MetricsFile:
             os.close(descriptor)
 
     def _prepare(self) -> None:
+        """Rewrite the file without damaged, repeated and dropped lines."""
         self._check_claim()
         if self.path.exists():
             content = self.path.read_bytes()
             records = parse_metrics(content)
-            self.last_steps = {key: record["step"] for record in records for key in record}
+            self.last_steps = _last_steps(records)
             unique = _without_repeated(records)
             self.kept = [record for record in unique if self._is_kept(record)]
-            text = "".join(json.dumps(record) + "\n" for record in self.kept)
+            lines = [json.dumps(record) + "\n" for record in self.kept]
+            text = "".join(lines)
             _replace(self.path, content, text.encode())
         self._prepared = True
 
     def _is_kept(self, record: Record) -> bool:
+        """Whether a line of an earlier process is about a step that is not repeated."""
         step: int = record["step"]
         if step == self._start_step and is_evaluation(record):
             return self._evaluated
@@ -100,12 +113,17 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The lines of a metrics.jsonl, in order, without lines that are not whole. Raises OSError."""
-    return _without_repeated(parse_metrics(path.read_bytes()))
+    """Read a metrics.jsonl: its lines in order, without damaged and repeated ones.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    records = parse_metrics(path.read_bytes())
+    return _without_repeated(records)
 
 
 def parse_metrics(content: bytes) -> list[Record]:
-    """The lines of a file's content that are whole."""
+    """Parse the content of a metrics.jsonl, and leave out lines that are damaged."""
     records = []
     for line in content.splitlines():
         with contextlib.suppress(ValueError):
@@ -120,24 +138,44 @@ def is_evaluation(record: Record) -> bool:
     return "val/top1" in record
 
 
+def _last_steps(records: list[Record]) -> dict[str, int]:
+    """Return the step of the last line with each key."""
+    steps = {}
+    for record in records:
+        for key in record:
+            steps[key] = record["step"]
+    return steps
+
+
 def _without_repeated(records: list[Record]) -> list[Record]:
-    """The last line of each step and kind, in the order of the steps' first lines."""
-    unique = {(record["step"], is_evaluation(record)): record for record in records}
+    """Return the last line of each step and kind, in the order of the first lines."""
+    unique = {}
+    for record in records:
+        kind = (record["step"], is_evaluation(record))
+        unique[kind] = record
     return list(unique.values())
 
 
 def _replace(path: Path, old: bytes, new: bytes) -> None:
-    """Replace the file's content, also on a full disk if the new content begins the old one."""
+    """Replace the content of the file.
+
+    On a full disk this works only if `new` is the beginning of `old`.
+    """
     try:
         write_file(path, new)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or not old.startswith(new):
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not is_full or not old.startswith(new):
             raise
         os.truncate(path, len(new))
 
 
 def _append_whole(descriptor: int, line: bytes) -> None:
-    """Append `line` or nothing. Raises OSError."""
+    """Append a line.
+
+    Raises:
+        OSError: The line cannot be written; then no part of it is in the file.
+    """
     size = os.fstat(descriptor).st_size
     try:
         written = os.write(descriptor, line)

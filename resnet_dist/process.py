@@ -1,7 +1,12 @@
-"""The life of one process (one rank): join the others, do the work, leave with the right exit code.
+"""Run one process (one rank): join the other ranks, do the work, and leave with an exit code.
 
-Exit codes: 0 is success, 1 an unexpected error (with its traceback), 2 an error that the user can
-mend (in a sentence), `EXIT_LOST_RANK` a lost rank, 128 + number a signal after its checkpoint.
+Exit codes:
+
+- 0: success
+- 1: an unexpected error, printed with its traceback
+- 2: an error that the user can correct, printed as a sentence
+- `EXIT_LOST_RANK`: another rank or the launcher was lost
+- 128 + number: a signal, after which the training has saved a checkpoint
 """
 
 import contextlib
@@ -31,8 +36,8 @@ _BATCH_OF_ONE = (
     "(train.global_batch_size / (ranks * train.grad_accum_steps) = 1); make it at least 2"
 )
 
+# Time between two looks of a spare rank at the state of the others.
 _SPARE_SECONDS = 0.5
-"""How often a rank that waits as a spare looks whether the others are done."""
 
 
 def run_process(
@@ -40,9 +45,15 @@ def run_process(
 ) -> int:
     """Join the other ranks, call `body(config, runtime)`, and leave the process group.
 
-    `body` gets the config with `train.precision` resolved for the device, unless `resolve_auto` is
-    false: training resolves it itself, once it knows the checkpoint that it resumes from. Returns
-    the exit code: the body's, or the one of `report_failure` if it raises.
+    Args:
+        config: The config.
+        body: The work. It gets the config with `train.precision` resolved for the device, and
+            returns the exit code.
+        resolve_auto: Whether `train.precision` is resolved here. Training resolves it itself, once
+            it knows the checkpoint that it resumes from.
+
+    Returns:
+        The exit code: that of `body`, or that of `report_failure` if `body` raises.
     """
     section = config.distributed
     try:
@@ -69,24 +80,34 @@ def run_process(
 
 
 def _leave(code: int, watchdog: Watchdog) -> int:
-    """Leave the other ranks; returns the exit code that the launcher is to see."""
+    """Leave the other ranks.
+
+    Returns:
+        The exit code of this process: `code`, or `EXIT_LOST_RANK` if the training was stopped
+        since the store or the launcher was lost.
+    """
     if watchdog.lost_server and code == 128 + signal.SIGTERM:
-        code = EXIT_LOST_RANK  # nobody sent a signal: the watchdog asked for the end
+        # No process sent this signal: the watchdog asked the training to stop.
+        code = EXIT_LOST_RANK
     if code in (1, 2, EXIT_LOST_RANK):
-        # The other ranks may never come to a common end.
+        # The other ranks may never reach a common end.
         if watchdog.is_watching and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            watchdog.exit_now(code)  # NCCL's destructors may wait for a rank that is lost
+            # NCCL's destructors may wait for a rank that is lost.
+            watchdog.exit_now(code)
         return code
     watchdog.tell_spares(code)
     if code >= 128:
         name = signal.Signals(code - 128).name
-        write_error_file(f"stopped by {name}; resume with: {resume_command(watchdog.launcher)}")
+        command = resume_command(watchdog.launcher)
+        write_error_file(f"stopped by {name}; resume with: {command}")
     distributed.leave_ranks(watchdog)
     return code
 
 
 def _mixes_pairs(config: Config) -> bool:
-    return config.augment.mixup_alpha > 0 or config.augment.cutmix_alpha > 0
+    """Whether images are mixed in pairs, so that the local batch size must be even."""
+    augment = config.augment
+    return augment.mixup_alpha > 0 or augment.cutmix_alpha > 0
 
 
 def _with_micro_steps(config: Config, steps: int) -> Config:
@@ -95,9 +116,9 @@ def _with_micro_steps(config: Config, steps: int) -> Config:
 
 
 def _wait_as_spare(watchdog: Watchdog) -> int:
-    """Do nothing until the ranks that train are done; returns their exit code.
+    """Wait until the ranks that train have ended, and return their exit code.
 
-    When one of them fails, the launcher ends this process too, and starts all of them again.
+    If one of them fails, the launcher ends this process, too, and starts all of them again.
     """
     while True:
         code = watchdog.code_of_the_others()
@@ -107,23 +128,35 @@ def _wait_as_spare(watchdog: Watchdog) -> int:
 
 
 def _report_early(problem: Exception) -> int:
-    """Print why the ranks could not meet, once where that is possible; returns the exit code."""
-    code = 2 if isinstance(problem, ValueError) else EXIT_LOST_RANK
+    """Print why the ranks could not join each other, and return the exit code.
+
+    An error that all ranks have in common is printed by rank 0 alone.
+    """
+    text = printable(problem)
     rank = os.environ.get("RANK", "")
-    if code == EXIT_LOST_RANK:
-        print(f"error (rank {rank}): {printable(problem)}", file=sys.stderr, flush=True)
-    elif rank in ("", "0") and os.environ.get("SLURM_PROCID", "0") == "0":
-        print(f"error: {printable(problem)}", file=sys.stderr, flush=True)
     write_error_file(str(problem))
-    return code
+    if not isinstance(problem, ValueError):
+        print(f"error (rank {rank}): {text}", file=sys.stderr, flush=True)
+        return EXIT_LOST_RANK
+    task = os.environ.get("SLURM_PROCID", "0")
+    if rank in ("", "0") and task == "0":
+        print(f"error: {text}", file=sys.stderr, flush=True)
+    return 2
 
 
 def report_failure(problem: Exception, runtime: Runtime) -> int:
-    """Print what ended this rank, and return the exit code.
+    """Print the error that ended this rank, and publish it for the other ranks.
 
-    An error that the user can mend is printed as a sentence (code 2). A collective that failed is
-    traced to the rank that caused it (that rank's code, or `EXIT_LOST_RANK`). Anything else is
-    printed with its traceback (code 1).
+    - An error that the user can correct is printed as a sentence.
+    - A collective that failed is traced to the rank that caused it.
+    - Any other error is printed with its traceback.
+
+    Args:
+        problem: The error.
+        runtime: This rank, with its watchdog.
+
+    Returns:
+        The exit code: 2, the code of the rank that failed first or `EXIT_LOST_RANK`, or 1.
     """
     assert runtime.watchdog is not None
     return _report(problem, runtime.watchdog)
@@ -131,10 +164,13 @@ def report_failure(problem: Exception, runtime: Runtime) -> int:
 
 @contextlib.contextmanager
 def failures_reported_first(runtime: Runtime) -> Iterator[None]:
-    """Print what ended this rank before anything is closed.
+    """Print the error of a block before its resources are closed, and raise it again.
 
-    To close a loader may mean to wait for a device that waits for a lost rank. What the user can
-    mend is left to the caller, who may add to it.
+    Closing a loader may wait for a device that waits for a lost rank. An error that the user can
+    correct is not printed: the caller does it, and may add to the message.
+
+    Args:
+        runtime: This rank, with its watchdog.
     """
     try:
         yield
@@ -146,6 +182,7 @@ def failures_reported_first(runtime: Runtime) -> Iterator[None]:
 
 
 def _report(problem: Exception, watchdog: Watchdog) -> int:
+    """See `report_failure`."""
     text = printable(problem)
     if "Expected more than 1 value per channel" in text:
         failure = watchdog.own(f"{_BATCH_OF_ONE} ({text})", 2)
@@ -163,14 +200,21 @@ def _report(problem: Exception, watchdog: Watchdog) -> int:
 
 
 def _is_of_a_collective(problem: Exception) -> bool:
-    """Whether another rank may be the cause."""
-    lost = (LostRankError, torch.distributed.DistError)
-    return isinstance(problem, lost) or "/gloo/" in str(problem)
+    """Whether another rank may be the cause of the error."""
+    if isinstance(problem, (LostRankError, torch.distributed.DistError)):
+        return True
+    # gloo raises a plain RuntimeError with the path of its source file.
+    return "/gloo/" in str(problem)
 
 
 def resume_command(place: Runtime | Launcher) -> str:
-    """The shell command that started this run; the same command resumes it."""
-    if "RESNET_DIST_RESUME" in os.environ:  # set by a launcher other than torchrun
+    """Return the shell command that started this run; the same command resumes it.
+
+    Args:
+        place: Says how many ranks the run has, in all and on this machine.
+    """
+    # A launcher other than torchrun sets this variable.
+    if "RESNET_DIST_RESUME" in os.environ:
         return os.environ["RESNET_DIST_RESUME"]
     arguments = shlex.join(sys.argv)
     if "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -182,8 +226,9 @@ def resume_command(place: Runtime | Launcher) -> str:
 
 
 def _program(name: str) -> str:
-    """How the user's shell finds a program of this Python's environment."""
-    own = os.path.join(os.path.dirname(sys.executable), name)
+    """Return a program of this Python's environment as the user's shell finds it."""
+    folder = os.path.dirname(sys.executable)
+    own = os.path.join(folder, name)
     if shutil.which(name) == own:
         return name
     if own.startswith(os.getcwd()):

@@ -1,8 +1,8 @@
-"""How the processes of a run find each other: the launcher's environment and a common store.
+"""Read the launcher's environment and connect the processes of a run by a common store.
 
 torchrun and SLURM describe each process by environment variables. `read_launcher` reads all of
-them in one place and refuses what is inconsistent. `meet` opens the store that all processes share
-(torchrun's own, or one that rank 0 serves) and waits until every rank is there.
+them in one place and rejects inconsistent values. `meet` opens the store that all processes share
+(torchrun's own, or one that rank 0 serves) and waits until every rank has joined.
 """
 
 import contextlib
@@ -11,23 +11,25 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
+# Every launcher sets all of these variables.
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""A launcher sets all of these, or it is none."""
 
+# A launcher of several ranks sets these, too.
 _LOCAL = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
-"""A launcher of several ranks sets these, too."""
 
+# Time between two reads of the store.
 _POLL_SECONDS = 0.05
 
+# Time to wait for the store of torchrun. It runs before torchrun starts a worker, so that a refused
+# connection does not mean that the store is still to come.
 _AGENT_STORE_SECONDS = 20.0
-"""Torchrun serves its store before it starts a worker: refused connections are final, not early."""
 
 
 class LostRankError(RuntimeError):
@@ -36,32 +38,41 @@ class LostRankError(RuntimeError):
 
 @dataclass(frozen=True)
 class Launcher:
-    """What the launcher says about this process. The defaults are those of a single process."""
+    """The launcher's description of this process. The defaults describe a single process.
+
+    Attributes:
+        rank: Rank of this process.
+        local_rank: Rank among the processes of this machine.
+        world_size: Number of processes.
+        local_world_size: Number of processes on this machine.
+        address: Host of the common store; empty without a launcher.
+        port: Port of the common store.
+        agent: Process id of torchrun's agent, the parent of this process; 0 without torchrun.
+        agent_store: Whether torchrun's agent serves the store; otherwise rank 0 does.
+        restarts: Whether the launcher restarts failed ranks (torchrun --max-restarts).
+    """
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
     address: str = ""
-    """host and port of the common store; empty without a launcher"""
     port: int = 0
     agent: int = 0
-    """process id of torchrun's agent, the parent of this process; 0 without torchrun"""
     agent_store: bool = False
-    """whether torchrun's agent serves the store; else rank 0 does"""
     restarts: bool = False
-    """whether the launcher starts failed ranks again (torchrun --max-restarts)"""
 
     @property
     def is_gone(self) -> bool:
         """Whether torchrun's agent has ended: this process then has another parent."""
         if not self.agent:
             return False
-        return os.getppid() != self.agent
+        parent = os.getppid()
+        return parent != self.agent
 
     @property
     def serves_store(self) -> bool:
-        """Whether this process is the one that serves the store."""
+        """Whether this process serves the store."""
         return self.rank == 0 and not self.agent_store
 
 
@@ -74,16 +85,23 @@ class Peer:
 
     @property
     def is_gone(self) -> bool:
-        """Whether the process is known to have ended; False where it cannot be seen from here."""
+        """Whether the process is known to have ended; False for one of another machine."""
         if self.host != socket.gethostname():
             return False
         state = process_state(self.pid)
+        # Z is a zombie, X a dead process (see proc(5)).
         return not state or state[0] in "ZX"
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """All ranks of one start: the store that they share, and their processes in order of rank."""
+    """The ranks of one start of the run.
+
+    Attributes:
+        launcher: The launcher's description of this process.
+        store: The store that the ranks share, with keys of this start alone.
+        peers: The processes, in order of rank.
+    """
 
     launcher: Launcher
     store: Store
@@ -91,34 +109,37 @@ class Meeting:
 
 
 def process_state(pid: int) -> str:
-    """The state of a process of this machine, as in `T (stopped)`; empty if there is none."""
+    """Return the state of a process of this machine, such as `T (stopped)`; empty if it is gone."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/status") as status:
         for line in status:
-            if line.startswith("State:"):
-                return line.removeprefix("State:").strip()
+            name, _, value = line.partition(":")
+            if name == "State":
+                return value.strip()
     return ""
 
 
 def read_launcher(environment: Mapping[str, str] = os.environ) -> Launcher:
     """Read the launcher's environment variables.
 
-    Raises ValueError, naming the variables, when they are incomplete or contradict each other, and
-    when srun started several tasks without telling them their ranks.
+    Args:
+        environment: The variables and their values.
+
+    Returns:
+        The description of this process; the defaults if no launcher has set a variable.
+
+    Raises:
+        ValueError: The variables are incomplete or contradict each other, or srun has started
+            several tasks without their ranks. The message names the variables.
     """
-    found = [name for name in (*_NEEDED, *_LOCAL) if name in environment]
+    known = (*_NEEDED, *_LOCAL)
+    found = [name for name in known if name in environment]
     if not found:
         _refuse_bare_srun(environment)
         return Launcher()
-    several = environment.get("WORLD_SIZE", "1") != "1"
-    needed = (*_NEEDED, *_LOCAL) if several else _NEEDED
-    missing = [name for name in needed if not environment.get(name)]
-    if missing:
-        raise ValueError(
-            f"the launcher's environment is incomplete: {_assignments(environment, found)}, but "
-            f"not {', '.join(missing)}; start with torchrun, or unset {' '.join(found)} to train "
-            "in one process"
-        )
-    agent = os.getppid() if "TORCHELASTIC_RUN_ID" in environment else 0
+    _refuse_missing(environment, found)
+    agent = 0
+    if "TORCHELASTIC_RUN_ID" in environment:
+        agent = os.getppid()
     launcher = Launcher(
         rank=_number(environment, "RANK"),
         local_rank=_number(environment, "LOCAL_RANK", 0),
@@ -134,8 +155,27 @@ def read_launcher(environment: Mapping[str, str] = os.environ) -> Launcher:
     return launcher
 
 
+def _refuse_missing(environment: Mapping[str, str], found: list[str]) -> None:
+    """Raise ValueError if the launcher has set the variables `found`, but not all it must set."""
+    needed = list(_NEEDED)
+    world_size = environment.get("WORLD_SIZE", "1")
+    if world_size != "1":
+        needed.extend(_LOCAL)
+    missing = [name for name in needed if not environment.get(name)]
+    if not missing:
+        return
+    raise ValueError(
+        f"the launcher's environment is incomplete: {_assignments(environment, found)}, but "
+        f"not {', '.join(missing)}; start with torchrun, or unset {' '.join(found)} to train "
+        "in one process"
+    )
+
+
 def _refuse_bare_srun(environment: Mapping[str, str]) -> None:
-    """Under srun each task starts as if it were alone: they would all train the same."""
+    """Raise ValueError if srun has started several tasks without a launcher.
+
+    Each task would start as if it were alone, and all would train the same.
+    """
     tasks = environment.get("SLURM_NTASKS", "1")
     if tasks == "1" or "SLURM_PROCID" not in environment:
         return
@@ -148,35 +188,32 @@ def _refuse_bare_srun(environment: Mapping[str, str]) -> None:
 
 def _check_launcher(launcher: Launcher, environment: Mapping[str, str]) -> None:
     """Raise ValueError when the numbers of a launcher's environment contradict each other."""
-    rules = (
-        (launcher.world_size >= 1, ("WORLD_SIZE",), "WORLD_SIZE must be at least 1"),
-        (
-            0 <= launcher.rank < launcher.world_size,
-            ("RANK", "WORLD_SIZE"),
-            "RANK must be from 0 to WORLD_SIZE - 1",
-        ),
-        (
-            1 <= launcher.local_world_size <= launcher.world_size,
-            ("LOCAL_WORLD_SIZE", "WORLD_SIZE"),
-            "LOCAL_WORLD_SIZE must be from 1 to WORLD_SIZE",
-        ),
-        (
-            0 <= launcher.local_rank < launcher.local_world_size,
-            ("LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-            "LOCAL_RANK must be from 0 to LOCAL_WORLD_SIZE - 1",
-        ),
-        (0 < launcher.port < 2**16, ("MASTER_PORT",), "MASTER_PORT must be from 1 to 65535"),
-    )
-    for holds, names, rule in rules:
-        if not holds:
-            raise ValueError(
-                f"the launcher's environment is inconsistent: {_assignments(environment, names)}; "
-                f"{rule}; start with torchrun, or unset these variables"
-            )
+    names: tuple[str, ...] = ()
+    rule = ""
+    if launcher.world_size < 1:
+        names = ("WORLD_SIZE",)
+        rule = "WORLD_SIZE must be at least 1"
+    elif not 0 <= launcher.rank < launcher.world_size:
+        names = ("RANK", "WORLD_SIZE")
+        rule = "RANK must be from 0 to WORLD_SIZE - 1"
+    elif not 1 <= launcher.local_world_size <= launcher.world_size:
+        names = ("LOCAL_WORLD_SIZE", "WORLD_SIZE")
+        rule = "LOCAL_WORLD_SIZE must be from 1 to WORLD_SIZE"
+    elif not 0 <= launcher.local_rank < launcher.local_world_size:
+        names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        rule = "LOCAL_RANK must be from 0 to LOCAL_WORLD_SIZE - 1"
+    elif not 0 < launcher.port < 2**16:
+        names = ("MASTER_PORT",)
+        rule = "MASTER_PORT must be from 1 to 65535"
+    if rule:
+        raise ValueError(
+            f"the launcher's environment is inconsistent: {_assignments(environment, names)}; "
+            f"{rule}; start with torchrun, or unset these variables"
+        )
 
 
-def _assignments(environment: Mapping[str, str], names: tuple[str, ...] | list[str]) -> str:
-    """The variables as one would type them."""
+def _assignments(environment: Mapping[str, str], names: Iterable[str]) -> str:
+    """Show variables with their values, as in a shell."""
     assignments = []
     for name in names:
         value = environment.get(name, "")
@@ -185,6 +222,7 @@ def _assignments(environment: Mapping[str, str], names: tuple[str, ...] | list[s
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """Read a variable as an integer; `default` stands for one that is missing or empty."""
     text = environment.get(name)
     if not text and default is not None:
         return default
@@ -195,10 +233,18 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
 
 
 def meet(launcher: Launcher, timeout_s: float) -> Meeting:
-    """Open the common store and wait until every rank has come.
+    """Open the common store and wait until every rank has joined.
 
-    Raises ValueError when the store's address cannot be used, and LostRankError when a rank does
-    not come within `timeout_s` seconds or the launcher is gone.
+    Args:
+        launcher: The description of this process.
+        timeout_s: Seconds that the other ranks have to join.
+
+    Returns:
+        The store and the processes of all ranks; without a launcher, of this process alone.
+
+    Raises:
+        ValueError: The address of the store cannot be used.
+        LostRankError: A rank has not joined in time, or the launcher is gone.
     """
     own = Peer(socket.gethostname(), os.getpid())
     if not launcher.address:
@@ -208,22 +254,37 @@ def meet(launcher: Launcher, timeout_s: float) -> Meeting:
         store = _open_store(launcher, deadline)
         token = _agree_on_token(launcher, store, own, deadline)
         here = PrefixStore(token, store)
-        peers = tuple(Peer(**json.loads(here.get(f"here/{n}"))) for n in range(launcher.world_size))
+        peers = _read_peers(here, launcher.world_size)
+    except LostRankError:
+        raise
     except (dist.DistError, RuntimeError) as problem:
-        if isinstance(problem, LostRankError):
-            raise
+        gone = _store_is_gone(launcher)
         reason = str(problem).splitlines()[0]
-        raise LostRankError(f"lost at the start: {_store_is_gone(launcher)}; {reason}") from problem
+        raise LostRankError(f"lost at the start: {gone}; {reason}") from problem
     return Meeting(launcher, here, peers)
+
+
+def _read_peers(here: Store, world_size: int) -> tuple[Peer, ...]:
+    """Read the processes of all ranks from the store."""
+    peers = []
+    for rank in range(world_size):
+        content = here.get(f"here/{rank}")
+        peer = Peer(**json.loads(content))
+        peers.append(peer)
+    return tuple(peers)
 
 
 def _open_store(launcher: Launcher, deadline: float) -> Store:
     """Serve the store, or connect to it once it answers."""
-    address, port = launcher.address, launcher.port
+    address = launcher.address
+    port = launcher.port
     if not launcher.serves_store:
-        patience = _AGENT_STORE_SECONDS if launcher.agent_store else deadline - time.monotonic()
-        _wait_for_server(launcher, min(deadline, time.monotonic() + patience))
-    timeout = timedelta(seconds=max(1.0, deadline - time.monotonic()))
+        limit = deadline
+        if launcher.agent_store:
+            limit = min(deadline, time.monotonic() + _AGENT_STORE_SECONDS)
+        _wait_for_server(launcher, limit)
+    seconds_left = deadline - time.monotonic()
+    timeout = timedelta(seconds=max(1.0, seconds_left))
     try:
         return TCPStore(
             address,
@@ -245,7 +306,7 @@ def _open_store(launcher: Launcher, deadline: float) -> Store:
 
 
 def _wait_for_server(launcher: Launcher, deadline: float) -> None:
-    """Until something listens at the store's address."""
+    """Wait until a process listens at the address of the store."""
     place = (launcher.address, launcher.port)
     while True:
         _resolve(launcher.address)
@@ -254,12 +315,13 @@ def _wait_for_server(launcher: Launcher, deadline: float) -> None:
                 return
         except OSError as problem:
             reason = str(problem)
-        _check_time(launcher, deadline, f"{_store_is_gone(launcher)}; {reason}")
+        text = f"{_store_is_gone(launcher)}; {reason}"
+        _check_time(launcher, deadline, text)
         time.sleep(4 * _POLL_SECONDS)
 
 
 def _resolve(address: str) -> None:
-    """Raise ValueError for a host that is not known here; a name server may fail now and then."""
+    """Raise ValueError for an unknown host, after three attempts: a name server may fail once."""
     for attempt in range(3):
         try:
             socket.getaddrinfo(address, None)
@@ -274,56 +336,96 @@ def _resolve(address: str) -> None:
 
 
 def _agree_on_token(launcher: Launcher, store: Store, own: Peer, deadline: float) -> str:
-    """A word that stands for this start alone, once every rank has it.
+    """Agree with the other ranks on a random word that identifies this start of the run.
 
-    torchrun keeps one store over restarts, so that keys of an earlier start are still there; and
-    its count of restarts differs between nodes that joined at different times. Therefore rank 0
-    draws a token and hands it to each rank that asks for it with a word of its own.
+    torchrun keeps one store over restarts, so that keys of an earlier start still exist; and its
+    count of restarts differs between nodes that joined at different times. Therefore rank 0 draws
+    a token and gives it to each rank that asks for it with a random word (a ticket).
+
+    Args:
+        launcher: The description of this process.
+        store: The store of the launcher or of rank 0.
+        own: This process.
+        deadline: Time of the monotonic clock at which every rank must have joined.
+
+    Returns:
+        The token, once every rank has it. It is the prefix of all keys of this start.
     """
     room = PrefixStore(f"resnet_dist/{launcher.world_size}", store)
-    ticket = secrets.token_hex(8)
+    presence = json.dumps(vars(own))
     if launcher.rank == 0:
-        token = ticket
-        PrefixStore(token, store).set("here/0", json.dumps(vars(own)))
-        _hand_out_token(launcher, room, PrefixStore(token, store), token, deadline)
+        token = secrets.token_hex(8)
+        here = PrefixStore(token, store)
+        here.set("here/0", presence)
+        _hand_out_token(launcher, room, here, token, deadline)
         return token
+    token = _ask_for_token(launcher, room, deadline)
+    here = PrefixStore(token, store)
+    here.set(f"here/{launcher.rank}", presence)
+    everyone = range(launcher.world_size)
+    while not here.check(["all"]):
+        missing = _missing_ranks(here, everyone)
+        text = _have_not_come(missing, launcher.world_size)
+        _check_time(launcher, deadline, text)
+        time.sleep(_POLL_SECONDS)
+    return token
+
+
+def _ask_for_token(launcher: Launcher, room: Store, deadline: float) -> str:
+    """Wait for the answer of rank 0 to a new ticket of this rank."""
+    ticket = secrets.token_hex(8)
     room.set(f"ticket/{launcher.rank}", ticket)
     answer = f"token/{ticket}"
     while not room.check([answer]):
         _check_time(launcher, deadline, "rank 0 has not come")
         time.sleep(_POLL_SECONDS)
-    token = room.get(answer).decode()
-    here = PrefixStore(token, store)
-    here.set(f"here/{launcher.rank}", json.dumps(vars(own)))
-    while not here.check(["all"]):
-        missing = [n for n in range(launcher.world_size) if not here.check([f"here/{n}"])]
-        _check_time(launcher, deadline, _have_not_come(missing, launcher.world_size))
-        time.sleep(_POLL_SECONDS)
-    return token
+    return room.get(answer).decode()
 
 
 def _hand_out_token(
     launcher: Launcher, room: Store, here: Store, token: str, deadline: float
 ) -> None:
-    """Rank 0's side: answer each ticket, also a newer one of the same rank, until all are here."""
+    """Answer the tickets of the other ranks, as rank 0, until all have joined.
+
+    A rank that was restarted asks again with another ticket.
+
+    Args:
+        launcher: The description of this process.
+        room: The store for tickets and answers, common to all starts with this number of ranks.
+        here: The store of this start.
+        token: The word that identifies this start.
+        deadline: Time of the monotonic clock at which every rank must have joined.
+    """
     answered: dict[int, bytes] = {}
     missing = list(range(1, launcher.world_size))
     while missing:
         for rank in missing:
             key = f"ticket/{rank}"
-            ticket = room.get(key) if room.check([key]) else b""
-            if ticket and answered.get(rank) != ticket:
+            if not room.check([key]):
+                continue
+            ticket = room.get(key)
+            if answered.get(rank) != ticket:
                 room.set(f"token/{ticket.decode()}", token)
                 answered[rank] = ticket
-        missing = [rank for rank in missing if not here.check([f"here/{rank}"])]
+        missing = _missing_ranks(here, missing)
         if missing:
-            _check_time(launcher, deadline, _have_not_come(missing, launcher.world_size))
+            text = _have_not_come(missing, launcher.world_size)
+            _check_time(launcher, deadline, text)
             time.sleep(_POLL_SECONDS)
     here.set("all", "1")
 
 
+def _missing_ranks(here: Store, ranks: Iterable[int]) -> list[int]:
+    """Return those of `ranks` that have not joined yet."""
+    missing = []
+    for rank in ranks:
+        if not here.check([f"here/{rank}"]):
+            missing.append(rank)
+    return missing
+
+
 def _check_time(launcher: Launcher, deadline: float, text: str) -> None:
-    """Raise LostRankError once the time is over, or when the launcher has gone."""
+    """Raise LostRankError with `text` after the deadline, or if the launcher is gone."""
     if launcher.is_gone:
         raise LostRankError("lost at the start: torchrun is gone")
     if time.monotonic() > deadline:
@@ -331,18 +433,23 @@ def _check_time(launcher: Launcher, deadline: float, text: str) -> None:
 
 
 def _have_not_come(ranks: list[int], world_size: int) -> str:
-    names = ", ".join(map(str, ranks))
+    """Name the ranks that have not joined."""
+    names = ", ".join(str(rank) for rank in ranks)
     if len(ranks) == 1:
         return f"rank {names} of {world_size} has not come"
     return f"ranks {names} of {world_size} have not come"
 
 
 def _store_is_gone(launcher: Launcher) -> str:
-    server = "torchrun" if launcher.agent_store else "rank 0"
+    """Say which store does not answer."""
+    server = "rank 0"
+    if launcher.agent_store:
+        server = "torchrun"
     place = f"MASTER_ADDR {launcher.address}, MASTER_PORT {launcher.port}"
     return f"the store that {server} serves at {place} does not answer"
 
 
 def _reason(problem: Exception) -> str:
-    """The first line of torch's message, without what follows."""
-    return str(problem).splitlines()[0].strip()
+    """Return the first line of torch's message; C++ stack frames follow it."""
+    lines = str(problem).splitlines()
+    return lines[0].strip()

@@ -1,8 +1,11 @@
-"""The checkpoints of a run: which file is the newest, which links lead there, and who may write.
+"""The folder with the checkpoints of a run: find the newest one, keep links, and claim the folder.
 
-The folder `checkpoints` of a run holds `step_<step>.pt` with `.sha256` files for sha256sum, the
-links `last.pt` and `best.pt`, `attempt` (the process that may write here), and `saved` once a
-checkpoint was saved.
+The folder `checkpoints` of a run holds:
+
+- `step_<step>.pt`, the checkpoints, each with a `.sha256` file for sha256sum;
+- `last.pt` and `best.pt`, symbolic links to the newest and to the best checkpoint;
+- `attempt`, the process that may write here;
+- `saved`, once a checkpoint was saved.
 """
 
 import contextlib
@@ -29,57 +32,76 @@ from resnet_dist.files import replace_link, write_file
 from resnet_dist.text import printable
 
 _NAME = re.compile(r"step_(\d+)\.pt(\.damaged)?")
+
+# Stands for the step of a file that does not tell it.
 _UNKNOWN_STEP = 10**18
 
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint that was read and found to be good."""
+    """A checkpoint that was read and is valid.
+
+    Attributes:
+        path: The file.
+        step: The step of its state.
+        best_step: The step of the best evaluation that it knows of; -1 for none.
+        is_honest: Whether it does not claim a newer step than that of its state.
+    """
 
     path: Path
     step: int
     best_step: int
-    """step of the best evaluation that it knows of; -1 for none"""
     is_honest: bool
-    """whether it does not claim a newer step than it holds"""
 
 
 def step_path(folder: Path, step: int) -> Path:
-    """The name of the checkpoint of a step."""
+    """Return the path of the checkpoint of a step."""
     return folder / f"step_{step:08d}.pt"
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The checkpoints of a folder by the step that they claim to be of, the newest first.
+    """List the checkpoints of a folder by the step that they claim, the newest first.
 
-    The claim is the one at the end of the file, or else its name. A file with neither comes first:
-    it may be newer than all others.
+    The claim is at the end of the file; without it, the name of the file counts. A file without
+    either comes first, since it may be newer than all others.
     """
-    return sorted(Path(folder).glob("step_*.pt"), key=_order, reverse=True)
+    paths = Path(folder).glob("step_*.pt")
+    return sorted(paths, key=_order, reverse=True)
 
 
 def _order(path: Path) -> tuple[int, bool]:
-    """Of two files of the same step, the one with the usual name comes first."""
+    """Sort by step; of two files of the same step, the one with the usual name comes first."""
     step = _claimed_step(path)
-    return step, path == step_path(path.parent, step)
+    has_usual_name = path == step_path(path.parent, step)
+    return step, has_usual_name
 
 
 def _claimed_step(path: Path) -> int:
+    """Return the step at the end of the file, or in its name, or `_UNKNOWN_STEP`."""
     step = read_step(path)
     if step is not None:
         return step
     name = _NAME.fullmatch(path.name)
-    return int(name[1]) if name else _UNKNOWN_STEP
+    if name:
+        return int(name[1])
+    return _UNKNOWN_STEP
 
 
 def newest_valid(folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest good checkpoint of a folder; None where there never was one.
+    """Find the newest valid checkpoint of a folder.
 
-    Every other that would be newer is warned about. Damaged ones are renamed (`.damaged`) once a
-    good one is found.
+    Damaged files that would be newer are renamed to `.damaged`, if there is a valid one.
+
+    Args:
+        folder: The folder `checkpoints` of a run.
+        warn: Prints a warning about each newer file that cannot be used.
+
+    Returns:
+        The file; None if the folder holds no checkpoint.
 
     Raises:
-        ValueError: There are checkpoints, but no good one: a run is not silently started over.
+        ValueError: There are checkpoints, but none is valid. The run is not started from the
+            beginning without the user's consent.
     """
     found, damaged = _search(folder, warn)
     if found is None:
@@ -91,15 +113,18 @@ def newest_valid(folder: Path, warn: Callable[[str], None]) -> Path | None:
 
 
 def _search(folder: Path, warn: Callable[[str], None]) -> tuple[Found | None, list[Path]]:
-    """The newest good checkpoint, and the damaged ones that were met before it."""
+    """Find the newest valid checkpoint; see `newest_valid`.
+
+    Returns:
+        The checkpoint (None if there is none), and the damaged files that were tried before it.
+    """
     candidates = newest_first(folder)
     if not candidates:
         candidates = sorted(Path(folder).glob("step_*.pt.damaged"))
     damaged: list[Path] = []
     good: list[Found] = []
     for path in candidates:
-        # A file may hold an older state than it claims: those behind it may then be newer.
-        if any(found.is_honest or found.step > _claimed_step(path) for found in good):
+        if _is_settled(good, path):
             break
         try:
             found = _open(path, warn)
@@ -119,12 +144,20 @@ def _search(folder: Path, warn: Callable[[str], None]) -> tuple[Found | None, li
     return None, []
 
 
+def _is_settled(good: list[Found], following: Path) -> bool:
+    """Whether one of the valid checkpoints is newer than `following` and the files after it.
+
+    A file may hold an older state than it claims; the files after it may then be newer.
+    """
+    return any(found.is_honest or found.step > _claimed_step(following) for found in good)
+
+
 def _step_of_found(found: Found) -> int:
     return found.step
 
 
 def _open(path: Path, warn: Callable[[str], None]) -> Found:
-    """Read and check a checkpoint; a wrong `.sha256` beside a good file is written anew."""
+    """Read and check a checkpoint. Raises ValueError if it cannot be used."""
     payload = read_bytes(path)
     verdict = verify(payload, path)
     content = unpack_checkpoint(payload, str(path))
@@ -141,68 +174,83 @@ def _open(path: Path, warn: Callable[[str], None]) -> Found:
 
 
 def mend_digest(path: Path) -> None:
-    """Write the file for sha256sum anew if it does not fit the good checkpoint `path`.
+    """Rewrite the file for sha256sum if it does not fit the valid checkpoint `path`.
 
-    A process that was killed between the two writes leaves it missing, or of the file before.
+    If a process is killed between the two writes, the file is missing or belongs to an older
+    checkpoint.
     """
     with contextlib.suppress(OSError, ValueError):
-        verdict = verify(read_bytes(path), path)
+        payload = read_bytes(path)
+        verdict = verify(payload, path)
         beside = digest_path(path)
-        known = beside.read_text() if beside.exists() else ""
+        known = ""
+        if beside.exists():
+            known = beside.read_text()
         if verdict.sha256 and not known.startswith(verdict.sha256):
             write_digest(path, verdict.sha256)
 
 
 def mend_links(folder: Path, newest: Path, best_step: int) -> None:
-    """Let `last.pt` lead to `newest`, and `best.pt` to the checkpoint of `best_step`.
+    """Point `last.pt` to `newest`, and `best.pt` to the checkpoint of `best_step`.
 
-    `best.pt` is removed where that checkpoint is gone. Without symbolic links on the file system
-    nothing happens: the files themselves have the steps in their names.
+    `best.pt` is removed if that checkpoint does not exist. On a file system without symbolic links
+    nothing happens: the names of the files contain their steps.
+
+    Args:
+        folder: The folder `checkpoints` of a run.
+        newest: The newest checkpoint.
+        best_step: The step of the best evaluation; -1 for none.
     """
+    last_link = folder / "last.pt"
+    best_link = folder / "best.pt"
     best = find_step(folder, best_step)
     with contextlib.suppress(OSError):
-        replace_link(folder / "last.pt", newest.name)
+        replace_link(last_link, newest.name)
         if best is not None:
-            replace_link(folder / "best.pt", best.name)
-        elif (folder / "best.pt").is_symlink():
-            (folder / "best.pt").unlink()
+            replace_link(best_link, best.name)
+        elif best_link.is_symlink():
+            best_link.unlink()
 
 
 def find_step(folder: Path, step: int) -> Path | None:
-    """The checkpoint of a step, also under a wrong name; None where there is none."""
+    """Find the checkpoint of a step, also under a wrong name; None if it does not exist."""
     if step < 0:
         return None
     named = step_path(folder, step)
     if named.exists() and _claimed_step(named) == step:
         return named
-    return next((path for path in newest_first(folder) if _claimed_step(path) == step), None)
+    for path in newest_first(folder):
+        if _claimed_step(path) == step:
+            return path
+    return None
 
 
 def find_checkpoint(path: Path, warn: Callable[[str], None], best: bool = True) -> Path:
-    """The file that `path` means: itself, or for the folder of a run one of its checkpoints.
+    """Find the checkpoint file that a path of the user means.
 
     Args:
         path: A file; the folder of a run, or its folder `checkpoints`.
-        warn: Called with a line for each checkpoint that is passed over.
-        best: Whether the checkpoint with the best evaluation comes before the newest.
+        warn: Prints a warning about each checkpoint that cannot be used.
+        best: Whether to prefer the checkpoint with the best evaluation to the newest.
+
+    Returns:
+        `path` itself unless it is a folder, otherwise a checkpoint of this folder.
 
     Raises:
-        ValueError: The folder holds no checkpoint, or no good one.
+        ValueError: The folder holds no checkpoint, or no valid one.
     """
     if not path.is_dir():
         return path
+    folder = path
     inner = path / "checkpoints"
-    folder = inner if inner.is_dir() else path
+    if inner.is_dir():
+        folder = inner
     found, _ = _search(folder, warn)
     if found is None:
-        links = [folder / name for name in ("best.pt", "last.pt") if (folder / name).exists()]
-        if links:
-            return links[0] if best else links[-1]
-        raise ValueError(
-            f"{printable(path)} holds no checkpoint: name the folder of a run, or a file of its "
-            "folder checkpoints/"
-        )
-    chosen = find_step(folder, found.best_step) if best else None
+        return _follow_link(path, folder, best)
+    if not best:
+        return found.path
+    chosen = find_step(folder, found.best_step)
     if chosen is None or chosen == found.path:
         return found.path
     try:
@@ -213,29 +261,51 @@ def find_checkpoint(path: Path, warn: Callable[[str], None], best: bool = True) 
     return chosen
 
 
+def _follow_link(path: Path, folder: Path, best: bool) -> Path:
+    """Return `best.pt` or `last.pt` of a folder without checkpoints of its own.
+
+    Raises:
+        ValueError: It has neither. The message names `path`.
+    """
+    names = ("best.pt", "last.pt") if best else ("last.pt", "best.pt")
+    for name in names:
+        link = folder / name
+        if link.exists():
+            return link
+    raise ValueError(
+        f"{printable(path)} holds no checkpoint: name the folder of a run, or a file of its "
+        "folder checkpoints/"
+    )
+
+
 def mark_as_saved(folder: Path) -> None:
-    """Note in the file `saved` that a checkpoint was saved here, for `refuse_lost`."""
+    """Record in the file `saved` that a checkpoint was saved here, for `refuse_lost`."""
     mark = folder / "saved"
-    # Links to checkpoints tell it too: a full disk does not matter here.
+    # The links to checkpoints tell it, too, so that an error (a full disk) may be ignored.
     with contextlib.suppress(OSError):
         if not mark.exists():
             write_file(mark, "a checkpoint was saved here\n")
 
 
 def refuse_lost(folder: Path) -> None:
-    """Raise ValueError if checkpoints were saved in `folder` and are all gone.
+    """Raise ValueError if checkpoints were saved in `folder` and have all disappeared.
 
-    Call it where `newest_valid` has found none. A run that was killed before its first save is
-    not refused.
+    Call it if `newest_valid` has found none. A run that was killed before its first save is not
+    refused.
     """
     metrics = folder.parent / "metrics.jsonl"
-    if not (folder / "attempt").exists() and metrics.exists() and metrics.stat().st_size:
+    has_attempt = (folder / "attempt").exists()
+    has_metrics = metrics.exists() and metrics.stat().st_size > 0
+    if has_metrics and not has_attempt:
         raise ValueError(
             f"{printable(metrics)} tells of a run whose folder {folder.name}/ is gone: bring it "
             "back, or remove metrics.jsonl to start over, or take another output_dir"
         )
-    marks = [folder / "saved", folder / "last.pt", folder / "best.pt"]
-    marks = [mark for mark in marks if mark.exists() or mark.is_symlink()]
+    marks = []
+    for name in ("saved", "last.pt", "best.pt"):
+        mark = folder / name
+        if mark.exists() or mark.is_symlink():
+            marks.append(mark)
     if marks:
         raise ValueError(
             f"the checkpoints in {printable(folder)} are gone: {marks[0].name} says that there "
@@ -247,9 +317,13 @@ def refuse_lost(folder: Path) -> None:
 class Claim:
     """The right of one process to write into a folder of checkpoints.
 
-    A process that a cluster takes for dead may go on for a minute on a node that was cut off. It
-    finds in the file `attempt` that it has a successor before it logs or saves again. The owner
-    keeps a lock (flock) on its `attempt` file, which ends with the process.
+    A cluster may restart a run while the old process still runs on a node without network. Before
+    the old process logs or saves again, it reads in the file `attempt` that a newer process owns
+    the folder. The owner holds a lock (flock) on its `attempt` file, which ends with the process.
+
+    Args:
+        folder: The folder `checkpoints` of a run.
+        warn: Prints a warning.
     """
 
     _TEXT = re.compile(r"(\d+) (\S+) ([0-9a-f]{16})\s*")
@@ -284,7 +358,7 @@ class Claim:
         if not self.text:
             return
         now = self._read()
-        # A folder that is gone is no claim of another process.
+        # A missing folder does not mean that another process has claimed it.
         if now is None or now == self.text:
             return
         if self._TEXT.fullmatch(now):
@@ -298,29 +372,35 @@ class Claim:
         self._write()
 
     def _read(self) -> str | None:
+        """Return the content of the file `attempt`; None if it cannot be read."""
         try:
-            return self.path.read_bytes().decode(errors="replace")
+            content = self.path.read_bytes()
         except OSError:
             return None
+        return content.decode(errors="replace")
 
     def _write(self) -> None:
+        """Write the file `attempt`, and lock it."""
         write_file(self.path, self.text)
         if self.lock >= 0:
             os.close(self.lock)
         self.lock = os.open(self.path, os.O_RDONLY)
-        # A file system without locks loses only the check of `_refuse_if_owned`.
+        # On a file system without locks, only the check of `_refuse_if_owned` is lost.
         with contextlib.suppress(OSError):
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _damage(self, text: str) -> str:
-        return f"{printable(self.path)} is damaged (it holds {printable(text[:40])!r})"
+        beginning = printable(text[:40])
+        return f"{printable(self.path)} is damaged (it holds {beginning!r})"
 
     def _is_own_file(self) -> bool:
         """Whether the present file is still the one that this process wrote."""
         try:
-            return os.path.samestat(os.fstat(self.lock), os.stat(self.path))
+            own = os.fstat(self.lock)
+            present = os.stat(self.path)
         except OSError:
             return False
+        return os.path.samestat(own, present)
 
     def _refuse_if_owned(self, text: str) -> None:
         """Raise ValueError if the process that wrote the present file is alive."""

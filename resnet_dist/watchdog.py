@@ -1,9 +1,8 @@
-"""Why a rank waits: the positions of all ranks in a common store, and the end of a wait that leads
-nowhere.
+"""Detect and name the rank that the others wait for.
 
-A thread writes down, about once a second, where its rank is: step, phase, and what its main thread
-is executing. So the other ranks can name a rank that is stopped, stuck or gone, with its last
-stack, on any machine, without a collective.
+A thread of each rank publishes its position in a common store about once a second: the step, the
+phase, and the stack of the main thread. The other ranks can therefore name a rank that is stopped,
+stuck or gone, with its last stack, on any machine and without a collective.
 """
 
 import contextlib
@@ -25,31 +24,40 @@ from resnet_dist.text import printable_lines
 EXIT_LOST_RANK = 75
 """Exit code (EX_TEMPFAIL) when another rank or the launcher was lost: the same command resumes."""
 
+# Time that a rank has to end by itself once another rank has published an error.
 _GRACE_SECONDS = 5.0
-"""Time that a rank has to end by itself once another rank has published an error."""
 
+# Time that a rank has to save and leave once the store is gone.
 _SAVE_SECONDS = 30.0
-"""Time that a rank has to save and leave once the store is gone."""
 
+# Time that a rank has to close its loaders and logs after it has reported a failure.
 _LEAVE_SECONDS = 60.0
-"""Time that a rank has to close its loaders and logs after it has reported a failure."""
 
+# A rank waits for this share of `timeout_s`. It is less than 1, so that the watchdog reports the
+# wait before the collective times out.
 _PATIENCE = 0.85
-"""Share of `timeout_s` that a rank waits: less than 1, to speak before a collective times out."""
 
+# A rank without news for this share of the wait counts as silent.
 _SILENCE = 0.35
-"""Share of the wait after which a rank without news counts as silent."""
 
+# Before the first step, a rank counts as silent after this time at the earliest: imports can keep
+# its threads from running.
 _SILENT_SECONDS_AT_START = 30.0
-"""Before the first step a rank is silent after this at the earliest: imports starve its threads."""
 
+# Number of calls of the main thread that a rank publishes, starting with the innermost.
 _STACK_DEPTH = 8
-"""Calls of the main thread that a rank publishes, the innermost first."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An error that ends the run: whose it is, the exit code, and what is printed."""
+    """An error that ends the run.
+
+    Attributes:
+        rank: The rank that failed.
+        host: The name of its machine.
+        code: The exit code of the process.
+        headline: The message, without a traceback.
+    """
 
     rank: int
     host: str
@@ -59,7 +67,15 @@ class Failure:
 
 @dataclass(frozen=True)
 class Beat:
-    """Where a rank is. `ticks` counts the messages, `count` the progress of its main thread."""
+    """The published position of a rank.
+
+    Attributes:
+        ticks: Number of messages that the rank has published.
+        count: Number of calls of `Watchdog.beat`, the progress of its main thread.
+        step: The step that it trains.
+        phase: What it does in this step.
+        stack: The calls of its main thread, starting with the innermost.
+    """
 
     ticks: int
     count: int
@@ -70,26 +86,34 @@ class Beat:
 
 @dataclass(frozen=True)
 class Heard:
-    """The last beat of a rank, and when it was news here (seconds of the monotonic clock)."""
+    """The last position of a rank that was received.
+
+    Attributes:
+        time: When it was received, in seconds of this process's monotonic clock.
+        beat: The position.
+    """
 
     time: float
     beat: Beat
 
 
 class Watchdog:
-    """One rank's position, and its view of the other ranks'.
+    """The position of this rank, and what it knows of the other ranks.
 
     Every rank calls `beat` equally often to mark its progress. Two threads watch: one talks to the
     store, which may block when the process that serves it is stopped; the other decides. There are
-    three reasons to end this process, each with a method: another rank published an error
-    (`on_published_error`), the store or torchrun is gone (`on_lost_store`), or this rank waits for
-    one that is behind it or silent (`on_long_wait`). Where all ranks wait alike (for the storage,
-    a compilation), nothing happens.
+    three reasons to end this process, each with a method:
+
+    - another rank published an error (`on_published_error`);
+    - the store or torchrun is gone (`on_lost_store`);
+    - this rank waits for a rank that is behind it or silent (`on_long_wait`).
+
+    Nothing happens while all ranks wait at the same place (for the storage, or a compilation).
 
     Args:
-        meeting: the store that the ranks share, and their processes.
-        world_size: number of ranks that train; the ranks beyond it are spares.
-        timeout_s: seconds after which a wait is an error.
+        meeting: The store that the ranks share, and their processes.
+        world_size: Number of ranks that train; the ranks beyond it are spares.
+        timeout_s: Seconds after which a wait is an error.
     """
 
     def __init__(self, meeting: Meeting, world_size: int, timeout_s: float) -> None:
@@ -108,115 +132,183 @@ class Watchdog:
         self.count = 0
         self.moved = time.monotonic()
         self.heard: dict[int, Heard] = {}
+        # When the positions of all ranks were read last.
         self.read_all = 0.0
-        """when the positions of all ranks were read last"""
+        # The error that another rank has published.
         self.failure: Failure | None = None
-        """what another rank has published"""
+        # The exit code of the error that this rank has reported.
         self.reported: int | None = None
-        """the exit code of what this rank has reported"""
+        # A sentence that names the process that is gone, once the store or torchrun is lost.
         self.lost_server = ""
-        """who is gone, once the store or torchrun is"""
+        # Makes the training loop save and leave; None while no loop runs.
         self.ask_to_stop: Callable[[], None] | None = None
-        """what makes the training loop save and leave; None outside of it"""
+        # Whether the positions of all ranks are read in every interval.
         self.curious = False
         self.ended = threading.Event()
         self._failing_since: float | None = None
         is_spare = self.rank >= world_size
-        self.is_watching = not is_spare and (world_size > 1 or self.launcher.agent > 0)
+        has_others = world_size > 1 or self.launcher.agent > 0
+        self.is_watching = has_others and not is_spare
         if self.is_watching:
-            # A connection of its own: a call may block for long.
-            self.store = meeting.store.clone()
-            for work in (self._talk_to_store, self._watch):
-                threading.Thread(target=work, name="watchdog", daemon=True).start()
+            self._start_threads()
+
+    def _start_threads(self) -> None:
+        # The watchdog needs its own connection, since a call to the store may block for long.
+        self.store = self.meeting_store.clone()
+        for work in (self._talk_to_store, self._watch):
+            thread = threading.Thread(target=work, name="watchdog", daemon=True)
+            thread.start()
 
     def beat(self, step: int, phase: str) -> None:
-        """Note that the training thread has come to `phase` of `step`."""
+        """Record that the training thread has reached `phase` of `step`.
+
+        Every rank must call this equally often: the watchdog compares the number of calls.
+
+        Args:
+            step: Number of the step.
+            phase: What the rank does in it, in one or a few words; it appears in error messages.
+        """
         self.step = step
         self.phase = phase
         self.moved = time.monotonic()
         self.count += 1
 
     def own(self, headline: str, code: int = 1) -> Failure:
-        """An error of this rank."""
+        """Create an error of this rank.
+
+        Args:
+            headline: The message, without a traceback.
+            code: The exit code of this process.
+        """
         return Failure(self.rank, self.host, code, headline)
 
     def find_cause(self, problem: Exception) -> Failure:
-        """The error behind a collective that failed with `problem`: another rank's, or who is gone.
+        """Find the error behind a collective that failed.
 
-        Takes seconds where the lost rank ran on another machine: only its silence tells.
+        This takes seconds if the lost rank ran on another machine: only its silence shows that it
+        is gone.
+
+        Args:
+            problem: What the collective raised.
+
+        Returns:
+            The error that another rank has published. Without one, an error of this rank that
+            names the ranks that are gone or behind.
         """
         self.curious = True
         begun = time.monotonic()
-        patience = 2 + 3 * self.interval
-        while not self.failure and not self.lost_server and time.monotonic() < begun + patience:
-            if any(peer.is_gone for peer in self.peers):
-                break
-            time.sleep(0.02)
+        self._wait_for_news(begun + 2 + 3 * self.interval)
         if not self.lost_server:
-            # The lost rank may have said why, and the positions of all ranks name its step.
+            # The lost rank may have published an error, and its position names its step.
             with contextlib.suppress(RuntimeError):
                 self._read_failure()
                 self._read_beats(range(self.world_size))
         if self.failure:
             return self.failure
-        gone = self._lost_ranks() or self.lost_server or self._behind(begun + 1)
-        gone = gone or "no rank seems to be gone"
+        gone = self._lost_ranks()
+        if not gone:
+            gone = self.lost_server
+        if not gone:
+            gone = self._behind(begun + 1)
+        if not gone:
+            gone = "no rank seems to be gone"
         reason = str(problem).splitlines()[0]
         text = f"lost at step {self.step} ({self.phase}): {gone}; {reason}"
         return self.own(text, EXIT_LOST_RANK)
 
-    def fail(self, failure: Failure, text: str = "") -> int:
-        """Publish `failure`, print it (or `text`) unless this machine has seen it, and leave.
+    def _wait_for_news(self, deadline: float) -> None:
+        """Wait until it is known that a rank failed or is gone, or until `deadline`."""
+        while time.monotonic() < deadline:
+            if self.failure or self.lost_server:
+                return
+            if any(peer.is_gone for peer in self.peers):
+                return
+            time.sleep(0.02)
 
-        Returns the exit code.
+    def fail(self, failure: Failure, text: str = "") -> int:
+        """Publish and print an error, and leave the other ranks.
+
+        It is printed once per machine. A second call does nothing.
+
+        Args:
+            failure: The error.
+            text: What is printed in place of `failure.headline`, such as a traceback.
+
+        Returns:
+            The exit code.
         """
         if self.reported is not None:
             return self.reported
         text = text or failure.headline
-        is_new = True
-        if failure.rank != self.rank:
+        is_own = failure.rank == self.rank
+        if not is_own:
             text = f"rank {failure.rank} on {failure.host} failed first: {text}"
-            is_new = failure.host != self.host
-        with contextlib.suppress(RuntimeError):  # without a store every rank speaks
-            if self.store.add("failed", 1) == 1:  # the first of several failures counts
-                self.store.set("error", json.dumps(asdict(failure)))
-            is_new = is_new and self.store.add(f"said/{self.host}/{text}", 1) == 1
+        # The failed rank itself prints the error on its machine.
+        is_new = is_own or failure.host != self.host
+        # Without a store every rank prints.
+        with contextlib.suppress(RuntimeError):
+            self._publish(failure)
+            if is_new:
+                times_printed = self.store.add(f"said/{self.host}/{text}", 1)
+                is_new = times_printed == 1
         if is_new:
-            print(f"error (rank {self.rank}): {printable_lines(text)}", file=sys.stderr, flush=True)
+            shown = printable_lines(text)
+            print(f"error (rank {self.rank}): {shown}", file=sys.stderr, flush=True)
         self.reported = failure.code
         write_error_file(failure.headline)
         if self.is_watching:
-            threading.Thread(target=self._leave_by_force, name="leave", daemon=True).start()
+            thread = threading.Thread(target=self._leave_by_force, name="leave", daemon=True)
+            thread.start()
         self.leave(2.0)
         return failure.code
 
+    def _publish(self, failure: Failure) -> None:
+        """Store the error for the other ranks, if it is the first one of the run."""
+        number = self.store.add("failed", 1)
+        if number == 1:
+            content = json.dumps(asdict(failure))
+            self.store.set("error", content)
+
     def exit_now(self, code: int) -> None:
-        """End this process without any clean-up."""
+        """End this process without any clean-up, which might wait for a lost rank."""
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
     def _leave_by_force(self) -> None:
-        """End this process after a while, whatever its main thread waits for."""
+        """End this process after `_LEAVE_SECONDS`, even if its main thread still waits."""
         time.sleep(_LEAVE_SECONDS)
         assert self.reported is not None
         self.exit_now(self.reported)
 
     def leave(self, seconds: float) -> None:
-        """Stop watching. The rank that serves the store waits up to `seconds` for the others."""
+        """Stop watching.
+
+        Args:
+            seconds: The rank that serves the store waits for the other ranks as long as this, since
+                the store ends with its process.
+        """
         self.ended.set()
         deadline = time.monotonic() + seconds
         with contextlib.suppress(RuntimeError):
             left = self.store.add("left", 1)
-            while self.launcher.serves_store and time.monotonic() < deadline:
-                gone = sum(peer.is_gone for peer in self.processes)
-                if left + gone >= len(self.processes):
-                    break
+            if not self.launcher.serves_store:
+                return
+            while time.monotonic() < deadline:
+                gone = [peer for peer in self.processes if peer.is_gone]
+                if left + len(gone) >= len(self.processes):
+                    return
                 time.sleep(0.02)
                 left = self.store.add("left", 0)
 
     def tell_spares(self, code: int) -> None:
-        """Tell the ranks that wait as spares with which code the others end."""
+        """Publish the exit code of the training, with which the spares end, too.
+
+        Only rank 0 does it. Without spares, or once the store is gone, nothing happens.
+
+        Args:
+            code: The exit code.
+        """
         spares = len(self.processes) - self.world_size
         if self.rank != 0 or not spares:
             return
@@ -224,7 +316,10 @@ class Watchdog:
             self.store.set("finished", str(code))
 
     def code_of_the_others(self) -> int | None:
-        """For a spare: the exit code of the ranks that train; None while they do."""
+        """Return the exit code of the ranks that train, for a spare; None while they train.
+
+        It is `EXIT_LOST_RANK` if the store or the launcher is gone.
+        """
         if self.launcher.is_gone:
             return EXIT_LOST_RANK
         try:
@@ -237,7 +332,7 @@ class Watchdog:
         return code
 
     def _talk_to_store(self) -> None:
-        """Publish this rank's position and read the others', until the end."""
+        """Publish the position of this rank and read those of the others, until the run ends."""
         ticks = 0
         while not self.lost_server:
             if self.ended.wait(self.interval):
@@ -253,14 +348,19 @@ class Watchdog:
                 self._give_up_store("torchrun, the parent of this process,")
 
     def _exchange_positions(self, ticks: int) -> None:
-        """Publish this rank's position; read rank 0's, which may serve the store, and while
-        something is wrong all of them.
+        """Publish the position of this rank, and read those of others.
+
+        Usually this is rank 0 alone, which may serve the store. While something is wrong, the
+        positions of all ranks are read.
         """
         position = asdict(self._position(ticks))
-        self.store.set(f"beat/{self.rank}", json.dumps(position))
+        content = json.dumps(position)
+        self.store.set(f"beat/{self.rank}", content)
         waited = time.monotonic() - self.moved
-        every = max(1, int(0.05 * self.timeout_s / self.interval))
-        is_due = ticks % every == 0
+        # While this rank waits long, all positions are read every 5 % of the time-out.
+        seconds_between_reads = 0.05 * self.timeout_s
+        every = int(seconds_between_reads / self.interval)
+        is_due = ticks % max(1, every) == 0
         waits_long = waited > 0.5 * self.timeout_s
         if self.curious or (waits_long and is_due):
             self._read_beats(range(self.world_size))
@@ -268,36 +368,43 @@ class Watchdog:
             self._read_beats(range(1))
 
     def _position(self, ticks: int) -> Beat:
-        """What this rank tells the others."""
+        """Describe the position of this rank for the others."""
+        stack = _stack_of_main_thread()
         return Beat(
             ticks=ticks,
             count=self.count,
             step=self.step,
             phase=self.phase,
-            stack=_stack_of_main_thread(),
+            stack=stack,
         )
 
     def _read_beats(self, ranks: range) -> None:
+        """Read the positions of `ranks`, and record those that have changed."""
         for rank in ranks:
-            key = f"beat/{rank}"
-            if not self.store.check([key]):
-                continue
-            told = json.loads(self.store.get(key))
-            beat = Beat(**told)
-            known = self.heard.get(rank)
-            if known is not None and known.beat == beat:
-                continue
-            now = time.monotonic()
-            self.heard[rank] = Heard(now, beat)
+            self._read_beat(rank)
         if len(ranks) == self.world_size:
             self.read_all = time.monotonic()
 
+    def _read_beat(self, rank: int) -> None:
+        key = f"beat/{rank}"
+        if not self.store.check([key]):
+            return
+        content = self.store.get(key)
+        beat = Beat(**json.loads(content))
+        known = self.heard.get(rank)
+        if known is not None and known.beat == beat:
+            return
+        now = time.monotonic()
+        self.heard[rank] = Heard(now, beat)
+
     def _read_failure(self) -> None:
+        """Read the error that another rank has published, if there is one."""
         if self.failure is not None:
             return
         if not self.store.check(["error"]):
             return
-        published = json.loads(self.store.get("error"))
+        content = self.store.get("error")
+        published = json.loads(content)
         self.failure = Failure(**published)
 
     def _who_served_the_store(self) -> str:
@@ -307,8 +414,10 @@ class Watchdog:
         return f"rank 0 (host {server.host}, process {server.pid}), which kept the ranks' store,"
 
     def _give_up_store(self, who: str) -> None:
+        """Record that `who` is gone, and go on with a store of this process alone."""
         self.lost_server = f"{who} is gone"
-        self.store = HashStore()  # no other rank sees it, and no call to it hangs
+        # No call to this store can hang.
+        self.store = HashStore()
 
     def _watch(self) -> None:
         """Decide, about once a second, whether this process has to end."""
@@ -318,32 +427,55 @@ class Watchdog:
                 self._end_process(verdict)
 
     def _verdict(self) -> Failure | None:
+        """Return the error that ends this process; None while it may continue."""
         if self.failure is not None:
             return self.on_published_error(self.failure)
         if self.lost_server:
             return self.on_lost_store()
-        if time.monotonic() - self.moved > _PATIENCE * self.timeout_s:
+        waited = time.monotonic() - self.moved
+        if waited > _PATIENCE * self.timeout_s:
             return self.on_long_wait()
         return None
 
     def on_published_error(self, failure: Failure) -> Failure | None:
-        """Another rank failed: end with its code, unless this rank ends by itself soon."""
-        return failure if self._time_is_over(_GRACE_SECONDS) else None
+        """Decide whether the error of another rank ends this process now.
+
+        Returns:
+            The error, once this rank has had `_GRACE_SECONDS` to end by itself; None before.
+        """
+        if self._time_is_over(_GRACE_SECONDS):
+            return failure
+        return None
 
     def on_lost_store(self) -> Failure | None:
-        """The store is gone, and with it the launcher or rank 0: save if possible, and leave."""
+        """Decide what follows when the store is gone, and with it the launcher or rank 0.
+
+        The first call asks the training loop to save and leave.
+
+        Returns:
+            An error that names the lost process, if there is no training loop or once it has had
+            `_SAVE_SECONDS`; None before.
+        """
         headline = f"lost at step {self.step} ({self.phase}): {self.lost_server}"
         lost = self.own(headline, EXIT_LOST_RANK)
-        if self.ask_to_stop is None:  # before or after the training loop there is nothing to save
+        # Before and after the training loop there is nothing to save.
+        if self.ask_to_stop is None:
             return lost
         if self._failing_since is None:
             warning = f"warning (rank {self.rank}): {self.lost_server}: saving, and leaving"
             print(warning, file=sys.stderr, flush=True)
             self.ask_to_stop()
-        return lost if self._time_is_over(_SAVE_SECONDS) else None
+        if self._time_is_over(_SAVE_SECONDS):
+            return lost
+        return None
 
     def on_long_wait(self) -> Failure | None:
-        """This rank has waited for long: end if it is for a rank that is behind or silent."""
+        """Decide whether a long wait of this rank is an error.
+
+        Returns:
+            An error that names the ranks that are behind this one or silent; None if there are
+            none, or if this rank has moved on meanwhile.
+        """
         count = self.count
         limit = _PATIENCE * self.timeout_s
         silence = _SILENCE * limit
@@ -357,28 +489,29 @@ class Watchdog:
         if first is not None and first.time <= recent:
             # Rank 0 may serve the store: a call to it would hang.
             self.store = HashStore()
-        return self.own(
+        headline = (
             f"waited {limit:g} s at step {self.step} ({self.phase}) for {behind}; "
-            f"distributed.timeout_s is {self.timeout_s:g}",
-            EXIT_LOST_RANK,
+            f"distributed.timeout_s is {self.timeout_s:g}"
         )
+        return self.own(headline, EXIT_LOST_RANK)
 
     def _time_is_over(self, seconds: float) -> bool:
-        """Whether `seconds` have passed since this was first asked."""
+        """Whether `seconds` have passed since the first call of this method."""
         now = time.monotonic()
         if self._failing_since is None:
             self._failing_since = now
         return now - self._failing_since > seconds
 
     def _end_process(self, verdict: Failure) -> None:
-        """Say why, and end the process. The main thread may hang, and so may the store."""
-        threading.Thread(target=self.fail, args=(verdict,), daemon=True).start()
-        # The other ranks may read the error from a store that this very process serves.
+        """Report the error, and end the process even if its main thread or the store hangs."""
+        report = threading.Thread(target=self.fail, args=(verdict,), daemon=True)
+        report.start()
+        # The other ranks may still read the error from a store that this process serves.
         time.sleep(3 * self.interval)
         os._exit(verdict.code)
 
     def _lost_ranks(self) -> str:
-        """The ranks of this machine whose process has ended."""
+        """Describe the other ranks of this machine whose process has ended."""
         gone = []
         for rank, peer in enumerate(self.peers):
             if rank == self.rank:
@@ -388,25 +521,37 @@ class Watchdog:
         return "; ".join(gone)
 
     def _behind(self, since: float) -> str:
-        """The other ranks that have been silent `since` then, or are not as far as this one."""
+        """Describe the other ranks that are silent or behind this one.
+
+        Args:
+            since: A rank without news after this time (monotonic clock, in seconds) is silent.
+
+        Returns:
+            The descriptions, separated by semicolons; empty if there is no such rank.
+        """
         found = []
         for rank in range(self.world_size):
-            heard = self.heard.get(rank)
-            if heard is None:
-                # Only rank 0 is read all the time.
-                is_behind = rank == 0 or self.read_all > since
-            else:
-                is_behind = heard.time <= since or heard.beat.count < self.count
-            if is_behind and rank != self.rank:
+            if rank == self.rank:
+                continue
+            if self._is_behind(rank, since):
                 found.append(self._describe(rank))
         return "; ".join(found)
 
+    def _is_behind(self, rank: int, since: float) -> bool:
+        heard = self.heard.get(rank)
+        if heard is None:
+            # The position of rank 0 is read in every interval, those of the others only at times.
+            return rank == 0 or self.read_all > since
+        is_silent = heard.time <= since
+        return is_silent or heard.beat.count < self.count
+
     def _describe(self, rank: int) -> str:
-        """All that is known of a rank."""
+        """Describe a rank: its process, the state of this process, and its last position."""
         peer = self.peers[rank]
         text = f"rank {rank} (host {peer.host}, process {peer.pid})"
         if peer.host == self.host:
-            text += f", {process_state(peer.pid) or 'gone'}"
+            state = process_state(peer.pid) or "gone"
+            text += f", {state}"
         heard = self.heard.get(rank)
         if heard is None:
             return f"{text}, never heard of"
@@ -415,10 +560,11 @@ class Watchdog:
 
 
 def _stack_of_main_thread() -> str:
-    """The calls that the main thread is in, the innermost first."""
+    """The calls of the main thread, starting with the innermost."""
     frames = sys._current_frames()
     main_thread = threading.main_thread()
-    innermost = frames.get(main_thread.ident or 0)
+    identity = main_thread.ident or 0
+    innermost = frames.get(identity)
     calls = []
     for frame, line in traceback.walk_stack(innermost):
         code = frame.f_code
@@ -430,10 +576,18 @@ def _stack_of_main_thread() -> str:
 
 
 def write_error_file(text: str) -> None:
-    """Hand `text` to torchrun, whose last words then contain it (see `@record` in its docs)."""
+    """Write `text` to torchrun's error file, so that torchrun's summary contains it.
+
+    The format is that of `torch.distributed.elastic.multiprocessing.errors.record`. An error that
+    is already in the file stays. Without torchrun nothing is written.
+    """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path or os.path.exists(path):
         return
-    content = {"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}}
+    now = int(time.time())
+    message = {
+        "message": text,
+        "extraInfo": {"timestamp": str(now)},
+    }
     with contextlib.suppress(OSError), open(path, "w") as file:
-        json.dump(content, file)
+        json.dump({"message": message}, file)

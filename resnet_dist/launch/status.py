@@ -1,4 +1,4 @@
-"""The state of a job: what SLURM says of it, how it ended, and which rank failed first."""
+"""The state of a job: SLURM's word for it, how the job ended, and which rank failed first."""
 
 import contextlib
 import os
@@ -23,11 +23,11 @@ _LINES_OF_A_LOG = 10
 
 
 class BatchJob(Protocol):
-    """A submitit job, as far as it is used here."""
+    """The members of a submitit job that are used here."""
 
     @property
     def job_id(self) -> str:
-        """The job's id; of an element of an array, with its number (7_0)."""
+        """The id of the job; an element of an array has its number, too (7_0)."""
 
     @property
     def num_tasks(self) -> int:
@@ -35,14 +35,17 @@ class BatchJob(Protocol):
 
     @property
     def state(self) -> str:
-        """The state that submitit knows; true at once only for a local job."""
+        """The state that submitit knows; only for a local job it is up to date."""
 
 
 @dataclass(frozen=True)
 class RankResult:
-    """What submitit wrote for a rank that ended by itself.
+    """The result that submitit has written for a rank that ended by itself.
 
-    `kind` is "success" or "error", `value` what the rank returned or its traceback.
+    Attributes:
+        task: Number of the rank, as text.
+        kind: "success" or "error".
+        value: What the rank returned, or its traceback.
     """
 
     task: str
@@ -51,17 +54,21 @@ class RankResult:
 
 
 def show_job(job_id: str) -> dict[str, str]:
-    """The fields of `scontrol show job`; empty if it does not answer or does not know the job."""
+    """Return the fields of `scontrol show job`.
+
+    The result is empty if the command does not answer or does not know the job.
+    """
     command = ["scontrol", "-o", "show", "job", job_id]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return {}
-    return dict(re.findall(r"(\w+)=(\S*)", done.stdout))
+    fields = re.findall(r"(\w+)=(\S*)", done.stdout)
+    return dict(fields)
 
 
 def state_of(job: BatchJob) -> str:
-    """The state of a submitit job in SLURM's words.
+    """Return the state of a submitit job, in SLURM's terms.
 
     A job that lost its node or was preempted, and that SLURM will start again, is PENDING.
     """
@@ -78,7 +85,7 @@ def state_of(job: BatchJob) -> str:
 
 
 def _state_in_accounting(job_id: str) -> str:
-    """The state of a job that ended so long ago that only SLURM's accounting remembers it."""
+    """Return the state of a job that has ended so long ago that only the accounting has it."""
     command = ["sacct", "-XnPo", "State", "-j", job_id]
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -89,7 +96,7 @@ def _state_in_accounting(job_id: str) -> str:
 
 
 def wait(jobs: Sequence[BatchJob], folder: Path) -> int:
-    """Wait until all jobs have ended, print how each ended, and the error that came first.
+    """Wait until all jobs have ended, and print how each ended, with its first error.
 
     submitit's own `job.results()` is not used: it takes an error of one rank before a requeue, or
     the NODE_FAIL of a job that SLURM starts again, for the end of the job.
@@ -107,20 +114,21 @@ def wait(jobs: Sequence[BatchJob], folder: Path) -> int:
         results = read_results(folder, job.job_id)
         kinds = [result.kind for result in results]
         succeeded = last == "COMPLETED" or kinds == ["success"] * job.num_tasks
-        outcome = "all ranks succeeded" if succeeded else "failed"
-        print(f"job {job.job_id}: {last}, {outcome}", flush=True)
-        if not succeeded:
-            code = 1
-            print(
-                printable_lines(first_error(folder, job.job_id, results)),
-                file=sys.stderr,
-                flush=True,
-            )
+        if succeeded:
+            print(f"job {job.job_id}: {last}, all ranks succeeded", flush=True)
+            continue
+        print(f"job {job.job_id}: {last}, failed", flush=True)
+        error = first_error(folder, job.job_id, results)
+        print(printable_lines(error), file=sys.stderr, flush=True)
+        code = 1
     return code
 
 
 def _wait_for_end(job: BatchJob) -> str:
-    """The final state of a job. It counts when SLURM says it twice: a busy controller errs."""
+    """Wait for the end of a job, and return its final state.
+
+    The state must be read twice, since a busy SLURM controller may give a wrong one.
+    """
     before = ""
     while True:
         now = state_of(job)
@@ -131,7 +139,7 @@ def _wait_for_end(job: BatchJob) -> str:
 
 
 def read_results(folder: Path, job_id: str) -> list[RankResult]:
-    """The results of a job's ranks, the oldest first."""
+    """Read the results of the ranks of a job, the oldest first."""
     paths = sorted(folder.glob(f"{job_id}_*_result.pkl"), key=os.path.getmtime)
     results = []
     for path in paths:
@@ -142,20 +150,46 @@ def read_results(folder: Path, job_id: str) -> list[RankResult]:
 
 
 def first_error(folder: Path, job_id: str, results: list[RankResult]) -> str:
-    """What the rank that failed first printed; without any, the end of every log."""
+    """Find the error that came first.
+
+    Args:
+        folder: The folder of the job, with the logs of its ranks.
+        job_id: The id of the job.
+        results: The results of its ranks, the oldest first.
+
+    Returns:
+        The error that a rank has printed; without one, the traceback of the first rank that has
+        failed; without one, the end of every log.
+    """
     logs = sorted(folder.glob(f"{job_id}_*log.out"), key=os.path.getmtime)
     failed = [result for result in results if result.kind == "error"]
     for result in failed:
-        own = [path for path in logs if path.name.startswith(f"{job_id}_{result.task}_")]
-        text = own[-1].read_text(errors="replace") if own else ""
-        error = re.search(r"^error \(rank \d+\): .*", text, re.MULTILINE | re.DOTALL)
+        beginning = f"{job_id}_{result.task}_"
+        own = [path for path in logs if path.name.startswith(beginning)]
+        if not own:
+            continue
+        error = _printed_error(own[-1])
         if error:
-            return "\n".join(error[0].splitlines()[:_LINES_OF_AN_ERROR])
+            return error
     if failed:
-        return f"task {failed[0].task}: {failed[0].value}"
-    return "\n".join(_end_of_log(path) for path in logs)
+        first = failed[0]
+        return f"task {first.task}: {first.value}"
+    ends = [_end_of_log(path) for path in logs]
+    return "\n".join(ends)
+
+
+def _printed_error(log: Path) -> str:
+    """Return the error message in a log, with the lines that follow it; empty if there is none."""
+    text = log.read_text(errors="replace")
+    found = re.search(r"^error \(rank \d+\): .*", text, re.MULTILINE | re.DOTALL)
+    if not found:
+        return ""
+    lines = found[0].splitlines()
+    return "\n".join(lines[:_LINES_OF_AN_ERROR])
 
 
 def _end_of_log(path: Path) -> str:
+    """Return the last lines of a log, after its path."""
     lines = path.read_text(errors="replace").splitlines()
-    return "\n".join([f"{path}:", *lines[-_LINES_OF_A_LOG:]])
+    last = lines[-_LINES_OF_A_LOG:]
+    return "\n".join([f"{path}:", *last])

@@ -1,4 +1,7 @@
-"""Submit a training as a job: check it, copy the code, hand it to submitit, print what follows."""
+"""Submit a training as a job: check it, copy the code, and pass it to submitit.
+
+The checks run before anything is submitted, so that an error costs no time in the queue.
+"""
 
 import os
 import re
@@ -63,7 +66,8 @@ def submit_jobs(configs: list[Config], cluster: ClusterConfig, command: str) -> 
         return run_process(configs[0], run.train, resolve_auto=False)
 
     name = time.strftime(f"job_%Y%m%d_%H%M%S_{os.getpid()}")
-    folder = Path(os.path.commonpath(outputs), name)
+    common = os.path.commonpath(outputs)
+    folder = Path(common, name)
     code = folder / "code" if cluster.snapshot else _HOME
     parameters = batch_parameters(cluster, folder, code, is_array=len(configs) > 1)
     if cluster.dry_run:
@@ -74,31 +78,43 @@ def submit_jobs(configs: list[Config], cluster: ClusterConfig, command: str) -> 
 
     if cluster.snapshot:
         copy_code(code)
-    tasks = [
-        RankTask(config, cluster.max_requeues, str(code), os.getcwd(), command)
-        for config in configs
-    ]
+    tasks = []
+    for config in configs:
+        task = RankTask(config, cluster.max_requeues, str(code), os.getcwd(), command)
+        tasks.append(task)
     jobs = start_jobs(tasks, cluster, parameters, folder)
     for job, output in zip(jobs, outputs, strict=True):
         print(f"job {job.job_id}, {world_size} ranks, {printable(output)}")
         print(f"  log     {printable(folder)}/{job.job_id}_0*log.out")
-    print(how_to_follow(jobs[0].job_id, cluster, folder, command), flush=True)
-    return wait(jobs, folder) if cluster.wait else 0
+    following = how_to_follow(jobs[0].job_id, cluster, folder, command)
+    print(following, flush=True)
+    if cluster.wait:
+        return wait(jobs, folder)
+    return 0
 
 
 def one_for_each_seed(configs: list[Config], seeds: list[int]) -> list[Config]:
-    """Each config with each seed, in a folder of its own; the configs themselves without seeds."""
+    """Combine each config with each seed.
+
+    Args:
+        configs: The configs.
+        seeds: The seeds; without any, the configs are returned as they are.
+
+    Returns:
+        The configs, each with the output folder `seed_<seed>` in that of its config.
+    """
     if not seeds:
         return configs
-    return [
-        replace(config, seed=seed, output_dir=os.path.join(config.output_dir, f"seed_{seed}"))
-        for config in configs
-        for seed in seeds
-    ]
+    seeded = []
+    for config in configs:
+        for seed in seeds:
+            folder = os.path.join(config.output_dir, f"seed_{seed}")
+            seeded.append(replace(config, seed=seed, output_dir=folder))
+    return seeded
 
 
 def output_folders(configs: list[Config]) -> list[str]:
-    """The absolute output folders.
+    """Return the absolute output folders.
 
     Raises:
         ValueError: Two trainings share a folder, or a name holds a control character.
@@ -114,22 +130,27 @@ def output_folders(configs: list[Config]) -> list[str]:
 
 
 def forget_launcher() -> None:
-    """Remove the variables of a job that this one is submitted from: sbatch passes all on."""
+    """Remove the environment variables of a launcher, which sbatch would pass to the new job."""
     for name in list(os.environ):
         if _SET_BY_A_LAUNCHER.match(name):
             del os.environ[name]
 
 
 def check_training(config: Config, cluster: ClusterConfig, world_size: int) -> list[str]:
-    """Refuse a training that cannot run, as the training itself would at its start.
+    """Check what the training itself would check at its start.
 
     Only what is known on this machine is checked: the data may exist only on the cluster's nodes.
 
+    Args:
+        config: The training.
+        cluster: Where and how it runs.
+        world_size: Number of ranks.
+
     Returns:
-        Sentences about what will run but is probably not meant.
+        Warnings about settings that are possible, but probably a mistake.
 
     Raises:
-        ValueError: With the key, the value and the way out.
+        ValueError: The training cannot run.
     """
     from resnet_dist.layout import check_layout
     from resnet_dist.models.zoo import check_image_size
@@ -146,7 +167,9 @@ def check_training(config: Config, cluster: ClusterConfig, world_size: int) -> l
     warnings = check_data_folder(config.data)
     for key in ("resume", "init_from"):
         path = getattr(config.checkpoint, key)
-        if path and not path.startswith("torchvision:") and not os.path.exists(path):
+        if not path or path.startswith("torchvision:"):
+            continue
+        if not os.path.exists(path):
             warnings.append(
                 f"checkpoint.{key} is {printable(path)!r}, which does not exist on this machine: "
                 "make sure that the nodes have it"
@@ -157,7 +180,7 @@ def check_training(config: Config, cluster: ClusterConfig, world_size: int) -> l
 
 
 def check_network(config: Config) -> None:
-    """Build the network without memory, and freeze what is to be frozen.
+    """Build the network without memory for its weights, and freeze the configured part.
 
     Raises:
         ValueError: There is no such network, option or module.
@@ -173,7 +196,7 @@ def check_network(config: Config) -> None:
 
 
 def check_device(config: Config, cluster: ClusterConfig) -> None:
-    """Refuse a training on GPUs for which no GPU is reserved."""
+    """Raise ValueError for a training on GPUs for which no GPU is reserved."""
     by_hand = any("gpus" in name or name == "gres" for name in cluster.extra)
     if config.distributed.device == "cuda" and not cluster.gpus_per_node and not by_hand:
         raise ValueError(
@@ -183,7 +206,14 @@ def check_device(config: Config, cluster: ClusterConfig) -> None:
 
 
 def check_data_folder(data: DataConfig) -> list[str]:
-    """Refuse a data folder that cannot serve; a warning where this machine does not have it."""
+    """Check the data folder.
+
+    Returns:
+        A warning if this machine does not have the folder.
+
+    Raises:
+        ValueError: The folder is not set, or it has no `train` or no `val` folder.
+    """
     if data.kind == "synthetic":
         return []
     if not data.data_dir:
@@ -208,9 +238,10 @@ def check_data_folder(data: DataConfig) -> list[str]:
 
 
 def remarks_on_resources(config: Config, cluster: ClusterConfig) -> list[str]:
-    """Sentences about resources of SLURM that are probably not meant."""
+    """Return warnings about resources of SLURM that are probably a mistake."""
     remarks = []
-    if not cluster.cpus_per_gpu and not any(name in cluster.extra for name in _CPUS_OF_A_PROCESS):
+    by_hand = any(name in cluster.extra for name in _CPUS_OF_A_PROCESS)
+    if not cluster.cpus_per_gpu and not by_hand:
         remarks.append(
             "cluster.cpus_per_gpu is 0: each process gets the cluster's default number of CPUs, "
             "often 1, which is too few to read and decode images; set it"
@@ -225,6 +256,9 @@ def remarks_on_resources(config: Config, cluster: ClusterConfig) -> list[str]:
 
 def copy_code(target: Path) -> None:
     """Copy the package, the recipes and train.py, so that later changes do not reach the job.
+
+    Args:
+        target: The new folder.
 
     Raises:
         ValueError: The folder cannot be written.
@@ -245,7 +279,13 @@ def copy_code(target: Path) -> None:
 def start_jobs(
     tasks: list[RankTask], cluster: ClusterConfig, parameters: dict[str, Any], folder: Path
 ) -> list[BatchJob]:
-    """Hand the tasks to submitit.
+    """Submit the tasks by submitit.
+
+    Args:
+        tasks: What each rank of a job runs, one for each job.
+        cluster: Where and how the jobs run.
+        parameters: The result of `batch_parameters`.
+        folder: The folder of the job, for scripts, logs and results.
 
     Returns:
         submitit's jobs, in the same order.
@@ -256,7 +296,10 @@ def start_jobs(
     import submitit
 
     if cluster.executor == "slurm":
-        options = {f"slurm_{key}": value for key, value in parameters.items() if key != "python"}
+        options = {}
+        for key, value in parameters.items():
+            if key != "python":
+                options[f"slurm_{key}"] = value
     else:
         code = Path(tasks[0].code)
         options = {
@@ -282,32 +325,39 @@ def start_jobs(
 
 
 def how_to_follow(job_id: str, cluster: ClusterConfig, folder: Path, command: str) -> str:
-    """The commands that watch, cancel and resume a job."""
+    """Return the commands that watch, cancel and resume a job, as lines of text."""
     number = job_id.split("_")[0]
     if cluster.executor == "slurm":
-        watch, cancel = f"squeue -j {number}", f"scancel {number}"
+        watch = f"squeue -j {number}"
+        cancel = f"scancel {number}"
     else:
-        watch, cancel = f"tail -F {shlex.quote(str(folder))}/*log.out", f"kill {number}"
+        quoted = shlex.quote(str(folder))
+        watch = f"tail -F {quoted}/*log.out"
+        cancel = f"kill {number}"
     return f"  watch   {watch}\n  cancel  {cancel}\n  resume  {printable(command)}"
 
 
 def forecast(config: Config, nodes: int, world_size: int) -> str:
-    """Ranks, local batch size, peak learning rate and number of steps of a training."""
+    """Describe a training: its ranks, local batch size, peak learning rate and number of steps."""
     from resnet_dist.layout import check_layout
     from resnet_dist.schedule import peak_lr
 
-    batch, accumulated = config.train.global_batch_size, config.train.grad_accum_steps
+    batch = config.train.global_batch_size
+    accumulated = config.train.grad_accum_steps
     local = check_layout(batch, world_size, accumulated)
     peak = peak_lr(config.optim.base_lr, config.optim.base_batch_size, batch)
+    last_rank = world_size - 1
+    ranks_per_node = world_size // nodes
+    steps = _forecast_of_steps(config)
     return (
-        f"{config.output_dir}: ranks 0 to {world_size - 1}, {world_size // nodes} on each of "
+        f"{config.output_dir}: ranks 0 to {last_rank}, {ranks_per_node} on each of "
         f"{nodes} nodes; local batch {local} = {batch} / ({world_size} ranks * {accumulated} "
-        f"micro-steps); peak lr {peak:g}; {_forecast_of_steps(config)}"
+        f"micro-steps); peak lr {peak:g}; {steps}"
     )
 
 
 def _forecast_of_steps(config: Config) -> str:
-    """The number of steps, if the data can be read from this machine."""
+    """Describe the number of steps, if the data can be read on this machine."""
     from resnet_dist import distributed
     from resnet_dist.data.build import build_train_loader
     from resnet_dist.plan import build_plan

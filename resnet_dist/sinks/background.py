@@ -1,4 +1,4 @@
-"""A thread for each sink, so that a sink that fails or hangs never stops the training."""
+"""Run each sink in a thread, so that a sink that fails or hangs never stops the training."""
 
 import contextlib
 import queue
@@ -9,7 +9,7 @@ from resnet_dist.sinks.base import Numbers, RunInfo, Sink
 from resnet_dist.text import printable
 
 CLOSE_SECONDS = 35.0
-"""Time that the sinks have at the end of a training, all of them together."""
+"""Time that all sinks together have at the end of a training."""
 
 # A sink that hangs must not fill the memory. At one row per 50 steps this is 500,000 steps.
 _MOST_WAITING_ROWS = 10_000
@@ -19,7 +19,12 @@ _LOCATION_SECONDS = 5.0
 
 
 class BackgroundSink:
-    """Calls the methods of `sink` from a thread, and waits for them only at the end."""
+    """Call the methods of a sink from a thread, and wait for them only at the end.
+
+    Args:
+        sink: The sink.
+        run: What the sink is told about the run; its `warn` prints the error of the sink.
+    """
 
     def __init__(self, sink: Sink, run: RunInfo) -> None:
         self.name = sink.name
@@ -35,33 +40,44 @@ class BackgroundSink:
 
     @property
     def location(self) -> str:
-        """Where the numbers are; waits a few seconds for a sink that is still starting."""
-        if not self._start_is_over.wait(_LOCATION_SECONDS):
+        """Where the metrics are stored.
+
+        This waits a few seconds for a sink that is still starting.
+        """
+        has_started = self._start_is_over.wait(_LOCATION_SECONDS)
+        if not has_started:
             return "not started yet"
         return self._sink.location
 
     def log(self, step: int, values: Numbers) -> None:
-        """Hand over the values of one step."""
+        """Queue the values of one step for the sink. This never waits."""
         if self._failed.is_set():
             return
+        row = (step, values)
         try:
-            self._rows.put_nowait((step, values))
+            self._rows.put_nowait(row)
         except queue.Full:
             self._give_up("it has not taken a value for a long time")
 
     def request_close(self, exit_code: int) -> None:
-        """Let the sink close after the rows that it has got."""
+        """Let the sink close after it has taken the queued rows.
+
+        Args:
+            exit_code: The exit code of the training.
+        """
         self._exit_code = exit_code
         with contextlib.suppress(queue.Full):
             self._rows.put_nowait(None)
 
     def wait_closed(self, deadline: float) -> None:
-        """Wait until the sink is closed, but not beyond `deadline` (of time.monotonic)."""
-        self._thread.join(max(0.0, deadline - time.monotonic()))
+        """Wait until the sink is closed, or until `deadline` (of time.monotonic)."""
+        seconds_left = deadline - time.monotonic()
+        self._thread.join(max(0.0, seconds_left))
         if self._thread.is_alive():
             self._give_up("it did not finish in time")
 
     def _work(self) -> None:
+        """Call the methods of the sink, in its thread."""
         try:
             self._sink.start(self._run)
             self._start_is_over.set()
@@ -77,6 +93,7 @@ class BackgroundSink:
             self._start_is_over.set()
 
     def _log_rows(self) -> None:
+        """Pass the queued rows to the sink until it is asked to close."""
         while True:
             row = self._rows.get()
             if row is None:
@@ -85,6 +102,7 @@ class BackgroundSink:
             self._sink.log(step, values)
 
     def _give_up(self, reason: str) -> None:
+        """Warn that the sink has failed, once."""
         if self._failed.is_set():
             return
         self._failed.set()
@@ -92,9 +110,13 @@ class BackgroundSink:
 
 
 def describe_error(error: BaseException) -> str:
-    """The first line of an error, with its type unless it was raised for the user to read."""
-    lines = str(error).splitlines() or [""]
-    text = printable(lines[0])[:200]
+    """Return the first line of an error, with its type unless it is a ValueError.
+
+    The message of a ValueError is written for the user.
+    """
+    lines = str(error).splitlines()
+    first = lines[0] if lines else ""
+    text = printable(first)[:200]
     if isinstance(error, ValueError):
         return text
     return f"{type(error).__name__}: {text}"

@@ -1,4 +1,4 @@
-"""The numbers of a run for TensorBoard: `tensorboard --logdir OUTPUT_DIR/tensorboard`."""
+"""The metrics of a run for TensorBoard: `tensorboard --logdir OUTPUT_DIR/tensorboard`."""
 
 import importlib.util
 import json
@@ -21,7 +21,11 @@ class TensorBoardSink:
         self._writer: SummaryWriter | None = None
 
     def start(self, run: RunInfo) -> None:
-        """Open a new event file. Raises ValueError if the library is not installed."""
+        """Open a new event file.
+
+        Raises:
+            ValueError: The library is not installed.
+        """
         if importlib.util.find_spec("tensorboard") is None:
             raise ValueError(
                 "log.sinks contains tensorboard, but the library is not installed: "
@@ -44,6 +48,6 @@ class TensorBoardSink:
         self._writer.flush()
 
     def close(self, exit_code: int) -> None:
-        """Write what is left."""
+        """Write the remaining points and close the file."""
         assert self._writer is not None
         self._writer.close()

@@ -1,7 +1,8 @@
-"""The numbers of a run for Weights & Biases.
+"""The metrics of a run for Weights & Biases.
 
-Works without questions: online if there is an API key and the server answers, otherwise in wandb's
-own offline mode. A run that is resumed continues the same W&B run, whose id is in `wandb_run_id`.
+It never asks the user a question. The run is online if there is an API key and the server answers,
+and otherwise in wandb's own offline mode. A resumed run continues the same W&B run, whose id is in
+the file `wandb_run_id`.
 """
 
 import contextlib
@@ -86,19 +87,23 @@ class WandbSink:
 
         A resumed run repeats some steps. W&B would show them twice.
         """
-        new = {
-            key: value for key, value in values.items() if step > self._already_sent.get(key, -1)
-        }
+        new = {}
+        for key, value in values.items():
+            last_step = self._already_sent.get(key, -1)
+            if step > last_step:
+                new[key] = value
         assert self._run is not None
         if new:
             self._run.log({"step": step, **new})
 
     def close(self, exit_code: int) -> None:
-        """Send what is left, within `finish_timeout`."""
-        assert self._info is not None and self._run is not None
+        """Send the remaining values, within `finish_timeout`."""
+        assert self._info is not None
+        assert self._run is not None
         started = time.monotonic()
         self._run.finish(exit_code=exit_code)
-        if time.monotonic() - started > _FINISH_SECONDS:
+        seconds = time.monotonic() - started
+        if seconds > _FINISH_SECONDS:
             folder = printable(shlex.quote(str(self._info.folder / "wandb")))
             self._info.warn(
                 f"W&B did not finish within {_FINISH_SECONDS:.0f} s; to upload later: "
@@ -107,9 +112,15 @@ class WandbSink:
 
 
 def wandb_mode(configured: str) -> str:
-    """auto, online, offline or disabled.
+    """Combine the key `log.wandb` with the environment variable WANDB_MODE.
 
     WANDB_MODE decides if the config says auto. Otherwise it can only restrict the config.
+
+    Args:
+        configured: The value of `log.wandb`.
+
+    Returns:
+        "auto", "online", "offline" or "disabled".
     """
     variable = os.environ.get("WANDB_MODE", "")
     named = _OLD_NAMES_OF_MODES.get(variable, variable)
@@ -121,9 +132,16 @@ def wandb_mode(configured: str) -> str:
 
 
 def why_offline(mode: str) -> str:
-    """Why a run with this mode cannot be online, decided in seconds; empty if it can.
+    """Find out why a run cannot be online. This takes a few seconds at most.
 
-    Raises ImportError if wandb is not installed.
+    Args:
+        mode: A result of `wandb_mode`.
+
+    Returns:
+        The reason; empty if the run can be online.
+
+    Raises:
+        ImportError: wandb is not installed.
     """
     if mode == "offline":
         return "as configured"
@@ -132,7 +150,8 @@ def why_offline(mode: str) -> str:
     # From the environment and wandb's settings files.
     settings = wandb.setup().settings
     url = settings.base_url
-    if not (settings.api_key or settings.identity_token_file or _has_netrc_key(url)):
+    has_key = settings.api_key or settings.identity_token_file or _has_netrc_key(url)
+    if not has_key:
         return f"no API key for {url}; `wandb login` stores one"
     if mode == "auto" and not _answers(url):
         return f"{url} cannot be reached"
