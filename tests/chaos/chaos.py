@@ -1,12 +1,12 @@
-"""Seeded faults thrown at a small real training run; in the end everything equals the undisturbed
-run, bit for bit.
+"""Throw seeded faults at a small real training run. In the end everything must equal the
+undisturbed run, bit for bit.
 
-    make chaos                                  # 200 faults, a log, a summary python
-    tests/chaos/chaos.py --faults 50 --seed 7 --folder /tmp/chaos
+    make chaos                                  # 200 faults, a log, a summary
+    python tests/chaos/chaos.py --faults 50 --seed 7 --folder /tmp/chaos
 
-One round is one run on two ranks (ResNet-20, real digits, fp32, with an average), disturbed until
-it has met its share of the faults and then left to finish. After every fault it is started again,
-as a launcher would.
+One round is one run on two ranks (ResNet-20, the embedded digits, fp32, with averaged weights). It
+is disturbed by its share of the faults, one in each attempt, and then left to finish. After every
+fault it is started again, as a launcher would do.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -36,35 +37,29 @@ from dist_utils import (
     wait_app,
     wait_for_step,
 )
+from faults import (
+    EPOCHS,
+    FAULTS,
+    FILE_FAULTS,
+    RANKS,
+    SIGNALS,
+    STEPS_PER_EPOCH,
+    TOTAL_STEPS,
+    Fault,
+    damage_files,
+    rank_main,
+    step_of,
+)
 
-from resnet_dist import checkpoint, cli, engine
+# Imported before the ranks are forked, so that none of them has to do it.
+import resnet_dist.run  # noqa: F401
 from resnet_dist.checkpoint_file import read_checkpoint, unpack_checkpoint
 from resnet_dist.watchdog import EXIT_LOST_RANK
 
 ROOT = Path(__file__).resolve().parents[2]
-RANKS, EPOCHS, STEPS_PER_EPOCH = 2, 3, 12
-TOTAL_STEPS = EPOCHS * STEPS_PER_EPOCH
-STOP_TIMEOUT = 12.0  # distributed.timeout_s where a rank is stopped
-SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
-SPOILS = ("flip newest", "flip a lone one", "truncate newest", "empty newest", "leftovers")
-FAULTS = (
-    "kill one",
-    "kill all",
-    "kill in checkpoint",
-    "kill in evaluation",
-    "kill at epoch",
-    "signal one",
-    "signal all",
-    "stop one",
-    "raise alone",
-    "disk full",
-    "disk full and freed",
-    "kill before link",
-    "second run",
-    *SPOILS,
-)
-"""What can happen; the spoils happen to the files, between two attempts."""
-CLOCK = {
+STOP_TIMEOUT_SECONDS = 12.0
+"""distributed.timeout_s of an attempt in which a rank is stopped."""
+CLOCK_KEYS = {
     "time",
     "elapsed",
     "train/images_per_second",
@@ -73,60 +68,57 @@ CLOCK = {
     "ranks/data_seconds",
     "ranks/step_seconds",
 }
+"""The keys of `metrics.jsonl` that depend on the clock."""
 
 
-def arguments(digits: str, folder: Path, *more: str) -> list[str]:
-    """A run of three epochs of twelve steps; a checkpoint every five steps and at each epoch, which
-    is evaluated.
+def arguments(digits: str, folder: Path, **more: object) -> list[str]:
+    """The command line of a run of three epochs with twelve steps each. It saves a checkpoint every
+    five steps and at the end of each epoch, and evaluates each epoch.
+
+    Args:
+        digits: the data folder.
+        folder: the run's folder.
+        more: further settings, with `__` for the dot: `optim__base_lr=0.05`.
     """
-    return [
-        "train",
-        "--config",
-        str(ROOT / "configs/quickstart.yaml"),
-        "--data.data_dir",
-        digits,
-        "--output_dir",
-        str(folder),
-        "--data.train_crop_size",
-        "8",
-        "--data.val_resize_size",
-        "8",
-        "--data.val_crop_size",
-        "8",
-        "--train.epochs",
-        str(EPOCHS),
-        "--train.global_batch_size",
-        "120",
-        "--train.precision",
-        "fp32",
-        "--train.ema_decay",
-        "0.9",
-        "--train.eval_interval_epochs",
-        "1",
-        "--checkpoint.interval_steps",
-        "5",
-        "--checkpoint.interval_epochs",
-        "1",
-        "--log.interval_steps",
-        "1",
-        "--distributed.timeout_s",
-        "60",
-        "--log.wandb",
-        "disabled",
-        "--distributed.threads",
-        "1",
-        "--data.threads",
-        "1",
-        *more,
-    ]
+    settings = {
+        "config": ROOT / "configs/quickstart.yaml",
+        "data.data_dir": digits,
+        "output_dir": folder,
+        "data.train_crop_size": 8,
+        "data.val_resize_size": 8,
+        "data.val_crop_size": 8,
+        "data.threads": 1,
+        "train.epochs": EPOCHS,
+        "train.global_batch_size": 120,
+        "train.precision": "fp32",
+        "train.ema_decay": 0.9,
+        "train.eval_interval_epochs": 1,
+        "checkpoint.interval_steps": 5,
+        "checkpoint.interval_epochs": 1,
+        "log.interval_steps": 1,
+        "log.wandb": "disabled",
+        "distributed.timeout_s": 60,
+        "distributed.threads": 1,
+    }
+    settings |= {key.replace("__", "."): value for key, value in more.items()}
+    words = ["train"]
+    for key, value in settings.items():
+        words += [f"--{key}", str(value)]
+    return words
 
 
 def metrics(folder: Path) -> list[dict]:
-    """What the run has logged, without the parts that depend on the clock."""
+    """What the run has logged, without the values that depend on the clock."""
     path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    whole = [json.loads(line) for line in lines if line.endswith("}")]
-    return [{key: value for key, value in line.items() if key not in CLOCK} for line in whole]
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text().splitlines():
+        # The last line may be half written.
+        if line.endswith("}"):
+            values = json.loads(line)
+            found.append({key: values[key] for key in values if key not in CLOCK_KEYS})
+    return found
 
 
 def last_step(folder: Path) -> int:
@@ -137,127 +129,192 @@ def last_step(folder: Path) -> int:
 
 def saved_step(folder: Path) -> int:
     """The step of the newest checkpoint file."""
-    names = sorted(path.name for path in (folder / "checkpoints").glob("step_*.pt"))
-    return int(re.search(r"\d+", names[-1]).group()) if names else 0
+    steps = [step_of(path) for path in (folder / "checkpoints").glob("step_*.pt")]
+    return max(steps, default=0)
+
+
+def final_state(folder: Path) -> dict:
+    """The content of the last checkpoint of a run."""
+    path = folder / "checkpoints" / "last.pt"
+    return unpack_checkpoint(read_checkpoint(path), str(path))
 
 
 def differences(folder: Path, undisturbed: Path) -> list[str]:
     """The parts in which two finished runs differ."""
-    left, right = (
-        unpack_checkpoint(read_checkpoint(place / "checkpoints/last.pt"), "last.pt")
-        for place in (folder, undisturbed)
-    )
+    left = final_state(folder)
+    right = final_state(undisturbed)
     parts = ("step", "model", "ema", "optimizer", "scaler", "best_top1", "best_step")
     found = [part for part in parts if not equal_trees(left[part], right[part])]
-    return found + (["metrics"] if metrics(folder) != metrics(undisturbed) else [])
-
-
-def expected_codes(fault: str, name: str, victim: int) -> list[int]:
-    """The exit codes of all ranks after a fault; `name` is the signal's."""
-    if fault.startswith("signal"):
-        return [128 + signal.Signals[name]] * RANKS
-    if fault == "raise alone":
-        return [1] * RANKS
-    if fault == "second run":
-        return [2] * RANKS
-    dead = [victim]
-    if fault in ("kill all", "disk full"):
-        dead = list(range(RANKS))
-    elif fault in ("kill in checkpoint", "kill before link", "disk full and freed"):
-        dead = [0]  # the main process writes
-    return [-signal.SIGKILL if rank in dead else EXIT_LOST_RANK for rank in range(RANKS)]
+    if metrics(folder) != metrics(undisturbed):
+        found.append("metrics")
+    return found
 
 
 class Round:
-    """One run and what is done to it. `lost` and `seconds` are of each new start: the steps that
-    were done again, and from the fault to the log line of the first step that is new.
+    """One run and the faults that are thrown at it.
+
+    Attributes:
+        thrown: the titles of the faults.
+        lost: for each new start, the number of steps that had to be done again.
+        seconds: for each fault, the time until the first new step was logged.
     """
 
-    def __init__(self, digits: str, folder: Path, seed: int, say) -> None:
-        self.digits, self.folder, self.say = digits, folder, say
+    def __init__(self, digits: str, folder: Path, seed: int, say: Callable[[str], None]) -> None:
+        self.digits = digits
+        self.folder = folder
+        self.say = say
         self.random = random.Random(seed)
+        self.thrown: list[str] = []
         self.lost: list[int] = []
         self.seconds: list[float] = []
-        self.thrown: list[str] = []
-        self.struck: tuple[float, int] | None = (
-            None  # when the last fault struck, and the step that was reached
-        )
+        # The last fault: its time, the step that was logged then, and whether a new start has
+        # said from where it resumes. The time is None once a new step was logged.
+        self.fault_time: float | None = None
+        self.fault_step = 0
         self.resumed = True
-        self.spoiled: set[str] = set()
+        self.damaged: set[str] = set()
         folder.mkdir(parents=True)
 
-    def play(self, faults: list[str]) -> None:
-        """Throw the faults, one to an attempt, and let the run finish."""
-        for number, fault in enumerate(faults):
-            # Spread over the run, so that each finds it under way: what is left is shared by what
-            # is still to come.
-            reached = saved_step(self.folder)
-            ahead = max(1, (TOTAL_STEPS - 2 - reached) // (len(faults) - number))
-            at = min(TOTAL_STEPS - 2, reached + self.random.randint(1, max(1, min(ahead, 12))))
-            self.strike(fault, at)
-        codes, _ = self.attempt(None)
+    def play(self, kinds: list[str]) -> None:
+        """Throw the faults, one in each attempt, and let the run finish."""
+        for number, kind in enumerate(kinds):
+            if kind in FILE_FAULTS:
+                self.say(damage_files(kind, self.folder, self.random, self.damaged))
+                self.thrown.append(kind)
+            else:
+                self.strike(self.draw_fault(kind, len(kinds) - number))
+        codes, _ = self.attempt()
         assert codes == [0] * RANKS, (codes, self.tail())
 
-    def strike(self, fault: str, at: int) -> None:
-        """One attempt that ends by `fault` near step `at` (a fault of the files strikes after it
-        was killed).
+    def draw_fault(self, kind: str, remaining: int) -> Fault:
+        """A fault at a random step. The steps that are left are shared by the `remaining` faults,
+        so that each of them finds the run under way.
         """
-        victim = self.random.randrange(RANKS)
-        name = self.random.choice(SIGNALS)
-        if fault in SPOILS:
-            self.spoil(fault)
-            self.thrown.append(fault)
-            return
-        entry = self.entry(fault, at, victim)
-        more = ("--distributed.timeout_s", str(STOP_TIMEOUT)) if fault == "stop one" else ()
-
-        def act(processes) -> None:
-            if fault == "second run":
-                self.supersede(processes)
-                return
-            pids = [process.pid for process in processes]
-            if fault == "disk full":
-                while not (
-                    self.folder / "full"
-                ).exists():  # the first save that failed was warned about
-                    assert all(process.is_alive() for process in processes), self.tail()
-                    time.sleep(0.005)
-            else:
-                time.sleep(self.random.random() * 0.15)  # anywhere in a step
-            if fault == "kill one":
-                os.kill(pids[victim], signal.SIGKILL)
-            elif fault in ("kill all", "disk full"):
-                for pid in pids:
-                    os.kill(pid, signal.SIGKILL)
-            elif fault.startswith("signal"):
-                for pid in pids if fault == "signal all" else [pids[victim]]:
-                    os.kill(pid, signal.Signals[name])
-            elif fault == "stop one":
-                os.kill(pids[victim], signal.SIGSTOP)
-                others = [process for rank, process in enumerate(processes) if rank != victim]
-                assert wait_app(others) == [EXIT_LOST_RANK] * len(others), self.tail()
-                os.kill(
-                    pids[victim], signal.SIGKILL
-                )  # as torchrun and SLURM do with what does not go
-
-        by_itself = entry is not None and fault != "disk full"
-        # The second run has to come before the first one ends.
-        seconds = 8.0 if fault == "second run" else 0.4
-        entry = entry or slow_from(at, seconds=seconds)
-        codes, moment = self.attempt(at, entry, None if by_itself else act, more)
-        self.thrown.append(fault + (f" {name}" if fault.startswith("signal") else ""))
-        (self.folder / "full").unlink(missing_ok=True)
-        assert codes == expected_codes(fault, name, victim), (fault, codes, self.tail())
-        if fault.startswith("signal"):
-            assert saved_step(self.folder) == last_step(self.folder), "a signal costs no step"
-        self.struck, self.resumed = (moment, last_step(self.folder)), False
-        self.say(
-            f"{self.thrown[-1]}, rank {victim}, step {last_step(self.folder)}: exit codes {codes}"
+        reached = saved_step(self.folder)
+        share = (TOTAL_STEPS - 2 - reached) // remaining
+        ahead = self.random.randint(1, max(1, min(share, STEPS_PER_EPOCH)))
+        return Fault(
+            kind,
+            at=min(TOTAL_STEPS - 2, reached + ahead),
+            victim=self.random.randrange(RANKS),
+            signal_name=self.random.choice(SIGNALS),
+            folder=self.folder,
         )
 
-    def supersede(self, processes) -> None:
-        """Start the same run again while it is under way: the first one has to leave, and the
-        second is killed.
+    def strike(self, fault: Fault) -> None:
+        """One attempt that ends by the fault."""
+        timeout = STOP_TIMEOUT_SECONDS if fault.kind == "stop one" else 60
+        main = rank_main(fault)
+        strikes_by_itself = main is not None and fault.kind != "disk full"
+        if main is None:
+            # The second run has to come before the first one ends.
+            seconds = 8.0 if fault.kind == "second run" else 0.4
+            main = slow_from(fault.at, seconds=seconds)
+        codes, moment = self.attempt(main, None if strikes_by_itself else fault, timeout)
+        self.thrown.append(fault.title)
+        (self.folder / "full").unlink(missing_ok=True)
+        assert codes == fault.expected_codes(), (fault, codes, self.tail())
+        step = last_step(self.folder)
+        if fault.kind.startswith("signal"):
+            assert saved_step(self.folder) == step, "a signal must not cost a step"
+        self.fault_time = moment
+        self.fault_step = step
+        self.resumed = False
+        self.say(f"{fault.title}, rank {fault.victim}, step {step}: exit codes {codes}")
+
+    def attempt(
+        self, main=None, fault: Fault | None = None, timeout: float = 60
+    ) -> tuple[list[int], float]:
+        """Start all ranks and wait until they end.
+
+        Args:
+            main: takes the place of the command line's main.
+            fault: strikes from outside once its step is logged.
+            timeout: the run's `distributed.timeout_s`.
+
+        Returns:
+            The exit codes, and the time of the fault (or of the end).
+        """
+        log = self.folder / "log"
+        start_of_log = log.stat().st_size if log.exists() else 0
+        words = arguments(self.digits, self.folder, distributed__timeout_s=timeout)
+        processes = start_app(RANKS, words, str(log), main)
+        moment = None
+        deadline = time.monotonic() + 300
+        alive = True
+        while alive:
+            assert time.monotonic() < deadline, self.tail()
+            # Asked before the files are read: everything written until the end is then seen.
+            alive = all(process.is_alive() for process in processes)
+            first_step = self.first_step(start_of_log)
+            if first_step is not None:
+                self.note_progress(first_step)
+                can_strike = fault is not None and alive and moment is None
+                if can_strike and last_step(self.folder) >= max(fault.at, first_step + 1):
+                    moment = time.monotonic()
+                    self.act(fault, processes)
+            time.sleep(0.02)
+        if moment is None:
+            moment = time.monotonic()
+        return wait_app(processes), moment
+
+    def first_step(self, start_of_log: int) -> int | None:
+        """The step from which the present attempt goes on, once it has said so."""
+        log = self.folder / "log"
+        if not log.exists():
+            return None
+        printed = log.read_bytes()[start_of_log:].decode(errors="replace")
+        found = re.search(r"per epoch; step (\d+)", printed)
+        return int(found[1]) if found else None
+
+    def note_progress(self, first_step: int) -> None:
+        """Measure what the last fault has cost."""
+        if not self.resumed:
+            self.resumed = True
+            self.lost.append(self.fault_step - first_step)
+        if self.fault_time is not None and last_step(self.folder) > self.fault_step:
+            self.seconds.append(time.monotonic() - self.fault_time)
+            self.fault_time = None
+
+    def act(self, fault: Fault, processes: list) -> None:
+        """Strike the running processes from outside."""
+        if fault.kind == "second run":
+            self.supersede(processes)
+            return
+        if fault.kind == "disk full":
+            self.wait_for_failed_save(processes)
+        else:
+            # Anywhere in a step.
+            time.sleep(self.random.random() * 0.15)
+        victim = processes[fault.victim]
+        if fault.kind == "kill one":
+            victim.kill()
+        elif fault.kind in ("kill all", "disk full"):
+            for process in processes:
+                process.kill()
+        elif fault.kind == "signal one":
+            os.kill(victim.pid, signal.Signals[fault.signal_name])
+        elif fault.kind == "signal all":
+            for process in processes:
+                os.kill(process.pid, signal.Signals[fault.signal_name])
+        elif fault.kind == "stop one":
+            self.stop(victim, [process for process in processes if process is not victim])
+
+    def wait_for_failed_save(self, processes: list) -> None:
+        """Until the main process has reported a failed save."""
+        while not (self.folder / "full").exists():
+            assert all(process.is_alive() for process in processes), self.tail()
+            time.sleep(0.005)
+
+    def stop(self, victim, others: list) -> None:
+        """Stop one process: the others have to leave. Then kill it, as torchrun and SLURM do."""
+        os.kill(victim.pid, signal.SIGSTOP)
+        assert wait_app(others) == [EXIT_LOST_RANK] * len(others), self.tail()
+        victim.kill()
+
+    def supersede(self, processes: list) -> None:
+        """Start the same run a second time. The first one has to leave; then the second one is
+        killed.
         """
         second = start_app(
             RANKS,
@@ -273,259 +330,161 @@ class Round:
             process.kill()
         wait_app(second)
 
-    def attempt(
-        self, at: int | None, entry=None, act=None, more: tuple = ()
-    ) -> tuple[list[int], float]:
-        """Start all ranks; `act` once step `at` is logged; the exit codes, and when the end began."""
-        log = self.folder / "log"
-        before = log.stat().st_size if log.exists() else 0
-        processes = start_app(
-            RANKS, arguments(self.digits, self.folder, *more), str(self.folder / "log"), entry
-        )
-        struck, moment = False, 0.0
-        deadline, alive = time.monotonic() + 300, True
-        while alive:
-            assert time.monotonic() < deadline, self.tail()
-            alive = all(
-                process.is_alive() for process in processes
-            )  # asked first: what they did is all read below
-            begun = (
-                re.search(r"per epoch; step (\d+)", log.read_text()[before:])
-                if log.exists()
-                else None
-            )
-            reached = last_step(self.folder) if begun else 0
-            if self.struck and begun and not self.resumed:
-                self.resumed = True
-                self.lost.append(self.struck[1] - int(begun[1]))
-            if self.struck and reached > self.struck[1]:
-                self.seconds.append(time.monotonic() - self.struck[0])
-                self.struck = None
-            if act and alive and not struck and begun and reached >= max(at, int(begun[1]) + 1):
-                struck, moment = True, time.monotonic()
-                act(processes)
-            time.sleep(0.02)
-        moment = moment or time.monotonic()
-        return wait_app(processes), moment
-
-    def entry(self, fault: str, at: int, victim: int):
-        """The command line's main with a fault inside, for those that strike at a certain place of
-        the code.
-        """
-        folder = self.folder
-
-        def die() -> None:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        def changed(arguments):
-            rank = int(os.environ["RANK"])
-            step, evaluate, write = engine.train_step, engine.evaluate, checkpoint.write_checkpoint
-
-            def train_step(model, state, *rest):
-                if rank == victim and state.step >= at and fault == "raise alone":
-                    raise MemoryError("out of memory, on this rank alone")
-                result = step(model, state, *rest)
-                if (
-                    rank == victim
-                    and fault == "kill at epoch"
-                    and state.step >= at
-                    and (state.step % STEPS_PER_EPOCH == 0)
-                ):
-                    die()
-                return result
-
-            def evaluation(model, loader, runtime, precision, poll):
-                return evaluate(model, loader, runtime, precision, die if rank == victim else poll)
-
-            def writing(path, content, *checks):
-                if fault == "kill in checkpoint" and content["step"] >= at:
-                    temporary = path.with_name(path.name + ".tmp")
-                    temporary.write_bytes(b"PK" + bytes(50_000))  # half of it
-                    die()
-                if fault == "disk full" and content["step"] >= at:
-                    raise OSError(28, "No space left on device")
-                if fault == "disk full and freed" and content["step"] >= at:
-                    if not full_at and content["step"] < TOTAL_STEPS - 6:
-                        full_at.append(content["step"])
-                    if content["step"] in full_at:
-                        raise OSError(28, "No space left on device")
-                    write(path, content, *checks)
-                    die()
-                write(path, content, *checks)
-
-            def links(place, newest, *rest):
-                if fault == "kill before link" and int(newest.stem.partition("_")[2]) >= at:
-                    die()
-                mend(place, newest, *rest)
-
-            full_at: list[int] = []
-            engine.train_step, checkpoint.write_checkpoint = train_step, writing
-            mend, checkpoint.mend_links = checkpoint.mend_links, links
-            if fault == "kill in evaluation":
-                engine.evaluate = evaluation
-            if fault == "disk full" and rank == 0:
-                real = checkpoint.Saver.wait
-
-                def wait(saver):
-                    real(saver)
-                    if saver.failure:
-                        (folder / "full").touch()
-                        time.sleep(300)  # until it is killed
-
-                checkpoint.Saver.wait = wait
-            return cli.main(arguments)
-
-        inside = (
-            "kill in checkpoint",
-            "kill in evaluation",
-            "kill at epoch",
-            "raise alone",
-            "disk full",
-            "disk full and freed",
-            "kill before link",
-        )
-        return changed if fault in inside else None
-
-    def spoil(self, fault: str) -> None:
-        """Do something to the files between two attempts."""
-        files = sorted((self.folder / "checkpoints").glob("step_*.pt"))
-        checkpoints = [path for path in files if str(path.stat()) not in self.spoiled]
-        if fault == "leftovers" or len(checkpoints) < 2:  # one good one must be left
-            (self.folder / "checkpoints").mkdir(exist_ok=True)
-            (self.folder / "checkpoints" / "step_00000099.pt.tmp").write_bytes(b"PK half")
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write('{"step": 9')
-            return
-        content = bytearray(checkpoints[-1].read_bytes())
-        if fault == "flip a lone one":
-            checkpoints[-1].with_name(checkpoints[-1].name + ".sha256").unlink(missing_ok=True)
-        if fault.startswith("flip"):
-            content[self.random.randrange(len(content))] ^= 1 << self.random.randrange(8)
-        elif fault == "truncate newest":
-            del content[self.random.randrange(1, len(content)) :]
-        else:
-            content.clear()
-        checkpoints[-1].write_bytes(content)
-        self.spoiled.add(str(checkpoints[-1].stat()))
-        self.say(f"{fault}: {checkpoints[-1].name}")
-
     def tail(self) -> str:
         """The end of what the run has printed."""
-        return (self.folder / "log").read_text()[-3000:]
+        return (self.folder / "log").read_text(errors="replace")[-3000:]
 
 
 def other_ranks(digits: str, folder: Path, seed: int) -> float:
-    """The run on two ranks, and one that is killed twice and goes on with three and with one:
-    raises AssertionError unless each step had the same samples, crops and learning rate; returns
-    the relative difference of the weights.
+    """Compare a run on two ranks with one that is killed twice and continues on three ranks and on
+    one. Both run in double precision: in single precision, rounding changes the signs of a constant
+    background before a ReLU.
 
-    In double precision: in single, rounding moves the signs of a constant background before a ReLU.
+    Returns:
+        The relative difference of the weights.
+
+    Raises:
+        AssertionError: a step had other samples, crops or another learning rate.
     """
-    generator, places, more = (
-        random.Random(seed),
-        (folder / "two", folder / "mixed"),
-        ("--optim.base_lr", "0.05"),
-    )
-    for place in places:
+    generator = random.Random(seed)
+    two = folder / "two"
+    mixed = folder / "mixed"
+    for place in (two, mixed):
         place.mkdir(parents=True)
-    two, mixed = places
-    record = in_double(record_batches(two))
-    assert run_app(2, arguments(digits, two, *more), str(two / "log"), record) == [0, 0], (
-        two / "log"
-    ).read_text()
-    record = in_double(record_batches(mixed))
-    for ranks, at in ((2, generator.randint(6, 12)), (3, generator.randint(18, 26))):
-        processes = start_app(
-            ranks, arguments(digits, mixed, *more), str(mixed / "log"), slow_from(at, record)
-        )
-        wait_for_step(mixed, at, processes, at - 5)
-        for process in processes:
-            os.kill(process.pid, signal.SIGKILL)
-        wait_app(processes)
-    assert run_app(1, arguments(digits, mixed, *more), str(mixed / "log"), record) == [0], (
-        mixed / "log"
-    ).read_text()
-    ours, theirs = by_step(two), by_step(mixed)
-    assert [len(samples) for _, samples in ours.values()] == [120] * TOTAL_STEPS and ours == theirs
-    left, right = (
-        torch.cat(
-            [
-                value.double().flatten()
-                for value in unpack_checkpoint(read_checkpoint(place / "checkpoints/last.pt"), "")[
-                    "model"
-                ].values()
-                if value.is_floating_point()
-            ]
-        )
-        for place in places
-    )
+    finish_in_double(2, digits, two)
+    for ranks, at in ((2, generator.randint(6, 8)), (3, generator.randint(13, 17))):
+        kill_in_double(ranks, at, digits, mixed)
+    finish_in_double(1, digits, mixed)
+    expected = by_step(two)
+    assert len(expected) == 2 * STEPS_PER_EPOCH
+    assert all(len(samples) == 120 for _, samples in expected.values())
+    assert by_step(mixed) == expected
+    left = float_weights(two)
+    right = float_weights(mixed)
     return ((left - right).norm() / left.norm()).item()
 
 
+def short_arguments(digits: str, folder: Path) -> list[str]:
+    """The run of `other_ranks`: two epochs."""
+    return arguments(digits, folder, train__epochs=2, optim__base_lr=0.05)
+
+
+def finish_in_double(ranks: int, digits: str, folder: Path) -> None:
+    """Run to the end, and record the batches."""
+    log = folder / "log"
+    main = in_double(record_batches(folder))
+    codes = run_app(ranks, short_arguments(digits, folder), str(log), main)
+    assert codes == [0] * ranks, log.read_text()
+
+
+def kill_in_double(ranks: int, at: int, digits: str, folder: Path) -> None:
+    """Run until step `at` is logged, record the batches, then kill all ranks."""
+    main = slow_from(at, in_double(record_batches(folder)))
+    processes = start_app(ranks, short_arguments(digits, folder), str(folder / "log"), main)
+    wait_for_step(folder, at, processes, saved=at - 5)
+    for process in processes:
+        process.kill()
+    wait_app(processes)
+
+
+def float_weights(folder: Path) -> torch.Tensor:
+    """All floating-point values of a run's final model as one vector in double precision."""
+    tensors = final_state(folder)["model"].values()
+    return torch.cat(
+        [tensor.double().flatten() for tensor in tensors if tensor.is_floating_point()]
+    )
+
+
 def draw(number: int, seed: int) -> list[str]:
-    """`number` faults: every kind as often as any other, shuffled."""
+    """The kinds of `number` faults in random order, every kind as often as any other."""
     generator = random.Random(seed)
-    faults: list[str] = []
-    while len(faults) < number:
-        faults += generator.sample(FAULTS, len(FAULTS))
-    return faults[:number]
+    kinds: list[str] = []
+    while len(kinds) < number:
+        kinds += generator.sample(FAULTS, len(FAULTS))
+    return kinds[:number]
+
+
+class Log:
+    """Prints lines with the seconds since the start."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        print(f"{time.monotonic() - self.start:7.1f} s  {text}", flush=True)
+
+
+def run_undisturbed(digits: str, folder: Path) -> None:
+    """The run to compare with."""
+    folder.mkdir(parents=True)
+    log = folder / "log"
+    codes = run_app(RANKS, arguments(digits, folder), str(log), timeout=300)
+    assert codes == [0] * RANKS, log.read_text()
+
+
+def summarize(rounds: list[Round], say: Callable[[str], None]) -> None:
+    """Say what was thrown and what it cost."""
+    thrown = [title.partition(" SIG")[0] for one in rounds for title in one.thrown]
+    lost = [steps for one in rounds for steps in one.lost]
+    seconds = [value for one in rounds for value in one.seconds]
+    say("faults thrown: " + ", ".join(f"{thrown.count(kind)} x {kind}" for kind in FAULTS))
+    say(f"{len(thrown)} faults in {len(rounds)} runs, {len(lost)} new starts")
+    if lost:
+        say(f"steps lost: {sum(lost)}, median {statistics.median(lost):g}, worst {max(lost)}")
+    if seconds:
+        median = statistics.median(seconds)
+        worst = max(seconds)
+        say(f"seconds from a fault to the next new step: median {median:.1f}, worst {worst:.1f}")
+
+
+def parse_options() -> argparse.Namespace:
+    """The options of the long form."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--faults", type=int, default=200)
+    parser.add_argument("--per_round", type=int, default=10, help="faults in one run")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="default: a new temporary folder")
+    return parser.parse_args()
 
 
 def main() -> int:
-    """The long form."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--faults", type=int, default=200)
-    parser.add_argument("--per_round", type=int, default=10, help="faults of one run from scratch")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, default=None)
-    options = parser.parse_args()
+    """The long form: many rounds, and one run whose number of ranks changes."""
+    options = parse_options()
     torch.set_num_threads(1)
     place = options.folder or Path(tempfile.mkdtemp(prefix="chaos."))
     shutil.rmtree(place / "rounds", ignore_errors=True)
-    digits, undisturbed = str(place / "digits"), place / "rounds" / "undisturbed"
-    begun = time.monotonic()
-
-    def say(text: str) -> None:
-        print(f"{time.monotonic() - begun:7.1f} s  {text}", flush=True)
-
-    undisturbed.mkdir(parents=True)
-    assert (
-        run_app(RANKS, arguments(digits, undisturbed), str(undisturbed / "log"), timeout=300)
-        == [0] * RANKS
-    )
+    digits = str(place / "digits")
+    undisturbed = place / "rounds" / "undisturbed"
+    say = Log()
+    run_undisturbed(digits, undisturbed)
     say(f"the undisturbed run is done: {TOTAL_STEPS} steps")
-    faults, rounds = draw(options.faults, options.seed), []
-    for first in range(0, len(faults), options.per_round):
-        one = Round(
-            digits, place / "rounds" / f"{len(rounds):03d}", options.seed * 1000 + len(rounds), say
-        )
-        one.play(faults[first : first + options.per_round])
-        rounds.append((one, differences(one.folder, undisturbed)))
-        found = rounds[-1][1]
-        outcome = f"differs in {found}" if found else "equal, bit for bit"
-        say(f"round {len(rounds)}: {len(one.thrown)} faults; {outcome}")
-        if not found:
-            shutil.rmtree(one.folder)
+    kinds = draw(options.faults, options.seed)
+    rounds: list[Round] = []
+    different: list[int] = []
+    for first in range(0, len(kinds), options.per_round):
+        number = len(rounds)
+        folder = place / "rounds" / f"{number:03d}"
+        one = Round(digits, folder, options.seed * 1000 + number, say)
+        one.play(kinds[first : first + options.per_round])
+        rounds.append(one)
+        found = differences(folder, undisturbed)
+        if found:
+            different.append(number)
+            say(f"round {number}: {len(one.thrown)} faults; differs in {found}, see {folder}")
+        else:
+            shutil.rmtree(folder)
+            say(f"round {number}: {len(one.thrown)} faults; equal, bit for bit")
     difference = other_ranks(digits, place / "rounds" / "ranks", options.seed)
-    say(
-        f"2 ranks, killed, 3 ranks, killed, 1 rank: the same samples, crops and lr; weights differ by {difference:.1e}"
-    )
-    lost = [steps for one, _ in rounds for steps in one.lost]
-    seconds = [value for one, _ in rounds for value in one.seconds]
-    thrown = [fault.partition(" SIG")[0] for one, _ in rounds for fault in one.thrown]
-    different = [number for number, (_, found) in enumerate(rounds) if found]
-    say("faults thrown: " + ", ".join(f"{thrown.count(kind)} x {kind}" for kind in FAULTS))
-    say(f"{len(thrown)} faults in {len(rounds)} runs, {len(lost)} new starts")
-    say(f"steps lost: {sum(lost)} in all, median {statistics.median(lost):g}, worst {max(lost)}")
-    say(
-        f"seconds from a fault to the next new step: median {statistics.median(seconds):.1f}, worst {max(seconds):.1f}"
-    )
-    say(
-        f"runs that differ: {different}"
-        if different
-        else "all runs equal the undisturbed one, bit for bit"
-    )
-    return 1 if different else 0
+    say("2 ranks, killed, 3 ranks, killed, 1 rank: the same samples, crops and learning rates")
+    say(f"the weights differ by {difference:.1e}")
+    summarize(rounds, say)
+    if different:
+        say(f"rounds that differ: {different}")
+        return 1
+    say("all runs equal the undisturbed one, bit for bit")
+    return 0
 
 
 if __name__ == "__main__":
