@@ -47,6 +47,7 @@ from faults import (
     TOTAL_STEPS,
     Fault,
     damage_files,
+    latest_step,
     rank_main,
     step_of,
 )
@@ -175,27 +176,40 @@ class Round:
         self.damaged: set[str] = set()
         folder.mkdir(parents=True)
 
-    def play(self, kinds: list[str]) -> None:
-        """Throw the faults, one in each attempt, and let the run finish."""
-        for number, kind in enumerate(kinds):
+    def play(self, kinds: list[str]) -> list[str]:
+        """Throw the faults, one in each attempt, and let the run finish.
+
+        Returns:
+            The kinds that found no place before the end of the run: they are for the next round.
+        """
+        remaining = list(kinds)
+        while remaining and self.has_room(remaining[0]):
+            kind = remaining[0]
             if kind in FILE_FAULTS:
                 self.say(damage_files(kind, self.folder, self.random, self.damaged))
                 self.thrown.append(kind)
             else:
-                self.strike(self.draw_fault(kind, len(kinds) - number))
+                self.strike(self.draw_fault(kind, len(remaining)))
+            del remaining[0]
         codes, _ = self.attempt()
         assert codes == [0] * RANKS, (codes, self.tail())
+        return remaining
+
+    def has_room(self, kind: str) -> bool:
+        """Whether a fault of this kind can still strike before the run ends."""
+        return kind in FILE_FAULTS or saved_step(self.folder) < latest_step(kind)
 
     def draw_fault(self, kind: str, remaining: int) -> Fault:
         """A fault at a random step. The steps that are left are shared by the `remaining` faults,
         so that each of them finds the run under way.
         """
         reached = saved_step(self.folder)
-        share = (TOTAL_STEPS - 2 - reached) // remaining
+        latest = latest_step(kind)
+        share = (latest - reached) // remaining
         ahead = self.random.randint(1, max(1, min(share, STEPS_PER_EPOCH)))
         return Fault(
             kind,
-            at=min(TOTAL_STEPS - 2, reached + ahead),
+            at=min(latest, reached + ahead),
             victim=self.random.randrange(RANKS),
             signal_name=self.random.choice(SIGNALS),
             folder=self.folder,
@@ -443,7 +457,9 @@ def parse_options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--faults", type=int, default=200)
-    parser.add_argument("--per_round", type=int, default=10, help="faults in one run")
+    parser.add_argument(
+        "--per_round", type=int, default=10, help="at most so many faults in one run"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="default: a new temporary folder")
     return parser.parse_args()
@@ -463,11 +479,11 @@ def main() -> int:
     kinds = draw(options.faults, options.seed)
     rounds: list[Round] = []
     different: list[int] = []
-    for first in range(0, len(kinds), options.per_round):
+    while kinds:
         number = len(rounds)
         folder = place / "rounds" / f"{number:03d}"
         one = Round(digits, folder, options.seed * 1000 + number, say)
-        one.play(kinds[first : first + options.per_round])
+        kinds = one.play(kinds[: options.per_round]) + kinds[options.per_round :]
         rounds.append(one)
         found = differences(folder, undisturbed)
         if found:

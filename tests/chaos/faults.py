@@ -227,6 +227,14 @@ _INSTALL: dict[str, Callable[[Fault, int], None]] = {
 }
 
 
+def latest_step(kind: str) -> int:
+    """The last step at which a fault of this kind can strike and still end the attempt."""
+    if kind == "disk full":
+        # Two saves have to follow: one fails, the next one reports it.
+        return TOTAL_STEPS - 6
+    return TOTAL_STEPS - 2
+
+
 def step_of(path: Path) -> int:
     """The step in the name of a checkpoint file."""
     return int(path.stem.removeprefix("step_"))
