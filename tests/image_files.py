@@ -11,7 +11,7 @@ from PIL import Image
 from resnet_dist.config import AugmentConfig, DataConfig
 from resnet_dist.data.pixels.loader import DaliTrainLoader, DaliValLoader, LoaderSettings
 from resnet_dist.data.sampling.order import BatchLayout
-from resnet_dist.data.sources.index import encode_header
+from resnet_dist.data.sources.index_file import encode_header
 from resnet_dist.data.sources.scan import build_index
 
 

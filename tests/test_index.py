@@ -26,16 +26,15 @@ from torchvision.datasets import ImageFolder
 
 from resnet_dist.data.pixels.read import load
 from resnet_dist.data.sources import index as index_module
+from resnet_dist.data.sources import index_file
 from resnet_dist.data.sources import scan as scan_module
 from resnet_dist.data.sources.index import (
     SHARD_INDEX,
     SUFFIXES,
     check_num_classes,
     check_same_classes,
-    encode_header,
-    open_index,
-    write_index,
 )
+from resnet_dist.data.sources.index_file import encode_header, open_index, write_index
 from resnet_dist.data.sources.scan import build_index
 from resnet_dist.data.sources.scan_progress import ScanProgress, keeps_folder_times
 from resnet_dist.distributed import Runtime
@@ -199,7 +198,7 @@ def test_a_folder_that_has_just_changed_is_not_trusted(tmp_path, scans, settled,
 
 def rewritten(blob, change):
     """An index file with changed facts or arrays, and checksums that fit."""
-    facts, start, _ = index_module._read_header(blob)
+    facts, start, _ = index_file._read_header(blob)
     body = bytearray(blob[start:])
     rows, name_bytes = facts.pop("rows"), facts.pop("name_bytes")
     change(facts, body)
@@ -244,8 +243,8 @@ DAMAGES = {
     "shards of nowhere": set_fact("shards", ["../x.tar"]),
     "stamps of another kind": set_fact("stamps", [{}]),
     "a negative number of rows": lambda blob: encode_header(-5, 0, {"shards": []}),
-    "no table": lambda blob: index_module._padded(
-        index_module._PREFIX.pack(b"resndist", 4, zlib.crc32(b"[]"), 2) + b"[]"
+    "no table": lambda blob: index_file._padded(
+        index_file._PREFIX.pack(b"resndist", 4, zlib.crc32(b"[]"), 2) + b"[]"
     ),
 }
 
@@ -282,13 +281,13 @@ def test_an_index_of_an_older_version(folder, tmp_path, scans, settled):
     """Beside class folders it is made anew; beside shards, whose names only it has, it is read."""
 
     def as_version_3(blob):
-        facts, start, _ = index_module._read_header(blob)
+        facts, start, _ = index_file._read_header(blob)
         for key in ("folders", "remarks", "checksum"):
             facts.pop(key)
         facts["stamps"] = [stamp[0] if stamp else -1 for stamp in facts["stamps"]]
         text = json.dumps(facts).encode()
-        prefix = index_module._PREFIX.pack(b"resndist", 3, zlib.crc32(text), len(text))
-        return index_module._padded(prefix + text) + blob[start:]
+        prefix = index_file._PREFIX.pack(b"resndist", 3, zlib.crc32(text), len(text))
+        return index_file._padded(prefix + text) + blob[start:]
 
     cache = tmp_path / "folder" / ".resnet_dist_train_index.bin"
     old = as_version_3(cache.read_bytes())
@@ -339,7 +338,8 @@ def test_places_outside_of_a_shard_are_refused(folder, tmp_path, scans, settled)
 
 def test_a_damaged_row_of_a_large_index_is_found_when_it_is_used(folder, monkeypatch):
     """Its arrays are too large to be checked when it is opened."""
-    monkeypatch.setattr(index_module, "_READ_WHOLE", 0)
+    monkeypatch.setattr(index_module, "READ_WHOLE", 0)
+    monkeypatch.setattr(index_file, "READ_WHOLE", 0)
     path = os.path.join(os.path.dirname(folder.root), ".resnet_dist_train_index.bin")
     good = Path(path).read_bytes()
     names = 128  # six rows and one more of 12 bytes, then padding
@@ -352,7 +352,7 @@ def test_a_damaged_row_of_a_large_index_is_found_when_it_is_used(folder, monkeyp
     ):
         os.unlink(path)
         Path(path).write_bytes(damage(good))
-        index = index_module.open_checked(path, folder.root)
+        index = index_file.open_checked(path, folder.root)
         with pytest.raises(ValueError, match=r"is damaged: .*--data.rescan always"):
             use(index)
 

@@ -1,4 +1,8 @@
-"""`resnet-dist doctor`: find in a minute what would stop a run, on every rank."""
+"""`resnet-dist doctor`: find in about a minute what would stop a run, on all ranks.
+
+A check is a function that returns a level and a sentence. A check that raises an exception counts
+as an error, with the exception as its sentence.
+"""
 
 import json
 import os
@@ -27,32 +31,54 @@ from resnet_dist.sinks.wandb import why_offline
 from resnet_dist.text import printable
 
 LEVELS = ("ok", "warning", "error")
-_GIB = 2**30
+"""The results of a check, from good to bad."""
 
-# A check returns (level, text), or raises an exception, which is an error.
+_GIB = 2**30
+_BYTES_OF_FP32 = 4
+
+# The usual range of the peak learning rate for a batch of 256 images. Outside of it, a warning is
+# printed.
+_LOWEST_USUAL_LR = 0.02
+_HIGHEST_USUAL_LR = 0.6
+
+# A check returns (level, text), or raises an exception, which counts as an error.
 Check: TypeAlias = Callable[[Config, Runtime], tuple[str, str]]
 
 
 def quick(config: Config, runtime: Runtime) -> list[dict[str, str]]:
-    """The checks that need no data and take about a second. Every rank must call it.
+    """Run the checks that read no data and take about a second. Call it on all ranks.
 
-    Returns one {"check", "level", "text"} for each; a level is one of `LEVELS`.
+    Args:
+        config: the settings of the run.
+        runtime: the processes.
+
+    Returns:
+        A dictionary with the keys "check", "level" (one of `LEVELS`) and "text" for each check.
     """
-    return _run_checks({"layout": _layout, "folder": _folder}, config, runtime)
+    checks: dict[str, Check] = {
+        "layout": _layout,
+        "folder": _folder,
+    }
+    return _run_checks(checks, config, runtime)
 
 
 def run(config: Config, as_json: bool) -> int:
-    """Run and print all checks. Each rank returns 0, 1 with warnings, or 2 with errors."""
+    """Run all checks, and print their results. Ranks other than 0 print only problems.
+
+    Args:
+        config: the settings of the run.
+        as_json: print one JSON list instead of one line for each check.
+
+    Returns:
+        The exit code of this rank: 0, 1 if there are warnings, 2 if there are errors.
+    """
 
     def body(config: Config, runtime: Runtime) -> int:
         found = _run_checks(_ALL_CHECKS, config, runtime)
-        shown = [one for one in found if runtime.is_main or one["level"] != "ok"]
-        if as_json:
-            print(json.dumps(shown), flush=True)
-        else:
-            for one in shown:
-                line = f"{one['level']:9}{one['check']:10}{one['text']}"
-                print(printable(line), flush=True)
+        shown = found
+        if not runtime.is_main:
+            shown = [one for one in found if one["level"] != "ok"]
+        _print_results(shown, as_json)
         assert runtime.watchdog is not None
         runtime.watchdog.leave(5.0)
         return max(LEVELS.index(one["level"]) for one in found)
@@ -60,63 +86,114 @@ def run(config: Config, as_json: bool) -> int:
     return run_process(config, body)
 
 
-def _run_checks(checks: dict[str, Check], config: Config, runtime: Runtime) -> list[dict[str, str]]:
+def _print_results(results: list[dict[str, str]], as_json: bool) -> None:
+    """Print the results of checks as one JSON list, or as one line for each."""
+    if as_json:
+        print(json.dumps(results), flush=True)
+        return
+    for one in results:
+        line = f"{one['level']:9}{one['check']:10}{one['text']}"
+        print(printable(line), flush=True)
+
+
+def _run_checks(
+    checks: dict[str, Check],
+    config: Config,
+    runtime: Runtime,
+) -> list[dict[str, str]]:
+    """Run checks one after the other. An exception in a check is the result of this check."""
     found = []
     for name, check in checks.items():
         try:
             level, text = check(config, runtime)
+        # Exceptions of all types would stop the run as well.
         except Exception as problem:
-            # Whatever it is, the run would meet it too.
-            level, text = "error", f"{type(problem).__name__}: {problem}"
+            level = "error"
+            text = f"{type(problem).__name__}: {problem}"
         found.append({"check": name, "level": level, "text": text})
     return found
 
 
 def _layout(config: Config, runtime: Runtime) -> tuple[str, str]:
-    batch_size, micro_steps = config.train.global_batch_size, config.train.grad_accum_steps
+    """How the batch is divided, and whether the learning rate is usual for its size."""
+    batch_size = config.train.global_batch_size
+    micro_steps = config.train.grad_accum_steps
     ranks = runtime.sum_integer(1)
     local_batch_size = _local_batch_size(config, ranks)
+
     peak = peak_lr(config.optim.base_lr, config.optim.base_batch_size, batch_size)
     lr_for_256 = peak * 256 / batch_size
+    is_usual = _LOWEST_USUAL_LR <= lr_for_256 <= _HIGHEST_USUAL_LR
+
+    backend = torch.distributed.get_backend()
     address = os.environ.get("MASTER_ADDR", "-")
     port = os.environ.get("MASTER_PORT", "-")
     text = (
-        f"batch {batch_size} = {ranks} ranks ({torch.distributed.get_backend()} at "
-        f"{address}:{port}) * {micro_steps} micro-steps * {local_batch_size}; peak lr {peak:g} is "
-        f"{lr_for_256:g} for 256 images, where SGD usually has 0.05 to 0.5"
+        f"batch {batch_size} = {ranks} ranks ({backend} at {address}:{port}) * {micro_steps} "
+        f"micro-steps * {local_batch_size}; peak lr {peak:g} is {lr_for_256:g} for 256 images, "
+        f"where SGD usually has 0.05 to 0.5"
     )
-    return _warning_if(not 0.02 <= lr_for_256 <= 0.6), text
+    return _warning_if(not is_usual), text
 
 
 def _local_batch_size(config: Config, ranks: int) -> int:
-    train, augment = config.train, config.augment
-    pairs = augment.mixup_alpha + augment.cutmix_alpha > 0
-    return check_layout(train.global_batch_size, ranks, train.grad_accum_steps, pairs=pairs)
+    """Number of images of a micro-step on a rank. Raises ValueError if it is no whole number."""
+    train = config.train
+    augment = config.augment
+    mixes_pairs = augment.mixup_alpha + augment.cutmix_alpha > 0
+    return check_layout(
+        train.global_batch_size,
+        ranks,
+        train.grad_accum_steps,
+        pairs=mixes_pairs,
+    )
 
 
 def _folder(config: Config, runtime: Runtime) -> tuple[str, str]:
-    output_dir = Path(config.output_dir).absolute()
-    folder = next(path for path in (output_dir, *output_dir.parents) if path.is_dir())
-    model = build_model(config.model, config.model.num_classes or 1000)
-    copies = 3 if config.train.ema_decay else 2
-    size = sum(parameter.numel() for parameter in model.parameters()) * 4 * copies
-    present = len(list(checkpoint_folder(config).glob("step_*.pt")))
-    # Besides those that are kept, there is the best one, and a new one before the oldest goes.
-    needed = size * max(1, config.checkpoint.keep + 2 - present)
+    """Whether files can be written to `output_dir`, and whether the checkpoints fit on its disk."""
+    folder = _existing_folder(config.output_dir)
+    # Raises OSError if files cannot be written.
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+    num_present = len(list(checkpoint_folder(config).glob("step_*.pt")))
+    # Besides the checkpoints that are kept there are the best one, and a new one that is written
+    # before the oldest one is deleted.
+    num_new = max(1, config.checkpoint.keep + 2 - num_present)
+    needed = num_new * _checkpoint_bytes(config)
     free = shutil.disk_usage(folder).free
-    tempfile.TemporaryFile(dir=folder).close()
     text = (
         f"{folder} can be written; the checkpoints to come take {needed / 1e9:.2f} GB, and "
         f"{free / 1e9:.1f} GB are free"
     )
     if needed < free:
         return "ok", text
-    # A run that resumes has old checkpoints to delete.
-    return ("warning" if present else "error"), text
+    # A resumed run deletes old checkpoints, so it may succeed.
+    level = "warning" if num_present else "error"
+    return level, text
+
+
+def _existing_folder(path: str) -> Path:
+    """`path` if it is a folder, otherwise the nearest folder above it that exists."""
+    folder = Path(path).absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    return folder
+
+
+def _checkpoint_bytes(config: Config) -> int:
+    """Approximate size of a checkpoint: weights, momentum and averaged weights, in fp32."""
+    num_classes = config.model.num_classes or 1000
+    model = build_model(config.model, num_classes)
+    num_weights = sum(parameter.numel() for parameter in model.parameters())
+    copies = 3 if config.train.ema_decay else 2
+    return num_weights * _BYTES_OF_FP32 * copies
 
 
 def _precision(config: Config, runtime: Runtime) -> tuple[str, str]:
-    precision, device = config.train.precision, runtime.device
+    """Whether the device has hardware for the precision."""
+    precision = config.train.precision
+    device = runtime.device
     is_fast = has_fast_bf16(device)
     support = "has" if is_fast else "has no"
     text = f"{precision}; this {_device_name(device)} {support} hardware for bf16"
@@ -128,28 +205,39 @@ def _precision(config: Config, runtime: Runtime) -> tuple[str, str]:
 
 
 def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    """The name of a GPU, or "CPU"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return "CPU"
 
 
 def _memory(config: Config, runtime: Runtime) -> tuple[str, str]:
+    """Whether a training step fits into the memory of the device."""
     local_batch_size = _local_batch_size(config, runtime.world_size)
     need = estimate_memory(config, local_batch_size)
     available = available_memory(runtime.device, runtime.local_world_size)
+    total_gib = need.total / _GIB
+    weights_gib = need.weights / _GIB
+    activations_gib = need.activations / _GIB
+    available_gib = available / _GIB
     text = (
-        f"a step of {local_batch_size} images takes about {need.total / _GIB:.2f} GiB per rank "
-        f"(weights, gradients and optimizer {need.weights / _GIB:.2f}, activations "
-        f"{need.activations / _GIB:.2f}); {available / _GIB:.2f} GiB are available"
+        f"a step of {local_batch_size} images takes about {total_gib:.2f} GiB per rank (weights, "
+        f"gradients and optimizer {weights_gib:.2f}, activations {activations_gib:.2f}); "
+        f"{available_gib:.2f} GiB are available"
     )
+    # The estimate is not exact, so a step that is slightly too large is only a warning.
     if need.total < 0.9 * available:
         return "ok", text
-    way_out = "raise train.grad_accum_steps or use more ranks"
-    return ("error" if need.total > 1.2 * available else "warning"), f"{text}: {way_out}"
+    level = "error" if need.total > 1.2 * available else "warning"
+    return level, f"{text}: raise train.grad_accum_steps or use more ranks"
 
 
 def _cpus(config: Config, runtime: Runtime) -> tuple[str, str]:
-    cpus, ranks = len(os.sched_getaffinity(0)), runtime.local_world_size
+    """Whether there are enough CPUs for the ranks of this machine."""
+    cpus = len(os.sched_getaffinity(0))
+    ranks = runtime.local_world_size
     text = f"{cpus} CPUs for {ranks} ranks of this machine, {cpus / ranks:g} for each"
-    # A rank trains or feeds its GPU, and decodes JPEG files with 4 threads on a GPU.
+    # On a CPU, a rank trains on at least one. On a GPU, it reads and decodes files with 4 threads.
     needed = 4 if runtime.device.type == "cuda" else 1
     if cpus >= needed * ranks:
         return "ok", text
@@ -157,14 +245,18 @@ def _cpus(config: Config, runtime: Runtime) -> tuple[str, str]:
 
 
 def _decoder(config: Config, runtime: Runtime) -> tuple[str, str]:
-    found = [describe_dali_wheels(), describe_jpeg_decoder(runtime.device)]
-    level = max((level for level, _ in found), key=LEVELS.index)
-    return level, "; ".join(text for _, text in found)
+    """Whether DALI fits the driver, and how JPEG files are decoded."""
+    wheels_level, wheels_text = describe_dali_wheels()
+    decoder_level, decoder_text = describe_jpeg_decoder(runtime.device)
+    level = max(wheels_level, decoder_level, key=LEVELS.index)
+    return level, f"{wheels_text}; {decoder_text}"
 
 
 def _data(config: Config, runtime: Runtime) -> tuple[str, str]:
+    """Whether the data can be listed, and a batch of each split read."""
     train, val = build_loaders(config, runtime)
-    check_num_classes(config.model.num_classes, len(train.class_names))
+    num_classes = len(train.class_names)
+    check_num_classes(config.model.num_classes, num_classes)
     num_shown = 0
     for batches in (train.batches(0, 1), val):
         batch = next(iter(batches))
@@ -175,23 +267,37 @@ def _data(config: Config, runtime: Runtime) -> tuple[str, str]:
     train.close()
     val.close()
     text = (
-        f"{train.num_samples} + {val.num_samples} images, {len(train.class_names)} classes; of "
-        f"{num_shown} that were read {num_bad} are broken"
+        f"{train.num_samples} + {val.num_samples} images, {num_classes} classes; of {num_shown} "
+        f"that were read {num_bad} are broken"
     )
     return _warning_if(num_bad > 0), text
 
 
 def _software(config: Config, runtime: Runtime) -> tuple[str, str]:
-    found = [f"{name} {metadata.version(name)}" for name in ("torch", "torchvision", "wandb")]
-    driver = Path("/proc/driver/nvidia/version")
-    found.append(driver.read_text().splitlines()[0] if driver.exists() else "no GPU driver")
+    """The versions of important packages and of the GPU driver, and whether W&B is online."""
+    found = []
+    for name in ("torch", "torchvision", "wandb"):
+        found.append(f"{name} {metadata.version(name)}")
+    found.append(_gpu_driver())
+
     mode = config.log.wandb
-    offline = mode if mode in ("disabled", "offline") else why_offline("auto")
+    is_offline_by_choice = mode in ("disabled", "offline")
+    offline = mode if is_offline_by_choice else why_offline("auto")
     found.append(f"W&B {offline or 'online'}")
-    return _warning_if(bool(offline) and mode == "online"), ", ".join(found)
+    is_problem = bool(offline) and mode == "online"
+    return _warning_if(is_problem), ", ".join(found)
+
+
+def _gpu_driver() -> str:
+    """The version of the NVIDIA driver."""
+    driver = Path("/proc/driver/nvidia/version")
+    if not driver.exists():
+        return "no GPU driver"
+    return driver.read_text().splitlines()[0]
 
 
 def _warning_if(condition: bool) -> str:
+    """The level "warning" if the condition holds, otherwise "ok"."""
     return "warning" if condition else "ok"
 
 

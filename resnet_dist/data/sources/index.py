@@ -1,65 +1,38 @@
-"""The index of a split: its class names and, for each image, where its bytes are and its label.
+"""The index of a split: its class names, and for each image its label and where its bytes are.
 
-The index is one binary file that all processes of a machine map into memory. Opening it costs the
-same for a thousand images and for a billion, and no process builds anything of its size. Rows are
-ordered as in torchvision's ImageFolder: by class, then by folder inside the class, then by file
-name. So row i is the same image in class folders and in shards packed from them.
+All processes of a machine map the same index file into memory. Opening it takes the same time for a
+thousand images and for a billion, and no process builds an object of its size. Rows are ordered as
+in torchvision's ImageFolder: by class, then by folder inside of the class, then by file name. Row i
+is therefore the same image in class folders and in tar shards that were packed from them.
 
-Layout of the file: magic, version, CRC-32 and length of a JSON text; the text, which holds
-everything small; at the next multiple of 64 bytes one record of _COLUMNS for each row, and one
-more; at the next multiple of 64 bytes the file names, one behind the other. All that is known of an
-image lies in one record, so that one access touches one page.
-
-`scan.py` builds the file from what it finds; `resnet-dist data pack` writes it for its shards.
+`index_file.py` describes the file. `scan.py` builds the index from the files that it finds, and
+`resnet-dist data pack` writes it for its shards.
 """
 
 import hashlib
-import json
-import mmap
 import os
-import struct
-import zlib
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import pairwise
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from resnet_dist.files import write_file
 from resnet_dist.text import printable
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""Endings, in any case, of the files that count as images: torchvision's IMG_EXTENSIONS."""
+"""Suffixes of image files, as in torchvision's IMG_EXTENSIONS. Upper case counts too."""
 
 PACK_PLAN = ".pack.json"
-"""File beside the shards that says what `resnet-dist data pack` is to write."""
+"""Name of the file beside the shards with the settings and images of `resnet-dist data pack`."""
 
 SHARD_INDEX = "index.bin"
-"""File name of the index that lies beside the tar shards of a split."""
+"""Name of the index file beside the tar shards of a split."""
 
-Buffer = bytes | mmap.mmap
-
-_PREFIX = struct.Struct("<8sIIQ")
-_MAGIC = b"resndist"
-_VERSION = 4
-# Version 3 has no checksum of the records. `data pack` wrote it with the original file names, which
-# a scan of the shards cannot find again.
-_VERSION_WITHOUT_CHECKSUM = 3
-_COLUMNS = [
-    ("starts", "<i8"),
-    ("labels", "<i4"),
-    ("shard", "<i4"),
-    ("offset", "<i8"),
-    ("length", "<i8"),
-]
-_COLUMNS_OF_FOLDERS = _COLUMNS[:2]
-_ALIGN = 64
-# Bytes of an index that is read as a whole when it is opened; of a larger one each row is checked
-# when it is used.
-_READ_WHOLE = 2**28
+READ_WHOLE = 2**28
+"""Largest size in bytes of an index whose contents are checked when it is opened. The rows of a
+larger index are checked when they are used.
+"""
 
 _SLASH = ord("/")
 _DOT = ord(".")
@@ -70,32 +43,43 @@ class Origin:
     """What an index was built from."""
 
     shards: tuple[str, ...] = ()
-    """file names of the tar shards in the split's folder; empty for class folders"""
+    """file names of the tar shards in the folder of the split; empty for class folders"""
     folders: tuple[str, ...] = ()
-    """all folders that were listed, relative to the split's folder; empty for shards"""
+    """all folders that were listed, relative to the folder of the split; empty for shards"""
     stamps: tuple[tuple[int, ...], ...] = ()
-    """for each shard its size, for each folder its times of modification and change in ns; empty
-    for one that had changed just before it was listed"""
+    """for each shard (its size in bytes,); for each folder its times (mtime, ctime) in ns, or ()
+    if it had changed so shortly before it was listed that its times are not reliable"""
     remarks: tuple[str, ...] = ()
-    """sentences about what was left out and what is unusual"""
+    """sentences about files that were left out, and about anything unusual"""
 
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """The images of one split. Images that are excluded have no row."""
+    """The images of one split.
+
+    A row is the number of an image among those that are used. A position is the number of an image
+    among all images of the index file. Both are the same if no images are excluded.
+    """
 
     root: str
-    """absolute path of the split's folder"""
+    """absolute path of the folder of the split"""
     class_names: tuple[str, ...]
-    """the position is the class id"""
+    """the names of the classes; the position of a name is the class id"""
     origin: Origin
+    """what the index was built from"""
     stored_fingerprint: str
-    """of all images of the file, also of the excluded ones"""
+    """hash of all images of the file, including the excluded ones"""
     arrays: Mapping[str, np.ndarray]
-    """labels int32 [n]; starts int64 [n + 1], where each name begins in names, uint8; for shards
-    also shard int32 [n], offset int64 [n], length int64 [n]"""
+    """The columns of the file, by name:
+
+    - labels: int32 [n], class ids,
+    - names: uint8, the file names without the class, one after the other,
+    - starts: int64 [n + 1], where each file name begins in `names`,
+    - for shards only: shard, int32 [n], the number of the shard,
+    - for shards only: offset, int64 [n], and length, int64 [n], of the image in bytes.
+    """
     excluded: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    """int64 [k]: for each excluded image, in order, how many rows come before it"""
+    """int64 [k], sorted: for each excluded image, the number of rows before it"""
 
     def __len__(self) -> int:
         return len(self.arrays["labels"]) - len(self.excluded)
@@ -106,10 +90,10 @@ class Index:
         return self.origin.shards
 
     def fingerprint(self) -> str:
-        """A short text that changes with the classes, the file names or their order.
+        """A short hash of the class names and of the file names in their order.
 
-        It does not change with the files' contents, nor between class folders and shards that were
-        packed from them.
+        It does not depend on the contents of the files. It is the same for class folders and for
+        shards that were packed from them.
         """
         if len(self.excluded) == 0:
             return self.stored_fingerprint
@@ -117,7 +101,17 @@ class Index:
         return _digest(self.stored_fingerprint.encode() + positions)
 
     def labels_of(self, rows: np.ndarray) -> np.ndarray:
-        """The class ids of `rows` (int64 [B]): int64 [B]. Raises ValueError for a damaged index."""
+        """The class ids of some rows.
+
+        Args:
+            rows: int64 [B].
+
+        Returns:
+            int64 [B].
+
+        Raises:
+            ValueError: if the index is damaged.
+        """
         stored = self._stored(rows)
         labels: np.ndarray = self.arrays["labels"][stored].astype(np.int64)
         if labels.size:
@@ -126,9 +120,14 @@ class Index:
         return labels
 
     def place(self, row: int) -> tuple[str, int, int]:
-        """Where the image's bytes are: (absolute path, offset, length).
+        """Where the bytes of an image are.
 
-        The length is -1 for an image in a file of its own. Raises ValueError for a damaged index.
+        Returns:
+            (absolute path of the file, offset in bytes, length in bytes). The length is -1 if the
+            file contains only this image.
+
+        Raises:
+            ValueError: if the index is damaged.
         """
         stored = self._stored(row)
         if not self.shards:
@@ -143,23 +142,37 @@ class Index:
         return path, offset, length
 
     def name(self, row: int) -> str:
-        """`<class>/<file>`, or `<class>/<folder>/<file>`: unique in the split."""
+        """The name of an image, which is unique in the split.
+
+        It is `<class>/<file>`, or `<class>/<folder>/<file>` if the class folder has sub-folders.
+        """
         return self._name(self._stored(row))
 
     def path(self, row: int) -> str:
-        """The image's absolute path for messages; in a shard `<shard>:<class>/<file>`."""
+        """The absolute path of an image for messages.
+
+        For an image in a shard it is `<path of the shard>:<class>/<file>`.
+        """
         file = self.place(row)[0]
         if self.shards:
             return f"{file}:{self.name(row)}"
         return file
 
     def find(self, name: str) -> int | None:
-        """The position in the arrays of the image `<class>/<file>`; None if there is none."""
+        """Find an image by its name, by a binary search.
+
+        Args:
+            name: `<class>/<file>`, as `name` returns it.
+
+        Returns:
+            The position of the image in the arrays, or None if there is no such image.
+        """
         class_name, _, file = name.partition("/")
         if class_name not in self.class_names:
             return None
         label = self.class_names.index(class_name)
-        wanted = (label, *name_order(os.fsencode(file)))
+        folder, file_name = name_order(os.fsencode(file))
+        wanted = (label, folder, file_name)
         positions = range(len(self.arrays["labels"]))
         found = bisect_left(positions, wanted, key=self._order)
         if found in positions and self._order(found) == wanted:
@@ -167,20 +180,25 @@ class Index:
         return None
 
     def check_contents(self) -> None:
-        """Raise ValueError if a row points outside of the split's folder, its shards or classes.
+        """Check that all rows refer to classes, shards and files in the folder of the split.
 
-        The arrays of a file above 256 MiB are not read here: each row is checked when it is used.
+        If the arrays are larger than `READ_WHOLE`, this method checks only the names of classes and
+        shards. Each row is then checked when it is used.
+
+        Raises:
+            ValueError: if a row does not.
         """
         _check_plain_names(self.class_names, "class")
         _check_plain_names(self.shards, "shard")
         size = sum(array.nbytes for array in self.arrays.values())
-        if size <= _READ_WHOLE:
+        if size <= READ_WHOLE:
             self._check_labels()
             self._check_file_names()
             if self.shards:
                 self._check_places()
 
     def _check_labels(self) -> None:
+        """Check the class id and the order of all rows."""
         labels = self.arrays["labels"]
         if len(labels) == 0:
             return
@@ -190,6 +208,7 @@ class Index:
             raise self._damaged("the rows are not ordered by class")
 
     def _check_file_names(self) -> None:
+        """Check that no file name is empty or leads outside of the folder of the split."""
         starts = np.ascontiguousarray(self.arrays["starts"])
         names = self.arrays["names"]
         if starts[0] != 0 or starts[-1] != len(names):
@@ -210,6 +229,7 @@ class Index:
             raise self._damaged("a file name leads outside of the folder")
 
     def _check_places(self) -> None:
+        """Check that all images lie inside of their shards."""
         number = self.arrays["shard"]
         offset = self.arrays["offset"]
         length = self.arrays["length"]
@@ -233,14 +253,18 @@ class Index:
             raise self._damaged("a class id is out of range")
 
     def _stored(self, rows: Any) -> Any:  # noqa: ANN401 - an integer or an array of them
-        """The positions of `rows` in the arrays: each excluded image before a row moves it up."""
+        """The positions of rows in the arrays.
+
+        The position of a row is the row plus the number of excluded images before it.
+        """
         if len(self.excluded) == 0:
             return rows
-        return rows + np.searchsorted(self.excluded, rows, side="right")
+        num_excluded_before = np.searchsorted(self.excluded, rows, side="right")
+        return rows + num_excluded_before
 
     def _key(self, stored: int) -> tuple[int, bytes]:
         """(class id, file name without the class) of a position in the arrays."""
-        # `item` takes half the time of an index.
+        # array.item(i) takes half the time of array[i].
         starts = self.arrays["starts"]
         start = starts.item(stored)
         stop = starts.item(stored + 1)
@@ -251,13 +275,16 @@ class Index:
         return label, name
 
     def _order(self, stored: int) -> tuple[int, str, str]:
-        """The key that the rows are ordered by."""
+        """The sort key of a position: (class id, folder, file name)."""
         label, name = self._key(stored)
-        return (label, *name_order(name))
+        folder, file = name_order(name)
+        return label, folder, file
 
     def _name(self, stored: int) -> str:
+        """`<class>/<file>` of a position in the arrays."""
         label, file = self._key(stored)
-        # A name with b"/." may be a hidden file in a sub-folder; most have neither.
+        # This quick test finds all names that may lead outside, and few others, such as hidden
+        # files in sub-folders.
         if file.startswith((b"/", b"..")) or b"/." in file:
             parts = file.split(b"/")
             if self.root != "/" and (b".." in parts or b"" in parts):
@@ -265,227 +292,35 @@ class Index:
         return f"{self.class_names[label]}/{os.fsdecode(file)}"
 
     def _damaged(self, what: str) -> ValueError:
+        """The error for an index with invalid contents."""
         return ValueError(
             f"the cached list of the images in {self.root} is damaged: {what}. Start again with "
             f"--data.rescan always, which builds it anew"
         )
 
 
-def write_index(
-    path: str,
-    class_names: Sequence[str],
-    labels: Sequence[int],
-    names: Sequence[bytes],
-    *,
-    shards: Sequence[str],
-    places: Sequence[tuple[int, int, int]],
-) -> None:
-    """Write the index of tar shards that are complete and lie in the folder of `path`.
+def name_order(name: bytes) -> tuple[str, str]:
+    """The key by which ImageFolder sorts the files of a class.
 
     Args:
-        path: the file to write.
-        class_names: the position is the class id.
-        labels: class id of each image; rows may come in any order.
-        names: file name of each image without the class, as os.fsencode gives it.
-        shards: file names.
-        places: (number of the shard, offset, length in bytes) of each image.
+        name: the file name without the class, as os.fsencode returns it.
 
-    Raises:
-        OSError: if the file cannot be written.
-        ValueError: if two images of a class have the same name.
+    Returns:
+        (folder, file name).
     """
-    folder = os.path.dirname(path)
-    sizes = []
-    for shard in shards:
-        size = os.path.getsize(os.path.join(folder, shard))
-        sizes.append((size,))
-    rows = sort_rows(class_names, labels, names)
-    payload = encode_index(
-        class_names,
-        np.asarray(labels)[rows],
-        [names[row] for row in rows],
-        Origin(shards=tuple(shards), stamps=tuple(sizes)),
-        np.asarray(places, dtype="<i8")[rows],
-    )
-    write_file(Path(path), payload)
-
-
-def name_order(name: bytes) -> tuple[str, str]:
-    """(folder, file) of a name inside a class: what ImageFolder orders the files of a class by."""
     folder, _, file = os.fsdecode(name).rpartition("/")
     return folder, file
 
 
-def sort_rows(
-    class_names: Sequence[str], labels: Sequence[int], names: Sequence[bytes]
-) -> list[int]:
-    """The order that the rows have in an index: by class, folder and file name.
-
-    Raises ValueError if two images of a class have the same name.
-    """
-
-    def order(row: int) -> tuple[int, str, str]:
-        folder, file = name_order(names[row])
-        return labels[row], folder, file
-
-    rows = sorted(range(len(names)), key=order)
-    for row, following in pairwise(rows):
-        if names[row] == names[following] and labels[row] == labels[following]:
-            class_name = class_names[labels[row]]
-            file = os.fsdecode(names[row])
-            raise ValueError(
-                f"the image {class_name}/{file} is there twice: the images of a class need "
-                f"different names; remove or rename one of the two"
-            )
-    return rows
-
-
-def encode_index(
-    class_names: Sequence[str],
-    labels: np.ndarray,
-    names: Sequence[bytes],
-    origin: Origin,
-    places: np.ndarray | None = None,
-) -> bytes:
-    """The bytes of an index file.
+def list_files(paths: Sequence[str]) -> Index:
+    """An index of image files that are not in class folders.
 
     Args:
-        class_names: the position is the class id.
-        labels: [n], in the order of `sort_rows`.
-        names: n file names without the class, in the same order.
-        origin: what the index was built from.
-        places: [n, 3]: number of the shard, offset, length; None for class folders.
+        paths: absolute paths, or paths relative to the current folder.
+
+    Returns:
+        An index with the files in the given order, and with one class that has no name.
     """
-    lengths = np.fromiter(map(len, names), dtype="<i8", count=len(names))
-    arrays = {
-        "labels": np.asarray(labels, dtype="<i4"),
-        "starts": np.concatenate([[0], np.cumsum(lengths)]).astype("<i8"),
-        "names": np.frombuffer(b"".join(names), dtype=np.uint8),
-    }
-    fingerprint = _fingerprint(class_names, arrays)
-    if places is not None:
-        arrays["shard"] = places[:, 0]
-        arrays["offset"] = places[:, 1]
-        arrays["length"] = places[:, 2]
-    kind = record_type(bool(origin.shards))
-    records = np.zeros(len(names) + 1, kind)
-    for column in kind.names or ():
-        values = arrays[column]
-        records[column][: len(values)] = values
-    body = _padded(records.tobytes()) + _padded(arrays["names"].tobytes())
-    facts = {
-        "classes": list(class_names),
-        **asdict(origin),
-        "fingerprint": fingerprint,
-        "checksum": zlib.crc32(body),
-    }
-    return encode_header(len(names), len(arrays["names"]), facts) + body
-
-
-def record_type(sharded: bool) -> np.dtype[Any]:
-    """What the file holds for a row: two columns for a file, five for an image in a shard."""
-    return np.dtype(_COLUMNS if sharded else _COLUMNS_OF_FOLDERS)
-
-
-def encode_header(rows: int, name_bytes: int, facts: Mapping[str, Any]) -> bytes:
-    """Everything before the records: of `rows` images, with `name_bytes` bytes of file names."""
-    complete = {**facts, "rows": rows, "name_bytes": name_bytes}
-    text = json.dumps(complete).encode()
-    checksum = zlib.crc32(text)
-    prefix = _PREFIX.pack(_MAGIC, _VERSION, checksum, len(text))
-    return _padded(prefix + text)
-
-
-def open_index(path: str, root: str) -> Index:
-    """The index in the file `path`, mapped, of the split in the folder `root`.
-
-    Raises OSError if there is no such file, and ValueError as `read_index`.
-    """
-    with open(path, "rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    # Reading ahead around each row would waste memory where the file is larger than the memory.
-    advice = mmap.MADV_WILLNEED if len(mapped) < _READ_WHOLE else mmap.MADV_RANDOM
-    mapped.madvise(advice)
-    return read_index(mapped, root)
-
-
-def open_checked(path: str, root: str) -> Index:
-    """As `open_index`, and with the contents of the file checked: its checksum and every row.
-
-    Raises ValueError as well if something is wrong with them.
-    """
-    with open(path, "rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    facts, start, version = _read_header(mapped)
-    index = open_index(path, root)
-    if len(mapped) <= _READ_WHOLE:
-        if version == _VERSION_WITHOUT_CHECKSUM:
-            same = _fingerprint(index.class_names, index.arrays) == index.stored_fingerprint
-        else:
-            with memoryview(mapped) as view:
-                same = zlib.crc32(view[start:]) == facts["checksum"]
-        if not same:
-            raise ValueError(f"the index {path} is damaged: its checksum is wrong")
-    index.check_contents()
-    return index
-
-
-def read_index(buffer: Buffer, root: str) -> Index:
-    """The index over the bytes of its file.
-
-    Only the header is checked. Raises ValueError if it is wrong, or the size of the file.
-    """
-    facts, start, _ = _read_header(buffer)
-    try:
-        kind = record_type(bool(facts["shards"]))
-        count = int(facts["rows"])
-        name_bytes = int(facts["name_bytes"])
-        names_start = _aligned(start + (count + 1) * kind.itemsize)
-        stop = _aligned(names_start + name_bytes)
-        if count < 0 or name_bytes < 0 or stop != len(buffer):
-            raise ValueError(
-                f"the index has {len(buffer)} bytes, not the {stop} that its header says"
-            )
-        records = np.frombuffer(buffer, kind, count + 1, start)
-        arrays = {column: records[column][:count] for column in kind.names or ()}
-        arrays["starts"] = records["starts"]
-        arrays["names"] = np.frombuffer(buffer, np.uint8, name_bytes, names_start)
-        classes = tuple(map(str, facts["classes"]))
-        return Index(root, classes, _read_origin(facts), str(facts["fingerprint"]), arrays)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the index is damaged: its header has no valid {error}") from None
-
-
-def _read_header(buffer: Buffer) -> tuple[dict[str, Any], int, int]:
-    """(the JSON text, where the records begin, version) of an index file."""
-    prefix = buffer[: _PREFIX.size].ljust(_PREFIX.size)
-    magic, version, checksum, length = _PREFIX.unpack(prefix)
-    if magic != _MAGIC or version not in (_VERSION, _VERSION_WITHOUT_CHECKSUM):
-        raise ValueError("this is no index of this version, or it is damaged")
-    text = buffer[_PREFIX.size : _PREFIX.size + length]
-    if not text or zlib.crc32(text) != checksum:
-        raise ValueError("the index is damaged: the checksum of its header is wrong")
-    facts = json.loads(text)
-    if not isinstance(facts, dict):
-        raise ValueError("the index is damaged: its header is no table")
-    return facts, _aligned(_PREFIX.size + length), version
-
-
-def _read_origin(facts: Mapping[str, Any]) -> Origin:
-    stamps = []
-    for stamp in facts["stamps"]:
-        numbers = stamp if isinstance(stamp, list) else [stamp]
-        stamps.append(tuple(map(int, numbers)))
-    return Origin(
-        shards=tuple(map(str, facts["shards"])),
-        folders=tuple(map(str, facts.get("folders", ()))),
-        stamps=tuple(stamps),
-        remarks=tuple(map(str, facts.get("remarks", ()))),
-    )
-
-
-def list_files(paths: Sequence[str]) -> Index:
-    """An index of single files, in the given order, all of one class without a name."""
     folder = os.getcwd()
     names = []
     for path in paths:
@@ -502,9 +337,16 @@ def list_files(paths: Sequence[str]) -> Index:
 
 
 def check_same_classes(train_names: tuple[str, ...], val_names: tuple[str, ...]) -> None:
-    """Raise ValueError if the two splits have different classes.
+    """Check that both splits have the same classes.
 
-    A class id would then mean one class in train/ and another one in val/.
+    Otherwise a class id would stand for one class in train/ and for another class in val/.
+
+    Args:
+        train_names: class names of the training set.
+        val_names: class names of the validation set.
+
+    Raises:
+        ValueError: if they differ.
     """
     if train_names == val_names:
         return
@@ -524,9 +366,17 @@ def check_same_classes(train_names: tuple[str, ...], val_names: tuple[str, ...])
 
 
 def check_num_classes(num_classes: int | None, found: int) -> int:
-    """The number of classes, which is that of the data.
+    """Check the configured number of classes against the data.
 
-    Raises ValueError if `num_classes` is a number that disagrees.
+    Args:
+        num_classes: `model.num_classes`; None takes the number of the data.
+        found: number of classes in the data.
+
+    Returns:
+        The number of classes.
+
+    Raises:
+        ValueError: if both numbers differ.
     """
     if num_classes is not None and num_classes != found:
         raise ValueError(
@@ -536,7 +386,7 @@ def check_num_classes(num_classes: int | None, found: int) -> int:
 
 
 def some(names: Sequence[str], count: int = 5) -> str:
-    """The first few names, and how many more there are."""
+    """List names in a message: the first `count`, and the number of others."""
     listed = ", ".join(map(printable, names[:count]))
     others = len(names) - count
     if others > 0:
@@ -545,7 +395,15 @@ def some(names: Sequence[str], count: int = 5) -> str:
 
 
 def _parts_of_names(starts: np.ndarray, names: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where the folders and files of all names begin and end in the array of names."""
+    """Where the parts of all names, which are separated by slashes, begin and end.
+
+    Args:
+        starts: int64 [n + 1], where the names begin.
+        names: uint8, the bytes of all names.
+
+    Returns:
+        First and last (exclusive) byte of each part in `names`, both int64 [number of parts].
+    """
     slashes = np.flatnonzero(names == _SLASH)
     begins = starts[:-1]
     ends = starts[1:]
@@ -557,7 +415,11 @@ def _parts_of_names(starts: np.ndarray, names: np.ndarray) -> tuple[np.ndarray, 
 
 
 def _check_plain_names(names: Sequence[str], what: str) -> None:
-    """Raise ValueError unless all are different names of entries of a folder."""
+    """Check names of entries of a folder.
+
+    Raises:
+        ValueError: if a name is a path or not allowed in a folder, or occurs twice.
+    """
     for name in names:
         if name in ("", ".", "..") or "/" in name or "\0" in name:
             raise ValueError(f"the index is damaged: {name!r} is no name of a {what}")
@@ -565,16 +427,13 @@ def _check_plain_names(names: Sequence[str], what: str) -> None:
         raise ValueError(f"the index is damaged: the name of a {what} is there twice")
 
 
-def _aligned(size: int) -> int:
-    return size + -size % _ALIGN
+def fingerprint_of(class_names: Sequence[str], arrays: Mapping[str, np.ndarray]) -> str:
+    """A hash of the class names, and of the labels and file names of all rows.
 
-
-def _padded(blob: bytes) -> bytes:
-    return blob.ljust(_aligned(len(blob)), b"\0")
-
-
-def _fingerprint(class_names: Sequence[str], arrays: Mapping[str, np.ndarray]) -> str:
-    """Of the names of the images, their classes and their order."""
+    Args:
+        class_names: the names of the classes.
+        arrays: "labels", "starts" and "names", as in `Index.arrays`.
+    """
     parts = ["\0".join(class_names).encode(errors="surrogateescape")]
     for column in ("labels", "starts", "names"):
         parts.append(arrays[column].tobytes())
@@ -582,4 +441,5 @@ def _fingerprint(class_names: Sequence[str], arrays: Mapping[str, np.ndarray]) -
 
 
 def _digest(blob: bytes) -> str:
+    """A hash as 16 hexadecimal digits."""
     return hashlib.blake2b(blob, digest_size=8).hexdigest()

@@ -23,7 +23,8 @@ from PIL import Image
 from resnet_dist.console import Progress
 from resnet_dist.data.pixels.image_header import find_fault, image_size
 from resnet_dist.data.sampling.order import rows_at
-from resnet_dist.data.sources.index import PACK_PLAN, SHARD_INDEX, Index, write_index
+from resnet_dist.data.sources.index import PACK_PLAN, SHARD_INDEX, Index
+from resnet_dist.data.sources.index_file import write_index
 from resnet_dist.data.sources.scan import SingleProcess, build_index
 from resnet_dist.files import write_file
 from resnet_dist.text import printable

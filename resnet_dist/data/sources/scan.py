@@ -36,11 +36,13 @@ from resnet_dist.data.sources.index import (
     SUFFIXES,
     Index,
     Origin,
+    some,
+)
+from resnet_dist.data.sources.index_file import (
     encode_index,
     open_checked,
     open_index,
     read_index,
-    some,
 )
 from resnet_dist.data.sources.scan_progress import ScanProgress, keeps_folder_times
 from resnet_dist.data.sources.shards import ARCHIVE_SUFFIXES, Shard, index_shards, read_headers

@@ -22,7 +22,8 @@ from resnet_dist.data.sources.folders import (
     is_image_name,
     kind_of_name,
 )
-from resnet_dist.data.sources.index import SUFFIXES, Origin, encode_index, some, sort_rows
+from resnet_dist.data.sources.index import SUFFIXES, Origin, some
+from resnet_dist.data.sources.index_file import encode_index, sort_rows
 
 MAX_CLASS_ID = 1_000_000
 """Largest class id in a .cls member; a larger one is damage, and would fill the memory with class
