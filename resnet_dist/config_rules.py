@@ -1,7 +1,8 @@
-"""Rules about config values, written beside the field that they belong to.
+"""Rules about the values of settings. A rule is part of the type hint of its field.
 
-A field with a rule reads `keep: Annotated[int, AtLeast(1, "resuming needs a checkpoint")] = 3`.
-`check_values` checks the types and the rules of a whole tree of dataclasses.
+A field with a rule is, for instance,
+`keep: Annotated[int, AtLeast(1, "resuming needs a checkpoint")] = 3`. The function `check_values`
+checks the types and the rules of a dataclass and of all dataclasses in it.
 """
 
 import math
@@ -10,12 +11,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
-# Python has no common type for int, int | None, tuple[int, ...] and Annotated[int, ...].
+# Python has no common type of int, int | None, tuple[int, ...] and Annotated[int, ...].
 TypeHint: TypeAlias = Any
 
 
 class SettingError(ValueError):
-    """A setting has a value that is not allowed."""
+    """A setting has a value that is not allowed.
+
+    Args:
+        key: the key of the setting, such as "train.epochs".
+        value: its value.
+        rule: what is allowed, as a sentence.
+    """
 
     def __init__(self, key: str, value: object, rule: str) -> None:
         super().__init__(f"{key} is {value!r}: {rule}")
@@ -23,29 +30,38 @@ class SettingError(ValueError):
 
 
 class Rule:
-    """A condition on a value; for a list of numbers, on each of them."""
+    """A condition on a number, or on each number of a list."""
 
     why: str
+    """the reason for the rule, which follows it in messages; may be empty"""
 
     def holds(self, value: object) -> bool:
-        """Whether `value`, which has the type of its field, is allowed. null always is."""
+        """Whether a value is allowed.
+
+        Args:
+            value: a value of the type of the field. None is always allowed.
+        """
         return all(self._allows(number) for number in _numbers(value))
 
     def text(self) -> str:
-        """The rule as part of a sentence: "it must be at least 1"."""
+        """The rule as a sentence, such as "it must be at least 1"."""
         rule = f"it must {self._condition()}"
-        return f"{rule}, {self.why}" if self.why else rule
+        if self.why:
+            return f"{rule}, {self.why}"
+        return rule
 
     def _allows(self, number: float) -> bool:
+        """Whether a number is allowed."""
         raise NotImplementedError
 
     def _condition(self) -> str:
+        """The condition as it follows "must" in a sentence."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class AtLeast(Rule):
-    """low <= number."""
+    """The rule low <= number."""
 
     low: float
     why: str = ""
@@ -59,7 +75,7 @@ class AtLeast(Rule):
 
 @dataclass(frozen=True)
 class Above(Rule):
-    """low < number."""
+    """The rule low < number."""
 
     low: float
     why: str = ""
@@ -73,7 +89,7 @@ class Above(Rule):
 
 @dataclass(frozen=True)
 class Within(Rule):
-    """low <= number <= high."""
+    """The rule low <= number <= high."""
 
     low: float
     high: float
@@ -88,7 +104,7 @@ class Within(Rule):
 
 @dataclass(frozen=True)
 class BelowOne(Rule):
-    """0 <= number < 1."""
+    """The rule 0 <= number < 1."""
 
     why: str = ""
 
@@ -101,7 +117,7 @@ class BelowOne(Rule):
 
 @dataclass(frozen=True)
 class Factor(Rule):
-    """0 < number <= 1."""
+    """The rule 0 < number <= 1."""
 
     why: str = ""
 
@@ -114,12 +130,12 @@ class Factor(Rule):
 
 @dataclass(frozen=True)
 class Range(Rule):
-    """A pair (low, high) with low <= high."""
+    """The rule low <= high for a pair (low, high)."""
 
     why: str = ""
 
     def holds(self, value: object) -> bool:
-        """Whether the first of both numbers is at most the second."""
+        """Whether the first number is at most the second one."""
         low, high = _numbers(value)
         return low <= high
 
@@ -129,12 +145,12 @@ class Range(Rule):
 
 @dataclass(frozen=True)
 class NotEmpty(Rule):
-    """A text that is not empty."""
+    """The rule that a text is not empty."""
 
     why: str = ""
 
     def holds(self, value: object) -> bool:
-        """Whether the text has any character but spaces."""
+        """Whether the text has other characters than white space."""
         return bool(str(value).strip())
 
     def _condition(self) -> str:
@@ -142,29 +158,53 @@ class NotEmpty(Rule):
 
 
 def check_values(section: object, prefix: str = "") -> None:
-    """Check the type and the rules of every field of a dataclass and of the dataclasses in it.
+    """Check the types and the rules of all fields of a dataclass and of the dataclasses in it.
 
-    Raises ValueError with the key, the value and the rule. `prefix` is put before each key.
+    Args:
+        section: the dataclass.
+        prefix: text before each key in messages, such as "train.".
+
+    Raises:
+        SettingError: for the first value that is not allowed.
     """
     for key, value, hint in walk(section, prefix):
         refuse_value(key, value, hint)
 
 
 def refuse_value(key: str, value: object, hint: TypeHint) -> None:
-    """Raise ValueError if `value` has not the type `hint` or breaks a rule that `hint` carries."""
+    """Check the type and the rules of one value.
+
+    Args:
+        key: the key of the setting, for the message.
+        value: the value to check.
+        hint: the type hint of the field, with its rules.
+
+    Raises:
+        SettingError: if the value is not allowed.
+    """
     plain, rules = split_hint(hint)
     if not has_type(value, plain):
         raise SettingError(key, value, f"it must be {describe_type(plain)}")
-    if not all(math.isfinite(number) for number in _numbers(value)):
-        raise SettingError(key, value, "it must be finite")
+    for number in _numbers(value):
+        if not math.isfinite(number):
+            raise SettingError(key, value, "it must be finite")
     for rule in rules:
         if not rule.holds(value):
             raise SettingError(key, value, rule.text())
 
 
 def walk(section: object, prefix: str = "") -> Iterator[tuple[str, object, TypeHint]]:
-    """Yield (key, value, type hint) of every field of a dataclass; keys of inner ones have dots."""
-    for name, hint in get_type_hints(type(section), include_extras=True).items():
+    """Iterate over all fields of a dataclass and of the dataclasses in it.
+
+    Args:
+        section: the dataclass.
+        prefix: text before each key.
+
+    Yields:
+        (key, value, type hint). The key of a field of an inner dataclass is "outer.inner".
+    """
+    hints = get_type_hints(type(section), include_extras=True)
+    for name, hint in hints.items():
         value = getattr(section, name)
         if is_dataclass(hint) and is_dataclass(value):
             yield from walk(value, f"{prefix}{name}.")
@@ -173,7 +213,10 @@ def walk(section: object, prefix: str = "") -> Iterator[tuple[str, object, TypeH
 
 
 def split_hint(hint: TypeHint) -> tuple[TypeHint, list[Rule]]:
-    """The type and the rules of a type hint: `Annotated[int, AtLeast(1)]` -> int, [AtLeast(1)]."""
+    """Split a type hint into the type and the rules.
+
+    For instance, `Annotated[int, AtLeast(1)]` is split into `int` and `[AtLeast(1)]`.
+    """
     if type_origin(hint) is not Annotated:
         return hint, []
     plain, *rules = get_args(hint)
@@ -181,19 +224,24 @@ def split_hint(hint: TypeHint) -> tuple[TypeHint, list[Rule]]:
 
 
 def type_origin(hint: TypeHint) -> object:
-    """What stands before the brackets of a type: tuple[int, ...] -> tuple, Literal["a"] -> Literal.
+    """The type without its arguments: tuple for `tuple[int, ...]`, Literal for `Literal["a"]`.
 
-    As `typing.get_origin`, whose static type differs between kinds of hints.
+    This is `typing.get_origin` with one static type for all kinds of hints.
     """
     return get_origin(hint)
 
 
 def has_type(value: object, hint: TypeHint) -> bool:
-    """Whether `value` has the type that a field's hint asks for.
+    """Whether a value has the type of a hint.
 
-    A whole number is a number, a list may stand for a tuple, but a bool is not a number.
+    An int is allowed for float, and a list is allowed for a tuple. A bool is not a number.
+
+    Args:
+        value: the value.
+        hint: a type hint without rules.
     """
-    origin, arguments = type_origin(hint), get_args(hint)
+    origin = type_origin(hint)
+    arguments = get_args(hint)
     if _is_union(hint):
         return any(has_type(value, one) for one in arguments)
     if origin is Literal:
@@ -203,10 +251,7 @@ def has_type(value: object, hint: TypeHint) -> bool:
     if origin is list:
         return isinstance(value, list) and all(has_type(item, arguments[0]) for item in value)
     if origin is dict:
-        return isinstance(value, dict) and all(
-            has_type(key, arguments[0]) and has_type(item, arguments[1])
-            for key, item in value.items()
-        )
+        return isinstance(value, dict) and _entries_have_types(value, arguments)
     if hint in (int, float) and isinstance(value, bool):
         return False
     if hint is float:
@@ -215,23 +260,28 @@ def has_type(value: object, hint: TypeHint) -> bool:
 
 
 def describe_type(hint: TypeHint) -> str:
-    """The values that a type hint allows, in words: "a number", "one of sgd, lars"."""
-    hint = split_hint(hint)[0]
-    origin, arguments = type_origin(hint), get_args(hint)
+    """Describe the values that a type hint allows, such as "a number" or "one of sgd, lars"."""
+    hint, _ = split_hint(hint)
+    origin = type_origin(hint)
+    arguments = get_args(hint)
     if _is_union(hint):
         return " or ".join(describe_type(one) for one in arguments)
     if origin is Literal:
-        return f"one of {', '.join(map(str, arguments))}"
-    if origin is tuple and Ellipsis not in arguments:
-        return f"a list of {len(arguments)} {_plural(arguments[0])}"
+        choices = ", ".join(map(str, arguments))
+        return f"one of {choices}"
     if origin in (tuple, list):
-        return f"a list of {_plural(arguments[0])}"
+        items = _plural(arguments[0])
+        has_fixed_length = origin is tuple and Ellipsis not in arguments
+        if has_fixed_length:
+            return f"a list of {len(arguments)} {items}"
+        return f"a list of {items}"
     if origin is dict:
         return "a mapping from names to values"
-    return _NAMES[hint][0]
+    singular, _ = _NAMES[hint]
+    return singular
 
 
-# Singular with its article, and plural.
+# The names of types in messages: singular with its article, and plural.
 _NAMES = {
     bool: ("true or false", "booleans"),
     int: ("a whole number", "whole numbers"),
@@ -242,26 +292,59 @@ _NAMES = {
 
 
 def _plural(hint: TypeHint) -> str:
+    """Describe several values of a type, such as "whole numbers"."""
     if type_origin(hint) is Literal:
-        return f"values out of {', '.join(map(str, get_args(hint)))}"
-    return _NAMES[hint][1]
+        choices = ", ".join(map(str, get_args(hint)))
+        return f"values out of {choices}"
+    _, plural = _NAMES[hint]
+    return plural
 
 
 def _items_have_types(
-    values: tuple[object, ...] | list[object], hints: tuple[TypeHint, ...]
+    values: tuple[object, ...] | list[object],
+    hints: tuple[TypeHint, ...],
 ) -> bool:
+    """Whether the items of a tuple or list have their types.
+
+    Args:
+        values: the items.
+        hints: the arguments of `tuple[...]`: one type for each item, or one type for all items and
+            an ellipsis.
+    """
     if Ellipsis in hints:
         return all(has_type(value, hints[0]) for value in values)
     if len(values) != len(hints):
         return False
-    return all(has_type(value, hint) for value, hint in zip(values, hints, strict=True))
+    pairs = zip(values, hints, strict=True)
+    return all(has_type(value, hint) for value, hint in pairs)
+
+
+def _entries_have_types(
+    mapping: dict[object, object],
+    hints: tuple[TypeHint, ...],
+) -> bool:
+    """Whether the keys and values of a dictionary have their types, given as (key, value)."""
+    key_hint, value_hint = hints
+    for key, value in mapping.items():
+        if not has_type(key, key_hint) or not has_type(value, value_hint):
+            return False
+    return True
 
 
 def _is_union(hint: TypeHint) -> bool:
+    """Whether a type hint is `A | B` or `Union[A, B]`."""
     return type_origin(hint) in (Union, types.UnionType)
 
 
 def _numbers(value: object) -> list[float]:
-    """The numbers in a value: itself, or the items of a tuple or list; none in text and null."""
+    """The numbers in a value: the value itself, or the items of a tuple or list.
+
+    Booleans, text and None are not numbers.
+    """
     values = value if isinstance(value, (tuple, list)) else [value]
-    return [one for one in values if isinstance(one, (int, float)) and not isinstance(one, bool)]
+    numbers = []
+    for one in values:
+        is_number = isinstance(one, (int, float)) and not isinstance(one, bool)
+        if is_number:
+            numbers.append(one)
+    return numbers

@@ -1,6 +1,6 @@
-"""How much memory a training step needs, and how much this process may use.
+"""The memory that a training step needs, and the memory that a process may use.
 
-The need is estimated with tensors on the meta device, which have shapes but no content.
+The need is estimated on the meta device, whose tensors have shapes but no contents.
 """
 
 from dataclasses import dataclass, replace
@@ -12,78 +12,116 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from resnet_dist.config import Config
 from resnet_dist.models.build import build_model
 
+# The control groups of versions 2 and 1.
 _GROUP_V2 = Path("/sys/fs/cgroup")
 _GROUP_V1 = Path("/sys/fs/cgroup/memory")
 
-# Numbers that each optimizer keeps for every weight.
-_OPTIMIZER_STATES = {"sgd": 1, "lars": 1, "rmsprop": 2, "lamb": 2, "adamw": 2}
+_BYTES_OF_FP32 = 4
+
+# How many values each optimizer stores for each weight.
+_OPTIMIZER_STATES = {
+    "sgd": 1,
+    "lars": 1,
+    "rmsprop": 2,
+    "lamb": 2,
+    "adamw": 2,
+}
 
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes of one rank in a training step."""
+    """The memory of one rank in a training step, in bytes."""
 
     weights: int
-    """weights, gradients, optimizer state and the average of the weights, in fp32"""
+    """weights, gradients, optimizer state and the moving average of the weights, in fp32"""
     activations: int
-    """what the forward pass keeps for the backward pass"""
+    """tensors that the forward pass saves for the backward pass"""
 
     @property
     def total(self) -> int:
-        """All bytes. Temporary buffers of single operations come on top."""
+        """The sum, without temporary buffers of single operations."""
         return self.weights + self.activations
 
 
 def estimate_memory(config: Config, local_batch_size: int) -> MemoryNeed:
-    """The memory that one rank needs for a step of `local_batch_size` images.
+    """Estimate the memory that one rank needs for a training step.
 
-    `config.train.precision` must be resolved (not auto). Under autocast, activations count half:
-    convolutions and linear layers, which produce most of them, compute in 16 bits.
+    Args:
+        config: the settings; `train.precision` must be resolved, so it must not be "auto".
+        local_batch_size: number of images of a micro-step on one rank.
     """
-    section = replace(config.model, sync_batch_norm=False)
+    # The forward pass below runs in this process alone.
+    model_config = replace(config.model, sync_batch_norm=False)
+    num_classes = config.model.num_classes or 1000
+    size = config.data.train_crop_size
     with torch.device("meta"):
-        model = build_model(section, config.model.num_classes or 1000)
-        size = config.data.train_crop_size
+        model = build_model(model_config, num_classes)
         images = torch.empty(2, 3, size, size)
+    model.train()
+
+    # Weights and gradients.
+    copies = 2
+    copies += _OPTIMIZER_STATES[config.optim.kind]
+    if config.train.ema_decay:
+        copies += 1
     num_weights = sum(parameter.numel() for parameter in model.parameters())
-    copies = 2 + _OPTIMIZER_STATES[config.optim.kind] + bool(config.train.ema_decay)
-    bytes_per_image = _saved_bytes(model.train(), images) // len(images)
+    weight_bytes = num_weights * _BYTES_OF_FP32 * copies
+
+    bytes_per_image = _saved_bytes(model, images) // len(images)
     if config.train.precision != "fp32":
+        # Under autocast, convolutions and linear layers compute in 16 bits. They produce most of
+        # the activations.
         bytes_per_image //= 2
-    return MemoryNeed(num_weights * 4 * copies, bytes_per_image * local_batch_size)
+    return MemoryNeed(weight_bytes, bytes_per_image * local_batch_size)
 
 
 def _saved_bytes(model: torch.nn.Module, images: torch.Tensor) -> int:
-    """Bytes that autograd keeps of a forward pass, each storage once, without the weights."""
-    weights = {_address(parameter.untyped_storage()) for parameter in model.parameters()}
-    kept: dict[int, int] = {}
-    # A storage that is freed may give its address to another one.
+    """Number of bytes that autograd saves in a forward pass.
+
+    Each storage counts once. The weights do not count.
+
+    Args:
+        model: a network in training mode, on the meta device.
+        images: [n, 3, H, W], on the meta device.
+    """
+    weights = set()
+    for parameter in model.parameters():
+        weights.add(_address(parameter.untyped_storage()))
+    saved: dict[int, int] = {}
+    # A new storage may get the address of one that was freed, so this list keeps all of them alive.
     alive = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         address = _address(storage)
         if address not in weights:
-            kept[address] = storage.nbytes()
+            saved[address] = storage.nbytes()
             alive.append(storage)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    def unpack(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         model(images)
-    return sum(kept.values())
+    return sum(saved.values())
 
 
 def _address(storage: torch.UntypedStorage) -> int:
-    """A number of its own for each storage; on the meta device none has a data pointer."""
+    """A number that identifies a storage. On the meta device storages have no data pointer."""
     reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
     return int(reference.cdata)
 
 
 def available_memory(device: torch.device, local_world_size: int) -> int:
-    """Bytes that one of `local_world_size` processes may use on its device.
+    """The memory that a process may use on its device, in bytes.
 
-    On a GPU its free memory; on a CPU its share of what is free on the machine and within the
-    limit of the control group (of a container or a SLURM job).
+    On a GPU this is the free memory of the GPU. On a CPU it is an equal share of the free memory of
+    the machine, or of the control group (of a container or a SLURM job) if that is less.
+
+    Args:
+        device: the device of this process.
+        local_world_size: number of processes on this machine.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -93,23 +131,28 @@ def available_memory(device: torch.device, local_world_size: int) -> int:
 
 
 def _free_on_machine() -> int:
+    """The free memory of the machine, in bytes."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         name, _, value = line.partition(":")
         if name == "MemAvailable":
-            return int(value.split()[0]) * 1024
+            kibibytes = value.split()[0]
+            return int(kibibytes) * 1024
     raise OSError("/proc/meminfo does not say MemAvailable")
 
 
 def _free_in_control_group() -> list[int]:
-    """Limit minus use of the control group's memory; empty if it has no limit."""
-    free = []
-    for limit, use in (
+    """The free memory of the control group, in bytes; empty if it has no limit."""
+    limit_and_use = [
         (_GROUP_V2 / "memory.max", _GROUP_V2 / "memory.current"),
         (_GROUP_V1 / "memory.limit_in_bytes", _GROUP_V1 / "memory.usage_in_bytes"),
-    ):
+    ]
+    free = []
+    for limit_file, use_file in limit_and_use:
         try:
-            free.append(int(limit.read_text()) - int(use.read_text()))
+            limit = int(limit_file.read_text())
+            use = int(use_file.read_text())
         except (OSError, ValueError):
-            # There is no such group, or its limit is "max".
+            # There is no control group of this version, or its limit is "max".
             continue
+        free.append(limit - use)
     return free

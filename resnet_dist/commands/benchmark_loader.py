@@ -1,9 +1,9 @@
-"""`resnet-dist benchmark loader`: the cost of a training image, beside DALI's plain pipeline and
-torchvision's loader.
+"""`resnet-dist benchmark loader`: what a training image costs, compared with other loaders.
 
-The loaders take turns, and ratios are taken within a round. The figure to compare is the
-processor's time per image, which hardly depends on what else the machine does. A turn makes exactly
-its number of images, and ends with its workers.
+The other loaders are a plain DALI pipeline and torchvision's data set in a PyTorch DataLoader. The
+loaders take turns. Ratios are computed from turns of the same round, since the load of the machine
+may change. The most reliable figure is the CPU time per image, which hardly depends on other
+programs. A turn produces a fixed number of images, and includes the start and end of its workers.
 """
 
 import argparse
@@ -32,15 +32,25 @@ class Turn:
     """What one turn of a loader cost."""
 
     cpu_us_per_image: float
+    """CPU time of all threads and workers, in microseconds"""
     images_per_second: float
 
 
 def compare_loaders(config: Config, runtime: Runtime, options: argparse.Namespace) -> int:
-    """Give each loader `options.windows` turns of `options.images` images, and print the results.
+    """Measure all loaders in turns, and print the results.
+
+    Args:
+        config: the settings; one micro-step of it is the batch that is measured.
+        runtime: a single process.
+        options: the arguments of the command. `windows` is the number of turns of each loader, and
+            `images` the number of images in a turn.
+
+    Returns:
+        The exit code, 0.
 
     Raises:
-        ValueError: without files to read, with several ranks, or when a turn has less than two
-            batches.
+        ValueError: if there are no files to read, if there are several ranks, or if a turn has
+            fewer than two batches.
     """
     _check(config, runtime)
     local = config.train.global_batch_size // config.train.grad_accum_steps
@@ -50,7 +60,11 @@ def compare_loaders(config: Config, runtime: Runtime, options: argparse.Namespac
             f"--images is {options.images}: a turn needs at least two batches of {local} images. "
             f"Give it --images {2 * local} or more, or a smaller train.global_batch_size"
         )
-    train = replace(config.train, global_batch_size=local, grad_accum_steps=1)
+    train = replace(
+        config.train,
+        global_batch_size=local,
+        grad_accum_steps=1,
+    )
     config = replace(config, train=train)
     ours = _build_ours(config, runtime)
     slow = _build_ours(config, runtime)
@@ -59,14 +73,16 @@ def compare_loaders(config: Config, runtime: Runtime, options: argparse.Namespac
 
     turns: dict[str, list[Turn]] = {name: [] for name in makers}
     for number in range(options.windows + 1):
+        is_warm_up = number == 0
         start = number * num_batches
+        stop = start + num_batches
         for name, make in makers.items():
-            turn = _measure_turn(make, start, start + num_batches, local, runtime.device)
-            # The first round warms up.
-            if number > 0:
+            turn = _measure_turn(make, start, stop, local, runtime.device)
+            if not is_warm_up:
                 turns[name].append(turn)
     ours.close()
     slow.close()
+
     conditions = {
         "crop": config.data.train_crop_size,
         "precision": config.train.precision,
@@ -81,6 +97,7 @@ def compare_loaders(config: Config, runtime: Runtime, options: argparse.Namespac
 
 
 def _check(config: Config, runtime: Runtime) -> None:
+    """Raise ValueError if the loaders cannot be compared with these settings."""
     if config.data.kind == "synthetic":
         raise ValueError(
             "data.kind is synthetic: this compares readers of files. Give it --data.kind folder"
@@ -93,13 +110,14 @@ def _check(config: Config, runtime: Runtime) -> None:
 
 
 def _build_ours(config: Config, runtime: Runtime) -> DaliTrainLoader:
+    """Build the loader of this package."""
     loader = build_train_loader(config, runtime)
     assert isinstance(loader, DaliTrainLoader)
     return loader
 
 
 def _slow_down_reading(loader: DaliTrainLoader, seconds: float) -> None:
-    """Let each read of a file take that much longer, as on slow storage."""
+    """Add a delay to each read of a file, which simulates slow storage."""
     load = loader.reader.load
 
     def slow_load(index: Index, row: int, limits: ReadLimits) -> Encoded:
@@ -116,12 +134,24 @@ def _makers(
     ours: DaliTrainLoader,
     slow: DaliTrainLoader,
 ) -> dict[str, MakeBatches]:
-    """The loaders to compare, by name."""
+    """The loaders that are compared.
+
+    Args:
+        config: the settings.
+        runtime: a single process.
+        options: the arguments of the command.
+        ours: the loader of this package.
+        slow: the same with slow storage.
+
+    Returns:
+        A function for each loader, by name, that yields the batches [start, stop).
+    """
     data = config.data
     local = config.train.global_batch_size
     folder = _class_folders(options.originals or data.data_dir)
 
     def plan_and_read(start: int, stop: int) -> Iterator[Any]:
+        """Draw the random numbers and read the files, without decoding them."""
         for job in ours.jobs(start, stop):
             yield ours.load(job)
 
@@ -137,13 +167,17 @@ def _makers(
 
 
 def _class_folders(root: str) -> str:
-    """The folder of class folders: `train` in `root`, or `root` itself.
+    """The folder that contains the class folders: `train` in `root`, or `root` itself.
 
-    Raises ValueError when there are no class folders, as in a folder of tar shards.
+    Raises:
+        ValueError: if there are no class folders, for instance in a folder of tar shards.
     """
     for folder in (os.path.join(root, "train"), root):
-        if os.path.isdir(folder) and any(entry.is_dir() for entry in os.scandir(folder)):
-            return folder
+        if not os.path.isdir(folder):
+            continue
+        for entry in os.scandir(folder):
+            if entry.is_dir():
+                return folder
     raise ValueError(
         f"{root} has no class folders in train/, which the other loaders read: name a folder that "
         f"has, with the same images, by --originals"
@@ -151,25 +185,38 @@ def _class_folders(root: str) -> str:
 
 
 def _measure_turn(
-    make: MakeBatches, start: int, stop: int, local: int, device: torch.device
+    make: MakeBatches,
+    start: int,
+    stop: int,
+    local: int,
+    device: torch.device,
 ) -> Turn:
-    """The cost of batches [start, stop)."""
+    """Measure the cost of some batches of a loader.
+
+    Args:
+        make: yields the batches.
+        start: number of the first batch.
+        stop: number after the last batch.
+        local: number of images in a batch.
+        device: where the batches are; a GPU is waited for.
+    """
+    num_images = (stop - start) * local
     started = time.perf_counter()
     cpu_before = _cpu_seconds()
     for _ in make(start, stop):
         pass
     if device.type == "cuda":
         torch.cuda.synchronize()
-    num_images = (stop - start) * local
     cpu_seconds = _cpu_seconds() - cpu_before
+    seconds = time.perf_counter() - started
     return Turn(
         cpu_us_per_image=1e6 * cpu_seconds / num_images,
-        images_per_second=num_images / (time.perf_counter() - started),
+        images_per_second=num_images / seconds,
     )
 
 
 def _cpu_seconds() -> float:
-    """User and system time of this process and of its workers that have ended."""
+    """CPU time (user and system) of this process and of its workers that have ended."""
     total = 0.0
     for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
         usage = resource.getrusage(who)
@@ -177,15 +224,25 @@ def _cpu_seconds() -> float:
     return total
 
 
-def _print_results(conditions: dict[str, Any], turns: dict[str, list[Turn]], as_json: bool) -> None:
-    """Print the medians of the turns, and of ours over the other's in the same round."""
-    medians = {name: _medians(turns["resnet_dist"], of_loader) for name, of_loader in turns.items()}
+def _print_results(
+    conditions: dict[str, Any],
+    turns: dict[str, list[Turn]],
+    as_json: bool,
+) -> None:
+    """Print the median of the turns of each loader, and its ratio to ours.
+
+    Args:
+        conditions: the settings and the state of the machine.
+        turns: the turns of each loader by name; the first loader is ours.
+        as_json: print one JSON object with all turns instead of a table.
+    """
+    ours = turns["resnet_dist"]
+    medians = {}
+    for name, of_loader in turns.items():
+        medians[name] = _medians(ours, of_loader)
     if as_json:
-        rounded = {
-            name: [[round(t.cpu_us_per_image, 1), round(t.images_per_second, 1)] for t in of_loader]
-            for name, of_loader in turns.items()
-        }
-        print(json.dumps({**conditions, "loaders": medians, "turns": rounded}))
+        content = {**conditions, "loaders": medians, "turns": _rounded(turns)}
+        print(json.dumps(content))
         return
     print(", ".join(f"{key} {value}" for key, value in conditions.items()))
     print(f"{'':18}{'CPU us/image':>15}{'ours/it':>10}{'images/s':>15}{'ours/it':>10}")
@@ -196,13 +253,35 @@ def _print_results(conditions: dict[str, Any], turns: dict[str, list[Turn]], as_
         )
 
 
+def _rounded(turns: dict[str, list[Turn]]) -> dict[str, list[list[float]]]:
+    """[CPU time in us per image, images per second] of each turn, by the name of the loader."""
+    rounded: dict[str, list[list[float]]] = {}
+    for name, of_loader in turns.items():
+        rounded[name] = []
+        for turn in of_loader:
+            cpu = round(turn.cpu_us_per_image, 1)
+            speed = round(turn.images_per_second, 1)
+            rounded[name].append([cpu, speed])
+    return rounded
+
+
 def _medians(ours: list[Turn], theirs: list[Turn]) -> dict[str, float]:
-    pairs = list(zip(ours, theirs, strict=True))
-    cpu_ratios = [own.cpu_us_per_image / other.cpu_us_per_image for own, other in pairs]
-    speed_ratios = [own.images_per_second / other.images_per_second for own, other in pairs]
+    """The medians of a loader, and the medians of the ratios of ours to it.
+
+    Args:
+        ours: the turns of our loader.
+        theirs: the turns of the other loader, in the same rounds.
+    """
+    cpu_ratios = []
+    speed_ratios = []
+    for own, other in zip(ours, theirs, strict=True):
+        cpu_ratios.append(own.cpu_us_per_image / other.cpu_us_per_image)
+        speed_ratios.append(own.images_per_second / other.images_per_second)
+    cpu = statistics.median(turn.cpu_us_per_image for turn in theirs)
+    speed = statistics.median(turn.images_per_second for turn in theirs)
     return {
-        "cpu_us_per_image": round(statistics.median(t.cpu_us_per_image for t in theirs), 1),
+        "cpu_us_per_image": round(cpu, 1),
         "cpu_ratio": round(statistics.median(cpu_ratios), 4),
-        "images_per_second": round(statistics.median(t.images_per_second for t in theirs), 1),
+        "images_per_second": round(speed, 1),
         "ratio": round(statistics.median(speed_ratios), 4),
     }

@@ -1,9 +1,10 @@
-"""Writing tar shards that this package, webdataset and DALI's readers.webdataset read.
+"""Writing tar shards, which this package, webdataset and DALI's readers.webdataset can read.
 
-A shard is a plain ustar file. A sample is `<class>/<stem>.<suffix>` and, behind it,
-`<class>/<stem>.cls` with the class id in ASCII digits. The samples are shuffled, always in the same
-way, for programs that read one after the other. The index has the order and the names of the
-folders, so a run on shards sees the same samples as a run on the folders.
+A shard is a ustar file. A sample has two members: `<class>/<stem>.<suffix>` is the image, and
+`<class>/<stem>.cls`, which follows it, is the class id in ASCII digits. The samples are shuffled
+with a fixed seed, for programs that read them sequentially. The index of the shards has the order
+and the file names of the class folders, so a run on shards reads the same samples as a run on class
+folders.
 """
 
 import hashlib
@@ -29,23 +30,34 @@ from resnet_dist.data.sources.scan import SingleProcess, build_index
 from resnet_dist.files import write_file
 from resnet_dist.text import printable
 
+# JPEG quality of resized images if `quality` is 0.
 _DEFAULT_QUALITY = 90
-# ustar has room for 155 bytes of folder and 100 of name, of which a suffix takes up to 5.
+
+# A ustar header has room for 155 bytes of folder and 100 bytes of file name, of which the suffix
+# needs up to 5.
 _MAX_FOLDER_BYTES = 155
 _MAX_STEM_BYTES = 95
 
 
 class ImageSource(NamedTuple):
-    """One image: its name, and where its bytes are, in a file of their own or in an archive."""
+    """The name of an image, and where its bytes are: in their own file or in an archive."""
 
     name: str
     """`<class>/<file>`, or `<class>/<folder>/<file>`"""
     path: str
+    """the file that contains the image"""
     offset: int
+    """first byte of the image in the file"""
     length: int
+    """number of bytes"""
 
     def read(self) -> bytes:
-        """The bytes. Raises ValueError if there are fewer than there should be."""
+        """Read the bytes of the image.
+
+        Raises:
+            OSError: if the file cannot be read.
+            ValueError: if the file ends before the image does.
+        """
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             data = file.read(self.length)
@@ -57,12 +69,12 @@ class ImageSource(NamedTuple):
 
     @property
     def class_name(self) -> str:
-        """The folder that names the class."""
+        """The name of the class, which is the first folder of the name."""
         return self.name.partition("/")[0]
 
     @property
     def inner_name(self) -> str:
-        """The name inside the class folder."""
+        """The name inside of the class folder."""
         return self.name.partition("/")[2]
 
 
@@ -71,103 +83,152 @@ class PackOptions:
     """How shards are written."""
 
     out: str
-    """folder that gets a folder for each split"""
+    """folder in which each split gets a folder"""
     shard_mb: int = 256
-    """MiB of original bytes in a shard"""
+    """size of the original images in a shard, in MiB"""
     workers: int = 1
-    """threads"""
+    """number of threads"""
     resize: int = 0
-    """images whose shorter side is above this are resized to it (Pillow, Lanczos) and saved as
-    JPEG, in RGB and without metadata; 0 = none"""
+    """if not 0, images whose shorter side is longer than this are resized to it (Pillow, Lanczos)
+    and saved as JPEG, in RGB and without metadata"""
     quality: int = 0
-    """JPEG quality, 1 to 95. All other images are encoded with it too, unless that would not make
-    them smaller. 0 = only resized images are encoded, with 90"""
+    """JPEG quality, 1 to 95, of all images; an image that is not resized keeps its bytes if
+    encoding does not make it smaller. If 0, only resized images are encoded, with quality 90"""
 
 
 @dataclass
 class WrittenShard:
-    """What was written to a shard; also kept in a file beside it."""
+    """What a shard contains. This is also stored in a JSON file beside the shard."""
 
     places: list[list[int]] = field(default_factory=list)
-    """[offset, length] of each image"""
+    """[offset, length] of each image, in bytes"""
     kept: list[list[str]] = field(default_factory=list)
-    """[name, why] of images that keep their bytes although they should be smaller"""
+    """[name, reason] of each image that could not be encoded and keeps its original bytes"""
 
 
 class _Sample(NamedTuple):
-    """An image on its way into a shard."""
+    """An image that is to be written to a shard."""
 
     key: str
+    """name of the sample in the tar file, without suffix"""
     label: int
+    """class id"""
     source: ImageSource
+    """the image"""
 
 
 def open_splits(data_dir: str) -> dict[str, Index]:
-    """The index of each split that the folder has, in one process. Raises ValueError for none."""
-    splits = [split for split in ("train", "val") if os.path.isdir(os.path.join(data_dir, split))]
+    """Build or open the index of each split in a folder, in a single process.
+
+    Args:
+        data_dir: the folder that holds train/ or val/ or both.
+
+    Returns:
+        The indices by the name of the split.
+
+    Raises:
+        ValueError: if there is neither train/ nor val/, or a split is not valid.
+    """
+    splits = []
+    for split in ("train", "val"):
+        if os.path.isdir(os.path.join(data_dir, split)):
+            splits.append(split)
+    if not splits:
+        # Building its index raises an error that says what is wrong.
+        splits = ["train"]
     found = {}
-    for split in splits or ["train"]:
+    for split in splits:
         found[split] = build_index(data_dir, split, SingleProcess())
     return found
 
 
 def pack(images: Iterable[ImageSource], split: str, options: PackOptions) -> str:
-    """Pack images to out/`split`/`split`-000000.tar and so on, with an index.
+    """Write the images of a split to tar shards, with an index.
 
-    Images that cannot be decoded keep their bytes. Shards that are complete are left as they are,
-    so a run that was killed goes on.
+    The shards are out/`split`/`split`-000000.tar and so on. Images that cannot be decoded keep
+    their bytes. Complete shards are not written again, so an interrupted call can be repeated.
+
+    Args:
+        images: the images, in any order.
+        split: "train" or "val".
+        options: how the shards are written.
 
     Returns:
         A summary of several lines.
 
     Raises:
-        ValueError: if the folder was begun with other settings or images, or a name is too long.
+        ValueError: if the folder contains shards of other settings or images, or if a name is too
+            long for a tar file.
     """
     sources = sorted(images)
     folder = Path(options.out, split)
     folder.mkdir(parents=True, exist_ok=True)
     classes = sorted({source.class_name for source in sources})
-    ids = {name: label for label, name in enumerate(classes)}
-    keys = _keys(sources)
-    samples = [
-        _Sample(key, ids[source.class_name], source)
-        for key, source in zip(keys, sources, strict=True)
-    ]
+    samples = _make_samples(sources, classes)
+
     order = rows_at(0, 0, len(samples), np.arange(len(samples)))
     shuffled = [samples[row] for row in order]
-    pieces = _split_into_shards(shuffled, max(1, options.shard_mb << 20))
-    paths = [folder / f"{split}-{number:06d}.tar" for number in range(len(pieces))]
-    _check_same_plan(folder / PACK_PLAN, _plan(sources, options, len(paths)))
+    shard_bytes = max(1, options.shard_mb << 20)
+    pieces = _split_into_shards(shuffled, shard_bytes)
+    paths = []
+    for number in range(len(pieces)):
+        paths.append(folder / f"{split}-{number:06d}.tar")
+
+    plan = _plan(sources, options, len(paths))
+    _check_same_plan(folder / PACK_PLAN, plan)
     shards = _write_shards(paths, pieces, split, options)
-    places = [
-        (number, place[0], place[1])
-        for number, shard in enumerate(shards)
-        for place in shard.places
-    ]
+
+    places = []
+    for number, shard in enumerate(shards):
+        for offset, length in shard.places:
+            places.append((number, offset, length))
     write_index(
         str(folder / SHARD_INDEX),
         classes,
-        [sample.label for sample in shuffled],
-        [os.fsencode(sample.source.inner_name) for sample in shuffled],
+        labels=[sample.label for sample in shuffled],
+        names=[os.fsencode(sample.source.inner_name) for sample in shuffled],
         shards=[path.name for path in paths],
         places=places,
     )
-    before = sum(source.length for source in sources)
-    after = sum(length for _, _, length in places)
+
+    bytes_before = sum(source.length for source in sources)
+    bytes_after = sum(length for _, _, length in places)
     lines = [
         f"{split}: {len(sources)} images of {len(classes)} classes in {len(paths)} shards, "
-        f"{before / 1e6:.2f} MB before, {after / 1e6:.2f} MB after"
+        f"{bytes_before / 1e6:.2f} MB before, {bytes_after / 1e6:.2f} MB after"
     ]
     for shard in shards:
-        for name, why in shard.kept:
-            lines.append(printable(f"  kept as it was: {split}/{name}: {why}"))
+        for name, reason in shard.kept:
+            line = f"  kept as it was: {split}/{name}: {reason}"
+            lines.append(printable(line))
     return "\n".join(lines)
 
 
+def _make_samples(sources: list[ImageSource], classes: list[str]) -> list[_Sample]:
+    """Give each image its name in the tar file and its class id.
+
+    Args:
+        sources: the images.
+        classes: the class names; the position of a name is the class id.
+    """
+    class_ids = {name: number for number, name in enumerate(classes)}
+    keys = _keys(sources)
+    samples = []
+    for key, source in zip(keys, sources, strict=True):
+        label = class_ids[source.class_name]
+        samples.append(_Sample(key, label, source))
+    return samples
+
+
 def _split_into_shards(samples: list[_Sample], shard_bytes: int) -> list[list[_Sample]]:
-    """Consecutive samples of about `shard_bytes` original bytes each."""
-    # A sample has two headers and the block of its label.
-    sizes = [sample.source.length + 3 * tarfile.BLOCKSIZE for sample in samples]
+    """Divide the samples into consecutive pieces of about `shard_bytes` bytes.
+
+    The sizes are those of the original images, so the pieces do not depend on `resize` or
+    `quality`.
+    """
+    # A sample has two headers and one block for its label.
+    overhead = 3 * tarfile.BLOCKSIZE
+    sizes = [sample.source.length + overhead for sample in samples]
     numbers = (np.cumsum(sizes) - 1) // shard_bytes
     pieces: list[list[_Sample]] = []
     previous = None
@@ -182,7 +243,19 @@ def _split_into_shards(samples: list[_Sample], shard_bytes: int) -> list[list[_S
 def _write_shards(
     paths: list[Path], pieces: list[list[_Sample]], split: str, options: PackOptions
 ) -> list[WrittenShard]:
-    """Write all shards. Threads do: files, decoder and encoder work outside Python's lock."""
+    """Write all shards, in threads.
+
+    Reading, decoding, encoding and writing release the global interpreter lock.
+
+    Args:
+        paths: the files of the shards.
+        pieces: the samples of each shard.
+        split: the name that the progress bar shows.
+        options: how the shards are written.
+
+    Returns:
+        The contents of each shard.
+    """
     total = sum(map(len, pieces))
     with (
         Progress(total, f"pack {split}") as bar,
@@ -198,9 +271,10 @@ def _write_shards(
 
 
 def _plan(sources: list[ImageSource], options: PackOptions, shards: int) -> dict[str, Any]:
-    """What determines the contents of the shards."""
-    images = repr([(source.name, source.length) for source in sources])
-    digest = hashlib.blake2b(images.encode("utf-8", "replace"), digest_size=8)
+    """All that determines the contents of the shards: the options and a hash of the images."""
+    names_and_lengths = [(source.name, source.length) for source in sources]
+    text = repr(names_and_lengths).encode("utf-8", "replace")
+    digest = hashlib.blake2b(text, digest_size=8)
     return {
         "resize": options.resize,
         "quality": options.quality,
@@ -211,7 +285,11 @@ def _plan(sources: list[ImageSource], options: PackOptions, shards: int) -> dict
 
 
 def _check_same_plan(path: Path, plan: dict[str, Any]) -> None:
-    """Write the plan to a file. Raises ValueError if the file has another one."""
+    """Write the plan to a file.
+
+    Raises:
+        ValueError: if the file exists with another plan.
+    """
     if path.exists():
         begun = json.loads(path.read_text())
         if begun != plan:
@@ -223,16 +301,22 @@ def _check_same_plan(path: Path, plan: dict[str, Any]) -> None:
 
 
 def _keys(sources: list[ImageSource]) -> list[str]:
-    """The names of the samples in the tar, without suffix, each one different.
+    """The different names of the samples in the tar files, without suffix.
 
-    Readers end a name at its first dot, so dots in a stem become _.
+    For readers of webdataset, the name of a sample ends at its first dot. So dots in a file name,
+    other than that of the suffix, are replaced by underscores.
+
+    Raises:
+        ValueError: if a name is too long for a tar file.
     """
-    # A dictionary, for the order and for the test of membership.
+    # A dictionary keeps the order, and finds a name quickly.
     keys: dict[str, None] = {}
     for source in sources:
-        folder, stem = os.path.split(os.path.splitext(source.name)[0])
-        key = f"{folder}/{stem.replace('.', '_')}"
-        # a.b.jpg and a_b.jpg, or a.jpg and a.png, would have the same one.
+        name_without_suffix, _ = os.path.splitext(source.name)
+        folder, stem = os.path.split(name_without_suffix)
+        key_stem = stem.replace(".", "_")
+        key = f"{folder}/{key_stem}"
+        # Otherwise a.b.jpg and a_b.jpg, or a.jpg and a.png, would have the same name.
         while key in keys:
             key += "_"
         folder_bytes = len(os.fsencode(folder))
@@ -247,7 +331,10 @@ def _keys(sources: list[ImageSource]) -> list[str]:
 
 
 def _write_shard(path: Path, samples: list[_Sample], options: PackOptions) -> WrittenShard:
-    """Write a shard, unless it is there."""
+    """Write a shard, unless it exists.
+
+    The shard is written under another name and renamed when it is complete.
+    """
     sidecar = path.with_name(f".{path.name}.json")
     unfinished = path.with_name(f"{path.name}.tmp")
     if path.exists():
@@ -259,8 +346,9 @@ def _write_shard(path: Path, samples: list[_Sample], options: PackOptions) -> Wr
                 _write_sample(tar, sample, options, written)
         file.flush()
         os.fsync(file.fileno())
-    # The sidecar comes first, so that every shard has one.
-    write_file(sidecar, json.dumps({"places": written.places, "kept": written.kept}))
+    # The sidecar file is written first, so that each complete shard has one.
+    contents = {"places": written.places, "kept": written.kept}
+    write_file(sidecar, json.dumps(contents))
     os.replace(unfinished, path)
     return written
 
@@ -268,23 +356,31 @@ def _write_shard(path: Path, samples: list[_Sample], options: PackOptions) -> Wr
 def _write_sample(
     tar: tarfile.TarFile, sample: _Sample, options: PackOptions, written: WrittenShard
 ) -> None:
-    """Append an image and its label to a shard."""
+    """Append an image and its label to a shard, and add them to `written`."""
     data, suffix, reason = _make_smaller(sample.source, options)
     if reason:
         written.kept.append([sample.source.name, reason])
-    written.places.append([tar.offset + tarfile.BLOCKSIZE, len(data)])
+    # The header comes before the image.
+    offset = tar.offset + tarfile.BLOCKSIZE
+    written.places.append([offset, len(data)])
     _add_member(tar, f"{sample.key}.{suffix}", data)
     _add_member(tar, f"{sample.key}.cls", str(sample.label).encode())
 
 
 def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Append a file to a tar file."""
     member = tarfile.TarInfo(name)
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))
 
 
 def _make_smaller(source: ImageSource, options: PackOptions) -> tuple[bytes, str, str | None]:
-    """(bytes, suffix, why they are the original ones although they should be smaller)."""
+    """Resize and encode an image, as far as the options ask for it.
+
+    Returns:
+        (bytes of the image, suffix of its file name, reason). If the image cannot be encoded, the
+        bytes are the original ones, and the reason says why; otherwise it is None.
+    """
     data = source.read()
     suffix = os.path.splitext(source.name)[1][1:].lower()
     if not options.resize and not options.quality:
@@ -299,7 +395,7 @@ def _make_smaller(source: ImageSource, options: PackOptions) -> tuple[bytes, str
         smaller = _encode_jpeg(data, options, resized)
     except ValueError as error:
         return data, suffix, str(error)
-    # Pillow's plugins raise many types.
+    # Pillow raises exceptions of many types.
     except Exception as error:
         return data, suffix, f"{type(error).__name__}: {error}"
     if resized or len(smaller) < len(data):
@@ -308,7 +404,17 @@ def _make_smaller(source: ImageSource, options: PackOptions) -> tuple[bytes, str
 
 
 def _encode_jpeg(data: bytes, options: PackOptions, resized: bool) -> bytes:
-    """The image as JPEG, its shorter side resized if it is to be."""
+    """Encode an image as JPEG.
+
+    Args:
+        data: the bytes of an image file.
+        options: `resize` and `quality`.
+        resized: whether to resize the shorter side to `options.resize`.
+
+    Raises:
+        ValueError: if the image has 16 bits per channel.
+    """
+    quality = options.quality or _DEFAULT_QUALITY
     buffer = io.BytesIO()
     with Image.open(io.BytesIO(data)) as image:
         if image.mode.startswith("I"):
@@ -317,7 +423,8 @@ def _encode_jpeg(data: bytes, options: PackOptions, resized: bool) -> bytes:
         if resized:
             width, height = image.size
             shorter = min(width, height)
-            size = (width * options.resize // shorter, height * options.resize // shorter)
-            pixels = pixels.resize(size, Image.Resampling.LANCZOS)
-        pixels.save(buffer, "JPEG", quality=options.quality or _DEFAULT_QUALITY)
+            new_width = width * options.resize // shorter
+            new_height = height * options.resize // shorter
+            pixels = pixels.resize((new_width, new_height), Image.Resampling.LANCZOS)
+        pixels.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()

@@ -1,9 +1,9 @@
-"""From the contents of a split's folder to its index, the same on every rank.
+"""Building the index of a split from the contents of its folder, the same on every rank.
 
-A split is either a folder of class folders (see folders.py) or a folder of tar shards (shards.py).
-The index is built once and kept beside the data. It is built again when the list of names may have
-changed: class folders are compared by the times of all their folders, shards by their names and
-sizes. Where the file system does not keep the times of folders, as mounts of object stores, class
+A split is either a folder of class folders (see folders.py) or a folder of tar shards (see
+shards.py). The index is built once and stored beside the data. It is built again if the list of
+images may have changed: if the times of a folder differ, or the names or sizes of the shards. Some
+file systems do not keep the times of folders, for instance mounts of object stores. There, class
 folders are listed at every start.
 """
 
@@ -20,19 +20,16 @@ from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 
+from resnet_dist.data.sources.contents import Contents, find_contents
 from resnet_dist.data.sources.folders import (
     ClassListing,
     LeftOut,
-    broken_links,
-    class_folders,
     formats_remark,
     hidden_remark,
-    is_image_name,
     list_class,
 )
 from resnet_dist.data.sources.index import (
     PACK_PLAN,
-    SHARD_INDEX,
     SUFFIXES,
     Index,
     Origin,
@@ -45,173 +42,227 @@ from resnet_dist.data.sources.index_file import (
     read_index,
 )
 from resnet_dist.data.sources.scan_progress import ScanProgress, keeps_folder_times
-from resnet_dist.data.sources.shards import ARCHIVE_SUFFIXES, Shard, index_shards, read_headers
+from resnet_dist.data.sources.shards import Shard, index_shards, read_headers
 from resnet_dist.files import write_file
 from resnet_dist.text import printable
 
 Rescan = Literal["auto", "always", "never"]
 Result = TypeVar("Result")
 
-# A folder that was changed this shortly before it was listed may change again within the same tick
-# of the file system's clock: its times are not trusted.
+# A folder that was changed so shortly before it was listed may change again without a change of its
+# times, whose resolution is limited. The times of such a folder are not used.
 _SETTLED_NS = 2_000_000_000
 
 
 class Ranks(Protocol):
-    """The parts of distributed.Runtime that building an index needs."""
+    """The methods of distributed.Runtime that are used to build an index."""
 
     @property
     def local_rank(self) -> int:
-        """Number of this process on its machine."""
+        """The number of this process on its machine."""
 
     def on_main(self, function: Callable[[], Result]) -> Result:
-        """What `function` returns in the main process."""
+        """Call `function` in the main process, and return its result on all ranks."""
 
     def long_on_main(self, function: Callable[[], Result]) -> Result:
-        """As `on_main`, for work that may take longer than a collective may wait."""
+        """Like `on_main`, but without a time limit."""
 
     def bytes_from_main(self, function: Callable[[], bytes]) -> bytes:
-        """As `long_on_main`, for a large result."""
+        """Like `long_on_main`, for large results."""
 
     def sum_integer(self, number: int) -> int:
-        """The sum over all processes."""
+        """The sum of `number` over all ranks."""
 
 
 class SingleProcess:
-    """The `Ranks` of a program that runs in one process, without a process group."""
+    """The `Ranks` of a program with a single process and no process group."""
 
     local_rank = 0
 
     def on_main(self, function: Callable[[], Result]) -> Result:
-        """What `function` returns."""
+        """Call `function` and return its result."""
         return function()
 
     def long_on_main(self, function: Callable[[], Result]) -> Result:
-        """What `function` returns."""
+        """Call `function` and return its result."""
         return function()
 
     def bytes_from_main(self, function: Callable[[], bytes]) -> bytes:
-        """What `function` returns."""
+        """Call `function` and return its result."""
         return function()
 
     def sum_integer(self, number: int) -> int:
-        """The number itself."""
+        """Return `number`."""
         return number
 
 
-@dataclasses.dataclass(frozen=True)
-class Contents:
-    """What lies in a split's folder."""
-
-    root: str
-    """absolute path of the split's folder"""
-    classes: list[str]
-    """sorted names of the class folders; empty for shards"""
-    shards: list[str]
-    """sorted file names of the tar shards; empty for class folders"""
-    remarks: list[str]
-    """sentences about what lies in the folder and is not used"""
-
-    @property
-    def index_path(self) -> str:
-        """Where the index is kept."""
-        if self.shards:
-            return os.path.join(self.root, SHARD_INDEX)
-        folder, split = os.path.split(self.root)
-        return os.path.join(folder, f".resnet_dist_{split}_index.bin")
-
-
 def build_index(
-    data_dir: str, split: str, runtime: Ranks, exclude: str = "", rescan: Rescan = "auto"
+    data_dir: str,
+    split: str,
+    runtime: Ranks,
+    exclude: str = "",
+    rescan: Rescan = "auto",
 ) -> Index:
-    """The index of data_dir/`split`/, the same on every rank; call it on all of them.
+    """Build or open the index of a split. Call this function on all ranks.
 
-    The main process checks or builds the file, and every rank maps it. Where a rank cannot (the
-    data folder is read-only, or another machine does not see it), the ranks of each machine share a
-    copy in its temporary folder. What was left out is said in warnings of the main process.
+    The main process checks the index file, or builds it, and all ranks map it into memory. A rank
+    may be unable to open the file, because the data folder is read-only or on another machine. Then
+    the ranks of each machine share a copy in its temporary folder. The main process warns about
+    files that were left out.
 
     Args:
-        data_dir: the folder that holds `split`.
+        data_dir: the folder that holds the folder `split`.
         split: "train" or "val".
         runtime: the processes.
-        exclude: text file of images to leave out (data.exclude), or "".
-        rescan: "auto": list the data again if it may have changed; "always"; "never": trust the
-            index that is kept, if its contents are valid.
+        exclude: text file with the images to leave out (data.exclude), or "".
+        rescan: whether to list the data again if there is an index file. "auto": if the data may
+            have changed; "always"; "never": not if the contents of the index file are valid.
+
+    Returns:
+        The same index on all ranks.
 
     Raises:
-        ValueError: on every rank, if the folder is missing, empty or sorted in another way, or
+        ValueError: on all ranks, if the folder is missing, empty or has another structure, or if
             `exclude` cannot be read.
     """
     root = os.path.abspath(os.path.join(data_dir, split))
+    # The main process keeps an index that it has just built here.
     built: list[bytes] = []
-    path, facts = runtime.long_on_main(lambda: _prepare(data_dir, split, rescan, built))
+
+    def prepare() -> tuple[str, Facts]:
+        return _prepare(data_dir, split, rescan, built)
+
+    path, facts = runtime.long_on_main(prepare)
+    # One process of each machine checks the contents.
     index = _open_same(path, root, facts, check=runtime.local_rank == 0)
-    if runtime.sum_integer(int(index is None)):
-        payload = runtime.bytes_from_main(lambda: built[0] if built else Path(path).read_bytes())
+
+    def read_payload() -> bytes:
+        if built:
+            return built[0]
+        return Path(path).read_bytes()
+
+    num_failed = runtime.sum_integer(int(index is None))
+    if num_failed > 0:
+        payload = runtime.bytes_from_main(read_payload)
         index = _share(payload, root, facts, runtime, index)
     assert index is not None
-    if exclude:
-        complete = index
-        stored = runtime.on_main(lambda: _excluded(complete, split, exclude).tobytes())
-        index = dataclasses.replace(index, excluded=np.frombuffer(stored, dtype=np.int64))
-    return index
+    if not exclude:
+        return index
+
+    complete = index
+
+    def find_excluded() -> bytes:
+        return _excluded(complete, split, exclude).tobytes()
+
+    stored = runtime.on_main(find_excluded)
+    excluded = np.frombuffer(stored, dtype=np.int64)
+    return dataclasses.replace(index, excluded=excluded)
 
 
+# The properties by which ranks compare their indices: fingerprint, names of the shards, stamps.
 Facts = tuple[str, tuple[str, ...], tuple[tuple[int, ...], ...]]
 
 
 def _prepare(data_dir: str, split: str, rescan: Rescan, built: list[bytes]) -> tuple[str, Facts]:
-    """(file of the index, its `_facts`); the bytes of one that was just built come into `built`."""
-    contents = _contents(data_dir, split)
+    """Check the index file or build it, in the main process.
+
+    Args:
+        data_dir: the folder that holds the folder `split`.
+        split: "train" or "val".
+        rescan: whether to list the data again (see `build_index`).
+        built: the contents of the index are appended to it if the index is built.
+
+    Returns:
+        The path of the index file, and the properties by which other ranks recognise it.
+    """
+    contents = find_contents(data_dir, split)
     path = contents.index_path
     index = None
     if rescan != "always":
-        # There may be none yet, one of another version, or a damaged one: it is built anew.
-        with contextlib.suppress(OSError, ValueError):
-            index = open_checked(path, contents.root)
-    if index is None or not (rescan == "never" or _is_current(index, contents)):
+        index = _open_stored(contents, trust=rescan == "never")
+    if index is None:
         _check_complete(contents, data_dir, split)
-        payload = _scan_shards(contents) if contents.shards else _scan_folders(contents)
+        scan = _scan_shards if contents.shards else _scan_folders
+        payload = scan(contents)
         # Another run may replace the file before all ranks have opened it.
         built.append(payload)
         _keep(path, payload)
         index = read_index(payload, contents.root)
     for remark in (*contents.remarks, *index.origin.remarks):
-        warnings.warn(printable(f"{contents.root}: {remark}"), stacklevel=5)
+        message = f"{contents.root}: {remark}"
+        warnings.warn(printable(message), stacklevel=5)
     return path, _facts(index)
 
 
+def _open_stored(contents: Contents, trust: bool) -> Index | None:
+    """The index that is stored beside the data.
+
+    Args:
+        contents: the contents of the folder of the split.
+        trust: whether to use the index even if the data may have changed.
+
+    Returns:
+        None if there is no index, if it is damaged or has another version, or if the data may have
+        changed.
+    """
+    try:
+        index = open_checked(contents.index_path, contents.root)
+    except (OSError, ValueError):
+        return None
+    if trust or _is_current(index, contents):
+        return index
+    return None
+
+
 def _is_current(index: Index, contents: Contents) -> bool:
-    """Whether the data is, as far as can be seen cheaply, what the index was built from."""
+    """Whether the data is unchanged since the index was built.
+
+    This compares names, sizes and times only, and reads neither the shards nor the class folders.
+    """
     origin = index.origin
     if list(origin.shards) != contents.shards:
         return False
     if contents.shards:
-        sizes = [os.path.getsize(os.path.join(contents.root, name)) for name in contents.shards]
-        return [list(stamp) for stamp in origin.stamps] == [[size] for size in sizes]
-    if {name for name in origin.folders if "/" not in name} != set(contents.classes):
+        stamps = []
+        for name in contents.shards:
+            size = os.path.getsize(os.path.join(contents.root, name))
+            stamps.append((size,))
+        return list(origin.stamps) == stamps
+
+    class_folders_then = {name for name in origin.folders if "/" not in name}
+    if class_folders_then != set(contents.classes):
         return False
     if not keeps_folder_times(contents.root):
         return False
-    listing = ClassListing(folders=list(origin.folders), stamps=list(map(list, origin.stamps)))
+    listing = ClassListing(
+        folders=list(origin.folders),
+        stamps=list(map(list, origin.stamps)),
+    )
     return listing.is_current(contents.root)
 
 
 def _check_complete(contents: Contents, data_dir: str, split: str) -> None:
-    """Raise ValueError if `data pack` has not finished, or not all of its shards were copied."""
-    due = 0
-    if contents.shards:
+    """Check that all shards that `data pack` was to write are in the folder.
+
+    Raises:
+        ValueError: if shards are missing.
+    """
+    found = len(contents.shards)
+    planned = 0
+    if found > 0:
+        # The shards may come from another program, without a plan.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            due = int(json.loads(Path(contents.root, PACK_PLAN).read_text())["shards"])
-    if len(contents.shards) < due:
+            plan = json.loads(Path(contents.root, PACK_PLAN).read_text())
+            planned = int(plan["shards"])
+    if found < planned:
         raise ValueError(
-            f"data.data_dir {data_dir!r}: {split}/ has {len(contents.shards)} of {due} shards: run "
+            f"data.data_dir {data_dir!r}: {split}/ has {found} of {planned} shards: run "
             f"`resnet-dist data pack` again, which finishes it, or copy the missing ones"
         )
 
 
 def _keep(path: str, payload: bytes) -> None:
-    """Write the index beside the data, if that is possible."""
+    """Write the index beside the data, or warn that this is not possible."""
     try:
         write_file(Path(path), payload)
     except OSError as error:
@@ -223,83 +274,145 @@ def _keep(path: str, payload: bytes) -> None:
 
 
 def _facts(index: Index) -> Facts:
-    """What tells two indices apart: their images, and what they were built from."""
-    return index.stored_fingerprint, index.origin.shards, index.origin.stamps
+    """The properties by which two indices are compared: the images and their origin."""
+    origin = index.origin
+    return index.stored_fingerprint, origin.shards, origin.stamps
 
 
 def _open_same(path: str, root: str, facts: Facts, check: bool) -> Index | None:
-    """The index in a file, if this rank sees it and it is the main process's.
+    """Open the index file that the main process has prepared.
 
-    check: read its contents too; one process of a machine does that.
+    Args:
+        path: the index file.
+        root: the folder of the split.
+        facts: the properties of the index of the main process.
+        check: whether to check the contents of the file too.
+
+    Returns:
+        The index, or None if this rank cannot open the file, or if it contains another index.
     """
+    open_file = open_checked if check else open_index
     try:
-        index = open_checked(path, root) if check else open_index(path, root)
+        index = open_file(path, root)
     except (OSError, ValueError):
         return None
-    return index if _facts(index) == facts else None
+    if _facts(index) != facts:
+        return None
+    return index
 
 
 def _share(
-    payload: bytes, root: str, facts: Facts, runtime: Ranks, index: Index | None
+    payload: bytes,
+    root: str,
+    facts: Facts,
+    runtime: Ranks,
+    index: Index | None,
 ) -> Index | None:
-    """`index`, or one over a copy of `payload` that the ranks of this machine share.
+    """Share a copy of the index file in the temporary folder of each machine.
 
-    The copy's name is removed once all have opened it.
+    The copy is deleted as soon as all ranks have mapped it; the memory stays valid.
+
+    Args:
+        payload: the contents of the index file.
+        root: the folder of the split.
+        facts: the properties of the index of the main process.
+        runtime: the processes.
+        index: the index of this rank, or None if it could not open the index file.
+
+    Returns:
+        `index`, or if it is None, an index over the copy.
+
+    Raises:
+        ValueError: on all ranks, if a rank cannot open the copy.
     """
-    name = runtime.on_main(lambda: f"resnet_dist_{os.urandom(8).hex()}.bin")
+    name = runtime.on_main(_temporary_name)
     path = os.path.join(tempfile.gettempdir(), name)
     if runtime.local_rank == 0:
         with contextlib.suppress(OSError):
             write_file(Path(path), payload)
-    # Wait until it is written on every machine.
+    # Wait until the copy is complete on all machines.
     runtime.sum_integer(0)
     if index is None:
         index = _open_same(path, root, facts, check=False)
-    # Wait until every rank has mapped it.
-    lost = runtime.sum_integer(int(index is None))
+    # Wait until all ranks have mapped the copy.
+    num_failed = runtime.sum_integer(int(index is None))
     if runtime.local_rank == 0:
         with contextlib.suppress(OSError):
             os.unlink(path)
-    if lost:
+    if num_failed > 0:
         raise ValueError(
-            f"the list of images of {root} can be kept neither beside the data nor, for {lost} "
-            f"ranks, in their temporary folder ({tempfile.gettempdir()} here): free space there, "
-            f"or set TMPDIR to another folder"
+            f"the list of images of {root} can be kept neither beside the data nor, for "
+            f"{num_failed} ranks, in their temporary folder ({tempfile.gettempdir()} here): free "
+            f"space there, or set TMPDIR to another folder"
         )
     return index
 
 
+def _temporary_name() -> str:
+    """A random file name that no other run uses."""
+    return f"resnet_dist_{os.urandom(8).hex()}.bin"
+
+
 def _excluded(index: Index, split: str, file: str) -> np.ndarray:
-    """`Index.excluded` for the images that the text file names; warns about unknown names."""
+    """Find the images that a text file excludes. Warns about names that do not exist.
+
+    Args:
+        index: the index of all images.
+        split: "train" or "val".
+        file: the text file.
+
+    Returns:
+        int64 [k], as in `Index.excluded`.
+
+    Raises:
+        ValueError: if the file cannot be read.
+    """
+    # A dictionary removes repeated lines and keeps their order.
+    wanted = dict.fromkeys(_excluded_names(split, file))
+    positions = []
+    unknown = []
+    for line in wanted:
+        position = index.find(line.removeprefix(f"{split}/"))
+        if position is None:
+            unknown.append(line)
+        else:
+            positions.append(position)
+    if unknown:
+        message = (
+            f"data.exclude {file!r}: {len(unknown)} of {len(wanted)} lines name no image of "
+            f"{index.root} ({some(unknown)})"
+        )
+        warnings.warn(printable(message), stacklevel=5)
+    excluded = np.unique(np.array(positions, dtype=np.int64))
+    # Before the i-th excluded image (from 0) there are i other excluded ones, which are no rows.
+    return excluded - np.arange(len(excluded))
+
+
+def _excluded_names(split: str, file: str) -> list[str]:
+    """The lines of a text file of excluded images that concern a split."""
     try:
-        lines = os.fsdecode(Path(file).read_bytes()).split("\n")
+        content = Path(file).read_bytes()
     except OSError as error:
         raise ValueError(
             f"data.exclude {file!r} cannot be read ({error.strerror}): name a text file with one "
             f"{split}/<class>/<file> a line, as `resnet-dist data verify` writes it, or none"
         ) from None
-    other_splits = tuple(f"{other}/" for other in ("train", "val") if other != split)
-    wanted = []
-    for line in lines:
-        if line.strip() and not line.startswith(other_splits):
-            wanted.append(line.removesuffix("\r"))
-    positions = {line: index.find(line.removeprefix(f"{split}/")) for line in wanted}
-    unknown = [line for line, position in positions.items() if position is None]
-    if unknown:
-        warnings.warn(
-            printable(
-                f"data.exclude {file!r}: {len(unknown)} of {len(positions)} lines name no image of "
-                f"{index.root} ({some(unknown)})"
-            ),
-            stacklevel=5,
-        )
-    known = [position for position in positions.values() if position is not None]
-    found = np.unique(np.array(known, dtype=np.int64))
-    return found - np.arange(len(found))
+    other_splits = []
+    for other in ("train", "val"):
+        if other != split:
+            other_splits.append(f"{other}/")
+    names = []
+    for line in os.fsdecode(content).split("\n"):
+        if line.strip() and not line.startswith(tuple(other_splits)):
+            names.append(line.removesuffix("\r"))
+    return names
 
 
 def _scan_folders(contents: Contents) -> bytes:
-    """List every class folder, and encode the result."""
+    """List all class folders. Returns the contents of the index file.
+
+    Listings of an interrupted scan are used again if their folders are unchanged.
+    """
     root = contents.root
     listings = []
     started = time.time_ns()
@@ -315,7 +428,16 @@ def _scan_folders(contents: Contents) -> bytes:
 
 
 def _encode_folders(contents: Contents, listings: list[ClassListing], started: int) -> bytes:
-    """The index of class folders that were listed from the time `started` on, in ns."""
+    """The contents of the index file of class folders.
+
+    Args:
+        contents: the contents of the folder of the split.
+        listings: the listing of each class folder.
+        started: time in ns at which the first folder was listed.
+
+    Raises:
+        ValueError: if no class folder has an image.
+    """
     left_out = LeftOut()
     classes: list[str] = []
     labels: list[np.ndarray] = []
@@ -330,8 +452,10 @@ def _encode_folders(contents: Contents, listings: list[ClassListing], started: i
         for stamp in listing.stamps:
             settled = max(stamp) < started - _SETTLED_NS
             stamps.append(tuple(stamp) if settled else ())
+        # A class folder without images is no class, and gets no class id.
         if listing.files:
-            labels.append(np.full(len(listing.files), len(classes)))
+            class_id = len(classes)
+            labels.append(np.full(len(listing.files), class_id))
             classes.append(name)
             names += map(os.fsencode, listing.files)
     remark = left_out.remark()
@@ -340,18 +464,29 @@ def _encode_folders(contents: Contents, listings: list[ClassListing], started: i
             f"data.data_dir: none of the {len(contents.classes)} class folders in {contents.root} "
             f"has an image ({', '.join(SUFFIXES)}); {remark}"
         )
-    remarks = [remark, hidden_remark(hidden), formats_remark(map(os.fsdecode, names))]
+    remarks = [
+        remark,
+        hidden_remark(hidden),
+        formats_remark(map(os.fsdecode, names)),
+    ]
     if not keeps_folder_times(contents.root):
         remarks.append(
             "this file system does not keep the times of folders, so they are listed at every "
             "start; with --data.rescan never the kept list is trusted"
         )
-    origin = Origin((), tuple(folders), tuple(stamps), tuple(filter(None, remarks)))
+    origin = Origin(
+        folders=tuple(folders),
+        stamps=tuple(stamps),
+        remarks=tuple(filter(None, remarks)),
+    )
     return encode_index(classes, np.concatenate(labels), names, origin)
 
 
 def _scan_shards(contents: Contents) -> bytes:
-    """Read the headers of every shard, and encode the result."""
+    """Read the headers of all shards. Returns the contents of the index file.
+
+    Headers that an interrupted scan has read are used again if their shards are unchanged.
+    """
     root = contents.root
     shards = []
     with ScanProgress(contents.index_path, root, len(contents.shards)) as progress:
@@ -366,109 +501,3 @@ def _scan_shards(contents: Contents) -> bytes:
             progress.add(name, shard.to_plain)
             shards.append(shard)
     return index_shards(root, contents.shards, shards)
-
-
-def _contents(data_dir: str, split: str) -> Contents:
-    """What lies in data_dir/`split`/. Raises ValueError with the way out if it is no data set."""
-    if not data_dir:
-        raise ValueError(
-            "data.data_dir is empty: name the folder that holds train/ and val/, or try "
-            "--data.kind digits"
-        )
-    rule = f"data.data_dir {data_dir!r}"
-    if not os.path.isdir(data_dir):
-        raise ValueError(f"{rule} {_absent(data_dir)}: name the folder that holds train/ and val/")
-    root = os.path.abspath(os.path.join(data_dir, split))
-    if not os.path.isdir(root):
-        raise ValueError(f"{rule} has no folder {split}/; {_instead(data_dir, split)}")
-    classes = class_folders(root)
-    loose = _plain_files(root, SUFFIXES)
-    shards = _plain_files(root, (".tar",))
-    archives = _plain_files(root, ARCHIVE_SUFFIXES)
-    if archives and not shards and not _any_image(root, classes):
-        raise ValueError(
-            f"{rule}: {split}/ holds {some(archives)}, which cannot be read in place: unpack it to "
-            f"class folders, or to plain .tar files, which need no unpacking"
-        )
-    if not classes and not shards:
-        state = "empty"
-        if loose:
-            state = f"flat, its {len(loose)} images ({some(loose)}) lie in no class folder"
-        raise ValueError(
-            f"{rule}: {split}/ is {state}; it needs one folder per class, with images, or tar "
-            f"shards. `resnet-dist data import-imagenet` makes them of ImageNet's archives (whose "
-            f"IDs of the validation images stand for WNIDs in a table: they are not class ids)"
-        )
-    if shards and not _any_image(root, classes):
-        return Contents(root, [], shards, _unused(root, loose, [], "shards"))
-    return Contents(root, classes, [], _unused(root, loose, shards, "class folders"))
-
-
-def _absent(data_dir: str) -> str:
-    """Why a path is no folder, with the absolute path where it differs from what was typed."""
-    if os.path.exists(data_dir):
-        return "is a file"
-    absolute = os.path.abspath(data_dir)
-    if absolute == data_dir:
-        return "does not exist here"
-    return f"does not exist here ({absolute})"
-
-
-def _unused(root: str, loose: list[str], shards: list[str], beside: str) -> list[str]:
-    """Sentences about files in the split's folder itself that are not used."""
-    remarks = []
-    links = broken_links(root)
-    if links:
-        remarks.append(
-            f"{len(links)} links lead nowhere and are left out ({some(links)}): a class behind one "
-            f"is missing"
-        )
-    for kind, files in (("images", loose), ("tar files", shards)):
-        if files:
-            remarks.append(
-                f"{len(files)} {kind} lie beside the {beside} ({some(files)}): they are not used"
-            )
-    return remarks
-
-
-def _any_image(root: str, classes: list[str]) -> bool:
-    """Whether one of the class folders has an image; junk such as lost+found has none."""
-    for name in classes:
-        for _, _, files in os.walk(os.path.join(root, name)):
-            if any(map(is_image_name, files)):
-                return True
-    return False
-
-
-def _instead(data_dir: str, split: str) -> str:
-    """What there is in place of data_dir/split, and what to do about it."""
-    folders = [name for name in class_folders(data_dir) if not name.startswith(".")]
-    if not folders:
-        return "it has no folders at all. It must hold train/<class>/ and val/<class>/"
-    return f"found: {some(folders)}. {_advice(data_dir, folders, split)}"
-
-
-def _advice(data_dir: str, folders: list[str], split: str) -> str:
-    """What to do about a folder that holds `folders` but no `split`."""
-    other_names = ("valid", "validation", "test") if split == "val" else ()
-    similar = [name for name in folders if name.lower() in other_names]
-    if similar:
-        return f"Rename or link {similar[0]}/ to val/ if that is the validation set"
-    if not {"train", "val"} & set(folders) and _any_image(data_dir, folders[:1]):
-        return (
-            "It looks like a set of class folders itself: name the folder above it, with this one "
-            "as train/ or val/"
-        )
-    return "It must hold train/<class>/ and val/<class>/"
-
-
-def _plain_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
-    """Sorted names of the files in `path` that end in one of `suffixes` and are not hidden."""
-    with os.scandir(path) as entries:
-        return sorted(
-            entry.name
-            for entry in entries
-            if entry.name.lower().endswith(suffixes)
-            and not entry.name.startswith(".")
-            and not entry.is_dir(follow_symlinks=False)
-        )

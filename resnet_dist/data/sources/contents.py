@@ -1,0 +1,173 @@
+"""The contents of the folder of a split: class folders or tar shards, and files that are not used.
+
+An error names what is there instead, and how to correct it.
+"""
+
+import dataclasses
+import os
+
+from resnet_dist.data.sources.folders import broken_links, class_folders, is_image_name
+from resnet_dist.data.sources.index import SHARD_INDEX, SUFFIXES, some
+from resnet_dist.data.sources.shards import ARCHIVE_SUFFIXES
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """The contents of the folder of a split."""
+
+    root: str
+    """absolute path of the folder of the split"""
+    classes: list[str]
+    """sorted names of the class folders; empty for shards"""
+    shards: list[str]
+    """sorted file names of the tar shards; empty for class folders"""
+    remarks: list[str]
+    """sentences about files in the folder that are not used"""
+
+    @property
+    def index_path(self) -> str:
+        """The index file: beside the shards, or beside the folder that holds the class folders."""
+        if self.shards:
+            return os.path.join(self.root, SHARD_INDEX)
+        folder, split = os.path.split(self.root)
+        return os.path.join(folder, f".resnet_dist_{split}_index.bin")
+
+
+def find_contents(data_dir: str, split: str) -> Contents:
+    """List the class folders or tar shards of a split, but not the images in them.
+
+    Args:
+        data_dir: the folder that holds the folder `split`.
+        split: "train" or "val".
+
+    Raises:
+        ValueError: if there are neither class folders nor tar shards.
+    """
+    root = _split_folder(data_dir, split)
+    classes = class_folders(root)
+    loose = _plain_files(root, SUFFIXES)
+    shards = _plain_files(root, (".tar",))
+    archives = _plain_files(root, ARCHIVE_SUFFIXES)
+    rule = f"data.data_dir {data_dir!r}"
+    if archives and not shards and not _any_image(root, classes):
+        raise ValueError(
+            f"{rule}: {split}/ holds {some(archives)}, which cannot be read in place: unpack it to "
+            f"class folders, or to plain .tar files, which need no unpacking"
+        )
+    if not classes and not shards:
+        state = "empty"
+        if loose:
+            state = f"flat, its {len(loose)} images ({some(loose)}) lie in no class folder"
+        raise ValueError(
+            f"{rule}: {split}/ is {state}; it needs one folder per class, with images, or tar "
+            f"shards. `resnet-dist data import-imagenet` makes them of ImageNet's archives (whose "
+            f"IDs of the validation images stand for WNIDs in a table: they are not class ids)"
+        )
+    if shards and not _any_image(root, classes):
+        remarks = _unused(root, loose, [], "shards")
+        return Contents(root, [], shards, remarks)
+    remarks = _unused(root, loose, shards, "class folders")
+    return Contents(root, classes, [], remarks)
+
+
+def _split_folder(data_dir: str, split: str) -> str:
+    """The absolute path of the folder of a split. Raises ValueError if there is no such folder."""
+    if not data_dir:
+        raise ValueError(
+            "data.data_dir is empty: name the folder that holds train/ and val/, or try "
+            "--data.kind digits"
+        )
+    rule = f"data.data_dir {data_dir!r}"
+    if not os.path.isdir(data_dir):
+        raise ValueError(f"{rule} {_absent(data_dir)}: name the folder that holds train/ and val/")
+    root = os.path.abspath(os.path.join(data_dir, split))
+    if not os.path.isdir(root):
+        raise ValueError(f"{rule} has no folder {split}/; {_instead(data_dir, split)}")
+    return root
+
+
+def _absent(data_dir: str) -> str:
+    """Why a path is no folder, as part of a sentence.
+
+    It contains the absolute path if the user gave a relative one.
+    """
+    if os.path.exists(data_dir):
+        return "is a file"
+    absolute = os.path.abspath(data_dir)
+    if absolute == data_dir:
+        return "does not exist here"
+    return f"does not exist here ({absolute})"
+
+
+def _unused(root: str, loose: list[str], shards: list[str], beside: str) -> list[str]:
+    """Sentences about files in the folder of the split that are not used.
+
+    Args:
+        root: the folder of the split.
+        loose: image files that are in no class folder.
+        shards: tar files, if class folders are used.
+        beside: what is used: "shards" or "class folders".
+    """
+    remarks = []
+    links = broken_links(root)
+    if links:
+        remarks.append(
+            f"{len(links)} links lead nowhere and are left out ({some(links)}): a class behind one "
+            f"is missing"
+        )
+    for kind, files in (("images", loose), ("tar files", shards)):
+        if files:
+            remarks.append(
+                f"{len(files)} {kind} lie beside the {beside} ({some(files)}): they are not used"
+            )
+    return remarks
+
+
+def _any_image(root: str, classes: list[str]) -> bool:
+    """Whether one of the folders contains an image. Folders such as lost+found contain none."""
+    for name in classes:
+        folder = os.path.join(root, name)
+        for _, _, files in os.walk(folder):
+            if any(map(is_image_name, files)):
+                return True
+    return False
+
+
+def _instead(data_dir: str, split: str) -> str:
+    """What `data_dir` contains if it has no folder `split`, and how to correct that."""
+    folders = [name for name in class_folders(data_dir) if not name.startswith(".")]
+    if not folders:
+        return "it has no folders at all. It must hold train/<class>/ and val/<class>/"
+    return f"found: {some(folders)}. {_advice(data_dir, folders, split)}"
+
+
+def _advice(data_dir: str, folders: list[str], split: str) -> str:
+    """How to correct a data folder that contains `folders` but not `split`."""
+    if split == "val":
+        for name in folders:
+            if name.lower() in ("valid", "validation", "test"):
+                return f"Rename or link {name}/ to val/ if that is the validation set"
+    has_a_split = "train" in folders or "val" in folders
+    if not has_a_split and _any_image(data_dir, folders[:1]):
+        return (
+            "It looks like a set of class folders itself: name the folder above it, with this one "
+            "as train/ or val/"
+        )
+    return "It must hold train/<class>/ and val/<class>/"
+
+
+def _plain_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
+    """The names of files in a folder, sorted. Hidden files are left out.
+
+    Args:
+        path: the folder.
+        suffixes: the suffixes of the files, in lower case.
+    """
+    names = []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            has_suffix = entry.name.lower().endswith(suffixes)
+            is_hidden = entry.name.startswith(".")
+            if has_suffix and not is_hidden and not entry.is_dir(follow_symlinks=False):
+                names.append(entry.name)
+    return sorted(names)
