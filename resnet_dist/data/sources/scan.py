@@ -146,17 +146,9 @@ def build_index(
         payload = runtime.bytes_from_main(read_payload)
         index = _share(payload, root, facts, runtime, index)
     assert index is not None
-    if not exclude:
-        return index
-
-    complete = index
-
-    def find_excluded() -> bytes:
-        return _excluded(complete, split, exclude).tobytes()
-
-    stored = runtime.on_main(find_excluded)
-    excluded = np.frombuffer(stored, dtype=np.int64)
-    return dataclasses.replace(index, excluded=excluded)
+    if exclude:
+        return _without_excluded(index, split, exclude, runtime)
+    return index
 
 
 # The properties by which ranks compare their indices: fingerprint, names of the shards, stamps.
@@ -353,6 +345,17 @@ def _temporary_name() -> str:
     return f"resnet_dist_{os.urandom(8).hex()}.bin"
 
 
+def _without_excluded(index: Index, split: str, file: str, runtime: Ranks) -> Index:
+    """The index without the images that a text file names, which only the main process reads."""
+
+    def find_excluded() -> bytes:
+        return _excluded(index, split, file).tobytes()
+
+    stored = runtime.on_main(find_excluded)
+    excluded = np.frombuffer(stored, dtype=np.int64)
+    return dataclasses.replace(index, excluded=excluded)
+
+
 def _excluded(index: Index, split: str, file: str) -> np.ndarray:
     """Find the images that a text file excludes. Warns about names that do not exist.
 
@@ -382,7 +385,7 @@ def _excluded(index: Index, split: str, file: str) -> np.ndarray:
             f"data.exclude {file!r}: {len(unknown)} of {len(wanted)} lines name no image of "
             f"{index.root} ({some(unknown)})"
         )
-        warnings.warn(printable(message), stacklevel=5)
+        warnings.warn(printable(message), stacklevel=6)
     excluded = np.unique(np.array(positions, dtype=np.int64))
     # Before the i-th excluded image (from 0) there are i other excluded ones, which are no rows.
     return excluded - np.arange(len(excluded))
