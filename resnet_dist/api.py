@@ -67,12 +67,21 @@ class EvaluationTransform:
         self.normalize.prepare(data.val_crop_size)
 
     def __call__(self, image: Image) -> torch.Tensor:
-        """A float32 tensor [3, val_crop_size, val_crop_size]."""
-        pixels = torch.from_numpy(np.array(image.convert("RGB")))
+        """Prepare one image.
+
+        Args:
+            image: A PIL image of any mode and size.
+
+        Returns:
+            float32 [3, val_crop_size, val_crop_size].
+        """
+        rgb = np.array(image.convert("RGB"))
+        pixels = torch.from_numpy(rgb)
         height, width = pixels.shape[:2]
         geometry = val_geometry(np.array([height]), np.array([width]), self.data)
         view = geometry.views[0]
-        size = (int(view.sizes[0, 0]), int(view.sizes[0, 1]))
+        resized_height, resized_width = view.sizes[0].tolist()
+        size = (int(resized_height), int(resized_width))
         offset = view.offsets[0].tolist()
         square = resize_and_crop(pixels, size, offset, 0, view.side, resize_exact)
         out = torch.empty(1, view.side, view.side, 3)
@@ -168,17 +177,22 @@ def predict(network: Network, images: Paths, top: int = 5) -> list[ImagePredicti
         ValueError: There is no image at all. An image that cannot be decoded has its `problem` in
             its prediction.
     """
-    words = [images] if isinstance(images, (str, Path)) else list(images)
-    files = find_images([str(word) for word in words])
+    if isinstance(images, (str, Path)):
+        images = [images]
+    words = [str(path) for path in images]
+    files = find_images(words)
     # One process needs no process group.
     runtime = Runtime(0, 0, 1, 1, network.device, None)
     config = resolve_settings(network.config, network.device)
     predictions = []
     for found in predict_files(network.model, files, config, runtime, top):
-        best: tuple[tuple[str, float], ...] = ()
+        best = []
         if not found.problem:
-            best = tuple((network.class_names[number], share) for number, share in found.best)
-        predictions.append(ImagePrediction(found.path, best, found.problem))
+            for number, probability in found.best:
+                class_name = network.class_names[number]
+                best.append((class_name, probability))
+        prediction = ImagePrediction(found.path, tuple(best), found.problem)
+        predictions.append(prediction)
     return predictions
 
 

@@ -47,25 +47,37 @@ class Command:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command that the first argument names. Returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    line, command = _prepare(arguments or ["--help"])
+    """Run the command that the first argument names.
+
+    Args:
+        arguments: The words after the program's name; None means those of this process.
+
+    Returns:
+        The exit code.
+    """
+    if arguments is None:
+        arguments = sys.argv[1:]
+    if not arguments:
+        arguments = ["--help"]
+    line, command = _prepare(arguments)
     try:
         return command.run(line)
     except BrokenPipeError:
         # The reader has gone, as in `| head`. Python flushes once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
         return 141
 
 
 def parse_config(arguments: list[str]) -> Config:
     """The config that the arguments of `resnet-dist train` describe."""
     line, _ = _prepare(["train", *arguments])
-    return line.settings()[0]
+    config, _ = line.settings()
+    return config
 
 
 def _prepare(arguments: list[str]) -> tuple[CommandLine, Command]:
-    """The command that `arguments` name, and a command line with its options.
+    """Find the command that `arguments` name, and set up a command line with its options.
 
     Ends the process if they name none, or ask for the list of commands.
     """
@@ -74,19 +86,37 @@ def _prepare(arguments: list[str]) -> tuple[CommandLine, Command]:
     top.add_argument("--version", action="version", version=f"resnet-dist {__version__}")
     name, parser = _add_commands(top, COMMANDS, arguments)
     if name != "data":
-        return CommandLine(top, parser, (name,), arguments), COMMANDS[name]
+        line = CommandLine(top, parser, (name,), arguments)
+        return line, COMMANDS[name]
+
+    # The command `data` has commands of its own.
     commands = _data_commands()
-    action, parser = _add_commands(parser, commands, arguments[1:] or ["--help"], "data")
-    return CommandLine(top, parser, (name, action), arguments), commands[action]
+    rest = arguments[1:] or ["--help"]
+    action, parser = _add_commands(parser, commands, rest, "data")
+    line = CommandLine(top, parser, (name, action), arguments)
+    return line, commands[action]
 
 
 def _add_commands(
     parser: Parser, commands: dict[str, "Command"], arguments: list[str], *before: str
 ) -> tuple[str, Parser]:
-    """Add commands to a parser; only the one that comes first in `arguments` gets its options."""
+    """Add commands to a parser; only the one that comes first in `arguments` gets its options.
+
+    Args:
+        parser: The parser that the commands are added to.
+        commands: The commands by name.
+        arguments: The words from the name of the command on.
+        *before: Names of the commands that these belong to.
+
+    Returns:
+        The name of the chosen command, and its parser.
+    """
     chosen = arguments[0]
     subcommands = parser.add_subcommands(
-        dest="action" if before else "command", title="commands", description=" ", metavar="COMMAND"
+        dest="action" if before else "command",
+        title="commands",
+        description=" ",
+        metavar="COMMAND",
     )
     for name, command in commands.items():
         subparser = Parser(command.usage, command.summary)
@@ -109,9 +139,21 @@ def _config_or_print(line: CommandLine, **sources: Any) -> tuple[Config, Namespa
     """As `CommandLine.settings`; with --print_config it prints them and ends the process."""
     config, options = line.settings(**sources)
     if options.print_config:
-        print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
+        text = yaml.safe_dump(to_dict(config), sort_keys=False)
+        print(text, end="")
         sys.exit(0)
     return config, options
+
+
+def _is_first_rank() -> bool:
+    """Whether this process prints what all ranks would print."""
+    rank = os.environ.get("RANK", "0")
+    return rank == "0"
+
+
+def _print_error(problem: object) -> None:
+    """Print a message on stderr as one line."""
+    print(f"error: {printable(problem)}", file=sys.stderr)
 
 
 def _train(line: CommandLine) -> int:
@@ -119,7 +161,7 @@ def _train(line: CommandLine) -> int:
     quickstart = ""
     if len(line.arguments) == 1:
         quickstart = "quickstart"
-        if os.environ.get("RANK", "0") == "0":
+        if _is_first_rank():
             print("no arguments: running the quickstart, --config quickstart", flush=True)
     config, _ = _config_or_print(line, first_file=quickstart)
 
@@ -145,22 +187,31 @@ def _add_submit_options(parser: Parser) -> None:
 
 
 def _submit(line: CommandLine) -> int:
+    """Submit one job, or one for each file of `cluster.configs`."""
     config, options = _config_or_print(line)
     cluster = line.cluster(options)
-    files = [name.strip() for name in cluster.configs.split(",") if name.strip()]
-    configs = [line.settings(first_file=name)[0] for name in files]
+    configs = []
+    for part in cluster.configs.split(","):
+        name = part.strip()
+        if name:
+            config_of_file, _ = line.settings(first_file=name)
+            configs.append(config_of_file)
+    if not configs:
+        configs = [config]
 
     from resnet_dist.launch.submission import submit_jobs
 
     try:
-        return submit_jobs(configs or [config], cluster, _typed_command(line))
+        return submit_jobs(configs, cluster, _typed_command(line))
     except ValueError as problem:
-        print(f"error: {printable(problem)}", file=sys.stderr)
+        _print_error(problem)
         return 2
 
 
 def _typed_command(line: CommandLine) -> str:
-    return f"{line.parser.prog} {shlex.join(line.arguments[1:])}"
+    """The command as the user typed it."""
+    words = shlex.join(line.arguments[1:])
+    return f"{line.parser.prog} {words}"
 
 
 def _add_checkpoint_options(parser: Parser) -> None:
@@ -208,7 +259,7 @@ def _predict(line: CommandLine) -> int:
     try:
         images = predict.find_images(line.options().images)
     except ValueError as problem:
-        print(f"error: {printable(problem)}", file=sys.stderr)
+        _print_error(problem)
         return 2
 
     def run(saved: "SavedNetwork", config: Config, options: argparse.Namespace) -> int:
@@ -233,13 +284,15 @@ def _add_export_options(parser: Parser) -> None:
 
 def _export(line: CommandLine) -> int:
     path = _checkpoint_path(line)
+    typed = line.typed()
     for name in ("to", "output"):
-        if name not in line.typed():
+        if name not in typed:
             line.parser.error(f"--{name} is missing")
 
     from resnet_dist.commands import export
 
-    return _run_on_checkpoint(line, path, export.run, ("to", "output", "raw_weights"))
+    own_options = ("to", "output", "raw_weights")
+    return _run_on_checkpoint(line, path, export.run, own_options)
 
 
 def _checkpoint_path(line: CommandLine) -> Path:
@@ -256,10 +309,18 @@ def _run_on_checkpoint(
     run: Callable[["SavedNetwork", Config, argparse.Namespace], int],
     names: tuple[str, ...],
 ) -> int:
-    """Read the checkpoint at `path` and call `run(checkpoint, config, options)`.
+    """Read a checkpoint and call `run(checkpoint, config, options)`.
 
-    The settings are those of the checkpoint, changed by files and options. `names` are the
-    command's own options.
+    The settings are those of the checkpoint, changed by files and options.
+
+    Args:
+        line: The command line.
+        path: The checkpoint, or the folder of a run.
+        run: The work of the command; it returns the exit code.
+        names: The command's own options.
+
+    Returns:
+        The exit code.
     """
     from resnet_dist.saved_network import open_network
 
@@ -267,22 +328,29 @@ def _run_on_checkpoint(
         try:
             saved = open_network(path)
         except ValueError as problem:
-            if os.environ.get("RANK", "0") == "0":
-                print(f"error: {printable(problem)}", file=sys.stderr)
+            if _is_first_rank():
+                _print_error(problem)
             return 2
         config, options = _config_or_print(line, defaults=saved.settings)
-        _refuse_other_network(line, config.model, build_config(saved.settings).model)
-        own = {name: options[name] for name in names}
-        return run(saved, config, argparse.Namespace(checkpoint=str(path), **own))
+        saved_config = build_config(saved.settings)
+        _refuse_other_network(line, config.model, saved_config.model)
+
+        own_options = argparse.Namespace(checkpoint=str(path))
+        for name in names:
+            setattr(own_options, name, options[name])
+        return run(saved, config, own_options)
     return 130
 
 
 def _refuse_other_network(line: CommandLine, asked: ModelConfig, saved: ModelConfig) -> None:
+    """End the process if the options change the network of the checkpoint."""
+    asked_values = asdict(asked)
     saved_values = asdict(saved)
-    for name, value in asdict(asked).items():
-        if value != saved_values[name]:
+    for name, value in asked_values.items():
+        saved_value = saved_values[name]
+        if value != saved_value:
             line.parser.error(
-                f"model.{name} is {value!r}, and {saved_values[name]!r} in the checkpoint: "
+                f"model.{name} is {value!r}, and {saved_value!r} in the checkpoint: "
                 "the settings of model are the checkpoint's and cannot be changed"
             )
 
@@ -320,8 +388,9 @@ def _benchmark(line: CommandLine) -> int:
     from resnet_dist import process
     from resnet_dist.commands import benchmark, benchmark_loader
 
-    is_loader = options.what == "loader"
-    measure = benchmark_loader.compare_loaders if is_loader else benchmark.measure_training
+    measure = benchmark.measure_training
+    if options.what == "loader":
+        measure = benchmark_loader.compare_loaders
     return process.run_process(config, lambda config, runtime: measure(config, runtime, options))
 
 
@@ -372,14 +441,19 @@ def _report(line: CommandLine) -> int:
 
 
 def _data_commands() -> dict[str, Command]:
+    """The commands of `resnet-dist data`."""
     from resnet_dist.commands import data
 
     commands = {}
     for name, summary in data.SUMMARIES.items():
         add_options = functools.partial(data.add_data_options, name=name)
         commands[name] = Command(summary, add_options, _data)
-    usage = f"[--out FILE] [--images N] [--epochs N] {_CONFIG_USAGE}"
-    commands["show"] = Command(data.SUMMARIES["show"], _add_show_options, _show, usage)
+    commands["show"] = Command(
+        data.SUMMARIES["show"],
+        _add_show_options,
+        _show,
+        f"[--out FILE] [--images N] [--epochs N] {_CONFIG_USAGE}",
+    )
     return commands
 
 

@@ -17,31 +17,49 @@ from resnet_dist.rng import derive_seed
 
 
 def build_state(config: Config, num_classes: int, device: torch.device) -> TrainState:
-    """The state at step 0. The initial weights are equal on every rank and device."""
+    """Build the state at step 0. The initial weights are equal on every rank and device.
+
+    Args:
+        config: The config of the run.
+        num_classes: Number of logits.
+        device: The device of this rank.
+    """
     torch.manual_seed(derive_seed(config.seed, "init"))
     model = build_model(config.model, num_classes)
     if config.model.sync_batch_norm:
         model = convert_sync_batch_norm(model)
     freeze(model, config.optim.unfreeze_from)
-    model = model.to(device).to(memory_format=torch.channels_last)
+    model = model.to(device)
+    model = model.to(memory_format=torch.channels_last)
+
+    train = config.train
+    optimizer = build_optimizer(config.optim, model)
+    precision = Precision(train.precision, device)
+    ema = None
+    if train.ema_decay:
+        ema = Ema(model, train.ema_decay)
     return TrainState(
         model=model,
-        optimizer=build_optimizer(config.optim, model),
-        scaler=Precision(config.train.precision, device).gradient_scaler(),
-        ema=Ema(model, config.train.ema_decay) if config.train.ema_decay else None,
+        optimizer=optimizer,
+        scaler=precision.gradient_scaler(),
+        ema=ema,
     )
 
 
 def wrap_ddp(model: nn.Module, device: torch.device) -> nn.parallel.DistributedDataParallel:
-    """The network in DistributedDataParallel. Each rank keeps its own buffers: SyncBatchNorm
-    computes equal ones.
+    """Wrap the network in DistributedDataParallel.
+
+    Each rank keeps its own buffers: SyncBatchNorm computes equal ones on every rank.
     """
+    device_ids = None
+    if device.type == "cuda":
+        device_ids = [device.index]
     with warnings.catch_warnings():
         # Newer versions of torch want another name for this option, which older ones lack.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         return nn.parallel.DistributedDataParallel(
             model,
-            device_ids=[device.index] if device.type == "cuda" else None,
+            device_ids=device_ids,
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )

@@ -10,16 +10,21 @@ def printable(text: object) -> str:
     A file name may hold a newline or an escape sequence of the terminal. Printed as it is, it could
     forge a line of the log.
     """
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in str(text)
-    )
+    characters = []
+    for character in str(text):
+        if not character.isprintable():
+            escaped = character.encode("unicode_escape")
+            character = escaped.decode()
+        characters.append(character)
+    return "".join(characters)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a sentence, "; did you mean resnet50?", or "" if no known word is similar."""
     similar = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {similar[0]}?" if similar else ""
+    if not similar:
+        return ""
+    return f"; did you mean {similar[0]}?"
 
 
 def printable_lines(text: object) -> str:
@@ -27,4 +32,5 @@ def printable_lines(text: object) -> str:
 
     For a text that has several lines on purpose: names inside it must be printable by themselves.
     """
-    return "\n".join(printable(line) for line in str(text).split("\n"))
+    lines = str(text).split("\n")
+    return "\n".join(printable(line) for line in lines)

@@ -139,19 +139,30 @@ def _resize_and_crop(pixels: DaliNode, number: int, flip: DaliNode) -> DaliNode:
     """One square of the decoded window, in the graph that is being defined.
 
     The counterpart of `finish.resize_and_crop`.
+
+    Args:
+        pixels: The windows, uint8 HWC.
+        number: Which of the views to make; it ends the names of the inputs.
+        flip: 1 for images to mirror, else 0.
     """
     from nvidia.dali import fn, types
 
     def pair(name: str, dtype: DaliType) -> DaliNode:
         return fn.external_source(name=f"{name}{number}", dtype=dtype, ndim=1)
 
+    size = pair("size", types.FLOAT)
+    offset = pair("offset", types.INT32)
+    square = pair("square", types.INT32)
     pixels = fn.resize(
-        pixels, size=pair("size", types.FLOAT), interp_type=types.INTERP_LINEAR, antialias=True
+        pixels,
+        size=size,
+        interp_type=types.INTERP_LINEAR,
+        antialias=True,
     )
     pixels = fn.slice(
         pixels,
-        start=pair("offset", types.INT32),
-        shape=pair("square", types.INT32),
+        start=offset,
+        shape=square,
         axes=(0, 1),
         out_of_bounds_policy="pad",
         fill_values=0,
@@ -196,9 +207,12 @@ def _select_form(
 def feed_operations(pipeline: DaliPipeline, plan: OperationPlan) -> None:
     """Give the operations of a batch to a pipeline."""
     branches = BRANCH_OF_OP[plan.ops]
-    for slot in range(plan.ops.shape[1]):
-        pipeline.feed_input(f"branch{slot}", np.ascontiguousarray(branches[:, slot]))
-        pipeline.feed_input(f"matrix{slot}", np.ascontiguousarray(plan.matrices[:, slot]))
+    num_slots = plan.ops.shape[1]
+    for slot in range(num_slots):
+        branch = np.ascontiguousarray(branches[:, slot])
+        matrix = np.ascontiguousarray(plan.matrices[:, slot])
+        pipeline.feed_input(f"branch{slot}", branch)
+        pipeline.feed_input(f"matrix{slot}", matrix)
 
 
 class Augmenter:
@@ -265,11 +279,14 @@ class LoadedJob:
 
     def window_pixels(self) -> IntArray:
         """Pixels of each window: int64 [n]."""
-        return self.geometry.windows[:, 2] * self.geometry.windows[:, 3]
+        heights = self.geometry.windows[:, 2]
+        widths = self.geometry.windows[:, 3]
+        return heights * widths
 
     def image_pixels(self) -> IntArray:
         """Pixels of each whole image: int64 [n]."""
-        return np.array([image.height * image.width for image in self.images], np.int64)
+        sizes = [image.height * image.width for image in self.images]
+        return np.array(sizes, np.int64)
 
 
 @dataclass(frozen=True)
@@ -296,25 +313,34 @@ class Portion:
 def split_into_portions(
     loaded: LoadedJob, max_pixels: int, whole_images: bool = False
 ) -> Iterator[Portion]:
-    """Divide a job into portions of at most `max_pixels` decoded pixels, or of a single image.
+    """Divide a job into portions that are decoded together.
 
-    A few files of some kilobytes can declare gigabytes of pixels. `whole_images`: count whole
-    images in place of windows.
+    A few files of some kilobytes can declare gigabytes of pixels.
+
+    Args:
+        loaded: The job and its images.
+        max_pixels: Most decoded pixels of a portion, unless a single image has more.
+        whole_images: Count the pixels of whole images in place of windows.
     """
-    sizes = loaded.image_pixels() if whole_images else loaded.window_pixels()
+    sizes = loaded.window_pixels()
+    if whole_images:
+        sizes = loaded.image_pixels()
+    num_images = len(sizes)
     total = int(sizes.sum())
     if total <= max_pixels:
-        yield Portion(loaded, 0, len(sizes), total)
+        yield Portion(loaded, 0, num_images, total)
         return
+
     start = 0
     pixels = 0
     for place, size in enumerate(sizes.tolist()):
-        if place > start and pixels + size > max_pixels:
+        is_full = pixels + size > max_pixels
+        if is_full and place > start:
             yield Portion(loaded, start, place, pixels)
             start = place
             pixels = 0
         pixels += size
-    yield Portion(loaded, start, len(sizes), pixels)
+    yield Portion(loaded, start, num_images, pixels)
 
 
 class Decoder:
@@ -435,26 +461,40 @@ class Decoder:
         places = portion.places
         geometry = loaded.geometry
         windows = geometry.windows[places].astype(np.int32)
-        encoded = [np.frombuffer(image.data, np.uint8) for image in loaded.images[places]]
+        anchors = np.ascontiguousarray(windows[:, :2])
+        extents = np.ascontiguousarray(windows[:, 2:])
+        encoded = []
+        for image in loaded.images[places]:
+            encoded.append(np.frombuffer(image.data, np.uint8))
         pipeline.feed_input("encoded", encoded)
-        pipeline.feed_input("anchor", np.ascontiguousarray(windows[:, :2]))
-        pipeline.feed_input("extent", np.ascontiguousarray(windows[:, 2:]))
+        pipeline.feed_input("anchor", anchors)
+        pipeline.feed_input("extent", extents)
+
         if self.spec.views:
-            pipeline.feed_input("flip", geometry.flips[places].astype(np.int32))
+            flips = geometry.flips[places].astype(np.int32)
+            pipeline.feed_input("flip", flips)
             for number, view in enumerate(geometry.views):
-                square = np.full((len(encoded), 2), view.side, np.int32)
-                pipeline.feed_input(f"size{number}", view.sizes[places].astype(np.float32))
-                pipeline.feed_input(f"offset{number}", view.offsets[places].astype(np.int32))
-                pipeline.feed_input(f"square{number}", square)
+                sizes = view.sizes[places].astype(np.float32)
+                offsets = view.offsets[places].astype(np.int32)
+                squares = np.full((len(encoded), 2), view.side, np.int32)
+                pipeline.feed_input(f"size{number}", sizes)
+                pipeline.feed_input(f"offset{number}", offsets)
+                pipeline.feed_input(f"square{number}", squares)
+
         if self.spec.slots:
             assert loaded.job.operations is not None
-            feed_operations(pipeline, loaded.job.operations.part(places))
+            operations = loaded.job.operations.part(places)
+            feed_operations(pipeline, operations)
         pipeline.schedule_run()
 
 
 def windows_to_torch(decoded: DaliTensors) -> list[torch.Tensor]:
     """The images of a CPU batch, uint8 [h, w, 3] of different sizes, without a copy."""
-    return [torch.from_numpy(np.asarray(pixels)) for pixels in decoded]
+    windows = []
+    for pixels in decoded:
+        array = np.asarray(pixels)
+        windows.append(torch.from_numpy(array))
+    return windows
 
 
 def batch_to_torch(decoded: DaliTensors, device: torch.device) -> torch.Tensor:

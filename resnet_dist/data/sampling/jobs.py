@@ -29,15 +29,23 @@ class TrainSampling:
 
 
 def train_job(seed: int, step: int, micro_step: int, sampling: TrainSampling) -> Job:
-    """What one micro-step of this rank shows."""
+    """What one micro-step of this rank shows.
+
+    Args:
+        seed: The seed of the run.
+        step: Number of updates before this one.
+        micro_step: Number of micro-batches of this update before this one.
+        sampling: Everything else that decides it.
+    """
     layout = sampling.layout
     epoch, step_in_epoch = order.locate(step, sampling.steps_per_epoch)
+    positions = layout.positions(micro_step)
     rows, repetitions = order.samples_at(
         seed,
         epoch,
         sampling.num_images,
         step_in_epoch,
-        layout.positions(micro_step),
+        positions,
         layout.global_batch_size,
         sampling.augment.repeats,
     )
@@ -45,8 +53,10 @@ def train_job(seed: int, step: int, micro_step: int, sampling: TrainSampling) ->
 
 
 def preview_job(seed: int, rows: IntArray, epoch: int, sampling: TrainSampling) -> Job:
-    """What an epoch shows of the images `rows`, wherever they are in its order."""
-    return _random_job(seed, rows, epoch, 0, np.zeros(len(rows), np.int64), sampling)
+    """What an epoch shows of the images `rows` (int64 [n]), wherever they are in its order."""
+    num_rows = len(rows)
+    repetitions = np.zeros(num_rows, np.int64)
+    return _random_job(seed, rows, epoch, 0, repetitions, sampling)
 
 
 def _random_job(
@@ -88,7 +98,22 @@ def val_job(rows: IntArray) -> Job:
 def job_geometry(
     job: Job, heights: IntArray, widths: IntArray, config: DataConfig
 ) -> crops.Geometry:
-    """Windows, squares and flips of a job, once the sizes of its images are known: int64 [n]."""
+    """Windows, squares and flips of a job, once the sizes of its images are known.
+
+    Args:
+        job: The job of n images.
+        heights: int64 [n], in pixels.
+        widths: int64 [n], in pixels.
+        config: The `data` section of the config.
+    """
     if not job.training:
         return crops.val_geometry(heights, widths, config)
-    return crops.train_geometry(job.seed, job.draws, job.rows, heights, widths, job.side, config)
+    return crops.train_geometry(
+        job.seed,
+        job.draws,
+        job.rows,
+        heights,
+        widths,
+        job.side,
+        config,
+    )
