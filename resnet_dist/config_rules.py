@@ -342,9 +342,9 @@ def _numbers(value: object) -> list[float]:
     Booleans, text and None are not numbers.
     """
     values = value if isinstance(value, (tuple, list)) else [value]
-    numbers = []
+    numbers: list[float] = []
     for one in values:
-        is_number = isinstance(one, (int, float)) and not isinstance(one, bool)
-        if is_number:
+        # A bool is an int in Python.
+        if isinstance(one, (int, float)) and not isinstance(one, bool):
             numbers.append(one)
     return numbers

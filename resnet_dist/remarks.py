@@ -111,7 +111,7 @@ def _unused_settings(config: Config) -> Iterator[str]:
     for choice, used_by_kind in _USED_SETTINGS.items():
         section = choice.split(".")[0]
         kind = attrgetter(choice)(config)
-        unused = set()
+        unused: set[str] = set()
         for names in used_by_kind.values():
             unused.update(names)
         unused.difference_update(used_by_kind[kind])
