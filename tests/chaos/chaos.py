@@ -47,6 +47,7 @@ from faults import (
     TOTAL_STEPS,
     Fault,
     damage_files,
+    good_checkpoints,
     latest_step,
     rank_main,
     step_of,
@@ -183,21 +184,41 @@ class Round:
             The kinds that found no place before the end of the run: they are for the next round.
         """
         remaining = list(kinds)
-        while remaining and self.has_room(remaining[0]):
-            kind = remaining[0]
+        self.throw_possible(remaining)
+        self.finish()
+        if remaining and all(kind in FILE_FAULTS for kind in remaining):
+            # The finished run has enough checkpoints to damage one.
+            self.throw_possible(remaining)
+            self.finish()
+        return remaining
+
+    def throw_possible(self, remaining: list[str]) -> None:
+        """Throw faults, the first possible one each time, and remove them from the list."""
+        while True:
+            possible = [kind for kind in remaining if self.is_possible(kind)]
+            if not possible:
+                return
+            kind = possible[0]
             if kind in FILE_FAULTS:
                 self.say(damage_files(kind, self.folder, self.random, self.damaged))
                 self.thrown.append(kind)
             else:
                 self.strike(self.draw_fault(kind, len(remaining)))
-            del remaining[0]
+            remaining.remove(kind)
+
+    def is_possible(self, kind: str) -> bool:
+        """Whether a fault of this kind can strike now, before the run ends."""
+        if kind == "leftovers":
+            return True
+        if kind in FILE_FAULTS:
+            # At least one good checkpoint must be left.
+            return len(good_checkpoints(self.folder, self.damaged)) >= 2
+        return saved_step(self.folder) < latest_step(kind)
+
+    def finish(self) -> None:
+        """The last attempt: nothing disturbs it."""
         codes, _ = self.attempt()
         assert codes == [0] * RANKS, (codes, self.tail())
-        return remaining
-
-    def has_room(self, kind: str) -> bool:
-        """Whether a fault of this kind can still strike before the run ends."""
-        return kind in FILE_FAULTS or saved_step(self.folder) < latest_step(kind)
 
     def draw_fault(self, kind: str, remaining: int) -> Fault:
         """A fault at a random step. The steps that are left are shared by the `remaining` faults,

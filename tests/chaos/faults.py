@@ -252,14 +252,10 @@ def damage_files(kind: str, folder: Path, generator: random.Random, damaged: set
     Returns:
         What was done, for the log.
     """
-    checkpoints = folder / "checkpoints"
-    files = sorted(checkpoints.glob("step_*.pt"))
-    good = [path for path in files if _identity(path) not in damaged]
-    # At least one good checkpoint must be left.
-    if kind == "leftovers" or len(good) < 2:
+    if kind == "leftovers":
         _leave_half_written_files(folder)
         return f"{kind}: half of a checkpoint and half of a line"
-    newest = good[-1]
+    newest = good_checkpoints(folder, damaged)[-1]
     content = bytearray(newest.read_bytes())
     if kind == "flip a lone one":
         newest.with_name(newest.name + ".sha256").unlink(missing_ok=True)
@@ -272,6 +268,12 @@ def damage_files(kind: str, folder: Path, generator: random.Random, damaged: set
     newest.write_bytes(content)
     damaged.add(_identity(newest))
     return f"{kind}: {newest.name}"
+
+
+def good_checkpoints(folder: Path, damaged: set[str]) -> list[Path]:
+    """The checkpoint files of a run that `damage_files` has not damaged, the newest last."""
+    files = sorted((folder / "checkpoints").glob("step_*.pt"))
+    return [path for path in files if _identity(path) not in damaged]
 
 
 def _identity(path: Path) -> str:
