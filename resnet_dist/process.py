@@ -89,7 +89,7 @@ def _leave(code: int, watchdog: Watchdog) -> int:
     if watchdog.lost_server and code == 128 + signal.SIGTERM:
         # No process sent this signal: the watchdog asked the training to stop.
         code = EXIT_LOST_RANK
-    if code in (1, 2, EXIT_LOST_RANK):
+    if code in (1, 2, EXIT_LOST_RANK) and watchdog.world_size > 1:
         # The other ranks may never reach a common end.
         if watchdog.is_watching and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             # NCCL's destructors may wait for a rank that is lost.

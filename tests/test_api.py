@@ -114,12 +114,14 @@ def test_evaluate_is_the_command(folder, network, capsys):
 
 
 def test_train_says_how_it_failed(tmp_path):
+    """And it leaves no process group, so that the next call can start one."""
     changes = {**CHANGES, "data.kind": "folder", "data.data_dir": str(tmp_path / "none")}
     config = resnet_dist.Config.from_yaml(
         "quickstart", changes={**changes, "output_dir": str(tmp_path / "run")}
     )
     with pytest.raises(RuntimeError, match="exit code 2"):
         resnet_dist.train(config)
+    assert not torch.distributed.is_initialized()
 
 
 def test_create_model(folder, network):
