@@ -91,6 +91,8 @@ def read_yaml(path: Path, hints: Hints) -> FileSettings:
             first_place = settings.places[key]
             raise ValueError(f"{key} is set twice: {first_place} and {place}")
         value = _construct(node, path)
+        if _is_text(node, hints[key]):
+            value = node.value
         try:
             refuse_value(key, value, hints[key])
         except ValueError as problem:
@@ -313,6 +315,15 @@ def _section_names(hints: Hints) -> set[str]:
         if section:
             names.add(section)
     return names
+
+
+def _is_text(node: yaml.Node, hint: TypeHint) -> bool:
+    """Whether a scalar is the value of a text setting, which is taken as it is written.
+
+    PyYAML writes the text 1e5 without quotes, which this module's YAML reads as a number.
+    """
+    plain_hint, _ = split_hint(hint)
+    return plain_hint is str and isinstance(node, yaml.ScalarNode)
 
 
 def _construct(node: yaml.Node, path: Path) -> object:

@@ -18,12 +18,33 @@ from dist_utils import run_app, start_app, wait_app, wait_for_step
 from PIL import Image
 
 from resnet_dist import checkpoint, cli, engine
-from resnet_dist.run_folder import newest_valid
 from resnet_dist.data.sampling.order import rows_at
+from resnet_dist.run_folder import newest_valid
 
-SMALL = ["--data.train_crop_size", "8", "--data.val_resize_size", "8", "--data.val_crop_size", "8",
-         "--train.epochs", "1", "--schedule.warmup_epochs", "0.5", "--train.global_batch_size", "120", "--log.wandb", "disabled", "--data.threads", "1",
-         "--distributed.threads", "1", "--distributed.timeout_s", "60", "--log.interval_steps", "1"]
+SMALL = [
+    "--data.train_crop_size",
+    "8",
+    "--data.val_resize_size",
+    "8",
+    "--data.val_crop_size",
+    "8",
+    "--train.epochs",
+    "1",
+    "--schedule.warmup_epochs",
+    "0.5",
+    "--train.global_batch_size",
+    "120",
+    "--log.wandb",
+    "disabled",
+    "--data.threads",
+    "1",
+    "--distributed.threads",
+    "1",
+    "--distributed.timeout_s",
+    "60",
+    "--log.interval_steps",
+    "1",
+]
 
 
 @pytest.fixture
@@ -36,8 +57,22 @@ def train(tmp_path, *more, world_size=2, entry=None):
     """Exit codes and everything that was printed."""
     output = tmp_path / "printed"
     output.unlink(missing_ok=True)
-    codes = run_app(world_size, ["train", "--config", "configs/quickstart.yaml", "--data.kind", "folder",
-                                 "--output_dir", str(tmp_path / "run"), *SMALL, *more], str(output), entry)
+    codes = run_app(
+        world_size,
+        [
+            "train",
+            "--config",
+            "configs/quickstart.yaml",
+            "--data.kind",
+            "folder",
+            "--output_dir",
+            str(tmp_path / "run"),
+            *SMALL,
+            *more,
+        ],
+        str(output),
+        entry,
+    )
     return codes, output.read_text()
 
 
@@ -53,7 +88,9 @@ def assert_refused(result, *words):
 
 def test_data_that_is_missing_empty_or_flat(tmp_path, data):
     assert_refused(train(tmp_path, "--data.data_dir", ""), "data.data_dir")
-    assert_refused(train(tmp_path, "--data.data_dir", str(tmp_path / "nowhere")), "data.data_dir", "nowhere")
+    assert_refused(
+        train(tmp_path, "--data.data_dir", str(tmp_path / "nowhere")), "data.data_dir", "nowhere"
+    )
     for path in (data / "val").glob("*/*.jpg"):
         path.rename(data / "val" / f"{path.parent.name}_{path.name}")
     for path in (data / "val").glob("[0-9]"):
@@ -67,17 +104,32 @@ def test_data_that_is_missing_empty_or_flat(tmp_path, data):
 
 
 def test_classes_that_disagree(tmp_path, data):
-    assert_refused(train(tmp_path, "--data.data_dir", str(data), "--model.num_classes", "1000"),
-                   "model.num_classes is 1000", "10")
+    assert_refused(
+        train(tmp_path, "--data.data_dir", str(data), "--model.num_classes", "1000"),
+        "model.num_classes is 1000",
+        "10",
+    )
     shutil.rmtree(data / "val" / "7")
     assert_refused(train(tmp_path, "--data.data_dir", str(data)), "classes", "only in train/ (7)")
 
 
 def test_layouts_and_names(tmp_path, digits):
-    assert_refused(train(tmp_path, "--data.data_dir", str(digits), "--train.global_batch_size", "121"),
-                   "121", "2 ranks", "120 or 122")
-    assert_refused(train(tmp_path, "--data.data_dir", str(digits), "--train.global_batch_size", "2000"), "1442", "2000")
-    assert_refused(train(tmp_path, "--data.data_dir", str(digits), "--model.name", "resnet21"), "resnet21", "resnet20")
+    assert_refused(
+        train(tmp_path, "--data.data_dir", str(digits), "--train.global_batch_size", "121"),
+        "121",
+        "2 ranks",
+        "120 or 122",
+    )
+    assert_refused(
+        train(tmp_path, "--data.data_dir", str(digits), "--train.global_batch_size", "2000"),
+        "1442",
+        "2000",
+    )
+    assert_refused(
+        train(tmp_path, "--data.data_dir", str(digits), "--model.name", "resnet21"),
+        "resnet21",
+        "resnet20",
+    )
     codes, printed = train(tmp_path, "--model.nmae", "x")
     assert codes == [2, 2]
     assert printed.count("--model.nmae") == 1
@@ -95,13 +147,18 @@ def test_broken_images_cost_neither_the_run_nor_the_count(tmp_path, data):
         Image.open(files[120]).convert("CMYK").save(files[120], format="JPEG")
     codes, printed = train(tmp_path, "--data.data_dir", str(data))
     assert codes == [0, 0], printed
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert lines[-1]["val/num"] == 355
     assert sum("train/loss" in line for line in lines) == 12
     assert lines[-1]["val/bad_images"] == 3
     assert max(line.get("train/bad_images", 0) for line in lines) > 0
     assert "3 of 355 validation images cannot be decoded" in printed
-    quarantined = {json.loads(line)["path"] for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()}
+    quarantined = {
+        json.loads(line)["path"]
+        for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
+    }
     bad = [{str(files[i]) for i in (0, 40, 80)} for files in (train_files, val_files)]
     # a training file may lie in the tail that is dropped
     assert bad[1] <= quarantined <= bad[0] | bad[1]
@@ -122,15 +179,42 @@ def test_a_checkpoint_of_another_model_or_batch(tmp_path, digits):
     arguments = ("--data.data_dir", str(digits))
     assert train(tmp_path, *arguments)[0] == [0, 0]
     before = (tmp_path / "run" / "config.yaml").read_text()
-    assert_refused(train(tmp_path, *arguments, "--model.name", "resnet32"), "model.name", "resnet20", "init_from")
+    assert_refused(
+        train(tmp_path, *arguments, "--model.name", "resnet32"),
+        "model.name",
+        "resnet20",
+        "init_from",
+    )
     assert (tmp_path / "run" / "config.yaml").read_text() == before
-    assert_refused(train(tmp_path, *arguments, "--train.global_batch_size", "60"), "train.global_batch_size", "120", "60")
+    assert_refused(
+        train(tmp_path, *arguments, "--train.global_batch_size", "60"),
+        "train.global_batch_size",
+        "120",
+        "60",
+    )
     last = str(tmp_path / "run" / "checkpoints" / "last.pt")
-    codes, printed = train(tmp_path, *arguments, "--output_dir", str(tmp_path / "other"), "--checkpoint.init_from", last)
+    codes, printed = train(
+        tmp_path,
+        *arguments,
+        "--output_dir",
+        str(tmp_path / "other"),
+        "--checkpoint.init_from",
+        last,
+    )
     assert codes == [0, 0]
     assert "step 0, with the weights of" in printed
-    assert_refused(train(tmp_path, *arguments, "--output_dir", str(tmp_path / "third"), "--checkpoint.resume",
-                         str(tmp_path / "nowhere.pt")), "nowhere.pt", "cannot be read")
+    assert_refused(
+        train(
+            tmp_path,
+            *arguments,
+            "--output_dir",
+            str(tmp_path / "third"),
+            "--checkpoint.resume",
+            str(tmp_path / "nowhere.pt"),
+        ),
+        "nowhere.pt",
+        "cannot be read",
+    )
 
 
 def test_a_damaged_newest_checkpoint_falls_back(tmp_path, digits):
@@ -150,11 +234,24 @@ def test_a_damaged_newest_checkpoint_falls_back(tmp_path, digits):
 
 
 def test_the_best_is_saved_whenever_it_is_found(tmp_path, digits):
-    codes, printed = train(tmp_path, "--data.data_dir", str(digits), "--train.epochs", "3", "--optim.base_lr", "0.05",
-                           "--checkpoint.interval_epochs", "0", "--checkpoint.keep", "1")
+    codes, printed = train(
+        tmp_path,
+        "--data.data_dir",
+        str(digits),
+        "--train.epochs",
+        "3",
+        "--optim.base_lr",
+        "0.05",
+        "--checkpoint.interval_epochs",
+        "0",
+        "--checkpoint.keep",
+        "1",
+    )
     assert codes == [0, 0]
     folder = tmp_path / "run" / "checkpoints"
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     evaluated = [line for line in lines if "val/top1" in line]
     best = max(evaluated, key=lambda line: (line["val/top1"], -line["step"]))
     assert os.readlink(folder / "best.pt") == f"step_{best['step']:08d}.pt"
@@ -163,6 +260,7 @@ def test_the_best_is_saved_whenever_it_is_found(tmp_path, digits):
 
 def test_a_second_signal_does_not_end_the_last_write(tmp_path, digits):
     """The write takes seconds, and the launcher that asked for the end asks again."""
+
     def entry(arguments):
         real = checkpoint.write_checkpoint
 
@@ -174,9 +272,23 @@ def test_a_second_signal_does_not_end_the_last_write(tmp_path, digits):
         checkpoint.write_checkpoint = slow
         return cli.main(arguments)
 
-    processes = start_app(2, ["train", "--config", "configs/quickstart.yaml", "--data.data_dir", str(digits),
-                              "--output_dir", str(tmp_path / "run"), *SMALL, "--train.epochs", "50"],
-                          str(tmp_path / "printed"), entry)
+    processes = start_app(
+        2,
+        [
+            "train",
+            "--config",
+            "configs/quickstart.yaml",
+            "--data.data_dir",
+            str(digits),
+            "--output_dir",
+            str(tmp_path / "run"),
+            *SMALL,
+            "--train.epochs",
+            "50",
+        ],
+        str(tmp_path / "printed"),
+        entry,
+    )
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "metrics.jsonl").exists():
         assert time.monotonic() < deadline
@@ -191,23 +303,33 @@ def test_a_second_signal_does_not_end_the_last_write(tmp_path, digits):
     assert newest_valid(tmp_path / "run" / "checkpoints", pytest.fail)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, the device that is always full")
+@pytest.mark.skipif(
+    not os.path.exists("/dev/full"), reason="needs /dev/full, the device that is always full"
+)
 def test_a_full_disk_while_saving(tmp_path, digits):
     """From step 6 on nothing can be saved: training goes on to the end, warns, keeps step 5, and
     does not end well.
     """
+
     def entry(arguments):
         import builtins
+
         real = builtins.open
 
         def full(path, mode="r", *args, **kwargs):
-            late = ".pt." in str(path) and str(path).endswith(".tmp") and "step_00000005" not in str(path)
+            late = (
+                ".pt." in str(path)
+                and str(path).endswith(".tmp")
+                and "step_00000005" not in str(path)
+            )
             return real("/dev/full" if late else path, mode, *args, **kwargs)
 
         builtins.open = full
         return cli.main(arguments)
 
-    codes, printed = train(tmp_path, "--data.data_dir", str(digits), "--checkpoint.interval_steps", "5", entry=entry)
+    codes, printed = train(
+        tmp_path, "--data.data_dir", str(digits), "--checkpoint.interval_steps", "5", entry=entry
+    )
     assert codes[0] == 2, printed
     assert "warning: could not save the checkpoint of step 10" in printed
     assert "step 5 stays" in printed
@@ -215,7 +337,9 @@ def test_a_full_disk_while_saving(tmp_path, digits):
     assert newest_valid(tmp_path / "run" / "checkpoints", pytest.fail).name == "step_00000005.pt"
 
 
-@pytest.mark.parametrize("how", ["read-only", "removed", "removed while it is written", "taken by a file"])
+@pytest.mark.parametrize(
+    "how", ["read-only", "removed", "removed while it is written", "taken by a file"]
+)
 def test_a_folder_that_stops_taking_checkpoints(tmp_path, digits, how):
     """After step 5. Each try is warned about with the reason; a folder that is merely gone is made
     again.
@@ -224,16 +348,25 @@ def test_a_folder_that_stops_taking_checkpoints(tmp_path, digits, how):
 
     def entry(arguments):
         import builtins
+
         real, step, write = builtins.open, engine.train_step, checkpoint.write_checkpoint
 
         def read_only(path, mode="r", *args, **kwargs):
-            if ".pt." in str(path) and str(path).endswith(".tmp") and "step_00000005" not in str(path):
+            if (
+                ".pt." in str(path)
+                and str(path).endswith(".tmp")
+                and "step_00000005" not in str(path)
+            ):
                 raise OSError(errno.EROFS, "Read-only file system", str(path))
             return real(path, mode, *args, **kwargs)
 
         def train_step(model, state, *rest):
-            if state.step == 8 and os.environ["RANK"] == "0" and how in ("removed", "taken by a file"):
-                for thread in threading.enumerate():     # of step 5: it may take its time
+            if (
+                state.step == 8
+                and os.environ["RANK"] == "0"
+                and how in ("removed", "taken by a file")
+            ):
+                for thread in threading.enumerate():  # of step 5: it may take its time
                     if thread.name == "checkpoint":
                         thread.join()
                 folder.rename(folder.with_name("moved"))
@@ -246,6 +379,7 @@ def test_a_folder_that_stops_taking_checkpoints(tmp_path, digits, how):
                 before_publishing()
                 if content["step"] == 10 and not folder.with_name("moved").exists():
                     folder.rename(folder.with_name("moved"))
+
             write(path, content, vanish)
 
         if how == "read-only":
@@ -255,20 +389,29 @@ def test_a_folder_that_stops_taking_checkpoints(tmp_path, digits, how):
         engine.train_step = train_step
         return cli.main(arguments)
 
-    codes, printed = train(tmp_path, "--data.data_dir", str(digits), "--checkpoint.interval_steps", "5", entry=entry)
+    codes, printed = train(
+        tmp_path, "--data.data_dir", str(digits), "--checkpoint.interval_steps", "5", entry=entry
+    )
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count('"train/loss"') == 12
     good = folder if how == "read-only" else folder.with_name("moved")
     assert newest_valid(good, pytest.fail).name == "step_00000005.pt"
     if how.startswith("removed"):
         assert codes == [0, 0] and "warning: could not" not in printed, printed
         assert sorted(path.name for path in folder.glob("*.pt")) == [
-            "best.pt", "last.pt", "step_00000010.pt", "step_00000012.pt"]
+            "best.pt",
+            "last.pt",
+            "step_00000010.pt",
+            "step_00000012.pt",
+        ]
         assert newest_valid(folder, pytest.fail).name == "step_00000012.pt"
         return
     reason = {"read-only": "Read-only file system", "taken by a file": "File exists"}[how]
     assert codes[0] == 2, printed
     for step in (10, 12):
-        assert re.search(rf"warning: could not save the checkpoint of step {step} to .*{reason}.*step 5 stays", printed)
+        assert re.search(
+            rf"warning: could not save the checkpoint of step {step} to .*{reason}.*step 5 stays",
+            printed,
+        )
     assert re.search(r"error \(rank 0\): could not save the checkpoint of step 12", printed)
 
 
@@ -276,6 +419,7 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path, digits):
     """While a save takes its time. The first one waits for it; the second, more than a second
     later, for nothing.
     """
+
     def entry(arguments):
         def slow(path, content, *checks):
             (tmp_path / "writing").touch()
@@ -284,10 +428,27 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path, digits):
         checkpoint.write_checkpoint = slow
         return cli.main(arguments)
 
-    processes = start_app(2, ["train", "--config", "configs/quickstart.yaml", "--data.data_dir", str(digits),
-                              "--output_dir", str(tmp_path / "run"), *SMALL, "--train.epochs", "50",
-                              "--checkpoint.interval_epochs", "0", "--train.eval_interval_epochs", "0"],
-                          str(tmp_path / "printed"), entry)     # the signal's save is the only one
+    processes = start_app(
+        2,
+        [
+            "train",
+            "--config",
+            "configs/quickstart.yaml",
+            "--data.data_dir",
+            str(digits),
+            "--output_dir",
+            str(tmp_path / "run"),
+            *SMALL,
+            "--train.epochs",
+            "50",
+            "--checkpoint.interval_epochs",
+            "0",
+            "--train.eval_interval_epochs",
+            "0",
+        ],
+        str(tmp_path / "printed"),
+        entry,
+    )  # the signal's save is the only one
     wait_for_step(tmp_path / "run", 2, processes)
     os.kill(processes[0].pid, signal.SIGINT)
     deadline = time.monotonic() + 120
@@ -296,7 +457,9 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path, digits):
         time.sleep(0.01)
     time.sleep(1.1)
     os.kill(processes[0].pid, signal.SIGINT)
-    assert wait_app(processes, timeout=80) == [128 + signal.SIGINT] * 2, (tmp_path / "printed").read_text()
+    assert wait_app(processes, timeout=80) == [128 + signal.SIGINT] * 2, (
+        tmp_path / "printed"
+    ).read_text()
     assert not (tmp_path / "run" / "checkpoints" / "last.pt").exists()
 
 
@@ -312,8 +475,12 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_steps(tmp_path, digits):
         engine.train_step = poisoned
         return cli.main(arguments)
 
-    result = train(tmp_path, "--data.data_dir", str(digits), "--train.max_nonfinite_steps", "3", entry=entry)
-    assert_refused(result, "the updates 5 to 7", "not finite", "optim.base_lr", "norm nan", "nonfinite.json")
+    result = train(
+        tmp_path, "--data.data_dir", str(digits), "--train.max_nonfinite_steps", "3", entry=entry
+    )
+    assert_refused(
+        result, "the updates 5 to 7", "not finite", "optim.base_lr", "norm nan", "nonfinite.json"
+    )
     replay = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
     assert replay["steps"] == [4, 5, 6] and len(replay["lr"]) == 3 and min(replay["lr"]) > 0
     for step, *shares in zip(replay["steps"], *replay["rows_of_ranks"], strict=True):

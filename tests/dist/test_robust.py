@@ -30,7 +30,10 @@ NAMES = {"train": "train/class{}/{:04d}.jpg", "val": "val/class{}/{:04d}.jpg"}
 
 def damaged(data: bytes, seed: int) -> bytes:
     """Five bytes in the middle third flipped: past the headers, before the end."""
-    data, places = bytearray(data), np.random.default_rng(seed).integers(len(data) // 3, 2 * len(data) // 3, 5)
+    data, places = (
+        bytearray(data),
+        np.random.default_rng(seed).integers(len(data) // 3, 2 * len(data) // 3, 5),
+    )
     for place in places:
         data[place] ^= 0xFF
     return bytes(data)
@@ -47,14 +50,29 @@ def files(count: int) -> tuple[list[bytes], dict[int, str]]:
     """`count` files, and of the bad ones among them what their record must say."""
     good = [encode(picture(60 + i % 9, 75 - i % 7, i)) for i in range(count)]
     sixteen_bits = Image.fromarray((np.arange(50 * 60).reshape(50, 60) * 21).astype(np.uint16))
-    odd = [encode(picture(40, 60, 1), "PNG"), encode(picture(50, 50, 2).convert("CMYK")),
-           encode(picture(50, 50, 3).convert("L")), encode(sixteen_bits, "PNG"), rotated(6), rotated(3),
-           encode(picture(1, 1)), *(damaged(good[i], i) for i in range(4))]
-    bad = [(good[0][:len(good[0]) // 2], "cut off"), (good[1][:-100], "cut off"), (b"", "empty"),
-           (b"<html>404 not found</html>", "neither JPEG nor PNG"), (encode(picture(40, 40), "GIF"), "neither JPEG nor PNG"),
-           *((damaged(encode(picture(60, 60, i), "PNG"), i), "the decoder refuses it") for i in range(2)),
-           (damaged(encode(picture(90, 90), progressive=True), 1), "the decoder refuses it")]
-    good[2:2 + len(odd)] = odd
+    odd = [
+        encode(picture(40, 60, 1), "PNG"),
+        encode(picture(50, 50, 2).convert("CMYK")),
+        encode(picture(50, 50, 3).convert("L")),
+        encode(sixteen_bits, "PNG"),
+        rotated(6),
+        rotated(3),
+        encode(picture(1, 1)),
+        *(damaged(good[i], i) for i in range(4)),
+    ]
+    bad = [
+        (good[0][: len(good[0]) // 2], "cut off"),
+        (good[1][:-100], "cut off"),
+        (b"", "empty"),
+        (b"<html>404 not found</html>", "neither JPEG nor PNG"),
+        (b"GIF89a, and no image", "neither JPEG nor PNG"),
+        *(
+            (damaged(encode(picture(60, 60, i), "PNG"), i), "the decoder refuses it")
+            for i in range(2)
+        ),
+        (damaged(encode(picture(90, 90), progressive=True), 1), "the decoder refuses it"),
+    ]
+    good[2 : 2 + len(odd)] = odd
     # neighbours, and the last of the list
     places = {15: 0, 16: 1, 17: 2, 20: 3, 22: 4, 24: 5, 25: 6, count - 1: 7}
     for place, which in places.items():
@@ -75,25 +93,67 @@ def mixed(tmp_path_factory):
 
 def arguments(data_dir, output_dir, *more):
     """24 steps on small crops, four epochs of six, a checkpoint every five steps."""
-    return ["train", "--config", "configs/quickstart.yaml", "--data.kind", "folder", "--data.data_dir", data_dir,
-            "--output_dir", str(output_dir), "--data.train_crop_size", "32", "--data.val_resize_size", "36",
-            "--data.val_crop_size", "32", "--data.val_batch_size", "5", "--train.epochs", "4", "--train.eval_interval_epochs", "1",
-            "--schedule.warmup_epochs", "1", "--train.global_batch_size", "8", "--train.precision", "fp32",
-            "--checkpoint.interval_steps", "5", "--log.interval_steps", "1", "--distributed.timeout_s", "60",
-            "--log.wandb", "disabled", "--distributed.threads", "1", "--data.threads", "1", *more]
+    return [
+        "train",
+        "--config",
+        "configs/quickstart.yaml",
+        "--data.kind",
+        "folder",
+        "--data.data_dir",
+        data_dir,
+        "--output_dir",
+        str(output_dir),
+        "--data.train_crop_size",
+        "32",
+        "--data.val_resize_size",
+        "36",
+        "--data.val_crop_size",
+        "32",
+        "--data.val_batch_size",
+        "5",
+        "--train.epochs",
+        "4",
+        "--train.eval_interval_epochs",
+        "1",
+        "--schedule.warmup_epochs",
+        "1",
+        "--train.global_batch_size",
+        "8",
+        "--train.precision",
+        "fp32",
+        "--checkpoint.interval_steps",
+        "5",
+        "--log.interval_steps",
+        "1",
+        "--distributed.timeout_s",
+        "60",
+        "--log.wandb",
+        "disabled",
+        "--distributed.threads",
+        "1",
+        "--data.threads",
+        "1",
+        *more,
+    ]
 
 
 def quarantined(output_dir):
     """Per split: path -> reason."""
-    lines = [json.loads(line) for line in (output_dir / "quarantine.jsonl").read_text().splitlines()]
-    return {split: {line["path"]: line["reason"] for line in lines if line["split"] == split}
-            for split in ("train", "val")}
+    lines = [
+        json.loads(line) for line in (output_dir / "quarantine.jsonl").read_text().splitlines()
+    ]
+    return {
+        split: {line["path"]: line["reason"] for line in lines if line["split"] == split}
+        for split in ("train", "val")
+    }
 
 
 @pytest.fixture(scope="module")
 def undisturbed(mixed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert run_app(2, arguments(mixed[0], folder), str(folder / "log")) == [0, 0], (folder / "log").read_text()
+    assert run_app(2, arguments(mixed[0], folder), str(folder / "log")) == [0, 0], (
+        folder / "log"
+    ).read_text()
     return folder
 
 
@@ -112,7 +172,9 @@ def test_training_finishes_counts_and_names_the_bad_files(mixed, undisturbed):
 def test_killed_and_resumed_it_ends_bit_identically(mixed, undisturbed, tmp_path):
     for step, saved in ((7, 5), (16, 10)):
         kill_at(step, saved, 2, arguments(mixed[0], tmp_path), tmp_path)
-    assert run_app(2, arguments(mixed[0], tmp_path), str(tmp_path / "log")) == [0, 0], (tmp_path / "log").read_text()
+    assert run_app(2, arguments(mixed[0], tmp_path), str(tmp_path / "log")) == [0, 0], (
+        tmp_path / "log"
+    ).read_text()
     assert len(resumed_steps(tmp_path)) == 2
     assert_same_run(tmp_path, undisturbed)
 
@@ -129,8 +191,12 @@ def memory_of_epochs(rank, world_size, folder):
     decoder refuses.
     """
     contents = files(N)[0][9:25]
-    train = train_loader(write_split(folder, contents), folder, global_batch_size=16, train_crop_size=64)
-    val = val_loader(write_split(folder, contents[:8], split="val"), folder, val_resize_size=72, val_crop_size=64)
+    train = train_loader(
+        write_split(folder, contents), folder, global_batch_size=16, train_crop_size=64
+    )
+    val = val_loader(
+        write_split(folder, contents[:8], split="val"), folder, val_resize_size=72, val_crop_size=64
+    )
     batches, used = train.batches(0, 200), []
     for _ in range(200):
         next(batches)

@@ -133,10 +133,8 @@ def test_a_rank_that_is_stopped(digits, tmp_path):
         assert errors(folder)
         for line in errors(folder):
             assert re.search(rf"waited {WAITED} at step \d+ \(\w+\) for rank ", line)
-            assert (
-                f"rank {victim} (host {os.uname().nodename}, process {processes[victim].pid}), T (stopped), "
-                in line
-            )
+            process = f"host {os.uname().nodename}, process {processes[victim].pid}"
+            assert f"rank {victim} ({process}), T (stopped), " in line
             assert re.search(r"last heard of at step \d+ \(\w+\) in \S+\.py:\d+ ", line)
 
 

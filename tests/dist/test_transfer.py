@@ -36,7 +36,9 @@ def served(tmp_path_factory):
         def log_message(self, *arguments):
             asked.append(self.path)
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Handler, directory=str(folder))
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/{name}", source, asked
     server.shutdown()
@@ -47,25 +49,69 @@ def train(digits, folder, url, *more, start=run_app):
     """As the command line, with torchvision's weights at `url` and a cache of downloads in
     `folder`.
     """
+
     def entry(arguments):
         torch.hub.set_dir(str(folder / "hub"))
         torchvision.models._api.WeightsEnum.url = property(lambda weights: url)
         return cli.main(arguments)
 
-    return start(2, ["train", "--config", "configs/quickstart.yaml", "--data.data_dir", digits, "--output_dir",
-                     str(folder / "run"), "--data.train_crop_size", "16", "--data.val_resize_size", "16",
-                     "--data.val_crop_size", "16", "--train.epochs", "1", "--schedule.warmup_epochs", "0.5",
-                     "--train.global_batch_size", "120", "--train.precision", "fp32", "--train.ema_decay", "0.9",
-                     "--checkpoint.interval_steps", "5", "--log.interval_steps", "1", "--log.wandb", "disabled",
-                     "--distributed.threads", "1", "--data.threads", "1", "--distributed.timeout_s", "60",
-                     "--checkpoint.init_from", NAME, *more], str(folder / "printed"), entry)
+    return start(
+        2,
+        [
+            "train",
+            "--config",
+            "configs/quickstart.yaml",
+            "--data.data_dir",
+            digits,
+            "--output_dir",
+            str(folder / "run"),
+            "--data.train_crop_size",
+            "16",
+            "--data.val_resize_size",
+            "16",
+            "--data.val_crop_size",
+            "16",
+            "--train.epochs",
+            "1",
+            "--schedule.warmup_epochs",
+            "0.5",
+            "--train.global_batch_size",
+            "120",
+            "--train.precision",
+            "fp32",
+            "--train.ema_decay",
+            "0.9",
+            "--checkpoint.interval_steps",
+            "5",
+            "--log.interval_steps",
+            "1",
+            "--log.wandb",
+            "disabled",
+            "--distributed.threads",
+            "1",
+            "--data.threads",
+            "1",
+            "--distributed.timeout_s",
+            "60",
+            "--checkpoint.init_from",
+            NAME,
+            *more,
+        ],
+        str(folder / "printed"),
+        entry,
+    )
 
 
 def test_without_a_network_every_rank_ends(digits, tmp_path):
-    assert train(digits, tmp_path, f"http://127.0.0.1:{free_port()}/resnet18-00000000.pth") == [2, 2]
+    assert train(digits, tmp_path, f"http://127.0.0.1:{free_port()}/resnet18-00000000.pth") == [
+        2,
+        2,
+    ]
     printed = (tmp_path / "printed").read_text()
     assert printed.count("error (rank") == 1 and "Traceback" not in printed, printed
-    assert all(word in printed for word in (NAME, "could not be had", "no network", "give its path")), printed
+    assert all(
+        word in printed for word in (NAME, "could not be had", "no network", "give its path")
+    ), printed
     assert not (tmp_path / "run/config.yaml").exists()
 
 
@@ -77,27 +123,38 @@ def test_a_frozen_backbone_on_two_ranks(digits, tmp_path, served):
         folder.mkdir()
     asked.clear()
     assert train(digits, folders[0], url, *frozen) == [0, 0], (folders[0] / "printed").read_text()
-    assert len(asked) == 1                               # by the main process alone
+    assert len(asked) == 1  # by the main process alone
     processes = train(digits, folders[1], url, *frozen, start=start_app)
     wait_for_step(folders[1] / "run", 6, processes)
     os.kill(processes[1].pid, signal.SIGTERM)
     assert wait_app(processes) == [143, 143]
     assert train(digits, folders[1], url, *frozen) == [0, 0]
-    whole, parts = (unpack_checkpoint(read_checkpoint(folder / "run/checkpoints/last.pt"), "") for folder in folders)
+    whole, parts = (
+        unpack_checkpoint(read_checkpoint(folder / "run/checkpoints/last.pt"), "")
+        for folder in folders
+    )
     assert whole["step"] == 12
     for key in ("model", "ema", "optimizer", "best_top1", "step"):
         assert equal_trees(whole[key], parts[key]), key
     for key, value in source.items():
         if not key.startswith("fc."):
-            assert torch.equal(whole["model"][key], value) and torch.equal(whole["ema"][key], value), key
+            assert torch.equal(whole["model"][key], value) and torch.equal(
+                whole["ema"][key], value
+            ), key
     assert len(whole["optimizer"]["state"]) == 2
 
     printed = (folders[1] / "printed").read_text()
     assert printed.count(f"weights of {NAME}, top level of the file") == 1
     assert "loaded     114  conv1.weight, bn1.weight, bn1.bias and 111 more" in printed
-    assert "missing      2  fc.weight (head, freshly initialised), fc.bias (head, freshly initialised)" in printed
+    assert (
+        "missing      2  fc.weight (head, freshly initialised), fc.bias (head, freshly initialised)"
+        in printed
+    )
     table = (folders[1] / "run/init_from.txt").read_text()
     assert all(key in table for key in source) and "warning: weights" not in printed
-    losses = [json.loads(line)["train/loss"] for line in (folders[0] / "run/metrics.jsonl").read_text().splitlines()
-              if "train/loss" in line]
+    losses = [
+        json.loads(line)["train/loss"]
+        for line in (folders[0] / "run/metrics.jsonl").read_text().splitlines()
+        if "train/loss" in line
+    ]
     assert losses[-1] < losses[0]

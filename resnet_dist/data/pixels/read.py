@@ -49,6 +49,9 @@ _TRANSIENT = {
 # A file that takes longer was not in the machine's memory.
 _SLOW_SECONDS = 0.5e-3
 
+STANDARD_INPUT = "/dev/stdin"
+"""The one path that need not be a regular file: an image that is piped to `resnet-dist predict`."""
+
 _KINDS = (
     (stat.S_ISFIFO, "a fifo"),
     (stat.S_ISCHR, "a character device"),
@@ -168,6 +171,8 @@ def _read(path: str, offset: int, length: int, limits: ReadLimits) -> bytes:
 
 
 def _read_file(path: str, limits: ReadLimits) -> bytes:
+    if path == STANDARD_INPUT:
+        return _read_standard_input(limits)
     descriptor = _open_regular(path)
     try:
         size = os.fstat(descriptor).st_size
@@ -175,6 +180,14 @@ def _read_file(path: str, limits: ReadLimits) -> bytes:
         return _read_pieces(descriptor, 0, size, limits)
     finally:
         os.close(descriptor)
+
+
+def _read_standard_input(limits: ReadLimits) -> bytes:
+    """Read the image that `resnet-dist predict /dev/stdin` gets, usually from a pipe."""
+    with open(0, "rb", closefd=False) as stream:
+        data = stream.read(limits.max_file_bytes + 1)
+    _check_length(len(data), limits)
+    return data
 
 
 def _check_length(length: int, limits: ReadLimits) -> None:
