@@ -14,6 +14,17 @@ torch.set_num_threads(1)
 os.environ.setdefault("WANDB_MODE", "disabled")
 
 
+def keep_one_thread(number):
+    """In place of torch.set_num_threads, in this process and in those that it forks.
+
+    Commands that a test runs in this process ask for more threads. OpenMP's threads do not survive
+    a fork: a forked rank would wait for them for ever.
+    """
+
+
+torch.set_num_threads = keep_one_thread
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """The embedded digits as a folder of images, for tests to read."""
@@ -37,8 +48,6 @@ def no_leftover_environment(monkeypatch):
         "WANDB_API_KEY",
     ):
         monkeypatch.delenv(name, raising=False)
-    yield
-    torch.set_num_threads(1)  # distributed.start in this process has set more
 
 
 @pytest.fixture(scope="session")

@@ -103,42 +103,30 @@ def is_function(node):
     return isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
 
 
-def imports(tree, inside_functions):
-    """(imported module, line) of a file, at the top or inside functions."""
-    inner = {
-        id(node)
-        for function in ast.walk(tree)
-        if is_function(function)
-        for node in ast.walk(function)
-    }
-    only_for_types = {
-        id(node)
-        for block in ast.walk(tree)
-        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
-        for node in ast.walk(block)
-    }
-    for node in ast.walk(tree):
-        if (id(node) in inner) != inside_functions or id(node) in only_for_types:
+def find_imports(node, inside_function=False):
+    """(imported module, line, whether inside a function), without TYPE_CHECKING blocks."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
             continue
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, node.lineno) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: a relative import"
-            yield node.module, node.lineno
-            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+        if isinstance(child, ast.Import):
+            yield from ((alias.name, child.lineno, inside_function) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, f"line {child.lineno}: a relative import"
+            names = [child.module, *(f"{child.module}.{alias.name}" for alias in child.names)]
+            yield from ((name, child.lineno, inside_function) for name in names)
+        else:
+            yield from find_imports(child, inside_function or is_function(child))
+
+
+IMPORTS = {name: list(find_imports(tree)) for name, tree in TREES.items()}
 
 
 def own_imports(name):
     """(module of this package, line) that a module imports, at the top or inside functions."""
-    for inside in (False, True):
-        for imported, line in imports(TREES[name], inside):
-            target = imported.removeprefix("resnet_dist").removeprefix(".")
-            if (
-                imported.startswith("resnet_dist")
-                and target in MODULES
-                and target not in ("", name)
-            ):
-                yield target, line
+    for imported, line, _ in IMPORTS[name]:
+        target = imported.removeprefix("resnet_dist").removeprefix(".")
+        if imported.startswith("resnet_dist") and target in MODULES and target not in ("", name):
+            yield target, line
 
 
 def public_functions(tree):
@@ -184,20 +172,22 @@ def test_there_are_no_cycles():
 
 def test_heavy_libraries_are_imported_by_few_modules_inside_functions():
     strays = []
-    for name, tree in TREES.items():
-        for inside in (False, True):
-            for imported, line in imports(tree, inside):
-                # torch.utils.tensorboard imports tensorboard.
-                library = imported.removeprefix("torch.utils.").split(".")[0]
-                if library in FENCES and not (inside and name in FENCES[library]):
-                    strays.append(f"{MODULES[name]}:{line} imports {library}")
+    for name, found in IMPORTS.items():
+        for imported, line, inside_function in found:
+            # torch.utils.tensorboard imports tensorboard.
+            library = imported.removeprefix("torch.utils.").split(".")[0]
+            if library in FENCES and not (inside_function and name in FENCES[library]):
+                strays.append(f"{MODULES[name]}:{line} imports {library}")
     assert strays == []
 
 
 def test_what_the_command_line_needs_is_light():
     """config and cli import nothing heavy at the top (a test of the real thing: test_config)."""
     for name in ("", "config", "schedule", "cli"):
-        libraries = {imported.split(".")[0] for imported, _ in imports(TREES[name], False)}
+        at_the_top = [
+            imported for imported, _, inside_function in IMPORTS[name] if not inside_function
+        ]
+        libraries = {imported.split(".")[0] for imported in at_the_top}
         assert not libraries & {"torch", "numpy", *FENCES}
 
 
