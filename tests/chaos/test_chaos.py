@@ -41,6 +41,7 @@ def test_the_comparison_sees_one_bit(undisturbed, tmp_path):
     assert differences(other, undisturbed) == ["ema"]
 
 
+@pytest.mark.long
 def test_another_number_of_ranks(digits, tmp_path):
     """Each step has the same samples, crops and learning rate; the weights agree up to rounding."""
     difference = other_ranks(digits, tmp_path, 1)

@@ -227,9 +227,7 @@ def test_the_quickstart_reaches_its_accuracy(tmp_path, environment):
         timeout=600,
     )
     assert done.returncode == 0, done.stdout
-    assert done.stdout.startswith(
-        "no arguments: running the quickstart, --config configs/quickstart.yaml\n"
-    )
+    assert done.stdout.startswith("no arguments: running the quickstart, --config quickstart\n")
     lines = [
         json.loads(line)
         for line in (tmp_path / "runs/quickstart/metrics.jsonl").read_text().splitlines()
