@@ -48,6 +48,10 @@ def no_leftover_environment(monkeypatch):
         "WANDB_API_KEY",
     ):
         monkeypatch.delenv(name, raising=False)
+    yield
+    if torch.distributed.is_initialized():
+        # A forked rank would find the group of this process in place of its own.
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")
