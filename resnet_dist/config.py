@@ -1,413 +1,51 @@
 """All settings of a run, with default, rule and meaning: a tree of frozen dataclasses.
 
 Command line, YAML file, checkpoint and Python code all build this tree, and `Config` checks it
-whenever it is built. The rule about one value stands beside its field; the rules that involve
+whenever it is built. The sections are in
+`config_sections`, with the rule about each value beside its field; the rules that involve
 several keys are the small functions at the end. Rules that depend on the data or on the number of
 ranks are checked where these are known (run.py).
 """
 
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from resnet_dist.config_rules import (
-    Above,
-    AtLeast,
-    BelowOne,
-    Factor,
-    NotEmpty,
-    Range,
-    SettingError,
-    Within,
-    check_values,
+from resnet_dist.config_rules import NotEmpty, SettingError, check_values
+from resnet_dist.config_sections import (
+    AugmentConfig,
+    CheckpointConfig,
+    DataConfig,
+    DecoderConfig,
+    DistributedConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    RecipeConfig,
+    ScheduleConfig,
+    TrainConfig,
+    expand_paths,
 )
 
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The network."""
-
-    name: str = "resnet50"
-    """name of the network, as listed by `resnet-dist models`: torchvision's name (resnet50,
-    vgg16_bn) or that of a CIFAR network (resnet20, plain56)"""
-    num_classes: Annotated[int | None, AtLeast(1)] = None
-    """number of classes; null: take it from the data. A number must agree with the data"""
-    zero_init_residual: bool = False
-    """initialize the last batch norm of each residual block with zero, so that the block starts as
-    the identity (Goyal et al. 2017, section 5.1)"""
-    stride_in_1x1: bool = False
-    """put the stride of a bottleneck block into its first 1x1 convolution (v1, He et al. 2015)
-    instead of its 3x3 convolution (v1.5)"""
-    shortcut: Literal["default", "A", "B", "C", "none"] = "default"
-    """shortcut connections of a ResNet (He et al. 2015, section 4.1). A: identity with zero
-    padding; B: projection where the shape changes; C: projection everywhere; none: no shortcuts;
-    default: what the name of the network says"""
-    stem: Literal["default", "imagenet", "cifar", "deep"] = "default"
-    """first layers of a ResNet. imagenet: 7x7 convolution and max pool; cifar: 3x3 convolution;
-    deep: three 3x3 convolutions and max pool (ResNet-C, He et al. 2018); default: what the name of
-    the network says"""
-    avg_pool_shortcut: bool = False
-    """average pool before each projection with stride 2 (ResNet-D, He et al. 2018)"""
-    preactivation: bool = False
-    """batch norm and ReLU before each convolution ("Identity Mappings", He et al. 2016)"""
-    squeeze_excitation: bool = False
-    """add squeeze-and-excitation to each block (Hu et al. 2017)"""
-    stochastic_depth: Annotated[float, BelowOne()] = 0.0
-    """probability of dropping the last residual block in training; it rises linearly from 0 at the
-    first block (Huang et al. 2016)"""
-    blur_pool: bool = False
-    """blur before each convolution with stride 2, except in the stem (Zhang 2019)"""
-    sync_batch_norm: bool = True
-    """compute batch norm statistics over the images of all ranks. false: each rank uses its own
-    images, and the running statistics of rank 0 are used in evaluation"""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The images, and how they are read and cropped."""
-
-    kind: Literal["folder", "digits", "synthetic"] = "folder"
-    """folder: data_dir/train/ and data_dir/val/ hold one folder per class, or the tar shards of
-    `resnet-dist data pack`; digits: the small data set of the quickstart, which is part of this
-    package and is written to data_dir; synthetic: random pixels without files, for speed tests"""
-    data_dir: str = ""
-    """folder that holds train/ and val/"""
-    exclude: str = ""
-    """text file with training images to leave out, one `train/<class>/<file>` per line, as written
-    by `resnet-dist data verify`"""
-    rescan: Literal["auto", "always", "never"] = "auto"
-    """when the list of images that is kept beside the data is made anew. auto: if the times of a
-    class folder, or the name or size of a shard, have changed; where the file system does not keep
-    the times of folders (mounts of object stores), at every start. never: the list is trusted"""
-    max_pixels: Annotated[int, AtLeast(1)] = 67_108_864
-    """largest number of pixels of an image; a larger one counts as broken, since a few of them can
-    fill the memory. No image of ImageNet has more than 38.5 million"""
-    max_file_mb: Annotated[int, AtLeast(1)] = 256
-    """largest size of an image's file in MiB; a larger one counts as broken"""
-    read_timeout_s: Annotated[float, Above(0)] = 300.0
-    """seconds that the storage may take to deliver one image; then it counts as broken"""
-    train_crop_size: Annotated[int, AtLeast(1)] = 224
-    """height and width of a training image in pixels"""
-    train_crop: Literal["random_resized", "scale_jitter", "pad"] = "random_resized"
-    """random_resized: crop with random area and aspect ratio (Szegedy et al. 2014), as
-    torchvision's RandomResizedCrop; scale_jitter: resize the shorter side to a random size, then
-    crop a random square (Simonyan and Zisserman 2014); pad: crop a random square of the padded
-    image (CIFAR)"""
-    scale_jitter: Annotated[tuple[int, int], AtLeast(1), Range()] = (256, 480)
-    """smallest and largest size of the shorter side in pixels, for train_crop scale_jitter"""
-    pad: Annotated[int, AtLeast(0)] = 4
-    """black pixels added to each side of an image of train_crop_size, for train_crop pad"""
-    progressive_start_size: Annotated[int, AtLeast(0)] = 0
-    """image size at the start of training, for progressive resizing; 0: train_crop_size in all
-    epochs"""
-    progressive_epochs: Annotated[tuple[float, float], AtLeast(0), Range()] = (0.0, 0.0)
-    """first and last epoch of the growth from progressive_start_size to train_crop_size. The size
-    is a multiple of 32 and changes between epochs"""
-    val_resize_size: Annotated[int, AtLeast(1)] = 256
-    """size of the shorter side in pixels after resizing, before the center crop, in evaluation"""
-    val_crop_size: Annotated[int, AtLeast(1)] = 224
-    """height and width of the center crop in pixels, in evaluation"""
-    val_crops: Literal["center", "ten"] = "center"
-    """crops of an image that are evaluated and averaged. ten: the four corners, the center, and
-    their mirror images (Krizhevsky et al. 2012)"""
-    val_scales: Annotated[tuple[int, ...], AtLeast(1)] = ()
-    """sizes of the shorter side in pixels: evaluate the center square at each size and average
-    (He et al. 2015: 224, 256, 384, 480, 640)"""
-    val_flip: bool = False
-    """average the prediction over each crop and its mirror image"""
-    crop_scale: Annotated[tuple[float, float], Above(0), Within(0, 1), Range()] = (0.08, 1.0)
-    """smallest and largest area of a random crop, as a fraction of the image area"""
-    crop_ratio: Annotated[tuple[float, float], Above(0), Range()] = (0.75, 4 / 3)
-    """smallest and largest aspect ratio (width / height) of a random crop"""
-    flip_probability: Annotated[float, Within(0, 1)] = 0.5
-    """probability of a horizontal flip in training"""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """mean of the R, G and B channels, for pixel values in [0, 1]"""
-    std: Annotated[tuple[float, float, float], Above(0, "since pixels are divided by it")] = (
-        0.229,
-        0.224,
-        0.225,
-    )
-    """standard deviation of the R, G and B channels, for pixel values in [0, 1]"""
-    val_batch_size: Annotated[int, AtLeast(1)] = 128
-    """images per evaluation batch on each rank. It does not change the result"""
-    threads: Annotated[int, AtLeast(0)] = 0
-    """data loading threads of each rank; 0: CPU cores / ranks of this machine, on a GPU at most
-    8"""
-    prefetch_batches: Annotated[int, AtLeast(1)] = 3
-    """batches that are loaded ahead of training"""
-    max_bad_images: Annotated[int, AtLeast(0)] = 100
-    """number of broken training images per rank and run that are replaced by a neighbour; one more
-    stops the run with an error"""
-    synthetic_images: Annotated[int, AtLeast(1)] = 1280
-    """number of synthetic training images; there are a tenth as many validation images"""
-    synthetic_classes: Annotated[int, AtLeast(1)] = 1000
-    """number of classes of the synthetic data"""
-
-    def __post_init__(self) -> None:
-        _expand_home(self, "data_dir", "exclude")
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """JPEG decoding by DALI on a GPU: how the work is divided and which memory is reserved. On the
-    CPU only `queue_depth` has a meaning.
-    """
-
-    hw_decoder_load: Annotated[float, Within(0, 1)] = 0.9
-    """fraction of a batch for the JPEG hardware of A100, H100 and later GPUs; CUDA kernels decode
-    the rest. Without meaning on a GPU that has no such hardware"""
-    preallocate_width: Annotated[int, AtLeast(0)] = 0
-    """width of the largest image, in pixels: its memory is reserved at the start, which saves
-    allocations later. 0: reserve when an image needs it"""
-    preallocate_height: Annotated[int, AtLeast(0)] = 0
-    """height of the largest image, in pixels, like preallocate_width"""
-    device_memory_padding_mb: Annotated[int, AtLeast(0)] = 16
-    """GPU memory reserved at the start for each decoding thread, in MiB; it grows when an image
-    needs more"""
-    host_memory_padding_mb: Annotated[int, AtLeast(0)] = 8
-    """pinned CPU memory reserved at the start for each decoding thread, in MiB; it grows when an
-    image needs more"""
-    queue_depth: Annotated[int, AtLeast(1)] = 2
-    """batches that the decoder has at the same time; more take more memory"""
-
-
-@dataclass(frozen=True)
-class AugmentConfig:
-    """Augmentation of a training image after crop and flip, in this order. All off by default."""
-
-    policy: Literal["none", "randaugment", "trivialaugment", "autoaugment"] = "none"
-    """RandAugment (Cubuk et al. 2019), TrivialAugmentWide (Mueller and Hutter 2021) or AutoAugment
-    with the ImageNet policy (Cubuk et al. 2018)"""
-    num_ops: Annotated[int, AtLeast(1)] = 2
-    """number of operations that RandAugment applies to an image"""
-    magnitude: Annotated[int, Within(0, 30)] = 9
-    """magnitude of RandAugment's operations, 0 to 30"""
-    color_jitter: Annotated[tuple[float, float, float, float], AtLeast(0)] = (0.0, 0.0, 0.0, 0.0)
-    """largest change of brightness, contrast, saturation and hue, applied in random order, as in
-    torchvision's ColorJitter"""
-    lighting_std: Annotated[float, AtLeast(0)] = 0.0
-    """standard deviation of the PCA lighting noise (Krizhevsky et al. 2012, who use 0.1)"""
-    random_erasing: Annotated[float, Within(0, 1)] = 0.0
-    """probability of setting a random rectangle of the normalized image to zero (Zhong et al.
-    2017)"""
-    repeats: Annotated[int, AtLeast(1)] = 1
-    """number of differently augmented copies of an image in a batch, for repeated augmentation
-    (Hoffer et al. 2019). The batch then has fewer different images"""
-    mixup_alpha: Annotated[float, AtLeast(0)] = 0.0
-    """alpha of mixup, whose weight is drawn from Beta(alpha, alpha) (Zhang et al. 2017); 0: no
-    mixup"""
-    cutmix_alpha: Annotated[float, AtLeast(0)] = 0.0
-    """alpha of CutMix (Yun et al. 2019); 0: no CutMix. With mixup too, each step uses one of the
-    two"""
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """The optimizer.
-
-    The peak learning rate is base_lr * train.global_batch_size / base_batch_size.
-    """
-
-    kind: Literal["sgd", "lars", "lamb", "rmsprop", "adamw"] = "sgd"
-    """SGD; LARS (You et al. 2017) and LAMB (You et al. 2019), for large batches; RMSprop in
-    TensorFlow's form; AdamW"""
-    base_lr: Annotated[float, Above(0)] = 0.1
-    """learning rate for a batch of base_batch_size images (linear scaling rule, Goyal et al. 2017)
-    """
-    base_batch_size: Annotated[int, AtLeast(0)] = 256
-    """batch size that base_lr belongs to; 0: base_lr is the peak learning rate for any batch size
-    """
-    momentum: Annotated[float, BelowOne()] = 0.9
-    """momentum of SGD, LARS and RMSprop"""
-    nesterov: bool = False
-    """use Nesterov momentum in SGD"""
-    trust_coefficient: Annotated[float, Above(0)] = 0.001
-    """LARS: factor of the ratio of weight norm to gradient norm"""
-    betas: Annotated[tuple[float, float], BelowOne("each of both")] = (0.9, 0.999)
-    """LAMB and AdamW: decay of the running averages of the gradient and of its square"""
-    alpha: Annotated[float, BelowOne()] = 0.9
-    """RMSprop: decay of the running average of the squared gradient"""
-    eps: Annotated[float | None, AtLeast(0)] = None
-    """term added to the denominator for numerical stability (RMSprop: inside the square root);
-    null: 0 for LARS, 1e-6 for LAMB, 1e-8 for AdamW and RMSprop"""
-    weight_decay: Annotated[float, AtLeast(0)] = 1e-4
-    """weight decay of the weights of convolutions and linear layers; decoupled from the gradient
-    in LAMB and AdamW, an L2 penalty in the others"""
-    norm_weight_decay: Annotated[float | None, AtLeast(0)] = None
-    """weight decay of the weights and biases of norm layers; null: same as weight_decay"""
-    bias_weight_decay: Annotated[float | None, AtLeast(0)] = None
-    """weight decay of the biases of convolutions and linear layers; null: same as weight_decay"""
-    unfreeze_from: str = ""
-    """parts of the network that are trained. Empty: all; head: only the classifier; the name of a
-    module (layer3, features.24): this module, all later ones and the classifier. The others keep
-    their weights and running statistics"""
-    backbone_lr_scale: Annotated[
-        float, Above(0, "use optim.unfreeze_from head to train only the classifier")
-    ] = 1.0
-    """factor of the learning rate for all parameters except the classifier's"""
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """Learning rate schedule: warm-up, then decay. The learning rate changes at every step."""
-
-    kind: Literal["cosine", "step", "polynomial", "exponential"] = "cosine"
-    """cosine: half a cosine from the peak to final_lr; step: multiplied by gamma at each milestone;
-    polynomial: from the peak to final_lr, with the remaining part of the run to the given power;
-    exponential: multiplied by gamma every decay_epochs"""
-    warmup_epochs: Annotated[float, AtLeast(0)] = 5.0
-    """length of the warm-up in epochs; 0: no warm-up"""
-    warmup_kind: Literal["linear", "constant"] = "linear"
-    """linear: rise linearly to the peak (Goyal et al. 2017); constant: a low learning rate until
-    the end of the warm-up (He et al. 2015, section 4.2)"""
-    warmup_start_factor: Annotated[float, Factor("since nothing is learned at 0")] = 0.01
-    """learning rate of the first step, as a fraction of the peak"""
-    milestones: tuple[float, ...] = (30.0, 60.0, 80.0)
-    """epochs at which the step schedule decays"""
-    gamma: Annotated[float, Factor()] = 0.1
-    """decay factor of the step and exponential schedules"""
-    decay_epochs: Annotated[float, Above(0)] = 2.4
-    """epochs between decays of the exponential schedule, counted from the start of the run"""
-    power: Annotated[float, Above(0)] = 2.0
-    """power of the polynomial schedule"""
-    final_lr: Annotated[float, AtLeast(0)] = 0.0
-    """learning rate at the end of the cosine and polynomial schedules"""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """The training loop."""
-
-    epochs: Annotated[float, Above(0)] = 90.0
-    """number of epochs; may be a fraction"""
-    global_batch_size: Annotated[int, AtLeast(1)] = 256
-    """images per optimizer update, over all ranks and micro-steps"""
-    grad_accum_steps: Annotated[int, AtLeast(1, "which means no accumulation")] = 1
-    """number of micro-steps whose gradients are accumulated for one update"""
-    max_local_batch: Annotated[int, AtLeast(0)] = 0
-    """largest number of images of a rank and micro-step. Where there would be more, for instance
-    since an elastic launcher comes back with fewer ranks, grad_accum_steps is raised; this changes
-    the statistics of batch norm. 0: no limit"""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """precision of the forward and backward pass (autocast); weights stay in fp32. auto: bf16 if
-    the hardware supports it, otherwise fp16 on a GPU and fp32 on a CPU"""
-    tf32: bool = False
-    """let a GPU of the Ampere generation or later round the inputs of float32 convolutions and
-    matrix products to TF32 (10 bits of mantissa), which is faster. false: fp32 means float32"""
-    deterministic: bool = False
-    """on a GPU, use only deterministic algorithms and do not choose convolution algorithms by
-    timing. Slower. On a CPU training is always deterministic"""
-    loss: Literal["ce", "bce"] = "ce"
-    """training loss. ce: cross-entropy; bce: binary cross-entropy, averaged over the classes
-    (Wightman et al. 2021). Evaluation always uses cross-entropy"""
-    bce_target_threshold: Annotated[float, BelowOne()] = 0.0
-    """bce: targets above the threshold become 1, the others 0, as in timm (recipes use 0.2); 0:
-    keep soft targets"""
-    label_smoothing: Annotated[float, BelowOne()] = 0.0
-    """label smoothing (Szegedy et al. 2015, section 7)"""
-    clip_grad_norm: Annotated[float, AtLeast(0)] = 0.0
-    """maximum L2 norm of the gradient; 0: no clipping"""
-    ema_decay: Annotated[float, BelowOne("for instance 0.9999; 0 means no average")] = 0.0
-    """decay per step of the exponential moving average (EMA) of the weights, which is evaluated
-    too; 0: no EMA"""
-    eval_interval_epochs: Annotated[float, AtLeast(0)] = 1.0
-    """epochs between evaluations; 0: only at the end of the run, where there always is one"""
-    max_nonfinite_steps: Annotated[int, AtLeast(1)] = 10
-    """number of consecutive steps with a non-finite gradient before the run stops with an error.
-    Such steps do not update the weights"""
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """Saving, and what a run starts from. A valid checkpoint in output_dir is always used first."""
-
-    interval_epochs: Annotated[float, AtLeast(0)] = 1.0
-    """epochs between checkpoints; 0: do not save by epochs. The end of the run and each best
-    evaluation are always saved"""
-    interval_steps: Annotated[int, AtLeast(0)] = 0
-    """steps between checkpoints, in addition to interval_epochs; 0: do not save by steps"""
-    keep: Annotated[int, AtLeast(1, "since resuming needs a checkpoint")] = 3
-    """number of newest checkpoints to keep, in addition to the best one"""
-    resume: str = ""
-    """checkpoint to resume from (weights, optimizer, step) if output_dir has none"""
-    init_from: str = ""
-    """weights to start from, at step 0, if there is nothing to resume: a checkpoint of this
-    project, a .pth, .pt or .safetensors file of torchvision, timm or NVIDIA, or
-    torchvision:resnet50:IMAGENET1K_V2, which is downloaded"""
-
-    def __post_init__(self) -> None:
-        _expand_home(self, "resume", "init_from")
-
-
-@dataclass(frozen=True)
-class LogConfig:
-    """Console output and experiment tracking."""
-
-    interval_steps: Annotated[int, AtLeast(1)] = 50
-    """steps between log lines. Training waits for the device only at these steps"""
-    progress_bar: bool = True
-    """show a progress bar if the output is a terminal"""
-    sinks: tuple[Literal["wandb", "tensorboard", "csv"], ...] = ("wandb",)
-    """where the numbers go beside metrics.jsonl: wandb; tensorboard (event files in
-    output_dir/tensorboard); csv (output_dir/metrics.csv)"""
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """Weights & Biases mode. auto: online if there is an API key and a network, otherwise offline;
-    online: wait up to 30 s for the server"""
-    wandb_project: str = "resnet_dist"
-    """W&B project"""
-    wandb_entity: str | None = None
-    """W&B user or team; null: the default of the account"""
-    wandb_name: str | None = None
-    """W&B name of the run; null: the name of output_dir"""
-
-
-@dataclass(frozen=True)
-class DistributedConfig:
-    """The processes (ranks). The launcher (torchrun, SLURM) sets their number."""
-
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """device to train on. auto: cuda if available, otherwise cpu"""
-    timeout_s: Annotated[float, Above(0)] = 600.0
-    """seconds after which a collective operation that waits for another rank fails"""
-    threads: Annotated[int, AtLeast(0)] = 0
-    """torch threads of each rank on the CPU; 0: CPU cores / ranks of this machine"""
-
-
-@dataclass(frozen=True)
-class RecipeConfig:
-    """Facts about a recipe. They change nothing; a run that is far from them prints a warning."""
-
-    global_batch_size: Annotated[int, AtLeast(0)] = 0
-    """images per optimizer update of the published training; 0: not known"""
-    world_size: Annotated[int, AtLeast(0)] = 0
-    """number of ranks of the published training; 0: not known"""
-    local_batch_size: Annotated[int, AtLeast(0)] = 0
-    """images on each rank in one micro-step; 0: not known"""
-    updates: Annotated[int, AtLeast(0)] = 0
-    """number of optimizer updates; 0: not known"""
-    peak_lr: Annotated[float, AtLeast(0)] = 0.0
-    """peak learning rate; 0: not known"""
-    top1: Annotated[float | None, Within(0, 100)] = None
-    """published top-1 accuracy in percent; null: none"""
-    top5: Annotated[float | None, Within(0, 100)] = None
-    """published top-5 accuracy in percent; null: none"""
-    reference: str = ""
-    """paper or repository in short form"""
-    source: str = ""
-    """paper or repository in full, with section or table"""
-    hardware: str = ""
-    """hardware that the recipe is meant for"""
-    command: str = ""
-    """commands that start the training and evaluate its result"""
-    expected: str = ""
-    """expected result in words"""
-    differs: str = ""
-    """differences between this recipe and its source"""
+__all__ = [
+    "Config",
+    "AugmentConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "DecoderConfig",
+    "DistributedConfig",
+    "LogConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RecipeConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+    "check_config",
+    "to_dict",
+]
 
 
 @dataclass(frozen=True)
@@ -432,7 +70,7 @@ class Config:
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
 
     def __post_init__(self) -> None:
-        _expand_home(self, "output_dir")
+        expand_paths(self, "output_dir")
         check_config(self)
 
     @classmethod
@@ -482,15 +120,6 @@ def _without_tuples(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return [_without_tuples(item) for item in value]
     return value
-
-
-def _expand_home(section: object, *names: str) -> None:
-    """Replace `~` at the start of paths by the home folder, as the shell does for a word."""
-    for name in names:
-        path = getattr(section, name)
-        if isinstance(path, str) and path.startswith("~"):
-            # The dataclass is frozen once it is built.
-            object.__setattr__(section, name, os.path.expanduser(path))
 
 
 # Each function yields (key, value, rule) for what is wrong.

@@ -7,18 +7,18 @@ uninterrupted run does there.
 
 import contextlib
 import gc
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from resnet_dist.checkpoint import Saver, TrainState
-from resnet_dist.data.types import IGNORED_LABEL, Batch, TrainLoader, ValLoader
+from resnet_dist.data.types import Batch, TrainLoader, ValLoader
 from resnet_dist.distributed import Runtime, StopSignal
+from resnet_dist.evaluation import evaluate
+from resnet_dist.forward import all_logits, at_least_fp32, train_mode
 from resnet_dist.log import Log
 from resnet_dist.losses import LossFn
 from resnet_dist.metrics import Counts
@@ -83,39 +83,6 @@ class Services:
         """Tell the watchdog what this rank is doing."""
         assert self.runtime.watchdog is not None
         self.runtime.watchdog.beat(step, phase)
-
-
-def train_mode(model: nn.Module) -> None:
-    """Put a model in training mode, but keep the norms of its frozen part in evaluation mode.
-
-    Their running statistics then stay as they are. A norm without weights is frozen if the layer
-    defined before it is.
-    """
-    model.train()
-    is_frozen = False
-    for module in model.modules():
-        own = list(module.parameters(recurse=False))
-        if own:
-            is_frozen = not any(parameter.requires_grad for parameter in own)
-        if is_frozen and isinstance(module, nn.modules.batchnorm._NormBase):
-            module.eval()
-
-
-def at_least_fp32(logits: torch.Tensor) -> torch.Tensor:
-    """Logits in the precision of the loss: single, or double if the model computes in double."""
-    if logits.dtype == torch.float64:
-        return logits
-    return logits.float()
-
-
-def all_logits(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """The logits of a network's output, first, then those of its auxiliary heads.
-
-    Networks with auxiliary heads return a tuple in training mode.
-    """
-    if isinstance(outputs, tuple):
-        return outputs
-    return (outputs,)
 
 
 def train_step(
@@ -240,95 +207,6 @@ def apply_update(state: TrainState, lr: float, skipped: torch.Tensor) -> None:
     if state.ema:
         state.ema.update()
     state.step += 1
-
-
-def no_stop() -> bool:
-    """The `poll` of an evaluation that nothing interrupts."""
-    return False
-
-
-@torch.inference_mode()
-def evaluate(
-    model: nn.Module,
-    loader: ValLoader,
-    runtime: Runtime,
-    precision: Precision,
-    poll: Callable[[], bool] = no_stop,
-) -> Counts | None:
-    """Count over the whole validation set, each image once, on any number of ranks.
-
-    The loss is the plain cross-entropy, without label smoothing and whatever `train.loss` is. Every
-    rank does the same number of rounds, with or without a batch, so that `poll` may be a
-    collective. Returns None if `poll` asked to stop.
-    """
-    was_training = model.training
-    model.eval()
-    # Without SyncBatchNorm every rank has running statistics of its own: take those of rank 0.
-    runtime.broadcast_buffers(model)
-    counts = Counts.zero(runtime.device)
-    try:
-        for batch in loader:
-            if poll():
-                return None
-            if batch is not None:
-                counts = counts + count_batch(model, batch, loader.mirrored, precision)
-    finally:
-        if was_training:
-            train_mode(model)
-    counts = counts.reduce(runtime)
-    num_evaluated = int(counts.num)
-    assert num_evaluated == loader.num_samples, (
-        f"evaluated {num_evaluated} of {loader.num_samples} images"
-    )
-    return counts
-
-
-def count_batch(model: nn.Module, batch: Batch, mirrored: bool, precision: Precision) -> Counts:
-    """The counts of one evaluation batch, with its plain cross-entropy as the loss."""
-    logits = predict_logits(model, batch, mirrored, precision)
-    losses = F.cross_entropy(
-        logits,
-        batch.labels,
-        reduction="none",
-        ignore_index=IGNORED_LABEL,
-    )
-    return Counts.of(logits, batch.labels, losses)
-
-
-@torch.inference_mode()
-def predict_logits(
-    model: nn.Module, batch: Batch, mirrored: bool, precision: Precision
-) -> torch.Tensor:
-    """Logits of an evaluation batch, by a model in eval mode.
-
-    The probabilities of several views of an image are averaged (Krizhevsky et al. 2012, section
-    4.1). The result is then the logarithm of the averages.
-
-    Args:
-        model: The network.
-        batch: Its images and other views are [B, 3, H, W].
-        mirrored: Whether each view counts together with its mirror image, see `ValLoader`.
-        precision: The precision of the forward pass.
-
-    Returns:
-        Logits [B, C], at least float32.
-    """
-    views = []
-    for view in (batch.images, *batch.other_views):
-        views.append(view)
-        if mirrored:
-            views.append(view.flip(3))
-
-    logits = []
-    with precision.autocast():
-        for images in views:
-            outputs = model(images)
-            logits.append(at_least_fp32(outputs))
-    if len(logits) == 1:
-        return logits[0]
-    log_probabilities = torch.stack(logits).log_softmax(2)
-    log_sum = torch.logsumexp(log_probabilities, 0)
-    return log_sum - math.log(len(logits))
 
 
 def warm_up_ddp(model: nn.Module, image_size: int, precision: Precision) -> None:

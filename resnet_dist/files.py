@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -82,3 +83,25 @@ def write_file_unsynced(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def expand_path(path: str) -> str:
+    """Expand `~` and environment variables in a path, as a shell does.
+
+    A path that exists as it is written is kept.
+
+    Raises:
+        ValueError: An environment variable is not set.
+    """
+    if os.path.lexists(path):
+        return path
+    unset = []
+    for braced, plain in re.findall(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))", path):
+        name = braced or plain
+        if name not in os.environ:
+            unset.append(name)
+    if unset:
+        raise ValueError(
+            f"the environment variable {unset[0]} is not set: export it, or write the path out"
+        )
+    return os.path.expanduser(os.path.expandvars(path))

@@ -26,6 +26,7 @@ from resnet_dist.config_rules import (
     split_hint,
     type_origin,
 )
+from resnet_dist.files import expand_path
 from resnet_dist.recipes import find_recipe
 from resnet_dist.settings import (
     FileSettings,
@@ -309,16 +310,16 @@ class CommandLine:
             namespace: The result of the parser of the program.
 
         Returns:
-            The part of the command, with `~` in paths expanded.
+            The part of the command, with `~` and environment variables in paths expanded.
         """
         for name in self.command:
             namespace = namespace[name]
-        for name in self.parser.path_names:
-            value = namespace.get(name)
-            # Without --checkpoint PATH, jsonargparse puts the section `checkpoint` here.
-            if isinstance(value, (str, list)):
-                namespace[name] = _expand_home(value)
         try:
+            for name in self.parser.path_names:
+                value = namespace.get(name)
+                # Without --checkpoint PATH, jsonargparse puts the section `checkpoint` here.
+                if isinstance(value, (str, list)):
+                    namespace[name] = _expand(value)
             for name, hint in self.parser.own_hints.items():
                 if name in namespace:
                     refuse_value(f"--{name}", namespace[name], hint)
@@ -393,11 +394,11 @@ def as_yaml(value: object) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def _expand_home(path: str | list[str]) -> str | list[str]:
-    """Replace `~` at the start of one or more paths by the home folder."""
+def _expand(path: str | list[str]) -> str | list[str]:
+    """Expand `~` and environment variables in one or more paths."""
     if isinstance(path, list):
-        return [os.path.expanduser(one) for one in path]
-    return os.path.expanduser(path)
+        return [expand_path(one) for one in path]
+    return expand_path(path)
 
 
 def _metavar(hint: TypeHint) -> str | None:

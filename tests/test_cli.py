@@ -304,6 +304,28 @@ def test_the_home_folder_in_paths(monkeypatch):
         assert line.options()[name] == path
 
 
+def test_environment_variables_in_paths_are_expanded(monkeypatch, tmp_path):
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("output_dir: $SCRATCH/run\ndata: {data_dir: '${SCRATCH}/data'}\n")
+    config = settings_of("train", "--config", str(recipe), "--checkpoint.resume=$SCRATCH/a.pt")
+    assert config.output_dir == "/scratch/me/run"
+    assert config.data.data_dir == "/scratch/me/data"
+    assert config.checkpoint.resume == "/scratch/me/a.pt"
+
+    line, _ = cli._prepare(["predict", "--checkpoint=$SCRATCH/a.pt", "$SCRATCH/b.jpg"])
+    assert line.options()["images"] == ["/scratch/me/b.jpg"]
+
+    with pytest.raises(ValueError, match=r"output_dir.*NOWHERE is not set"):
+        Config(output_dir="$NOWHERE/run")
+
+    # A path that exists as it is written is kept.
+    odd = tmp_path / "$NOWHERE"
+    odd.mkdir()
+    assert Config(output_dir=str(odd)).output_dir == str(odd)
+
+
 def example_values(hint):
     """Values of a setting's type that its rules allow."""
     plain, rules = split_hint(hint)
@@ -320,7 +342,7 @@ def example_values(hint):
             ["null", "1e5", "yes", "[a", "{x", "a: b", "#", "'", "007", "~x", "-"]
         )
         values = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), max_size=9)
-        values = (odd | values).filter(lambda text: not text.startswith("~"))
+        values = (odd | values).filter(lambda text: "~" not in text[:1] and "$" not in text)
     elif plain in (int, float):
         values = numbers_for(plain)
     elif kind is tuple:

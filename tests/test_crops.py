@@ -175,7 +175,7 @@ def test_progressive_side():
 
 
 def test_ten_crops_and_scales_are_torchvisions():
-    """Corners and centre of TenCrop (its other five are mirror images, see engine.evaluate);
+    """Corners and centre of TenCrop (its other five are mirror images, see evaluation.evaluate);
     squares of each scale.
     """
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (40, 61, 3), dtype=np.uint8))

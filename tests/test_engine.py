@@ -15,7 +15,8 @@ from resnet_dist import engine
 from resnet_dist.checkpoint import TrainState
 from resnet_dist.config import AugmentConfig, Config, ModelConfig, OptimConfig, TrainConfig
 from resnet_dist.data.types import IGNORED_LABEL, Batch
-from resnet_dist.engine import evaluate, train_step
+from resnet_dist.engine import train_step
+from resnet_dist.evaluation import evaluate
 from resnet_dist.metrics import Counts
 from resnet_dist.models.build import MODELS
 from resnet_dist.nonfinite import NonFinite

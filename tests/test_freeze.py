@@ -6,9 +6,10 @@ import torchvision
 from test_engine import CPU, FP32, Alone, NoSync, make_batch, rule_of
 from torch import nn
 
-from resnet_dist import engine
+from resnet_dist import engine, evaluation
 from resnet_dist.config import Config, ModelConfig, OptimConfig, TrainConfig
-from resnet_dist.engine import train_mode, train_step
+from resnet_dist.engine import train_step
+from resnet_dist.forward import train_mode
 from resnet_dist.models.build import MODELS
 from resnet_dist.models.weights import freeze
 from resnet_dist.nonfinite import NonFinite
@@ -77,7 +78,7 @@ def test_frozen_norms_stay_in_eval_throughout():
         num_samples, mirrored = 0, False
 
     state, _ = trained(steps=0, unfreeze_from="layer3")
-    engine.evaluate(state.model, Nothing(), Alone(), FP32)
+    evaluation.evaluate(state.model, Nothing(), Alone(), FP32)
     modes = {
         name: module.training
         for name, module in state.model.named_modules()
@@ -87,7 +88,7 @@ def test_frozen_norms_stay_in_eval_throughout():
     assert modes == {name: name.startswith("layer3") for name in modes}
     assert state.model.training and state.model.layer1.training
     state.model.eval()
-    engine.evaluate(state.model, Nothing(), Alone(), FP32)
+    evaluation.evaluate(state.model, Nothing(), Alone(), FP32)
     assert not any(module.training for module in state.model.modules())
 
 

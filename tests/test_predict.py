@@ -13,7 +13,7 @@ import torch
 from dist_utils import run_app
 from image_files import OneProcess, encode, picture, val_loader
 
-from resnet_dist import cli, engine
+from resnet_dist import cli, evaluation
 from resnet_dist.commands.predict import find_images
 from resnet_dist.config import Config, ModelConfig
 from resnet_dist.data.sources.scan import build_index
@@ -78,7 +78,7 @@ def test_a_validation_folder_gets_what_evaluation_gives_it(checkpoint, digits, t
     loader = val_loader(index, tmp_path, dtype=precision.dtype, **data)
     shares = []
     for batch in loader:
-        logits = engine.predict_logits(model, batch, loader.mirrored, precision)
+        logits = evaluation.predict_logits(model, batch, loader.mirrored, precision)
         shares += logits.softmax(1).tolist()
     loader.close()
     assert weights == "ema" and len(shares) == 355
@@ -148,7 +148,7 @@ def test_interrupts_and_closed_pipes_are_quiet(checkpoint, digits, tmp_path):
         return cli.main(arguments)
 
     def interrupted(arguments):
-        real = engine.predict_logits
+        real = evaluation.predict_logits
         signal.signal(
             signal.SIGINT, signal.default_int_handler
         )  # a job in the background inherits "ignore"
@@ -157,7 +157,7 @@ def test_interrupts_and_closed_pipes_are_quiet(checkpoint, digits, tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
             return real(*parts)
 
-        engine.predict_logits = predict
+        evaluation.predict_logits = predict
         return cli.main(arguments)
 
     for entry, expected in ((closed, 141), (interrupted, 130)):

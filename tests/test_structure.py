@@ -13,6 +13,7 @@ LAYERS = [
     {
         "config",
         "config_rules",
+        "config_sections",
         "cluster",
         "options",
         "recipes",
@@ -48,6 +49,7 @@ LAYERS = [
     {"optim", "ema", "mix", "losses", "models.*", "data.*"},
     {"memory", "checkpoint", "checkpoint_file", "run_folder", "resume_rules", "saved_network"},
     {"state", "nonfinite", "restore"},
+    {"forward", "evaluation"},
     {"engine"},
     {"summary"},
     {"run"},

@@ -38,7 +38,8 @@ from resnet_dist.config import (
 )
 from resnet_dist.data.sources.digits import load_digits
 from resnet_dist.data.types import Batch
-from resnet_dist.engine import evaluate, train_step
+from resnet_dist.engine import train_step
+from resnet_dist.evaluation import evaluate
 from resnet_dist.mix import draw_mix, mix_images
 from resnet_dist.models.build import build_model
 from resnet_dist.models.init import init_weights

@@ -26,6 +26,7 @@ from resnet_dist.data.build import build_train_loader
 from resnet_dist.data.types import Batch
 from resnet_dist.distributed import Runtime, StopSignal
 from resnet_dist.engine import Services, Training
+from resnet_dist.forward import all_logits
 from resnet_dist.layout import check_layout
 from resnet_dist.log import Log
 from resnet_dist.plan import build_plan
@@ -221,7 +222,7 @@ def bare_step(parts: Training, batch: Batch) -> torch.Tensor:
     optimizer = parts.state.optimizer
     with parts.rule.precision.autocast():
         outputs = parts.model(batch.images)
-        logits = engine.all_logits(outputs)[0]
+        logits = all_logits(outputs)[0]
     loss = F.cross_entropy(logits.float(), batch.labels)
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()

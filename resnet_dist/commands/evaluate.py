@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
-from resnet_dist import engine
+from resnet_dist import evaluation
 from resnet_dist.config import Config, DataConfig
 from resnet_dist.data.build import build_val_loader
 from resnet_dist.data.sources.index import check_num_classes
@@ -97,7 +97,7 @@ def evaluate_network(
             if not saved.content[kind]:
                 continue
             load_into(model, saved, kind)
-            counts = engine.evaluate(model, loader, runtime, precision)
+            counts = evaluation.evaluate(model, loader, runtime, precision)
             assert counts is not None
             results[kind] = counts.result(num_classes)
         num_bad = runtime.sum_integer(loader.num_bad)

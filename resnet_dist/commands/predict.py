@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from resnet_dist import engine
+from resnet_dist import evaluation
 from resnet_dist.config import Config
 from resnet_dist.data.build import build_val_loader
 from resnet_dist.data.sources.index import SUFFIXES, list_files, some
@@ -182,7 +182,7 @@ def predict_files(
         with closing(loader):
             for batch in loader:
                 assert batch is not None, "a single process has no rounds without a batch"
-                logits = engine.predict_logits(
+                logits = evaluation.predict_logits(
                     model,
                     batch,
                     loader.mirrored,

@@ -1,0 +1,103 @@
+"""Evaluation: every image of the validation set is counted once, on any number of ranks."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from resnet_dist.data.types import IGNORED_LABEL, Batch, ValLoader
+from resnet_dist.distributed import Runtime
+from resnet_dist.forward import at_least_fp32, train_mode
+from resnet_dist.metrics import Counts
+from resnet_dist.precision import Precision
+
+
+def no_stop() -> bool:
+    """The `poll` of an evaluation that nothing interrupts."""
+    return False
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    loader: ValLoader,
+    runtime: Runtime,
+    precision: Precision,
+    poll: Callable[[], bool] = no_stop,
+) -> Counts | None:
+    """Count over the whole validation set, each image once, on any number of ranks.
+
+    The loss is the plain cross-entropy, without label smoothing and whatever `train.loss` is. Every
+    rank does the same number of rounds, with or without a batch, so that `poll` may be a
+    collective. Returns None if `poll` asked to stop.
+    """
+    was_training = model.training
+    model.eval()
+    # Without SyncBatchNorm every rank has running statistics of its own: take those of rank 0.
+    runtime.broadcast_buffers(model)
+    counts = Counts.zero(runtime.device)
+    try:
+        for batch in loader:
+            if poll():
+                return None
+            if batch is not None:
+                counts = counts + count_batch(model, batch, loader.mirrored, precision)
+    finally:
+        if was_training:
+            train_mode(model)
+    counts = counts.reduce(runtime)
+    num_evaluated = int(counts.num)
+    assert num_evaluated == loader.num_samples, (
+        f"evaluated {num_evaluated} of {loader.num_samples} images"
+    )
+    return counts
+
+
+def count_batch(model: nn.Module, batch: Batch, mirrored: bool, precision: Precision) -> Counts:
+    """The counts of one evaluation batch, with its plain cross-entropy as the loss."""
+    logits = predict_logits(model, batch, mirrored, precision)
+    losses = F.cross_entropy(
+        logits,
+        batch.labels,
+        reduction="none",
+        ignore_index=IGNORED_LABEL,
+    )
+    return Counts.of(logits, batch.labels, losses)
+
+
+@torch.inference_mode()
+def predict_logits(
+    model: nn.Module, batch: Batch, mirrored: bool, precision: Precision
+) -> torch.Tensor:
+    """Logits of an evaluation batch, by a model in eval mode.
+
+    The probabilities of several views of an image are averaged (Krizhevsky et al. 2012, section
+    4.1). The result is then the logarithm of the averages.
+
+    Args:
+        model: The network.
+        batch: Its images and other views are [B, 3, H, W].
+        mirrored: Whether each view counts together with its mirror image, see `ValLoader`.
+        precision: The precision of the forward pass.
+
+    Returns:
+        Logits [B, C], at least float32.
+    """
+    views = []
+    for view in (batch.images, *batch.other_views):
+        views.append(view)
+        if mirrored:
+            views.append(view.flip(3))
+
+    logits = []
+    with precision.autocast():
+        for images in views:
+            outputs = model(images)
+            logits.append(at_least_fp32(outputs))
+    if len(logits) == 1:
+        return logits[0]
+    log_probabilities = torch.stack(logits).log_softmax(2)
+    log_sum = torch.logsumexp(log_probabilities, 0)
+    return log_sum - math.log(len(logits))
