@@ -209,7 +209,8 @@ class Round:
     def is_possible(self, kind: str) -> bool:
         """Whether a fault of this kind can strike now, before the run ends."""
         if kind == "leftovers":
-            return True
+            # A run claims its folder before it writes anything else there.
+            return (self.folder / "checkpoints" / "attempt").exists()
         if kind in FILE_FAULTS:
             # At least one good checkpoint must be left.
             return len(good_checkpoints(self.folder, self.damaged)) >= 2
