@@ -13,6 +13,12 @@ from resnet_dist.forward import at_least_fp32, train_mode
 from resnet_dist.metrics import Counts
 from resnet_dist.precision import Precision
 
+Collector = Callable[[Batch, torch.Tensor], None]
+"""Called on each rank with each of its evaluated batches and the logits [B, C], float32 or wider.
+
+Images that cannot be decoded have the label `IGNORED_LABEL`. `Batch.indices` are rows of the index.
+"""
+
 
 def no_stop() -> bool:
     """The `poll` of an evaluation that nothing interrupts."""
@@ -26,12 +32,25 @@ def evaluate(
     runtime: Runtime,
     precision: Precision,
     poll: Callable[[], bool] = no_stop,
+    collect: Collector | None = None,
 ) -> Counts | None:
     """Count over the whole validation set, each image once, on any number of ranks.
 
     The loss is the plain cross-entropy, without label smoothing and whatever `train.loss` is. Every
     rank does the same number of rounds, with or without a batch, so that `poll` may be a
-    collective. Returns None if `poll` asked to stop.
+    collective.
+
+    Args:
+        model: The network. It is in its previous mode afterwards.
+        loader: This rank's share of the images.
+        runtime: This rank.
+        precision: The precision of the forward pass.
+        poll: Asked before each round whether to stop.
+        collect: Gets each batch and its logits, for figures beside the counts. A failure of it
+            is an error of this rank.
+
+    Returns:
+        The counts over all ranks; None if `poll` asked to stop.
     """
     was_training = model.training
     model.eval()
@@ -43,7 +62,10 @@ def evaluate(
             if poll():
                 return None
             if batch is not None:
-                counts = counts + count_batch(model, batch, loader.mirrored, precision)
+                logits = predict_logits(model, batch, loader.mirrored, precision)
+                counts = counts + count_logits(logits, batch.labels)
+                if collect is not None:
+                    collect(batch, logits)
     finally:
         if was_training:
             train_mode(model)
@@ -55,16 +77,20 @@ def evaluate(
     return counts
 
 
-def count_batch(model: nn.Module, batch: Batch, mirrored: bool, precision: Precision) -> Counts:
-    """The counts of one evaluation batch, with its plain cross-entropy as the loss."""
-    logits = predict_logits(model, batch, mirrored, precision)
+def count_logits(logits: torch.Tensor, labels: torch.Tensor) -> Counts:
+    """The counts of one evaluation batch, with its plain cross-entropy as the loss.
+
+    Args:
+        logits: [B, C].
+        labels: int64 [B], class ids or IGNORED_LABEL.
+    """
     losses = F.cross_entropy(
         logits,
-        batch.labels,
+        labels,
         reduction="none",
         ignore_index=IGNORED_LABEL,
     )
-    return Counts.of(logits, batch.labels, losses)
+    return Counts.of(logits, labels, losses)
 
 
 @torch.inference_mode()
