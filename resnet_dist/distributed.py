@@ -94,6 +94,17 @@ class Runtime:
         dist.all_gather(gathered, own, group=self.cpu_group)
         return [tensor.tolist() for tensor in gathered]
 
+    def gather_objects(self, value: T) -> list[T] | None:
+        """Return the `value` of each rank in order of rank, on the main process; None elsewhere.
+
+        The values are pickled and sent over the CPU group. Every rank must call this.
+        """
+        gathered: list[T] | None = None
+        if self.is_main:
+            gathered = [value] * self.world_size
+        dist.gather_object(value, gathered, dst=0, group=self.cpu_group)
+        return gathered
+
     def broadcast_buffers(self, model: torch.nn.Module) -> None:
         """Copy the buffers of the main process (running statistics) to every rank, in place."""
         for buffer in model.buffers():

@@ -4,40 +4,20 @@ The images come from the data loaders of training and evaluation.
 """
 
 import argparse
-import math
 import tempfile
 from dataclasses import replace
 from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFont
 
-from resnet_dist.config import Config
+from resnet_dist.config import Config, DataConfig
 from resnet_dist.data.build import build_train_loader, build_val_loader
 from resnet_dist.data.pixels.loader import DaliTrainLoader, DaliValLoader
 from resnet_dist.data.types import Batch
 from resnet_dist.distributed import Runtime
+from resnet_dist.pictures import Tile, contact_sheet, to_levels
 from resnet_dist.process import run_process
-
-# All lengths are in pixels.
-_LINE_HEIGHT = 18
-_GAP = 6
-_MIN_TILE_SIDE = 128
-_FONT_SIZE = 12
-_LETTER_WIDTH = 7
-
-
-class Tile(NamedTuple):
-    """One image of the picture, and its captions."""
-
-    above: str
-    """text above the image"""
-    pixels: torch.Tensor
-    """[side, side, 3], from 0 to 1"""
-    below: str
-    """text below the image"""
 
 
 class _TitledBatch(NamedTuple):
@@ -45,13 +25,6 @@ class _TitledBatch(NamedTuple):
 
     title: str
     batch: Batch
-
-
-class _Normalization(NamedTuple):
-    """The statistics that the loaders normalise images with, each [3]."""
-
-    mean: torch.Tensor
-    std: torch.Tensor
 
 
 def run(config: Config, args: argparse.Namespace) -> int:
@@ -76,17 +49,13 @@ def run(config: Config, args: argparse.Namespace) -> int:
         rows, class_names = _load(config, runtime, args)
         # Broken images have a negative label, which takes the last name.
         names = (*class_names, "broken")
-        normalization = _Normalization(
-            mean=torch.tensor(config.data.mean),
-            std=torch.tensor(config.data.std),
-        )
         tiles = []
         for row in rows:
             row_tiles = []
             for shown in row:
-                row_tiles.extend(_make_tiles(shown, normalization, names))
+                row_tiles.extend(_make_tiles(shown, config.data, names))
             tiles.append(row_tiles)
-        sheet(tiles).save(args.out)
+        contact_sheet(tiles).save(args.out)
         print(f"picture: {args.out}")
         return 0
 
@@ -176,14 +145,14 @@ def _spread(num_samples: int, count: int) -> list[np.ndarray]:
 
 def _make_tiles(
     shown: _TitledBatch,
-    normalization: _Normalization,
+    data: DataConfig,
     names: tuple[str, ...],
 ) -> list[Tile]:
     """The views of an image as tiles, with the normalisation undone.
 
     Args:
         shown: A batch of one image.
-        normalization: The mean and standard deviation that the loader has applied.
+        data: The mean and standard deviation that the loader has applied.
         names: The class names, and a last name for broken images.
     """
     batch = shown.batch
@@ -192,78 +161,6 @@ def _make_tiles(
     views = [batch.images, *batch.other_views]
     tiles = []
     for view in views:
-        channels_last = view[0].permute(1, 2, 0).cpu()
-        pixels = channels_last * normalization.std + normalization.mean
+        pixels = to_levels(view[0], data.mean, data.std)
         tiles.append(Tile(shown.title, pixels, names[label]))
     return tiles
-
-
-def sheet(rows: list[list[Tile]]) -> Image.Image:
-    """Arrange rows of tiles in one picture.
-
-    If images are small, all are enlarged by the same whole factor.
-
-    Args:
-        rows: The tiles of each row. Rows may differ in length.
-
-    Returns:
-        The picture, in RGB.
-    """
-    largest_side = 0
-    num_columns = 0
-    for row in rows:
-        num_columns = max(num_columns, len(row))
-        for tile in row:
-            largest_side = max(largest_side, len(tile.pixels))
-    factor = math.ceil(_MIN_TILE_SIDE / largest_side)
-    side = factor * largest_side
-    tile_width = side + _GAP
-    tile_height = side + 2 * _LINE_HEIGHT + _GAP
-    num_letters = tile_width // _LETTER_WIDTH
-
-    width = num_columns * tile_width + _GAP
-    height = len(rows) * tile_height + _GAP
-    canvas = Image.new("RGB", (width, height), "white")
-    for row_number, row in enumerate(rows):
-        y = _GAP + row_number * tile_height
-        for column_number, tile in enumerate(row):
-            x = _GAP + column_number * tile_width
-            _draw_tile(canvas, tile, (x, y), factor, num_letters)
-    return canvas
-
-
-def _draw_tile(
-    canvas: Image.Image,
-    tile: Tile,
-    position: tuple[int, int],
-    factor: int,
-    num_letters: int,
-) -> None:
-    """Draw a tile and its captions.
-
-    Args:
-        canvas: The picture.
-        tile: The tile.
-        position: (x, y) of its upper left corner.
-        factor: How many pixels of the picture show one pixel of the image, in each direction.
-        num_letters: Number of letters of the lower caption that fit.
-    """
-    x, y = position
-    original_side = len(tile.pixels)
-    side = factor * original_side
-    levels = (255 * tile.pixels).round().clamp(0, 255).byte()
-    image = Image.fromarray(levels.numpy())
-    enlarged = image.resize((side, side), Image.Resampling.NEAREST)
-    image_y = y + _LINE_HEIGHT
-    canvas.paste(enlarged, (x, image_y))
-
-    draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(_FONT_SIZE)
-    title = f"{tile.above}, {original_side} px"
-    draw.text((x, y), title, "#606060", font)
-    draw.text(
-        (x, image_y + side),
-        tile.below[:num_letters],
-        "black",
-        font,
-    )

@@ -1,0 +1,298 @@
+"""Figures about an evaluation: their definitions, computed by hand or by another library, and that
+they are the same on any number of ranks.
+"""
+
+import base64
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import scipy.stats
+import torch
+import torch.nn.functional as F
+from dist_utils import run_ranks
+from image_files import OneProcess, encode, picture, write_split
+
+from resnet_dist.calibration import (
+    equal_mass_bins,
+    equal_width_bins,
+    expected_calibration_error,
+    measure_calibration,
+)
+from resnet_dist.comparison import paired_test, sign_test, student_quantile, summarize_seeds
+from resnet_dist.config import DataConfig
+from resnet_dist.confusion import find_confusions, results_per_class
+from resnet_dist.data.pixels.loader import DaliValLoader, LoaderSettings
+from resnet_dist.data.sources.scan import build_index
+from resnet_dist.data.types import IGNORED_LABEL, Batch
+from resnet_dist.distributed import Runtime
+from resnet_dist.evaluation import evaluate
+from resnet_dist.evaluation_file import (
+    EvaluatedNetwork,
+    describe_evaluation,
+    read_evaluation,
+    write_evaluation,
+)
+from resnet_dist.image_collector import Collected, ImageCollector, results_of_batch
+from resnet_dist.metrics import Counts
+from resnet_dist.per_image import join_results, temperature_grid
+from resnet_dist.precision import Precision
+from resnet_dist.predictions_file import read_predictions, write_predictions
+
+NUM, CLASSES = 400, 8
+
+
+def random_batch(seed=0, num=NUM, scale=3.0, first_row=0):
+    """Logits that favour the label, some unreadable images, and equal logits."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(CLASSES, (num,), generator=generator)
+    logits = torch.randn(num, CLASSES, generator=generator) + 1.5 * F.one_hot(labels, CLASSES)
+    logits = (scale * logits).bfloat16().float()
+    labels[::50] = IGNORED_LABEL
+    rows = np.arange(first_row, first_row + num)
+    return Batch(torch.zeros(num, 3, 2, 2), labels, rows), logits
+
+
+def test_rows_agree_with_the_counts_and_with_torch():
+    batch, logits = random_batch()
+    results = results_of_batch(batch, logits)
+    losses = F.cross_entropy(logits, batch.labels, reduction="none")
+    counts = Counts.of(logits, batch.labels, losses).result(CLASSES)
+    assert results.is_hit.sum() == counts["correct1"]
+    assert results.is_top5_hit.sum() == counts["correct5"]
+    readable = results.is_readable
+    assert readable.sum() == NUM - 8
+    assert np.allclose(results.losses[readable], losses.numpy()[readable], atol=1e-5)
+    probabilities = logits.softmax(1)
+    assert np.array_equal(results.top_classes[:, 0], logits.argmax(1).numpy())
+    assert np.allclose(results.confidences, probabilities.amax(1).numpy(), atol=1e-6)
+    targets = F.one_hot(batch.labels.clamp(min=0), CLASSES)
+    brier = (probabilities - targets).square().sum(1).numpy()
+    assert np.allclose(results.brier, brier, atol=1e-5)
+    # Temperature 1 is in the grid.
+    middle = len(temperature_grid()) // 2
+    assert temperature_grid()[middle] == 1
+    assert np.allclose(results.tempered_losses[:, middle], results.losses, atol=1e-5)
+
+
+def test_logits_that_are_not_finite_are_no_hits():
+    batch, logits = random_batch()
+    logits[1] = math.nan
+    logits[2, 0] = math.inf
+    results = results_of_batch(batch, logits)
+    assert np.flatnonzero(~results.is_finite).tolist() == [1, 2]
+    assert not results.is_hit[1] and not results.is_top5_hit[2]
+
+
+def test_bins_by_hand():
+    confidences = np.array([0.0, 1 / 15, 0.5, 0.52, 0.9, 1.0])
+    hits = np.array([False, True, True, False, True, True])
+    bins = equal_width_bins(confidences, hits)
+    assert [each.num for each in bins] == [2, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 1, 1]
+    assert bins[7].accuracy == 0.5 and bins[7].confidence == pytest.approx(0.51)
+    # |0.5 - 1/30| * 2, |0.5 - 0.51| * 2, |1 - 0.9|, |1 - 1|, divided by 6
+    expected = (2 * (0.5 - 1 / 30) + 2 * 0.01 + 0.1) / 6
+    assert expected_calibration_error(bins) == pytest.approx(expected)
+    mass = equal_mass_bins(np.linspace(0, 1, 32), np.ones(32, dtype=bool))
+    assert [each.num for each in mass] == [3, 3] + [2] * 13
+    assert mass[0].confidence < mass[-1].confidence == pytest.approx(61 / 62)
+
+
+def test_the_temperature_undoes_a_scale():
+    """Logits of a calibrated network, times 2: the best temperature is 2."""
+    generator = torch.Generator().manual_seed(1)
+    logits = 2 * torch.randn(6000, CLASSES, generator=generator)
+    labels = logits.softmax(1).multinomial(1, generator=generator)[:, 0]
+    batch = Batch(torch.zeros(6000, 3, 1, 1), labels, np.arange(6000))
+    calibration = measure_calibration(results_of_batch(batch, 2 * logits))
+    scaling = calibration.scaling
+    assert scaling.temperature == pytest.approx(2, rel=0.08)
+    assert scaling.num == 3000 and not scaling.is_at_the_edge
+    assert scaling.loss_after < scaling.loss_before
+    assert scaling.ece_after < 0.03 < scaling.ece_before
+    assert calibration.ece > 0.05 and calibration.ece_equal_mass > 0.05
+
+
+def test_unreadable_images_are_misses_and_have_no_probabilities():
+    batch, logits = random_batch()
+    results = results_of_batch(batch, logits)
+    calibration = measure_calibration(results)
+    assert calibration.num == NUM - 8
+    readable = results.is_readable
+    assert calibration.loss == pytest.approx(results.losses[readable].mean(dtype=np.float64))
+    nothing = replace(results, is_readable=np.zeros(NUM, dtype=bool))
+    assert measure_calibration(nothing) is None
+    assert nothing.is_hit.sum() == 0
+
+
+def test_classes_and_confusions():
+    batch, logits = random_batch()
+    results = results_of_batch(batch, logits)
+    matrix = np.zeros((CLASSES, CLASSES), dtype=int)
+    readable = results.is_readable
+    np.add.at(matrix, (results.labels[readable], results.top_classes[readable, 0]), 1)
+    classes = results_per_class(results, CLASSES)
+    assert sum(each.num for each in classes) == NUM
+    accuracies = [each.correct1 / each.num for each in classes]
+    assert accuracies == sorted(accuracies)
+    for each in classes:
+        assert each.correct1 == matrix[each.label, each.label] <= each.correct5
+    confusions = find_confusions(results, CLASSES)
+    counts = [each.num for each in confusions]
+    assert counts == sorted(counts, reverse=True)
+    for each in confusions:
+        assert matrix[each.label, each.predicted] == each.num
+    assert sum(counts) == matrix.sum() - np.trace(matrix)
+
+
+def test_parts_are_joined_in_the_order_of_the_index():
+    first, first_logits = random_batch(0, 60, first_row=100)
+    second, second_logits = random_batch(1, 40, first_row=0)
+    parts = [results_of_batch(first, first_logits), results_of_batch(second, second_logits)]
+    joined = join_results(parts)
+    assert np.array_equal(joined.rows, np.r_[0:40, 100:160])
+    assert np.array_equal(joined.losses[:40], parts[1].losses)
+    with pytest.raises(AssertionError):
+        join_results([parts[0], parts[0]])
+
+
+def test_the_paired_test_is_the_exact_binomial_test():
+    for wins, losses in ((0, 0), (3, 3), (0, 6), (12, 3), (700, 800), (10_000, 10_300)):
+        expected = 1.0
+        if wins + losses:
+            expected = scipy.stats.binomtest(wins, wins + losses).pvalue
+        assert sign_test(wins, losses) == sign_test(losses, wins)
+        assert sign_test(wins, losses) == pytest.approx(expected, rel=1e-6)
+    first = np.array([True] * 90 + [False] * 10)
+    second = np.array([True] * 95 + [False] * 5)
+    test = paired_test(first, second)
+    assert (test.only_first, test.only_second, test.points) == (0, 5, 5.0)
+    assert test.p_value == 0.0625 and not test.is_different
+
+
+def test_seeds():
+    for freedom in (1, 2, 3, 4, 9, 30):
+        expected = scipy.stats.t.ppf(0.975, freedom)
+        assert student_quantile(freedom) == pytest.approx(expected, rel=1e-9)
+    summary = summarize_seeds([90.0, 91.0, 92.0])
+    expected = scipy.stats.t.interval(0.95, 2, 91, 1 / math.sqrt(3))
+    assert (summary.mean, summary.deviation) == (91, 1)
+    assert [summary.interval.low, summary.interval.high] == pytest.approx(list(expected))
+
+
+def tiny_network():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, CLASSES)
+    )
+
+
+def evaluate_images(rank, world_size, folder, options):
+    """Evaluate; the main process writes evaluation.json and predictions.parquet."""
+    runtime = Runtime(rank, rank, world_size, world_size, torch.device("cpu"), None)
+    index = build_index(str(folder), "val", runtime)
+    data = DataConfig(val_resize_size=20, val_crop_size=16, val_batch_size=8, **options)
+    settings = LoaderSettings(torch.device("cpu"), torch.float32, 1, str(folder))
+    loader = DaliValLoader(index, data, rank=rank, world_size=world_size, settings=settings)
+    collector = ImageCollector(data)
+    precision = Precision("fp32", torch.device("cpu"))
+    model = tiny_network()
+    counts = evaluate(model, loader, runtime, precision, collect=collector)
+    collected = collector.gather(loader, runtime)
+    loader.close()
+    if collected is None:
+        return None
+    network = EvaluatedNetwork("tiny", "raw", 7, list(index.class_names))
+    details = describe_evaluation(collected, network)
+    write_evaluation(details, folder / "evaluation.json")
+    write_predictions(collected, network, folder / "predictions.parquet")
+    return counts.result(CLASSES)
+
+
+def test_files_are_the_same_on_any_number_of_ranks(tmp_path):
+    """With one view and with several. One image is broken."""
+    files = [encode(picture(24 + i % 5, 30, i)) for i in range(43)]
+    files[9] = b"no image"
+    write_split(tmp_path, files, classes=CLASSES, split="val")
+    for options in ({}, {"val_flip": True, "val_scales": (20, 24)}):
+        written = {}
+        for world_size in (1, 2, 3):
+            results = run_ranks(evaluate_images, world_size, tmp_path, options)
+            evaluation = (tmp_path / "evaluation.json").read_text()
+            parquet = (tmp_path / "predictions.parquet").read_bytes()
+            written[world_size] = (evaluation, parquet, results[0])
+        assert written[1] == written[2] == written[3]
+        counts = written[1][2]
+        details = read_evaluation(tmp_path / "evaluation.json")
+        assert details.is_hit.sum() == counts["correct1"] > 0
+        assert details.num_top5_hits == counts["correct5"]
+        assert len(details.is_hit) == counts["num"] == 43
+        assert details.num_unreadable == 1 and details.calibration.num == 42
+        assert sum(each.num for each in details.classes) == 43
+        confidences = [entry.confidence for entry in details.mistakes]
+        assert confidences == sorted(confidences, reverse=True) and len(confidences) == 12
+        assert base64.b64decode(details.hits[0].png)[:4] == b"\x89PNG"
+        predictions = read_predictions(tmp_path / "predictions.parquet")
+        assert np.array_equal(predictions.is_hit, details.is_hit)
+        assert predictions.images == details.images
+        assert predictions.num_top5_hits == details.num_top5_hits
+    rows = pyarrow.parquet.read_table(tmp_path / "predictions.parquet").to_pylist()
+    index = build_index(str(tmp_path), "val", OneProcess())
+    assert [row["path"] for row in rows] == [index.name(i) for i in range(43)]
+    assert [row["label"] for row in rows] == index.labels_of(np.arange(43)).tolist()
+    assert rows[9]["loss"] is None and rows[9]["top_classes"] is None
+    assert len(rows[0]["top_probabilities"]) == 5
+
+
+def nan_logits(rank, world_size, folder):
+    """The error of each rank."""
+    runtime = Runtime(rank, rank, world_size, world_size, torch.device("cpu"), None)
+    batch, logits = random_batch(num=4, first_row=4 * rank)
+    if rank == 1:
+        logits[2] = math.nan
+    collector = ImageCollector(DataConfig())
+    collector(batch, logits)
+    with pytest.raises(ValueError) as caught:
+        collector.gather(SimpleNamespace(num_samples=8), runtime)
+    return str(caught.value)
+
+
+def test_nan_logits_are_an_error_on_every_rank(tmp_path):
+    first, second = run_ranks(nan_logits, 2, tmp_path)
+    assert first == second
+    assert "1 of 8 images logits that are not finite (first: image 6)" in first
+
+
+def test_damaged_files_are_refused_in_one_sentence(tmp_path):
+    batch, logits = random_batch(num=20)
+    paths = [f"class/{row}" for row in range(20)]
+    collected = Collected(results_of_batch(batch, logits), paths, [], [])
+    network = EvaluatedNetwork("tiny", "raw", 7, [f"class{i}" for i in range(CLASSES)])
+    parquet = tmp_path / "p.parquet"
+    evaluation = tmp_path / "e.json"
+    write_predictions(collected, network, parquet)
+    write_evaluation(describe_evaluation(collected, network), evaluation)
+    problems = []
+    for path, read in ((parquet, read_predictions), (evaluation, read_evaluation)):
+        whole = path.read_bytes()
+        read(path)
+        damages = (b"", whole[: len(whole) // 2], b"{}", b"\xff" * 100, whole[:-30] + b"x" * 30)
+        for damage in damages:
+            path.write_bytes(damage)
+            try:
+                read(path)
+                problems.append(f"{path.name} with {damage[:20]!r} was read")
+            except ValueError as error:
+                if "write it again" not in str(error) or "\n" in str(error):
+                    problems.append(str(error))
+        path.unlink()
+        with pytest.raises(ValueError, match="cannot be read: No such file"):
+            read(path)
+    assert problems == []
+    # A Parquet file of somebody else.
+    pyarrow.parquet.write_table(pyarrow.table({"a": [1]}), parquet)
+    with pytest.raises(ValueError, match="does not say which network"):
+        read_predictions(parquet)
