@@ -252,4 +252,5 @@ def results_of_batch(batch: Batch, logits: torch.Tensor) -> ImageResults:
 def _on_host(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     """The values of a tensor as a NumPy array, which outlives inference mode."""
     array: np.ndarray[Any, Any] = tensor.cpu().numpy()
-    return array.copy()
+    copied: np.ndarray[Any, Any] = array.copy()
+    return copied
