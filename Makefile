@@ -5,6 +5,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# Two workers: much of a test is waiting. Each takes whole files, those of whole processes first.
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart test-fast test test-long chaos gpu lint fmt
 
@@ -12,10 +15,10 @@ quickstart: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 train.py
 
 test-fast: $(VENV)/installed
-	$(BIN)/python -m pytest tests/*.py -m "not slow and not long"
+	$(PYTEST) tests/*.py -m "not slow and not long"
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-long: $(VENV)/installed
 	$(BIN)/python -m pytest -m long

@@ -13,13 +13,13 @@ from torch.distributed.run import get_args_parser
 from resnet_dist import Config, cli
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "slurm/README.md")]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 
 # The shell's own words, and commands that the tests of installation run.
 NOT_OURS = {"source", "pip", "git", "cd"}
 # What takes long, or needs a network or official archives, has its own tests.
-PARSED_ONLY = ("data import", "data download", "submit", "benchmark", "models", "launch")
+PARSED_ONLY = ("data import", "data download", "benchmark", "models", "launch")
 
 
 def commands():
