@@ -13,7 +13,7 @@ They call what the command line calls: `resnet-dist train`, `evaluate` and `pred
 """
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,21 @@ from PIL.Image import Image
 from torch import nn
 
 from resnet_dist import distributed, run
-from resnet_dist.checkpoint_file import download_weights, read_checkpoint, unpack_weights
-from resnet_dist.commands.evaluate import evaluate_network
+from resnet_dist.checkpoint_file import read_checkpoint, unpack_weights
+from resnet_dist.commands.evaluate import EvaluationRequest, evaluate_network
 from resnet_dist.commands.predict import find_images, predict_files
 from resnet_dist.config import Config, DataConfig, ModelConfig
-from resnet_dist.data.pixels.finish import Normalizer, resize_and_crop, resize_exact
+from resnet_dist.data.pixels.finish import EXACT_RESIZES, Normalizer, resize_and_crop
 from resnet_dist.data.sampling.crops import val_geometry
 from resnet_dist.distributed import Runtime
+from resnet_dist.evaluation_sets.classes import Classes
 from resnet_dist.models.build import build_model
 from resnet_dist.models.weights import load_weights
 from resnet_dist.precision import resolve_settings
 from resnet_dist.process import run_process
-from resnet_dist.saved_network import SavedNetwork, load_network, open_network
+from resnet_dist.saved_network import ForeignWeights, SavedNetwork, load_network, open_weights
 from resnet_dist.settings import build_config, config_from_dict
+from resnet_dist.torchvision_weights import download_weights, is_torchvision_name
 
 Paths = str | Path | Iterable[str | Path]
 
@@ -63,6 +65,7 @@ class EvaluationTransform:
 
     def __init__(self, data: DataConfig) -> None:
         self.data = replace(data, val_crops="center", val_scales=())
+        self.resize = EXACT_RESIZES[data.val_interpolation]
         self.normalize = Normalizer(data, torch.float32, torch.device("cpu"))
         self.normalize.prepare(data.val_crop_size)
 
@@ -83,7 +86,7 @@ class EvaluationTransform:
         resized_height, resized_width = view.sizes[0].tolist()
         size = (int(resized_height), int(resized_width))
         offset = view.offsets[0].tolist()
-        square = resize_and_crop(pixels, size, offset, 0, view.side, resize_exact)
+        square = resize_and_crop(pixels, size, offset, 0, view.side, self.resize)
         out = torch.empty(1, view.side, view.side, 3)
         self.normalize(square[None], out)
         return out[0].permute(2, 0, 1)
@@ -131,38 +134,52 @@ def create_model(
     section: ModelConfig = config_from_dict({"model": {**options, "name": name}}).model
     model = build_model(section, num_classes)
     if weights:
-        load_weights(model, _read_weights(str(weights)), str(weights))
+        load_weights(model, _read_weights(str(weights)), str(weights), "weights")
     return model
 
 
 def _read_weights(name: str) -> dict[str, Any]:
-    if name.startswith("torchvision:"):
-        payload = download_weights(name)
+    if is_torchvision_name(name):
+        payload = download_weights(name, "weights")
     else:
         payload = read_checkpoint(Path(name))
     return unpack_weights(payload, name)
 
 
-def load(path: str | Path, device: str = "auto") -> Network:
-    """Load a trained network from the folder of a run, or from a checkpoint.
+def load(
+    path: str | Path, device: str = "auto", changes: Mapping[str, Any] | None = None
+) -> Network:
+    """Load a trained network.
 
-    Of a folder, the best checkpoint is taken; of a checkpoint, the averaged weights if it has any.
+    Of the folder of a run, the best checkpoint is taken; of a checkpoint, the averaged weights if
+    it has any.
 
     Args:
-        path: A run's `output_dir`, or a file of its folder checkpoints/.
+        path: A run's `output_dir`, a file of its folder checkpoints/, a .pth or .safetensors file
+            of another program, or weights of torchvision, as "torchvision:resnet50:IMAGENET1K_V2".
         device: "cpu", "cuda" or "auto".
+        changes: Settings to change, as {"model.name": "resnet50"}, which a file of another program
+            needs.
 
     Raises:
-        ValueError: There is no checkpoint, or it is damaged.
+        ValueError: There is no such file, it is damaged, or it does not fit the network.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     place = torch.device(device)
-    saved = open_network(Path(path))
-    config = build_config(saved.settings)
+    opened = open_weights(str(path))
+    config = build_config({**opened.settings, **(changes or {})})
+    if isinstance(opened, ForeignWeights):
+        saved = opened.fit(config)
+    else:
+        saved = opened
+        if config.model != build_config(saved.settings).model:
+            raise ValueError(
+                "changes: the settings of model are the checkpoint's and cannot be changed"
+            )
     model, _ = load_network(saved, config, place)
     transform = EvaluationTransform(config.data)
-    return Network(model, tuple(saved.class_names), transform, config, place, saved)
+    return Network(model, tuple(saved.names_or(())), transform, config, place, saved)
 
 
 def predict(network: Network, images: Paths, top: int = 5) -> list[ImagePrediction]:
@@ -196,7 +213,7 @@ def predict(network: Network, images: Paths, top: int = 5) -> list[ImagePredicti
     return predictions
 
 
-def evaluate(network: Network, data_dir: str | Path = "") -> dict[str, Any]:
+def evaluate(network: Network, data_dir: str | Path = "", classes: Classes = "") -> dict[str, Any]:
     """Evaluate the network on the validation set that it was trained with, or on another one.
 
     Under torchrun, call it in every process: each evaluates its share. The weights are those of the
@@ -204,7 +221,9 @@ def evaluate(network: Network, data_dir: str | Path = "") -> dict[str, Any]:
 
     Args:
         network: What `load` returns.
-        data_dir: A folder with val/ and the same classes; empty: the one of the training.
+        data_dir: A folder with val/ or with class folders; empty: the one of the training.
+        classes: For a data set with part of the classes: "present" lets only its classes compete,
+            "all" keeps the logits of the others; empty: it is refused.
 
     Returns:
         "top1" and "top5" in percent, "loss", and the counts behind them ("num", "correct1", ...).
@@ -213,14 +232,13 @@ def evaluate(network: Network, data_dir: str | Path = "") -> dict[str, Any]:
         ValueError: The data does not fit the network.
     """
     config = network.config
-    if data_dir:
-        config = replace(config, data=replace(config.data, kind="folder", data_dir=str(data_dir)))
+    request = EvaluationRequest(str(data_dir), classes)
     section = config.distributed
     runtime = distributed.start(network.device.type, section.timeout_s, section.threads)
     try:
         config = resolve_settings(config, runtime.device)
         with tempfile.TemporaryDirectory() as scratch:
-            results = evaluate_network(network.saved, config, runtime, scratch)
+            results = evaluate_network(network.saved, config, runtime, scratch, request)
     finally:
         distributed.stop(runtime)
     counts: dict[str, Any] = results["ema" if "ema" in results else "model"]

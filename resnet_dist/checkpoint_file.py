@@ -9,10 +9,9 @@ import argparse
 import contextlib
 import hashlib
 import io
+import json
 import os
 import re
-import socket
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +48,6 @@ _MAX_COMMENT_LENGTH = 65535
 # This part of the content says that the file must have the comment. Without it, a checkpoint with a
 # damaged comment would pass for one of an earlier version, which has no comment.
 _SEALED = "sha256_in_zip_comment"
-
-# Seconds without an answer after which a download fails. By default it would wait for ever.
-_DOWNLOAD_TIMEOUT = 60.0
 
 
 class DamagedError(ValueError):
@@ -325,6 +321,25 @@ def _unpack_safetensors(payload: bytes, name: str) -> Content:
     return content
 
 
+def read_metadata(payload: bytes, name: str) -> dict[str, str]:
+    """The texts that a .safetensors file holds beside its tensors.
+
+    Args:
+        payload: The bytes of the file, which `unpack_weights` has accepted.
+        name: The file name.
+
+    Returns:
+        The texts by name; empty for another kind of file, and for a file without texts.
+    """
+    if not name.endswith(".safetensors"):
+        return {}
+    # The file begins with the length of its header, which is JSON.
+    length = int.from_bytes(payload[:8], "little")
+    header = json.loads(payload[8 : 8 + length])
+    metadata: dict[str, str] = header.get("__metadata__") or {}
+    return metadata
+
+
 def _why_not_loaded(problem: Exception, name: str) -> str:
     """The error message for an exception of torch.load or safetensors."""
     text = str(problem)
@@ -489,82 +504,3 @@ def refuse_newer(content: Content, name: str) -> None:
         raise ValueError(
             f"{printable(name)} has format {number}, this version reads up to {FORMAT}: update it"
         )
-
-
-def download_weights(name: str) -> bytes:
-    """Download weights of torchvision, or read them from the cache of torch.hub.
-
-    Downloaded weights are kept in that cache.
-
-    Args:
-        name: `torchvision:<model>:<weights>`, as "torchvision:resnet50:IMAGENET1K_V2".
-
-    Returns:
-        The bytes of the file.
-
-    Raises:
-        ValueError: The name is unknown, the download fails, or the SHA-256 of the file does not
-            begin with the digits in its name.
-    """
-    weights = _torchvision_weights(name)
-    file_name = weights.url.rpartition("/")[2]
-    path = Path(torch.hub.get_dir(), "checkpoints", file_name)
-    old_timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT)
-    try:
-        weights.get_state_dict(
-            model_dir=str(path.parent),
-            progress=sys.stderr.isatty(),
-            check_hash=True,
-            weights_only=True,
-            map_location="cpu",
-        )
-        payload = path.read_bytes()
-    # The network, the disk and the file raise many types.
-    except Exception as problem:
-        raise ValueError(
-            f"checkpoint.init_from is {name!r}: {weights.url} could not be had ({problem}). Where "
-            f"there is no network, fetch it elsewhere, and put it to {path} or give its path as "
-            "checkpoint.init_from"
-        ) from problem
-    finally:
-        socket.setdefaulttimeout(old_timeout)
-    _check_digits_in_name(path, payload)
-    return payload
-
-
-def _check_digits_in_name(path: Path, payload: bytes) -> None:
-    """Compare a file with the first digits of its SHA-256, as in resnet50-11ad3fa6.pth.
-
-    Raises:
-        ValueError: They differ.
-    """
-    digits = re.search(r"-([0-9a-f]{8,})\.", path.name)
-    if digits is None:
-        return
-    digest = hashlib.sha256(payload).hexdigest()
-    if not digest.startswith(digits[1]):
-        raise ValueError(
-            f"{path} is damaged: its SHA-256 does not begin with {digits[1]}; delete it"
-        )
-
-
-def _torchvision_weights(name: str) -> Any:  # noqa: ANN401  torchvision has no types
-    """Look up `torchvision:<model>:<weights>` in the catalogue of torchvision.
-
-    Raises:
-        ValueError: There are no such weights.
-    """
-    from torchvision.models import get_model_weights, list_models
-
-    model, _, kind = name.removeprefix("torchvision:").partition(":")
-    kinds = {}
-    if model in list_models():
-        kinds = get_model_weights(model).__members__
-    if kind not in kinds:
-        known = [f"torchvision:{model}:{one}" for one in kinds]
-        choices = ", ".join(known) or "those of its own models"
-        raise ValueError(
-            f"checkpoint.init_from is {name!r}: torchvision has no such weights, only {choices}"
-        )
-    return kinds[kind]

@@ -4,30 +4,29 @@ Only the options of the command in question are set up, and what a command needs
 runs: help and errors come before torch is imported.
 """
 
-import argparse
-import contextlib
 import functools
 import os
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from dataclasses import dataclass
+from typing import Annotated, TypeAlias
 
-import yaml
-from jsonargparse import Namespace
-
-from resnet_dist import __version__
+from resnet_dist import __version__, weights_options
 from resnet_dist.cluster import ClusterConfig
-from resnet_dist.config import Config, ModelConfig, to_dict
+from resnet_dist.config import Config
 from resnet_dist.config_rules import AtLeast
-from resnet_dist.options import CommandLine, Parser, add_config_options, program_name
-from resnet_dist.settings import build_config
+from resnet_dist.options import (
+    CommandLine,
+    Parser,
+    add_config_options,
+    add_json_option,
+    config_or_print,
+    is_first_rank,
+    print_error,
+    program_name,
+)
 from resnet_dist.text import did_you_mean, printable
-
-if TYPE_CHECKING:
-    from resnet_dist.saved_network import SavedNetwork
 
 # torch prints pages of warnings about a lost rank; our own message is one line.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -135,35 +134,14 @@ def _add_commands(
     raise AssertionError("an option in place of a command ends the process")
 
 
-def _config_or_print(line: CommandLine, **sources: Any) -> tuple[Config, Namespace]:
-    """As `CommandLine.settings`; with --print_config it prints them and ends the process."""
-    config, options = line.settings(**sources)
-    if options.print_config:
-        text = yaml.safe_dump(to_dict(config), sort_keys=False)
-        print(text, end="")
-        sys.exit(0)
-    return config, options
-
-
-def _is_first_rank() -> bool:
-    """Whether this process prints what all ranks would print."""
-    rank = os.environ.get("RANK", "0")
-    return rank == "0"
-
-
-def _print_error(problem: object) -> None:
-    """Print a message on stderr as one line."""
-    print(f"error: {printable(problem)}", file=sys.stderr)
-
-
 def _train(line: CommandLine) -> int:
     """Train; without any argument the quickstart, and say so."""
     quickstart = ""
     if len(line.arguments) == 1:
         quickstart = "quickstart"
-        if _is_first_rank():
+        if is_first_rank():
             print("no arguments: running the quickstart, --config quickstart", flush=True)
-    config, _ = _config_or_print(line, first_file=quickstart)
+    config, _ = config_or_print(line, first_file=quickstart)
 
     from resnet_dist import process, run
 
@@ -188,7 +166,7 @@ def _add_submit_options(parser: Parser) -> None:
 
 def _submit(line: CommandLine) -> int:
     """Submit one job, or one for each file of `cluster.configs`."""
-    config, options = _config_or_print(line)
+    config, options = config_or_print(line)
     cluster = line.cluster(options)
     configs = []
     for part in cluster.configs.split(","):
@@ -204,7 +182,7 @@ def _submit(line: CommandLine) -> int:
     try:
         return submit_jobs(configs, cluster, _typed_command(line))
     except ValueError as problem:
-        _print_error(problem)
+        print_error(problem)
         return 2
 
 
@@ -212,147 +190,6 @@ def _typed_command(line: CommandLine) -> str:
     """The command as the user typed it."""
     words = shlex.join(line.arguments[1:])
     return f"{line.parser.prog} {words}"
-
-
-def _add_checkpoint_options(parser: Parser) -> None:
-    parser.add_path(
-        "--checkpoint",
-        dest="checkpoint_file",
-        metavar="PATH",
-        help="checkpoint file, or the folder of a run",
-    )
-    add_config_options(parser)
-
-
-def _add_evaluate_options(parser: Parser) -> None:
-    _add_json_option(parser)
-    _add_checkpoint_options(parser)
-
-
-def _evaluate(line: CommandLine) -> int:
-    path = _checkpoint_path(line)
-
-    from resnet_dist.commands import evaluate
-
-    return _run_on_checkpoint(line, path, evaluate.run, ("json",))
-
-
-def _add_predict_options(parser: Parser) -> None:
-    parser.add_path(
-        "images", nargs="*", metavar="IMAGE", help="file; folder; - reads paths from stdin"
-    )
-    parser.add_option(
-        "--top", type=_Count, default=5, metavar="K", help="number of classes to print"
-    )
-    parser.add_option(
-        "--json", action="store_true", help="print one JSON object per image, also for errors"
-    )
-    _add_checkpoint_options(parser)
-
-
-def _predict(line: CommandLine) -> int:
-    path = _checkpoint_path(line)
-
-    from resnet_dist.commands import predict
-
-    # Before the network is loaded: a wrong name should not take that long to be noticed.
-    try:
-        images = predict.find_images(line.options().images)
-    except ValueError as problem:
-        _print_error(problem)
-        return 2
-
-    def run(saved: "SavedNetwork", config: Config, options: argparse.Namespace) -> int:
-        options.images = images
-        return predict.run(saved, config, options)
-
-    return _run_on_checkpoint(line, path, run, ("top", "json"))
-
-
-def _add_export_options(parser: Parser) -> None:
-    parser.add_option(
-        "--to",
-        choices=["onnx", "torch_export", "safetensors", "torchvision"],
-        help="file format",
-    )
-    parser.add_path("--output", metavar="FILE", help="file to write")
-    parser.add_option(
-        "--raw_weights", action="store_true", help="export the trained weights instead of their EMA"
-    )
-    _add_checkpoint_options(parser)
-
-
-def _export(line: CommandLine) -> int:
-    path = _checkpoint_path(line)
-    typed = line.typed()
-    for name in ("to", "output"):
-        if name not in typed:
-            line.parser.error(f"--{name} is missing")
-
-    from resnet_dist.commands import export
-
-    own_options = ("to", "output", "raw_weights")
-    return _run_on_checkpoint(line, path, export.run, own_options)
-
-
-def _checkpoint_path(line: CommandLine) -> Path:
-    """The value of --checkpoint. Ends the process if it is missing."""
-    typed = line.typed()
-    if "checkpoint_file" not in typed:
-        line.parser.error("--checkpoint PATH is missing")
-    return Path(typed.checkpoint_file)
-
-
-def _run_on_checkpoint(
-    line: CommandLine,
-    path: Path,
-    run: Callable[["SavedNetwork", Config, argparse.Namespace], int],
-    names: tuple[str, ...],
-) -> int:
-    """Read a checkpoint and call `run(checkpoint, config, options)`.
-
-    The settings are those of the checkpoint, changed by files and options.
-
-    Args:
-        line: The command line.
-        path: The checkpoint, or the folder of a run.
-        run: The work of the command; it returns the exit code.
-        names: The command's own options.
-
-    Returns:
-        The exit code.
-    """
-    from resnet_dist.saved_network import open_network
-
-    with contextlib.suppress(KeyboardInterrupt):
-        try:
-            saved = open_network(path)
-        except ValueError as problem:
-            if _is_first_rank():
-                _print_error(problem)
-            return 2
-        config, options = _config_or_print(line, defaults=saved.settings)
-        saved_config = build_config(saved.settings)
-        _refuse_other_network(line, config.model, saved_config.model)
-
-        own_options = argparse.Namespace(checkpoint=str(path))
-        for name in names:
-            setattr(own_options, name, options[name])
-        return run(saved, config, own_options)
-    return 130
-
-
-def _refuse_other_network(line: CommandLine, asked: ModelConfig, saved: ModelConfig) -> None:
-    """End the process if the options change the network of the checkpoint."""
-    asked_values = asdict(asked)
-    saved_values = asdict(saved)
-    for name, value in asked_values.items():
-        saved_value = saved_values[name]
-        if value != saved_value:
-            line.parser.error(
-                f"model.{name} is {value!r}, and {saved_value!r} in the checkpoint: "
-                "the settings of model are the checkpoint's and cannot be changed"
-            )
 
 
 def _add_benchmark_options(parser: Parser) -> None:
@@ -378,12 +215,12 @@ def _add_benchmark_options(parser: Parser) -> None:
         default="",
         help="loader: data folder for the other loaders; empty: data_dir",
     )
-    _add_json_option(parser)
+    add_json_option(parser)
     add_config_options(parser)
 
 
 def _benchmark(line: CommandLine) -> int:
-    config, options = _config_or_print(line)
+    config, options = config_or_print(line)
 
     from resnet_dist import process
     from resnet_dist.commands import benchmark, benchmark_loader
@@ -395,12 +232,12 @@ def _benchmark(line: CommandLine) -> int:
 
 
 def _add_doctor_options(parser: Parser) -> None:
-    _add_json_option(parser)
+    add_json_option(parser)
     add_config_options(parser)
 
 
 def _doctor(line: CommandLine) -> int:
-    config, options = _config_or_print(line)
+    config, options = config_or_print(line)
 
     from resnet_dist.commands import doctor
 
@@ -409,12 +246,6 @@ def _doctor(line: CommandLine) -> int:
 
 def _no_options(parser: Parser) -> None:
     """The sub-commands of `data` have the options."""
-
-
-def _add_json_option(parser: Parser) -> None:
-    parser.add_option(
-        "--json", action="store_true", help="print only the result, as one line of JSON"
-    )
 
 
 def _add_models_options(parser: Parser) -> None:
@@ -473,7 +304,7 @@ def _data(line: CommandLine) -> int:
 
 
 def _show(line: CommandLine) -> int:
-    config, options = _config_or_print(line)
+    config, options = config_or_print(line)
 
     from resnet_dist.commands import show
 
@@ -497,22 +328,22 @@ COMMANDS = {
         f"{_CONFIG_USAGE} [--cluster.key VALUE ...]",
     ),
     "evaluate": Command(
-        "top-1 and top-5 accuracy of a checkpoint on the validation set",
-        _add_evaluate_options,
-        _evaluate,
-        f"--checkpoint PATH [--json] {_CONFIG_USAGE}",
+        "top-1 and top-5 accuracy of a network on one data set or on a suite of them",
+        weights_options.add_evaluate_options,
+        weights_options.run_evaluate,
+        f"--weights W [--data DIR] [--classes present|all] [--suite FILE] [--json] {_CONFIG_USAGE}",
     ),
     "predict": Command(
         "the most probable classes of images (JPEG or PNG)",
-        _add_predict_options,
-        _predict,
-        f"--checkpoint PATH [--top K] [--json] {_CONFIG_USAGE} IMAGE ...",
+        weights_options.add_predict_options,
+        weights_options.run_predict,
+        f"--weights W [--top K] [--json] {_CONFIG_USAGE} IMAGE ...",
     ),
     "export": Command(
         "write a network for ONNX, torch.export, safetensors or torchvision, and check the result",
-        _add_export_options,
-        _export,
-        f"--checkpoint PATH --to FORMAT --output FILE [--raw_weights] {_CONFIG_USAGE}",
+        weights_options.add_export_options,
+        weights_options.run_export,
+        f"--weights W --to FORMAT --output FILE [--raw_weights] {_CONFIG_USAGE}",
     ),
     "benchmark": Command(
         "measure the speed of the training loop (loop) or of the data loader (loader)",

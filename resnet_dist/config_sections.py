@@ -54,10 +54,11 @@ class ModelConfig:
     stride_in_1x1: bool = False
     """put the stride of a bottleneck block into its first 1x1 convolution (v1, He et al. 2015)
     instead of its 3x3 convolution (v1.5)"""
-    shortcut: Literal["default", "A", "B", "C", "none"] = "default"
+    shortcut: Literal["default", "A", "A_symmetric", "B", "C", "none"] = "default"
     """shortcut connections of a ResNet (He et al. 2015, section 4.1). A: identity with zero
-    padding; B: projection where the shape changes; C: projection everywhere; none: no shortcuts;
-    default: what the name of the network says"""
+    padding behind the channels; A_symmetric: padding on both sides of them, for weights of
+    networks that pad so; B: projection where the shape changes; C: projection everywhere; none: no
+    shortcuts; default: what the name of the network says"""
     stem: Literal["default", "imagenet", "cifar", "deep"] = "default"
     """first layers of a ResNet. imagenet: 7x7 convolution and max pool; cifar: 3x3 convolution;
     deep: three 3x3 convolutions and max pool (ResNet-C, He et al. 2018); default: what the name of
@@ -137,6 +138,8 @@ class DataConfig:
     """smallest and largest aspect ratio (width / height) of a random crop"""
     flip_probability: Annotated[float, Within(0, 1)] = 0.5
     """probability of a horizontal flip in training"""
+    val_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """filter of the resize in evaluation, with antialiasing, as Pillow computes it"""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """mean of the R, G and B channels, for pixel values in [0, 1]"""
     std: Annotated[tuple[float, float, float], Above(0, "since pixels are divided by it")] = (

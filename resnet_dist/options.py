@@ -17,7 +17,7 @@ import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from resnet_dist.cluster import ClusterConfig
-from resnet_dist.config import Config
+from resnet_dist.config import Config, to_dict
 from resnet_dist.config_rules import (
     SettingError,
     TypeHint,
@@ -343,6 +343,35 @@ def add_config_options(parser: Parser) -> None:
         help="print the resulting settings as YAML and exit",
     )
     parser.add_settings(Config)
+
+
+def config_or_print(line: CommandLine, **sources: Any) -> tuple[Config, Namespace]:
+    """As `CommandLine.settings`; with --print_config it prints them and ends the process."""
+    config, options = line.settings(**sources)
+    if options.print_config:
+        text = yaml.safe_dump(to_dict(config), sort_keys=False)
+        print(text, end="")
+        sys.exit(0)
+    return config, options
+
+
+def is_first_rank() -> bool:
+    """Whether this process prints what all ranks would print."""
+    rank = os.environ.get("RANK", "0")
+    return rank == "0"
+
+
+def print_error(problem: object) -> None:
+    """Print a message on stderr as one line, on the first rank."""
+    if is_first_rank():
+        print(f"error: {printable(problem)}", file=sys.stderr)
+
+
+def add_json_option(parser: Parser) -> None:
+    """Add --json."""
+    parser.add_option(
+        "--json", action="store_true", help="print only the result, as one line of JSON"
+    )
 
 
 def program_name(command: tuple[str, ...]) -> str:

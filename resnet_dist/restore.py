@@ -8,7 +8,6 @@ from typing import Any
 from resnet_dist.checkpoint import Saver, TrainState
 from resnet_dist.checkpoint_file import (
     NEEDED_TO_RESUME,
-    download_weights,
     read_checkpoint,
     refuse_newer,
     unpack_checkpoint,
@@ -19,9 +18,11 @@ from resnet_dist.distributed import Runtime
 from resnet_dist.files import write_file
 from resnet_dist.log import Log
 from resnet_dist.models import weights
+from resnet_dist.models.build import TWO_PADDED_SHORTCUTS, pads_shortcuts
 from resnet_dist.resume_rules import check_resumable, model_changes
 from resnet_dist.run_folder import find_checkpoint, newest_valid, refuse_lost
 from resnet_dist.text import printable
+from resnet_dist.torchvision_weights import download_weights
 
 
 @dataclass(frozen=True)
@@ -269,6 +270,8 @@ def _warn_about_other_network(
         saver: Knows the class names of the run.
         log: Where the warnings go.
     """
+    if "config" not in content and pads_shortcuts(config.model):
+        log.warn(f"{path}: {TWO_PADDED_SHORTCUTS}")
     changes = model_changes(content, config)
     if changes:
         reasons = "; ".join(changes)

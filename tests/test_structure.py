@@ -45,6 +45,7 @@ LAYERS = [
         "sinks.*",
         "metrics",
         "timing",
+        "torchvision_weights",
         "data.arrays",
         "data.types",
         "data.sampling.order",
@@ -55,11 +56,12 @@ LAYERS = [
     {"memory", "checkpoint", "checkpoint_file", "run_folder", "resume_rules", "saved_network"},
     {"state", "nonfinite", "restore"},
     {"forward", "evaluation", "image_collector", "evaluation_file", "predictions_file"},
+    {"evaluation_sets.*"},
     {"engine"},
     {"summary"},
     {"run"},
     {"launch.*", "api", "commands.*"},
-    {"", "cli"},
+    {"", "cli", "weights_options"},
 ]
 
 # The modules that may import a heavy library, each inside the function that needs it.
@@ -67,7 +69,7 @@ FENCES = {
     "nvidia": {"data.pixels.dali", "data.dali_operations", "data.pixels.probe", "commands.rivals"},
     "torchvision": {
         "models.zoo",
-        "checkpoint_file",
+        "torchvision_weights",
         "commands.download",
         "commands.import_imagenet",
         "commands.rivals",

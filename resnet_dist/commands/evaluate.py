@@ -1,4 +1,4 @@
-"""`resnet-dist evaluate`: top-1 and top-5 accuracy of a checkpoint.
+"""`resnet-dist evaluate`: top-1 and top-5 accuracy of a network.
 
 Any number of ranks counts the same integers.
 """
@@ -6,24 +6,50 @@ Any number of ranks counts the same integers.
 import argparse
 import json
 import os
+import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
+
+from torch import nn
 
 from resnet_dist import evaluation
 from resnet_dist.config import Config, DataConfig
 from resnet_dist.data.build import build_val_loader
-from resnet_dist.data.sources.index import check_num_classes
 from resnet_dist.data.types import ValLoader
 from resnet_dist.distributed import Runtime
+from resnet_dist.evaluation_sets.classes import (
+    Classes,
+    ClassMap,
+    ClassMask,
+    RelabelledLoader,
+    map_classes,
+)
+from resnet_dist.evaluation_sets.layouts import open_folder
+from resnet_dist.metrics import Counts
 from resnet_dist.models.zoo import check_image_size
 from resnet_dist.precision import Precision
 from resnet_dist.process import run_process
 from resnet_dist.saved_network import SavedNetwork, build_network, load_into
+from resnet_dist.text import printable
 
 Results = dict[str, Any]
 """The results of a command, of plain types."""
+
+# An accuracy of at most this many times that of guessing is suspicious.
+_TIMES_GUESSING = 3
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What to evaluate a network on."""
+
+    data: str = ""
+    """folder of another data set; empty: the validation set of the settings"""
+    classes: Classes = ""
+    """what to do with the logits of classes that the data set does not have"""
 
 
 def run(
@@ -37,19 +63,22 @@ def run(
     names, because they may belong to another user or machine.
 
     Args:
-        saved: The checkpoint.
-        config: The settings of its run.
-        options: `json`, whether to print a JSON object.
+        saved: The weights.
+        config: The settings of their run.
+        options: `json`, whether to print a JSON object; `data_folder`, another data set; `classes`,
+            see `EvaluationRequest`.
 
     Returns:
         The exit code.
     """
+    request = EvaluationRequest(options.data_folder, options.classes or "")
 
     def body(config: Config, runtime: Runtime) -> int:
         with tempfile.TemporaryDirectory() as scratch:
-            results = evaluate_network(saved, config, runtime, scratch)
+            results = evaluate_network(saved, config, runtime, scratch, request)
         if not runtime.is_main:
             return 0
+        print_remarks(results["remarks"])
         text = describe_results(results)
         if options.json:
             text = json.dumps(results)
@@ -59,51 +88,131 @@ def run(
     return run_process(config, body)
 
 
+def print_remarks(remarks: Sequence[str]) -> None:
+    """Print sentences about what was assumed or found to standard error."""
+    for remark in remarks:
+        print(f"note: {printable(remark)}", file=sys.stderr, flush=True)
+
+
 def evaluate_network(
     saved: SavedNetwork,
     config: Config,
     runtime: Runtime,
     scratch: str,
+    request: EvaluationRequest = EvaluationRequest(),
 ) -> Results:
-    """Evaluate a checkpoint on the validation set. Call it on every rank.
+    """Evaluate a network on a data set. Call it on every rank.
 
     Args:
-        saved: The checkpoint.
-        config: The settings of its run.
+        saved: The weights.
+        config: The settings of their run.
         runtime: The process group.
         scratch: A folder for temporary files.
+        request: What to evaluate on.
 
     Returns:
         A dictionary with the keys
 
-        - "step": the step of the checkpoint,
+        - "weights": the file,
+        - "step": the step of the checkpoint; None for weights of another program,
         - "model" and "ema": `Counts.result` of the weights and of the averaged weights,
-        - "bad_images": how many images could not be decoded, if any.
+        - "num_classes": the number of classes that an image may be assigned to,
+        - "bad_images": how many images could not be decoded, if any,
+        - "remarks": sentences for the user.
 
     Raises:
-        ValueError: The data does not fit the network.
+        ValueError: The data does not fit the network, or the logits are not finite.
     """
     check_image_size(config.model.name, config.data)
     data = _read_only(config.data, runtime, scratch)
     loader_config = replace(config, data=data, output_dir=scratch)
-    loader = build_val_loader(loader_config, runtime)
+    place = request.data or data.data_dir
+    if request.data:
+        loader = open_folder(request.data, loader_config, runtime)
+    else:
+        loader = build_val_loader(loader_config, runtime)
     with closing(loader):
-        num_classes = check_num_classes(config.model.num_classes, len(loader.class_names))
-        _check_class_names(saved, loader, config.data.data_dir)
+        names = saved.names_or(loader.class_names)
+        class_map = map_classes(loader.class_names, names, request.classes, printable(place))
+        results: Results = {
+            "weights": str(saved.path),
+            "step": None if saved.is_foreign else saved.step,
+            "num_classes": class_map.num_competing,
+        }
+        remarks = [*saved.remarks, *class_map.remarks]
         model = build_network(saved, config, runtime.device)
-        precision = Precision(config.train.precision, runtime.device)
-        results: Results = {"step": saved.step}
         for kind in ("model", "ema"):
             if not saved.content[kind]:
                 continue
             load_into(model, saved, kind)
-            counts = evaluation.evaluate(model, loader, runtime, precision)
-            assert counts is not None
-            results[kind] = counts.result(num_classes)
+            counts = count_mapped(model, loader, class_map, config, runtime)
+            results[kind] = counts.result(class_map.num_competing)
+            hint = hint_at_guessing(results[kind]["top1"], class_map, saved.reported_top1)
+            remarks.extend(hint)
         num_bad = runtime.sum_integer(loader.num_bad)
         if num_bad:
             results["bad_images"] = num_bad
+        results["remarks"] = remarks
     return results
+
+
+def count_mapped(
+    model: nn.Module,
+    loader: ValLoader,
+    class_map: ClassMap,
+    config: Config,
+    runtime: Runtime,
+    collect: evaluation.Collector | None = None,
+) -> Counts:
+    """Evaluate a network on a data set whose classes are a part of its own, or in another order.
+
+    Args:
+        model: The network.
+        loader: The data set.
+        class_map: Which output of the network each class of the data set is.
+        config: The settings: `train.precision`.
+        runtime: The process group.
+        collect: Gets each batch and its logits. The labels are outputs of the network.
+
+    Raises:
+        ValueError: Some logits are not finite.
+    """
+    relabelled = RelabelledLoader(loader, class_map, runtime.device)
+    network = model
+    if class_map.is_masked:
+        network = ClassMask(model, class_map.outputs, len(class_map.names))
+    precision = Precision(config.train.precision, runtime.device)
+    counts = evaluation.evaluate(network, relabelled, runtime, precision, collect=collect)
+    assert counts is not None
+    if not counts.loss_sum.isfinite():
+        raise ValueError(
+            f"train.precision is {config.train.precision}: the network's logits are NaN or "
+            "infinite on some images: evaluate with --train.precision fp32; if they still are, "
+            "the training has diverged: take an earlier checkpoint"
+        )
+    return counts
+
+
+def hint_at_guessing(top1: float, class_map: ClassMap, reported: float | None) -> list[str]:
+    """What is usually wrong if a good network is hardly better than guessing.
+
+    Args:
+        top1: The accuracy in percent.
+        class_map: The classes.
+        reported: The accuracy in percent that the weights claim; None for none.
+
+    Returns:
+        One sentence, or none.
+    """
+    suspicious = _TIMES_GUESSING * 100 / class_map.num_competing
+    if reported is None or top1 > suspicious or reported <= 2 * suspicious:
+        return []
+    return [
+        f"top-1 is {top1:.2f} %, hardly better than guessing among {class_map.num_competing} "
+        f"classes, though the weights report {reported:.2f} %. Usually the class folders are in "
+        "another order than the outputs of the network, the pixels are normalised in another way "
+        "(data.mean, data.std), or model options differ that have no weights (model.shortcut)"
+    ]
 
 
 def _read_only(
@@ -125,28 +234,15 @@ def _read_only(
     return replace(data, data_dir=folder)
 
 
-def _check_class_names(
-    saved: SavedNetwork,
-    loader: ValLoader,
-    data_dir: str,
-) -> None:
-    """Raise ValueError if the data set has other classes than the checkpoint."""
-    expected = list(saved.class_names)
-    found = list(loader.class_names)
-    if found != expected:
-        raise ValueError(
-            f"data.data_dir is {data_dir!r}: its classes are not those of the checkpoint, in the "
-            "same order; take the data set that it was trained on"
-        )
-
-
 def describe_results(results: Results) -> str:
     """Format the results of `evaluate_network` as lines of text."""
     titles = {
         "model": "weights",
         "ema": "averaged weights",
     }
-    lines = [f"step {results['step']}"]
+    lines = [printable(results["weights"])]
+    if results["step"] is not None:
+        lines = [f"step {results['step']}"]
     for kind, title in titles.items():
         if kind in results:
             counts = _describe_counts(results[kind])

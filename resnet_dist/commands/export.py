@@ -89,7 +89,7 @@ def run(
         print(f"error: {message}", file=sys.stderr)
         return 2
     print(
-        f"{printable(output)}: {export.name}, {weights} weights of step {saved.step}; read back, "
+        f"{printable(output)}: {export.name}, {weights} weights of {saved.origin}; read back, "
         f"its logits agree to {found:.1e}"
     )
     return 0
@@ -116,9 +116,10 @@ def _describe_export(
         "resnet_dist": __version__,
         "checkpoint_sha256": saved.sha256,
         "step": json.dumps(saved.step),
-        "class_names": json.dumps(saved.class_names),
+        "class_names": json.dumps(saved.names_or(())),
         "val_resize_size": json.dumps(data.val_resize_size),
         "val_crop_size": json.dumps(data.val_crop_size),
+        "val_interpolation": json.dumps(data.val_interpolation),
         "mean": json.dumps(data.mean),
         "std": json.dumps(data.std),
     }
@@ -126,7 +127,7 @@ def _describe_export(
         to=to,
         name=config.model.name,
         options=_name_with_options(config.model),
-        num_classes=len(saved.class_names),
+        num_classes=saved.num_classes,
         side=data.val_crop_size,
         facts=facts,
     )

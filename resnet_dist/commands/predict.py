@@ -22,6 +22,7 @@ from resnet_dist.data.build import build_val_loader
 from resnet_dist.data.sources.index import SUFFIXES, list_files, some
 from resnet_dist.data.types import IGNORED_LABEL
 from resnet_dist.distributed import Runtime
+from resnet_dist.models.class_names import words_of
 from resnet_dist.precision import Precision
 from resnet_dist.process import run_process
 from resnet_dist.saved_network import SavedNetwork, load_network
@@ -41,6 +42,27 @@ class Prediction:
     """why the image cannot be used; empty if it can"""
     best: list[tuple[int, float]]
     """class indices and their probabilities, the most probable first"""
+
+
+@dataclass(frozen=True)
+class ClassNames:
+    """What the outputs of a network are called."""
+
+    folders: list[str]
+    """the names of the classes in the data set, as n01440764"""
+    words: list[str]
+    """words for a person, as "tench"; the same as `folders` where there are none"""
+
+    @staticmethod
+    def of(saved: SavedNetwork, config: Config) -> "ClassNames":
+        """The names of the classes of saved weights.
+
+        Args:
+            saved: The weights.
+            config: The settings of their run: a file of words may lie in `data.data_dir`.
+        """
+        folders = saved.names_or(())
+        return ClassNames(folders, words_of(folders, config.data.data_dir))
 
 
 def run(
@@ -67,13 +89,16 @@ def run(
         model, weights = load_network(saved, config, runtime.device)
         files = options.images
         width = max(len(file) for file in files)
-        print(f"{config.model.name}, {weights} weights of step {saved.step}", file=sys.stderr)
+        print(f"{config.model.name}, {weights} weights of {saved.origin}", file=sys.stderr)
+        for remark in saved.remarks:
+            print(f"note: {remark}", file=sys.stderr)
+        names = ClassNames.of(saved, config)
         # A file name may have bytes that are no text.
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         num_good = 0
         try:
             for prediction in predict_files(model, files, config, runtime, options.top):
-                _print(prediction, saved.class_names, options.json, width)
+                _print(prediction, names, options.json, width)
                 if not prediction.problem:
                     num_good += 1
         except OSError as problem:
@@ -107,7 +132,7 @@ def _handle_output_error(problem: OSError) -> int:
 
 def _print(
     prediction: Prediction,
-    names: list[str],
+    names: ClassNames,
     as_json: bool,
     width: int,
 ) -> None:
@@ -115,7 +140,7 @@ def _print(
 
     Args:
         prediction: The prediction.
-        names: The class names.
+        names: What the classes are called.
         as_json: Whether to print a JSON object.
         width: Width of the column with the file name.
     """
@@ -130,26 +155,27 @@ def _print(
     title = path
     for class_index, probability in prediction.best:
         percent = 100 * probability
-        name = printable(names[class_index])
+        name = printable(names.words[class_index])
         print(f"{title:{width}}  {percent:6.2f} %  {name}")
         # Only the first line has the file name.
         title = ""
     sys.stdout.flush()
 
 
-def _as_json(prediction: Prediction, names: list[str]) -> dict[str, Any]:
+def _as_json(prediction: Prediction, names: ClassNames) -> dict[str, Any]:
     """The prediction for one file as plain types."""
     if prediction.problem:
         return {"path": prediction.path, "error": prediction.problem}
     predictions = []
     for class_index, probability in prediction.best:
-        predictions.append(
-            {
-                "class": names[class_index],
-                "index": class_index,
-                "probability": probability,
-            }
-        )
+        entry = {
+            "class": names.folders[class_index],
+            "index": class_index,
+            "probability": probability,
+        }
+        if names.words != names.folders:
+            entry["words"] = names.words[class_index]
+        predictions.append(entry)
     return {"path": prediction.path, "predictions": predictions}
 
 

@@ -74,3 +74,26 @@ def chosen_options(config: ModelConfig) -> dict[str, Any]:
         if value not in (None, False, 0, "default"):
             options[field.name] = value
     return options
+
+
+def pads_shortcuts(config: ModelConfig) -> bool:
+    """Whether the shortcuts of a network pad channels with zeros: kinds A and A_symmetric.
+
+    They have no weights, so that a file of weights does not tell the two apart.
+
+    Args:
+        config: The `model` section of the config.
+    """
+    kind: str = config.shortcut
+    if kind == "default" and config.name in FAMILY:
+        _, _, options = FAMILY[config.name]
+        kind = options.get("shortcut", Options.shortcut)
+    return kind in ("A", "A_symmetric")
+
+
+TWO_PADDED_SHORTCUTS = (
+    "shortcuts of kind A exist in two layouts, and the file does not tell which: if the accuracy "
+    "is that of guessing, set model.shortcut A_symmetric (zeros on both sides, as in networks with "
+    "a head called linear) or model.shortcut A (zeros behind)"
+)
+"""Said when a file of weights may belong to the other layout."""

@@ -37,7 +37,7 @@ class Options:
     widen: int = 1
     """factor on the channels of all stages (k of Zagoruyko and Komodakis 2016, table 1)"""
     shortcut: str = "B"
-    """A, B, C or none, see `make_shortcut`"""
+    """A, A_symmetric, B, C or none, see `make_shortcut`"""
     avg_pool_shortcut: bool = False
     """a shortcut of stride 2 averages before it projects (ResNet-D, He et al. 2018, "Bag of
     Tricks", figure 2)"""
@@ -158,6 +158,8 @@ def make_shortcut(
     `options.shortcut` is one of (He et al. 2015, section 4.1, "Identity vs. Projection Shortcuts"):
 
     - "A": every `stride`-th pixel, and channels of zeros behind the existing ones;
+    - "A_symmetric": as A, but half of the zeros stand before them, as in a well-known PyTorch
+      version of the CIFAR networks. The weights fit both, with other results;
     - "B": a 1x1 convolution and a norm; A and B are None where the shape does not change;
     - "C": as B, in every block;
     - "none": nothing is added.
@@ -172,21 +174,23 @@ def make_shortcut(
         ValueError: For another kind.
     """
     kind = options.shortcut
-    if kind not in ("A", "B", "C", "none"):
+    if kind not in ("A", "A_symmetric", "B", "C", "none"):
         raise ValueError(
-            f"model.shortcut: {kind!r} is not a kind of shortcut; choose 'A' (zero padding), 'B' "
-            "(projection where the shape changes), 'C' (projection everywhere) or 'none' (plain "
-            "network)"
+            f"model.shortcut: {kind!r} is not a kind of shortcut; choose 'A' or 'A_symmetric' "
+            "(zero padding), 'B' (projection where the shape changes), 'C' (projection everywhere) "
+            "or 'none' (plain network)"
         )
     if kind == "none":
         return NoShortcut()
     keeps_shape = stride == 1 and in_channels == out_channels
     if keeps_shape and kind != "C":
         return None
-    if kind == "A":
+    if kind in ("A", "A_symmetric"):
         pool = nn.AvgPool2d(1, stride)
-        # The pairs of widths belong to W, H and C: zeros are added behind C only.
-        zeros = nn.ConstantPad3d((0, 0, 0, 0, 0, out_channels - in_channels), 0.0)
+        num_zeros = out_channels - in_channels
+        num_before = num_zeros // 2 if kind == "A_symmetric" else 0
+        # The pairs of widths belong to W, H and C: zeros are added to C only.
+        zeros = nn.ConstantPad3d((0, 0, 0, 0, num_before, num_zeros - num_before), 0.0)
         return nn.Sequential(pool, zeros)
     return _projection(in_channels, out_channels, stride, options)
 
@@ -520,7 +524,7 @@ def check_options(block: type[Block], options: Options) -> None:
             f"model.stochastic_depth is {options.stochastic_depth}: a plain network has no "
             "shortcut around a dropped block; set it to 0"
         )
-    if options.avg_pool_shortcut and options.shortcut in ("A", "none"):
+    if options.avg_pool_shortcut and options.shortcut in ("A", "A_symmetric", "none"):
         raise ValueError(
             "model.avg_pool_shortcut is true: only shortcuts B and C project; set it to false, or "
             "model.shortcut to B"

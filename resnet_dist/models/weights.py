@@ -242,6 +242,7 @@ def load_weights(
     model: nn.Module,
     content: dict[str, Any],
     name: str,
+    key: str = "checkpoint.init_from",
 ) -> tuple[Rows, bool]:
     """Copy the weights in the content of a file into a model.
 
@@ -251,6 +252,7 @@ def load_weights(
         model: The network; unchanged if this raises.
         content: What the file holds: a state dict, alone or under one of the usual keys.
         name: The file name, for error messages.
+        key: The setting or option that names the file, for error messages.
 
     Returns:
         A tuple of two values.
@@ -283,18 +285,22 @@ def load_weights(
         in_file = printable(some(list(weights), 3)) or "no tensors"
         in_model = some(list(own), 3)
         raise ValueError(
-            f"checkpoint.init_from is {name!r}: it has {num_found} of the {num_needed} tensors "
+            f"{key} is {name!r}: it has {num_found} of the {num_needed} tensors "
             f"of the network before its head, and half are needed. The file has {in_file}; the "
             f"network {in_model}. Choose the model.name and options that it was made with"
         )
-    _refuse_non_finite(matching.found, name)
+    refuse_non_finite(matching.found, f"{key} is {name!r}")
     model.load_state_dict(matching.found, strict=False)
     fits = matching.is_whole and num_absent == 0
     return matching.rows, fits
 
 
-def _refuse_non_finite(weights: Weights, name: str) -> None:
+def refuse_non_finite(weights: Weights, title: str) -> None:
     """Check that no value of a tensor is NaN or infinite.
+
+    Args:
+        weights: The tensors by name.
+        title: The beginning of the error message.
 
     Raises:
         ValueError: There is such a value. The message lists the first tensors.
@@ -304,9 +310,28 @@ def _refuse_non_finite(weights: Weights, name: str) -> None:
         if not torch.isfinite(value).all():
             broken.append(key)
     if broken:
-        raise ValueError(
-            f"checkpoint.init_from is {name!r}: values that are not finite in {some(broken, 3)}"
-        )
+        raise ValueError(f"{title}: values that are not finite in {some(broken, 3)}")
+
+
+def count_outputs(model: nn.Module, weights: Weights) -> int:
+    """The number of classes of the classifier in a state dict of another program.
+
+    Args:
+        model: The network of the state dict, with any number of classes.
+        weights: The state dict.
+
+    Returns:
+        The number of classes; 0 if the file has no classifier of this network.
+    """
+    own = model.state_dict()
+    head = next(reversed(head_modules(model)), "")
+    target = f"{head}.weight"
+    file_head = _head_of_file(weights, own, head)
+    for key, value in weights.items():
+        is_head = key == f"{file_head}.weight" or target in _candidates(str(key), head)
+        if is_head and isinstance(value, torch.Tensor) and value.ndim in (2, 4):
+            return int(value.shape[0])
+    return 0
 
 
 def _remark(key: str, heads: dict[str, nn.Linear]) -> str:

@@ -10,6 +10,7 @@ images. A few kernels then normalise and erase the whole batch.
 import contextlib
 import ctypes
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -60,20 +61,32 @@ def resize_fast(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return resized[0].permute(1, 2, 0)
 
 
-def resize_exact(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resize_exact(
+    pixels: torch.Tensor,
+    size: tuple[int, int],
+    method: Image.Resampling = Image.Resampling.BILINEAR,
+) -> torch.Tensor:
     """Resize with Pillow: the result equals torchvision's Resize on PIL images.
 
     Args:
         pixels: uint8 [h, w, 3].
         size: (height, width) of the result.
+        method: The filter.
 
     Returns:
         uint8 [height, width, 3].
     """
     height, width = size
     image = Image.fromarray(pixels.numpy())
-    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    resized = image.resize((width, height), method)
     return torch.from_numpy(np.array(resized))
+
+
+EXACT_RESIZES: dict[str, Resize] = {
+    "bilinear": resize_exact,
+    "bicubic": partial(resize_exact, method=Image.Resampling.BICUBIC),
+}
+"""The function that resizes in evaluation, by the value of `data.val_interpolation`."""
 
 
 def resize_and_crop(

@@ -32,11 +32,11 @@ from resnet_dist.data.pixels.dali import (
     windows_to_torch,
 )
 from resnet_dist.data.pixels.finish import (
+    EXACT_RESIZES,
     Normalizer,
     disable_openmp_in_thread,
     erase,
     resize_and_crop,
-    resize_exact,
     resize_fast,
     to_device,
 )
@@ -443,7 +443,7 @@ class DaliLoader:
         sizes = view.sizes[portion.places].tolist()
         offsets = view.offsets[portion.places].tolist()
         flips = geometry.flips[portion.places].tolist()
-        resize = resize_exact
+        resize = EXACT_RESIZES[self.config.val_interpolation]
         if portion.loaded.job.training:
             resize = resize_fast
 

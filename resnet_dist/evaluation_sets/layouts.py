@@ -1,0 +1,50 @@
+"""Where the images of an evaluation set are, and its loader."""
+
+import os
+from dataclasses import replace
+
+from resnet_dist.config import Config
+from resnet_dist.data.build import build_val_loader
+from resnet_dist.data.sources.scan import build_index
+from resnet_dist.data.types import ValLoader
+from resnet_dist.distributed import Runtime
+
+# Names of the splits of a data set. A folder with one of these is no folder of classes.
+_SPLITS = ("train", "val", "valid", "validation", "test")
+
+
+def find_split(folder: str) -> tuple[str, str]:
+    """Find the images of `--data`.
+
+    Args:
+        folder: A data folder, whose images for evaluation are in val/, or a folder of class folders
+            or tar shards itself, as ImageNet-V2, -A and -R come.
+
+    Returns:
+        (data folder, name of the split in it).
+    """
+    absolute = os.path.abspath(folder)
+    if os.path.isdir(os.path.join(absolute, "val")) or not os.path.isdir(absolute):
+        return folder, "val"
+    names = os.listdir(absolute)
+    if not names or any(name in _SPLITS for name in names):
+        # The error of build_index tells what is missing.
+        return folder, "val"
+    return os.path.split(absolute)
+
+
+def open_folder(folder: str, config: Config, runtime: Runtime) -> ValLoader:
+    """Build this rank's loader of an evaluation set. Call it on every rank.
+
+    Args:
+        folder: See `find_split`.
+        config: The settings of the run.
+        runtime: The process group.
+
+    Raises:
+        ValueError: On every rank, if the folder cannot be used.
+    """
+    data_dir, split = runtime.on_main(lambda: find_split(folder))
+    index = build_index(data_dir, split, runtime, rescan=config.data.rescan)
+    data = replace(config.data, kind="folder", data_dir=data_dir)
+    return build_val_loader(replace(config, data=data), runtime, index=index)
