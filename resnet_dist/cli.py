@@ -193,28 +193,9 @@ def _typed_command(line: CommandLine) -> str:
 
 
 def _add_benchmark_options(parser: Parser) -> None:
-    parser.add_option(
-        "what",
-        nargs="?",
-        choices=["loop", "loader"],
-        default="loop",
-        help="loop: the whole training loop against a bare one; loader: the data loader against "
-        "others",
-    )
-    parser.add_option("--windows", type=_Count, default=5, help="number of measurements")
-    parser.add_option("--steps", type=_Count, default=40, help="loop: steps per measurement")
-    parser.add_option("--images", type=_Count, default=2000, help="loader: images per measurement")
-    parser.add_option(
-        "--read_delay_ms",
-        type=Annotated[float, AtLeast(0)],
-        default=0.0,
-        help="loader: measure also with this delay added to each read",
-    )
-    parser.add_path(
-        "--originals",
-        default="",
-        help="loader: data folder for the other loaders; empty: data_dir",
-    )
+    from resnet_dist.commands import benchmark_options
+
+    benchmark_options.add_benchmark_options(parser)
     add_json_option(parser)
     add_config_options(parser)
 
@@ -222,16 +203,26 @@ def _add_benchmark_options(parser: Parser) -> None:
 def _benchmark(line: CommandLine) -> int:
     config, options = config_or_print(line)
 
-    from resnet_dist import process
-    from resnet_dist.commands import benchmark, benchmark_loader
+    from resnet_dist.commands import benchmark_options
 
-    measure = benchmark.measure_training
-    if options.what == "loader":
-        measure = benchmark_loader.compare_loaders
+    try:
+        name = benchmark_options.chosen_benchmark(options)
+    except ValueError as problem:
+        line.parser.error(str(problem))
+
+    from resnet_dist import process
+
+    measure = benchmark_options.find_benchmark(name)
     return process.run_process(config, lambda config, runtime: measure(config, runtime, options))
 
 
 def _add_doctor_options(parser: Parser) -> None:
+    parser.add_option(
+        "--bench",
+        action="store_true",
+        help="also measure each rank's device, the all-reduce and the reading of data_dir, and "
+        "name the slow ranks",
+    )
     add_json_option(parser)
     add_config_options(parser)
 
@@ -241,7 +232,7 @@ def _doctor(line: CommandLine) -> int:
 
     from resnet_dist.commands import doctor
 
-    return doctor.run(config, options.json)
+    return doctor.run(config, options.json, options.bench)
 
 
 def _no_options(parser: Parser) -> None:
@@ -349,7 +340,8 @@ COMMANDS = {
         "measure the speed of the training loop (loop) or of the data loader (loader)",
         _add_benchmark_options,
         _benchmark,
-        f"[loop|loader] [--windows N] [--json] {_CONFIG_USAGE}",
+        "[loop|loader] [--profile FOLDER | --models NAME,... | --determinism] [--windows N] "
+        f"[--json] {_CONFIG_USAGE}",
     ),
     "data": Command(
         "get a data set ready: import, pack, download, verify, show", _no_options, _data
@@ -363,7 +355,7 @@ COMMANDS = {
         "check what would stop a run, also under torchrun; exit code 1: warnings, 2: errors",
         _add_doctor_options,
         _doctor,
-        f"[--json] {_CONFIG_USAGE}",
+        f"[--bench] [--json] {_CONFIG_USAGE}",
     ),
     "report": Command("a table and a plot of the metrics of runs", _add_report_options, _report),
 }

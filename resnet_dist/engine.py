@@ -19,6 +19,7 @@ from resnet_dist.data.types import Batch, TrainLoader, ValLoader
 from resnet_dist.distributed import Runtime, StopSignal
 from resnet_dist.evaluation import evaluate
 from resnet_dist.forward import all_logits, at_least_fp32, train_mode
+from resnet_dist.gpu_usage import gpu_figures, read_gpu_memory
 from resnet_dist.log import Log
 from resnet_dist.losses import LossFn
 from resnet_dist.metrics import Counts
@@ -453,6 +454,8 @@ def log_training(parts: Training, window: Window, services: Services) -> None:
     for key, value in times.items():
         values[f"train/{key}"] = value
     values |= times_of_ranks(times, runtime)
+    memory = read_gpu_memory(runtime.device)
+    values |= gpu_figures(memory, times["images_per_second"], runtime.world_size)
     services.log.metrics(state.step, values)
     check_nonfinite(window, parts.plan.max_nonfinite_steps)
 

@@ -276,10 +276,21 @@ def _training_line(values: Mapping[str, Any]) -> str:
     speed = _number(values, "train/images_per_second")
     wait = 100 * _number(values, "train/data_wait_fraction")
     line = f"{common}  lr {lr:8.3g}  {speed:7.0f} img/s  wait {wait:5.1f} %"
+    line += _gpu_columns(values)
     bad_images = values.get("train/bad_images")
     if bad_images:
         line += f"  bad images {bad_images}"
     return line
+
+
+def _gpu_columns(values: Mapping[str, Any]) -> str:
+    """Format the speed of one GPU and its memory; empty for a training on the CPU."""
+    if "gpu/memory_gib" not in values:
+        return ""
+    speed = _number(values, "gpu/images_per_second")
+    allocated = _number(values, "gpu/memory_gib")
+    peak = _number(values, "gpu/peak_memory_gib")
+    return f"  per GPU {speed:.0f} img/s, {allocated:.1f} GiB (peak {peak:.1f})"
 
 
 def _figures(values: Mapping[str, Any]) -> list[str]:

@@ -167,14 +167,15 @@ def failures_reported_first(runtime: Runtime) -> Iterator[None]:
     """Print the error of a block before its resources are closed, and raise it again.
 
     Closing a loader may wait for a device that waits for a lost rank. An error that the user can
-    correct is not printed: the caller does it, and may add to the message.
+    correct is not printed: the caller does it, and may add to the message. That holds for too
+    little GPU memory as well.
 
     Args:
         runtime: This rank, with its watchdog.
     """
     try:
         yield
-    except (ValueError, FloatingPointError):
+    except (ValueError, FloatingPointError, torch.OutOfMemoryError):
         raise
     except Exception as problem:
         report_failure(problem, runtime)
@@ -189,6 +190,9 @@ def _report(problem: Exception, watchdog: Watchdog) -> int:
         return watchdog.fail(failure)
     if isinstance(problem, (ValueError, FloatingPointError)):
         failure = watchdog.own(text, 2)
+        return watchdog.fail(failure)
+    if isinstance(problem, torch.OutOfMemoryError):
+        failure = watchdog.own(f"out of GPU memory, with this batch size: {text}", 2)
         return watchdog.fail(failure)
     if _is_of_a_collective(problem):
         failure = watchdog.find_cause(problem)

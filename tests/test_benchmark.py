@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 
+import pytest
 from dist_utils import run_app
 from image_files import encode, picture, write_split
 
@@ -40,6 +41,8 @@ def test_benchmark_of_the_loop(tmp_path):
     assert result["local_batch_size"] == 4
     assert result["whole_images_per_second"] > 0
     assert result["bare_images_per_second"] > 0 and result["cpu_ratio"] > 0
+    assert 0 < result["mfu"] < 1 and result["memory_share"] > 0
+    assert result["joules_per_image"] is None and result["host_ms_per_step"] is None
     assert result["ratio"] == result["whole_images_per_second"] / result["bare_images_per_second"]
 
 
@@ -115,3 +118,61 @@ def test_benchmark_of_the_loader_needs_files_and_one_process(tmp_path):
         )
         assert codes == [2] * world_size, output.read_text()
         assert message in output.read_text()
+
+
+SMALL = [
+    "--windows",
+    "1",
+    "--steps",
+    "2",
+    "--data.kind",
+    "synthetic",
+    "--data.train_crop_size",
+    "8",
+    "--train.global_batch_size",
+    "8",
+    "--model.name",
+    "resnet20",
+    "--train.precision",
+    "fp32",
+]
+
+
+def test_price_of_determinism(tmp_path):
+    """On the CPU both modes are the same, and trainings repeat bit for bit."""
+    output = tmp_path / "printed"
+    arguments = ["benchmark", "--determinism", "--json", *SMALL, "--output_dir", str(tmp_path)]
+    assert run_app(1, arguments, str(output)) == [0], output.read_text()
+    result = json.loads(output.read_text().splitlines()[-1])
+    assert result["equal_weights"] == {"default": True, "deterministic": True}
+    speeds = result["images_per_second"]
+    assert result["price"] == 1 - speeds["deterministic"] / speeds["default"]
+
+
+def test_table_of_networks(tmp_path):
+    """A network that cannot be trained is a row with its error."""
+    output = tmp_path / "printed"
+    stem = tmp_path / "table"
+    arguments = ["benchmark", "--models", "resnet20, lenet5", "--precisions", "fp32"]
+    arguments += ["--out", str(stem), *SMALL, "--output_dir", str(tmp_path)]
+    assert run_app(1, arguments, str(output)) == [0], output.read_text()
+    rows = json.loads(stem.with_suffix(".json").read_text())["rows"]
+    variants = [(row["variant"]["network"], row["variant"]["precision"]) for row in rows]
+    assert variants == [("resnet20", "fp32"), ("lenet5", "fp32")]
+    good, bad = rows
+    assert good["images_per_second"] > 0 and good["mfu"] > 0 and not good["error"]
+    # LeNet's second convolution has no pixels left of images of 8.
+    assert "Kernel size" in bad["error"]
+    table = stem.with_suffix(".md").read_text()
+    assert table in output.read_text() and len(table.splitlines()) == 4
+
+
+def test_one_benchmark_at_a_time(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["benchmark", "loader", "--determinism"])
+    assert end.value.code == 2
+    assert "determinism and loader are separate benchmarks" in capsys.readouterr().err
+    output = tmp_path / "printed"
+    arguments = ["benchmark", "--models", "resnet20", "--precisions", "fp8", *SMALL]
+    assert run_app(1, [*arguments, "--output_dir", str(tmp_path)], str(output)) == [2]
+    assert "--precisions has fp8: take fp32, bf16, fp16" in output.read_text()

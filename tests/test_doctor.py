@@ -1,7 +1,10 @@
 """The preflight: it finds what is wrong before a run does, on all ranks, in text and in JSON."""
 
 import json
+import math
+import os
 import shutil
+import socket
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,7 +13,7 @@ import torch
 from dist_utils import run_app
 
 from resnet_dist import cli, memory
-from resnet_dist.commands import doctor
+from resnet_dist.commands import doctor, doctor_bench
 from resnet_dist.config import Config, OptimConfig, TrainConfig
 
 ARGUMENTS = [
@@ -142,3 +145,52 @@ def test_cpus_of_a_rank(monkeypatch):
     for kind, ranks, level in (("cpu", 6, "ok"), ("cpu", 8, "warning"), ("cuda", 2, "warning")):
         runtime = SimpleNamespace(device=torch.device(kind), local_world_size=ranks)
         assert doctor._cpus(Config(), runtime)[0] == level
+
+
+def test_bench_names_the_slow_rank(digits, tmp_path):
+    def entry(arguments):
+        is_slow = os.environ["RANK"] == "1"
+        doctor_bench.matrix_rate = lambda device, dtype: 4e12 if is_slow else 8e12
+        doctor_bench.memory_rate = lambda device: math.nan if is_slow else 1e9
+
+        def read(loader, runtime):
+            if is_slow:
+                raise OSError("the disk is on fire")
+            return 100.0
+
+        doctor_bench._read_some = read
+        return cli.main(arguments)
+
+    more = ("--data.data_dir", digits, "--bench", "--json")
+    codes, printed = examine(tmp_path, *more, world_size=2, entry=entry)
+    assert codes == [2, 2], printed
+    first, second = (json.loads(line) for line in printed.splitlines() if line.startswith("["))
+    if len(first) < len(second):
+        first, second = second, first
+    found = {one["check"]: (one["level"], one["text"]) for one in first}
+    host = socket.gethostname()
+    level, text = found["matrix"]
+    assert level == "warning"
+    assert text.endswith(f"lowest 4); slow: rank 1 on {host} with 50% of the median")
+    assert found["bandwidth"] == ("error", f"rank 1 on {host} failed")
+    assert found["allreduce"][0] in ("ok", "warning") and "GB/s" in found["allreduce"][1]
+    assert found["reading"] == ("error", f"rank 1 on {host} failed")
+    assert ("reading", "OSError: the disk is on fire") in [
+        (one["check"], one["text"]) for one in second
+    ]
+
+
+def test_bench_of_one_rank_measures(digits, tmp_path):
+    codes, printed = examine(tmp_path, "--data.data_dir", digits, "--bench", "--json")
+    found = levels(printed)
+    assert codes[0] in (0, 1), printed
+    for check, unit in (("matrix", "TFLOP/s"), ("bandwidth", "GB/s"), ("reading", "MB/s")):
+        figure, rest = found[check][1].split(" ", 1)
+        assert float(figure) > 0 and rest.startswith(unit)
+    assert found["allreduce"] == ("ok", "one rank: nothing to reduce")
+
+
+def test_outliers():
+    assert doctor_bench.find_outliers([10, 9, 10, 8, 10]) == [3]
+    assert doctor_bench.find_outliers([10, 5]) == [1]
+    assert doctor_bench.find_outliers([10]) == []

@@ -12,7 +12,7 @@ import json
 import resource
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,23 +21,19 @@ import torch.nn.functional as F
 
 from resnet_dist import engine
 from resnet_dist.checkpoint import Saver
+from resnet_dist.commands.benchmark_parts import build_training, host_seconds, step_on_one_batch
+from resnet_dist.commands.device_rates import measure_device
+from resnet_dist.commands.energy import EnergyMeter
 from resnet_dist.config import Config
-from resnet_dist.data.build import build_train_loader
 from resnet_dist.data.types import Batch
 from resnet_dist.distributed import Runtime, StopSignal
 from resnet_dist.engine import Services, Training
 from resnet_dist.forward import all_logits
 from resnet_dist.layout import check_layout
 from resnet_dist.log import Log
-from resnet_dist.plan import build_plan
 from resnet_dist.precision import set_arithmetic
 from resnet_dist.restore import checkpoint_folder
-from resnet_dist.run import build_update_rule
-from resnet_dist.schedule import build_schedule
-from resnet_dist.state import build_state, wrap_ddp
-
-NEVER = 10**9
-"""more steps than a benchmark does"""
+from resnet_dist.step_cost import count_step
 
 
 @dataclass(frozen=True)
@@ -49,6 +45,8 @@ class Speed:
     cpu_seconds_per_image: float
     """of this process"""
     data_wait_fraction: float = 0.0
+    joules_per_image: float | None = None
+    """of this rank's GPU; None where NVML cannot read it"""
 
 
 class FigureLog(Log):
@@ -87,61 +85,58 @@ def measure_training(config: Config, runtime: Runtime, options: argparse.Namespa
     parts = build_training(config, runtime, interval)
     batches = iter(parts.train_loader.batches(0, 1))
     batch = next(batches)
+    meter = EnergyMeter(runtime.device)
     windows = []
+    joules = []
     for _ in range(options.windows):
         bare = run_bare_loop(parts, batch, interval, runtime)
-        whole = run_whole_loop(parts, interval, config, runtime)
+        whole = run_whole_loop(parts, interval, config, runtime, meter)
         windows.append(compare_speeds(whole, bare))
+        if whole.joules_per_image is not None:
+            joules.append(whole.joules_per_image)
+    host = host_seconds(step_on_one_batch(parts), runtime.device)
     parts.train_loader.close()
     if runtime.is_main:
         result = describe_result(config, runtime, local_batch_size, windows)
-        print_result(result, options.json)
+        result["joules_per_image"] = statistics.median(joules) if joules else None
+        result["host_ms_per_step"] = None if host is None else 1e3 * host
+        result |= shares_of_device(config, runtime, result)
+        print_result(result, options.json, meter.problem)
     return 0
 
 
-def build_training(config: Config, runtime: Runtime, interval: int) -> Training:
-    """The parts of a run that logs every `interval` steps and neither evaluates nor saves."""
-    loader = build_train_loader(config, runtime)
-    plan = replace(
-        build_plan(config, loader.steps_per_epoch),
-        eval_interval_steps=0,
-        checkpoint_interval_steps=(0,),
-        log_interval_steps=interval,
-        max_nonfinite_steps=NEVER,
-    )
-    state = build_state(config, len(loader.class_names), runtime.device)
-    rule = build_update_rule(config, runtime.device)
-    model = wrap_ddp(state.model, runtime.device)
-    engine.warm_up_ddp(model, config.data.train_crop_size, rule.precision)
-    return Training(
-        model=model,
-        state=state,
-        train_loader=loader,
-        val_loader=NoValLoader(),
-        schedule=build_schedule(config.schedule, 1e-4, plan.steps_per_epoch, NEVER),
-        rule=rule,
-        plan=plan,
-    )
+def shares_of_device(
+    config: Config, runtime: Runtime, result: Mapping[str, Any]
+) -> dict[str, float]:
+    """How much the whole loop uses of what the device can do, as measured now.
+
+    Args:
+        config: The config of the run.
+        runtime: The ranks and the device of this one.
+        result: The speed and the batch size, see `describe_result`.
+
+    Returns:
+        The measured rates; mfu, the share of the matrix rate; memory_share, the share of the
+        memory rate.
+    """
+    rates = measure_device(runtime.device)
+    cost = count_step(config)
+    images_per_second = result["whole_images_per_second"] / runtime.world_size
+    local_batch_size = result["local_batch_size"]
+    steps_per_second = images_per_second / local_batch_size
+    bytes_per_second = cost.bytes_moved(local_batch_size) * steps_per_second
+    return {
+        "gflops_per_image": cost.flops_per_image / 1e9,
+        "matrix_tflops": rates.matrix_flops / 1e12,
+        "mfu": cost.flops_per_image * images_per_second / rates.matrix_flops,
+        "memory_gb_per_second": rates.memory_bytes / 1e9,
+        "memory_share": bytes_per_second / rates.memory_bytes,
+    }
 
 
-class NoValLoader:
-    """The place of the validation set in a run that never evaluates."""
-
-    num_samples = 0
-    class_names: tuple[str, ...] = ()
-    num_bad = 0
-    rounds = 0
-    mirrored = False
-
-    def __iter__(self) -> Iterator[Batch | None]:
-        """Never called."""
-        raise AssertionError("a benchmark does not evaluate")
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-
-def run_whole_loop(parts: Training, interval: int, config: Config, runtime: Runtime) -> Speed:
+def run_whole_loop(
+    parts: Training, interval: int, config: Config, runtime: Runtime, meter: EnergyMeter
+) -> Speed:
     """Measure `engine.train_loop` for five intervals, the first of which does not count.
 
     Args:
@@ -149,6 +144,7 @@ def run_whole_loop(parts: Training, interval: int, config: Config, runtime: Runt
         interval: Steps of an interval, at whose end the loop logs.
         config: The config of the run.
         runtime: The ranks and the device of this one.
+        meter: Reads the energy of this rank's GPU.
     """
     state = parts.state
     end = state.step + 5 * interval
@@ -164,13 +160,19 @@ def run_whole_loop(parts: Training, interval: int, config: Config, runtime: Runt
         stop_signal=StopSignal(runtime.cpu_group, runtime.watchdog),
     )
     cpu_start = time.process_time()
+    joules_before = meter.joules()
     engine.train_loop(parts, services)
+    joules_after = meter.joules()
     services.stop_signal.finish()
     services.stop_signal.close()
     # Of all five intervals: the loader works ahead, and what it does early must not be left out.
     cpu_seconds = time.process_time() - cpu_start
     global_batch_size = parts.rule.global_batch_size
     local_images = 5 * interval * global_batch_size / runtime.world_size
+
+    joules_per_image = None
+    if joules_before is not None and joules_after is not None:
+        joules_per_image = (joules_after - joules_before) / local_images
 
     step_seconds = []
     data_waits = []
@@ -181,6 +183,7 @@ def run_whole_loop(parts: Training, interval: int, config: Config, runtime: Runt
         images_per_second=global_batch_size / statistics.mean(step_seconds),
         cpu_seconds_per_image=cpu_seconds / local_images,
         data_wait_fraction=statistics.mean(data_waits),
+        joules_per_image=joules_per_image,
     )
 
 
@@ -297,12 +300,30 @@ medians of {windows} windows:
 {cpu_ms_per_image_bare:.2f} ms, on one fixed batch
   ratio        {ratio:8.3f} ({ratio_min:.3f} to {ratio_max:.3f}), of CPU time {cpu_ratio:.3f}
   data wait    {data_wait_fraction:8.1%} of the time
-  peak memory  {peak_memory_gib_per_rank:8.2f} GiB per rank"""
+  peak memory  {peak_memory_gib_per_rank:8.2f} GiB per rank
+  arithmetic   {mfu:8.1%} of the measured {matrix_tflops:.3g} TFLOP/s of a matrix product; \
+{gflops_per_image:.2f} GFLOP an image
+  memory       {memory_share:8.1%} of the measured {memory_gb_per_second:.0f} GB/s, \
+if each operation reads and writes its tensors once"""
 
 
-def print_result(result: dict[str, Any], as_json: bool) -> None:
-    """Print the result as text, or as one line of JSON."""
+def print_result(result: dict[str, Any], as_json: bool, no_energy: str) -> None:
+    """Print the result as text, or as one line of JSON.
+
+    Args:
+        result: What was measured.
+        as_json: Print JSON.
+        no_energy: Why there is no figure of the energy.
+    """
     if as_json:
         print(json.dumps(result))
+        return
+    print(_TEXT.format(**result))
+    joules = result["joules_per_image"]
+    if joules is None:
+        print(f"  energy       not measured: {no_energy}")
     else:
-        print(_TEXT.format(**result))
+        print(f"  energy       {joules:8.3f} J an image")
+    host = result["host_ms_per_step"]
+    if host is not None:
+        print(f"  host         {host:8.2f} ms to start the work of a step")

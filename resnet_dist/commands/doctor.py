@@ -15,6 +15,12 @@ from typing import TypeAlias
 
 import torch
 
+from resnet_dist.commands.doctor_bench import (
+    check_all_reduce,
+    check_matrix_rate,
+    check_memory_rate,
+    check_reading,
+)
 from resnet_dist.config import Config
 from resnet_dist.data.build import build_loaders
 from resnet_dist.data.pixels.probe import describe_dali_wheels, describe_jpeg_decoder
@@ -62,19 +68,21 @@ def quick(config: Config, runtime: Runtime) -> list[dict[str, str]]:
     return _run_checks(checks, config, runtime)
 
 
-def run(config: Config, as_json: bool) -> int:
+def run(config: Config, as_json: bool, with_bench: bool = False) -> int:
     """Run all checks, and print their results. Ranks other than 0 print only problems.
 
     Args:
         config: the settings of the run.
         as_json: print one JSON list instead of one line for each check.
+        with_bench: also measure the device, the network and the storage of each rank.
 
     Returns:
         The exit code of this rank: 0, 1 if there are warnings, 2 if there are errors.
     """
 
     def body(config: Config, runtime: Runtime) -> int:
-        found = _run_checks(_ALL_CHECKS, config, runtime)
+        checks = _ALL_CHECKS | _BENCH_CHECKS if with_bench else _ALL_CHECKS
+        found = _run_checks(checks, config, runtime)
         shown = found
         if not runtime.is_main:
             shown = [one for one in found if one["level"] != "ok"]
@@ -92,7 +100,7 @@ def _print_results(results: list[dict[str, str]], as_json: bool) -> None:
         print(json.dumps(results), flush=True)
         return
     for one in results:
-        line = f"{one['level']:9}{one['check']:10}{one['text']}"
+        line = f"{one['level']:9}{one['check']:11}{one['text']}"
         print(printable(line), flush=True)
 
 
@@ -300,6 +308,13 @@ def _warning_if(condition: bool) -> str:
     """The level "warning" if the condition holds, otherwise "ok"."""
     return "warning" if condition else "ok"
 
+
+_BENCH_CHECKS: dict[str, Check] = {
+    "matrix": check_matrix_rate,
+    "bandwidth": check_memory_rate,
+    "allreduce": check_all_reduce,
+    "reading": check_reading,
+}
 
 _ALL_CHECKS: dict[str, Check] = {
     "layout": _layout,

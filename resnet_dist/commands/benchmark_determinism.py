@@ -1,0 +1,132 @@
+"""`resnet-dist benchmark --determinism`: the price of `train.deterministic`.
+
+The same training with and without it takes turns in one process. In each mode two trainings from
+the same start are compared as well: equal weights within one process say little about another
+process, where cuDNN may choose other algorithms by timing.
+"""
+
+import argparse
+import hashlib
+import json
+import statistics
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from resnet_dist.commands.benchmark_parts import (
+    Step,
+    build_training,
+    step_on_one_batch,
+    time_in_turns,
+)
+from resnet_dist.config import Config
+from resnet_dist.distributed import Runtime
+from resnet_dist.precision import set_arithmetic
+
+_COMPARED_STEPS = 8
+
+_MODES = {"default": False, "deterministic": True}
+
+
+def measure_determinism(config: Config, runtime: Runtime, options: argparse.Namespace) -> int:
+    """Measure both modes in turns, and print the price of the deterministic one.
+
+    Args:
+        config: The config of the run; its `train.deterministic` has no influence.
+        runtime: The ranks and the device of this one.
+        options: `windows`, `steps` and `json` of the command line.
+
+    Returns:
+        The exit code, 0.
+    """
+    steps: dict[str, Step] = {}
+    is_repeatable = {}
+    for name, is_deterministic in _MODES.items():
+        set_mode(config, runtime.device, is_deterministic)
+        digests = []
+        for _ in range(2):
+            parts = build_training(config, runtime, options.steps)
+            step = step_on_one_batch(parts)
+            for _ in range(_COMPARED_STEPS):
+                step()
+            digests.append(digest_of_weights(parts.state.model))
+            parts.train_loader.close()
+        is_repeatable[name] = digests[0] == digests[1]
+        steps[name] = _in_mode(step, config, runtime.device, is_deterministic)
+
+    seconds = time_in_turns(steps, runtime.device, options.windows, options.steps)
+    if runtime.is_main:
+        result = _result(config, runtime, seconds)
+        result["equal_weights"] = is_repeatable
+        _print_price(result, options.json)
+    return 0
+
+
+def set_mode(config: Config, device: torch.device, is_deterministic: bool) -> None:
+    """Set PyTorch's switches as a run with or without `train.deterministic` does."""
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark = device.type == "cuda"
+    train = replace(config.train, deterministic=is_deterministic)
+    set_arithmetic(train, device)
+
+
+def digest_of_weights(model: nn.Module) -> str:
+    """SHA-256 of all parameters and buffers of a network. Waits for the device."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        plain = tensor.detach().cpu().contiguous().flatten()
+        digest.update(plain.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _in_mode(step: Step, config: Config, device: torch.device, is_deterministic: bool) -> Step:
+    """A step that sets its mode first, which takes microseconds."""
+
+    def step_in_mode() -> None:
+        set_mode(config, device, is_deterministic)
+        step()
+
+    return step_in_mode
+
+
+def _result(config: Config, runtime: Runtime, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """The medians and the price.
+
+    Args:
+        config: The config of the run.
+        runtime: The ranks and the device of this one.
+        seconds: Seconds of a step in each window, by mode.
+    """
+    images_per_second = {}
+    for name, of_mode in seconds.items():
+        images_per_second[name] = config.train.global_batch_size / statistics.median(of_mode)
+    price = 1 - images_per_second["deterministic"] / images_per_second["default"]
+    return {
+        "model": config.model.name,
+        "crop": config.data.train_crop_size,
+        "precision": config.train.precision,
+        "device": runtime.device.type,
+        "ranks": runtime.world_size,
+        "global_batch_size": config.train.global_batch_size,
+        "windows": len(seconds["default"]),
+        "images_per_second": images_per_second,
+        "price": price,
+    }
+
+
+def _print_price(result: dict[str, Any], as_json: bool) -> None:
+    """Print the result as text, or as one line of JSON."""
+    if as_json:
+        print(json.dumps(result))
+        return
+    print(
+        f"{result['model']} at {result['crop']}, {result['precision']}, {result['ranks']} "
+        f"{result['device']} ranks, batch {result['global_batch_size']}; medians of "
+        f"{result['windows']} windows:"
+    )
+    for name, speed in result["images_per_second"].items():
+        weights = "equal" if result["equal_weights"][name] else "different"
+        print(f"  {name:14}{speed:9.1f} images/s, two trainings end with {weights} weights")
+    print(f"  price         {result['price']:9.1%}")

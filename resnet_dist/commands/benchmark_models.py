@@ -1,0 +1,282 @@
+"""`resnet-dist benchmark --models a,b`: networks by precision, with and without torch.compile."""
+
+import argparse
+import gc
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from resnet_dist.commands.benchmark import peak_memory_gib
+from resnet_dist.commands.benchmark_parts import build_training, step_on_one_batch, time_steps
+from resnet_dist.commands.device_rates import matrix_dtype, matrix_rate
+from resnet_dist.config import Config
+from resnet_dist.distributed import Runtime
+from resnet_dist.files import write_file
+from resnet_dist.precision import resolve_precision, set_arithmetic
+from resnet_dist.step_cost import count_step
+from resnet_dist.text import printable
+
+_COLUMNS = (
+    "network",
+    "precision",
+    "compile",
+    "images/s",
+    "ms a step",
+    "memory, GiB",
+    "MFU",
+    "first step, s",
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table."""
+
+    network: str
+    precision: str
+    compiled: bool
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a variant took."""
+
+    variant: Variant
+    images_per_second: float = 0.0
+    """over all ranks"""
+    step_ms: float = 0.0
+    peak_memory_gib: float = 0.0
+    """of this process"""
+    mfu: float = 0.0
+    """share of the measured matrix rate"""
+    first_step_s: float = 0.0
+    """building, warm-up and compilation"""
+    error: str = ""
+    """why there are no figures"""
+
+
+def compare_models(config: Config, runtime: Runtime, options: argparse.Namespace) -> int:
+    """Measure `engine.train_step` of each variant on random pixels, and print a table.
+
+    A variant that fails, for instance since it does not fit the memory, is a row with its error;
+    with several ranks it ends the command.
+
+    Args:
+        config: The batch size, the size of the images and the optimizer.
+        runtime: The ranks and the device of this one.
+        options: `models`, `precisions`, `windows`, `steps`, `json` and `out` of the command line.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ValueError: If a precision is unknown.
+    """
+    networks = _split(options.models)
+    precisions = choose_precisions(_split(options.precisions), runtime.device)
+    matrix_flops = matrix_rate(runtime.device, matrix_dtype(runtime.device))
+    rows = []
+    for variant in list_variants(networks, precisions, runtime.device):
+        row = _measure_or_fail(variant, config, runtime, options, matrix_flops)
+        rows.append(row)
+        if runtime.is_main and not options.json:
+            # A table of many networks takes its time.
+            print(_progress(row), flush=True)
+    if runtime.is_main:
+        _print_table(rows, config, runtime, options)
+    return 0
+
+
+def list_variants(
+    networks: Sequence[str], precisions: Sequence[str], device: torch.device
+) -> list[Variant]:
+    """Every network with every precision, eager and compiled; on a CPU eager alone."""
+    modes = (False, True) if device.type == "cuda" and can_compile() else (False,)
+    variants = []
+    for network, precision, compiled in itertools.product(networks, precisions, modes):
+        variants.append(Variant(network, precision, compiled))
+    return variants
+
+
+def can_compile() -> bool:
+    """Whether this version has the setting train.compile."""
+    return hasattr(Config().train, "compile")
+
+
+def choose_precisions(names: Sequence[str], device: torch.device) -> list[str]:
+    """The precisions to measure; without `names` those that the hardware has.
+
+    Raises:
+        ValueError: If a name is unknown.
+    """
+    known = ("fp32", "bf16", "fp16")
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--precisions has {printable(name)}: take {', '.join(known)}")
+    if names:
+        return list(names)
+    fastest = resolve_precision("auto", device)
+    if device.type == "cuda" and fastest == "bf16":
+        return ["bf16", "fp16", "fp32"]
+    return list(dict.fromkeys((fastest, "fp32")))
+
+
+def _split(text: str) -> list[str]:
+    """The words between the commas of a text."""
+    words = [word.strip() for word in text.split(",")]
+    return [word for word in words if word]
+
+
+def _measure_or_fail(
+    variant: Variant,
+    config: Config,
+    runtime: Runtime,
+    options: argparse.Namespace,
+    matrix_flops: float,
+) -> Measured:
+    """Measure a variant; in a single process an error is its result."""
+    try:
+        return measure_variant(variant, config, runtime, options, matrix_flops)
+    except Exception as problem:
+        if runtime.world_size > 1:
+            raise
+        lines = str(problem).splitlines() or [""]
+        return Measured(variant, error=f"{type(problem).__name__}: {lines[0]}")
+    finally:
+        _free_memory(runtime.device)
+
+
+def measure_variant(
+    variant: Variant,
+    config: Config,
+    runtime: Runtime,
+    options: argparse.Namespace,
+    matrix_flops: float,
+) -> Measured:
+    """Train a variant for some steps.
+
+    Args:
+        variant: The network, its precision, and whether it is compiled.
+        config: The rest of the run.
+        runtime: The ranks and the device of this one.
+        options: `windows` and `steps` of the command line.
+        matrix_flops: The measured matrix rate of the device.
+    """
+    config = config_of(variant, config)
+    set_arithmetic(config.train, runtime.device)
+    if runtime.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(runtime.device)
+    start = time.perf_counter()
+    parts = build_training(config, runtime, options.steps)
+    step = step_on_one_batch(parts)
+    time_steps(step, runtime.device, 1)
+    first_step_s = time.perf_counter() - start
+
+    seconds = []
+    for _ in range(options.windows):
+        seconds.append(time_steps(step, runtime.device, options.steps))
+    parts.train_loader.close()
+    step_s = statistics.median(seconds)
+    images_per_second = config.train.global_batch_size / step_s
+    flops = count_step(config).flops_per_image * images_per_second / runtime.world_size
+    return Measured(
+        variant=variant,
+        images_per_second=images_per_second,
+        step_ms=1e3 * step_s,
+        peak_memory_gib=peak_memory_gib(runtime),
+        mfu=flops / matrix_flops,
+        first_step_s=first_step_s,
+    )
+
+
+def config_of(variant: Variant, config: Config) -> Config:
+    """The config of a variant, with random pixels in place of files."""
+    model = replace(config.model, name=variant.network, num_classes=None)
+    num_images = max(config.train.global_batch_size, config.data.synthetic_images)
+    data = replace(config.data, kind="synthetic", synthetic_images=num_images)
+    changed = {"precision": variant.precision}
+    if can_compile():
+        changed["compile"] = "true" if variant.compiled else "false"
+    train = replace(config.train, **changed)  # type: ignore[arg-type]
+    return replace(config, model=model, data=data, train=train)
+
+
+def _free_memory(device: torch.device) -> None:
+    """Give back what the last variant took."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _progress(row: Measured) -> str:
+    """A line about a variant that was just measured."""
+    variant = row.variant
+    mode = "compiled" if variant.compiled else "eager"
+    figures = row.error or f"{row.images_per_second:.1f} images/s"
+    return f"{variant.network}, {variant.precision}, {mode}: {printable(figures)}"
+
+
+def _print_table(
+    rows: list[Measured], config: Config, runtime: Runtime, options: argparse.Namespace
+) -> None:
+    """Print the table as Markdown or JSON, and write both if a file name is given."""
+    conditions = {
+        "device": runtime.device.type,
+        "gpu": _gpu_name(runtime.device),
+        "torch": torch.__version__,
+        "ranks": runtime.world_size,
+        "global_batch_size": config.train.global_batch_size,
+        "crop": config.data.train_crop_size,
+        "windows": options.windows,
+        "steps": options.steps,
+    }
+    plain = {**conditions, "rows": [asdict(row) for row in rows]}
+    table = markdown_table(rows)
+    if options.json:
+        print(json.dumps(plain))
+    else:
+        print(table)
+    if options.out:
+        stem = Path(options.out)
+        write_file(stem.with_name(f"{stem.name}.json"), json.dumps(plain, indent=1))
+        write_file(stem.with_name(f"{stem.name}.md"), table + "\n")
+
+
+def _gpu_name(device: torch.device) -> str:
+    """The name of a GPU; empty for a CPU."""
+    if device.type != "cuda":
+        return ""
+    return torch.cuda.get_device_name(device)
+
+
+def markdown_table(rows: Sequence[Measured]) -> str:
+    """The rows as a table of Markdown."""
+    lines = [_markdown_row(_COLUMNS), _markdown_row(["---"] * len(_COLUMNS))]
+    for row in rows:
+        variant = row.variant
+        mode = "on" if variant.compiled else "off"
+        cells = [variant.network, variant.precision, mode]
+        if row.error:
+            cells.append(printable(row.error).replace("|", "/"))
+            cells += [""] * (len(_COLUMNS) - len(cells))
+        else:
+            cells += [
+                f"{row.images_per_second:,.1f}",
+                f"{row.step_ms:.2f}",
+                f"{row.peak_memory_gib:.2f}",
+                f"{row.mfu:.1%}",
+                f"{row.first_step_s:.1f}",
+            ]
+        lines.append(_markdown_row(cells))
+    return "\n".join(lines)
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
