@@ -9,6 +9,7 @@ import nvidia.dali.types  # noqa: F401
 import pytest
 import torch
 import torch._dynamo
+from dist_utils import options
 
 torch.set_num_threads(1)
 os.environ.setdefault("WANDB_MODE", "disabled")
@@ -64,30 +65,20 @@ def checkpoint(digits, tmp_path_factory):
         1,
         [
             "train",
-            "--config",
-            "configs/quickstart.yaml",
-            "--data.data_dir",
-            digits,
-            "--output_dir",
-            str(folder),
-            "--data.train_crop_size",
-            "16",
-            "--data.val_resize_size",
-            "18",
-            "--data.val_crop_size",
-            "16",
-            "--train.epochs",
-            "0.1",
-            "--train.ema_decay",
-            "0.5",
-            "--schedule.warmup_epochs",
-            "0",
-            "--train.eval_interval_epochs",
-            "0",
-            "--distributed.threads",
-            "1",
-            "--log.wandb",
-            "disabled",
+            *options(
+                config="configs/quickstart.yaml",
+                data__data_dir=digits,
+                output_dir=folder,
+                data__train_crop_size=16,
+                data__val_resize_size=18,
+                data__val_crop_size=16,
+                train__epochs=0.1,
+                train__ema_decay=0.5,
+                schedule__warmup_epochs=0,
+                train__eval_interval_epochs=0,
+                distributed__threads=1,
+                log__wandb="disabled",
+            ),
         ],
         str(folder / "log"),
     ) == [0], (folder / "log").read_text()

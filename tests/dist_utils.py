@@ -93,6 +93,17 @@ def _child(sender, fn, rank: int, world_size: int, store_path: str, args: tuple)
         sender.send((traceback.format_exc(), None))
 
 
+def options(**settings: object) -> list[str]:
+    """Settings as words of a command line, with `__` for the dot: `options(train__epochs=2)` gives
+    `["--train.epochs", "2"]`.
+    """
+    words = []
+    for name, value in settings.items():
+        key = name.replace("__", ".")
+        words += [f"--{key}", str(value)]
+    return words
+
+
 def start_app(world_size: int, arguments: list[str], output: str, entry=None) -> list:
     """Fork `world_size` processes that run the command line as torchrun would start it; returns the
     processes.

@@ -7,6 +7,7 @@ from dataclasses import is_dataclass
 
 import pytest
 import yaml
+from dist_utils import options
 
 from resnet_dist.cli import parse_config
 from resnet_dist.config import Config, DataConfig, OptimConfig, TrainConfig, to_dict
@@ -143,28 +144,16 @@ def test_defaults_are_valid_and_without_remarks():
         (["--optim.kind", "rmsprop", "--optim.trust_coefficient", "1"], "trust_coefficient"),
         (["--train.bce_target_threshold", "0.2"], "bce_target_threshold"),
         (
-            [
-                "--train.loss",
-                "bce",
-                "--train.bce_target_threshold",
-                "0.2",
-                "--train.label_smoothing",
-                "0.1",
-            ],
+            options(train__loss="bce", train__bce_target_threshold=0.2, train__label_smoothing=0.1),
             "smoothing",
         ),
         (["--checkpoint.resume", "a", "--checkpoint.init_from", "b"], "init_from"),
         (["--optim.unfreeze_from", "head"], "random weights"),
         (["--optim.backbone_lr_scale", "0.1"], "random weights"),
         (
-            [
-                "--optim.unfreeze_from",
-                "head",
-                "--optim.backbone_lr_scale",
-                "0.1",
-                "--checkpoint.init_from",
-                "a",
-            ],
+            options(
+                optim__unfreeze_from="head", optim__backbone_lr_scale=0.1, checkpoint__init_from="a"
+            ),
             "no effect",
         ),
         (["--schedule.warmup_epochs", "0", "--schedule.warmup_kind", "constant"], "warmup_kind"),
@@ -209,14 +198,9 @@ def test_bf16_without_hardware_is_obeyed_with_a_warning():
             ["over 32 images", "256", "sync_batch_norm"],
         ),
         (
-            [
-                "--recipe.world_size",
-                "8",
-                "--model.sync_batch_norm",
-                "false",
-                "--train.grad_accum_steps",
-                "8",
-            ],
+            options(
+                recipe__world_size=8, model__sync_batch_norm="false", train__grad_accum_steps=8
+            ),
             1,
             ["time"],
         ),

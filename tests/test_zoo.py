@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from dist_utils import equal_trees, run_app, run_ranks
+from dist_utils import equal_trees, options, run_app, run_ranks
 from test_engine import FP32, Alone, ListLoader, NoSync, rule_of
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -489,32 +489,21 @@ def test_the_command_line_trains_lenet_and_refuses_a_side(digits, tmp_path):
     def arguments(side):
         return [
             "train",
-            "--config",
-            "configs/quickstart.yaml",
-            "--data.data_dir",
-            digits,
-            "--output_dir",
-            str(tmp_path / str(side)),
-            "--model.name",
-            "lenet5",
-            "--data.train_crop_size",
-            str(side),
-            "--data.val_resize_size",
-            str(side),
-            "--data.val_crop_size",
-            str(side),
-            "--train.epochs",
-            "2",
-            "--schedule.warmup_epochs",
-            "0",
-            "--optim.base_lr",
-            "2",
-            "--data.threads",
-            "1",
-            "--log.wandb",
-            "disabled",
-            "--distributed.threads",
-            "1",
+            *options(
+                config="configs/quickstart.yaml",
+                data__data_dir=digits,
+                output_dir=tmp_path / str(side),
+                model__name="lenet5",
+                data__train_crop_size=side,
+                data__val_resize_size=side,
+                data__val_crop_size=side,
+                train__epochs=2,
+                schedule__warmup_epochs=0,
+                optim__base_lr=2,
+                data__threads=1,
+                log__wandb="disabled",
+                distributed__threads=1,
+            ),
         ]
 
     assert run_app(2, arguments(28), str(tmp_path / "log")) == [2, 2]

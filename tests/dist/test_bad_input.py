@@ -14,37 +14,26 @@ import time
 import numpy as np
 import pytest
 import torch
-from dist_utils import run_app, start_app, wait_app, wait_for_step
+from dist_utils import options, run_app, start_app, wait_app, wait_for_step
 from PIL import Image
 
 from resnet_dist import checkpoint, cli, engine
 from resnet_dist.data.sampling.order import rows_at
 from resnet_dist.run_folder import newest_valid
 
-SMALL = [
-    "--data.train_crop_size",
-    "8",
-    "--data.val_resize_size",
-    "8",
-    "--data.val_crop_size",
-    "8",
-    "--train.epochs",
-    "1",
-    "--schedule.warmup_epochs",
-    "0.5",
-    "--train.global_batch_size",
-    "120",
-    "--log.wandb",
-    "disabled",
-    "--data.threads",
-    "1",
-    "--distributed.threads",
-    "1",
-    "--distributed.timeout_s",
-    "60",
-    "--log.interval_steps",
-    "1",
-]
+SMALL = options(
+    data__train_crop_size=8,
+    data__val_resize_size=8,
+    data__val_crop_size=8,
+    train__epochs=1,
+    schedule__warmup_epochs=0.5,
+    train__global_batch_size=120,
+    log__wandb="disabled",
+    data__threads=1,
+    distributed__threads=1,
+    distributed__timeout_s=60,
+    log__interval_steps=1,
+)
 
 
 @pytest.fixture
@@ -61,12 +50,9 @@ def train(tmp_path, *more, world_size=2, entry=None):
         world_size,
         [
             "train",
-            "--config",
-            "configs/quickstart.yaml",
-            "--data.kind",
-            "folder",
-            "--output_dir",
-            str(tmp_path / "run"),
+            *options(
+                config="configs/quickstart.yaml", data__kind="folder", output_dir=tmp_path / "run"
+            ),
             *SMALL,
             *more,
         ],
@@ -236,16 +222,13 @@ def test_a_damaged_newest_checkpoint_falls_back(tmp_path, digits):
 def test_the_best_is_saved_whenever_it_is_found(tmp_path, digits):
     codes, printed = train(
         tmp_path,
-        "--data.data_dir",
-        str(digits),
-        "--train.epochs",
-        "3",
-        "--optim.base_lr",
-        "0.05",
-        "--checkpoint.interval_epochs",
-        "0",
-        "--checkpoint.keep",
-        "1",
+        *options(
+            data__data_dir=digits,
+            train__epochs=3,
+            optim__base_lr=0.05,
+            checkpoint__interval_epochs=0,
+            checkpoint__keep=1,
+        ),
     )
     assert codes == [0, 0]
     folder = tmp_path / "run" / "checkpoints"
@@ -276,12 +259,9 @@ def test_a_second_signal_does_not_end_the_last_write(tmp_path, digits):
         2,
         [
             "train",
-            "--config",
-            "configs/quickstart.yaml",
-            "--data.data_dir",
-            str(digits),
-            "--output_dir",
-            str(tmp_path / "run"),
+            *options(
+                config="configs/quickstart.yaml", data__data_dir=digits, output_dir=tmp_path / "run"
+            ),
             *SMALL,
             "--train.epochs",
             "50",
@@ -432,19 +412,13 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path, digits):
         2,
         [
             "train",
-            "--config",
-            "configs/quickstart.yaml",
-            "--data.data_dir",
-            str(digits),
-            "--output_dir",
-            str(tmp_path / "run"),
+            *options(
+                config="configs/quickstart.yaml", data__data_dir=digits, output_dir=tmp_path / "run"
+            ),
             *SMALL,
-            "--train.epochs",
-            "50",
-            "--checkpoint.interval_epochs",
-            "0",
-            "--train.eval_interval_epochs",
-            "0",
+            *options(
+                train__epochs=50, checkpoint__interval_epochs=0, train__eval_interval_epochs=0
+            ),
         ],
         str(tmp_path / "printed"),
         entry,

@@ -12,7 +12,7 @@ import signal
 import time
 
 import pytest
-from dist_utils import equal_trees, run_app, slow_from, start_app, wait_app, wait_for_step
+from dist_utils import equal_trees, options, run_app, slow_from, start_app, wait_app, wait_for_step
 from image_files import encode, picture, write_split
 
 from resnet_dist import cli
@@ -27,40 +27,25 @@ def arguments(digits, output_dir, *more):
     """
     return [
         "train",
-        "--config",
-        "configs/quickstart.yaml",
-        "--data.data_dir",
-        str(digits),
-        "--output_dir",
-        str(output_dir),
-        "--data.train_crop_size",
-        "8",
-        "--data.val_resize_size",
-        "8",
-        "--data.val_crop_size",
-        "8",
-        "--train.epochs",
-        "2",
-        "--train.global_batch_size",
-        "120",
-        "--train.precision",
-        "fp32",
-        "--train.ema_decay",
-        "0.9",
-        "--train.label_smoothing",
-        "0.1",
-        "--checkpoint.interval_steps",
-        "5",
-        "--log.interval_steps",
-        "1",
-        "--distributed.timeout_s",
-        "60",
-        "--log.wandb",
-        "disabled",
-        "--distributed.threads",
-        "1",
-        "--data.threads",
-        "1",
+        *options(
+            config="configs/quickstart.yaml",
+            data__data_dir=digits,
+            output_dir=output_dir,
+            data__train_crop_size=8,
+            data__val_resize_size=8,
+            data__val_crop_size=8,
+            train__epochs=2,
+            train__global_batch_size=120,
+            train__precision="fp32",
+            train__ema_decay=0.9,
+            train__label_smoothing=0.1,
+            checkpoint__interval_steps=5,
+            log__interval_steps=1,
+            distributed__timeout_s=60,
+            log__wandb="disabled",
+            distributed__threads=1,
+            data__threads=1,
+        ),
         *more,
     ]
 
@@ -216,36 +201,22 @@ def test_all_of_the_augmentation_resumes_bit_identically(tmp_path):
         write_split(
             str(tmp_path / "data"), [encode(picture(70, 80, i)) for i in range(count)], split=split
         )
-    more = [
-        "--data.kind",
-        "folder",
-        "--augment.policy",
-        "trivialaugment",
-        "--augment.color_jitter",
-        "[0.4,0.4,0.4,0.1]",
-        "--augment.lighting_std",
-        "0.1",
-        "--augment.random_erasing",
-        "0.3",
-        "--augment.repeats",
-        "2",
-        "--augment.mixup_alpha",
-        "0.2",
-        "--augment.cutmix_alpha",
-        "1.0",
-        "--data.train_crop_size",
-        "64",
-        "--data.progressive_start_size",
-        "32",
-        "--data.progressive_epochs",
-        "[0,2]",
-        "--data.crop_scale",
-        "[0.3,1]",
-        "--train.global_batch_size",
-        "8",
-        "--train.epochs",
-        "4",
-    ]
+    more = options(
+        data__kind="folder",
+        augment__policy="trivialaugment",
+        augment__color_jitter="[0.4,0.4,0.4,0.1]",
+        augment__lighting_std=0.1,
+        augment__random_erasing=0.3,
+        augment__repeats=2,
+        augment__mixup_alpha=0.2,
+        augment__cutmix_alpha=1.0,
+        data__train_crop_size=64,
+        data__progressive_start_size=32,
+        data__progressive_epochs="[0,2]",
+        data__crop_scale="[0.3,1]",
+        train__global_batch_size=8,
+        train__epochs=4,
+    )
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir(), parts.mkdir()
     kill_at(9, 5, 2, arguments(tmp_path / "data", parts, *more), parts)

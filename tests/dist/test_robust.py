@@ -14,7 +14,7 @@ from datetime import timedelta
 import numpy as np
 import pytest
 import torch
-from dist_utils import run_app, run_ranks
+from dist_utils import options, run_app, run_ranks
 from image_files import OneProcess, encode, picture, train_loader, val_loader, write_split
 from PIL import Image
 from test_exactness import assert_same_run, final, kill_at, metrics, resumed_steps
@@ -95,44 +95,27 @@ def arguments(data_dir, output_dir, *more):
     """24 steps on small crops, four epochs of six, a checkpoint every five steps."""
     return [
         "train",
-        "--config",
-        "configs/quickstart.yaml",
-        "--data.kind",
-        "folder",
-        "--data.data_dir",
-        data_dir,
-        "--output_dir",
-        str(output_dir),
-        "--data.train_crop_size",
-        "32",
-        "--data.val_resize_size",
-        "36",
-        "--data.val_crop_size",
-        "32",
-        "--data.val_batch_size",
-        "5",
-        "--train.epochs",
-        "4",
-        "--train.eval_interval_epochs",
-        "1",
-        "--schedule.warmup_epochs",
-        "1",
-        "--train.global_batch_size",
-        "8",
-        "--train.precision",
-        "fp32",
-        "--checkpoint.interval_steps",
-        "5",
-        "--log.interval_steps",
-        "1",
-        "--distributed.timeout_s",
-        "60",
-        "--log.wandb",
-        "disabled",
-        "--distributed.threads",
-        "1",
-        "--data.threads",
-        "1",
+        *options(
+            config="configs/quickstart.yaml",
+            data__kind="folder",
+            data__data_dir=data_dir,
+            output_dir=output_dir,
+            data__train_crop_size=32,
+            data__val_resize_size=36,
+            data__val_crop_size=32,
+            data__val_batch_size=5,
+            train__epochs=4,
+            train__eval_interval_epochs=1,
+            schedule__warmup_epochs=1,
+            train__global_batch_size=8,
+            train__precision="fp32",
+            checkpoint__interval_steps=5,
+            log__interval_steps=1,
+            distributed__timeout_s=60,
+            log__wandb="disabled",
+            distributed__threads=1,
+            data__threads=1,
+        ),
         *more,
     ]
 

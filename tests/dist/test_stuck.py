@@ -10,33 +10,23 @@ import time
 
 import pytest
 import torch
-from dist_utils import start_app, wait_app, wait_for_step
+from dist_utils import options, start_app, wait_app, wait_for_step
 
 from resnet_dist import cli, engine, watchdog
 from resnet_dist.watchdog import EXIT_LOST_RANK
 
-SMALL = [
-    "--data.train_crop_size",
-    "8",
-    "--data.val_resize_size",
-    "8",
-    "--data.val_crop_size",
-    "8",
-    "--train.epochs",
-    "20",
-    "--train.global_batch_size",
-    "120",
-    "--log.wandb",
-    "disabled",
-    "--data.threads",
-    "1",
-    "--distributed.threads",
-    "1",
-    "--log.interval_steps",
-    "1",
-    "--checkpoint.interval_steps",
-    "5",
-]
+SMALL = options(
+    data__train_crop_size=8,
+    data__val_resize_size=8,
+    data__val_crop_size=8,
+    train__epochs=20,
+    train__global_batch_size=120,
+    log__wandb="disabled",
+    data__threads=1,
+    distributed__threads=1,
+    log__interval_steps=1,
+    checkpoint__interval_steps=5,
+)
 
 
 # a busy machine must be able to start within it
@@ -49,12 +39,7 @@ def start(digits, folder, *more, entry=None, world_size=3):
         world_size,
         [
             "train",
-            "--config",
-            "configs/quickstart.yaml",
-            "--data.data_dir",
-            digits,
-            "--output_dir",
-            str(folder),
+            *options(config="configs/quickstart.yaml", data__data_dir=digits, output_dir=folder),
             *SMALL,
             *more,
         ],
@@ -202,14 +187,7 @@ def test_a_wait_that_all_share_is_none(digits, tmp_path):
         engine.train_step = train_step
         return cli.main(arguments)
 
-    more = (
-        "--distributed.timeout_s",
-        "8",
-        "--train.epochs",
-        "0.5",
-        "--schedule.warmup_epochs",
-        "0",
-    )
+    more = (*options(distributed__timeout_s=8, train__epochs=0.5, schedule__warmup_epochs=0),)
     assert wait_app(start(digits, tmp_path, *more, entry=entry)) == [0, 0, 0], (
         tmp_path / "log"
     ).read_text()

@@ -10,21 +10,17 @@ import time
 from pathlib import Path
 
 import pytest
+from dist_utils import options
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-SMALL = [
-    "--data.train_crop_size",
-    "8",
-    "--data.val_resize_size",
-    "8",
-    "--data.val_crop_size",
-    "8",
-    "--train.epochs",
-    "2",
-    "--log.interval_steps",
-    "1",
-]
+SMALL = options(
+    data__train_crop_size=8,
+    data__val_resize_size=8,
+    data__val_crop_size=8,
+    train__epochs=2,
+    log__interval_steps=1,
+)
 
 
 @pytest.fixture
@@ -127,12 +123,7 @@ def test_sigkill_of_torchrun(tmp_path, environment):
         "--config",
         str(ROOT / "configs/quickstart.yaml"),
         *SMALL,
-        "--output_dir",
-        "run",
-        "--train.epochs",
-        "60",
-        "--log.wandb",
-        "disabled",
+        *options(output_dir="run", train__epochs=60, log__wandb="disabled"),
     ]
     with open(tmp_path / "printed", "w") as printed:
         first = subprocess.Popen(

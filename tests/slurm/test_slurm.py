@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import submitit
 import torch
-from dist_utils import run_app
+from dist_utils import options, run_app
 
 from resnet_dist import cli
 from resnet_dist.checkpoint_file import read_checkpoint, unpack_checkpoint
@@ -54,40 +54,24 @@ def training(digits, output_dir):
     """Twelve steps an epoch on small images, each step logged, a checkpoint every five steps and at
     each epoch.
     """
-    return [
-        "--config",
-        str(ROOT / "configs/quickstart.yaml"),
-        "--data.data_dir",
-        str(digits),
-        "--output_dir",
-        str(output_dir),
-        "--data.train_crop_size",
-        "8",
-        "--data.val_resize_size",
-        "8",
-        "--data.val_crop_size",
-        "8",
-        "--train.epochs",
-        "2",
-        "--train.global_batch_size",
-        "120",
-        "--train.precision",
-        "fp32",
-        "--train.ema_decay",
-        "0.9",
-        "--checkpoint.interval_steps",
-        "5",
-        "--log.interval_steps",
-        "1",
-        "--distributed.timeout_s",
-        "60",
-        "--log.wandb",
-        "disabled",
-        "--distributed.threads",
-        "1",
-        "--data.threads",
-        "1",
-    ]
+    return options(
+        config=ROOT / "configs/quickstart.yaml",
+        data__data_dir=digits,
+        output_dir=output_dir,
+        data__train_crop_size=8,
+        data__val_resize_size=8,
+        data__val_crop_size=8,
+        train__epochs=2,
+        train__global_batch_size=120,
+        train__precision="fp32",
+        train__ema_decay=0.9,
+        checkpoint__interval_steps=5,
+        log__interval_steps=1,
+        distributed__timeout_s=60,
+        log__wandb="disabled",
+        distributed__threads=1,
+        data__threads=1,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -213,12 +197,7 @@ def time_limit(place):
     """A warning a minute before the limit: saved, requeued, finished."""
     job = Job(
         place,
-        "--cluster.time_min",
-        "2",
-        "--cluster.signal_delay_s",
-        "60",
-        "--cluster.extra.nodelist",
-        "n1",
+        *options(cluster__time_min=2, cluster__signal_delay_s=60, cluster__extra__nodelist="n1"),
         seconds="$([ ${SLURM_RESTART_COUNT:-0} = 0 ] && echo 4 || echo 0)",
     )
     job.wait_for_step(1)
@@ -330,12 +309,7 @@ def a_node_dies(place):
     """Its daemon and every process on it are killed; the job comes back on the spare node."""
     job = Job(
         place,
-        "--cluster.nodes",
-        "2",
-        "--cluster.gpus_per_node",
-        "1",
-        "--cluster.extra.exclude",
-        "n1,n2,n3",
+        *options(cluster__nodes=2, cluster__gpus_per_node=1, cluster__extra__exclude="n1,n2,n3"),
     )
     job.wait_for_step(8)
     assert "rank 0 of 2 on n4 n5" in job.log(0)
@@ -398,12 +372,7 @@ def requeues_have_an_end(place):
     job = Job(
         replace(place, folder=folder),
         f"--cluster.extra.comment={ODD}",
-        "--cluster.max_requeues",
-        "0",
-        "--cluster.extra.nodelist",
-        "n1",
-        "--cluster.gpus_per_node",
-        "1",
+        *options(cluster__max_requeues=0, cluster__extra__nodelist="n1", cluster__gpus_per_node=1),
         ranks=1,
     )
     job.wait_for_step(3)
@@ -424,14 +393,12 @@ def array_of_seeds(place):
         waiting = client.submit(
             submit_and_wait,
             place,
-            "--cluster.gpus_per_node",
-            "0",
-            "--cluster.tasks_per_node",
-            "1",
-            "--cluster.seeds",
-            "0,1",
-            "--cluster.extra.nodelist",
-            "n1",
+            *options(
+                cluster__gpus_per_node=0,
+                cluster__tasks_per_node=1,
+                cluster__seeds="0,1",
+                cluster__extra__nodelist="n1",
+            ),
             f"--cluster.setup+=export PYTHONPATH={HERE / 'slow'}",
             "--cluster.setup+=export SLOW_SECONDS=$((SLURM_ARRAY_TASK_ID * 3))e-1",
         )
