@@ -72,6 +72,7 @@ class Config:
     def __post_init__(self) -> None:
         expand_paths(self, "output_dir")
         check_config(self)
+        _resolve_mix_block(self)
 
     @classmethod
     def from_yaml(cls, *files: str | Path, changes: Mapping[str, Any] | None = None) -> "Config":
@@ -88,6 +89,32 @@ class Config:
         settings = import_module("resnet_dist.settings")
         config: Config = settings.config_from_files([str(name) for name in files], changes or {})
         return config
+
+
+def _resolve_mix_block(config: Config) -> None:
+    """Replace `augment.mix_block` null by the images per GPU of the recipe.
+
+    A checkpoint then holds the number, whatever becomes of the facts of the recipe later.
+    """
+    augment = config.augment
+    recipe = config.recipe
+    if augment.mix_block is not None:
+        return
+    block = recipe.local_batch_size
+    if not block and recipe.world_size:
+        block = recipe.global_batch_size // recipe.world_size
+    if not block and not augment.mixup_alpha and not augment.cutmix_alpha:
+        return
+    if not block:
+        raise SettingError(
+            "augment.mix_block",
+            None,
+            "recipe.global_batch_size and recipe.world_size, which it is computed from, are not "
+            "both known: set a number of images, or 0 for the whole global batch",
+        )
+    # The dataclass is frozen once it is built.
+    object.__setattr__(config, "augment", dataclasses.replace(augment, mix_block=block))
+    check_config(config)
 
 
 def check_config(config: Config) -> None:
@@ -215,6 +242,40 @@ def _hue(config: Config) -> _Wrong:
         yield "augment.color_jitter", jitter, "its last number, the hue, must be at most 0.5"
 
 
+def _mix_block(config: Config) -> _Wrong:
+    augment = config.augment
+    block = augment.mix_block
+    if not block:
+        return
+    if block % 2:
+        yield "augment.mix_block", block, "it must be even, since images are mixed in pairs"
+    num_different = config.train.global_batch_size // augment.repeats
+    if augment.repeats > 1 and num_different % 2:
+        yield (
+            "augment.mix_block",
+            block,
+            "with augment.repeats above 1, train.global_batch_size / augment.repeats must be even, "
+            f"but it is {num_different}: change one of them, or set augment.mix_block to 0",
+        )
+
+
+def _magnitude(config: Config) -> _Wrong:
+    augment = config.augment
+    is_increasing = augment.policy == "randaugment_increasing"
+    if is_increasing and augment.magnitude > 10:
+        yield (
+            "augment.magnitude",
+            augment.magnitude,
+            "it must be at most 10 for augment.policy randaugment_increasing, as in timm",
+        )
+    if augment.magnitude_std and not is_increasing:
+        yield (
+            "augment.magnitude_std",
+            augment.magnitude_std,
+            "only augment.policy randaugment_increasing varies the magnitude: set it to 0",
+        )
+
+
 _RULES_ACROSS_KEYS = (
     _nesterov,
     _warmup,
@@ -224,4 +285,6 @@ _RULES_ACROSS_KEYS = (
     _val_scales,
     _val_crop,
     _hue,
+    _mix_block,
+    _magnitude,
 )

@@ -195,13 +195,21 @@ class DecoderConfig:
 class AugmentConfig:
     """Augmentation of a training image after crop and flip, in this order. All off by default."""
 
-    policy: Literal["none", "randaugment", "trivialaugment", "autoaugment"] = "none"
-    """RandAugment (Cubuk et al. 2019), TrivialAugmentWide (Mueller and Hutter 2021) or AutoAugment
-    with the ImageNet policy (Cubuk et al. 2018)"""
+    policy: Literal[
+        "none", "randaugment", "randaugment_increasing", "trivialaugment", "autoaugment"
+    ] = "none"
+    """randaugment: RandAugment (Cubuk et al. 2019) as in torchvision; randaugment_increasing: the
+    form of timm's recipes (rand-m7-mstd0.5-inc1), whose operations all get stronger with the
+    magnitude and are each applied with probability 0.5; trivialaugment: TrivialAugmentWide (Mueller
+    and Hutter 2021); autoaugment: AutoAugment with the ImageNet policy (Cubuk et al. 2018)"""
     num_ops: Annotated[int, AtLeast(1)] = 2
-    """number of operations that RandAugment applies to an image"""
+    """number of operations that RandAugment draws for an image"""
     magnitude: Annotated[int, Within(0, 30)] = 9
-    """magnitude of RandAugment's operations, 0 to 30"""
+    """magnitude of RandAugment's operations: 0 to 30 for randaugment, 0 to 10 for
+    randaugment_increasing"""
+    magnitude_std: Annotated[float, AtLeast(0)] = 0.0
+    """standard deviation of a normal distribution around magnitude, from which
+    randaugment_increasing draws the magnitude of each operation (timm's mstd); 0: no variation"""
     color_jitter: Annotated[tuple[float, float, float, float], AtLeast(0)] = (0.0, 0.0, 0.0, 0.0)
     """largest change of brightness, contrast, saturation and hue, applied in random order, as in
     torchvision's ColorJitter"""
@@ -217,8 +225,14 @@ class AugmentConfig:
     """alpha of mixup, whose weight is drawn from Beta(alpha, alpha) (Zhang et al. 2017); 0: no
     mixup"""
     cutmix_alpha: Annotated[float, AtLeast(0)] = 0.0
-    """alpha of CutMix (Yun et al. 2019); 0: no CutMix. With mixup too, each step uses one of the
-    two"""
+    """alpha of CutMix (Yun et al. 2019); 0: no CutMix. With mixup too, each block of images uses
+    one of the two at random"""
+    mix_block: Annotated[int | None, AtLeast(0)] = 0
+    """number of images, consecutive in the global batch, that share one mixing factor and one
+    CutMix box. torchvision, timm and NVIDIA draw one for the images of each GPU. null: the images
+    per GPU of the recipe (recipe.local_batch_size, or recipe.global_batch_size /
+    recipe.world_size); 2: each pair of images; 0: all images of the global batch. Unless it is 0,
+    each of the augment.repeats copies of an image is mixed with another image"""
 
 
 @dataclass(frozen=True)

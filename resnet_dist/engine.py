@@ -129,18 +129,18 @@ def accumulate_gradient(
         The counts of the main logits, without those of the auxiliary heads.
     """
     counts = Counts.zero(micro_batches[0].images.device)
-    mix = rule.mixing(state.step)
     num_micro_batches = len(micro_batches)
     auxiliary_weight = float(getattr(state.model, "auxiliary_weight", 0.0))
     for number, batch in enumerate(micro_batches, start=1):
-        images, share = mix_images(batch.images, mix)
+        mix = rule.mixing(state.step, number - 1)
+        images, shares = mix_images(batch.images, mix)
         with all_reduce_only_if(number == num_micro_batches, model):
             with rule.precision.autocast():
                 logits = all_logits(model(images))
 
             losses = []
             for logits_of_head in logits:
-                head_losses = rule.loss_fn(at_least_fp32(logits_of_head), batch.labels, share)
+                head_losses = rule.loss_fn(at_least_fp32(logits_of_head), batch.labels, shares)
                 losses.append(head_losses)
             objective = losses[0]
             for auxiliary_losses in losses[1:]:

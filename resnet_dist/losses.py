@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from resnet_dist.config import TrainConfig
 from resnet_dist.mix import swap_neighbours
 
-LossFn = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
-"""(logits [B, C], labels [B], share) to losses [B]; `share` is the weight of the image's own label,
-its neighbour's label has the rest"""
+LossFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""(logits [B, C], labels [B], shares) to losses [B]; `shares` [B] are the weights of each image's
+own label, its neighbour's label has the rest; None: the images are not mixed
+"""
 
 
 def build_loss(config: TrainConfig) -> LossFn:
@@ -23,12 +24,14 @@ def build_loss(config: TrainConfig) -> LossFn:
     threshold = config.bce_target_threshold
 
     def cross_entropy_loss(
-        logits: torch.Tensor, labels: torch.Tensor, share: float
+        logits: torch.Tensor, labels: torch.Tensor, shares: torch.Tensor | None
     ) -> torch.Tensor:
-        return mixed_cross_entropy(logits, labels, share, smoothing)
+        return mixed_cross_entropy(logits, labels, shares, smoothing)
 
-    def binary_loss(logits: torch.Tensor, labels: torch.Tensor, share: float) -> torch.Tensor:
-        return mixed_binary_cross_entropy(logits, labels, share, smoothing, threshold)
+    def binary_loss(
+        logits: torch.Tensor, labels: torch.Tensor, shares: torch.Tensor | None
+    ) -> torch.Tensor:
+        return mixed_binary_cross_entropy(logits, labels, shares, smoothing, threshold)
 
     if config.loss == "bce":
         return binary_loss
@@ -36,7 +39,10 @@ def build_loss(config: TrainConfig) -> LossFn:
 
 
 def mixed_cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, share: float, label_smoothing: float = 0.0
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    shares: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Cross-entropy with the mixed target.
 
@@ -45,7 +51,8 @@ def mixed_cross_entropy(
     Args:
         logits: [B, C].
         labels: int64 [B].
-        share: Weight of the image's own label, from 0 to 1; the neighbour's has the rest.
+        shares: [B], weight of each image's own label, from 0 to 1; its neighbour's label has the
+            rest. None: only the own label counts.
         label_smoothing: Share of the target that is spread evenly over all classes.
 
     Returns:
@@ -57,7 +64,7 @@ def mixed_cross_entropy(
         reduction="none",
         label_smoothing=label_smoothing,
     )
-    if share == 1.0:
+    if shares is None:
         return own
     other = F.cross_entropy(
         logits,
@@ -65,13 +72,13 @@ def mixed_cross_entropy(
         reduction="none",
         label_smoothing=label_smoothing,
     )
-    return torch.lerp(other, own, share)
+    return torch.lerp(other, own, shares.to(own.dtype))
 
 
 def mixed_binary_cross_entropy(
     logits: torch.Tensor,
     labels: torch.Tensor,
-    share: float,
+    shares: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
     threshold: float = 0.0,
 ) -> torch.Tensor:
@@ -83,7 +90,8 @@ def mixed_binary_cross_entropy(
     Args:
         logits: [B, C].
         labels: int64 [B].
-        share: Weight of the image's own target, from 0 to 1; the neighbour's has the rest.
+        shares: [B], weight of each image's own target, from 0 to 1; its neighbour's target has the
+            rest. None: only the own target counts.
         label_smoothing: Share s of the target that is spread evenly over all classes.
         threshold: If not 0, targets above it become 1 and the others 0 (timm's
             `--bce-target-thresh`, 0.2 in its recipes).
@@ -96,9 +104,10 @@ def mixed_binary_cross_entropy(
     high = 1 - label_smoothing + low
     targets = torch.full_like(logits, low)
     targets.scatter_(1, labels[:, None], high)
-    if share != 1.0:
+    if shares is not None:
         neighbours = swap_neighbours(targets)
-        targets = torch.lerp(neighbours, targets, share)
+        weights = shares.to(targets.dtype)[:, None]
+        targets = torch.lerp(neighbours, targets, weights)
     if threshold:
         is_above = targets > threshold
         targets = is_above.to(targets.dtype)

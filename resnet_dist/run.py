@@ -16,6 +16,7 @@ from resnet_dist.checkpoint import Saver
 from resnet_dist.config import Config, to_dict
 from resnet_dist.data.build import build_loaders
 from resnet_dist.data.pixels.probe import describe_jpeg_decoder
+from resnet_dist.data.sampling.order import BatchLayout
 from resnet_dist.data.sources.index import check_num_classes
 from resnet_dist.data.types import TrainLoader
 from resnet_dist.distributed import Runtime, StopSignal
@@ -110,7 +111,7 @@ def build_and_train(
         train_loader=train_loader,
         val_loader=val_loader,
         schedule=build_run_schedule(config, plan),
-        rule=build_update_rule(config, runtime.device),
+        rule=build_update_rule(config, runtime.device, runtime.rank, runtime.world_size),
         plan=plan,
     )
     engine.warm_up_ddp(parts.model, config.data.train_crop_size, parts.rule.precision)
@@ -253,12 +254,22 @@ def check_and_describe_layout(config: Config, runtime: Runtime) -> str:
     )
 
 
-def build_update_rule(config: Config, device: torch.device) -> UpdateRule:
-    """Loss, mixing and precision of the run, and what else an update needs to know."""
+def build_update_rule(
+    config: Config, device: torch.device, rank: int = 0, world_size: int = 1
+) -> UpdateRule:
+    """Loss, mixing and precision of the run, and what else an update needs to know.
+
+    Args:
+        config: The config of the run.
+        device: Of this rank.
+        rank: This rank.
+        world_size: Number of ranks.
+    """
     train = config.train
+    layout = BatchLayout(train.global_batch_size, train.grad_accum_steps, rank, world_size)
     return UpdateRule(
         loss_fn=build_loss(train),
-        mixing=build_mixing(config.augment, config.seed),
+        mixing=build_mixing(config.augment, config.seed, layout),
         precision=Precision(train.precision, device),
         global_batch_size=train.global_batch_size,
         grad_accum_steps=train.grad_accum_steps,

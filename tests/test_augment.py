@@ -3,6 +3,7 @@ else.
 """
 
 import math
+import random
 import typing
 
 import numpy as np
@@ -261,7 +262,8 @@ def test_the_table_of_operations_is_complete():
         assert (plan is None) == (policy == "none")
         if plan is not None:
             drawn = {operations.NAMES[op] for op in np.unique(plan.ops)}
-            assert drawn <= {operations.NAMES[op] for op in operations.drawn_by(policy)}
+            choices = {operations.NAMES[op] for op in operations.drawn_by(policy)}
+            assert drawn <= choices | {"identity"}
     assert list(operations.operation_ids(operations.NAMES)) == list(range(len(operations.NAMES)))
     with pytest.raises(KeyError, match="solarise"):
         operations.operation_ids(["solarise"])
@@ -294,3 +296,65 @@ def test_golden_values():
     assert np.allclose(
         augment.lighting_shifts(ALL, 0, 1, np.array([5])), GOLDEN["lighting"], rtol=1e-5
     )
+
+
+def timm_draws(count, monkeypatch):
+    """What timm draws with rand-m7-mstd0.5-inc1: for each image a list of (operation, argument)."""
+    from timm.data import auto_augment
+
+    done = []
+
+    def record(name):
+        return lambda image, *arguments, **_: done.append((name, *arguments))
+
+    for name in auto_augment.NAME_TO_OP:
+        monkeypatch.setitem(auto_augment.NAME_TO_OP, name, record(name))
+    transform = auto_augment.rand_augment_transform("rand-m7-mstd0.5-inc1", {})
+    random.seed(0)
+    np.random.seed(0)
+    images = []
+    for _ in range(count):
+        transform(None)
+        images.append(list(done))
+        done.clear()
+    return images
+
+
+TIMM_NAMES = {
+    "TranslateXRel": "timm_translate_x",
+    "TranslateYRel": "timm_translate_y",
+    "ShearX": "timm_shear_x",
+    "ShearY": "timm_shear_y",
+    "Rotate": "timm_rotate",
+    "PosterizeIncreasing": "timm_posterize",
+    "SolarizeIncreasing": "timm_solarize",
+    "SolarizeAdd": "solarize_add",
+    "AutoContrast": "autocontrast",
+}
+
+
+def test_the_increasing_policy_draws_as_timms(monkeypatch):
+    """Frequencies of the operations, and the distribution of the argument of each."""
+    theirs = {}
+    for image in timm_draws(6000, monkeypatch):
+        for name, *arguments in image:
+            ours_name = TIMM_NAMES.get(name, name.removesuffix("Increasing").lower())
+            scale = SIDE if "Translate" in name else 1
+            theirs.setdefault(ours_name, []).append(scale * (arguments or [0])[0])
+    config = AugmentConfig(policy="randaugment_increasing", magnitude=7, magnitude_std=0.5)
+    plan = augment.plan_operations(config, 0, 0, ROWS, SIDE)
+    names = np.array(operations.NAMES)[plan.ops]
+    mine = {name: plan.params[names == name] for name in np.unique(names)}
+    skipped = mine.pop("identity")
+    assert abs(len(skipped) / names.size - 0.5) < 0.01
+    assert mine.keys() == theirs.keys()
+    assert same_frequencies(
+        [name for name in mine for _ in mine[name]], [name for name in theirs for _ in theirs[name]]
+    )
+    for name, values in mine.items():
+        assert distance(values, np.array(theirs[name])) < 1, name
+    fixed = AugmentConfig(policy="randaugment_increasing", magnitude=10)
+    plan = augment.plan_operations(fixed, 0, 0, ROWS[:4000], SIDE)
+    names = np.array(operations.NAMES)[plan.ops]
+    assert set(plan.params[names == "timm_posterize"].tolist()) == {0}
+    assert np.allclose(np.unique(plan.params[names == "color"]), [0.1, 1.9])

@@ -366,6 +366,44 @@ def torchvisions(image: torch.Tensor, name: str, value: float) -> torch.Tensor:
     )
 
 
+# Operation, parameter, and the same in timm: function and argument for a picture of 224 pixels.
+TIMM_CASES = [
+    ("timm_shear_x", 0.21, "shear_x", 0.21),
+    ("timm_shear_y", -0.3, "shear_y", -0.3),
+    ("timm_translate_x", -40.5, "translate_x_abs", 40.5),
+    ("timm_translate_y", 90.0, "translate_y_abs", -90.0),
+    ("timm_rotate", 21.0, "rotate", 21.0),
+    ("timm_posterize", 2, "posterize", 2),
+    ("timm_posterize", 1, "posterize", 1),
+    ("timm_solarize", 77, "solarize", 77),
+    ("timm_solarize", 0, "solarize", 0),
+    ("solarize_add", 77, "solarize_add", 77),
+    ("solarize_add", 110, "solarize_add", 110),
+]
+
+
+def test_operations_are_timms():
+    """With bilinear interpolation and the mean colour outside; the geometric ones but for edges."""
+    from timm.data import auto_augment
+
+    side = 224
+    augmenter = Augmenter(slots=1, local_batch_size=len(TIMM_CASES), threads=1)
+    plan = plan_of([case[:2] for case in TIMM_CASES], side)
+    for image in squares(3, side):
+        found = augmenter(image.expand(len(TIMM_CASES), -1, -1, -1).contiguous(), plan)
+        for (name, _, function, argument), pixels in zip(TIMM_CASES, found, strict=True):
+            options = {"resample": Image.Resampling.BILINEAR, "fillcolor": (124, 116, 104)}
+            theirs = getattr(auto_augment, function)(
+                Image.fromarray(image.numpy()), argument, **options
+            )
+            difference = (pixels.int() - torch.from_numpy(np.array(theirs)).int()).abs()
+            if "shear" in name or "translate" in name or "rotate" in name:
+                assert (difference > 2).float().mean() < 0.02, (name, argument)
+                assert difference.float().mean() < 0.8, (name, argument)
+            else:
+                assert difference.max() == 0, (name, argument)
+
+
 def squares(count: int, side: int) -> torch.Tensor:
     """Pictures, one of them with a channel of one value and one of a single colour."""
     pictures = [pil(data) for data in photographs(count // 2)]

@@ -40,7 +40,7 @@ from resnet_dist.data.sources.digits import load_digits
 from resnet_dist.data.types import Batch
 from resnet_dist.engine import train_step
 from resnet_dist.evaluation import evaluate
-from resnet_dist.mix import draw_mix, mix_images
+from resnet_dist.mix import mix_images
 from resnet_dist.models.build import build_model
 from resnet_dist.models.init import init_weights
 from resnet_dist.models.sync_batch_norm import SyncBatchNorm, convert_sync_batch_norm
@@ -279,7 +279,7 @@ def test_auxiliary_losses_count_their_weight():
     alone.
     """
     config = Config(
-        train=TrainConfig(precision="fp32", label_smoothing=0.1),
+        train=TrainConfig(precision="fp32", label_smoothing=0.1, global_batch_size=4),
         optim=OptimConfig(momentum=0.0, weight_decay=0.0),
         augment=AugmentConfig(mixup_alpha=1.0),
     )
@@ -290,7 +290,8 @@ def test_auxiliary_losses_count_their_weight():
         model, build_optimizer(config.optim, model), torch.amp.GradScaler("cpu", enabled=False)
     )
     counts, _ = train_step(NoSync(model), state, [batch], 0.5, rule, NonFinite(model, 0))
-    images, share = mix_images(batch.images, draw_mix(config.seed, 0, 1.0, 0.0))
+    images, shares = mix_images(batch.images, rule.mixing(0, 0))
+    share = shares[0].item()
     own, other = F.one_hot(batch.labels, 10), F.one_hot(batch.labels[[1, 0, 3, 2]], 10)
     losses = [
         F.cross_entropy(logits, share * own + (1 - share) * other, label_smoothing=0.1)

@@ -57,7 +57,7 @@ def build_training(config: Config, runtime: Runtime, interval: int) -> Training:
         max_nonfinite_steps=NEVER,
     )
     state = build_state(config, len(loader.class_names), runtime.device)
-    rule = build_update_rule(config, runtime.device)
+    rule = build_update_rule(config, runtime.device, runtime.rank, runtime.world_size)
     model = wrap_ddp(state.model, runtime.device)
     engine.warm_up_ddp(model, config.data.train_crop_size, rule.precision)
     return Training(

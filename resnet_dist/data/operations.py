@@ -5,12 +5,16 @@ parameter is computed from the strength, the matrix that is passed to DALI, and 
 `dali_operations.py` that adds it to the DALI graph. To add an operation, write that function and
 the entry in this file. No other file has to change.
 
-The parameters follow the formulas of torchvision. The resulting pixels differ from torchvision's by
+The parameters follow the formulas of torchvision, and those of `randaugment_increasing` the
+formulas of timm (timm/data/auto_augment.py). The resulting pixels differ from torchvision's by
 at most 2 levels. The reference is torchvision on uint8 tensors for the geometric operations and for
 hue, and torchvision on PIL images for all others. Two differences remain:
 
 - Sharpness also filters the pixels at the border of the image.
 - Equalize computes an exact histogram step, where Pillow rounds the step to whole pixels.
+
+timm interpolates each geometric operation bilinearly or bicubically, chosen at random; here it is
+always bilinear.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -86,6 +90,24 @@ def _bits(level: FloatArray, sign: IntArray, largest: float) -> FloatArray:
 def _threshold(level: FloatArray, sign: IntArray, largest: float) -> FloatArray:
     """The value, from 0 to 255, at and above which solarize inverts."""
     return 255 * (1 - level)
+
+
+def _bits_of_timm(level: FloatArray, sign: IntArray, largest: float) -> FloatArray:
+    """The number of bits per channel that posterize keeps: `largest` down to 0."""
+    bits: FloatArray = largest - np.trunc(level * largest)
+    return bits
+
+
+def _threshold_of_timm(level: FloatArray, sign: IntArray, largest: float) -> FloatArray:
+    """The value at and above which solarize inverts: `largest` down to 0."""
+    threshold: FloatArray = largest - np.trunc(level * largest)
+    return threshold
+
+
+def _addend(level: FloatArray, sign: IntArray, largest: float) -> FloatArray:
+    """The number that solarize_add adds to dark values."""
+    addend: FloatArray = np.trunc(level * largest)
+    return addend
 
 
 # A function of this type turns parameters [m] into matrices [m, 3, 3] for images of the given side
@@ -205,6 +227,8 @@ _SHEAR = _ranges(StrengthRange(0.3), StrengthRange(0.99))
 _TRANSLATION = _ranges(StrengthRange(150 / 331, of_side=True), StrengthRange(32))
 _ROTATION = _ranges(StrengthRange(30), StrengthRange(135))
 _FACTOR = _ranges(StrengthRange(0.9), StrengthRange(0.99))
+_FACTOR["randaugment_increasing"] = StrengthRange(0.9)
+_NO_RANGE_ALSO_IN_TIMM = {**_NO_RANGE, "randaugment_increasing": StrengthRange()}
 _POSTERIZE = _ranges(StrengthRange(4), StrengthRange(6))
 
 # A policy draws an operation by its position among the operations that have a range in it. The
@@ -291,22 +315,79 @@ _TABLE = (
     Operation(
         name="autocontrast",
         dali_form=dali_operations.dali_autocontrast,
-        ranges=_NO_RANGE,
+        ranges=_NO_RANGE_ALSO_IN_TIMM,
     ),
     Operation(
         name="equalize",
         dali_form=dali_operations.dali_equalize,
-        ranges=_NO_RANGE,
+        ranges=_NO_RANGE_ALSO_IN_TIMM,
     ),
     Operation(
         name="invert",
         dali_form=dali_operations.dali_invert,
-        ranges={"autoaugment": StrengthRange()},
+        ranges={
+            "autoaugment": StrengthRange(),
+            "randaugment_increasing": StrengthRange(),
+        },
     ),
     # Only the colour jitter draws hue. Its parameter is in turns of the colour circle.
     Operation(
         name="hue",
         dali_form=dali_operations.dali_hue,
+    ),
+    # The operations of timm's RandAugment that differ from torchvision's of the same name.
+    Operation(
+        name="timm_shear_x",
+        dali_form=dali_operations.dali_warp_on_mean,
+        law=_signed,
+        matrix_of=_shear_x,
+        ranges={"randaugment_increasing": StrengthRange(0.3)},
+    ),
+    Operation(
+        name="timm_shear_y",
+        dali_form=dali_operations.dali_warp_on_mean,
+        law=_signed,
+        matrix_of=_shear_y,
+        ranges={"randaugment_increasing": StrengthRange(0.3)},
+    ),
+    Operation(
+        name="timm_translate_x",
+        dali_form=dali_operations.dali_warp_on_mean,
+        law=_signed,
+        matrix_of=_translate_x,
+        ranges={"randaugment_increasing": StrengthRange(0.45, of_side=True)},
+    ),
+    Operation(
+        name="timm_translate_y",
+        dali_form=dali_operations.dali_warp_on_mean,
+        law=_signed,
+        matrix_of=_translate_y,
+        ranges={"randaugment_increasing": StrengthRange(0.45, of_side=True)},
+    ),
+    Operation(
+        name="timm_rotate",
+        dali_form=dali_operations.dali_warp_on_mean,
+        law=_signed,
+        matrix_of=_rotate,
+        ranges={"randaugment_increasing": StrengthRange(30)},
+    ),
+    Operation(
+        name="timm_posterize",
+        dali_form=dali_operations.dali_posterize,
+        law=_bits_of_timm,
+        ranges={"randaugment_increasing": StrengthRange(4)},
+    ),
+    Operation(
+        name="timm_solarize",
+        dali_form=dali_operations.dali_solarize,
+        law=_threshold_of_timm,
+        ranges={"randaugment_increasing": StrengthRange(256)},
+    ),
+    Operation(
+        name="solarize_add",
+        dali_form=dali_operations.dali_solarize_add,
+        law=_addend,
+        ranges={"randaugment_increasing": StrengthRange(110)},
     ),
 )
 
@@ -376,7 +457,9 @@ def parameters(
     """
     params = np.zeros(ops.shape)
     for operation, is_chosen in _by_operation(ops):
-        largest = operation.ranges[policy].in_pixels(side)
+        # The identity stands for an operation that was drawn and is not applied. It needs no range.
+        strength_range = operation.ranges.get(policy, StrengthRange())
+        largest = strength_range.in_pixels(side)
         params[is_chosen] = operation.law(levels[is_chosen], signs[is_chosen], largest)
     return params
 

@@ -2,7 +2,8 @@
 
 Like crops, all draws are pure functions of (seed, epoch, row), computed for a whole batch at once.
 The epoch may also be an array with one number per sample. Repeated augmentation uses this to draw
-differently for each repetition of an image (see rng.py). The distributions are torchvision's.
+differently for each repetition of an image (see rng.py). The distributions are torchvision's, and
+those of `randaugment_increasing` are timm's.
 `operations.py` describes what an operation does to the pixels.
 """
 
@@ -52,11 +53,20 @@ _PAIR_OPS = operations.operation_ids(_PAIRS[..., 0].ravel()).reshape(-1, 2)
 _PAIR_PROBABILITIES = _PAIRS[..., 1].astype(float)
 _PAIR_LEVELS = _PAIRS[..., 2].astype(int) / 9
 
+_TIMM_LARGEST_MAGNITUDE = 10
+"""Magnitude of `randaugment_increasing` at which its operations are strongest."""
+_TIMM_PROBABILITY = 0.5
+"""Probability with which `randaugment_increasing` applies an operation that it has drawn."""
+
 _CHOICES = {
     "randaugment": operations.drawn_by("randaugment"),
+    "randaugment_increasing": operations.drawn_by("randaugment_increasing"),
     "trivialaugment": operations.drawn_by("trivialaugment"),
 }
 """The ids of the operations that a policy draws from, all with the same probability."""
+
+_NUMBERS_OF_TIMM = 6
+"""Random numbers of `randaugment_increasing` for each slot; the others take 3."""
 
 _IDENTITY = operations.operation_ids(["identity"])[0]
 _JITTERED = operations.operation_ids(["brightness", "contrast", "color", "hue"])
@@ -93,6 +103,7 @@ def _num_policy_slots(config: AugmentConfig) -> int:
     slots = {
         "none": 0,
         "randaugment": config.num_ops,
+        "randaugment_increasing": config.num_ops,
         "trivialaugment": 1,
         "autoaugment": _PAIRS.shape[1],
     }
@@ -121,8 +132,9 @@ def plan_operations(
     if num_slots(config) == 0:
         return None
     policy_slots = _num_policy_slots(config)
-    policy_numbers = uniform(seed, "policy", epoch, rows, 3 * policy_slots)
-    policy_numbers = policy_numbers.reshape(len(rows), policy_slots, 3)
+    numbers_per_slot = _NUMBERS_OF_TIMM if config.policy == "randaugment_increasing" else 3
+    policy_numbers = uniform(seed, "policy", epoch, rows, numbers_per_slot * policy_slots)
+    policy_numbers = policy_numbers.reshape(len(rows), policy_slots, numbers_per_slot)
     jitter_numbers = uniform(seed, "jitter", epoch, rows, 8)
 
     policy_ops, policy_params = _draw_policy(config, policy_numbers, side)
@@ -143,7 +155,7 @@ def _draw_policy(
     Args:
         config: the section `augment`.
         numbers: uniform [n, K, 3]: for each slot a number for the operation, for the strength and
-            for the sign.
+            for the sign; [n, K, 6] for `randaugment_increasing` (see `_draw_timm`).
         side: side of the crops, in pixels.
 
     Returns:
@@ -158,6 +170,8 @@ def _draw_policy(
         return np.empty(pick.shape, np.int64), np.empty(pick.shape)
     if config.policy == "autoaugment":
         ops, levels = _draw_autoaugment(pick, strength)
+    elif config.policy == "randaugment_increasing":
+        ops, levels = _draw_timm(config, pick, numbers[..., 3:])
     else:
         choices = _CHOICES[config.policy]
         places = np.floor(pick * len(choices)).astype(np.int64)
@@ -182,6 +196,41 @@ def _draw_autoaugment(pick: FloatArray, strength: FloatArray) -> tuple[IntArray,
     ops = np.where(is_applied, _PAIR_OPS[pairs], _IDENTITY)
     levels = _PAIR_LEVELS[pairs]
     return ops, levels
+
+
+def _draw_timm(
+    config: AugmentConfig, pick: FloatArray, numbers: FloatArray
+) -> tuple[IntArray, FloatArray]:
+    """Draw the operations of timm's RandAugment. Each is applied with probability 0.5.
+
+    Its magnitude has a normal distribution around `augment.magnitude`, and is clipped to 0 to 10.
+
+    Args:
+        config: the section `augment`.
+        pick: uniform [n, K]; chooses the operation.
+        numbers: uniform [n, K, 3]: a number that decides whether the operation is applied, and two
+            for the magnitude.
+
+    Returns:
+        Operation ids and levels, both [n, K].
+    """
+    choices = _CHOICES["randaugment_increasing"]
+    places = np.floor(pick * len(choices)).astype(np.int64)
+    is_applied = numbers[..., 0] < _TIMM_PROBABILITY
+    ops = np.where(is_applied, choices[places], _IDENTITY)
+
+    deviations = config.magnitude_std * _normal(numbers[..., 1], numbers[..., 2])
+    magnitudes = np.clip(config.magnitude + deviations, 0, _TIMM_LARGEST_MAGNITUDE)
+    levels: FloatArray = magnitudes / _TIMM_LARGEST_MAGNITUDE
+    return ops, levels
+
+
+def _normal(first: FloatArray, second: FloatArray) -> FloatArray:
+    """Normally distributed numbers from two uniform ones (Box and Muller 1958)."""
+    radius = np.sqrt(-2 * np.log(1 - first))
+    angle = 2 * np.pi * second
+    normal: FloatArray = radius * np.cos(angle)
+    return normal
 
 
 def _draw_levels(config: AugmentConfig, strength: FloatArray) -> FloatArray:
@@ -241,10 +290,7 @@ def lighting_shifts(
         float32 [n, 3]: what is added to R, G and B of an image whose pixels are in [0, 1].
     """
     numbers = uniform(seed, "lighting", epoch, rows, 6)
-    # Normally distributed numbers by the method of Box and Muller (1958).
-    radius = np.sqrt(-2 * np.log(1 - numbers[:, :3]))
-    angle = 2 * np.pi * numbers[:, 3:]
-    normal = radius * np.cos(angle)
+    normal = _normal(numbers[:, :3], numbers[:, 3:])
 
     coefficients = config.lighting_std * normal * _EIGENVALUES
     shifts: FloatArray = coefficients @ _EIGENVECTORS.T

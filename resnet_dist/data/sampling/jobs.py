@@ -40,6 +40,10 @@ def train_job(seed: int, step: int, micro_step: int, sampling: TrainSampling) ->
     layout = sampling.layout
     epoch, step_in_epoch = order.locate(step, sampling.steps_per_epoch)
     positions = layout.positions(micro_step)
+    repeats = sampling.augment.repeats
+    if sampling.augment.mix_block and repeats > 1:
+        num_different = layout.global_batch_size // repeats
+        positions = order.with_new_partners(positions, num_different)
     rows, repetitions = order.samples_at(
         seed,
         epoch,
@@ -47,7 +51,7 @@ def train_job(seed: int, step: int, micro_step: int, sampling: TrainSampling) ->
         step_in_epoch,
         positions,
         layout.global_batch_size,
-        sampling.augment.repeats,
+        repeats,
     )
     return _random_job(seed, rows, epoch, step, repetitions, sampling)
 

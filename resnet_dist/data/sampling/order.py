@@ -171,6 +171,27 @@ def samples_at(
     return rows, repetitions
 
 
+def with_new_partners(positions: IntArray, num_different: int) -> IntArray:
+    """Exchange positions so that each repetition of an image is in a pair with another image.
+
+    Mixup mixes positions 2k and 2k + 1. The second image of each pair is taken from the pair that
+    is r pairs further on, in repetition r. The images of each repetition stay the same.
+
+    Args:
+        positions: int64 [B], positions in the global batch.
+        num_different: number of different images in the global batch; it is even.
+
+    Returns:
+        int64 [B]: the positions whose samples are shown in place of those at `positions`.
+    """
+    repetitions, places = np.divmod(positions, num_different)
+    pairs = places // 2
+    is_second = places % 2 == 1
+    other_pairs = (pairs + repetitions) % (num_different // 2)
+    new_places = np.where(is_second, 2 * other_pairs + 1, places)
+    return repetitions * num_different + new_places
+
+
 def steps_per_epoch(n: int, global_batch_size: int, repeats: int = 1) -> int:
     """Number of steps in an epoch, which is the number of complete global batches.
 
