@@ -219,7 +219,9 @@ def results_of_batch(batch: Batch, logits: torch.Tensor) -> ImageResults:
     num_top = min(MOST_TOP_CLASSES, logits.shape[1])
     has_label = batch.labels != IGNORED_LABEL
     labels = batch.labels.where(has_label, 0)
-    is_finite = logits.isfinite().all(1)
+    # Minus infinity is the logit of a class that does not compete.
+    is_broken = logits.isnan() | logits.isposinf()
+    is_finite = ~is_broken.any(1)
     log_probabilities = logits.log_softmax(1)
     probabilities = log_probabilities.exp()
     # A stable sort ranks equal logits by class id.

@@ -1,13 +1,267 @@
-"""`resnet-dist evaluate --suite`: several data sets in one go, and one table of the results."""
+"""`resnet-dist evaluate --suite`: several data sets in one go, and one table of the results.
+
+The tables are written again after each part. A later run with the same weights and settings takes
+the parts that are finished from there.
+"""
 
 import argparse
+import json
 import sys
+import tempfile
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
+from torch import nn
+
+from resnet_dist.commands.evaluate import count_mapped, hint_at_guessing, print_remarks
 from resnet_dist.config import Config
-from resnet_dist.saved_network import SavedNetwork
+from resnet_dist.data.types import ValLoader
+from resnet_dist.distributed import Runtime
+from resnet_dist.evaluation_sets.classes import ClassMap, map_classes
+from resnet_dist.evaluation_sets.known_sets import Part, parts_of
+from resnet_dist.evaluation_sets.label_sets import LabelSetCounter, read_label_sets, sets_of_rows
+from resnet_dist.evaluation_sets.layouts import index_of
+from resnet_dist.evaluation_sets.suite_file import SuiteEntry, read_suite
+from resnet_dist.evaluation_sets.suite_results import (
+    PartCounts,
+    SetResult,
+    format_csv,
+    format_markdown,
+    parts_from_plain,
+)
+from resnet_dist.files import write_file
+from resnet_dist.models.zoo import check_image_size
+from resnet_dist.process import run_process
+from resnet_dist.saved_network import SavedNetwork, build_network, load_into, preferred_kind
+from resnet_dist.text import printable
+
+_STEM = "suite"
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """What all sets of a suite have in common."""
+
+    saved: SavedNetwork
+    model: nn.Module
+    config: Config
+    runtime: Runtime
+    folder: Path
+    """of the tables"""
+    identity: dict[str, Any]
+    """what the counts depend on beside the data"""
 
 
 def run(saved: SavedNetwork, config: Config, options: argparse.Namespace) -> int:
-    """Evaluate a network on the data sets of a suite."""
-    print("error: --suite is not finished in this version", file=sys.stderr)
-    return 2
+    """Evaluate a network on the data sets of a suite, and print and write the table.
+
+    Of a checkpoint with averaged weights, these are evaluated. A data set that cannot be evaluated
+    does not stop the others.
+
+    Args:
+        saved: The weights.
+        config: The settings of their run.
+        options: `suite`, the file; `output`, the folder for the tables; `json`, whether to print
+            them as JSON.
+
+    Returns:
+        The exit code: 0, or 2 if something could not be evaluated.
+    """
+
+    def body(config: Config, runtime: Runtime) -> int:
+        entries = runtime.on_main(lambda: read_suite(Path(options.suite)))
+        folder = Path(options.output or Path(options.suite).stem)
+        with tempfile.TemporaryDirectory() as scratch:
+            evaluation = _prepare(saved, replace(config, output_dir=scratch), runtime, folder)
+            results = _evaluate_all(evaluation, entries)
+        if runtime.is_main:
+            content = _as_plain(evaluation, results)
+            print(json.dumps(content) if options.json else format_markdown(results), flush=True)
+            _print_problems(results, folder)
+        runtime.on_main(lambda: _write(evaluation, results))
+        return 2 if any(result.problem for result in results) else 0
+
+    return run_process(config, body)
+
+
+def _prepare(saved: SavedNetwork, config: Config, runtime: Runtime, folder: Path) -> _Evaluation:
+    """Build the network once for all sets.
+
+    Raises:
+        ValueError: The weights do not fit, or the folder for the tables cannot be made.
+    """
+    check_image_size(config.model.name, config.data)
+    runtime.on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
+    kind = preferred_kind(saved)
+    model = build_network(saved, config, runtime.device)
+    load_into(model, saved, kind)
+    data = config.data
+    identity = {
+        "sha256": saved.sha256,
+        "kind": kind,
+        "model": asdict(config.model),
+        "precision": config.train.precision,
+        "val_resize_size": data.val_resize_size,
+        "val_crop_size": data.val_crop_size,
+        "val_interpolation": data.val_interpolation,
+        "val_crops": data.val_crops,
+        "val_scales": list(data.val_scales),
+        "val_flip": data.val_flip,
+        "mean": list(data.mean),
+        "std": list(data.std),
+    }
+    if runtime.is_main:
+        print_remarks(saved.remarks)
+    return _Evaluation(saved, model, config, runtime, folder, identity)
+
+
+def _evaluate_all(evaluation: _Evaluation, entries: list[SuiteEntry]) -> list[SetResult]:
+    """Evaluate all sets, and write the tables after each part. Call it on every rank."""
+    runtime = evaluation.runtime
+    earlier = runtime.on_main(lambda: _read_earlier(evaluation))
+    results = [SetResult(entry) for entry in entries]
+    for result in results:
+        result.parts.update(_finished_parts(result.entry, earlier))
+        if result.parts:
+            result.remarks.append(
+                f"{result.entry.name}: {len(result.parts)} finished parts are taken from "
+                f"{evaluation.folder / _STEM}.json; remove it to evaluate them again"
+            )
+    for result in results:
+        _evaluate_set(evaluation, result, results)
+        if runtime.is_main:
+            print_remarks(result.remarks)
+    return results
+
+
+def _finished_parts(entry: SuiteEntry, earlier: dict[str, Any]) -> dict[str, PartCounts]:
+    """The parts of a set in the file of an earlier run, if they were counted in the same way."""
+    plain = earlier.get(entry.name)
+    own = {key: value for key, value in asdict(entry).items() if value}
+    if not isinstance(plain, dict) or any(plain.get(key) != own[key] for key in own):
+        return {}
+    try:
+        return parts_from_plain(plain)
+    except (KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _read_earlier(evaluation: _Evaluation) -> dict[str, Any]:
+    """The sets in the JSON file of an earlier run with the same weights and settings."""
+    path = evaluation.folder / f"{_STEM}.json"
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(content, dict) or content.get("identity") != evaluation.identity:
+        return {}
+    sets = content.get("sets")
+    return sets if isinstance(sets, dict) else {}
+
+
+def _evaluate_set(evaluation: _Evaluation, result: SetResult, results: list[SetResult]) -> None:
+    """Evaluate the parts of one set that are not finished."""
+    problems = []
+    parts = parts_of(result.entry)
+    for part in parts:
+        if part.name in result.parts:
+            continue
+        try:
+            result.parts[part.name] = _evaluate_part(evaluation, result, part)
+        except ValueError as problem:
+            problems.append(str(problem))
+        result.problem = _summary(problems, len(parts))
+        if evaluation.runtime.is_main:
+            _keep(evaluation, results)
+
+
+def _summary(problems: list[str], num_parts: int) -> str:
+    """One sentence about the parts that could not be evaluated."""
+    if not problems:
+        return ""
+    first = printable(problems[0])
+    if num_parts == 1:
+        return first
+    return f"{len(problems)} of {num_parts} parts cannot be evaluated: {first}"
+
+
+def _evaluate_part(evaluation: _Evaluation, result: SetResult, part: Part) -> PartCounts:
+    """Evaluate one part of a set. Call it on every rank.
+
+    Raises:
+        ValueError: On every rank, if it cannot be evaluated.
+    """
+    config = evaluation.config
+    runtime = evaluation.runtime
+    entry = result.entry
+    loader = part.open(config, runtime)
+    with closing(loader):
+        names = evaluation.saved.names_or(loader.class_names)
+        place = f"sets.{entry.name}: {entry.data}"
+        class_map = map_classes(loader.class_names, names, entry.classes, place)
+        for remark in class_map.remarks:
+            if remark not in result.remarks:
+                result.remarks.append(remark)
+        counter = _label_set_counter(entry, loader, class_map, runtime)
+        counts = count_mapped(evaluation.model, loader, class_map, config, runtime, counter)
+        num_bad = runtime.sum_integer(loader.num_bad)
+    plain = counts.result(class_map.num_competing)
+    if entry.kind == "imagenet":
+        hint = hint_at_guessing(plain["top1"], class_map, evaluation.saved.reported_top1)
+        result.remarks.extend(hint)
+    if counter is not None:
+        hits, num = counter.reduce(runtime)
+        return PartCounts(num, hits, None, 0.0, num_bad)
+    correct5 = int(plain["correct5"]) if "correct5" in plain else None
+    loss_sum = float(counts.loss_sum)
+    return PartCounts(int(plain["num"]), int(plain["correct1"]), correct5, loss_sum, num_bad)
+
+
+def _label_set_counter(
+    entry: SuiteEntry, loader: ValLoader, class_map: ClassMap, runtime: Runtime
+) -> LabelSetCounter | None:
+    """The counter for a data set whose images have several labels; None for another."""
+    if entry.kind != "real":
+        return None
+    label_sets = runtime.on_main(lambda: read_label_sets(Path(entry.labels)))
+    rows = sets_of_rows(index_of(loader), label_sets, class_map.names)
+    return LabelSetCounter(rows, runtime.device)
+
+
+def _as_plain(evaluation: _Evaluation, results: list[SetResult]) -> dict[str, Any]:
+    """All results as plain types."""
+    saved = evaluation.saved
+    return {
+        "weights": str(saved.path),
+        "step": None if saved.is_foreign else saved.step,
+        "identity": evaluation.identity,
+        "sets": {result.entry.name: result.as_plain() for result in results},
+    }
+
+
+def _write(evaluation: _Evaluation, results: list[SetResult]) -> None:
+    """Write the three tables."""
+    stem = evaluation.folder / _STEM
+    content = _as_plain(evaluation, results)
+    write_file(stem.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
+    write_file(stem.with_suffix(".md"), format_markdown(results))
+    write_file(stem.with_suffix(".csv"), format_csv(results))
+
+
+def _keep(evaluation: _Evaluation, results: list[SetResult]) -> None:
+    """Write the tables so far. A full disk does not end the evaluation."""
+    try:
+        _write(evaluation, results)
+    except OSError as problem:
+        print(f"warning: the tables cannot be written: {printable(problem)}", file=sys.stderr)
+
+
+def _print_problems(results: list[SetResult], folder: Path) -> None:
+    """Say where the tables are, and which sets are missing in them."""
+    for result in results:
+        if result.problem:
+            text = f"{result.entry.name}: {result.problem}"
+            print(f"error: {printable(text)}", file=sys.stderr)
+    print(f"tables: {printable(folder / _STEM)}.json, .md and .csv", file=sys.stderr, flush=True)

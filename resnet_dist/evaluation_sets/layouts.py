@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from resnet_dist.config import Config
 from resnet_dist.data.build import build_val_loader
+from resnet_dist.data.sources.index import Index
 from resnet_dist.data.sources.scan import build_index
 from resnet_dist.data.types import ValLoader
 from resnet_dist.distributed import Runtime
@@ -48,3 +49,15 @@ def open_folder(folder: str, config: Config, runtime: Runtime) -> ValLoader:
     index = build_index(data_dir, split, runtime, rescan=config.data.rescan)
     data = replace(config.data, kind="folder", data_dir=data_dir)
     return build_val_loader(replace(config, data=data), runtime, index=index)
+
+
+def index_of(loader: ValLoader) -> Index:
+    """The index of a loader of image files.
+
+    Raises:
+        ValueError: Its images are not files.
+    """
+    index = getattr(loader, "index", None)
+    if not isinstance(index, Index):
+        raise ValueError("the images of this data set are not files, which is needed here")
+    return index

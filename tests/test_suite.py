@@ -1,0 +1,382 @@
+"""The suite on miniature copies of all data sets in their official layouts, with results computed
+by hand.
+
+The networks prefer the classes in a fixed order, whatever they see: a class is a hit if it is the
+first one of the order among those that compete.
+"""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from dist_utils import run_app
+from PIL import Image
+
+from resnet_dist import cli
+from resnet_dist.config import Config, DataConfig, ModelConfig
+from resnet_dist.evaluation_sets import arrays, corruptions
+from resnet_dist.evaluation_sets.suite_file import read_suite
+from resnet_dist.models.build import build_model
+from resnet_dist.models.class_names import imagenet_ids
+
+WNIDS = imagenet_ids()
+# The order of preference of the network with ImageNet's classes.
+ORDER = (3, 1, 8, 2, 9, 4)
+SMALL = ("--data.val_resize_size", "8", "--data.val_crop_size", "8", "--distributed.threads", "1")
+SMALL += ("--data.threads", "1", "--model.name", "resnet20")
+
+
+def write_weights(path, num_classes, order):
+    """A ResNet-20 whose logits are `len(order)` for the first class of the order, and so on."""
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(name="resnet20"), num_classes)
+    head = next(name for name, _ in model.named_modules() if name in ("fc", "linear"))
+    content = model.state_dict()
+    content[f"{head}.weight"].zero_()
+    content[f"{head}.bias"].zero_()
+    for place, number in enumerate(order):
+        content[f"{head}.bias"][number] = len(order) - place
+    torch.save(content, path)
+    return str(path)
+
+
+def write_images(folder, names):
+    """One small image for each name below `folder`."""
+    for number, name in enumerate(names):
+        path = Path(folder, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 8), (number % 256, 40, 90)).save(path)
+
+
+def of_class(number, count, suffix="jpg"):
+    return [f"{WNIDS[number]}/{place}.{suffix}" for place in range(count)]
+
+
+def few_corruptions(monkeypatch, names=("snow", "fog")):
+    """75 parts are 10, which takes less time."""
+    for name in list(corruptions.ALEXNET_ERRORS):
+        if name not in names:
+            monkeypatch.delitem(corruptions.ALEXNET_ERRORS, name)
+
+
+def run(weights, suite, output, *options):
+    try:
+        return cli.main(
+            ["evaluate", "--weights", weights, "--suite", str(suite), "--output", str(output)]
+            + [*SMALL, *options]
+        )
+    except SystemExit as ending:
+        return ending.code
+
+
+def figures_of(output):
+    content = json.loads((output / "suite.json").read_text())
+    return {name: entry["figures"] for name, entry in content["sets"].items()}
+
+
+@pytest.fixture(scope="module")
+def imagenets(tmp_path_factory):
+    """Miniature copies of the data sets with ImageNet's classes, weights and a suite."""
+    place = tmp_path_factory.mktemp("imagenets")
+    # ILSVRC 2012: the numbers of the files are those of real.json.
+    names = []
+    for number, label in enumerate((3, 3, 1, 8, 2), 1):
+        names.append(f"val/{WNIDS[label]}/ILSVRC2012_val_{number:08d}.JPEG")
+    write_images(place / "imagenet", names)
+    # The network says 3: right for images 1 and 3; image 4 has no label and does not count.
+    (place / "real.json").write_text(json.dumps([[3], [1], [1, 3], [], [2]]))
+    # Folders are class ids. As text 10 comes before 3.
+    write_images(place / "v2", ["10/a.jpeg", "3/b.jpeg", "3/c.jpeg", "2/d.jpeg"])
+    # Without class 3, which competes only if logits are not masked: then 1 is the first.
+    write_images(place / "a", of_class(1, 3) + of_class(8, 1))
+    write_images(place / "r", of_class(8, 2) + of_class(2, 1) + of_class(4, 1))
+    write_images(place / "sketch" / "val", of_class(3, 1, "png") + of_class(1, 3, "png"))
+    for severity in range(1, 6):
+        # Of 8 images of snow, 1 to 5 are wrong; of 4 of fog always 1.
+        snow = of_class(3, 8 - severity) + of_class(1, severity)
+        write_images(place / "c" / "snow" / str(severity), snow)
+        fog = of_class(3, 3) + of_class(8, 1)
+        write_images(place / "c" / "weather" / "fog" / str(severity), fog)
+    suite = f"""
+sets:
+  ImageNet: {{kind: imagenet, data: {place}/imagenet, classes: all}}
+  ReaL: {{kind: real, data: {place}/imagenet, labels: {place}/real.json, classes: all}}
+  V2: {{kind: imagenet_v2, data: {place}/v2, classes: all}}
+  A: {{kind: imagenet_a, data: {place}/a}}
+  A kept: {{kind: folder, data: {place}/a, classes: all}}
+  R: {{kind: imagenet_r, data: {place}/r}}
+  Sketch: {{kind: imagenet_sketch, data: {place}/sketch, classes: all}}
+  C: {{kind: imagenet_c, data: {place}/c, classes: all}}
+"""
+    (place / "all.yaml").write_text(suite)
+    write_weights(place / "w.pth", 1000, ORDER)
+    return place
+
+
+EXPECTED = {
+    "ImageNet": (5, 40.0),
+    "ReaL": (4, 50.0),
+    "V2": (4, 50.0),
+    "A": (4, 75.0),
+    "A kept": (4, 0.0),
+    "R": (4, 50.0),
+    "Sketch": (4, 25.0),
+}
+# Mean errors of snow (1 + 2 + 3 + 4 + 5) / 8 / 5 and of fog 1/4, over those of AlexNet.
+MCE = 100 * (0.375 / 0.866816 + 0.25 / 0.819324) / 2
+
+
+def test_imagenet_and_its_variants(imagenets, tmp_path, monkeypatch, capsys):
+    few_corruptions(monkeypatch)
+    output = tmp_path / "out"
+    assert run(str(imagenets / "w.pth"), imagenets / "all.yaml", output) == 0
+    printed = capsys.readouterr()
+    figures = figures_of(output)
+    for name, (num, top1) in EXPECTED.items():
+        assert (figures[name]["num"], figures[name]["top1"]) == (num, pytest.approx(top1)), name
+    assert figures["C"]["mce"] == pytest.approx(MCE, rel=1e-12)
+    assert figures["C"]["num"] == 60
+    # Of the classes 3, 1, 8, 2, 9 that come first, all images of this set have one.
+    assert figures["ImageNet"]["top5"] == 100
+    assert "top5" not in figures["A"], "two classes compete"
+    assert "| ReaL | 4 | 50.00 |" in printed.out and f"mCE {MCE:.2f} %" in printed.out
+    assert printed.out == (output / "suite.md").read_text() + "\n"
+    rows = (output / "suite.csv").read_text().splitlines()
+    assert len(rows) == 9 and rows[0].startswith("set,kind,num,top1,")
+    assert "names its classes by numbers" in printed.err
+    assert "logits of the others are masked" in printed.err
+    assert "taken for ImageNet's" in printed.err and "resize 8, crop 8, bilinear" in printed.err
+
+    # The counts do not depend on the number of ranks, and finished parts are not done again.
+    again = tmp_path / "two"
+    words = ["evaluate", "--weights", str(imagenets / "w.pth"), "--json"]
+    words += ["--suite", str(imagenets / "all.yaml"), "--output", str(again), *SMALL]
+    words += ["--data.val_batch_size", "3"]
+    assert run_app(2, words, str(tmp_path / "log")) == [0, 0], (tmp_path / "log").read_text()
+    alone = json.loads((output / "suite.json").read_text())
+    together = json.loads((again / "suite.json").read_text())
+    assert set(alone) == set(together)
+    for name, entry in alone["sets"].items():
+        other = together["sets"][name]
+        for part, counts in entry["parts"].items():
+            assert other["parts"][part] == {
+                **counts,
+                "loss_sum": pytest.approx(counts["loss_sum"], rel=1e-6),
+            }
+    monkeypatch.setattr("resnet_dist.commands.evaluate_suite.count_mapped", None)
+    assert run(str(imagenets / "w.pth"), imagenets / "all.yaml", output) == 0
+    assert figures_of(output) == figures
+    assert "10 finished parts are taken from" in capsys.readouterr().err
+
+
+def test_what_cannot_be_evaluated_does_not_stop_the_others(
+    imagenets, tmp_path, monkeypatch, capsys
+):
+    """Missing and damaged sets are a sentence each; the others are in the table; exit code 2."""
+    few_corruptions(monkeypatch, ("fog", "frost"))
+    suite = tmp_path / "some.yaml"
+    suite.write_text(
+        f"""
+sets:
+  gone: {{kind: imagenet_a, data: {tmp_path}/nowhere}}
+  part: {{kind: imagenet_a, data: {imagenets}/a, classes: present}}
+  whole: {{kind: imagenet, data: {imagenets}/imagenet}}
+  names: {{kind: real, data: {imagenets}/a, labels: {imagenets}/real.json, classes: all}}
+  wrong: {{kind: real, data: {imagenets}/imagenet, labels: {imagenets}/w.pth, classes: all}}
+  C: {{kind: imagenet_c, data: {imagenets}/c, classes: all}}
+  last: {{kind: imagenet_v2, data: {imagenets}/v2, classes: all}}
+"""
+    )
+    output = tmp_path / "out"
+    assert run(str(imagenets / "w.pth"), suite, output) == 2
+    figures = figures_of(output)
+    assert figures["part"]["top1"] == 75 and figures["last"]["top1"] == 50
+    assert figures["C"]["num"] == 20 and "mce" not in figures["C"]
+    err = capsys.readouterr().err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    expected = (
+        ("gone: ", "does not exist"),
+        ("whole: ", "--classes present", "4 of the 1000 classes"),
+        ("names: ", "is not named as ILSVRC2012_val_00000001.JPEG"),
+        ("wrong: ", "cannot be read as JSON"),
+        ("C: 5 of 10 parts", "no folder frost/"),
+    )
+    assert len(errors) == len(expected), err
+    for line, words in zip(errors, expected, strict=True):
+        assert all(word in line for word in words), line
+
+
+def cifar_arrays(num):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (num, 32, 32, 3), dtype=np.uint8)
+    return pixels, np.arange(num) % 10
+
+
+def write_cifar(place):
+    """CIFAR-10 (python and binary version), CIFAR-10.1 and CIFAR-10-C, with hand-made labels."""
+    pixels, labels = cifar_arrays(20)
+    flat = pixels.transpose(0, 3, 1, 2).reshape(20, -1)
+    (place / "py" / "cifar-10-batches-py").mkdir(parents=True)
+    content = {b"data": flat, b"labels": labels.tolist(), b"batch_label": b"testing batch 1 of 1"}
+    (place / "py" / "cifar-10-batches-py" / "test_batch").write_bytes(pickle.dumps(content))
+    (place / "bin").mkdir()
+    records = np.concatenate([labels.astype(np.uint8)[:, None], flat], 1)
+    (place / "bin" / "test_batch.bin").write_bytes(records.tobytes())
+    (place / "one").mkdir()
+    np.save(place / "one" / "cifar10.1_v6_data.npy", pixels[:8])
+    np.save(place / "one" / "cifar10.1_v6_labels.npy", np.array([7, 7, 0, 1, 7, 2, 3, 7], np.int32))
+    (place / "c").mkdir()
+    # Five severities of four images each: 0 to 4 of them are of class 7.
+    hits = [[7] * count + [1] * (4 - count) for count in range(5)]
+    np.save(place / "c" / "labels.npy", np.array(hits).ravel())
+    for name in ("snow", "fog"):
+        np.save(place / "c" / f"{name}.npy", pixels)
+    return pixels, labels
+
+
+def test_cifar_and_its_variants(tmp_path, monkeypatch, capsys):
+    few_corruptions(monkeypatch)
+    pixels, labels = write_cifar(tmp_path)
+    weights = write_weights(tmp_path / "w.pth", 10, (7, 0, 1, 2, 3))
+    suite = tmp_path / "cifar.yaml"
+    suite.write_text(
+        f"""
+sets:
+  python: {{kind: cifar10, data: {tmp_path}/py}}
+  binary: {{kind: cifar10, data: {tmp_path}/bin}}
+  CIFAR-10.1: {{kind: cifar10_1, data: {tmp_path}/one}}
+  CIFAR-10-C: {{kind: cifar10_c, data: {tmp_path}/c}}
+"""
+    )
+    assert run(weights, suite, tmp_path / "out") == 0, capsys.readouterr().err
+    figures = figures_of(tmp_path / "out")
+    assert {name: entry["top1"] for name, entry in figures.items()} == {
+        "python": 10,
+        "binary": 10,
+        "CIFAR-10.1": 50,
+        "CIFAR-10-C": 50,
+    }
+    assert figures["CIFAR-10-C"]["mean_error"] == pytest.approx(50)
+    assert figures["python"]["top5"] == figures["binary"]["top5"] == 50
+
+    # Both files give the pixels in their places, as the evaluation of image files shows them.
+    for folder in ("py", "bin"):
+        read = arrays.read_cifar10(tmp_path / folder)
+        assert np.array_equal(read.pixels, pixels) and np.array_equal(read.labels, labels)
+    part = arrays.read_arrays(tmp_path / "c" / "fog.npy", tmp_path / "c" / "labels.npy", 3, 5)
+    assert np.array_equal(part.pixels, pixels[12:16]) and part.labels.tolist() == [7, 7, 7, 1]
+
+
+def test_arrays_pass_through_the_geometry_of_files(tmp_path):
+    """Batch by batch, on two ranks, also of several views."""
+    from image_files import OneProcess
+
+    from resnet_dist.api import EvaluationTransform
+
+    pixels, labels = cifar_arrays(5)
+    data = DataConfig(val_resize_size=40, val_crop_size=24, val_batch_size=2)
+    config = Config(data=data)
+    transform = EvaluationTransform(data)
+    seen = {}
+    for rank in range(2):
+        runtime = OneProcess()
+        runtime.rank, runtime.world_size = rank, 2
+        images = arrays.ImageArrays(pixels, labels)
+        loader = arrays.ArrayLoader(images, arrays.CIFAR10_CLASSES, config, runtime)
+        batches = list(loader)
+        assert len(batches) == loader.rounds == 2
+        for batch in batches:
+            if batch is not None:
+                for row, label, image in zip(
+                    batch.indices, batch.labels, batch.images, strict=True
+                ):
+                    seen[int(row)] = (int(label), image)
+    assert sorted(seen) == [0, 1, 2, 3, 4]
+    for row, (label, image) in seen.items():
+        assert label == labels[row]
+        expected = transform(Image.fromarray(pixels[row]))
+        assert torch.allclose(image.float(), expected, atol=0.02)
+
+
+def test_mean_corruption_error():
+    """AlexNet has 100; a corruption whose severities are not complete is left out."""
+    errors = {}
+    for name, error in corruptions.ALEXNET_ERRORS.items():
+        for severity, shift in zip(corruptions.SEVERITIES, (-0.2, -0.1, 0, 0.1, 0.2), strict=True):
+            errors[corruptions.part_name(name, severity)] = error + shift
+    averages = corruptions.average_errors(errors)
+    assert len(averages) == 15
+    assert corruptions.mean_corruption_error(averages) == pytest.approx(100)
+    halves = {name: error / 2 for name, error in averages.items()}
+    assert corruptions.mean_corruption_error(halves) == pytest.approx(50)
+    del errors["fog/5"]
+    assert corruptions.missing_corruptions(corruptions.average_errors(errors)) == ["fog"]
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("run",))
+
+
+def test_damaged_files_are_one_sentence(tmp_path, capsys):
+    pixels, labels = write_cifar(tmp_path)
+    batch = tmp_path / "py" / "cifar-10-batches-py" / "test_batch"
+    data, classes = tmp_path / "c" / "fog.npy", tmp_path / "c" / "labels.npy"
+    batch.write_bytes(pickle.dumps({b"data": Evil()}))
+    with pytest.raises(ValueError, match=r"test_batch is damaged.*builtins.print"):
+        arrays.read_cifar10(tmp_path / "py")
+    assert capsys.readouterr().out == ""
+    (tmp_path / "bin" / "test_batch.bin").write_bytes(b"12")
+    with pytest.raises(ValueError, match="no multiple of 3073"):
+        arrays.read_cifar10(tmp_path / "bin")
+    with pytest.raises(ValueError, match="neither test_batch"):
+        arrays.read_cifar10(tmp_path)
+    with pytest.raises(ValueError, match="do not divide into 3 parts"):
+        arrays.read_arrays(data, classes, 0, 3)
+    np.save(classes, labels[:7])
+    with pytest.raises(ValueError, match=r"20 images, and labels.npy 7 labels"):
+        arrays.read_arrays(data, classes)
+    np.save(classes, labels + 5)
+    with pytest.raises(ValueError, match="from 0 to 9"):
+        arrays.read_arrays(data, classes)
+    data.write_bytes(data.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"fog.npy is damaged"):
+        arrays.read_arrays(data, classes)
+    np.save(data, pixels.astype(np.float32))
+    with pytest.raises(ValueError, match=r"float32.*and not images uint8"):
+        arrays.read_arrays(data, classes)
+
+
+def test_wrong_suites_are_one_sentence(tmp_path, monkeypatch):
+    path = tmp_path / "suite.yaml"
+    wrong = {
+        "": "it must have the key sets",
+        "sets: {}": "it must have the key sets",
+        "sets: [1]": "it must have the key sets",
+        "sets: {a: {kind: folder}": "is not valid YAML",
+        "sets: {a: {kind: folder, data: x}, a: {kind: folder, data: y}}": "a is there twice",
+        "sets: {a: 3}": "sets.a must have kind and data",
+        "sets: {a: {kind: folder}}": "sets.a has no data",
+        "sets: {a: {data: x}}": "sets.a has no kind",
+        "sets: {a: {kind: imagnet, data: x}}": "kind is imagnet.*did you mean imagenet",
+        "sets: {a: {kind: folder, data: x, clases: all}}": "clases.*did you mean classes",
+        "sets: {a: {kind: folder, data: x, classes: some}}": "classes is some.*present, all",
+        "sets: {a: {kind: folder, data: 3}}": "sets.a.data is 3: it must be a text",
+        "sets: {a: {kind: real, data: x}}": "sets.a has no labels",
+        "sets: {a: {kind: folder, data: x, labels: y}}": "only for the kind real",
+        "sets: {a: {kind: folder, data: $UNSET_FOLDER}}": "UNSET_FOLDER is not set",
+    }
+    monkeypatch.delenv("UNSET_FOLDER", raising=False)
+    for text, message in wrong.items():
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message) as caught:
+            read_suite(path)
+        assert "\n" not in str(caught.value) and "--suite" in str(caught.value)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_suite(path)
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_suite(tmp_path / "gone.yaml")
