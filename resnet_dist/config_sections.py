@@ -155,6 +155,15 @@ class DataConfig:
     8"""
     prefetch_batches: Annotated[int, AtLeast(1)] = 3
     """batches that are loaded ahead of training"""
+    train_cache: Literal["off", "host", "device", "auto"] = "off"
+    """keep the decoded training images in memory, for small sets: they are decoded once at the
+    start. host: in one file for each machine, in TMPDIR, which its ranks map; device: on each GPU,
+    for images of one size that are neither resized nor augmented by a policy or colour jitter; on
+    the CPU the same as host; auto: device, host or off, whatever fits"""
+    val_cache: Literal["auto", "off"] = "auto"
+    """keep the decoded squares of the first evaluation in host memory, so that later evaluations of
+    the run decode nothing; each rank keeps its own share. auto: if they fit into a quarter of the
+    free memory"""
     max_bad_images: Annotated[int, AtLeast(0)] = 100
     """number of broken training images per rank and run that are replaced by a neighbour; one more
     stops the run with an error"""

@@ -377,6 +377,8 @@ def evaluate_state(parts: Training, services: Services) -> bool:
         for name, value in result.items():
             results[f"{key}/{name}"] = value
 
+    for remark in loader.remarks():
+        services.log.say(remark)
     num_bad = runtime.sum_integer(loader.num_bad)
     report_bad_images(num_bad, loader.num_samples, services.log)
     top1 = results.get("val_ema/top1", results["val/top1"])

@@ -4,17 +4,13 @@ The need is estimated on the meta device, whose tensors have shapes but no conte
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from resnet_dist.config import Config
+from resnet_dist.host_memory import free_host_memory
 from resnet_dist.models.build import build_model
-
-# The control groups of versions 2 and 1.
-_GROUP_V2 = Path("/sys/fs/cgroup")
-_GROUP_V1 = Path("/sys/fs/cgroup/memory")
 
 _BYTES_OF_FP32 = 4
 
@@ -126,33 +122,4 @@ def available_memory(device: torch.device, local_world_size: int) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free
-    limits = [_free_on_machine(), *_free_in_control_group()]
-    return min(limits) // local_world_size
-
-
-def _free_on_machine() -> int:
-    """The free memory of the machine, in bytes."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            kibibytes = value.split()[0]
-            return int(kibibytes) * 1024
-    raise OSError("/proc/meminfo does not say MemAvailable")
-
-
-def _free_in_control_group() -> list[int]:
-    """The free memory of the control group, in bytes; empty if it has no limit."""
-    limit_and_use = [
-        (_GROUP_V2 / "memory.max", _GROUP_V2 / "memory.current"),
-        (_GROUP_V1 / "memory.limit_in_bytes", _GROUP_V1 / "memory.usage_in_bytes"),
-    ]
-    free = []
-    for limit_file, use_file in limit_and_use:
-        try:
-            limit = int(limit_file.read_text())
-            use = int(use_file.read_text())
-        except (OSError, ValueError):
-            # There is no control group of this version, or its limit is "max".
-            continue
-        free.append(limit - use)
-    return free
+    return free_host_memory() // local_world_size

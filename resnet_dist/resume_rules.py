@@ -26,6 +26,8 @@ FREE_TO_CHANGE = frozenset(
         "data.prefetch_batches",
         "data.val_batch_size",
         "data.max_bad_images",
+        "data.train_cache",
+        "data.val_cache",
         # When the list of images is made anew; the list itself is compared by its fingerprint.
         "data.rescan",
         # Which files are too large or too slow to be used, as data.max_bad_images.

@@ -91,7 +91,7 @@ def build_and_train(
     layout = check_and_describe_layout(config, runtime)
 
     # 2. Data.
-    train_loader, val_loader = build_loaders(config, runtime)
+    train_loader, val_loader = build_loaders(config, runtime, cached=True)
     num_classes = check_num_classes(config.model.num_classes, len(train_loader.class_names))
     model_config = replace(config.model, num_classes=num_classes)
     config = replace(config, model=model_config)
@@ -118,6 +118,8 @@ def build_and_train(
     start_log(log, parts, saver)
     log.say(describe_start(config, parts, layout, origin))
     report_jpeg_decoder(config, runtime, log)
+    for remark in (*train_loader.remarks(), *val_loader.remarks()):
+        log.say(remark)
 
     # 5. Training.
     ended_by = train_and_summarize(config, parts, should_continue, log, saver, runtime)

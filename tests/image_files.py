@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from resnet_dist.config import AugmentConfig, DataConfig
-from resnet_dist.data.pixels.loader import DaliTrainLoader, DaliValLoader, LoaderSettings
+from resnet_dist.data.pixels.decoding import LoaderSettings
+from resnet_dist.data.pixels.loader import DaliTrainLoader, DaliValLoader
 from resnet_dist.data.sampling.order import BatchLayout
 from resnet_dist.data.sources.index_file import encode_header
 from resnet_dist.data.sources.scan import build_index
@@ -119,6 +120,7 @@ def train_loader(
     grad_accum_steps=1,
     global_batch_size=8,
     dtype=torch.float32,
+    cache=None,
     **config,
 ) -> DaliTrainLoader:
     return DaliTrainLoader(
@@ -128,11 +130,12 @@ def train_loader(
         seed=5,
         layout=BatchLayout(global_batch_size, grad_accum_steps, rank, world_size),
         settings=LoaderSettings(torch.device("cpu"), dtype, 2, str(folder)),
+        cache=cache,
     )
 
 
 def val_loader(
-    index, folder, *, rank=0, world_size=1, dtype=torch.float32, **config
+    index, folder, *, rank=0, world_size=1, dtype=torch.float32, kept=None, **config
 ) -> DaliValLoader:
     return DaliValLoader(
         index,
@@ -140,4 +143,5 @@ def val_loader(
         rank=rank,
         world_size=world_size,
         settings=LoaderSettings(torch.device("cpu"), dtype, 2, str(folder)),
+        kept=kept,
     )

@@ -12,7 +12,7 @@ import pytest
 import torch
 from dist_utils import run_app
 
-from resnet_dist import cli, memory
+from resnet_dist import cli, host_memory, memory
 from resnet_dist.commands import doctor, doctor_bench
 from resnet_dist.config import Config, OptimConfig, TrainConfig
 
@@ -98,7 +98,7 @@ def test_a_step_that_does_not_fit_memory(digits, tmp_path):
     arguments = ("--data.data_dir", digits, "--json")
 
     def entry(arguments):
-        memory._free_in_control_group = lambda: [2**20]
+        host_memory._free_in_control_groups = lambda: [2**20]
         return cli.main(arguments)
 
     codes, printed = examine(tmp_path, *arguments, entry=entry)
@@ -119,15 +119,24 @@ def test_the_estimate_of_memory_is_near_what_was_measured():
 
 
 def test_memory_of_a_control_group(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "_GROUP_V2", tmp_path)
-    monkeypatch.setattr(memory, "_GROUP_V1", tmp_path / "none")
-    assert memory._free_in_control_group() == []
+    monkeypatch.setattr(host_memory, "_GROUP_V2", tmp_path)
+    monkeypatch.setattr(host_memory, "_GROUP_V1", tmp_path / "none")
+    assert host_memory._free_in_control_groups() == []
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("600\n")
-    assert memory._free_in_control_group() == []
+    assert host_memory._free_in_control_groups() == []
     (tmp_path / "memory.max").write_text("1000\n")
-    assert memory._free_in_control_group() == [400]
+    assert host_memory._free_in_control_groups() == [400]
     assert memory.available_memory(torch.device("cpu"), 2) == 200
+    # A group inside of it has less, though the kernel may drop some of its cached files.
+    own = tmp_path / "job"
+    own.mkdir()
+    (own / "memory.max").write_text("500\n")
+    (own / "memory.current").write_text("450\n")
+    (own / "memory.stat").write_text("anon 100\ninactive_file 30\n")
+    (tmp_path / "groups").write_text("4:memory:/other\n0::/job\n")
+    monkeypatch.setattr(host_memory, "_OWN_GROUPS", tmp_path / "groups")
+    assert host_memory._free_in_control_groups() == [80, 400]
 
 
 def test_precision(monkeypatch):

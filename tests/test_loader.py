@@ -22,7 +22,7 @@ from image_files import (
 
 from resnet_dist.config import AugmentConfig, Config, DataConfig, TrainConfig
 from resnet_dist.data.build import build_loaders, build_train_loader, build_val_loader
-from resnet_dist.data.pixels import loader as loader_module
+from resnet_dist.data.pixels import ahead, decoding
 from resnet_dist.data.sampling import augment, crops
 from resnet_dist.data.sources.scan import build_index
 from resnet_dist.data.types import IGNORED_LABEL, Batch
@@ -361,7 +361,7 @@ def test_validation_that_is_left_early_starts_again(good, tmp_path):
 
 def test_an_error_in_the_background_is_raised_in_front(good, tmp_path, monkeypatch):
     loader = train_loader(good, tmp_path)
-    monkeypatch.setattr(loader_module, "job_geometry", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(decoding, "job_geometry", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         next(loader.batches(0, 5))
     monkeypatch.undo()
@@ -373,13 +373,13 @@ def test_the_thread_does_not_run_away(good, tmp_path, monkeypatch):
     """No more batches are made than the consumer can be given: memory stays bounded."""
     loader = train_loader(good, tmp_path, prefetch_batches=2)
     made = []
-    original = loader.load
+    original = loader.source.load
 
     def load(job, requested):
         made.append(job.step)
         return original(job, requested)
 
-    monkeypatch.setattr(loader, "load", load)
+    monkeypatch.setattr(loader.source, "load", load)
     iterator = loader.batches(0, 50)
     next(iterator)
     time.sleep(0.5)
@@ -481,7 +481,7 @@ def test_a_batch_is_handed_over_to_the_stream_of_the_caller(monkeypatch):
     batch = Batch(Tensor("images"), Tensor("labels"), np.arange(3), (Tensor("view"),))
 
     def made():
-        yield loader_module.ReadyBatch(batch, "event")
+        yield ahead.ReadyBatch(batch, "event")
 
-    assert list(loader_module.receive(made())) == [batch]
+    assert list(ahead.receive(made())) == [batch]
     assert calls == [("wait", "event"), *((name, stream) for name in ("images", "labels", "view"))]

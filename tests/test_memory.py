@@ -12,7 +12,7 @@ from image_files import encode, picture, train_loader, val_loader, write_split
 from PIL import Image
 
 from resnet_dist.config import AugmentConfig
-from resnet_dist.data.pixels import loader as loader_module
+from resnet_dist.data.pixels import decoding
 from resnet_dist.data.pixels.dali import LoadedJob, split_into_portions
 from resnet_dist.data.pixels.read import Encoded
 from resnet_dist.data.sampling.crops import Geometry
@@ -23,13 +23,13 @@ import json, re, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from image_files import train_loader, OneProcess
-from resnet_dist.data.pixels import loader as loader_module
+from resnet_dist.data.pixels import decoding
 from resnet_dist.data.sources.scan import build_index
 
 torch.set_num_threads(1)
 folder, limit = sys.argv[2], int(sys.argv[3])
 if limit:
-    loader_module._MAX_PENDING_PIXELS = {"cpu": limit}
+    decoding._MAX_PENDING_PIXELS = {"cpu": limit}
 
 def peak_kibibytes():
     # Not ru_maxrss, which starts at the size of the process that forked this one.
@@ -123,7 +123,7 @@ def test_pixels_do_not_depend_on_the_portions(tmp_path, monkeypatch):
         return batches
 
     whole = show()
-    monkeypatch.setattr(loader_module, "_MAX_PENDING_PIXELS", {"cpu": 6000})
+    monkeypatch.setattr(decoding, "_MAX_PENDING_PIXELS", {"cpu": 6000})
     for one, other in zip(whole, show(), strict=True):
         assert np.array_equal(one.indices, other.indices)
         assert torch.equal(one.labels, other.labels)

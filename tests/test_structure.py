@@ -28,6 +28,7 @@ LAYERS = [
     {
         "precision",
         "rng",
+        "host_memory",
         "watchdog",
         "distributed",
         "process",

@@ -21,6 +21,7 @@ import torch
 from resnet_dist.commands.rivals import MakeBatches, plain_dali, plain_torchvision
 from resnet_dist.config import Config
 from resnet_dist.data.build import build_train_loader
+from resnet_dist.data.pixels.decoding import ImageDecoding
 from resnet_dist.data.pixels.loader import DaliTrainLoader
 from resnet_dist.data.pixels.read import Encoded, ReadLimits
 from resnet_dist.data.sources.index import Index
@@ -118,13 +119,15 @@ def _build_ours(config: Config, runtime: Runtime) -> DaliTrainLoader:
 
 def _slow_down_reading(loader: DaliTrainLoader, seconds: float) -> None:
     """Add a delay to each read of a file, which simulates slow storage."""
-    load = loader.reader.load
+    assert isinstance(loader.source, ImageDecoding)
+    reader = loader.source.reader
+    load = reader.load
 
     def slow_load(index: Index, row: int, limits: ReadLimits) -> Encoded:
         time.sleep(seconds)
         return load(index, row, limits)
 
-    loader.reader.load = slow_load
+    reader.load = slow_load
 
 
 def _makers(

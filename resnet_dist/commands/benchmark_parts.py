@@ -42,13 +42,17 @@ class NoValLoader:
         """Never called."""
         raise AssertionError("a benchmark does not evaluate")
 
+    def remarks(self) -> list[str]:
+        """Nothing to say."""
+        return []
+
     def close(self) -> None:
         """Nothing to close."""
 
 
 def build_training(config: Config, runtime: Runtime, interval: int) -> Training:
     """The parts of a run that logs every `interval` steps and neither evaluates nor saves."""
-    loader = build_train_loader(config, runtime)
+    loader = build_train_loader(config, runtime, cached=True)
     plan = replace(
         build_plan(config, loader.steps_per_epoch),
         eval_interval_steps=0,

@@ -22,7 +22,7 @@ from resnet_dist.commands.device_rates import (
 from resnet_dist.config import Config
 from resnet_dist.data.build import build_train_loader
 from resnet_dist.data.pixels.loader import DaliTrainLoader
-from resnet_dist.data.pixels.read import READ_THREADS
+from resnet_dist.data.pixels.read import READ_THREADS, load, read_limits
 from resnet_dist.distributed import Runtime
 
 # A rank below this share of the median is an outlier.
@@ -77,8 +77,10 @@ def _read_some(loader: DaliTrainLoader, runtime: Runtime) -> float:
     order = np.random.default_rng(0).permutation(len(index))
     rows = order[runtime.rank :: runtime.world_size][:_READ_IMAGES]
 
+    limits = read_limits(loader.config)
+
     def read(row: int) -> int:
-        image = loader.reader.load(index, row, loader.reader.limits)
+        image = load(index, row, limits)
         return len(image.data)
 
     for row in rows.tolist():

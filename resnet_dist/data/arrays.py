@@ -7,3 +7,4 @@ import numpy as np
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
 BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
+ByteArray = np.ndarray[Any, np.dtype[np.uint8]]

@@ -3,8 +3,12 @@
 import os
 
 from resnet_dist.config import Config, DataConfig
-from resnet_dist.data.pixels.loader import DaliTrainLoader, DaliValLoader, LoaderSettings
+from resnet_dist.data.pixels.cache_fill import build_train_cache
+from resnet_dist.data.pixels.decoding import LoaderSettings
+from resnet_dist.data.pixels.kept_batches import KeptBatches, fits
+from resnet_dist.data.pixels.loader import DaliTrainLoader, DaliValLoader
 from resnet_dist.data.pixels.synthetic import SyntheticTrainLoader, SyntheticValLoader
+from resnet_dist.data.sampling import augment
 from resnet_dist.data.sampling.order import BatchLayout
 from resnet_dist.data.sources.digits import write_digits
 from resnet_dist.data.sources.index import Index, check_same_classes
@@ -17,24 +21,36 @@ _MOST_GPU_THREADS = 8
 """More threads hardly help a decoder whose work is on the GPU."""
 
 
-def build_loaders(config: Config, runtime: Runtime) -> tuple[TrainLoader, ValLoader]:
+def build_loaders(
+    config: Config, runtime: Runtime, *, cached: bool = False
+) -> tuple[TrainLoader, ValLoader]:
     """Build this rank's loaders of both splits. Call it on every rank.
+
+    Args:
+        config: the config of the run.
+        runtime: this rank.
+        cached: keep decoded images in memory, as `data.train_cache` and `data.val_cache` say.
 
     Raises:
         ValueError: on every rank, when the data folder cannot be used or its two splits have
             different classes.
     """
-    train_loader = build_train_loader(config, runtime)
-    val_loader = build_val_loader(config, runtime)
+    train_loader = build_train_loader(config, runtime, cached=cached)
+    val_loader = build_val_loader(config, runtime, cached=cached)
     check_same_classes(train_loader.class_names, val_loader.class_names)
     return train_loader, val_loader
 
 
-def build_train_loader(config: Config, runtime: Runtime) -> TrainLoader:
+def build_train_loader(config: Config, runtime: Runtime, *, cached: bool = False) -> TrainLoader:
     """Build this rank's loader of the training set. Call it on every rank.
 
     Batches are on the runtime's device, in the precision of `train.precision`. Broken files are
     recorded in `quarantine.jsonl` in `output_dir`.
+
+    Args:
+        config: the config of the run.
+        runtime: this rank.
+        cached: keep decoded images in memory, as `data.train_cache` says.
 
     Raises:
         ValueError: on every rank, when the data folder cannot be used or holds fewer images than
@@ -52,23 +68,36 @@ def build_train_loader(config: Config, runtime: Runtime) -> TrainLoader:
         return SyntheticTrainLoader(
             data, seed=config.seed, layout=layout, device=settings.device, dtype=settings.dtype
         )
-    return DaliTrainLoader(
-        _build_index(data, runtime, "train", data.exclude),
+    index = _build_index(data, runtime, "train", data.exclude)
+    cache = None
+    remarks = []
+    if cached and data.train_cache != "off":
+        slots = augment.num_slots(config.augment)
+        cache, remark = build_train_cache(index, data, settings, runtime, slots)
+        remarks.append(remark)
+    loader = DaliTrainLoader(
+        index,
         data,
         config.augment,
         seed=config.seed,
         layout=layout,
         settings=settings,
+        cache=cache,
     )
+    loader.new_remarks += remarks
+    return loader
 
 
-def build_val_loader(config: Config, runtime: Runtime, *, index: Index | None = None) -> ValLoader:
+def build_val_loader(
+    config: Config, runtime: Runtime, *, index: Index | None = None, cached: bool = False
+) -> ValLoader:
     """Build this rank's loader of the validation set, like `build_train_loader`.
 
     Args:
         config: the config of the run.
         runtime: this rank.
         index: the images to load in place of the validation set.
+        cached: keep decoded images in memory, as `data.val_cache` says.
     """
     data = config.data
     settings = _loader_settings(config, runtime)
@@ -82,9 +111,25 @@ def build_val_loader(config: Config, runtime: Runtime, *, index: Index | None = 
         )
     if index is None:
         index = _build_index(data, runtime, "val")
-    return DaliValLoader(
-        index, data, rank=runtime.rank, world_size=runtime.world_size, settings=settings
+    kept = None
+    remarks = []
+    if cached and data.val_cache != "off":
+        share = -(-len(index) // runtime.world_size)
+        problem = fits(data, share, runtime.local_world_size)
+        if problem is None:
+            kept = KeptBatches()
+        else:
+            remarks.append(f"validation cache: off, since {problem}")
+    loader = DaliValLoader(
+        index,
+        data,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        settings=settings,
+        kept=kept,
     )
+    loader.new_remarks += remarks
+    return loader
 
 
 def _loader_settings(config: Config, runtime: Runtime) -> LoaderSettings:

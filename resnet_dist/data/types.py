@@ -90,6 +90,9 @@ class Loader(Protocol):
     def num_bad(self) -> int:
         """Number of broken images that this rank has met so far."""
 
+    def remarks(self) -> list[str]:
+        """Sentences for the log, each once: what is kept in memory, or why not."""
+
     def close(self) -> None:
         """Stop the reader threads and free the pipeline."""
 

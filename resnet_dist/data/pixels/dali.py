@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from resnet_dist.config import DecoderConfig
-from resnet_dist.data.arrays import IntArray
+from resnet_dist.data.arrays import BoolArray, IntArray
 from resnet_dist.data.dali_operations import DaliForm, DaliNode
 from resnet_dist.data.operations import BRANCH_OF_OP, DALI_FORMS
 from resnet_dist.data.pixels.read import Encoded
@@ -58,15 +58,18 @@ class GraphSpec:
     """operations of an OperationPlan on the one view"""
     options: DecoderConfig = field(default_factory=DecoderConfig)
     """of the GPU decoder"""
+    is_decoded: bool = False
+    """whether the input is the pixels of whole images in place of their files"""
 
 
 def build_pipeline(spec: GraphSpec) -> DaliPipeline:
     """Define the DALI graph, without running it.
 
-    Inputs by name: encoded (uint8 bytes); anchor and extent ((y, x) and (height, width) of the
-    window); flip; for each view size0, offset0 and square0 ((height, width) of the square, an input
-    so that it can change without a new pipeline); and those of `feed_operations`. Outputs: the
-    window, uint8 HWC; or the views.
+    Inputs by name: encoded (uint8 bytes), or pixels (uint8 HWC) if `is_decoded`; anchor and extent
+    ((y, x) and (height, width) of the window); flip; for each view size0, offset0 and square0
+    ((height, width) of the square, an input so that it can change without a new pipeline); and
+    those of `feed_operations`. Outputs: the window, uint8 HWC; or
+    the views.
     """
     from nvidia import dali
     from nvidia.dali import fn, types
@@ -98,9 +101,14 @@ def _decode_window(spec: GraphSpec) -> DaliNode:
     """The decoded window of each image, in the graph that is being defined."""
     from nvidia.dali import fn, types
 
-    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
     anchor = fn.external_source(name="anchor", dtype=types.INT32, ndim=1)
     extent = fn.external_source(name="extent", dtype=types.INT32, ndim=1)
+    if spec.is_decoded:
+        pixels = fn.external_source(name="pixels", dtype=types.UINT8, ndim=3, layout="HWC")
+        if spec.decode == "mixed":
+            pixels = pixels.gpu()
+        return fn.slice(pixels, start=anchor, shape=extent, axes=(0, 1))
+    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
     if spec.decode == "mixed":
         return fn.slice(_decode_on_gpu(encoded, spec), start=anchor, shape=extent, axes=(0, 1))
     # The CPU decoder upsamples chroma as Pillow does.
@@ -275,7 +283,22 @@ class LoadedJob:
 
     job: Job
     images: list[Encoded]
+    """empty where the images are decoded already"""
     geometry: Geometry
+    rows: IntArray | None = None
+    """int64 [n]: the rows that are shown, where `images` does not say it"""
+
+    def shown_rows(self) -> IntArray:
+        """The row of each image that is shown: int64 [n]."""
+        if self.rows is not None:
+            return self.rows
+        return np.array([image.row for image in self.images], dtype=np.int64)
+
+    def shown_as_bad(self) -> BoolArray:
+        """Whether each image is a black one in place of a bad one: bool [n]."""
+        if self.rows is not None:
+            return np.zeros(len(self.rows), bool)
+        return np.array([image.reason is not None for image in self.images], dtype=bool)
 
     def window_pixels(self) -> IntArray:
         """Pixels of each window: int64 [n]."""
@@ -307,7 +330,7 @@ class Portion:
     @property
     def is_last(self) -> bool:
         """Whether the job is complete with it."""
-        return self.stop == len(self.loaded.images)
+        return self.stop == len(self.loaded.geometry.windows)
 
 
 def split_into_portions(
@@ -357,6 +380,7 @@ class Decoder:
         views: int = 1,
         slots: int = 0,
         options: DecoderConfig | None = None,
+        is_decoded: bool = False,
     ) -> None:
         """Start a pipeline.
 
@@ -367,6 +391,7 @@ class Decoder:
             views: squares of each image, which only a GPU makes.
             slots: operations on each image, which only a GPU applies.
             options: of the GPU decoder.
+            is_decoded: whether the images are whole images' pixels, which only a GPU gets.
         """
         if device.type == "cuda":
             self.spec = GraphSpec(
@@ -377,6 +402,7 @@ class Decoder:
                 views=views,
                 slots=slots,
                 options=options or DecoderConfig(),
+                is_decoded=is_decoded,
             )
         else:
             self.spec = GraphSpec(local_batch_size, threads)
@@ -463,10 +489,7 @@ class Decoder:
         windows = geometry.windows[places].astype(np.int32)
         anchors = np.ascontiguousarray(windows[:, :2])
         extents = np.ascontiguousarray(windows[:, 2:])
-        encoded = []
-        for image in loaded.images[places]:
-            encoded.append(np.frombuffer(image.data, np.uint8))
-        pipeline.feed_input("encoded", encoded)
+        self._feed_images(pipeline, loaded.images[places])
         pipeline.feed_input("anchor", anchors)
         pipeline.feed_input("extent", extents)
 
@@ -476,7 +499,7 @@ class Decoder:
             for number, view in enumerate(geometry.views):
                 sizes = view.sizes[places].astype(np.float32)
                 offsets = view.offsets[places].astype(np.int32)
-                squares = np.full((len(encoded), 2), view.side, np.int32)
+                squares = np.full((len(windows), 2), view.side, np.int32)
                 pipeline.feed_input(f"size{number}", sizes)
                 pipeline.feed_input(f"offset{number}", offsets)
                 pipeline.feed_input(f"square{number}", squares)
@@ -486,6 +509,17 @@ class Decoder:
             operations = loaded.job.operations.part(places)
             feed_operations(pipeline, operations)
         pipeline.schedule_run()
+
+    def _feed_images(self, pipeline: DaliPipeline, images: list[Encoded]) -> None:
+        """Give the contents of images to a pipeline."""
+        contents = [np.frombuffer(image.data, np.uint8) for image in images]
+        if not self.spec.is_decoded:
+            pipeline.feed_input("encoded", contents)
+            return
+        pixels = []
+        for image, content in zip(images, contents, strict=True):
+            pixels.append(content.reshape(image.height, image.width, 3))
+        pipeline.feed_input("pixels", pixels)
 
 
 def windows_to_torch(decoded: DaliTensors) -> list[torch.Tensor]:

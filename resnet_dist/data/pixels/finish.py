@@ -139,7 +139,10 @@ def _crop_square(pixels: torch.Tensor, offset: Sequence[int], side: int) -> torc
     y, x = offset
     first_row = max(y, 0)
     first_column = max(x, 0)
-    inside = pixels[first_row : y + side, first_column : x + side]
+    # With more padding than its side, a square may lie outside as a whole.
+    end_row = max(y + side, 0)
+    end_column = max(x + side, 0)
+    inside = pixels[first_row:end_row, first_column:end_column]
     height, width = inside.shape[:2]
     if (height, width) == (side, side):
         return inside

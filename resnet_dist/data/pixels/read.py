@@ -89,8 +89,9 @@ class Encoded:
 
     row: int
     """row of the index that the bytes are from"""
-    data: bytes
-    """JPEG or PNG; of an image that Pillow has decoded, an uncompressed PNG"""
+    data: bytes | memoryview
+    """JPEG or PNG; of an image that Pillow has decoded, an uncompressed PNG; from the training
+    cache, uint8 [height, width, 3]"""
     height: int
     width: int
     reason: str | None = None

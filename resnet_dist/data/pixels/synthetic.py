@@ -59,6 +59,10 @@ class _SyntheticLoader:
         labels = self._labels[places]
         return Batch(images, labels, rows)
 
+    def remarks(self) -> list[str]:
+        """Nothing to say."""
+        return []
+
     def close(self) -> None:
         """Nothing to stop."""
 
