@@ -179,6 +179,10 @@ class RelabelledLoader:
         """Number of broken images that this rank has met so far."""
         return self.loader.num_bad
 
+    def remarks(self) -> list[str]:
+        """Those of the loader."""
+        return self.loader.remarks()
+
     def close(self) -> None:
         """Close the loader of the data set."""
         self.loader.close()
