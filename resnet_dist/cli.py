@@ -26,7 +26,7 @@ from resnet_dist.options import (
     print_error,
     program_name,
 )
-from resnet_dist.text import did_you_mean, printable
+from resnet_dist.text import did_you_mean, print_warnings_plainly, printable
 
 # torch prints pages of warnings about a lost rank; our own message is one line.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -58,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments = sys.argv[1:]
     if not arguments:
         arguments = ["--help"]
+    print_warnings_plainly()
     line, command = _prepare(arguments)
     try:
         return command.run(line)

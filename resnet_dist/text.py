@@ -1,7 +1,12 @@
 """Text from outside (file names, messages of other programs) in a form that is safe to print."""
 
 import difflib
+import warnings
 from collections.abc import Iterable
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parent
+_format_as_python = warnings.formatwarning
 
 
 def printable(text: object) -> str:
@@ -34,3 +39,21 @@ def printable_lines(text: object) -> str:
     """
     lines = str(text).split("\n")
     return "\n".join(printable(line) for line in lines)
+
+
+def print_warnings_plainly() -> None:
+    """Let this package's warnings print as `warning: TEXT`, without their place in the code."""
+    warnings.formatwarning = _format_warning
+
+
+def _format_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    is_ours = category is UserWarning and Path(filename).is_relative_to(_PACKAGE)
+    if is_ours:
+        return f"warning: {printable(message)}\n"
+    return _format_as_python(message, category, filename, lineno, line)

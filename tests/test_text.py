@@ -3,8 +3,10 @@
 import ast
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+from resnet_dist import text
 from resnet_dist.text import printable, printable_lines
 
 PACKAGE = Path(__file__).resolve().parents[1] / "resnet_dist"
@@ -12,8 +14,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "resnet_dist"
 # Names in the package for what comes from outside.
 FOREIGN = {"problem", "error", "warning", "path", "file", "folder", "output", "name", "detail"}
 
-# Here `name` is that of a network, a loader or a signal, which is ours; `path` is printable.
-OURS = {"export.py", "models.py", "benchmark_loader.py", "predict.py"}
+# Here `name` is that of a network, a mode, a loader or a signal, which is ours; `path` is printable.
+OURS = {"benchmark_determinism.py", "export.py", "models.py", "benchmark_loader.py", "predict.py"}
 
 
 def test_control_characters_are_escaped():
@@ -63,3 +65,17 @@ def test_a_name_cannot_forge_an_error_line(tmp_path):
         assert done.returncode == 2, printed
         assert "\x1b" not in printed
         assert not any(line.startswith("error (rank 0): forged") for line in printed.splitlines())
+
+
+def test_our_warnings_print_as_one_line():
+    ours = warning_line(str(Path(text.__file__).parent / "data" / "build.py"))
+    theirs = warning_line("/site-packages/other.py")
+    assert ours == "warning: a line\\nof two\n"
+    assert theirs.startswith("/site-packages/other.py:7: UserWarning: a line")
+
+
+def warning_line(filename):
+    """The text that is printed for a warning from a file."""
+    with warnings.catch_warnings():
+        text.print_warnings_plainly()
+        return warnings.formatwarning("a line\nof two", UserWarning, filename, 7, line="")
