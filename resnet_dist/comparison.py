@@ -147,3 +147,24 @@ def _two_sided_probability(t: float, freedom: int) -> float:
     if is_odd:
         return 2 / math.pi * (angle + series)
     return series
+
+
+def difference_of_means(first: Sequence[float], second: Sequence[float]) -> Interval:
+    """The mean of `second` minus that of `first`, with its 95 % interval by Welch's t test.
+
+    The degrees of freedom are rounded down, which makes the interval wider.
+
+    Args:
+        first: At least two results.
+        second: At least two results.
+    """
+    value = statistics.fmean(second) - statistics.fmean(first)
+    variance_of_first = statistics.variance(first) / len(first)
+    variance_of_second = statistics.variance(second) / len(second)
+    total = variance_of_first + variance_of_second
+    if total == 0:
+        return Interval(value, value, value)
+    parts = variance_of_first**2 / (len(first) - 1) + variance_of_second**2 / (len(second) - 1)
+    freedom = max(1, math.floor(total**2 / parts))
+    half_width = student_quantile(freedom) * math.sqrt(total)
+    return Interval(value, value - half_width, value + half_width)

@@ -402,6 +402,11 @@ class LogConfig:
     """W&B user or team; null: the default of the account"""
     wandb_name: str | None = None
     """W&B name of the run; null: the name of output_dir"""
+    wandb_artifact: bool = False
+    """upload the best checkpoint to W&B at the end of the run, as an artifact of type model"""
+    sample_images: Annotated[int, AtLeast(0)] = 16
+    """number of images of the first batch that are drawn as the network sees them, once per run:
+    in output_dir/samples.png, and in the sinks that take pictures; 0: none"""
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,12 @@ from resnet_dist.checkpoint import Saver, TrainState
 from resnet_dist.data.types import Batch, TrainLoader, ValLoader
 from resnet_dist.distributed import Runtime, StopSignal
 from resnet_dist.evaluation import evaluate
+from resnet_dist.exhibits import Exhibits
 from resnet_dist.forward import all_logits, at_least_fp32, train_mode
 from resnet_dist.gpu_usage import gpu_figures, read_gpu_memory
 from resnet_dist.log import Log
 from resnet_dist.losses import LossFn
+from resnet_dist.memory import peak_memory
 from resnet_dist.metrics import Counts
 from resnet_dist.mix import Mixing, mix_images
 from resnet_dist.nonfinite import NonFinite, TooManyNonFiniteError
@@ -71,6 +73,8 @@ class Services:
     saver: Saver
     log: Log
     stop_signal: StopSignal
+    exhibits: Exhibits | None = None
+    """pictures and details of the run; None for none"""
 
     def poll(self, step: int, phase: str) -> bool:
         """Tell the watchdog what this rank is doing; whether a signal asks for the end.
@@ -339,6 +343,10 @@ def train_loop(parts: Training, services: Services) -> int:
             with window.clock.data_wait():
                 micro_batches = [next(batches) for _ in range(rule.grad_accum_steps)]
 
+            if services.exhibits is not None:
+                mix = rule.mixing(state.step)
+                services.exhibits.show_samples(state.step, micro_batches[0], mix)
+
             # 6. Update the weights. The seed is for dropout and stochastic depth.
             services.beat(state.step, "update")
             torch.manual_seed(derive_seed(rule.seed, "step", state.step, services.runtime.rank))
@@ -368,9 +376,15 @@ def evaluate_state(parts: Training, services: Services) -> bool:
     models = {"val": state.model}
     if state.ema:
         models["val_ema"] = state.ema.model
+    # The weights that decide which result is best come last.
+    deciding = list(models)[-1]
+    collector = None
+    if services.exhibits is not None and state.step >= parts.plan.total_steps:
+        collector = services.exhibits.collector()
     results: dict[str, float | int] = {}
     for key, model in models.items():
-        counts = evaluate(model, loader, runtime, parts.rule.precision, poll)
+        collect = collector if key == deciding else None
+        counts = evaluate(model, loader, runtime, parts.rule.precision, poll, collect)
         if counts is None:
             return False
         result = counts.result(len(loader.class_names))
@@ -390,6 +404,10 @@ def evaluate_state(parts: Training, services: Services) -> bool:
     results["val/best_top1"] = state.best_top1
     results["val/bad_images"] = num_bad
     services.log.metrics(state.step, results)
+    if collector is not None:
+        assert services.exhibits is not None
+        weights = "averaged" if state.ema else "raw"
+        services.exhibits.show_evaluation(state.step, weights, collector, loader)
     return True
 
 
@@ -407,8 +425,8 @@ def report_bad_images(num_bad: int, num_samples: int, log: Log) -> None:
         )
 
 
-def times_of_ranks(times: dict[str, float], runtime: Runtime) -> dict[str, list[float]]:
-    """Seconds that each rank waited for data per step, and seconds per step.
+def figures_of_ranks(times: dict[str, float], runtime: Runtime) -> dict[str, list[float]]:
+    """Of each rank: seconds of waiting for data per step, seconds per step, and its largest memory.
 
     The ranks wait for each other in every step, so the step time of each rank is that of the
     slowest one. The rank with the longest data wait delays the others.
@@ -419,15 +437,19 @@ def times_of_ranks(times: dict[str, float], runtime: Runtime) -> dict[str, list[
     """
     step_seconds = times["step_seconds"]
     data_seconds = times["data_wait_fraction"] * step_seconds
-    rows = runtime.gather_numbers([data_seconds, step_seconds])
+    memory_gib = peak_memory(runtime.device) / 2**30
+    rows = runtime.gather_numbers([data_seconds, step_seconds, memory_gib])
     rounded_data = []
     rounded_steps = []
-    for data_of_rank, step_of_rank in rows:
+    rounded_memory = []
+    for data_of_rank, step_of_rank, memory_of_rank in rows:
         rounded_data.append(round(data_of_rank, 6))
         rounded_steps.append(round(step_of_rank, 6))
+        rounded_memory.append(round(memory_of_rank, 4))
     return {
         "ranks/data_seconds": rounded_data,
         "ranks/step_seconds": rounded_steps,
+        "ranks/memory_gib": rounded_memory,
     }
 
 
@@ -455,7 +477,9 @@ def log_training(parts: Training, window: Window, services: Services) -> None:
     times = window.clock.take()
     for key, value in times.items():
         values[f"train/{key}"] = value
-    values |= times_of_ranks(times, runtime)
+    of_ranks = figures_of_ranks(times, runtime)
+    values |= of_ranks
+    values["train/memory_gib"] = max(of_ranks["ranks/memory_gib"])
     memory = read_gpu_memory(runtime.device)
     values |= gpu_figures(memory, times["images_per_second"], runtime.world_size)
     services.log.metrics(state.step, values)

@@ -12,6 +12,10 @@ from resnet_dist.text import printable
 # differ by less than this. Clocks drift.
 _SAME_START_SECONDS = 2.0
 
+# A rank is slow if it needs longer than the others, by at least this fraction of the time of a
+# step.
+_SLOW_SHARE = 0.05
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -34,6 +38,19 @@ class Evaluation:
     """None if there are fewer than six classes"""
     interval: Interval | None
     """confidence interval of top1; None if the line has no number of images"""
+
+
+@dataclass(frozen=True)
+class SlowRank:
+    """A rank that needs more time than the others. Times are medians over the log lines."""
+
+    rank: int
+    phase: str
+    """data: it waits for its images; step: the whole update"""
+    seconds: float
+    """per step"""
+    seconds_of_others: float
+    """per step, the median of the other ranks"""
 
 
 @dataclass(frozen=True)
@@ -91,25 +108,65 @@ class RunHistory:
                 evaluations.append(_evaluation(record, prefix))
         return evaluations
 
-    def data_seconds_of_ranks(self) -> list[float]:
-        """How long each rank waited for data.
+    def curves_of_ranks(self, key: str) -> list[Curve]:
+        """Read a quantity that each rank has.
 
         The number of ranks may change when a run resumes. Only lines with as many ranks as the last
         one are used.
 
+        Args:
+            key: The name of the quantity in metrics.jsonl, as "ranks/data_seconds".
+
         Returns:
-            For each rank, the median over all lines of the seconds per step. Empty if no line has
-            these times.
+            A curve for each rank; empty if no line has the quantity.
         """
-        lines = []
+        epochs = []
+        rows = []
         for record in self.records:
-            if "ranks/data_seconds" in record:
-                lines.append(record["ranks/data_seconds"])
-        if not lines:
-            return []
-        num_ranks = len(lines[-1])
-        comparable = [line for line in lines if len(line) == num_ranks]
-        return [statistics.median(seconds) for seconds in zip(*comparable, strict=True)]
+            values = record.get(key)
+            if isinstance(values, list) and values and all(map(_is_number, values)):
+                epochs.append(float(record.get("train/epoch", 0.0)))
+                rows.append(values)
+        curves = []
+        num_ranks = len(rows[-1]) if rows else 0
+        for rank in range(num_ranks):
+            curve = Curve([], [])
+            for epoch, values in zip(epochs, rows, strict=True):
+                if len(values) == num_ranks:
+                    curve.epochs.append(epoch)
+                    curve.values.append(float(values[rank]))
+            curves.append(curve)
+        return curves
+
+    def slow_rank(self) -> SlowRank | None:
+        """Find the rank that delays the others, and in which phase.
+
+        Waiting for data is looked at first. Ranks wait for each other in every step, so that the
+        step time of each rank is usually that of the slowest one.
+
+        Returns:
+            The rank; None if no rank is slower than the others by at least 5 % of a step.
+        """
+        step_seconds = self.curve("train/step_seconds").values
+        if not step_seconds:
+            return None
+        smallest_excess = _SLOW_SHARE * statistics.median(step_seconds)
+        for phase in ("data", "step"):
+            found = self._slowest(phase)
+            if found is not None and found.seconds - found.seconds_of_others >= smallest_excess:
+                return found
+        return None
+
+    def _slowest(self, phase: str) -> SlowRank | None:
+        """The rank with the longest median time in a phase; None with fewer than two ranks."""
+        curves = self.curves_of_ranks(f"ranks/{phase}_seconds")
+        if len(curves) < 2:
+            return None
+        seconds = [statistics.median(curve.values) for curve in curves]
+        longest = max(seconds)
+        rank = seconds.index(longest)
+        others = seconds[:rank] + seconds[rank + 1 :]
+        return SlowRank(rank, phase, longest, statistics.median(others))
 
     def session_seconds(self) -> list[float]:
         """How long each session trained, without steps that a later session had to repeat.

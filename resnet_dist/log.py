@@ -18,7 +18,7 @@ from resnet_dist.console import Console
 from resnet_dist.metrics_file import MetricsFile, Record
 from resnet_dist.sinks import build_sinks
 from resnet_dist.sinks.background import CLOSE_SECONDS, BackgroundSink
-from resnet_dist.sinks.base import RunInfo
+from resnet_dist.sinks.base import Attachment, RunInfo
 from resnet_dist.text import printable
 
 
@@ -134,6 +134,17 @@ class Log:
         for prefix in ("train", "val", "val_ema"):
             if f"{prefix}/loss" in plain:
                 self._show(step, prefix, plain)
+
+    def attach(self, step: int, key: str, item: Attachment) -> None:
+        """Give a picture, a table or a file to the sinks; each shows what it can.
+
+        Args:
+            step: The update that it belongs to.
+            key: Its name, such as "samples".
+            item: The picture, table or file.
+        """
+        for sink in self.sinks:
+            sink.attach(step, key, item)
 
     def say(self, text: str) -> None:
         """Print a sentence, above the progress bar."""

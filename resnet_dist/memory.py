@@ -3,7 +3,9 @@
 The need is estimated on the meta device, whose tensors have shapes but no contents.
 """
 
+import resource
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -123,3 +125,20 @@ def available_memory(device: torch.device, local_world_size: int) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free
     return free_host_memory() // local_world_size
+
+
+def peak_memory(device: torch.device) -> int:
+    """The largest memory that this process has used so far, in bytes.
+
+    On a GPU these are its tensors on the device; the host does not wait for them. On a CPU it is
+    the whole memory of the process.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "VmHWM":
+            kibibytes = value.split()[0]
+            return int(kibibytes) * 1024
+    # Not every sandbox says it. This value starts with the size of the parent process.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

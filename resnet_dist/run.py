@@ -21,6 +21,7 @@ from resnet_dist.data.sources.index import check_num_classes
 from resnet_dist.data.types import TrainLoader
 from resnet_dist.distributed import Runtime, StopSignal
 from resnet_dist.engine import Services, Training, UpdateRule
+from resnet_dist.exhibits import Exhibits
 from resnet_dist.files import write_file
 from resnet_dist.layout import check_layout
 from resnet_dist.log import Log, build_log
@@ -165,9 +166,13 @@ def train_and_summarize(
         FloatingPointError: If too many updates in a row were not finite.
     """
     stop_signal = StopSignal(runtime.cpu_group, runtime.watchdog)
-    services = Services(runtime, saver, log, stop_signal)
+    exhibits = Exhibits(config, tuple(parts.train_loader.class_names), log, runtime)
+    services = Services(runtime, saver, log, stop_signal, exhibits)
     try:
         ended_by = run_loop(parts, services, should_continue)
+        if not ended_by:
+            best = checkpoint_folder(config) / "best.pt"
+            exhibits.show_checkpoint(parts.state.best_step, parts.state.best_top1, best)
         log.summary(summary_at_end(config, parts, services))
     except TooManyNonFiniteError as problem:
         folder = Path(config.output_dir)

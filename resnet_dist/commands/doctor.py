@@ -33,7 +33,7 @@ from resnet_dist.precision import has_fast_bf16
 from resnet_dist.process import run_process
 from resnet_dist.restore import checkpoint_folder
 from resnet_dist.schedule import peak_lr
-from resnet_dist.sinks.wandb import why_offline
+from resnet_dist.sinks.wandb_mode import why_offline
 from resnet_dist.text import printable
 
 LEVELS = ("ok", "warning", "error")

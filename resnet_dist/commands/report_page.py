@@ -4,260 +4,289 @@ The page loads nothing from the network and has no script. It follows the light 
 browser, and its width suits a phone as well as a screen.
 """
 
-import json
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
-from typing import Any
 
-import yaml
-
-from resnet_dist.history import Curve, Evaluation, RunHistory
+from resnet_dist.commands.report_charts import NUM_COLORS, Line, line_chart
+from resnet_dist.commands.report_evaluation import evaluation_section
+from resnet_dist.commands.report_input import Evaluated, ReportedRun
+from resnet_dist.commands.report_tables import folded, table
+from resnet_dist.commands.report_text import (
+    describe_differences,
+    describe_pair,
+    describe_slow_rank,
+)
+from resnet_dist.history import Curve, Evaluation
 from resnet_dist.text import printable
-
-_COLORS = ("#2f6fb5", "#d0602a", "#3f9a55", "#9468bd", "#8a8a8a", "#b8952c")
 
 _PANELS = {
     "train/loss": "training loss (nats)",
+    "val/loss": "validation loss (nats)",
+    "train/top1": "training top-1 (%)",
     "val/top1": "validation top-1 (%)",
+    "val_ema/top1": "validation top-1 of the averaged weights (%)",
     "train/lr": "learning rate",
+    "train/grad_norm": "gradient norm",
     "train/images_per_second": "images per second, all ranks",
     "train/data_wait_fraction": "share of the time that training waits for data",
+    "train/memory_gib": "memory, the largest of a rank (GiB)",
 }
 
-# The size of a panel and the edges of its axes, in units of its view box.
-_WIDTH = 480
-_HEIGHT = 240
-_MARGIN = 60
-_TOP = 8
-_BOTTOM = _HEIGHT - _MARGIN / 2
+# Panels whose vertical axis begins at 0.
+_FROM_ZERO = ("train/lr", "train/images_per_second", "train/data_wait_fraction", "train/memory_gib")
+
+# With more ranks than this, only the fastest, the middle and the slowest are drawn.
+_MOST_LINES_OF_RANKS = 8
 
 _STYLE = """
-:root { color-scheme: light dark; --line: #8885; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1040px; margin: 0 auto; padding: 16px; }
-.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr));
+:root { color-scheme: light dark; --text: #1c1f24; --muted: #5c6470; --page: #fff;
+  --card: #f4f5f7; --line: #d9dce1; --c0: #2563b0; --c1: #c2541a; --c2: #2f8a4b;
+  --c3: #8a55b8; --c4: #0c8089; --c5: #8f6a14; }
+@media (prefers-color-scheme: dark) { :root { --text: #e6e8eb; --muted: #9aa3af;
+  --page: #14171b; --card: #1e2228; --line: #363c45; --c0: #6ea8ee; --c1: #f0935a;
+  --c2: #6cc68a; --c3: #c39aee; --c4: #5fc7cf; --c5: #d6b35c; } }
+* { box-sizing: border-box; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1120px; margin: 0 auto; padding: 16px;
+  color: var(--text); background: var(--page); overflow-wrap: anywhere; }
+h1 { font-size: 24px; margin: 8px 0; } h2 { font-size: 20px; margin: 36px 0 8px; }
+h3 { font-size: 16px; margin: 24px 0 8px; } a { color: var(--c0); }
+p { margin: 8px 0; } ul { padding-left: 20px; }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 20px; padding: 0; list-style: none; }
+.dot { display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin-right: 6px; }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr));
   gap: 16px; }
-figure { margin: 0; } figcaption { font-weight: 600; }
-svg { width: 100%; height: auto; } svg text { fill: currentColor; font-size: 12px; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; }
-th, td { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid var(--line); }
+figure { margin: 0; } .chart { background: var(--card); border-radius: 8px; padding: 10px 12px; }
+.chart figcaption { font-weight: 600; font-size: 14px; }
+svg { display: block; width: 100%; height: auto; }
+svg text { fill: var(--muted); font-size: 11.5px; }
+svg polyline { stroke-width: 1.8; stroke-linejoin: round; }
+.grid { stroke: var(--line); stroke-width: 1; } .axis { stroke: var(--muted); fill: none; }
+.diagonal { stroke: var(--muted); stroke-dasharray: 5 4; fill: none; }
+.mark { fill: var(--page); stroke: var(--text); }
+.cards { display: grid; gap: 12px;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 165px), 1fr)); }
+.card { background: var(--card); border-radius: 8px; padding: 10px 12px; }
+.card span, .card small { display: block; color: var(--muted); font-size: 13px; }
+.card strong { font-size: 20px; font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 14px; }
+th, td { text-align: left; padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line); }
+th { color: var(--muted); font-weight: 600; vertical-align: bottom; overflow-wrap: normal; }
+td { overflow-wrap: normal; } th, .n { white-space: nowrap; }
+.n { text-align: right; font-variant-numeric: tabular-nums; }
+.matrix th, .matrix td { padding: 3px 7px; border: 1px solid var(--line); }
+.matrix td { background: color-mix(in srgb, var(--c0) calc(0.6 * var(--share, 0%)), transparent); }
+.side { display: flex; flex-wrap: wrap; gap: 16px 40px; align-items: flex-start; }
+.side > * { max-width: 100%; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr));
+  gap: 12px; }
+.gallery img { width: 96px; height: 96px; object-fit: contain; image-rendering: pixelated;
+  border-radius: 4px; background: var(--card); }
+.gallery figcaption { font-size: 13px; line-height: 1.35; }
+details { margin: 8px 0; } summary { cursor: pointer; color: var(--c0); }
 """
 
 
-def render_page(runs: Sequence[RunHistory], differences: Sequence[str]) -> str:
-    """Return the HTML page about one or several runs.
-
-    Args:
-        runs: The metrics of each run.
-        differences: Sentences that compare the accuracies of the runs.
-    """
-    names = ", ".join(run.name for run in runs)
-    title = escape(names)
+def render_runs(runs: Sequence[ReportedRun]) -> str:
+    """Return the HTML page about one or several runs."""
     parts = [
-        f"<h1>{title}</h1>",
         _legend(runs),
         _evaluation_table(runs),
+        _findings(runs),
+        "<h2>Curves</h2>",
+        _panels(runs),
     ]
-    for sentence in differences:
-        parts.append(f"<p>{escape(sentence)}</p>")
-    parts.append('<div class="panels">')
-    for key, label in _PANELS.items():
-        panel = _panel(runs, key, label)
-        parts.append(panel)
-    parts.append("</div>")
-    parts.append(_settings_table(runs))
+    for run in runs:
+        parts.append(_ranks(run))
+    for run in runs:
+        if run.evaluation is not None:
+            parts.append(evaluation_section(run.evaluation, f"Evaluation of {run.name}"))
+    parts.append(_settings(runs))
+    title = ", ".join(run.name for run in runs)
+    return _page(title, parts)
+
+
+def render_evaluations(files: Sequence[Evaluated]) -> str:
+    """Return the HTML page about one or several evaluations."""
+    parts = []
+    sentences = [describe_pair(files[0], other) for other in files[1:]]
+    parts.append(_list_of_sentences(sentences))
+    for each in files:
+        parts.append(evaluation_section(each, each.name))
+    title = ", ".join(each.name for each in files)
+    return _page(title, parts)
+
+
+def _page(title: str, parts: Sequence[str]) -> str:
+    """The page with its head and its style."""
     body = "\n".join(part for part in parts if part)
+    name = escape(title)
+    colors = []
+    for number in range(NUM_COLORS):
+        color = f"var(--c{number})"
+        colors.append(f".c{number} {{ fill: {color}; }}")
+        colors.append(f"polyline.c{number} {{ fill: none; stroke: {color}; }}")
+        colors.append(f".dot.c{number} {{ background: {color}; }}")
+    style = _STYLE + "\n".join(colors)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{_STYLE}</style></head>\n"
-        f"<body>\n{body}\n</body></html>\n"
+        f"<title>{name}</title><style>{style}</style></head>\n"
+        f"<body>\n<h1>{name}</h1>\n{body}\n</body></html>\n"
     )
 
 
-def _color(number: int) -> str:
-    """Return the color of a run; the colors repeat after the last one."""
-    return _COLORS[number % len(_COLORS)]
-
-
-def _legend(runs: Sequence[RunHistory]) -> str:
-    """Return the names of the runs beside their colors."""
+def _legend(runs: Sequence[ReportedRun]) -> str:
+    """The names of the runs beside their colors, with links to W&B."""
     entries = []
     for number, run in enumerate(runs):
-        color = _color(number)
-        name = escape(run.name)
-        entries.append(f'<span style="color:{color}">&#9632;</span> {name}')
-    joined = " &nbsp; ".join(entries)
-    return f"<p>{joined}</p>"
+        dot = f'<span class="dot c{number % NUM_COLORS}"></span>'
+        link = ""
+        if run.wandb_url:
+            link = f' <a href="{escape(run.wandb_url)}">W&amp;B</a>'
+        entries.append(f"<li>{dot}{escape(run.name)}{link}</li>")
+    joined = "".join(entries)
+    return f'<ul class="legend">{joined}</ul>'
 
 
-def _evaluation_table(runs: Sequence[RunHistory]) -> str:
-    """Return a table of the last evaluation of each run, with raw and with averaged weights."""
+def _color_legend(names: Sequence[str]) -> str:
+    """Names beside their colors."""
+    entries = []
+    for number, name in enumerate(names):
+        dot = f'<span class="dot c{number % NUM_COLORS}"></span>'
+        entries.append(f"<li>{dot}{escape(name)}</li>")
+    joined = "".join(entries)
+    return f'<ul class="legend">{joined}</ul>'
+
+
+def _evaluation_table(runs: Sequence[ReportedRun]) -> str:
+    """The last evaluation of each run, with raw and with averaged weights."""
     rows = []
     for run in runs:
         for prefix, weights in (("val", "raw"), ("val_ema", "averaged")):
-            evaluations = run.evaluations(prefix)
+            evaluations = run.history.evaluations(prefix)
             if evaluations:
-                rows.append(_evaluation_row(run.name, weights, evaluations[-1]))
+                rows.append(_evaluation_row(run.name, weights, evaluations))
     if not rows:
         return "<p>No evaluation yet.</p>"
-    header = ["run", "weights", "epoch", "top-1 (%)", "95 % interval", "top-5 (%)"]
-    return _table(header, rows)
+    header = ["run", "weights", "epoch", "top-1 (%)", "95 % interval", "top-5 (%)", "best (%)"]
+    return table(header, rows, numeric_from=2)
 
 
-def _evaluation_row(name: str, weights: str, last: Evaluation) -> list[str]:
-    """Return the cells of an evaluation; one that is not known is empty."""
-    epoch = f"{last.epoch:.2f}"
-    top1 = f"{last.top1:.2f}"
+def _evaluation_row(name: str, weights: str, evaluations: Sequence[Evaluation]) -> list[str]:
+    """The cells of the last of several evaluations; one that is not known is empty."""
+    last = evaluations[-1]
+    best = max(evaluation.top1 for evaluation in evaluations)
     bounds = ""
     if last.interval is not None:
         bounds = f"{last.interval.low:.2f} to {last.interval.high:.2f}"
     top5 = ""
     if last.top5 is not None:
         top5 = f"{last.top5:.2f}"
-    return [name, weights, epoch, top1, bounds, top5]
+    epoch = f"{last.epoch:.2f}"
+    return [name, weights, epoch, f"{last.top1:.2f}", bounds, top5, f"{best:.2f}"]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return an HTML table of plain text."""
-    lines = [_table_row("th", header)]
-    for row in rows:
-        lines.append(_table_row("td", row))
-    joined = "".join(lines)
-    return f'<div class="scroll"><table>{joined}</table></div>'
+def _findings(runs: Sequence[ReportedRun]) -> str:
+    """What the figures say, in sentences."""
+    sentences = describe_differences(runs)
+    for run in runs:
+        slow_rank = describe_slow_rank(run.history)
+        if slow_rank:
+            sentences.append(f"{run.name}: {slow_rank}")
+        sentences.extend(run.remarks)
+    return _list_of_sentences(sentences)
 
 
-def _table_row(tag: str, cells: Sequence[str]) -> str:
-    parts = [f"<{tag}>{escape(cell)}</{tag}>" for cell in cells]
-    joined = "".join(parts)
-    return f"<tr>{joined}</tr>"
-
-
-@dataclass(frozen=True)
-class _Scale:
-    """The part of the plane that a panel shows: epochs from 0 to `right`, values `low` to `high`.
-
-    Coordinates are in units of the panel's view box.
-    """
-
-    right: float
-    low: float
-    high: float
-
-    def x(self, epoch: float) -> float:
-        """The horizontal coordinate of an epoch."""
-        width = _WIDTH - _MARGIN
-        return _MARGIN + epoch / self.right * width
-
-    def y(self, value: float) -> float:
-        """The vertical coordinate of a value; it grows downward."""
-        height = _BOTTOM - _TOP
-        share = (value - self.low) / (self.high - self.low)
-        return _BOTTOM - share * height
-
-
-def _scale_of(curves: Sequence[Curve]) -> _Scale:
-    """Return the scale that shows all points of the curves."""
-    epochs: list[float] = []
-    values: list[float] = []
-    for curve in curves:
-        epochs.extend(curve.epochs)
-        values.extend(curve.values)
-    right = max(epochs) or 1.0
-    low = min(values)
-    high = max(values)
-    if high == low:
-        high = low + 1.0
-    return _Scale(right, low, high)
-
-
-def _panel(runs: Sequence[RunHistory], key: str, label: str) -> str:
-    """Return the diagram of a metric, with a curve for each run; empty if no run has it."""
-    curves = [run.curve(key) for run in runs]
-    if not any(curve.values for curve in curves):
+def _list_of_sentences(sentences: Sequence[str]) -> str:
+    """A list; empty without sentences."""
+    if not sentences:
         return ""
-    scale = _scale_of(curves)
-    parts = [_frame(scale)]
-    for number, curve in enumerate(curves):
-        line = _polyline(curve, scale, _color(number))
-        parts.append(line)
-    drawing = "".join(parts)
-    caption = escape(label)
+    items = "".join(f"<li>{escape(printable(sentence))}</li>" for sentence in sentences)
+    return f"<ul>{items}</ul>"
+
+
+def _panels(runs: Sequence[ReportedRun]) -> str:
+    """A chart of each quantity, with a line for each run."""
+    charts = []
+    for key, label in _PANELS.items():
+        lines = []
+        for number, run in enumerate(runs):
+            lines.append(Line(run.name, run.history.curve(key), number))
+        charts.append(line_chart(label, lines, from_zero=key in _FROM_ZERO))
+    joined = "".join(charts)
+    return f'<div class="panels">{joined}</div>'
+
+
+def _ranks(run: ReportedRun) -> str:
+    """Waiting for data, step time and memory of each rank; empty for a single rank."""
+    titles = {
+        "ranks/data_seconds": "waiting for data (ms per step)",
+        "ranks/step_seconds": "step (ms)",
+        "ranks/memory_gib": "memory (GiB)",
+    }
+    charts = []
+    num_ranks = 0
+    legend = ""
+    for key, title in titles.items():
+        curves = run.history.curves_of_ranks(key)
+        if len(curves) < 2:
+            continue
+        num_ranks = len(curves)
+        if key.endswith("_seconds"):
+            curves = [_in_milliseconds(curve) for curve in curves]
+        lines = _lines_of_ranks(curves)
+        charts.append(line_chart(title, lines, from_zero=True))
+        if not legend:
+            legend = _color_legend([line.name for line in lines])
+    if not charts:
+        return ""
+    sentence = describe_slow_rank(run.history) or "no rank is much slower than the others"
+    joined = "".join(charts)
     return (
-        f"<figure><figcaption>{caption}</figcaption>"
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{caption}">'
-        f"{drawing}</svg></figure>"
+        f"<h2>Ranks of {escape(run.name)}</h2><p>{num_ranks} ranks: {escape(sentence)}. "
+        "Ranks wait for each other in every step, so a slow one shows in its own data wait, and in "
+        f'the step time of all.</p>{legend}<div class="panels">{joined}</div>'
     )
 
 
-def _frame(scale: _Scale) -> str:
-    """Return the axes, with the largest and the smallest value and the last epoch."""
-    left = _MARGIN - 4
-    baseline = _HEIGHT - 6
-    return (
-        f'<path d="M{_MARGIN} {_TOP}V{_BOTTOM}H{_WIDTH}" fill="none" stroke="currentColor" '
-        'stroke-opacity="0.4"/>'
-        f'<text x="{left}" y="16" text-anchor="end">{scale.high:.3g}</text>'
-        f'<text x="{left}" y="{_BOTTOM}" text-anchor="end">{scale.low:.3g}</text>'
-        f'<text x="{_WIDTH}" y="{baseline}" text-anchor="end">epoch {scale.right:.3g}</text>'
-    )
+def _in_milliseconds(curve: Curve) -> Curve:
+    """A curve of seconds, in milliseconds."""
+    return Curve(curve.epochs, [1000 * value for value in curve.values])
 
 
-def _polyline(curve: Curve, scale: _Scale, color: str) -> str:
-    """Return the line through the points of a curve."""
-    points = []
-    for epoch, value in zip(curve.epochs, curve.values, strict=True):
-        x = scale.x(epoch)
-        y = scale.y(value)
-        points.append(f"{x:.1f},{y:.1f}")
-    joined = " ".join(points)
-    return f'<polyline points="{joined}" fill="none" stroke="{color}" stroke-width="1.6"/>'
+def _lines_of_ranks(curves: Sequence[Curve]) -> list[Line]:
+    """A line for each rank; of many ranks the fastest, the middle and the slowest by median."""
+    ranks = list(range(len(curves)))
+    if len(ranks) > _MOST_LINES_OF_RANKS:
+        medians = [statistics.median(curve.values) for curve in curves]
+        ranks.sort(key=medians.__getitem__)
+        ranks = [ranks[0], ranks[len(ranks) // 2], ranks[-1]]
+    lines = []
+    for number, rank in enumerate(ranks):
+        lines.append(Line(f"rank {rank}", curves[rank], number))
+    return lines
 
 
-def _settings_table(runs: Sequence[RunHistory]) -> str:
-    """Return a table of the settings of one run, or of those in which several runs differ."""
-    settings = [_read_settings(run) for run in runs]
+def _settings(runs: Sequence[ReportedRun]) -> str:
+    """The settings in which several runs differ, and all settings to unfold."""
     keys: set[str] = set()
-    for each in settings:
-        keys.update(each)
+    for run in runs:
+        keys.update(run.settings)
     rows = []
+    different = []
     for key in sorted(keys):
-        values = [printable(each.get(key, "")) for each in settings]
-        is_shown = len(runs) == 1 or len(set(values)) > 1
-        if is_shown:
-            rows.append([key, *values])
+        values = [printable(run.settings.get(key, "")) for run in runs]
+        rows.append([key, *values])
+        if len(set(values)) > 1:
+            different.append([key, *values])
     if not rows:
         return ""
-    title = "Settings"
-    if len(runs) > 1:
-        title = "Settings that differ"
-    names = [run.name for run in runs]
-    table = _table(["key", *names], rows)
-    return f"<h2>{title}</h2>{table}"
-
-
-def _read_settings(run: RunHistory) -> dict[str, str]:
-    """Read config.yaml.
-
-    Returns:
-        The values as JSON, by "section.key"; empty if the file is missing or damaged.
-    """
-    path = run.folder / "config.yaml"
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    flat: dict[str, str] = {}
-    if isinstance(tree, dict):
-        _flatten(tree, "", flat)
-    return flat
-
-
-def _flatten(tree: dict[str, Any], prefix: str, flat: dict[str, str]) -> None:
-    """Add the values of a tree to `flat`, with their keys joined by dots."""
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            _flatten(value, f"{name}.", flat)
-        else:
-            flat[name] = json.dumps(value, default=str)
+    header = ["key", *(run.name for run in runs)]
+    parts = ["<h2>Settings</h2>"]
+    if different:
+        parts.append("<h3>Differences</h3>")
+        parts.append(table(header, different, numeric_from=len(header)))
+    all_settings = table(header, rows, numeric_from=len(header))
+    parts.append(folded(f"all {len(rows)} settings", all_settings))
+    return "".join(parts)

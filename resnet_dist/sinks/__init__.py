@@ -1,6 +1,6 @@
 """Sinks: places beside `metrics.jsonl` that get the numbers of a run.
 
-A new sink is one module here with a class that has the four members of `base.Sink`, a line in
+A new sink is one module here with a class that has the five members of `base.Sink`, a line in
 `build_sinks`, and its name in `LogConfig.sinks`.
 """
 
@@ -12,7 +12,8 @@ def build_sinks(config: LogConfig) -> list[Sink]:
     """The sinks in `log.sinks`, but for W&B if `log.wandb` or WANDB_MODE disables it."""
     from resnet_dist.sinks.csv import CsvSink
     from resnet_dist.sinks.tensorboard import TensorBoardSink
-    from resnet_dist.sinks.wandb import WandbSink, wandb_mode
+    from resnet_dist.sinks.wandb import WandbSink
+    from resnet_dist.sinks.wandb_mode import wandb_mode
 
     sinks: list[Sink] = []
     if "wandb" in config.sinks and wandb_mode(config.wandb) != "disabled":

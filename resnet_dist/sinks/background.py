@@ -1,11 +1,13 @@
 """Run each sink in a thread, so that a sink that fails or hangs never stops the training."""
 
 import contextlib
+import functools
 import queue
 import threading
 import time
+from collections.abc import Callable
 
-from resnet_dist.sinks.base import Numbers, RunInfo, Sink
+from resnet_dist.sinks.base import Attachment, Numbers, RunInfo, Sink
 from resnet_dist.text import printable
 
 CLOSE_SECONDS = 35.0
@@ -30,7 +32,8 @@ class BackgroundSink:
         self.name = sink.name
         self._sink = sink
         self._run = run
-        self._rows: queue.Queue[tuple[int, Numbers] | None] = queue.Queue(_MOST_WAITING_ROWS)
+        # Calls of the sink; None is the last item.
+        self._rows: queue.Queue[Callable[[], None] | None] = queue.Queue(_MOST_WAITING_ROWS)
         self._start_is_over = threading.Event()
         self._failed = threading.Event()
         # Until `request_close` knows better, the training has ended by an error.
@@ -51,11 +54,18 @@ class BackgroundSink:
 
     def log(self, step: int, values: Numbers) -> None:
         """Queue the values of one step for the sink. This never waits."""
+        self._queue(functools.partial(self._sink.log, step, values))
+
+    def attach(self, step: int, key: str, item: Attachment) -> None:
+        """Queue a picture, a table or a file for the sink. This never waits."""
+        self._queue(functools.partial(self._sink.attach, step, key, item))
+
+    def _queue(self, call: Callable[[], None]) -> None:
+        """Queue a call of the sink."""
         if self._failed.is_set():
             return
-        row = (step, values)
         try:
-            self._rows.put_nowait(row)
+            self._rows.put_nowait(call)
         except queue.Full:
             self._give_up("it has not taken a value for a long time")
 
@@ -95,11 +105,10 @@ class BackgroundSink:
     def _log_rows(self) -> None:
         """Pass the queued rows to the sink until it is asked to close."""
         while True:
-            row = self._rows.get()
-            if row is None:
+            call = self._rows.get()
+            if call is None:
                 return
-            step, values = row
-            self._sink.log(step, values)
+            call()
 
     def _give_up(self, reason: str) -> None:
         """Warn that the sink has failed, once."""

@@ -12,6 +12,46 @@ Numbers = Mapping[str, float]
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A picture for a person to look at."""
+
+    png: bytes
+    """the content of a PNG file"""
+    caption: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of plain values."""
+
+    columns: list[str]
+    rows: list[list[str | int | float]]
+
+
+@dataclass(frozen=True)
+class ConfusionMatrix:
+    """The class and the predicted class of each image of an evaluation."""
+
+    labels: list[int]
+    predicted: list[int]
+    class_names: list[str]
+
+
+@dataclass(frozen=True)
+class CheckpointFile:
+    """A checkpoint that is kept under a name, with its versions."""
+
+    path: Path
+    name: str
+    facts: dict[str, Any]
+    """plain values that describe it"""
+
+
+Attachment = Picture | Table | ConfusionMatrix | CheckpointFile
+"""What a sink may get beside numbers."""
+
+
+@dataclass(frozen=True)
 class RunInfo:
     """The run as a sink sees it."""
 
@@ -49,6 +89,9 @@ class Sink(Protocol):
 
     def log(self, step: int, values: Numbers) -> None:
         """Record the values of one step."""
+
+    def attach(self, step: int, key: str, item: Attachment) -> None:
+        """Record something else than a number; a sink that cannot show it ignores it."""
 
     def close(self, exit_code: int) -> None:
         """Write what is left. `exit_code` is that of the training."""

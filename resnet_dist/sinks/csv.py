@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_dist.files import write_file
-from resnet_dist.sinks.base import Numbers, RunInfo
+from resnet_dist.sinks.base import Attachment, Numbers, RunInfo
 
 Row = Mapping[str, Any]
 
@@ -52,6 +52,9 @@ class CsvSink:
         line = _as_csv([row], self._columns)
         with open(self._path, "a", newline="") as file:
             file.write(line)
+
+    def attach(self, step: int, key: str, item: Attachment) -> None:
+        """Do nothing: the table holds numbers only."""
 
     def close(self, exit_code: int) -> None:
         """Do nothing: every row is written by `log`."""

@@ -1,11 +1,15 @@
 """The metrics of a run for TensorBoard: `tensorboard --logdir OUTPUT_DIR/tensorboard`."""
 
 import importlib.util
+import io
 import json
 import shlex
 from typing import TYPE_CHECKING
 
-from resnet_dist.sinks.base import Numbers, RunInfo
+import numpy as np
+from PIL import Image
+
+from resnet_dist.sinks.base import Attachment, Numbers, Picture, RunInfo
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -46,6 +50,15 @@ class TensorBoardSink:
         for key, value in values.items():
             self._writer.add_scalar(key, value, step)
         self._writer.flush()
+
+    def attach(self, step: int, key: str, item: Attachment) -> None:
+        """Show a picture; tables and files are ignored."""
+        assert self._writer is not None
+        if isinstance(item, Picture):
+            with Image.open(io.BytesIO(item.png)) as picture:
+                pixels = np.asarray(picture.convert("RGB"))
+            self._writer.add_image(key, pixels, step, dataformats="HWC")
+            self._writer.flush()
 
     def close(self, exit_code: int) -> None:
         """Write the remaining points and close the file."""

@@ -5,36 +5,44 @@ and otherwise in wandb's own offline mode. A resumed run continues the same W&B 
 the file `wandb_run_id`.
 """
 
-import contextlib
+import io
 import os
 import secrets
 import shlex
 import time
-import urllib.error
-import urllib.request
-from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+
+from PIL import Image
 
 from resnet_dist.files import write_file
 from resnet_dist.sinks.background import describe_error
-from resnet_dist.sinks.base import Numbers, RunInfo
+from resnet_dist.sinks.base import (
+    Attachment,
+    CheckpointFile,
+    ConfusionMatrix,
+    Numbers,
+    Picture,
+    RunInfo,
+    Table,
+)
+from resnet_dist.sinks.wandb_mode import wandb_mode, why_offline
 from resnet_dist.text import printable
 
 if TYPE_CHECKING:
     from wandb import Run
 
-# The server has to answer one request within this time, or the run is offline.
-_PROBE_SECONDS = 3.0
-
-# wandb's own limits for the start of an online run, and for sending what is left at the end.
-_INIT_SECONDS = 30.0
+# wandb's own limits for the start of an online run, and for sending what is left at the end. With
+# `log.wandb` auto, a server that does not answer soon is taken as out of reach.
+_INIT_SECONDS = {"auto": 10.0, "online": 30.0}
 _FINISH_SECONDS = 30.0
 
-# From the strictest to the most permissive; WANDB_MODE can only restrict the config.
-_MODES = ("disabled", "offline", "online")
-_OLD_NAMES_OF_MODES = {"dryrun": "offline", "run": "online", "shared": "online"}
+# A larger matrix is too large to be drawn; the table of predictions is still there.
+_MOST_CLASSES_OF_A_MATRIX = 100
+
+
+URL_FILE = "wandb_url"
+"""Name of the file in output_dir with the address of an online run, for `report`."""
 
 
 class WandbSink:
@@ -57,6 +65,8 @@ class WandbSink:
         # Without these, wandb announces the credentials it found and reports its own crashes.
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        # Copies of tables and checkpoints that are not sent yet; otherwise in the home folder.
+        os.environ.setdefault("WANDB_DATA_DIR", str(run.folder.absolute() / "wandb"))
         try:
             import wandb
         except ImportError:
@@ -68,15 +78,16 @@ class WandbSink:
         reason = why_offline(mode)
         if not reason:
             try:
-                self._run = _init_wandb(run, "online", run_id)
+                self._run = _init_wandb(run, "online", run_id, _INIT_SECONDS[mode])
                 self.location = str(self._run.url)
+                write_file(run.folder / URL_FILE, self.location + "\n")
                 run.say(f"W&B: {self.location}")
                 return
             except Exception as error:
                 reason = f"going online failed: {describe_error(error)}"
                 # The failed attempt still holds the id of the run.
                 wandb.teardown(exit_code=1)
-        self._run = _init_wandb(run, "offline", run_id)
+        self._run = _init_wandb(run, "offline", run_id, _INIT_SECONDS["online"])
         folder = shlex.quote(str(run.folder / "wandb"))
         upload = f"wandb sync {folder}/offline-run-*-{run_id}"
         self.location = f"{printable(folder)} (upload: {printable(upload)})"
@@ -96,6 +107,27 @@ class WandbSink:
         if new:
             self._run.log({"step": step, **new})
 
+    def attach(self, step: int, key: str, item: Attachment) -> None:
+        """Send a picture, a table, a confusion matrix or a checkpoint."""
+        import wandb
+
+        assert self._run is not None
+        if isinstance(item, CheckpointFile):
+            artifact = wandb.Artifact(item.name, type="model", metadata=item.facts)
+            artifact.add_file(str(item.path))
+            self._run.log_artifact(artifact)
+            return
+        shown: Any = None
+        if isinstance(item, Picture):
+            with Image.open(io.BytesIO(item.png)) as picture:
+                shown = wandb.Image(picture.convert("RGB"), caption=item.caption)
+        elif isinstance(item, Table):
+            shown = wandb.Table(columns=list(item.columns), data=item.rows)
+        elif len(item.class_names) <= _MOST_CLASSES_OF_A_MATRIX:
+            shown = _draw_matrix(item)
+        if shown is not None:
+            self._run.log({"step": step, key: shown})
+
     def close(self, exit_code: int) -> None:
         """Send the remaining values, within `finish_timeout`."""
         assert self._info is not None
@@ -111,54 +143,19 @@ class WandbSink:
             )
 
 
-def wandb_mode(configured: str) -> str:
-    """Combine the key `log.wandb` with the environment variable WANDB_MODE.
-
-    WANDB_MODE decides if the config says auto. Otherwise it can only restrict the config.
-
-    Args:
-        configured: The value of `log.wandb`.
-
-    Returns:
-        "auto", "online", "offline" or "disabled".
-    """
-    variable = os.environ.get("WANDB_MODE", "")
-    named = _OLD_NAMES_OF_MODES.get(variable, variable)
-    if named not in _MODES:
-        return configured
-    if configured == "auto":
-        return named
-    return min(configured, named, key=_MODES.index)
-
-
-def why_offline(mode: str) -> str:
-    """Find out why a run cannot be online. This takes a few seconds at most.
-
-    Args:
-        mode: A result of `wandb_mode`.
-
-    Returns:
-        The reason; empty if the run can be online.
-
-    Raises:
-        ImportError: wandb is not installed.
-    """
-    if mode == "offline":
-        return "as configured"
+def _draw_matrix(matrix: ConfusionMatrix) -> Any:  # noqa: ANN401 - a class of wandb's own
+    """W&B's chart of a confusion matrix."""
     import wandb
 
-    # From the environment and wandb's settings files.
-    settings = wandb.setup().settings
-    url = settings.base_url
-    has_key = settings.api_key or settings.identity_token_file or _has_netrc_key(url)
-    if not has_key:
-        return f"no API key for {url}; `wandb login` stores one"
-    if mode == "auto" and not _answers(url):
-        return f"{url} cannot be reached"
-    return ""
+    return wandb.plot.confusion_matrix(
+        y_true=matrix.labels,
+        preds=matrix.predicted,
+        class_names=matrix.class_names,
+        title="Confusion matrix",
+    )
 
 
-def _init_wandb(run: RunInfo, mode: str, run_id: str) -> "Run":
+def _init_wandb(run: RunInfo, mode: str, run_id: str, timeout: float) -> "Run":
     """`wandb.init` without prompts, banners, code, packages, git state or captured output."""
     import wandb
 
@@ -172,7 +169,7 @@ def _init_wandb(run: RunInfo, mode: str, run_id: str) -> "Run":
         "disable_job_creation": True,
         "x_disable_meta": True,
         "x_save_requirements": False,
-        "init_timeout": _INIT_SECONDS,
+        "init_timeout": timeout,
         "finish_timeout": _FINISH_SECONDS,
         "x_transaction_log_flush_interval": 2.0,
     }
@@ -203,26 +200,3 @@ def _read_or_make_run_id(folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     write_file(path, made + "\n")
     return made
-
-
-def _has_netrc_key(base_url: str) -> bool:
-    """Whether the netrc file, where `wandb login` stores keys, has a password for this server."""
-    path = os.environ.get("NETRC") or "~/.netrc"
-    with contextlib.suppress(OSError, NetrcParseError):
-        entry = netrc(os.path.expanduser(path)).authenticators(urlsplit(base_url).netloc)
-        return entry is not None and bool(entry[2])
-    return False
-
-
-def _answers(url: str) -> bool:
-    """Whether the server answers a request, through the proxy of the environment if there is one.
-
-    Any answer counts, also an error or a certificate that Python does not know.
-    """
-    try:
-        urllib.request.build_opener().open(url, timeout=_PROBE_SECONDS).close()
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, ValueError) as error:
-        return "certificate" in str(error).lower()
-    return True

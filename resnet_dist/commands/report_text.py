@@ -1,0 +1,350 @@
+"""The tables and sentences of `resnet-dist report`, as plain text."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from datetime import timedelta
+
+from resnet_dist.commands.report_input import (
+    Evaluated,
+    ReportedRun,
+    compare_evaluated,
+    group_by_recipe,
+)
+from resnet_dist.commands.report_plots import SPLITS
+from resnet_dist.comparison import difference_of_means, summarize_seeds
+from resnet_dist.history import Evaluation, RunHistory
+from resnet_dist.intervals import Interval, difference_interval
+from resnet_dist.text import printable
+
+
+def summarize_run(run: ReportedRun) -> str:
+    """The table of one run, with a line for each of its results.
+
+    It has the final and the best accuracy of the weights and of their moving average, the length of
+    the run, its speed, and problems with the data.
+
+    Args:
+        run: The run.
+
+    Returns:
+        Several lines of text.
+    """
+    history = run.history
+    rows = {
+        "run": printable(history.folder),
+        "length": f"{history.last_step} steps, {history.last_epoch:.2f} epochs, "
+        f"{_duration(history)}",
+    }
+    rows.update(_accuracy_rows(history))
+    rows.update(_detail_rows(run))
+    rows.update(_speed_rows(history))
+    bad_images = history.curve("train/bad_images").values
+    if bad_images and bad_images[-1]:
+        rows["bad images"] = f"{bad_images[-1]:.0f}"
+
+    width = max(map(len, rows))
+    lines = []
+    for name, value in rows.items():
+        lines.append(f"{name:<{width}}   {value}")
+    return "\n".join(lines)
+
+
+def _accuracy_rows(run: RunHistory) -> dict[str, str]:
+    """Final and best accuracy of the weights, and of their moving average if there is one."""
+    rows = {}
+    for prefix in ("val", "val_ema"):
+        evaluations = run.evaluations(prefix)
+        if evaluations:
+            name = SPLITS[prefix][0]
+            best = max(evaluations, key=_top1)
+            rows[f"{name} final"] = _describe_evaluation(evaluations[-1])
+            rows[f"{name} best"] = _describe_evaluation(best)
+    return rows
+
+
+def _detail_rows(run: ReportedRun) -> dict[str, str]:
+    """Calibration, and the class with the lowest accuracy, if the run has an evaluation.json."""
+    if run.evaluation is None or run.evaluation.details is None:
+        return {}
+    details = run.evaluation.details
+    rows = {}
+    if details.calibration is not None:
+        rows["calibration"] = (
+            f"ECE {100 * details.calibration.ece:.2f} %, NLL {details.calibration.loss:.4f}, "
+            f"Brier {details.calibration.brier:.4f}"
+        )
+    worst = details.classes[0]
+    name = printable(details.network.class_names[worst.label])
+    rows["worst class"] = f"{name}: {worst.correct1} of {worst.num} images"
+    return rows
+
+
+def _speed_rows(run: RunHistory) -> dict[str, str]:
+    """Images per second, memory, the time of waiting for data, and the slowest rank."""
+    rows = {}
+    speeds = run.curve("train/images_per_second").values
+    if speeds:
+        speed = statistics.median(speeds)
+        rows["speed"] = f"{speed:.0f} images/s (median)"
+    waits = run.curve("train/data_wait_fraction").values
+    if waits:
+        percent = 100 * statistics.median(waits)
+        rows["data wait"] = f"{percent:.1f} % of the time (median)"
+    memory = run.curve("train/memory_gib").values
+    if memory:
+        rows["memory"] = f"{max(memory):.2f} GiB at most on a rank"
+    slowest = describe_slow_rank(run)
+    if slowest:
+        rows["slow rank"] = slowest
+    return rows
+
+
+def describe_slow_rank(run: RunHistory) -> str:
+    """The rank that delays the others, and in which phase.
+
+    Returns:
+        A sentence, or "" if no rank is much slower than the others.
+    """
+    found = run.slow_rank()
+    if found is None:
+        return ""
+    own = 1000 * found.seconds
+    others = 1000 * found.seconds_of_others
+    action = "takes"
+    if found.phase == "data":
+        action = "waits for data for"
+    return f"rank {found.rank} {action} {own:.0f} ms per step, the others {others:.0f} ms (medians)"
+
+
+def compare_runs(runs: Sequence[ReportedRun]) -> str:
+    """The table of several runs, and below it what can be said about their differences.
+
+    Args:
+        runs: The runs.
+
+    Returns:
+        Several lines of text.
+    """
+    width = max(len(run.name) for run in runs)
+    lines = [f"{'run':{width}}  epochs      time  train loss  val top-1  val top-5  best top-1"]
+    for run in runs:
+        lines.append(_comparison_row(run.history, width))
+    lines.extend(describe_differences(runs))
+    return "\n".join(lines)
+
+
+def describe_differences(runs: Sequence[ReportedRun]) -> list[str]:
+    """Sentences about the final accuracies of several runs.
+
+    Runs that differ in their seed alone are one group, of which mean, deviation and interval are
+    given. Each later group is compared with the first one.
+    """
+    groups = group_by_recipe(runs)
+    sentences = []
+    for group in groups:
+        if len(group) > 1:
+            sentences.append(_describe_seeds(group))
+    first = groups[0]
+    for group in groups[1:]:
+        sentences.append(_describe_groups(first, group))
+    return [sentence for sentence in sentences if sentence]
+
+
+def _describe_seeds(group: Sequence[ReportedRun]) -> str:
+    """Mean, deviation and interval of runs that differ in their seed; "" without evaluations."""
+    values = _final_top1(group)
+    names = ", ".join(run.name for run in group)
+    if len(values) < 2:
+        return ""
+    summary = summarize_seeds(values)
+    interval = summary.interval
+    return (
+        f"{names}: {summary.num} seeds of one recipe, final val top-1 {summary.mean:.2f} %, "
+        f"standard deviation {summary.deviation:.2f}, 95 % interval of the mean "
+        f"{interval.low:.2f} to {interval.high:.2f} %"
+    )
+
+
+def _final_top1(group: Sequence[ReportedRun]) -> list[float]:
+    """The accuracy of the last evaluation of each run that has one, in percent."""
+    values = []
+    for run in group:
+        evaluations = run.history.evaluations("val")
+        if evaluations:
+            values.append(evaluations[-1].top1)
+    return values
+
+
+def _describe_groups(first: Sequence[ReportedRun], second: Sequence[ReportedRun]) -> str:
+    """Whether two groups of runs differ; a sentence, or "" without evaluations."""
+    mismatch = _different_images(first[0], second[0])
+    name = ", ".join(run.name for run in second)
+    other = ", ".join(run.name for run in first)
+    if mismatch:
+        return f"{name} and {other} cannot be compared: {mismatch}"
+    if len(first) == 1 and len(second) == 1:
+        return describe_difference(first[0], second[0])
+    values = _final_top1(second)
+    values_of_first = _final_top1(first)
+    if len(values) < 2 or len(values_of_first) < 2:
+        return (
+            f"{name} and {other}: no statement, since one of them has a single seed; train at "
+            "least two seeds of each"
+        )
+    difference = difference_of_means(values_of_first, values)
+    return _verdict(name, other, difference, "mean final val top-1")
+
+
+def describe_difference(first: ReportedRun, second: ReportedRun) -> str:
+    """Whether the final accuracies of two runs differ by more than chance.
+
+    The test is paired if both runs have an evaluation.json about the same images.
+
+    Args:
+        first: The run to compare with.
+        second: The other run.
+
+    Returns:
+        A sentence, or "" if a run has no evaluation with a confidence interval.
+    """
+    if first.evaluation is not None and second.evaluation is not None:
+        return describe_pair(first.evaluation, second.evaluation)
+    intervals = []
+    for run in (first, second):
+        evaluations = run.history.evaluations("val")
+        if not evaluations or evaluations[-1].interval is None:
+            return ""
+        intervals.append(evaluations[-1].interval)
+    difference = difference_interval(intervals[0], intervals[1])
+    return _verdict(second.name, first.name, difference, "final val top-1")
+
+
+def _verdict(name: str, other: str, difference: Interval, what: str) -> str:
+    """A sentence about a difference; it is called one only if its interval does not contain 0."""
+    bounds = f"{difference.low:+.2f} to {difference.high:+.2f}"
+    if difference.contains(0.0):
+        return (
+            f"{name} and {other}: no difference in {what} beyond chance "
+            f"(95 % interval {bounds} points)"
+        )
+    return (
+        f"{name} has {difference.value:+.2f} points of {what} against {other} "
+        f"(95 % interval {bounds})"
+    )
+
+
+def describe_pair(first: Evaluated, second: Evaluated) -> str:
+    """Whether two networks differ on the same images, by McNemar's exact test.
+
+    Returns:
+        A sentence; another one if the images differ.
+    """
+    test = compare_evaluated(first, second)
+    if test is None:
+        return (
+            f"{second.name} and {first.name} cannot be compared: they were evaluated on different "
+            f"images ({len(second.is_hit)} and {len(first.is_hit)})"
+        )
+    counts = (
+        f"right where the other is wrong: {test.only_second} and {test.only_first} of "
+        f"{test.num} images, McNemar p = {test.p_value:.2g}"
+    )
+    if not test.is_different:
+        return f"{second.name} and {first.name}: no difference in top-1 beyond chance ({counts})"
+    return f"{second.name} has {test.points:+.2f} points of top-1 against {first.name} ({counts})"
+
+
+def _different_images(first: ReportedRun, second: ReportedRun) -> str:
+    """Why two runs do not share a validation set; "" if they do, as far as is known."""
+    if first.evaluation is not None and second.evaluation is not None:
+        if first.evaluation.images == second.evaluation.images:
+            return ""
+        return "they were evaluated on different images"
+    numbers = []
+    for run in (first, second):
+        values = run.history.curve("val/num").values
+        if values:
+            numbers.append(int(values[-1]))
+    if len(numbers) == 2 and numbers[0] != numbers[1]:
+        return f"they were evaluated on {numbers[1]} and {numbers[0]} images"
+    for key in ("data.kind", "data.data_dir"):
+        if first.settings.get(key) != second.settings.get(key):
+            return (
+                f"{key} is {second.settings.get(key)} and {first.settings.get(key)}, and there is "
+                "no evaluation.json that tells whether the images are the same"
+            )
+    return ""
+
+
+def describe_evaluated(files: Sequence[Evaluated]) -> str:
+    """A table of evaluations, and each later one compared with the first one."""
+    width = max(len(each.name) for each in files)
+    width = max(width, len("evaluation"))
+    lines = [f"{'evaluation':{width}}   images   top-1 (95 % interval)        top-5"]
+    for each in files:
+        interval = each.interval
+        bounds = f"{interval.value:6.2f} % ({interval.low:.2f} to {interval.high:.2f})"
+        top5 = 100 * each.num_top5_hits / len(each.is_hit)
+        lines.append(f"{each.name:{width}}  {len(each.is_hit):7d}  {bounds:<26}  {top5:6.2f} %")
+    for other in files[1:]:
+        lines.append(describe_pair(files[0], other))
+    return "\n".join(lines)
+
+
+def _top1(evaluation: Evaluation) -> float:
+    """The sort key of evaluations."""
+    return evaluation.top1
+
+
+def _describe_evaluation(evaluation: Evaluation) -> str:
+    """The accuracies of an evaluation in percent, with the confidence interval of the first."""
+    text = f"top-1 {evaluation.top1:6.2f} %"
+    interval = evaluation.interval
+    if interval is not None:
+        text += f" (95 %: {interval.low:.2f} to {interval.high:.2f})"
+    if evaluation.top5 is not None:
+        text += f"   top-5 {evaluation.top5:6.2f} %"
+    return f"{text}   at epoch {evaluation.epoch:.2f}"
+
+
+def _comparison_row(run: RunHistory, width: int) -> str:
+    """The line of a run in the table of several; unknown values are nan."""
+    loss = math.nan
+    losses = run.curve("train/loss").values
+    if losses:
+        loss = losses[-1]
+
+    final_top1 = math.nan
+    final_top5 = math.nan
+    best_top1 = math.nan
+    evaluations = run.evaluations("val")
+    if evaluations:
+        final = evaluations[-1]
+        final_top1 = final.top1
+        # The top-5 accuracy may be missing, for instance if there are few classes.
+        if final.top5 is not None:
+            final_top5 = final.top5
+        best_top1 = max(map(_top1, evaluations))
+
+    duration = timedelta(seconds=round(sum(run.session_seconds())))
+    cells = [
+        f"{run.name:{width}}",
+        f"{run.last_epoch:6.2f}",
+        f"{duration!s:>8}",
+        f"{loss:10.4f}",
+        f"{final_top1:9.2f}",
+        f"{final_top5:9.2f}",
+        f"{best_top1:10.2f}",
+    ]
+    return "  ".join(cells)
+
+
+def _duration(run: RunHistory) -> str:
+    """The time of training, without breaks between sessions and without repeated steps."""
+    seconds = run.session_seconds()
+    total = timedelta(seconds=round(sum(seconds)))
+    text = f"{total} h"
+    if len(seconds) > 1:
+        text += f" in {len(seconds)} sessions"
+    return text
