@@ -344,8 +344,7 @@ def train_loop(parts: Training, services: Services) -> int:
                 micro_batches = [next(batches) for _ in range(rule.grad_accum_steps)]
 
             if services.exhibits is not None:
-                mix = rule.mixing(state.step)
-                services.exhibits.show_samples(state.step, micro_batches[0], mix)
+                services.exhibits.show_samples(state.step, micro_batches[0], rule.mixing)
 
             # 6. Update the weights. The seed is for dropout and stochastic depth.
             services.beat(state.step, "update")

@@ -6,7 +6,7 @@ picture, a table of predictions and the confusion matrix. Nothing here ends a tr
 """
 
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from resnet_dist.evaluation_file import (
 from resnet_dist.files import write_file
 from resnet_dist.image_collector import Collected, ImageCollector
 from resnet_dist.log import Log
-from resnet_dist.mix import Mix, mix_images
+from resnet_dist.mix import Mixing, mix_images
 from resnet_dist.pictures import Tile, contact_sheet, to_levels, to_png
 from resnet_dist.sinks.base import CheckpointFile, ConfusionMatrix, Picture, Table
 
@@ -37,7 +37,6 @@ _TILES_PER_ROW = 8
 _MOST_ROWS_OF_A_TABLE = 500
 
 
-@dataclass(frozen=True)
 class Exhibits:
     """The exhibits of one run.
 
@@ -48,12 +47,18 @@ class Exhibits:
         runtime: The ranks.
     """
 
-    config: Config
-    class_names: tuple[str, ...]
-    log: Log
-    runtime: Runtime
+    def __init__(
+        self, config: Config, class_names: Sequence[str], log: Log, runtime: Runtime
+    ) -> None:
+        self.config = config
+        self.class_names = tuple(class_names)
+        self.log = log
+        self.runtime = runtime
+        self._samples_path = Path(config.output_dir) / SAMPLES_FILE
+        is_wanted = runtime.is_main and config.log.sample_images > 0
+        self._are_samples_due = is_wanted and not self._samples_path.exists()
 
-    def show_samples(self, step: int, batch: Batch, mix: Mix | None) -> None:
+    def show_samples(self, step: int, batch: Batch, mixing: Mixing) -> None:
         """Make the contact sheet, if the run has none yet. Call it before the update.
 
         It shows images of this rank after augmentation, mixup and CutMix, and the first label of
@@ -61,17 +66,17 @@ class Exhibits:
 
         Args:
             step: The update that the batch is for.
-            batch: A micro-batch of training.
-            mix: How the update mixes pairs of images.
+            batch: The first micro-batch of the update.
+            mixing: How the update mixes pairs of images.
         """
-        count = self.config.log.sample_images
-        path = Path(self.config.output_dir) / SAMPLES_FILE
-        if not self.runtime.is_main or not count or path.exists():
+        if not self._are_samples_due:
             return
-        images, _ = mix_images(batch.images, mix)
+        self._are_samples_due = False
+        count = self.config.log.sample_images
+        images, _ = mix_images(batch.images, mixing(step, 0))
         labels = batch.labels[:count].tolist()
         png = to_png(contact_sheet(self._rows_of_tiles(images[:count], labels)))
-        self._write(path, png)
+        self._write(self._samples_path, png)
         self.log.attach(step, "samples", Picture(png, f"what the network sees at step {step}"))
 
     def _rows_of_tiles(self, images: torch.Tensor, labels: list[int]) -> list[list[Tile]]:

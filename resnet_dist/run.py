@@ -166,7 +166,7 @@ def train_and_summarize(
         FloatingPointError: If too many updates in a row were not finite.
     """
     stop_signal = StopSignal(runtime.cpu_group, runtime.watchdog)
-    exhibits = Exhibits(config, tuple(parts.train_loader.class_names), log, runtime)
+    exhibits = Exhibits(config, parts.train_loader.class_names, log, runtime)
     services = Services(runtime, saver, log, stop_signal, exhibits)
     try:
         ended_by = run_loop(parts, services, should_continue)

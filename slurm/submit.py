@@ -1,7 +1,7 @@
 """Train on a SLURM cluster; the same command again resumes.
 
-`python slurm/submit.py --help` lists every option, and docs/slurm.md has examples. It is the same as
-`resnet-dist submit`.
+`python slurm/submit.py --help` lists every option, and docs/slurm.md has examples. It is the
+same as `resnet-dist submit`.
 """
 
 import sys
