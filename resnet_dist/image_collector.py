@@ -119,12 +119,16 @@ class ImageCollector:
         picture.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
         return to_png(picture)
 
-    def gather(self, loader: ValLoader, runtime: Runtime) -> Collected | None:
+    def gather(
+        self, loader: ValLoader, runtime: Runtime, outputs: Sequence[int] | None = None
+    ) -> Collected | None:
         """Put the results of all ranks together. Every rank must call this.
 
         Args:
             loader: The validation set, which knows the labels and names of the images.
             runtime: The ranks.
+            outputs: Which output of the network each class of the validation set is; None if they
+                are the same.
 
         Returns:
             The results on the main process, None on the others.
@@ -138,7 +142,7 @@ class ImageCollector:
         def join() -> None:
             nonlocal collected
             assert gathered is not None
-            collected = _join(gathered, loader)
+            collected = _join(gathered, loader, outputs)
 
         # An error is raised on every rank.
         runtime.on_main(join)
@@ -153,7 +157,7 @@ class ImageCollector:
         return _Own(parts, self._mistakes, self._hits)
 
 
-def _join(gathered: Sequence[_Own], loader: ValLoader) -> Collected:
+def _join(gathered: Sequence[_Own], loader: ValLoader, outputs: Sequence[int] | None) -> Collected:
     """Put the results of all ranks together, on the main process.
 
     Raises:
@@ -168,7 +172,7 @@ def _join(gathered: Sequence[_Own], loader: ValLoader) -> Collected:
         hits.extend(own.hits)
     results = join_results(parts)
     assert len(results) == loader.num_samples, "not all images were evaluated"
-    results, paths = _with_labels_and_paths(results, loader)
+    results, paths = _with_labels_and_paths(results, loader, outputs)
     _check_finite(results, paths)
     return Collected(
         results=results,
@@ -179,7 +183,7 @@ def _join(gathered: Sequence[_Own], loader: ValLoader) -> Collected:
 
 
 def _with_labels_and_paths(
-    results: ImageResults, loader: ValLoader
+    results: ImageResults, loader: ValLoader, outputs: Sequence[int] | None
 ) -> tuple[ImageResults, list[str]]:
     """Look up the names of the images, and the labels of those that could not be decoded."""
     if not isinstance(loader, DaliValLoader):
@@ -191,6 +195,8 @@ def _with_labels_and_paths(
         encoded = name.encode("utf-8", "surrogateescape")
         paths.append(encoded.decode("utf-8", "replace"))
     known = loader.index.labels_of(results.rows)
+    if outputs is not None:
+        known = np.array(outputs, dtype=np.int64)[known]
     labels = np.where(results.is_readable, results.labels, known)
     return replace(results, labels=labels), paths
 
