@@ -90,6 +90,7 @@ def test_benchmark_of_the_loader(tmp_path):
         "plain DALI",
         "torchvision",
         "plan and reading",
+        "memory cache",
     }
     for name, figures in loaders.items():
         assert len(result["turns"][name]) == 2
@@ -100,7 +101,9 @@ def test_benchmark_of_the_loader(tmp_path):
     )  # each waits 20 ms for a file
     arguments.remove("--json")
     assert run_app(1, arguments, str(output), entry) == [0], output.read_text()
-    assert output.read_text().splitlines()[-1].startswith("torchvision")
+    *_, last_loader, remark = output.read_text().splitlines()
+    assert last_loader.startswith("memory cache")
+    assert remark.startswith("training cache: 12 images, 0.00 GiB, decoded in ")
 
 
 def test_benchmark_of_the_loader_needs_files_and_one_process(tmp_path):

@@ -2,8 +2,10 @@
 
 The other loaders are a plain DALI pipeline and torchvision's data set in a PyTorch DataLoader. The
 loaders take turns. Ratios are computed from turns of the same round, since the load of the machine
-may change. The most reliable figure is the CPU time per image, which hardly depends on other
-programs. A turn produces a fixed number of images, and includes the start and end of its workers.
+may change. "memory cache" is our loader with the training images decoded in memory
+(`data.train_cache auto`), if they fit; filling it does not count. The most reliable figure is the
+CPU time per image, which hardly depends on other programs. A turn produces a fixed number of
+images, and includes the start and end of its workers.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -67,10 +69,13 @@ def compare_loaders(config: Config, runtime: Runtime, options: argparse.Namespac
         grad_accum_steps=1,
     )
     config = replace(config, train=train)
-    ours = _build_ours(config, runtime)
-    slow = _build_ours(config, runtime)
+    ours = _build_ours(config, runtime, train_cache="off")
+    slow = _build_ours(config, runtime, train_cache="off")
     _slow_down_reading(slow, options.read_delay_ms / 1e3)
+    cached = _build_ours(config, runtime, train_cache="auto")
     makers = _makers(config, runtime, options, ours, slow)
+    if not isinstance(cached.source, ImageDecoding):
+        makers["memory cache"] = cached.batches
 
     turns: dict[str, list[Turn]] = {name: [] for name in makers}
     for number in range(options.windows + 1):
@@ -81,8 +86,8 @@ def compare_loaders(config: Config, runtime: Runtime, options: argparse.Namespac
             turn = _measure_turn(make, start, stop, local, runtime.device)
             if not is_warm_up:
                 turns[name].append(turn)
-    ours.close()
-    slow.close()
+    for loader in (ours, slow, cached):
+        loader.close()
 
     conditions = {
         "crop": config.data.train_crop_size,
@@ -94,6 +99,8 @@ def compare_loaders(config: Config, runtime: Runtime, options: argparse.Namespac
         "images": num_batches * local,
     }
     _print_results(conditions, turns, options.json)
+    if not options.json:
+        print(*cached.remarks(), sep="\n")
     return 0
 
 
@@ -110,9 +117,12 @@ def _check(config: Config, runtime: Runtime) -> None:
         )
 
 
-def _build_ours(config: Config, runtime: Runtime) -> DaliTrainLoader:
-    """Build the loader of this package."""
-    loader = build_train_loader(config, runtime)
+def _build_ours(
+    config: Config, runtime: Runtime, *, train_cache: Literal["off", "auto"]
+) -> DaliTrainLoader:
+    """Build the loader of this package with a value of `data.train_cache`."""
+    data = replace(config.data, train_cache=train_cache)
+    loader = build_train_loader(replace(config, data=data), runtime, cached=True)
     assert isinstance(loader, DaliTrainLoader)
     return loader
 

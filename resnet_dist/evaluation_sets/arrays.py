@@ -83,6 +83,10 @@ class ArrayLoader:
         )
         self.rounds = len(self._shares)
 
+    def remarks(self) -> list[str]:
+        """Nothing to say."""
+        return []
+
     def close(self) -> None:
         """Nothing to stop."""
 
