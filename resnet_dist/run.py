@@ -336,7 +336,7 @@ def report_jpeg_decoder(config: Config, runtime: Runtime, log: Log) -> None:
         return
     if config.data.kind == "synthetic":
         return
-    level, text = describe_jpeg_decoder(runtime.device)
+    level, text = describe_jpeg_decoder(runtime.device, config.decoder)
     if level == "ok":
         log.say(text)
     else:

@@ -10,6 +10,7 @@ from resnet_dist.data.pixels.probe import (
     BACKENDS,
     _NvImageCodec,
     count_library_warnings,
+    decode_probe_batch,
     describe_dali_wheels,
     describe_jpeg_decoder,
 )
@@ -34,10 +35,31 @@ def test_the_first_decoder_that_works_alone_is_named(kinds, level, text):
         asked.append(backend.kind)
         return backend.kind in kinds
 
-    found = describe_jpeg_decoder(GPU, decodes)
+    found = describe_jpeg_decoder(GPU, decodes=decodes, run_graph=lambda: None)
     assert found[0] == level
     assert found[1].startswith("JPEG: ") and text in found[1]
     assert asked == [backend.kind for backend in BACKENDS][: len(asked)]
+
+
+def test_warnings_of_the_training_graph_are_counted(capfd):
+    """A fallback of the graph is one line, though each decoder works alone."""
+
+    def run_graph():
+        for _ in range(3):
+            os.write(2, b"[WARNING] nvImageCodec: falls back\n")
+
+    level, text = describe_jpeg_decoder(GPU, decodes=lambda _: True, run_graph=run_graph)
+    assert level == "warning" and "printed 3 warnings of its libraries for a batch of 8" in text
+
+    def fail():
+        raise RuntimeError("no such device")
+
+    level, text = describe_jpeg_decoder(GPU, decodes=lambda _: True, run_graph=fail)
+    assert level == "error" and text.endswith("the graph of training fails: no such device")
+    # The real graph, as far as a machine without a GPU has it.
+    with count_library_warnings() as warnings:
+        decode_probe_batch(torch.device("cpu"))
+    assert warnings.count == 0 and capfd.readouterr().err == ""
 
 
 def test_the_cpu_decoder_decodes_the_shipped_image():

@@ -77,15 +77,7 @@ def compare_loaders(config: Config, runtime: Runtime, options: argparse.Namespac
     if not isinstance(cached.source, ImageDecoding):
         makers["memory cache"] = cached.batches
 
-    turns: dict[str, list[Turn]] = {name: [] for name in makers}
-    for number in range(options.windows + 1):
-        is_warm_up = number == 0
-        start = number * num_batches
-        stop = start + num_batches
-        for name, make in makers.items():
-            turn = _measure_turn(make, start, stop, local, runtime.device)
-            if not is_warm_up:
-                turns[name].append(turn)
+    turns = _take_turns(makers, options.windows, num_batches, local, runtime.device)
     for loader in (ours, slow, cached):
         loader.close()
 
@@ -102,6 +94,34 @@ def compare_loaders(config: Config, runtime: Runtime, options: argparse.Namespac
     if not options.json:
         print(*cached.remarks(), sep="\n")
     return 0
+
+
+def _take_turns(
+    makers: dict[str, MakeBatches],
+    num_turns: int,
+    num_batches: int,
+    local: int,
+    device: torch.device,
+) -> dict[str, list[Turn]]:
+    """Measure the loaders in turns, after a warm-up turn of each.
+
+    Args:
+        makers: the loaders by name.
+        num_turns: of each loader.
+        num_batches: in a turn.
+        local: number of images in a batch.
+        device: where the batches are.
+    """
+    turns: dict[str, list[Turn]] = {name: [] for name in makers}
+    for number in range(num_turns + 1):
+        is_warm_up = number == 0
+        start = number * num_batches
+        stop = start + num_batches
+        for name, make in makers.items():
+            turn = _measure_turn(make, start, stop, local, device)
+            if not is_warm_up:
+                turns[name].append(turn)
+    return turns
 
 
 def _check(config: Config, runtime: Runtime) -> None:

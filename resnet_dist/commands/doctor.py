@@ -255,7 +255,7 @@ def _cpus(config: Config, runtime: Runtime) -> tuple[str, str]:
 def _decoder(config: Config, runtime: Runtime) -> tuple[str, str]:
     """Whether DALI fits the driver, and how JPEG files are decoded."""
     wheels_level, wheels_text = describe_dali_wheels()
-    decoder_level, decoder_text = describe_jpeg_decoder(runtime.device)
+    decoder_level, decoder_text = describe_jpeg_decoder(runtime.device, config.decoder)
     level = max(wheels_level, decoder_level, key=LEVELS.index)
     return level, f"{wheels_text}; {decoder_text}"
 

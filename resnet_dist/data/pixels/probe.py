@@ -6,6 +6,7 @@ upsampling that training asks for.
 """
 
 import contextlib
+import functools
 import os
 import re
 import sys
@@ -15,9 +16,22 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from resnet_dist.config import DecoderConfig
+from resnet_dist.data.pixels.dali import Decoder, LoadedJob, Portion
+from resnet_dist.data.pixels.image_header import image_size
+from resnet_dist.data.pixels.read import Encoded
+from resnet_dist.data.sampling.crops import Geometry, View, whole_windows
+from resnet_dist.data.types import Job
+from resnet_dist.text import printable
+
 _BASELINE_JPEG = Path(__file__).with_name("baseline.jpg")
+# Images of the batch that shows whether the graph of training falls back, and their side.
+_PROBE_IMAGES = 8
+_PROBE_SIDE = 32
+
 _WARNING = re.compile(rb"\[(WARNING|ERROR)\]")
 
 
@@ -50,15 +64,22 @@ def find_jpeg_decoder(decodes: Decodes) -> JpegBackend | None:
     return None
 
 
-def describe_jpeg_decoder(device: torch.device, decodes: Decodes | None = None) -> tuple[str, str]:
-    """Say which decoder serves baseline JPEGs on `device`.
+def describe_jpeg_decoder(
+    device: torch.device,
+    options: DecoderConfig | None = None,
+    decodes: Decodes | None = None,
+    run_graph: Callable[[], None] | None = None,
+) -> tuple[str, str]:
+    """Say which decoder serves baseline JPEGs on `device`, and whether training falls back.
 
     Args:
         device: the device of training.
+        options: the decoder section of the config.
         decodes: tries one decoder; by default nvImageCodec on `device`.
+        run_graph: decodes a batch of baseline JPEGs; by default with the graph of training.
 
     Returns:
-        ("ok" or "warning", a sentence).
+        ("ok", "warning" or "error", a sentence).
     """
     if device.type != "cuda":
         return "ok", "JPEG: CPU decoder"
@@ -75,7 +96,46 @@ def describe_jpeg_decoder(device: torch.device, decodes: Decodes | None = None) 
             f"{text}: no GPU decoder of nvImageCodec decodes a baseline JPEG here, so the CPU "
             f"limits the speed{counted}. Check the driver and the versions of DALI and nvImageCodec"
         )
+    if run_graph is None:
+        run_graph = functools.partial(decode_probe_batch, device, options)
+    try:
+        with count_library_warnings() as of_training:
+            run_graph()
+    except RuntimeError as error:
+        return "error", printable(f"{text}, but the graph of training fails: {error}")
+    if of_training.count:
+        return "warning", (
+            f"{text}, but the graph of training printed {of_training.count} warnings of its "
+            f"libraries for a batch of {_PROBE_IMAGES} JPEGs, so it may decode elsewhere. They are "
+            f"not shown again. Check the versions of DALI and nvImageCodec"
+        )
     return "ok", text
+
+
+def decode_probe_batch(device: torch.device, options: DecoderConfig | None = None) -> None:
+    """Decode a small batch of baseline JPEGs with the graph of training.
+
+    Args:
+        device: the device of training.
+        options: the decoder section of the config.
+    """
+    data = _BASELINE_JPEG.read_bytes()
+    height, width = image_size(data)
+    images = [Encoded(row, data, height, width) for row in range(_PROBE_IMAGES)]
+    rows = np.arange(_PROBE_IMAGES)
+    windows = whole_windows(np.full(_PROBE_IMAGES, height), np.full(_PROBE_IMAGES, width))
+    sizes = np.full((_PROBE_IMAGES, 2), _PROBE_SIDE)
+    view = View(sizes, np.zeros_like(sizes), _PROBE_SIDE)
+    geometry = Geometry(windows, (view,), np.zeros_like(rows))
+    loaded = LoadedJob(Job(rows, training=True, side=_PROBE_SIDE), images, geometry)
+
+    decoder = Decoder(local_batch_size=_PROBE_IMAGES, threads=1, device=device, options=options)
+    decoder.submit(Portion(loaded, 0, _PROBE_IMAGES))
+    _, (decoded, *_) = decoder.collect()
+    if device.type == "cuda":
+        # Wait for the GPU, so that nothing is printed later.
+        decoded.as_cpu()
+    decoder.close()
 
 
 class _NvImageCodec:
