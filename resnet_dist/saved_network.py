@@ -209,6 +209,8 @@ class ForeignWeights:
 def _settings_of_export(metadata: dict[str, str]) -> Settings:
     """The settings that `resnet-dist export --to safetensors` has written into a file."""
     settings: Settings = {"model.name": metadata.get("model", "")}
+    for key, value in json.loads(metadata.get("model_options", "{}")).items():
+        settings[f"model.{key}"] = value
     for key in ("val_resize_size", "val_crop_size", "val_interpolation", "mean", "std"):
         if key in metadata:
             value = json.loads(metadata[key])

@@ -109,7 +109,8 @@ def download_weights(name: str, key: str = "checkpoint.init_from") -> bytes:
     old_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT)
     try:
-        with _alone(path):
+        # torch prints what it downloads to standard output, which may be read by a program.
+        with _alone(path), contextlib.redirect_stdout(sys.stderr):
             weights.get_state_dict(
                 model_dir=str(path.parent),
                 progress=sys.stderr.isatty(),

@@ -220,9 +220,9 @@ def _run_on_weights(
         own_options = argparse.Namespace(checkpoint=str(Path(name)))
         for option in names:
             value = options[option]
-            # Without --data DIR, jsonargparse puts the section `data` here.
+            # With an option --data.key, jsonargparse puts the section `data` here.
             if isinstance(value, Namespace):
-                value = ""
+                value = line.typed().get(option, "")
             setattr(own_options, option, value)
         return run(saved, config, own_options)
     return 130

@@ -135,6 +135,8 @@ def test_import_to_folders_goes_on_after_a_kill(archives, tmp_path):
         for split, files in (("train", TRAIN), ("val", VAL))
         for name, data in files.items()
     }
+    lines = [f"{wnid}\ta word, another\n" for wnid in WNIDS.values()]
+    expected["class_words.tsv"] = "".join(lines).encode()
     # The record of the checked archives is written three times, with three calls each.
     killed(run_import, 9 + 6, archives, tmp_path / "out")
     half = contents(tmp_path / "out")
@@ -154,7 +156,7 @@ def test_import_to_shards_is_the_import_packed(archives, tmp_path):
         f"{split}/{file}"
         for split in ("train", "val")
         for file in ("index.bin", f"{split}-000000.tar")
-    }
+    } | {"class_words.tsv"}
 
 
 def test_archives_of_another_content_are_refused(archives, tmp_path, capsys):

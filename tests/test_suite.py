@@ -15,7 +15,6 @@ import torch
 from dist_utils import run_app
 from PIL import Image
 
-from resnet_dist import cli
 from resnet_dist.config import Config, DataConfig, ModelConfig
 from resnet_dist.evaluation_sets import arrays, corruptions
 from resnet_dist.evaluation_sets.suite_file import read_suite
@@ -62,14 +61,18 @@ def few_corruptions(monkeypatch, names=("snow", "fog")):
             monkeypatch.delitem(corruptions.ALEXNET_ERRORS, name)
 
 
-def run(weights, suite, output, *options):
-    try:
-        return cli.main(
-            ["evaluate", "--weights", weights, "--suite", str(suite), "--output", str(output)]
-            + [*SMALL, *options]
-        )
-    except SystemExit as ending:
-        return ending.code
+def run_command(folder, words, world_size=1):
+    """Exit code and output of a command, in a process for each rank: (code, text)."""
+    log = folder / "printed"
+    log.unlink(missing_ok=True)
+    codes = run_app(world_size, [str(word) for word in words], str(log))
+    assert len(set(codes)) == 1, log.read_text()
+    return codes[0], log.read_text()
+
+
+def run_suite(weights, suite, output, *options, world_size=1):
+    words = ["evaluate", "--weights", weights, "--suite", suite, "--output", output]
+    return run_command(output.parent, [*words, *SMALL, *options], world_size)
 
 
 def figures_of(output):
@@ -129,11 +132,12 @@ EXPECTED = {
 MCE = 100 * (0.375 / 0.866816 + 0.25 / 0.819324) / 2
 
 
-def test_imagenet_and_its_variants(imagenets, tmp_path, monkeypatch, capsys):
+def test_imagenet_and_its_variants(imagenets, tmp_path, monkeypatch):
     few_corruptions(monkeypatch)
     output = tmp_path / "out"
-    assert run(str(imagenets / "w.pth"), imagenets / "all.yaml", output) == 0
-    printed = capsys.readouterr()
+    weights, suite = imagenets / "w.pth", imagenets / "all.yaml"
+    code, printed = run_suite(weights, suite, output)
+    assert code == 0, printed
     figures = figures_of(output)
     for name, (num, top1) in EXPECTED.items():
         assert (figures[name]["num"], figures[name]["top1"]) == (num, pytest.approx(top1)), name
@@ -142,39 +146,35 @@ def test_imagenet_and_its_variants(imagenets, tmp_path, monkeypatch, capsys):
     # Of the classes 3, 1, 8, 2, 9 that come first, all images of this set have one.
     assert figures["ImageNet"]["top5"] == 100
     assert "top5" not in figures["A"], "two classes compete"
-    assert "| ReaL | 4 | 50.00 |" in printed.out and f"mCE {MCE:.2f} %" in printed.out
-    assert printed.out == (output / "suite.md").read_text() + "\n"
+    assert "| ReaL | 4 | 50.00 |" in printed and f"mCE {MCE:.2f} %" in printed
+    assert (output / "suite.md").read_text() in printed
     rows = (output / "suite.csv").read_text().splitlines()
     assert len(rows) == 9 and rows[0].startswith("set,kind,num,top1,")
-    assert "names its classes by numbers" in printed.err
-    assert "logits of the others are masked" in printed.err
-    assert "taken for ImageNet's" in printed.err and "resize 8, crop 8, bilinear" in printed.err
+    assert "names its classes by numbers" in printed
+    assert "logits of the others are masked" in printed
+    assert "taken for ImageNet's" in printed and "resize 8, crop 8, bilinear" in printed
 
-    # The counts do not depend on the number of ranks, and finished parts are not done again.
+    # The counts do not depend on the number of ranks, nor on the batches.
     again = tmp_path / "two"
-    words = ["evaluate", "--weights", str(imagenets / "w.pth"), "--json"]
-    words += ["--suite", str(imagenets / "all.yaml"), "--output", str(again), *SMALL]
-    words += ["--data.val_batch_size", "3"]
-    assert run_app(2, words, str(tmp_path / "log")) == [0, 0], (tmp_path / "log").read_text()
+    few = ("--data.val_batch_size", "3")
+    code, printed = run_suite(weights, suite, again, *few, world_size=2)
+    assert code == 0, printed
     alone = json.loads((output / "suite.json").read_text())
     together = json.loads((again / "suite.json").read_text())
-    assert set(alone) == set(together)
     for name, entry in alone["sets"].items():
         other = together["sets"][name]
         for part, counts in entry["parts"].items():
-            assert other["parts"][part] == {
-                **counts,
-                "loss_sum": pytest.approx(counts["loss_sum"], rel=1e-6),
-            }
+            near = pytest.approx(counts["loss_sum"], rel=1e-6)
+            assert other["parts"][part] == {**counts, "loss_sum": near}, name
+
+    # A finished part is not evaluated again.
     monkeypatch.setattr("resnet_dist.commands.evaluate_suite.count_mapped", None)
-    assert run(str(imagenets / "w.pth"), imagenets / "all.yaml", output) == 0
-    assert figures_of(output) == figures
-    assert "10 finished parts are taken from" in capsys.readouterr().err
+    code, printed = run_suite(weights, suite, output)
+    assert code == 0 and figures_of(output) == figures
+    assert "10 finished parts are taken from" in printed
 
 
-def test_what_cannot_be_evaluated_does_not_stop_the_others(
-    imagenets, tmp_path, monkeypatch, capsys
-):
+def test_what_cannot_be_evaluated_does_not_stop_the_others(imagenets, tmp_path, monkeypatch):
     """Missing and damaged sets are a sentence each; the others are in the table; exit code 2."""
     few_corruptions(monkeypatch, ("fog", "frost"))
     suite = tmp_path / "some.yaml"
@@ -191,12 +191,12 @@ sets:
 """
     )
     output = tmp_path / "out"
-    assert run(str(imagenets / "w.pth"), suite, output) == 2
+    code, printed = run_suite(imagenets / "w.pth", suite, output)
+    assert code == 2
     figures = figures_of(output)
     assert figures["part"]["top1"] == 75 and figures["last"]["top1"] == 50
     assert figures["C"]["num"] == 20 and "mce" not in figures["C"]
-    err = capsys.readouterr().err
-    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    errors = [line for line in printed.splitlines() if line.startswith("error: ")]
     expected = (
         ("gone: ", "does not exist"),
         ("whole: ", "--classes present", "4 of the 1000 classes"),
@@ -204,7 +204,7 @@ sets:
         ("wrong: ", "cannot be read as JSON"),
         ("C: 5 of 10 parts", "no folder frost/"),
     )
-    assert len(errors) == len(expected), err
+    assert len(errors) == len(expected), printed
     for line, words in zip(errors, expected, strict=True):
         assert all(word in line for word in words), line
 
@@ -237,7 +237,7 @@ def write_cifar(place):
     return pixels, labels
 
 
-def test_cifar_and_its_variants(tmp_path, monkeypatch, capsys):
+def test_cifar_and_its_variants(tmp_path, monkeypatch):
     few_corruptions(monkeypatch)
     pixels, labels = write_cifar(tmp_path)
     weights = write_weights(tmp_path / "w.pth", 10, (7, 0, 1, 2, 3))
@@ -251,7 +251,8 @@ sets:
   CIFAR-10-C: {{kind: cifar10_c, data: {tmp_path}/c}}
 """
     )
-    assert run(weights, suite, tmp_path / "out") == 0, capsys.readouterr().err
+    code, printed = run_suite(weights, suite, tmp_path / "out")
+    assert code == 0, printed
     figures = figures_of(tmp_path / "out")
     assert {name: entry["top1"] for name, entry in figures.items()} == {
         "python": 10,

@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from resnet_dist.options import Parser
@@ -161,9 +162,11 @@ def pack_options(args: argparse.Namespace) -> "PackOptions":
 def pack_folder(args: argparse.Namespace) -> int:
     """Pack every split of a folder to shards."""
     from resnet_dist.data.sources.pack import open_splits, pack
+    from resnet_dist.models.class_names import copy_words
 
     for split, index in open_splits(args.src).items():
         print(pack(_sources(index), split, pack_options(args)))
+    copy_words(Path(args.src), Path(args.out))
     return 0
 
 

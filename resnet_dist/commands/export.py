@@ -112,6 +112,7 @@ def _describe_export(
     data = config.data
     facts = {
         "model": config.model.name,
+        "model_options": json.dumps(_changed_options(config.model)),
         "weights": weights,
         "resnet_dist": __version__,
         "checkpoint_sha256": saved.sha256,
@@ -135,6 +136,14 @@ def _describe_export(
 
 def _name_with_options(config: ModelConfig) -> str:
     """The name of a network, and its options that differ from the defaults."""
+    changed = _changed_options(config)
+    if changed:
+        return f"{config.name} {changed}"
+    return config.name
+
+
+def _changed_options(config: ModelConfig) -> dict[str, Any]:
+    """The options of a network that differ from the defaults."""
     default = ModelConfig(
         name=config.name,
         num_classes=config.num_classes,
@@ -145,9 +154,7 @@ def _name_with_options(config: ModelConfig) -> str:
     for key, value in asdict(config).items():
         if value != default_values[key]:
             changed[key] = value
-    if changed:
-        return f"{config.name} {changed}"
-    return config.name
+    return changed
 
 
 def write_export(

@@ -14,6 +14,7 @@ from typing import IO, cast
 from resnet_dist.console import Progress
 from resnet_dist.data.sources.pack import ImageSource, PackOptions, pack
 from resnet_dist.files import write_file, write_file_unsynced
+from resnet_dist.models.class_names import WORDS_FILE, format_words
 
 # A file name in no folder that is neither hidden nor `..`.
 _PLAIN_NAME = re.compile(r"[^./\\\0][^/\\\0]*")
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
             f"no {', '.join(missing)}: get them from image-net.org (ILSVRC 2012), with these names"
         )
     # The headers come first: they find most damage in seconds, the checksums in minutes.
-    wnids, truth = _read_devkit(paths["devkit"])
+    wnids, truth, words = _read_devkit(paths["devkit"])
     found = {
         "train": _find_train(paths["train"], wnids),
         "val": _find_val(paths["val"], wnids, truth),
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
             print(pack(sources, split, options))
         else:
             _write_folder(args.out, split, sources)
+    write_file(Path(args.out, WORDS_FILE), format_words(words))
     return 0
 
 
@@ -115,10 +117,12 @@ def _find_val(path: str, wnids: dict[int, str], truth: list[int]) -> list[ImageS
     return sources
 
 
-def _read_devkit(path: str) -> tuple[dict[int, str], list[int]]:
-    """(wnid of each ILSVRC2012_ID that is a class, the ID of each validation image).
+def _read_devkit(path: str) -> tuple[dict[int, str], list[int], dict[str, str]]:
+    """Read the classes and the labels of the validation images.
 
-    IDs of groups of classes are left out.
+    Returns:
+        The wnid of each ILSVRC2012_ID that is a class and not a group of classes, the ID of each
+        validation image, and the words of each wnid.
     """
     try:
         from scipy.io import loadmat
@@ -130,12 +134,15 @@ def _read_devkit(path: str) -> tuple[dict[int, str], list[int]]:
         files = _devkit_files(path)
         synsets = loadmat(io.BytesIO(files["meta.mat"]), squeeze_me=True)["synsets"]
         wnids = {}
+        words = {}
         for synset in synsets:
             if synset["num_children"] == 0:
-                wnids[int(synset["ILSVRC2012_ID"])] = str(synset["WNID"])
+                wnid = str(synset["WNID"])
+                wnids[int(synset["ILSVRC2012_ID"])] = wnid
+                words[wnid] = str(synset["words"])
         truth = [int(line) for line in files["ILSVRC2012_validation_ground_truth.txt"].split()]
         if set(truth) <= set(wnids) and all(map(_PLAIN_NAME.fullmatch, wnids.values())):
-            return wnids, truth
+            return wnids, truth, words
         raise ValueError("its classes do not agree with those of the validation images")
     except (tarfile.TarError, EOFError, KeyError, ValueError) as error:
         raise ValueError(

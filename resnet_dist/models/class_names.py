@@ -9,6 +9,7 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
+from resnet_dist.files import write_file
 from resnet_dist.text import printable
 from resnet_dist.torchvision_weights import imagenet_words
 
@@ -72,6 +73,17 @@ def format_words(words: dict[str, str]) -> str:
     for name, meaning in words.items():
         lines.append(f"{name}\t{' '.join(meaning.split())}\n")
     return "".join(lines)
+
+
+def copy_words(source: Path, target: Path) -> None:
+    """Copy the file `WORDS_FILE` from one data folder to another, if there is one.
+
+    Raises:
+        ValueError: The file cannot be read.
+    """
+    words = _read_words(source / WORDS_FILE)
+    if words:
+        write_file(target / WORDS_FILE, format_words(words))
 
 
 def _read_words(path: Path) -> dict[str, str]:

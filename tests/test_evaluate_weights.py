@@ -1,0 +1,320 @@
+"""Evaluate, predict and export with weights of other programs, and on data sets with other classes.
+
+`write_weights` makes networks that prefer the classes in a fixed order, whatever they see.
+"""
+
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from dist_utils import run_app
+from PIL import Image
+from test_suite import (
+    ORDER,
+    SMALL,
+    WNIDS,
+    of_class,
+    run_command,
+    write_images,
+    write_weights,
+)
+
+import resnet_dist
+from resnet_dist.api import EvaluationTransform
+from resnet_dist.checkpoint_file import read_checkpoint, unpack_checkpoint, write_checkpoint
+from resnet_dist.commands.evaluate import hint_at_guessing
+from resnet_dist.config import ModelConfig
+from resnet_dist.evaluation_sets.classes import ClassMap, map_classes
+from resnet_dist.models.build import build_model
+from resnet_dist.models.class_names import BACKGROUND, assumed_names, words_of
+from resnet_dist.models.resnet import Options, make_shortcut
+from resnet_dist.saved_network import open_weights
+from resnet_dist.settings import config_from_dict
+from resnet_dist.torchvision_weights import describe_weights, imagenet_words
+
+FAST = ("--distributed.threads", "1", "--data.threads", "1")
+
+
+def published(monkeypatch, folder, name, model):
+    """Let torchvision publish the weights of `model` under `name`, from a file of this machine."""
+    path = folder / "new.pth"
+    torch.save(model.state_dict(), path)
+    digits = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    path = path.rename(folder / f"{name}-{digits}.pth")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(folder / "hub"))
+    monkeypatch.setattr(
+        torchvision.models._api.WeightsEnum, "url", property(lambda weights: path.as_uri())
+    )
+
+
+def picture(path, size=(300, 260)):
+    """A picture with edges, where filters differ."""
+    generator = torch.Generator().manual_seed(1)
+    small = torch.randint(0, 256, (9, 11, 3), generator=generator, dtype=torch.uint8)
+    Image.fromarray(small.numpy()).resize(size, Image.Resampling.NEAREST).save(path)
+    return path
+
+
+def test_weights_of_torchvision(tmp_path, monkeypatch):
+    """Their logits are those of torchvision's network and transform, and the words are theirs."""
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=1000).eval()
+    published(monkeypatch, tmp_path, "resnet18", model)
+    name = "torchvision:resnet18:IMAGENET1K_V1"
+    image = picture(tmp_path / "a.png")
+    network = resnet_dist.load(name, device="cpu")
+    assert network.class_names == WNIDS
+    metadata = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+    with torch.inference_mode():
+        pixels = metadata.transforms()(Image.open(image))[None]
+        expected = model(pixels)
+        found = network.model(network.transform(Image.open(image))[None])
+    assert torch.allclose(found, expected, atol=1e-4)
+    best = metadata.meta["categories"][int(expected.argmax())]
+
+    predict = ("predict", image, "--weights", name, *FAST)
+    code, printed = run_command(tmp_path, [*predict, "--top", "1"])
+    assert code == 0 and printed.rstrip().endswith(f" %  {best}"), printed
+    assert "resize 256, crop 224, bilinear, mean 0.485, 0.456, 0.406" in printed
+    assert "from the weights' metadata" in printed
+    assert (tmp_path / "hub/checkpoints").is_dir(), "kept where torchvision keeps it"
+
+    output = tmp_path / "x.pth"
+    export = ("export", "--weights", name, "--to", "torchvision", "--output", output)
+    assert run_command(tmp_path, export)[0] == 0
+    exported = torch.load(output, weights_only=True)
+    assert all(torch.equal(exported[key], value) for key, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="no such weights, only torchvision:resnet18:IMAGENET1K"):
+        open_weights("torchvision:resnet18:V7")
+
+
+def test_the_transform_is_that_of_the_metadata(tmp_path):
+    """Also a bicubic one, and networks that take back the normalisation."""
+    image = Image.open(picture(tmp_path / "a.png"))
+    name = "torchvision:efficientnet_b0:IMAGENET1K_V1"
+    settings = describe_weights(name, "--weights").pixels
+    assert settings["data.val_interpolation"] == "bicubic"
+    config = config_from_dict({"data": {k.partition(".")[2]: v for k, v in settings.items()}})
+    expected = torchvision.models.EfficientNet_B0_Weights.IMAGENET1K_V1.transforms()(image)
+    found = EvaluationTransform(config.data)(image)
+    assert torch.allclose(found, expected, atol=1e-5)
+    bilinear = describe_weights("torchvision:resnet50:IMAGENET1K_V2", "--weights").pixels
+    assert bilinear["data.val_resize_size"] == 232 and bilinear["data.val_crop_size"] == 224
+    for model in ("googlenet", "inception_v3"):
+        pixels = describe_weights(f"torchvision:{model}:IMAGENET1K_V1", "--weights").pixels
+        assert pixels["data.mean"] == pixels["data.std"] == (0.5, 0.5, 0.5)
+
+
+def test_the_wordnet_ids_are_those_of_timm():
+    """A list that must be complete: compared with another source."""
+    # timm is not imported, which takes seconds.
+    [place] = importlib.util.find_spec("timm").submodule_search_locations
+    folder = Path(place, "data", "_info")
+    assert list(WNIDS) == (folder / "imagenet_synsets.txt").read_text().split()
+    lemmas = {}
+    for line in (folder / "imagenet_synset_to_lemma.txt").read_text().splitlines():
+        wnid, lemma = line.split("\t")
+        lemmas[wnid] = lemma.lower()
+    words = imagenet_words()
+    agreeing = [words[i].lower().split(",")[0] in lemmas[wnid] for i, wnid in enumerate(WNIDS)]
+    assert len(words) == 1000 and sum(agreeing) > 900, sum(agreeing)
+
+
+def test_heads_of_other_names_are_recognised_and_listed(tmp_path):
+    content = torch.load(write_weights(tmp_path / "w.pth", 10, (7, 0)), weights_only=True)
+    config = config_from_dict({"model": {"name": "resnet20"}})
+    for head in ("linear", "classifier", "head.fc", "last_linear", "output"):
+        renamed = {}
+        for key, value in content.items():
+            module, _, attribute = key.rpartition(".")
+            renamed[f"{head}.{attribute}" if module == "fc" else f"module.{key}"] = value
+        path = tmp_path / f"{head}.pth"
+        torch.save({"state_dict": renamed}, path)
+        saved = open_weights(str(path)).fit(config)
+        assert saved.num_classes == 10
+        assert int(saved.content["model"]["fc.bias"].argmax()) == 7, head
+        assert f"{head}.bias -> fc.bias" in " ".join(saved.remarks), head
+
+
+def test_a_plain_file_needs_a_name_and_fitting_weights(tmp_path):
+    image = picture(tmp_path / "a.png", (8, 8))
+    path = write_weights(tmp_path / "w.pth", 1000, ORDER)
+    torch.save({"a": 1}, tmp_path / "none.pth")
+    none = ("--weights", tmp_path / "none.pth")
+    given = ("--weights", path)
+    unnamed = SMALL[: SMALL.index("--model.name")]
+    cases = (
+        ([*given, *unnamed], "add --model.name, for instance --model.name resnet50"),
+        ([*given, *unnamed, "--model.name", "resnet56"], "w.pth': it has 95 of the"),
+        ([*given, *SMALL, "--model.num_classes", "7"], "has 1000 classes: leave it out"),
+        (SMALL, "--weights W is missing"),
+        ([*given, "--checkpoint", path, *SMALL], "mean the same"),
+        ([*none, *SMALL], "it has no tensors"),
+    )
+    for words, message in cases:
+        code, printed = run_command(tmp_path, ["predict", image, *words])
+        errors = [line for line in printed.splitlines() if line.startswith("error")]
+        assert code == 2 and len(errors) == 1 and message in errors[0], printed
+    # ImageNet's words, and the ids in the JSON.
+    predict = ["predict", image, *given, *SMALL]
+    code, printed = run_command(tmp_path, [*predict, "--top", "1"])
+    assert code == 0 and printed.rstrip().endswith("tiger shark")
+    code, printed = run_command(tmp_path, [*predict, "--json"])
+    first = json.loads(printed.splitlines()[-1])["predictions"][0]
+    assert (first["class"], first["words"]) == (WNIDS[3], "tiger shark")
+
+
+def test_part_of_the_classes(tmp_path):
+    """Refused with the flag to use; masked or kept."""
+    path = write_weights(tmp_path / "w.pth", 1000, ORDER)
+    write_images(tmp_path / "a", of_class(1, 3) + of_class(8, 1))
+    words = ["evaluate", "--weights", path, "--data", tmp_path / "a", "--json", *SMALL]
+    code, printed = run_command(tmp_path, words)
+    assert code == 2 and "add --classes present" in printed
+    code, printed = run_command(tmp_path, [*words, "--classes", "present"], world_size=2)
+    found = json.loads(printed.splitlines()[-1])
+    assert found["model"]["correct1"] == 3 and found["num_classes"] == 2 and found["step"] is None
+    assert "2 of the 1000 classes are present: the logits of the others are masked" in printed
+    code, printed = run_command(tmp_path, [*words, "--classes", "all"])
+    found = json.loads(printed.splitlines()[-1])
+    assert found["model"]["correct1"] == 0 and found["model"]["correct5"] == 4
+    assert "the logits of the others are kept" in printed
+
+
+def test_the_same_in_python(tmp_path):
+    path = write_weights(tmp_path / "w.pth", 1000, ORDER)
+    write_images(tmp_path / "a", of_class(1, 3) + of_class(8, 1))
+    write_images(tmp_path / "b", ["n12345678/a.jpg", f"{WNIDS[0]}/b.jpg"])
+    (tmp_path / "flat").mkdir()
+    picture(tmp_path / "flat" / "a.jpg")
+
+    def evaluate(arguments):
+        changes = {"model.name": "resnet20", "data.val_resize_size": 8, "data.val_crop_size": 8}
+        network = resnet_dist.load(path, device="cpu", changes=changes)
+        counts = resnet_dist.evaluate(network, tmp_path / "a", classes="present")
+        assert counts["top1"] == 75
+        wrong = (
+            ("a", "", "add --classes present"),
+            ("b", "all", "1 classes that the network does not have .n12345678"),
+            # A flat folder is found before the first image is read.
+            ("flat", "all", "is flat, its 1 images"),
+        )
+        for folder, classes, message in wrong:
+            with pytest.raises(ValueError, match=message):
+                resnet_dist.evaluate(network, tmp_path / folder, classes=classes)
+        return 0
+
+    log = tmp_path / "log"
+    assert run_app(1, [], str(log), evaluate) == [0], log.read_text()
+
+
+def test_layout_traps():
+    numbers = sorted(str(number) for number in range(1000))
+    found = map_classes(numbers, WNIDS, "", "v2")
+    assert [int(name) for name in numbers] == list(found.outputs)
+    assert "not in the order of the text" in found.remarks[0]
+    background = assumed_names(1001)
+    assert background[0] == BACKGROUND
+    shifted = map_classes(numbers, background, "present", "v2")
+    assert list(shifted.outputs) == [int(name) + 1 for name in numbers] and shifted.is_masked
+    with pytest.raises(ValueError, match="not there: background"):
+        map_classes(WNIDS, background, "", "val")
+    reverse = map_classes(WNIDS[::-1], WNIDS, "", "val")
+    assert reverse.outputs[0] == 999 and "another order" in reverse.remarks[0]
+    assert map_classes(WNIDS, WNIDS, "", "val") == ClassMap(tuple(range(1000)), WNIDS, False)
+    from_one = [str(number) for number in range(1, 1001)]
+    with pytest.raises(ValueError, match="count from 1"):
+        map_classes(from_one, WNIDS, "", "val")
+    with pytest.raises(ValueError, match="two folders for the same number"):
+        map_classes(["1", "01"], WNIDS, "all", "val")
+    # A network that was trained on such folders knows their names.
+    assert map_classes(["0", "1", "10", "2"], ["0", "1", "10", "2"], "", "val").remarks == ()
+
+
+def test_an_accuracy_of_guessing_is_explained(checkpoint, digits, tmp_path):
+    names = tuple(str(number) for number in range(100))
+    class_map = ClassMap(tuple(range(100)), names, False)
+    assert hint_at_guessing(3.0, class_map, 76.0) != []
+    assert hint_at_guessing(3.1, class_map, 76.0) == []
+    assert hint_at_guessing(1.0, class_map, None) == hint_at_guessing(1.0, class_map, 2.0) == []
+
+    content = unpack_checkpoint(read_checkpoint(Path(checkpoint)), "")
+    del content["sha256_in_zip_comment"]
+    content["best_top1"] = 98.0
+    for kind in ("model", "ema"):
+        content[kind] = {key: value.clone() for key, value in content[kind].items()}
+        content[kind]["fc.weight"].zero_()
+    path = tmp_path / "guess.pt"
+    evaluate = ("evaluate", "--weights", path, "--data", digits, "--json", *FAST)
+    write_checkpoint(path, content)
+    code, printed = run_command(tmp_path, evaluate)
+    assert code == 0
+    assert "hardly better than guessing among 10 classes" in printed and "98.00 %" in printed
+
+    # Weights that are not finite, and logits that are not.
+    content["model"]["fc.weight"].fill_(3e38)
+    write_checkpoint(path, content)
+    code, printed = run_command(tmp_path, evaluate)
+    assert code == 2 and "logits are NaN or infinite" in printed and "Traceback" not in printed
+    content["model"]["fc.bias"][0] = torch.nan
+    write_checkpoint(path, content)
+    code, printed = run_command(tmp_path, evaluate)
+    assert code == 2 and "values that are not finite in fc.bias" in printed
+
+
+def test_our_own_export_says_all(checkpoint, digits, tmp_path):
+    """Network, pixels and classes are in the .safetensors file."""
+    output = tmp_path / "x.safetensors"
+    words = ("export", "--weights", checkpoint, "--to", "safetensors", "--output", output)
+    assert run_command(tmp_path, words)[0] == 0
+    counts = []
+    for weights in (checkpoint, output):
+        words = ("evaluate", "--weights", weights, "--data", digits, "--json", *FAST)
+        code, printed = run_command(tmp_path, words)
+        assert code == 0, printed
+        found = json.loads(printed.splitlines()[-1])
+        counts.append(found.get("ema", found["model"])["correct1"])
+    assert counts[0] == counts[1]
+
+
+def test_both_layouts_of_shortcut_a(tmp_path):
+    """A_symmetric is that of the public CIFAR networks; init_from says that there are two."""
+    images = torch.randn(2, 16, 6, 6)
+    found = make_shortcut(16, 32, 2, Options(shortcut="A_symmetric"))(images)
+    assert torch.equal(found, F.pad(images[:, :, ::2, ::2], (0, 0, 0, 0, 8, 8)))
+    behind = make_shortcut(16, 32, 2, Options(shortcut="A"))(images)
+    assert torch.equal(behind, F.pad(images[:, :, ::2, ::2], (0, 0, 0, 0, 0, 16)))
+    path = write_weights(tmp_path / "w.pth", 10, (7,))
+    for name, options in (("resnet20", {}), ("resnet20", {"shortcut": "B"})):
+        config = config_from_dict({"model": {"name": name, **options}})
+        if options:
+            with pytest.raises(ValueError, match="not all tensors fit"):
+                open_weights(path).fit(config)
+        else:
+            remarks = " ".join(open_weights(path).fit(config).remarks)
+            assert "two layouts" in remarks and "model.shortcut A_symmetric" in remarks
+
+
+def test_words_beside_the_data(tmp_path):
+    (tmp_path / "class_words.tsv").write_text("a\tan apple, fruit\n\nn01440764\tour fish\n")
+    names = ["a", "b", WNIDS[0], WNIDS[1]]
+    assert words_of(names, str(tmp_path)) == ["an apple, fruit", "b", "our fish", "goldfish"]
+    assert words_of(["a", "b"]) == ["a", "b"]
+    (tmp_path / "class_words.tsv").write_text("a an apple\n")
+    with pytest.raises(ValueError, match=r"class_words.tsv, line 1: it must be a folder, a tab"):
+        words_of(names, str(tmp_path))
+
+
+def test_names_of_a_network_that_has_none(tmp_path):
+    """They are those of the data set, if there are as many; otherwise numbers."""
+    path = write_weights(tmp_path / "w.pth", 3, (1,))
+    config = config_from_dict({"model": {"name": "resnet20"}})
+    saved = open_weights(path).fit(config)
+    assert saved.names_or(("x", "y", "z")) == ["x", "y", "z"]
+    assert saved.names_or(()) == ["class 0", "class 1", "class 2"]
+    assert build_model(ModelConfig(name="resnet20"), saved.num_classes).fc.out_features == 3
