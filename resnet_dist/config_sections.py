@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from resnet_dist.addresses import check_url, without_secrets
 from resnet_dist.config_rules import (
     Above,
     AtLeast,
@@ -37,6 +38,22 @@ def expand_paths(section: object, *names: str, prefix: str = "") -> None:
             raise SettingError(f"{prefix}{name}", path, str(problem)) from None
         # The dataclass is frozen once it is built.
         object.__setattr__(section, name, expanded)
+
+
+def check_address(section: object, name: str, prefix: str = "") -> None:
+    """Check a setting that may be the address of an object store, as `expand_paths`.
+
+    Raises:
+        SettingError: The address cannot be used, or holds credentials.
+    """
+    address = getattr(section, name)
+    if not isinstance(address, str):
+        return
+    try:
+        checked = check_url(address)
+    except ValueError as problem:
+        raise SettingError(f"{prefix}{name}", without_secrets(address), str(problem)) from None
+    object.__setattr__(section, name, checked)
 
 
 @dataclass(frozen=True)
@@ -88,7 +105,14 @@ class DataConfig:
     `resnet-dist data pack`; digits: the small data set of the quickstart, which is part of this
     package and is written to data_dir; synthetic: random pixels without files, for speed tests"""
     data_dir: str = ""
-    """folder that holds train/ and val/"""
+    """folder that holds train/ and val/, or the address of one with tar shards:
+    s3://bucket/folder, gs://bucket/folder or https://host/folder"""
+    cache_dir: str = ""
+    """folder on a local disk for images from an object store, shared by the ranks of a machine;
+    empty: no cache"""
+    cache_gb: Annotated[float, Above(0)] = 100.0
+    """largest size of cache_dir in GB (10^9 bytes). When it is full, images of other data sets make
+    room, the least recently used first"""
     exclude: str = ""
     """text file with training images to leave out, one `train/<class>/<file>` per line, as written
     by `resnet-dist data verify`"""
@@ -173,7 +197,8 @@ class DataConfig:
     """number of classes of the synthetic data"""
 
     def __post_init__(self) -> None:
-        expand_paths(self, "data_dir", "exclude", prefix="data.")
+        expand_paths(self, "data_dir", "exclude", "cache_dir", prefix="data.")
+        check_address(self, "data_dir", prefix="data.")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ FREE_TO_CHANGE = frozenset(
     {
         "output_dir",
         "data.data_dir",
+        "data.cache_dir",
+        "data.cache_gb",
         # What it leaves out is compared by data.fingerprint.
         "data.exclude",
         "data.threads",

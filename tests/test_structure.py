@@ -11,6 +11,7 @@ PACKAGE = ROOT / "resnet_dist"
 # sub-package.
 LAYERS = [
     {
+        "addresses",
         "config",
         "config_rules",
         "config_sections",
@@ -99,6 +100,8 @@ FENCES = {
     "wandb": {"sinks.wandb", "sinks.wandb_mode"},
     "tensorboard": {"sinks.tensorboard"},
     "pynvml": {"commands.energy"},
+    "obstore": {"data.stores.client"},
+    "boto3": {"data.stores.client"},
     "submitit": {"launch.submission", "launch.script", "launch.rank"},
 }
 

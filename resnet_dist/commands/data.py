@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from resnet_dist.addresses import is_url
 from resnet_dist.options import Parser
 from resnet_dist.text import printable
 
@@ -36,6 +37,11 @@ _COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
         "class folders in SRC/train/ and SRC/val/ to tar shards with an index, which webdataset "
         "and DALI read too",
         ("src", "out", *_PACKING),
+    ),
+    "index-shards": (
+        "write the index file of each tar shard and shards.json, which an object store needs beside "
+        "the shards (pack writes them by itself)",
+        ("data_dir",),
     ),
     "download": (
         "imagenette, cifar10 or flowers102 through torchvision (of Flowers-102, as in papers on "
@@ -147,6 +153,7 @@ def _functions() -> dict[str, Callable[[argparse.Namespace], int]]:
     return {
         "import-imagenet": import_imagenet.run,
         "pack": pack_folder,
+        "index-shards": index_shards,
         "download": download.run,
         "verify": verify.run,
     }
@@ -167,6 +174,26 @@ def pack_folder(args: argparse.Namespace) -> int:
     for split, index in open_splits(args.src).items():
         print(pack(_sources(index), split, pack_options(args)))
     copy_words(Path(args.src), Path(args.out))
+    return 0
+
+
+def index_shards(args: argparse.Namespace) -> int:
+    """Write the index file of each shard of a folder, for object stores."""
+    from resnet_dist.data.sources.pack import open_splits
+    from resnet_dist.data.stores.shard_index import write_shard_indexes
+
+    if is_url(args.data_dir):
+        raise ValueError(
+            f"{args.data_dir} is an address: run this command where the shards are on a disk, and "
+            f"upload what it writes"
+        )
+    for split, index in open_splits(args.data_dir).items():
+        if not index.shards:
+            raise ValueError(
+                f"{index.root} holds class folders: `resnet-dist data pack` makes shards of them"
+            )
+        number = write_shard_indexes(index)
+        print(f"{split}: {number} index files and shards.json in {index.root}")
     return 0
 
 

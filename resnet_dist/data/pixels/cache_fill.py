@@ -27,7 +27,7 @@ from resnet_dist.data.pixels.cached import needs_dali
 from resnet_dist.data.pixels.decoded_images import MARGIN, DecodedImages
 from resnet_dist.data.pixels.decoding import ImageDecoding, LoaderSettings
 from resnet_dist.data.pixels.quarantine import Quarantine
-from resnet_dist.data.pixels.read import Reader, read_limits
+from resnet_dist.data.pixels.remote_read import build_reader
 from resnet_dist.data.sampling.jobs import val_job
 from resnet_dist.data.sources.index import Index
 from resnet_dist.distributed import Runtime
@@ -281,7 +281,7 @@ class _Filling:
 
     def _sizes_of(self, rows: IntArray) -> Iterator[np.ndarray]:
         """The sizes of images, in batches: int32 [n, 2], zeros for broken ones."""
-        reader = Reader(self.index, limits=read_limits(self.config))
+        reader = build_reader(self.index, self.config)
         try:
             for start in range(0, len(rows), _BATCH):
                 if self.stopped.is_set():

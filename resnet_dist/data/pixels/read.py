@@ -18,9 +18,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from resnet_dist.addresses import is_url
 from resnet_dist.config import DataConfig
 from resnet_dist.data.pixels.image_header import decode_with_pillow, inspect
 from resnet_dist.data.sources.index import Index
+from resnet_dist.data.stores.client import Patience, read_range
 
 READ_THREADS = 32
 """Threads that wait for the storage, where it is slow. They take little time of the processor; with
@@ -131,7 +133,7 @@ def _open_regular(path: str) -> int:
     raise OSError("it is not a regular file")
 
 
-def _broken(row: int, reason: str, data: bytes = b"") -> Encoded:
+def broken_image(row: int, reason: str, data: bytes = b"") -> Encoded:
     """An image that cannot be used, of row `row` of the index."""
     return Encoded(
         row=row,
@@ -160,7 +162,7 @@ def _read(path: str, offset: int, length: int, limits: ReadLimits) -> bytes:
                 return _read_file(path, limits)
             # Held in a variable, so that it stays open when the cache drops it.
             shard = _open_shard(path)
-            _check_length(length, limits)
+            check_length(length, limits)
             return _read_pieces(shard.descriptor, offset, length, limits)
         except OSError as error:
             if wait is None or error.errno not in _TRANSIENT:
@@ -177,7 +179,7 @@ def _read_file(path: str, limits: ReadLimits) -> bytes:
     descriptor = _open_regular(path)
     try:
         size = os.fstat(descriptor).st_size
-        _check_length(size, limits)
+        check_length(size, limits)
         return _read_pieces(descriptor, 0, size, limits)
     finally:
         os.close(descriptor)
@@ -187,11 +189,11 @@ def _read_standard_input(limits: ReadLimits) -> bytes:
     """Read the image that `resnet-dist predict /dev/stdin` gets, usually from a pipe."""
     with open(0, "rb", closefd=False) as stream:
         data = stream.read(limits.max_file_bytes + 1)
-    _check_length(len(data), limits)
+    check_length(len(data), limits)
     return data
 
 
-def _check_length(length: int, limits: ReadLimits) -> None:
+def check_length(length: int, limits: ReadLimits) -> None:
     """Raise OSError for a file of more than `limits.max_file_bytes`."""
     if length <= limits.max_file_bytes:
         return
@@ -231,8 +233,12 @@ def read_image_bytes(index: Index, row: int, limits: ReadLimits = DEFAULT_LIMITS
 
     Raises:
         OSError: If it cannot be read.
+        StoreError: If an object store cannot be read.
     """
     path, offset, length = index.place(row)
+    if is_url(path):
+        check_length(length, limits)
+        return read_range(path, offset, length, index.pins[path], Patience(limits.timeout_s))
     return _read(path, offset, length, limits)
 
 
@@ -249,7 +255,7 @@ def examine(row: int, data: bytes, limits: ReadLimits = DEFAULT_LIMITS) -> Encod
         if suspicion:
             data, height, width = decode_with_pillow(data, suspicion, limits.max_pixels)
     except ValueError as error:
-        return _broken(row, str(error), data)
+        return broken_image(row, str(error), data)
     return Encoded(row, data, height, width)
 
 
@@ -258,9 +264,9 @@ def load(index: Index, row: int, limits: ReadLimits = DEFAULT_LIMITS) -> Encoded
     try:
         data = read_image_bytes(index, row, limits)
     except OSError as error:
-        return _broken(row, f"cannot be read: {error.strerror or error}")
+        return broken_image(row, f"cannot be read: {error.strerror or error}")
     except MemoryError:
-        return _broken(row, "cannot be read: there is not enough memory")
+        return broken_image(row, "cannot be read: there is not enough memory")
     return examine(row, data, limits)
 
 
@@ -345,7 +351,7 @@ class Reader:
         """Leave the thread with its file, the share's `number`-th, and read the others anew."""
         share.abandoned = True
         self.stuck = True
-        broken = _broken(
+        broken = broken_image(
             share.rows[number],
             "cannot be read: the storage has not answered within data.read_timeout_s = "
             f"{self.limits.timeout_s:g} s",

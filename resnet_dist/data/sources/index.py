@@ -9,6 +9,7 @@ is therefore the same image in class folders and in tar shards that were packed 
 `resnet-dist data pack` writes it for its shards.
 """
 
+import functools
 import hashlib
 import os
 from bisect import bisect_left
@@ -51,6 +52,8 @@ class Origin:
     if it had changed so shortly before it was listed that its times are not reliable"""
     remarks: tuple[str, ...] = ()
     """sentences about files that were left out, and about anything unusual"""
+    pins: tuple[str, ...] = ()
+    """for each shard in an object store, text that changes when the shard does; else empty"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +65,7 @@ class Index:
     """
 
     root: str
-    """absolute path of the folder of the split"""
+    """absolute path of the folder of the split, or its address in an object store"""
     class_names: tuple[str, ...]
     """the names of the classes; the position of a name is the class id"""
     origin: Origin
@@ -140,6 +143,15 @@ class Index:
             raise self._damaged("a place in a shard is out of range")
         path = os.path.join(self.root, self.shards[number])
         return path, offset, length
+
+    @functools.cached_property
+    def pins(self) -> dict[str, str]:
+        """By the address of each shard in an object store, text that changes when the shard does.
+
+        It is empty for files on a disk.
+        """
+        addresses = [os.path.join(self.root, shard) for shard in self.shards]
+        return dict(zip(addresses, self.origin.pins, strict=False))
 
     def name(self, row: int) -> str:
         """The name of an image, which is unique in the split.
@@ -251,6 +263,10 @@ class Index:
         """Raise ValueError for a number that is no class id."""
         if not 0 <= label < len(self.class_names):
             raise self._damaged("a class id is out of range")
+
+    def position(self, row: int) -> int:
+        """The position of a row in the index file, which excluded images do not change."""
+        return int(self._stored(row))
 
     def _stored(self, rows: Any) -> Any:  # noqa: ANN401 - an integer or an array of them
         """The positions of rows in the arrays.

@@ -244,13 +244,30 @@ def open_checked(path: str, root: str) -> Index:
     return index
 
 
+def read_checked(buffer: Buffer, root: str) -> Index:
+    """The index over the contents of its file, which are checked as by `open_checked`.
+
+    Args:
+        buffer: the contents of the file.
+        root: the folder of the split, or its address.
+
+    Raises:
+        ValueError: if the header, the size, the checksum or a row is wrong.
+    """
+    index = read_index(buffer, root)
+    if not _has_right_checksum(buffer, index):
+        raise ValueError("the index is damaged: its checksum is wrong")
+    index.check_contents()
+    return index
+
+
 def _map_file(path: str) -> mmap.mmap:
     """Map a file into memory, for reading."""
     with open(path, "rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _has_right_checksum(mapped: mmap.mmap, index: Index) -> bool:
+def _has_right_checksum(mapped: Buffer, index: Index) -> bool:
     """Compare the checksum in the header of a file with its contents."""
     facts, start, version = _read_header(mapped)
     if version == _VERSION_WITHOUT_CHECKSUM:
@@ -342,6 +359,7 @@ def _read_origin(facts: Mapping[str, Any]) -> Origin:
         folders=tuple(map(str, folders)),
         stamps=tuple(stamps),
         remarks=tuple(map(str, remarks)),
+        pins=tuple(map(str, facts.get("pins", ()))),
     )
 
 

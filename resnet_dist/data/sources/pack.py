@@ -21,12 +21,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from resnet_dist.addresses import is_url
 from resnet_dist.console import Progress
 from resnet_dist.data.pixels.image_header import find_fault, image_size
 from resnet_dist.data.sampling.order import rows_at
 from resnet_dist.data.sources.index import PACK_PLAN, SHARD_INDEX, Index
-from resnet_dist.data.sources.index_file import write_index
+from resnet_dist.data.sources.index_file import open_index, write_index
 from resnet_dist.data.sources.scan import SingleProcess, build_index
+from resnet_dist.data.stores.remote_index import remote_splits
+from resnet_dist.data.stores.shard_index import write_shard_indexes
 from resnet_dist.files import write_file
 from resnet_dist.text import printable
 
@@ -121,7 +124,7 @@ def open_splits(data_dir: str) -> dict[str, Index]:
     """Build or open the index of each split in a folder, in a single process.
 
     Args:
-        data_dir: the folder that holds train/ or val/ or both.
+        data_dir: the folder that holds train/ or val/ or both, or its address in an object store.
 
     Returns:
         The indices by the name of the split.
@@ -130,6 +133,8 @@ def open_splits(data_dir: str) -> dict[str, Index]:
         ValueError: if there is neither train/ nor val/, or a split is not valid.
     """
     splits = []
+    if is_url(data_dir):
+        splits = remote_splits(data_dir)
     for split in ("train", "val"):
         if os.path.isdir(os.path.join(data_dir, split)):
             splits.append(split)
@@ -182,14 +187,17 @@ def pack(images: Iterable[ImageSource], split: str, options: PackOptions) -> str
     for number, shard in enumerate(shards):
         for offset, length in shard.places:
             places.append((number, offset, length))
+    path = str(folder / SHARD_INDEX)
     write_index(
-        str(folder / SHARD_INDEX),
+        path,
         classes,
         labels=[sample.label for sample in shuffled],
         names=[os.fsencode(sample.source.inner_name) for sample in shuffled],
         shards=[path.name for path in paths],
         places=places,
     )
+    # An object store needs an index beside each shard.
+    write_shard_indexes(open_index(path, str(folder)))
 
     bytes_before = sum(source.length for source in sources)
     bytes_after = sum(length for _, _, length in places)

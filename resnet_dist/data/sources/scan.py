@@ -20,6 +20,7 @@ from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 
+from resnet_dist.addresses import is_url
 from resnet_dist.data.sources.contents import Contents, find_contents
 from resnet_dist.data.sources.folders import (
     ClassListing,
@@ -43,6 +44,7 @@ from resnet_dist.data.sources.index_file import (
 )
 from resnet_dist.data.sources.scan_progress import ScanProgress, keeps_folder_times
 from resnet_dist.data.sources.shards import Shard, index_shards, read_headers
+from resnet_dist.data.stores.remote_index import read_remote_index
 from resnet_dist.files import write_file
 from resnet_dist.text import printable
 
@@ -111,7 +113,7 @@ def build_index(
     files that were left out.
 
     Args:
-        data_dir: the folder that holds the folder `split`.
+        data_dir: the folder that holds the folder `split`, or its address in an object store.
         split: "train" or "val".
         runtime: the processes.
         exclude: text file with the images to leave out (data.exclude), or "".
@@ -125,11 +127,13 @@ def build_index(
         ValueError: on all ranks, if the folder is missing, empty or has another structure, or if
             `exclude` cannot be read.
     """
-    root = os.path.abspath(os.path.join(data_dir, split))
+    root = _root(data_dir, split)
     # The main process keeps an index that it has just built here.
     built: list[bytes] = []
 
     def prepare() -> tuple[str, Facts]:
+        if is_url(data_dir):
+            return _prepare_remote(data_dir, split, built)
         return _prepare(data_dir, split, rescan, built)
 
     path, facts = runtime.long_on_main(prepare)
@@ -153,6 +157,22 @@ def build_index(
 
 # The properties by which ranks compare their indices: fingerprint, names of the shards, stamps.
 Facts = tuple[str, tuple[str, ...], tuple[tuple[int, ...], ...]]
+
+
+def _root(data_dir: str, split: str) -> str:
+    """The absolute path of the folder of a split, or its address."""
+    root = os.path.join(data_dir, split)
+    return root if is_url(data_dir) else os.path.abspath(root)
+
+
+def _prepare_remote(data_dir: str, split: str, built: list[bytes]) -> tuple[str, Facts]:
+    """Read the index of a split in an object store, in the main process.
+
+    Arguments and result are those of `_prepare`. There is no file that all ranks could open.
+    """
+    payload = read_remote_index(data_dir, split)
+    built.append(payload)
+    return "", _facts(read_index(payload, _root(data_dir, split)))
 
 
 def _prepare(data_dir: str, split: str, rescan: Rescan, built: list[bytes]) -> tuple[str, Facts]:

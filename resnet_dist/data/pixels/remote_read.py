@@ -1,0 +1,326 @@
+"""Reading images from an object store: many requests at a time, neighbours in one, and a cache.
+
+The rows of a batch are sorted by their place in the shards and divided among threads. A thread
+takes from the cache what is there, and asks for the others: for images that lie close together with
+one request.
+
+How many requests are in flight follows from Little's law: to get `rate` images a second, each of
+which takes `seconds`, `rate * seconds` of them have to be under way. Both are measured all the
+time, and some headroom is added. If training has to wait for images, the rate that it asks for is
+higher than the measured one; the headroom lets the number grow with each batch until it is enough.
+"""
+
+import concurrent.futures
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import numpy as np
+
+from resnet_dist.config import DataConfig
+from resnet_dist.data.pixels.read import (
+    Encoded,
+    Reader,
+    ReadLimits,
+    Share,
+    broken_image,
+    check_length,
+    examine,
+    read_limits,
+)
+from resnet_dist.data.sources.index import Index
+from resnet_dist.data.stores.cache import ImageCache
+from resnet_dist.data.stores.client import PIECE_BYTES, Patience, read_range
+from resnet_dist.data.stores.errors import StoreError
+
+MAX_GAP_BYTES = 65_536
+"""Images of a shard with at most this many bytes between them are read by one request: to read
+these bytes takes less time than another request."""
+
+_LEAST_IN_FLIGHT = 4
+_MOST_IN_FLIGHT = 128
+_IN_FLIGHT_AT_START = 32
+_HEADROOM = 1.5
+
+# The weight of a new measurement in the running average of the time of an image.
+_WEIGHT = 1 / 64
+# Batches over which the rate is measured.
+_RATE_BATCHES = 6
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the bytes of an image are."""
+
+    row: int
+    """row of the index"""
+    shard: str
+    """address of the shard"""
+    offset: int
+    """first byte in the shard"""
+    length: int
+    """number of bytes"""
+
+
+@dataclass
+class RemoteShare(Share):
+    """Rows that one thread reads, with their places in the request."""
+
+    numbers: list[int] = field(default_factory=list)
+    """of each row: its position in the request"""
+
+
+class Gate:
+    """Lets at most `limit` threads in at a time. The limit may change."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.inside = 0
+        self.most = 0
+        """largest number that was inside so far"""
+        self.changed = threading.Condition()
+
+    def __enter__(self) -> None:
+        with self.changed:
+            while self.inside >= self.limit:
+                self.changed.wait()
+            self.inside += 1
+            self.most = max(self.most, self.inside)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self.changed:
+            self.inside -= 1
+            self.changed.notify()
+
+    def set_limit(self, limit: int) -> None:
+        """Change the limit; threads that are inside stay."""
+        with self.changed:
+            self.limit = limit
+            self.changed.notify_all()
+
+
+def requests_in_flight(images_per_second: float, seconds_per_image: float) -> int:
+    """How many requests have to be under way at the same time, by Little's law, with headroom.
+
+    Args:
+        images_per_second: what is asked for.
+        seconds_per_image: from the request to the last byte.
+    """
+    needed = _HEADROOM * images_per_second * seconds_per_image
+    return int(min(_MOST_IN_FLIGHT, max(_LEAST_IN_FLIGHT, np.ceil(needed))))
+
+
+def coalesce(places: list[Place]) -> list[list[Place]]:
+    """Group images that one request can read.
+
+    Args:
+        places: sorted by shard and offset. The same image may be there several times.
+
+    Returns:
+        The groups, in the same order. A group of several images has at most `PIECE_BYTES` bytes.
+    """
+    groups: list[list[Place]] = []
+    stop = 0
+    for place in places:
+        group = groups[-1] if groups else []
+        joins = bool(group) and group[0].shard == place.shard
+        if joins:
+            new_stop = max(stop, place.offset + place.length)
+            is_near = place.offset - stop <= MAX_GAP_BYTES
+            is_small = new_stop - group[0].offset <= PIECE_BYTES
+            joins = is_near and is_small
+        if joins:
+            group.append(place)
+            stop = new_stop
+        else:
+            groups.append([place])
+            stop = place.offset + place.length
+    return groups
+
+
+class RemoteReader(Reader):
+    """Like `Reader`, for shards in an object store.
+
+    An image that is damaged is broken like any other. A store that cannot be read is an error of
+    the run, since no neighbour could take the place of an image: `collect` raises it.
+    """
+
+    def __init__(self, index: Index, limits: ReadLimits, cache: ImageCache | None = None) -> None:
+        super().__init__(index, threads=_MOST_IN_FLIGHT, limits=limits)
+        self.cache = cache
+        self.gate = Gate(_IN_FLIGHT_AT_START)
+        self.stopped = threading.Event()
+        self.patience = Patience(limits.timeout_s, self.stopped)
+        self.requested_at: deque[tuple[float, int]] = deque(maxlen=_RATE_BATCHES)
+
+    def request(self, rows: np.ndarray) -> list[Share]:
+        """Begin to read `rows`; `collect` has the result."""
+        self._adapt(len(rows))
+        places = [self._place(row) for row in rows.tolist()]
+        order = sorted(range(len(places)), key=lambda number: _sort_key(places[number]))
+        # Neighbours stay in one share, so that one request can read them.
+        num_shares = max(1, min(self.gate.limit, len(order)))
+        shares: list[Share] = []
+        for numbers in np.array_split(np.array(order), num_shares):
+            listed = numbers.tolist()
+            share = RemoteShare([places[number].row for number in listed], numbers=listed)
+            share.future = self.pool.submit(self._load_all, share)
+            shares.append(share)
+        return shares
+
+    def collect(self, requested: list[Share]) -> list[Encoded]:
+        """The images of a request, in its order; waits for them.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        by_number: dict[int, Encoded] = {}
+        for share in requested:
+            assert isinstance(share, RemoteShare)
+            for number, image in zip(share.numbers, self._wait(share), strict=True):
+                by_number[number] = image
+        return [by_number[number] for number in range(len(by_number))]
+
+    def close(self) -> None:
+        """End the threads; what was requested and has not begun is dropped."""
+        self.stopped.set()
+        super().close()
+        if self.cache is not None and not self.stuck:
+            self.cache.close()
+
+    def _place(self, row: int) -> Place:
+        """Where the image of a row is."""
+        shard, offset, length = self.index.place(row)
+        return Place(row, shard, offset, length)
+
+    def _adapt(self, num_images: int) -> None:
+        """Set the number of requests in flight, before `num_images` images are requested."""
+        now = time.monotonic()
+        if len(self.requested_at) > 1 and self.seconds_per_file > 0:
+            images = sum(number for _, number in self.requested_at)
+            seconds = now - self.requested_at[0][0]
+            limit = requests_in_flight(images / seconds, self.seconds_per_file)
+            self.gate.set_limit(limit)
+        self.requested_at.append((now, num_images))
+
+    def _wait(self, share: Share) -> list[Encoded]:
+        """The images of a share.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        assert share.future is not None
+        # Each request ends by itself; this is for a client that hangs all the same.
+        seconds = 2 * self.limits.timeout_s + 60
+        while True:
+            before = len(share.loaded)
+            try:
+                share.future.result(timeout=seconds)
+                return share.loaded
+            except concurrent.futures.TimeoutError:
+                if len(share.loaded) == before:
+                    self.stuck = True
+                    raise StoreError(
+                        f"{self.index.root} cannot be read: no image has come for {seconds:g} s"
+                    ) from None
+
+    def _load_all(self, share: Share) -> None:
+        """Read and check the rows of a share: the work of one thread."""
+        known: dict[int, bytes] = {}
+        missing = []
+        for row in share.rows:
+            place = self._place(row)
+            data = self._cached(place)
+            if data is None:
+                missing.append(place)
+            else:
+                known[row] = data
+        for group in coalesce(missing):
+            if self.stopped.is_set():
+                return
+            known.update(self._fetch(group))
+        share.loaded = [self._examine(row, known) for row in share.rows]
+
+    def _cached(self, place: Place) -> bytes | None:
+        """The bytes of an image from the cache; None if they are not there."""
+        if self.cache is None:
+            return None
+        started = time.perf_counter()
+        data = self.cache.get(self.index.position(place.row), place.length)
+        if data is not None:
+            self._measure(time.perf_counter() - started)
+        return data
+
+    def _fetch(self, group: list[Place]) -> dict[int, bytes]:
+        """Read images with one request, and keep them in the cache.
+
+        Returns:
+            The bytes by row. Images that are too large are left out.
+        """
+        group = [place for place in group if place.length <= self.limits.max_file_bytes]
+        if not group:
+            return {}
+        first = group[0]
+        stop = max(place.offset + place.length for place in group)
+        pin = self.index.pins[first.shard]
+        with self.gate:
+            started = time.perf_counter()
+            data = read_range(first.shard, first.offset, stop - first.offset, pin, self.patience)
+            seconds = time.perf_counter() - started
+        images = {}
+        for place in group:
+            begin = place.offset - first.offset
+            image = data[begin : begin + place.length]
+            if self.cache is not None and place.row not in images:
+                self.cache.put(self.index.position(place.row), image)
+            images[place.row] = image
+            self._measure(seconds / len(group))
+        return images
+
+    def _examine(self, row: int, known: dict[int, bytes]) -> Encoded:
+        """Check the bytes of an image; one that was not read is too large."""
+        if row in known:
+            return examine(row, known[row], self.limits)
+        try:
+            check_length(self._place(row).length, self.limits)
+        except OSError as error:
+            return broken_image(row, f"cannot be read: {error}")
+        raise AssertionError
+
+    def _measure(self, seconds: float) -> None:
+        """Add the time of an image to the running average."""
+        if self.seconds_per_file == 0:
+            self.seconds_per_file = seconds
+        self.seconds_per_file += _WEIGHT * (seconds - self.seconds_per_file)
+
+
+def _sort_key(place: Place) -> tuple[str, int]:
+    return place.shard, place.offset
+
+
+def build_reader(index: Index, config: DataConfig) -> Reader:
+    """The reader of an index: of files, or of shards in an object store.
+
+    Raises:
+        ValueError: the cache cannot be used.
+    """
+    limits = read_limits(config)
+    if not index.origin.pins:
+        return Reader(index, limits=limits)
+    cache = None
+    if config.cache_dir:
+        try:
+            cache = ImageCache(config.cache_dir, index, int(config.cache_gb * 1e9))
+        except OSError as error:
+            raise ValueError(
+                f"data.cache_dir {config.cache_dir!r} cannot be used ({error.strerror}): name a "
+                f"folder on a local disk that can be written to"
+            ) from None
+    return RemoteReader(index, limits, cache)
