@@ -39,8 +39,8 @@ _COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("src", "out", *_PACKING),
     ),
     "index-shards": (
-        "write the index file of each tar shard and shards.json, which an object store needs beside "
-        "the shards (pack writes them by itself)",
+        "write the index file of each tar shard and shards.json, which an object store needs "
+        "beside the shards (pack writes them by itself)",
         ("data_dir",),
     ),
     "download": (

@@ -187,17 +187,7 @@ def pack(images: Iterable[ImageSource], split: str, options: PackOptions) -> str
     for number, shard in enumerate(shards):
         for offset, length in shard.places:
             places.append((number, offset, length))
-    path = str(folder / SHARD_INDEX)
-    write_index(
-        path,
-        classes,
-        labels=[sample.label for sample in shuffled],
-        names=[os.fsencode(sample.source.inner_name) for sample in shuffled],
-        shards=[path.name for path in paths],
-        places=places,
-    )
-    # An object store needs an index beside each shard.
-    write_shard_indexes(open_index(path, str(folder)))
+    _write_indexes(folder, classes, shuffled, paths, places)
 
     bytes_before = sum(source.length for source in sources)
     bytes_after = sum(length for _, _, length in places)
@@ -210,6 +200,34 @@ def pack(images: Iterable[ImageSource], split: str, options: PackOptions) -> str
             line = f"  kept as it was: {split}/{name}: {reason}"
             lines.append(printable(line))
     return "\n".join(lines)
+
+
+def _write_indexes(
+    folder: Path,
+    classes: list[str],
+    samples: list[_Sample],
+    paths: list[Path],
+    places: list[tuple[int, int, int]],
+) -> None:
+    """Write the index of a split, and one beside each shard, which an object store needs.
+
+    Args:
+        folder: the folder of the split.
+        classes: the class names.
+        samples: the images, in the order of the shards.
+        paths: the shards.
+        places: (number of the shard, offset, length) of each image.
+    """
+    path = str(folder / SHARD_INDEX)
+    write_index(
+        path,
+        classes,
+        labels=[sample.label for sample in samples],
+        names=[os.fsencode(sample.source.inner_name) for sample in samples],
+        shards=[shard.name for shard in paths],
+        places=places,
+    )
+    write_shard_indexes(open_index(path, str(folder)))
 
 
 def _make_samples(sources: list[ImageSource], classes: list[str]) -> list[_Sample]:

@@ -235,7 +235,7 @@ def _is_of_the_library(error: Exception) -> bool:
 
 def _wait_before(attempts: int) -> float:
     """Seconds to wait after `attempts` failed attempts: doubled each time, with jitter."""
-    longest = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2 ** (attempts - 1))
+    longest = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** (attempts - 1))
     return longest * _jitter.uniform(0.5, 1.0)
 
 

@@ -65,13 +65,13 @@ def explain(error: Exception, scheme: str) -> Failure:
     if code in _EXPIRED:
         way_out = f"renew the credentials ({sign_in}) and start again"
         return Failure(f"the credentials have expired ({code})", "sign in again", way_out)
-    if code in _REFUSED_KEYS or name == "UnauthenticatedError":
+    if code in _REFUSED_KEYS or status == "401":
         way_out = f"check the credentials: {sign_in}"
         return Failure(f"it does not accept the credentials{_in_brackets(code)}", "none", way_out)
-    if name == "PermissionDeniedError":
+    if status == "403":
         way_out = f"ask for the permission to list and to read, or use other credentials: {sign_in}"
         return Failure(f"no permission{_in_brackets(code)}", "none", way_out)
-    if isinstance(error, FileNotFoundError):
+    if status == "404" or isinstance(error, FileNotFoundError):
         return _not_found(code)
     if name == "PreconditionError":
         return Failure("the object has changed", "none")

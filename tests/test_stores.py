@@ -1,0 +1,455 @@
+"""Data in object stores: the same samples as on the disk, through latency and errors, and clear
+sentences where a store cannot be read.
+"""
+
+import os
+import signal
+import time
+
+import boto3  # noqa: F401 - forked clients have it then
+import numpy as np
+import obstore.store  # noqa: F401
+import pytest
+from dist_utils import run_app
+from image_files import OneProcess, encode, picture, train_loader, val_loader, write_split
+from store_server import SECRETS, Store, in_child, start_child
+
+from resnet_dist.addresses import check_url, is_url
+from resnet_dist.cli import main
+from resnet_dist.config import DataConfig
+from resnet_dist.data.pixels import remote_read
+from resnet_dist.data.pixels.read import load
+from resnet_dist.data.pixels.remote_read import (
+    MAX_GAP_BYTES,
+    Gate,
+    Place,
+    coalesce,
+    requests_in_flight,
+)
+from resnet_dist.data.sources.scan import build_index
+from resnet_dist.data.stores import client
+from resnet_dist.data.stores.client import Patience, list_folder, read_range
+
+N = 96
+GOOD = [encode(picture(40 + i % 7, 60 - i % 5, i)) for i in range(N)]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """A folder with four shards in train/ and one in val/."""
+    folder = tmp_path_factory.mktemp("stores")
+    write_split(folder / "images", GOOD)
+    write_split(folder / "images", GOOD[:9], split="val")
+    out = folder / "shards"
+    for split, size in (("train", N // 4), ("val", 9)):
+        pack_by_count(folder / "images", out, split, size)
+    return out
+
+
+def pack_by_count(images, out, split, count):
+    from image_files import pack_shards
+
+    index = build_index(str(images), split, OneProcess())
+    order = np.random.default_rng(0).permutation(len(index))
+    pack_shards(index, out / split, order, -(-len(index) // count))
+
+
+@pytest.fixture(scope="module")
+def store(shards):
+    """The server, with the shards in s3://bucket/set."""
+    assert main(["data", "index-shards", str(shards)]) == 0
+    server = Store()
+    server.upload(shards, "bucket", "set/")
+    yield server
+    server.close()
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch, request):
+    """What a user would have set, and a proxy without trouble."""
+    if "store" in request.fixturenames:
+        server = request.getfixturevalue("store")
+        server.trouble()
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+
+
+def open_remote(url, split="train"):
+    return build_index(url, split, OneProcess())
+
+
+def show(index, folder, steps=5, **options):
+    """Rows, labels and sums of pixels of the first steps."""
+    loader = train_loader(index, folder, global_batch_size=32, **options)
+    seen = []
+    for batch in loader.batches(0, steps):
+        sums = batch.images.double().sum((1, 2, 3)).tolist()
+        seen.append((batch.indices.tolist(), batch.labels.tolist(), sums))
+    loader.close()
+    return seen
+
+
+def facts(url, folder):
+    """What is to be the same everywhere."""
+    index = open_remote(url)
+    places = [index.place(row)[1:] for row in range(len(index))]
+    data = [load(index, row).data for row in range(len(index))]
+    loader = val_loader(open_remote(url, "val"), folder, val_resize_size=32, val_crop_size=32)
+    val = [batch.images.double().sum().item() for batch in loader]
+    loader.close()
+    names = [index.name(row) for row in range(len(index))]
+    return index.fingerprint(), names, places, data, show(index, folder), val
+
+
+def test_a_run_on_a_store_is_a_run_on_the_disk(store, shards, tmp_path):
+    """The index, the bytes and the batches, through latency, errors and answers cut off."""
+    local = facts(str(shards), tmp_path)
+    assert local[0] == open_remote(str(shards.parent / "images")).fingerprint()
+    store.trouble(latency=0.005, errors=0.05, truncated=0.05)
+    assert in_child(facts, "s3://bucket/set", tmp_path) == local
+    assert in_child(facts, f"{store.web}/bucket/set/", tmp_path) == local
+
+
+def sentence(function, *args):
+    """The text of the error that a call raises, and the seconds that it took."""
+    started = time.monotonic()
+    with pytest.raises(ValueError) as raised:
+        function(*args)
+    return str(raised.value), time.monotonic() - started
+
+
+def sentences(store, cases):
+    """What is said of each address under each trouble."""
+    client.LIST_TIMEOUT_S = 1.5
+    found = []
+    for url, trouble in cases:
+        store.trouble(**trouble)
+        found.append(sentence(open_remote, url))
+    return found
+
+
+def test_a_store_that_cannot_be_read_is_explained(store, shards, monkeypatch):
+    store.put("empty")
+    store.put("loose")
+    store.put("loose/train/cat/1.jpg", GOOD[0])
+    for bucket in ("noindex", "lost", "other"):
+        store.upload(shards, bucket)
+    for path in ("noindex/train/shard-00001.tar.idx", "lost/train/shard-00002.tar"):
+        store.delete(path)
+    store.put("other/train/shard-00000.tar", b"0" * 1024)
+    good = "s3://bucket/set"
+    cases = [
+        ("s3://nowhere/set", {}, "no such bucket"),
+        ("s3://empty", {}, "has no folder train/"),
+        ("s3://loose", {}, "data pack"),
+        ("s3://noindex", {}, "1 of the 4 shards in train/ have no index file beside them"),
+        ("s3://lost", {}, "has 3 of 4 shards"),
+        ("s3://other", {}, "has 1024 bytes, but its index was made when it had"),
+        (good, {"answer": "403:AccessDenied"}, "no permission (AccessDenied)"),
+        (good, {"answer": "403:InvalidAccessKeyId"}, "does not accept the credentials"),
+        (good, {"answer": "400:ExpiredToken"}, "expired (ExpiredToken), after 3 attempts in"),
+        (good, {"answer": "503:SlowDown"}, "status 503 (SlowDown), after"),
+        (good, {"hang": True}, "it has not answered in time, after"),
+        (f"{store.web}/bucket/nothing", {}, "shards.json"),
+    ]
+    found = in_child(sentences, store, [(url, trouble) for url, trouble, _ in cases])
+    for (_, _, words), (text, seconds) in zip(cases, found, strict=True):
+        assert words in text, (words, text)
+        assert seconds < 30
+        assert not any(secret in text for secret in SECRETS), text
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    ((text, _),) = in_child(sentences, store, [(good, {})])
+    assert "no credentials for S3" in text
+
+
+def changed(store, content):
+    """What is said of an image after its shard was replaced."""
+    index = open_remote("s3://changing")
+    first = load(index, 0).reason
+    for number in range(4):
+        store.put(f"changing/train/shard-0000{number}.tar", content)
+    return first, sentence(load, index, 0)[0]
+
+
+def test_a_shard_that_changes_is_noticed(store, shards):
+    store.upload(shards, "changing")
+    content = b"x" * (shards / "train" / "shard-00000.tar").stat().st_size
+    first, text = in_child(changed, store, content)
+    assert first is None
+    assert "has changed since this run made its list of images" in text
+
+
+def test_all_ranks_stop_when_a_shard_changes(store, shards, tmp_path):
+    """Exit code 2 on each of them, and the sentence in place of a traceback."""
+    store.upload(shards, "moving")
+
+    def entry(arguments):
+        from resnet_dist import engine
+
+        real = engine.train_step
+
+        def train_step(model, state, *rest):
+            if state.step == 1 and os.environ["RANK"] == "1":
+                for number in range(4):
+                    store.put(f"moving/train/shard-0000{number}.tar", b"x" * 300_000)
+            return real(model, state, *rest)
+
+        engine.train_step = train_step
+        return main(arguments)
+
+    options = {
+        "--config": "configs/quickstart.yaml",
+        "--data.kind": "folder",
+        "--data.data_dir": "s3://moving/",
+        "--output_dir": str(tmp_path / "run"),
+        "--data.train_crop_size": "16",
+        "--data.val_resize_size": "18",
+        "--data.val_crop_size": "16",
+        "--train.global_batch_size": "8",
+        "--train.epochs": "9",
+        "--train.eval_interval_epochs": "0",
+        "--schedule.warmup_epochs": "0",
+        "--distributed.threads": "1",
+        "--log.wandb": "disabled",
+    }
+    arguments = ["train", *(text for pair in options.items() for text in pair)]
+    codes = run_app(2, arguments, str(tmp_path / "log"), entry)
+    log = (tmp_path / "log").read_text()
+    assert codes == [2, 2], log
+    assert "has changed since this run made its list" in log
+    assert "Traceback" not in log
+    written = "".join(path.read_text() for path in (tmp_path / "run").glob("*.*"))
+    assert not any(secret in log + written for secret in SECRETS)
+
+
+def count_requests(store, folder, cache_dir, limit_gb):
+    """What is shown, with the cache, and the number of requests for it."""
+    index = open_remote("s3://bucket/set")
+    store.trouble()
+    options = {"cache_dir": cache_dir, "cache_gb": limit_gb}
+    return show(index, folder, **options), store.requests()
+
+
+def size_of(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_cache_saves_requests_and_never_lies(store, shards, tmp_path):
+    """Warm, damaged, too small and shared with another data set."""
+    local = show(build_index(str(shards), "train", OneProcess()), tmp_path)
+    cache = tmp_path / "cache"
+    (cache / "mine").mkdir(parents=True)
+    (cache / "mine" / "data").write_bytes(b"not of the cache")
+    cold, cold_requests = in_child(count_requests, store, tmp_path, str(cache), 1)
+    warm, warm_requests = in_child(count_requests, store, tmp_path, str(cache), 1)
+    assert cold == warm == local
+    assert cold_requests > 0
+    assert warm_requests == 0
+
+    (data,) = cache.glob("images_*/data")
+    content = bytearray(data.read_bytes())
+    content[len(content) // 3] ^= 1
+    data.write_bytes(content)
+    assert in_child(count_requests, store, tmp_path, str(cache), 1) == (local, 1)
+
+    limit = size_of(data.parent) // 2
+    halved, requests = in_child(count_requests, store, tmp_path, str(cache), limit / 1e9)
+    assert halved == local
+    assert requests > 0
+    assert 0 < size_of(data.parent) <= limit
+    # Another data set takes the place of one that nobody uses.
+    store.upload(shards, "again")
+    in_child(read_through, "s3://again", str(cache), limit)
+    (other,) = cache.glob("images_*")
+    assert other != data.parent
+    assert size_of(other) <= limit
+    assert (cache / "mine" / "data").read_bytes() == b"not of the cache"
+
+
+def read_through(url, cache_dir, limit):
+    config = DataConfig(cache_dir=cache_dir, cache_gb=limit / 1e9)
+    index = open_remote(url)
+    reader = remote_read.build_reader(index, config)
+    images = reader.collect(reader.request(np.arange(len(index))))
+    reader.close()
+    return [image.data for image in images]
+
+
+def hammer(url, cache_dir, limit):
+    """Read everything again and again, until killed."""
+    while True:
+        read_through(url, cache_dir, limit)
+
+
+def kill_while_caching(cache, limit, kills):
+    """Kill processes that fill the cache; its largest size meanwhile."""
+    largest = 0
+    for kill in range(kills):
+        children = [start_child(hammer, "s3://bucket/set", str(cache), limit) for _ in range(2)]
+        deadline = time.monotonic() + 30
+        begun = False
+        while time.monotonic() < deadline:
+            largest = max(largest, size_of(cache))
+            if not begun and list(cache.glob("images_*/data")):
+                begun = True
+                deadline = time.monotonic() + 0.02 * (kill % 20)
+            time.sleep(0.002)
+        for process, receiver in children:
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            receiver.close()
+    return largest
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.long)])
+def test_kills_leave_the_cache_usable(store, shards, tmp_path, kills):
+    index = build_index(str(shards), "train", OneProcess())
+    local = [load(index, row).data for row in range(N)]
+    limit = sum(map(len, local)) // 2
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    assert 0 < kill_while_caching(cache, limit, kills) <= limit
+    assert in_child(read_through, "s3://bucket/set", str(cache), limit) == local
+
+
+def write_steps(folder, path, cache_dir, steps):
+    """Show the samples from the first step that is not written, as a resumed run does."""
+    done = len(path.read_text().splitlines()) if path.exists() else 0
+    loader = train_loader(
+        open_remote("s3://bucket/set"), folder, global_batch_size=16, cache_dir=cache_dir
+    )
+    with open(path, "a") as file:
+        for step, batch in enumerate(loader.batches(done, steps), done):
+            rows = " ".join(map(str, batch.indices.tolist()))
+            file.write(f"{step} {rows} {batch.images.double().sum().item()}\n")
+            file.flush()
+            time.sleep(0.02)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.long)])
+def test_no_sample_is_missing_or_twice_after_kills(store, shards, tmp_path, kills):
+    """A process that reads a batch every 20 ms is killed again and again, and goes on."""
+    steps = 6 * (4 + kills)
+    store.trouble(latency=0.03, errors=0.01, truncated=0.01)
+    path = tmp_path / "steps"
+    path.touch()
+    killed = 0
+    while killed < kills:
+        before = path.stat().st_size
+        process, receiver = start_child(write_steps, tmp_path, path, str(tmp_path / "c"), steps)
+        while path.stat().st_size <= before + 20 * (killed % 7) and process.is_alive():
+            time.sleep(0.002)
+        assert process.is_alive(), receiver.recv()
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        receiver.close()
+        killed += 1
+    in_child(write_steps, tmp_path, path, str(tmp_path / "c"), steps)
+    index = build_index(str(shards), "train", OneProcess())
+    loader = train_loader(index, tmp_path, global_batch_size=16)
+    expected = [
+        (step, batch.indices.tolist(), batch.images.double().sum().item())
+        for step, batch in enumerate(loader.batches(0, steps))
+    ]
+    loader.close()
+    lines = [line.split() for line in path.read_text().splitlines()]
+    seen = [(int(line[0]), list(map(int, line[1:-1])), float(line[-1])) for line in lines]
+    assert seen == expected
+
+
+def list_keys():
+    listing = list_folder("s3://bucket/set/train")
+    return len(listing.objects)
+
+
+@pytest.mark.parametrize("keys", [20_500, pytest.param(1_281_167, marks=pytest.mark.long)])
+def test_long_listings(store, keys):
+    """Canned pages of 1,000 keys."""
+    store.trouble(keys=keys)
+    started = time.monotonic()
+    assert in_child(list_keys) == keys
+    print(f"{keys} keys in {time.monotonic() - started:.1f} s")
+
+
+def ranges(url):
+    """Neighbours come with one request; images that are too large or long are cut up right."""
+    index = open_remote(url)
+    client.PIECE_BYTES = 1000
+    place = index.place(3)
+    data = load(index, 3).data
+    pin = index.pins[place[0]]
+    return data == read_range(place[0], place[1], place[2], pin, Patience(5.0))
+
+
+def test_ranges(store):
+    assert in_child(ranges, "s3://bucket/set")
+
+    def places(*offsets, shard="a", length=100):
+        return [Place(0, shard, offset, length) for offset in offsets]
+
+    near = places(0, 100, 200 + MAX_GAP_BYTES)
+    assert coalesce(near) == [near]
+    assert coalesce(places(0, 101 + MAX_GAP_BYTES)) == [
+        places(0),
+        places(101 + MAX_GAP_BYTES),
+    ]
+    same = places(5, 5)
+    assert coalesce(same) == [same]
+    assert len(coalesce(places(0) + places(0, shard="b"))) == 2
+    large = places(0, 5_000_000, length=4_990_000)
+    assert len(coalesce(large)) == 2
+    assert coalesce([]) == []
+
+
+def test_the_number_of_requests_follows_the_latency():
+    assert requests_in_flight(1000, 0.030) == 45
+    assert requests_in_flight(1000, 0.0001) == 4
+    assert requests_in_flight(1e6, 1.0) == 128
+    gate = Gate(2)
+    with gate, gate:
+        gate.set_limit(3)
+        with gate:
+            assert gate.inside == gate.most == 3
+    assert gate.inside == 0
+
+
+def test_addresses():
+    assert check_url("s3://bucket/a/") == "s3://bucket/a"
+    assert check_url("/data/a//b/") == "/data/a//b/"
+    assert not is_url("data/s3")
+    for wrong in (
+        "s3:/bucket/a",
+        "S3://bucket",
+        "hdfs://host/a",
+        "s3://",
+        "s3://bucket//a",
+        "s3://bucket/../a",
+        "https://user:secret@host/a",
+        "https://host/a?X-Amz-Signature=secret",
+    ):
+        with pytest.raises(ValueError) as raised:
+            DataConfig(data_dir=wrong)
+        assert "data.data_dir is" in str(raised.value)
+        assert "secret" not in str(raised.value)
+    config = DataConfig(data_dir="s3://bucket/a b/", cache_dir="~/cache")
+    assert config.data_dir == "s3://bucket/a b"
+    assert config.cache_dir == os.path.expanduser("~/cache")
+
+
+def use_and_fork():
+    list_folder("s3://bucket/set")
+    child = os.fork()
+    if child == 0:
+        try:
+            list_folder("s3://bucket/set")
+        except RuntimeError as error:
+            os._exit(7 if "was forked" in str(error) else 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_a_fork_after_the_first_request_is_refused(store):
+    in_child(use_and_fork)
