@@ -22,7 +22,7 @@ from resnet_dist.data.pixels.read import load
 from resnet_dist.data.pixels.remote_read import (
     MAX_GAP_BYTES,
     Gate,
-    Place,
+    ImagePlace,
     coalesce,
     requests_in_flight,
 )
@@ -221,8 +221,8 @@ def test_all_ranks_stop_when_a_shard_changes(store, shards, tmp_path):
     assert codes == [2, 2], log
     assert "has changed since this run made its list" in log
     assert "Traceback" not in log
-    written = "".join(path.read_text() for path in (tmp_path / "run").glob("*.*"))
-    assert not any(secret in log + written for secret in SECRETS)
+    written = b"".join(path.read_bytes() for path in (tmp_path / "run").glob("*.*"))
+    assert not any(secret in log or secret.encode() in written for secret in SECRETS)
 
 
 def count_requests(store, folder, cache_dir, limit_gb):
@@ -388,7 +388,7 @@ def test_ranges(store):
     assert in_child(ranges, "s3://bucket/set")
 
     def places(*offsets, shard="a", length=100):
-        return [Place(0, shard, offset, length) for offset in offsets]
+        return [ImagePlace(0, shard, offset, length) for offset in offsets]
 
     near = places(0, 100, 200 + MAX_GAP_BYTES)
     assert coalesce(near) == [near]

@@ -153,7 +153,7 @@ def _functions() -> dict[str, Callable[[argparse.Namespace], int]]:
     return {
         "import-imagenet": import_imagenet.run,
         "pack": pack_folder,
-        "index-shards": index_shards,
+        "index-shards": index_folder_of_shards,
         "download": download.run,
         "verify": verify.run,
     }
@@ -177,7 +177,7 @@ def pack_folder(args: argparse.Namespace) -> int:
     return 0
 
 
-def index_shards(args: argparse.Namespace) -> int:
+def index_folder_of_shards(args: argparse.Namespace) -> int:
     """Write the index file of each shard of a folder, for object stores."""
     from resnet_dist.data.sources.pack import open_splits
     from resnet_dist.data.stores.shard_index import write_shard_indexes

@@ -51,7 +51,7 @@ _RATE_BATCHES = 6
 
 
 @dataclass(frozen=True)
-class Place:
+class ImagePlace:
     """Where the bytes of an image are."""
 
     row: int
@@ -117,7 +117,7 @@ def requests_in_flight(images_per_second: float, seconds_per_image: float) -> in
     return int(min(_MOST_IN_FLIGHT, max(_LEAST_IN_FLIGHT, np.ceil(needed))))
 
 
-def coalesce(places: list[Place]) -> list[list[Place]]:
+def coalesce(places: list[ImagePlace]) -> list[list[ImagePlace]]:
     """Group images that one request can read.
 
     Args:
@@ -126,7 +126,7 @@ def coalesce(places: list[Place]) -> list[list[Place]]:
     Returns:
         The groups, in the same order. A group of several images has at most `PIECE_BYTES` bytes.
     """
-    groups: list[list[Place]] = []
+    groups: list[list[ImagePlace]] = []
     stop = 0
     for place in places:
         group = groups[-1] if groups else []
@@ -195,10 +195,10 @@ class RemoteReader(Reader):
         if self.cache is not None and not self.stuck:
             self.cache.close()
 
-    def _place(self, row: int) -> Place:
+    def _place(self, row: int) -> ImagePlace:
         """Where the image of a row is."""
         shard, offset, length = self.index.place(row)
-        return Place(row, shard, offset, length)
+        return ImagePlace(row, shard, offset, length)
 
     def _adapt(self, num_images: int) -> None:
         """Set the number of requests in flight, before `num_images` images are requested."""
@@ -248,7 +248,7 @@ class RemoteReader(Reader):
             known.update(self._fetch(group))
         share.loaded = [self._examine(row, known) for row in share.rows]
 
-    def _cached(self, place: Place) -> bytes | None:
+    def _cached(self, place: ImagePlace) -> bytes | None:
         """The bytes of an image from the cache; None if they are not there."""
         if self.cache is None:
             return None
@@ -258,7 +258,7 @@ class RemoteReader(Reader):
             self._measure(time.perf_counter() - started)
         return data
 
-    def _fetch(self, group: list[Place]) -> dict[int, bytes]:
+    def _fetch(self, group: list[ImagePlace]) -> dict[int, bytes]:
         """Read images with one request, and keep them in the cache.
 
         Returns:
@@ -301,7 +301,7 @@ class RemoteReader(Reader):
         self.seconds_per_file += _WEIGHT * (seconds - self.seconds_per_file)
 
 
-def _sort_key(place: Place) -> tuple[str, int]:
+def _sort_key(place: ImagePlace) -> tuple[str, int]:
     return place.shard, place.offset
 
 

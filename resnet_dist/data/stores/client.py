@@ -19,7 +19,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from resnet_dist.data.stores.errors import Failure, StoreError, explain
+from resnet_dist.data.stores.errors import RequestFailure, StoreError, explain
 
 PIECE_BYTES = 2**23
 """Largest number of bytes of one request. A longer range is read in several."""
@@ -239,7 +239,7 @@ def _wait_before(attempts: int) -> float:
     return longest * _jitter.uniform(0.5, 1.0)
 
 
-def _message(url: str, failure: Failure, attempts: int, seconds: float) -> str:
+def _message(url: str, failure: RequestFailure, attempts: int, seconds: float) -> str:
     """The sentence that tells of a failed request."""
     text = f"{url} cannot be read: {failure.reason}"
     if attempts > 1:

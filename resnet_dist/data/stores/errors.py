@@ -39,7 +39,7 @@ class StoreError(ValueError):
 
 
 @dataclass(frozen=True)
-class Failure:
+class RequestFailure:
     """Why a request failed."""
 
     reason: str
@@ -50,7 +50,7 @@ class Failure:
     """what the user can do"""
 
 
-def explain(error: Exception, scheme: str) -> Failure:
+def explain(error: Exception, scheme: str) -> RequestFailure:
     """Explain an exception of the library.
 
     Args:
@@ -64,42 +64,48 @@ def explain(error: Exception, scheme: str) -> Failure:
     sign_in = _HOW_TO_SIGN_IN[scheme.replace("https", "http")]
     if code in _EXPIRED:
         way_out = f"renew the credentials ({sign_in}) and start again"
-        return Failure(f"the credentials have expired ({code})", "sign in again", way_out)
+        return RequestFailure(f"the credentials have expired ({code})", "sign in again", way_out)
     if code in _REFUSED_KEYS or status == "401":
         way_out = f"check the credentials: {sign_in}"
-        return Failure(f"it does not accept the credentials{_in_brackets(code)}", "none", way_out)
+        return RequestFailure(
+            f"it does not accept the credentials{_in_brackets(code)}", "none", way_out
+        )
     if status == "403":
         way_out = f"ask for the permission to list and to read, or use other credentials: {sign_in}"
-        return Failure(f"no permission{_in_brackets(code)}", "none", way_out)
+        return RequestFailure(f"no permission{_in_brackets(code)}", "none", way_out)
     if status == "404" or isinstance(error, FileNotFoundError):
         return _not_found(code)
     if name == "PreconditionError":
-        return Failure("the object has changed", "none")
+        return RequestFailure("the object has changed", "none")
     if name == "NotSupportedError" or "NotPartial" in text:
-        return Failure("the server does not serve ranges of a file", "none", "use another server")
+        return RequestFailure(
+            "the server does not serve ranges of a file", "none", "use another server"
+        )
     return _other(text, status, code)
 
 
-def _not_found(code: str) -> Failure:
+def _not_found(code: str) -> RequestFailure:
     """An object or bucket that is not there."""
     if code == "NoSuchBucket":
-        return Failure("there is no such bucket", "none", "check its name and the endpoint")
-    return Failure("there is no such object", "none")
+        return RequestFailure("there is no such bucket", "none", "check its name and the endpoint")
+    return RequestFailure("there is no such object", "none")
 
 
-def _other(text: str, status: str, code: str) -> Failure:
+def _other(text: str, status: str, code: str) -> RequestFailure:
     """A failure that the library has no name for."""
     if "BareRedirect" in text:
         way_out = "set AWS_REGION to the region of the bucket"
-        return Failure("the bucket is in another region", "none", way_out)
+        return RequestFailure("the bucket is in another region", "none", way_out)
     if status:
         reason = f"it answers with status {status}{_in_brackets(code)}"
         may_pass = status.startswith("5") or status in ("408", "425", "429")
-        return Failure(reason, "retry" if may_pass else "none")
+        return RequestFailure(reason, "retry" if may_pass else "none")
     if "builder error" in text or "URL scheme is not allowed" in text:
-        return Failure("the endpoint is no valid address", "none", "check AWS_ENDPOINT_URL")
+        return RequestFailure("the endpoint is no valid address", "none", "check AWS_ENDPOINT_URL")
     kind = _first_group(_KIND, text)
-    return Failure(_WORDS_OF_KINDS.get(kind, "the answer was not what was asked for"), "retry")
+    return RequestFailure(
+        _WORDS_OF_KINDS.get(kind, "the answer was not what was asked for"), "retry"
+    )
 
 
 def _first_group(pattern: re.Pattern[str], text: str) -> str:
