@@ -214,6 +214,18 @@ def _progressive_size(config: Config) -> _Wrong:
         )
 
 
+def _compile_mode(config: Config) -> _Wrong:
+    train = config.train
+    if train.compile_mode == "reduce-overhead" and train.grad_accum_steps > 1:
+        yield (
+            "train.compile_mode",
+            train.compile_mode,
+            f"it needs train.grad_accum_steps 1, not {train.grad_accum_steps}: a second micro-step "
+            "would overwrite the gradient of the first in the memory of the CUDA graph; take "
+            "default",
+        )
+
+
 def _val_scales(config: Config) -> _Wrong:
     data = config.data
     if data.val_scales and data.val_crops == "ten":
@@ -282,6 +294,7 @@ _RULES_ACROSS_KEYS = (
     _milestones,
     _scale_jitter,
     _progressive_size,
+    _compile_mode,
     _val_scales,
     _val_crop,
     _hue,

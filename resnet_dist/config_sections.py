@@ -363,8 +363,16 @@ class TrainConfig:
     """let a GPU of the Ampere generation or later round the inputs of float32 convolutions and
     matrix products to TF32 (10 bits of mantissa), which is faster. false: fp32 means float32"""
     deterministic: bool = False
-    """on a GPU, use only deterministic algorithms and do not choose convolution algorithms by
-    timing. Slower. On a CPU training is always deterministic"""
+    """on a GPU, use only deterministic algorithms and do not choose algorithms by timing, neither
+    for convolutions nor in torch.compile. Slower. On a CPU training is always deterministic"""
+    compile: Literal["auto"] | bool = "auto"
+    """compile the network with torch.compile, part by part (stem, each stage, head). auto: on a
+    GPU, unless compilation fails; true: a failure is an error. A run that resumes keeps what it
+    started with. Evaluation is never compiled"""
+    compile_mode: Literal["default", "reduce-overhead"] = "default"
+    """mode of torch.compile. reduce-overhead: replay the kernels as CUDA graphs, which helps where
+    their launch is the limit (small images, small batches); it takes more memory, and needs
+    grad_accum_steps 1"""
     loss: Literal["ce", "bce"] = "ce"
     """training loss. ce: cross-entropy; bce: binary cross-entropy, averaged over the classes
     (Wightman et al. 2021). Evaluation always uses cross-entropy"""

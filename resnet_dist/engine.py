@@ -15,6 +15,12 @@ import torch
 from torch import nn
 
 from resnet_dist.checkpoint import Saver, TrainState
+from resnet_dist.compilation import (
+    NetworkCompiler,
+    compile_for,
+    describe_compilation,
+    example_images,
+)
 from resnet_dist.data.types import Batch, TrainLoader, ValLoader
 from resnet_dist.distributed import Runtime, StopSignal
 from resnet_dist.evaluation import evaluate
@@ -63,6 +69,8 @@ class Training:
     schedule: Schedule
     rule: UpdateRule
     plan: TrainPlan
+    compiler: NetworkCompiler | None = None
+    """compiles `state.model` for the images of a new size; None if it is not compiled"""
 
 
 @dataclass(frozen=True)
@@ -214,7 +222,7 @@ def apply_update(state: TrainState, lr: float, skipped: torch.Tensor) -> None:
     state.step += 1
 
 
-def warm_up_ddp(model: nn.Module, image_size: int, precision: Precision) -> None:
+def warm_up_ddp(model: nn.Module, shape: tuple[int, ...], precision: Precision) -> None:
     """Let DDP build its final gradient buckets before the first update; the model is not changed.
 
     DDP rebuilds its buckets after the first backward pass. With more than two ranks the order of
@@ -228,13 +236,13 @@ def warm_up_ddp(model: nn.Module, image_size: int, precision: Precision) -> None
 
     Args:
         model: The DDP model.
-        image_size: Side of the images, in pixels.
+        shape: Of the images, [B, 3, H, W]: for a compiled network that of a micro-batch, since it
+            would be compiled for another one too.
         precision: The precision and device of training.
     """
     train_mode(model)
     buffers_before = [buffer.clone() for buffer in model.buffers()]
-    images = torch.zeros(2, 3, image_size, image_size, device=precision.device)
-    images = images.contiguous(memory_format=torch.channels_last)
+    images = example_images(shape, precision)
     for _ in range(2):
         with precision.autocast():
             outputs = model(images)
@@ -247,6 +255,22 @@ def warm_up_ddp(model: nn.Module, image_size: int, precision: Precision) -> None
     model.zero_grad(set_to_none=True)
     for buffer, value in zip(model.buffers(), buffers_before, strict=True):
         buffer.copy_(value)
+
+
+def compile_for_new_size(
+    parts: Training, images: torch.Tensor, window: "Window", services: Services
+) -> None:
+    """Compile the network if these are the first images of their size (progressive resizing)."""
+    compiler = parts.compiler
+    if compiler is None or images.shape in compiler.shapes:
+        return
+    services.beat(parts.state.step, "compile")
+    shape = tuple(images.shape)
+    graphs_before = compiler.num_graphs
+    with window.clock.excluded():
+        seconds = compile_for(compiler, shape)
+    num_graphs = compiler.num_graphs - graphs_before
+    services.log.say(describe_compilation(num_graphs, shape, seconds))
 
 
 class Window:
@@ -345,6 +369,7 @@ def train_loop(parts: Training, services: Services) -> int:
 
             if services.exhibits is not None:
                 services.exhibits.show_samples(state.step, micro_batches[0], rule.mixing)
+            compile_for_new_size(parts, micro_batches[0].images, window, services)
 
             # 6. Update the weights. The seed is for dropout and stochastic depth.
             services.beat(state.step, "update")

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from resnet_dist.compilation import run_eagerly
 from resnet_dist.data.types import IGNORED_LABEL, Batch, ValLoader
 from resnet_dist.distributed import Runtime
 from resnet_dist.forward import at_least_fp32, train_mode
@@ -38,7 +39,8 @@ def evaluate(
 
     The loss is the plain cross-entropy, without label smoothing and whatever `train.loss` is. Every
     rank does the same number of rounds, with or without a batch, so that `poll` may be a
-    collective.
+    collective. A compiled network runs eagerly here: the counts are those of
+    `resnet-dist evaluate`, and no batch size is compiled.
 
     Args:
         model: The network. It is in its previous mode afterwards.
@@ -58,14 +60,15 @@ def evaluate(
     runtime.broadcast_buffers(model)
     counts = Counts.zero(runtime.device)
     try:
-        for batch in loader:
-            if poll():
-                return None
-            if batch is not None:
-                logits = predict_logits(model, batch, loader.mirrored, precision)
-                counts = counts + count_logits(logits, batch.labels)
-                if collect is not None:
-                    collect(batch, logits)
+        with run_eagerly(model):
+            for batch in loader:
+                if poll():
+                    return None
+                if batch is not None:
+                    logits = predict_logits(model, batch, loader.mirrored, precision)
+                    counts = counts + count_logits(logits, batch.labels)
+                    if collect is not None:
+                        collect(batch, logits)
     finally:
         if was_training:
             train_mode(model)

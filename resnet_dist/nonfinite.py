@@ -48,12 +48,16 @@ class NonFinite:
             model: The network.
             step: Number of updates that are already done.
         """
+        # The running statistics, each as a vector that shares its memory.
         self.statistics: list[torch.Tensor] = []
-        self.snapshot: list[torch.Tensor] = []
+        sizes = []
         for buffer in model.buffers():
             if buffer.is_floating_point():
-                self.statistics.append(buffer)
-                self.snapshot.append(torch.empty_like(buffer))
+                self.statistics.append(buffer.view(-1))
+                sizes.append(buffer.numel())
+        # Their values before the forward pass, one after the other.
+        self.snapshot: torch.Tensor | None = None
+        self._sizes = sizes
         device = next(model.parameters()).device
         self.step = torch.full((), step, dtype=torch.int64, device=device)
         counters = torch.zeros(4, dtype=torch.int64, device=device)
@@ -64,16 +68,22 @@ class NonFinite:
     def snapshot_statistics(self) -> None:
         """Copy the running statistics. Call this before the forward pass."""
         if self.statistics:
-            torch._foreach_copy_(self.snapshot, self.statistics)
+            self.snapshot = torch.cat(self.statistics)
 
     def restore_if_skipped(self, skipped: torch.Tensor) -> None:
         """Count an update, and restore the running statistics if it was skipped.
 
+        All statistics are handled as one vector: ResNet-50 has 106, and a kernel for each would
+        take longer to launch than to run.
+
         Args:
             skipped: bool scalar on the device of the model.
         """
-        for before, now in zip(self.snapshot, self.statistics, strict=True):
-            torch.where(skipped, before, now, out=now)
+        if self.statistics:
+            assert self.snapshot is not None, "call snapshot_statistics before the forward pass"
+            now = torch.cat(self.statistics)
+            kept = torch.where(skipped, self.snapshot, now)
+            torch._foreach_copy_(self.statistics, torch.split(kept, self._sizes))
         self.step.add_(1)
         self.total.add_(skipped)
         # A good update resets the row to 0.

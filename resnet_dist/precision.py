@@ -48,19 +48,24 @@ class Precision:
 def resolve_settings(
     config: Config, device: torch.device, saved: dict[str, Any] | None = None
 ) -> Config:
-    """The config with `train.precision: auto` replaced by a precision.
+    """The config with the value that `auto` stands for in `train.precision` and `train.compile`.
 
-    `saved` is the config in the checkpoint that the run resumes from. Its precision is kept: a run
-    that is requeued on another kind of node must not change its arithmetic. A precision that the
-    user names is taken as it is.
+    `saved` is the config in the checkpoint that the run resumes from. Its values are kept: a run
+    that is requeued on another kind of node must not change its arithmetic. A value that the user
+    names is taken as it is.
     """
     train = config.train
-    if train.precision != "auto":
-        return config
-    precision = resolve_precision("auto", device)
-    if saved is not None:
-        precision = resolve_precision(saved.get("train", {}).get("precision", "auto"), device)
-    return replace(config, train=replace(train, precision=precision))
+    saved_train = {} if saved is None else saved.get("train", {})
+    if train.precision == "auto":
+        precision = resolve_precision(saved_train.get("precision", "auto"), device)
+        train = replace(train, precision=precision)
+    if train.compile == "auto":
+        compiles = device.type == "cuda"
+        if saved is not None:
+            # A checkpoint without the setting is of a version that did not compile.
+            compiles = saved_train.get("compile", False) is True
+        train = replace(train, compile=compiles)
+    return replace(config, train=train)
 
 
 def set_arithmetic(config: TrainConfig, device: torch.device) -> None:

@@ -103,6 +103,8 @@ CHANGED_WITH_A_WARNING = frozenset(
         "train.precision",
         "train.tf32",
         "train.deterministic",
+        "train.compile",
+        "train.compile_mode",
         "train.loss",
         "train.bce_target_threshold",
         "train.label_smoothing",
@@ -113,6 +115,10 @@ CHANGED_WITH_A_WARNING = frozenset(
         "train.max_local_batch",
     }
 )
+
+# The values of checkpoints that were written before a setting existed, where these are not the
+# default.
+_BEFORE_THE_SETTING = {"train.compile": False}
 
 # What a difference of the other settings means, for the message.
 _DEFINES_POSITION = frozenset(
@@ -150,7 +156,7 @@ def flatten(tree: Settings, prefix: str = "") -> Settings:
 
 def settings_of(config: Settings) -> Settings:
     """The settings of a stored config by their present names; others have their default."""
-    return {**flatten(to_dict(Config())), **_stored(config)}
+    return {**flatten(to_dict(Config())), **_BEFORE_THE_SETTING, **_stored(config)}
 
 
 def _stored(config: Settings) -> Settings:

@@ -3,6 +3,7 @@
 This is the only module that sees all parts of a run.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,18 @@ import torch
 import yaml
 
 from resnet_dist import engine
-from resnet_dist.checkpoint import Saver
+from resnet_dist.checkpoint import Saver, TrainState
+from resnet_dist.compilation import (
+    NetworkCompiler,
+    describe_compilation,
+    refusal,
+    start_compiler,
+)
+from resnet_dist.compile_cache import load_compile_cache, save_compile_cache
 from resnet_dist.config import Config, to_dict
 from resnet_dist.data.build import build_loaders
 from resnet_dist.data.pixels.probe import describe_jpeg_decoder
+from resnet_dist.data.sampling.crops import train_side
 from resnet_dist.data.sampling.order import BatchLayout
 from resnet_dist.data.sources.index import check_num_classes
 from resnet_dist.data.types import TrainLoader
@@ -85,6 +94,7 @@ def build_and_train(
     """
     # 1. Settings that depend on the machine and on the checkpoint.
     start = find_start(config, runtime, log)
+    may_fall_back = config.train.compile == "auto" and start.saved is None
     config = resolve_settings(config, runtime.device, start.saved_config)
     set_arithmetic(config.train, runtime.device)
     warn_about_settings(config, runtime, log)
@@ -101,11 +111,19 @@ def build_and_train(
     state = build_state(config, num_classes, runtime.device)
     saver = build_saver(config, train_loader, runtime, log)
     origin = restore(state, start, config, saver, runtime, log)
+    plan = build_plan(config, train_loader.steps_per_epoch)
+    shape = first_shape(config, state.step // plan.steps_per_epoch, runtime)
+    compiler = None
+    if config.train.compile:
+        compiler = compile_network(config, state, shape, may_fall_back, runtime, log)
+        config = replace(config, train=replace(config.train, compile=compiler is not None))
+        saver.facts["config"] = to_dict(config)
     runtime.on_main(lambda: write_config(config))
     runtime.on_main(saver.claim)
+    if compiler is not None:
+        save_compile_cache(config.output_dir, runtime, log)
 
     # 4. The loop and what it needs.
-    plan = build_plan(config, train_loader.steps_per_epoch)
     parts = Training(
         model=wrap_ddp(state.model, runtime.device),
         state=state,
@@ -114,8 +132,12 @@ def build_and_train(
         schedule=build_run_schedule(config, plan),
         rule=build_update_rule(config, runtime.device, runtime.rank, runtime.world_size),
         plan=plan,
+        compiler=compiler,
     )
-    engine.warm_up_ddp(parts.model, config.data.train_crop_size, parts.rule.precision)
+    if compiler is None:
+        # A small batch settles the buckets, too.
+        shape = (2, *shape[1:])
+    engine.warm_up_ddp(parts.model, shape, parts.rule.precision)
     start_log(log, parts, saver)
     log.say(describe_start(config, parts, layout, origin))
     report_jpeg_decoder(config, runtime, log)
@@ -129,6 +151,54 @@ def build_and_train(
     if ended_by:
         return 128 + ended_by
     return 0
+
+
+def first_shape(config: Config, epoch: int, runtime: Runtime) -> tuple[int, int, int, int]:
+    """The shape of a micro-batch of one rank in an epoch, [B, 3, H, W]."""
+    train = config.train
+    local_batch_size = train.global_batch_size // (runtime.world_size * train.grad_accum_steps)
+    side = train_side(epoch, config.data)
+    return local_batch_size, 3, side, side
+
+
+def compile_network(
+    config: Config,
+    state: TrainState,
+    shape: tuple[int, ...],
+    may_fall_back: bool,
+    runtime: Runtime,
+    log: Log,
+) -> NetworkCompiler | None:
+    """Compile the network on all ranks, or on none.
+
+    Args:
+        config: The resolved config.
+        state: Holds the network.
+        shape: Of the images of the first update, [B, 3, H, W].
+        may_fall_back: Whether the run may train without it if it fails.
+        runtime: The ranks.
+        log: Where the time and a failure go.
+
+    Returns:
+        None if it failed and the run may fall back.
+
+    Raises:
+        ValueError: It failed, and the run must not fall back.
+    """
+    log.say("compiling the network with torch.compile, which may take minutes")
+    assert runtime.watchdog is not None
+    runtime.watchdog.beat(state.step, "compile")
+    start = time.monotonic()
+    load_compile_cache(config.output_dir, runtime, log)
+    compiler, problem = start_compiler(state.model, config.train, shape, runtime)
+    if compiler is not None:
+        seconds = time.monotonic() - start
+        log.say(describe_compilation(compiler.num_graphs, shape, seconds))
+    elif may_fall_back:
+        log.warn(f"training without torch.compile, which failed: {problem}")
+    else:
+        raise ValueError(refusal(problem))
+    return compiler
 
 
 def describe_start(config: Config, parts: Training, layout: str, origin: str) -> str:

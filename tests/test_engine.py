@@ -349,7 +349,7 @@ def test_the_warm_up_of_ddp_leaves_no_trace():
     config = replace(CONFIG, train=replace(CONFIG.train, precision="bf16"))
     state = build_state(config, 10, CPU)
     before = copy.deepcopy(state.model.state_dict())
-    engine.warm_up_ddp(NoSync(state.model), 32, Precision("bf16", CPU))
+    engine.warm_up_ddp(NoSync(state.model), (2, 3, 32, 32), Precision("bf16", CPU))
     assert all(
         torch.equal(a, b)
         for a, b in zip(before.values(), state.model.state_dict().values(), strict=True)

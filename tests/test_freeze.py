@@ -27,7 +27,7 @@ def trained(steps=3, **optim):
     state = build_state(config, 10, CPU)
     before = {key: value.clone() for key, value in state.model.state_dict().items()}
     model, rule = NoSync(state.model), rule_of(config)
-    engine.warm_up_ddp(model, 16, FP32)
+    engine.warm_up_ddp(model, (2, 3, 16, 16), FP32)
     for step in range(steps):
         train_step(
             model, state, [make_batch(8, 16, seed=step)], 0.1, rule, NonFinite(state.model, step)

@@ -9,6 +9,7 @@ from torch import nn
 
 from resnet_dist.models import resnet
 from resnet_dist.models.build import MODELS, build_model
+from resnet_dist.models.layers import BlurConv2d
 
 TORCHVISION_NAMES = [
     "resnet18",
@@ -291,7 +292,7 @@ def test_blur_pool_filters_before_each_stride_but_the_stems():
     plain = build_on_meta("resnet18", 10)
     assert model.state_dict().keys() == plain.state_dict().keys()
     strided = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.stride != (1, 1)]
-    assert [type(m) for m in strided] == [nn.Conv2d] + [resnet.BlurConv2d] * 6
+    assert [type(m) for m in strided] == [nn.Conv2d] + [BlurConv2d] * 6
     conv, x = model.layer2[0].conv1, torch.randn(1, 64, 9, 9)
     row = torch.tensor([1.0, 2, 1])
     kernel = (row[:, None] * row / 16)[None, None]

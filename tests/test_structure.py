@@ -68,6 +68,8 @@ LAYERS = [
     {"state", "nonfinite", "restore"},
     {
         "forward",
+        "compilation",
+        "compile_cache",
         "evaluation",
         "step_cost",
         "image_collector",

@@ -339,7 +339,7 @@ def one_update(rank, world_size):
     )
     model = NoSync(state.model) if world_size == 1 else wrap_ddp(state.model, CPU)
     before = copy.deepcopy(state.model.state_dict())
-    engine.warm_up_ddp(model, 32, FP32)
+    engine.warm_up_ddp(model, (2, 3, 32, 32), FP32)
     assert equal_trees(before, state.model.state_dict()) and state.model.training
     train_step(model, state, [batch], 0.01, rule_of(config), NonFinite(state.model, 0))
     return {name: value.numpy() for name, value in state.model.state_dict().items()}
@@ -361,7 +361,8 @@ def test_the_warm_up_needs_no_more_than_two_values_a_channel():
         with torch.device("meta"):
             model = convert_sync_batch_norm(ZOO[name].make(num_classes=10))
         precision = Precision("fp32", torch.device("meta"))
-        engine.warm_up_ddp(NoSync(model), ZOO[name].min_size, precision)
+        side = ZOO[name].min_size
+        engine.warm_up_ddp(NoSync(model), (2, 3, side, side), precision)
 
 
 def test_lenet_sees_what_table_1_says():

@@ -270,6 +270,7 @@ def describe_result(
         "model": config.model.name,
         "crop": config.data.train_crop_size,
         "precision": config.train.precision,
+        "compile": config.train.compile,
         "device": runtime.device.type,
         "ranks": runtime.world_size,
         "local_batch_size": local_batch_size,

@@ -9,6 +9,7 @@ import torch
 
 from resnet_dist import engine
 from resnet_dist.commands.device_rates import synchronize
+from resnet_dist.compilation import refusal, start_compiler
 from resnet_dist.config import Config
 from resnet_dist.data.build import build_train_loader
 from resnet_dist.data.types import Batch
@@ -16,7 +17,7 @@ from resnet_dist.distributed import Runtime
 from resnet_dist.engine import Training
 from resnet_dist.nonfinite import NonFinite
 from resnet_dist.plan import build_plan
-from resnet_dist.run import build_update_rule
+from resnet_dist.run import build_update_rule, first_shape
 from resnet_dist.schedule import build_schedule
 from resnet_dist.state import build_state, wrap_ddp
 
@@ -62,8 +63,14 @@ def build_training(config: Config, runtime: Runtime, interval: int) -> Training:
     )
     state = build_state(config, len(loader.class_names), runtime.device)
     rule = build_update_rule(config, runtime.device, runtime.rank, runtime.world_size)
+    shape = first_shape(config, 0, runtime)
+    compiler = None
+    if config.train.compile is True:
+        compiler, problem = start_compiler(state.model, config.train, shape, runtime)
+        if problem:
+            raise ValueError(refusal(problem))
     model = wrap_ddp(state.model, runtime.device)
-    engine.warm_up_ddp(model, config.data.train_crop_size, rule.precision)
+    engine.warm_up_ddp(model, shape, rule.precision)
     return Training(
         model=model,
         state=state,
@@ -72,6 +79,7 @@ def build_training(config: Config, runtime: Runtime, interval: int) -> Training:
         schedule=build_schedule(config.schedule, _LEARNING_RATE, plan.steps_per_epoch, NEVER),
         rule=rule,
         plan=plan,
+        compiler=compiler,
     )
 
 

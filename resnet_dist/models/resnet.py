@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_dist.models.init import init_weights, zero_residual_norms
+from resnet_dist.models.layers import NoShortcut, Part, SqueezeExcitation, conv, drop_samples
 
 
 @dataclass(frozen=True)
@@ -58,96 +58,6 @@ class Options:
     the first block, as in timm (Huang et al. 2016 begin one step above 0)"""
     blur_pool: bool = False
     """blur before each convolution of stride 2 but the stem's, see `BlurConv2d`"""
-
-
-class BlurConv2d(nn.Conv2d):
-    """A convolution after a 3x3 binomial filter, so that its stride does not alias.
-
-    Zhang 2019, "Making Convolutional Networks Shift-Invariant Again"; blur first, then the strided
-    convolution. Same arguments and state-dict keys as Conv2d.
-    """
-
-    kernel: Tensor
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        row = torch.tensor([0.25, 0.5, 0.25])
-        column = row[:, None]
-        self.register_buffer("kernel", column * row, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, out_channels, H / stride, W / stride]."""
-        channels = x.shape[1]
-        kernel = self.kernel.expand(channels, 1, 3, 3)
-        blurred = F.conv2d(x, kernel, padding=1, groups=channels)
-        return super().forward(blurred)
-
-
-class SqueezeExcitation(nn.Module):
-    """Multiply each channel of [B, C, H, W] by a weight in (0, 1), which two layers compute from
-    the means of all channels.
-
-    Hu et al. 2017, "Squeeze-and-Excitation Networks", equations 2 to 4, reduction 16. State-dict
-    keys as timm's `se`.
-
-    Args:
-        channels: Number of channels C, at least 16.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        hidden_channels = channels // 16
-        self.fc1 = nn.Conv2d(channels, hidden_channels, 1)
-        self.fc2 = nn.Conv2d(hidden_channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, H, W]."""
-        means = x.mean((2, 3), keepdim=True)
-        hidden = torch.relu(self.fc1(means))
-        weights = torch.sigmoid(self.fc2(hidden))
-        return x * weights
-
-
-class NoShortcut(nn.Module):
-    """The path around the block of a plain network, which adds nothing."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """A zero."""
-        return x.new_zeros(())
-
-
-def conv(
-    in_channels: int,
-    out_channels: int,
-    kernel: int,
-    stride: int = 1,
-    groups: int = 1,
-    blur: bool = False,
-) -> nn.Conv2d:
-    """A convolution that keeps height and width at stride 1.
-
-    It has no bias: the norm that follows would cancel it.
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        kernel: Side of the kernel in pixels, odd.
-        stride: Stride of the convolution.
-        groups: Number of groups of channels.
-        blur: Whether a convolution with a stride above 1 blurs its input first, see `BlurConv2d`.
-    """
-    conv_type = nn.Conv2d
-    if blur and stride > 1:
-        conv_type = BlurConv2d
-    return conv_type(
-        in_channels,
-        out_channels,
-        kernel,
-        stride,
-        padding=kernel // 2,
-        groups=groups,
-        bias=False,
-    )
 
 
 def make_shortcut(
@@ -286,14 +196,6 @@ def _projection(in_channels: int, out_channels: int, stride: int, options: Optio
     return layers
 
 
-def drop_samples(x: Tensor, rate: float) -> Tensor:
-    """Set random samples of [B, C, H, W] to zero, at the given rate, and scale up the others."""
-    num_samples = len(x)
-    kept = x.new_empty(num_samples, 1, 1, 1)
-    kept.bernoulli_(1 - rate)
-    return x * kept / (1 - rate)
-
-
 def norm_and_relu(channels: int) -> nn.Sequential:
     """A pre-activation."""
     return nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
@@ -405,6 +307,8 @@ class ResNet(nn.Module):
             self.activation = norm_and_relu(channels)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)
+        # In a tuple they are not registered as modules.
+        self._ends = (Part(self.stem), Part(self.head))
         init_weights(self)
         if own.zero_init_residual:
             last_norms = []
@@ -478,22 +382,41 @@ class ResNet(nn.Module):
             self.add_module(f"layer{stage_index + 1}", stage)
         return in_channels
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> logits [B, num_classes]."""
+    def parts(self) -> dict[str, nn.Module]:
+        """What `forward` calls one after the other: stem, layer1 to layerN, head.
+
+        Each part can be compiled in place (see compilation.py).
+        """
+        stem, head = self._ends
+        parts: dict[str, nn.Module] = {"stem": stem}
+        for number in range(1, self.num_stages + 1):
+            name = f"layer{number}"
+            parts[name] = self.get_submodule(name)
+        parts["head"] = head
+        return parts
+
+    def stem(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> the first map, see `_make_stem`."""
         x = self.conv1(images)
         x = self.bn1(x)
         x = self.relu(x)
-        x = self.maxpool(x)
+        first_map: Tensor = self.maxpool(x)
+        return first_map
 
-        for number in range(1, self.num_stages + 1):
-            stage = getattr(self, f"layer{number}")
-            x = stage(x)
-
+    def head(self, x: Tensor) -> Tensor:
+        """The last map [B, C, H, W] -> logits [B, num_classes]."""
         x = self.activation(x)
         x = self.avgpool(x)
         x = torch.flatten(x, 1)
         logits: Tensor = self.fc(x)
         return logits
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> logits [B, num_classes]."""
+        x = images
+        for part in self.parts().values():
+            x = part(x)
+        return x
 
 
 def check_options(block: type[Block], options: Options) -> None:
