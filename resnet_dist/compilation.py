@@ -280,14 +280,14 @@ def describe_failure(name: str, problem: Exception) -> str:
         name: The part that was compiled.
         problem: What torch.compile raised; its text has many lines.
     """
+    while hasattr(problem, "inner_exception"):
+        # Torch's compiler wraps what its parts raise.
+        problem = problem.inner_exception
     lines = []
     for line in str(problem).splitlines():
         stripped = line.strip()
         if stripped:
             lines.append(stripped)
-    if len(lines) > 1 and lines[0].endswith("raised:"):
-        # The first line names the backend, the second one the error.
-        del lines[0]
     message = lines[0] if lines else ""
     text = f"{name}: {type(problem).__name__}: {message}"
     for line in lines:

@@ -268,6 +268,8 @@ def describe_type(hint: TypeHint) -> str:
         return " or ".join(describe_type(one) for one in arguments)
     if origin is Literal:
         choices = ", ".join(map(str, arguments))
+        if len(arguments) == 1:
+            return choices
         return f"one of {choices}"
     if origin in (tuple, list):
         items = _plural(arguments[0])

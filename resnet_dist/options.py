@@ -134,7 +134,7 @@ class Parser(ArgumentParser):
             type_name = describe_type(plain_hint)
             meaning = meanings[one.name]
             extra: dict[str, Any] = {}
-            if plain_hint is bool:
+            if plain_hint is bool or bool in get_args(plain_hint):
                 # `--cluster.dry_run` alone means true.
                 extra = {"nargs": "?", "const": True}
             group.add_argument(
@@ -440,8 +440,12 @@ def _metavar(hint: TypeHint) -> str | None:
         return "[X,...]"
     if origin in (list, dict):
         return "YAML"
-    # Of `int | None` the first type.
     types = get_args(hint) or (hint,)
+    if type_origin(types[0]) is Literal:
+        # `Literal["auto"] | bool`
+        choices = ",".join(get_args(types[0]))
+        return f"{{{choices},true,false}}"
+    # Of `int | None` the first type.
     names = {
         bool: "BOOL",
         int: "N",

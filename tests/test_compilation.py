@@ -6,38 +6,51 @@ guards, agreement and DDP's hooks are the same.
 
 import copy
 import json
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
-from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from dist_utils import equal_trees, run_app, run_ranks
+from dist_utils import equal_trees, run_ranks
 from test_engine import FP32, NoSync, make_batch, rule_of
 from torch import nn
 
 from resnet_dist import compilation, engine
-from resnet_dist.checkpoint_file import read_checkpoint, unpack_checkpoint
 from resnet_dist.compilation import (
-    NetworkCompiler,
-    describe_failure,
     inductor_options,
     is_compiled,
     parts_of,
     run_together,
     start_compiler,
 )
-from resnet_dist.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from resnet_dist.compile_cache import cache_path, load_compile_cache, save_compile_cache
+from resnet_dist.config import (
+    Config,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    check_config,
+    to_dict,
+)
 from resnet_dist.distributed import Runtime
 from resnet_dist.engine import train_step
 from resnet_dist.evaluation import predict_logits
 from resnet_dist.forward import train_mode
 from resnet_dist.models.resnet import BasicBlock, ResNet
+from resnet_dist.models.sync_batch_norm import convert_sync_batch_norm
 from resnet_dist.nonfinite import NonFinite
 from resnet_dist.optim import build_optimizer
 from resnet_dist.precision import resolve_settings
+from resnet_dist.resume_rules import check_resumable
+from resnet_dist.run import compile_network
 from resnet_dist.state import build_state, wrap_ddp
 
+ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 TRAIN = TrainConfig(precision="fp32", compile=True)
 PARTS = ["stem", "layer1", "layer2", "head"]
@@ -105,3 +118,377 @@ def test_a_compiled_network_does_what_it_does_uncompiled():
     assert is_compiled(state.model)
     assert not is_compiled(copied)
     assert copied.parts()["stem"].method.__self__ is copied
+
+
+class Small(nn.Module):
+    """A network in two parts that is traced in no time; with `two_heads` it is one part."""
+
+    auxiliary_weight = 0.3
+
+    def __init__(self, two_heads=False):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.1)
+        )
+        self.top = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+        self.second_top = copy.deepcopy(self.top)
+        self.two_heads = two_heads
+        if not two_heads:
+            del self.second_top
+            self.parts = lambda: {"body": self.body, "top": self.top}
+
+    def forward(self, images):
+        x = self.body(images)
+        if self.two_heads and self.training:
+            return self.top(x), self.second_top(x)
+        return self.top(x)
+
+
+def small_state(train=TRAIN, two_heads=False):
+    torch.manual_seed(0)
+    model = Small(two_heads).to(memory_format=torch.channels_last)
+    scaler = torch.amp.GradScaler("cpu", enabled=train.precision == "fp16")
+    return engine.TrainState(model, build_optimizer(OptimConfig(), model), scaler)
+
+
+def compiled(state, train=TRAIN, shape=(4, 3, 16, 16), runtime=None):
+    compiler, problem = start_compiler(state.model, train, shape, runtime or runtime_of())
+    assert problem == ""
+    return compiler
+
+
+def test_new_sizes_are_compiled_and_evaluation_is_not():
+    """One graph for each part and size. Evaluation, of any batch size, gives what it would give
+    without compilation.
+    """
+    state = small_state()
+    compiler = compiled(state)
+    config = Config(train=TRAIN)
+    for side, expected in ((16, 2), (24, 4), (16, 4), (32, 6)):
+        shape = (4, 3, side, side)
+        if shape not in compiler.shapes:
+            assert compilation.compile_for(compiler, shape) > 0
+        assert compiler.num_graphs == expected
+        steps(state, config, [[make_batch(4, side)]])
+        assert compiler.num_graphs == expected, side
+    state.model.eval()
+    plain = copy.deepcopy(state.model)
+    for size in (7, 3, 1):
+        batch = make_batch(size, 20)
+        with compilation.run_eagerly(state.model):
+            ours = predict_logits(state.model, batch, False, FP32)
+        assert torch.equal(ours, predict_logits(plain, batch, False, FP32))
+    assert compiler.num_graphs == 6
+
+
+def test_other_precisions_heads_and_frozen_parts():
+    """Nothing is compiled again by the updates, and the losses fall as they do uncompiled."""
+    for name in ("fp16", "bf16"):
+        train = replace(TRAIN, precision=name)
+        state = small_state(train)
+        compiler = compiled(state, train)
+        batch = make_batch(
+            4, 16, dtype=getattr(torch, {"fp16": "float16", "bf16": "bfloat16"}[name])
+        )
+        losses = steps(state, Config(train=train), [[batch]] * 4)
+        assert losses[-1] < losses[0], name
+        assert compiler.num_graphs == 2, name
+
+    state, plain = (small_state(two_heads=True) for _ in range(2))
+    assert list(parts_of(state.model)) == ["network"]
+    compiler = compiled(state)
+    for each in (state, plain):
+        each.model.body[3].p = 0.0
+        each.losses = steps(each, Config(train=TRAIN), [[make_batch(4, 16)]] * 2)
+    assert state.losses == pytest.approx(plain.losses, rel=1e-5)
+    assert compiler.num_graphs == 2  # the rate of dropout has changed
+
+    config, state = tiny_state(unfreeze_from="layer2")
+    frozen = copy.deepcopy(state.model.layer1.state_dict())
+    compiler = compiled(state)
+    steps(state, config, [[make_batch(4, 16)]] * 2)
+    assert compiler.num_graphs == 4
+    assert equal_trees(dict(state.model.layer1.state_dict()), dict(frozen))
+
+
+def test_the_compiled_step_runs_on_meta():
+    """Nothing in it reads a value from the device."""
+    meta = torch.device("meta")
+    with meta:
+        model = Small()
+    state = engine.TrainState(
+        model, build_optimizer(OptimConfig(), model), torch.amp.GradScaler("cpu", enabled=False)
+    )
+    model.body[3].p = 0.0
+    compiler = compiled(state, runtime=runtime_of(device=meta))
+    batch = make_batch(4, 16, device="meta")
+    rule, nonfinite = rule_of(Config(train=TRAIN), meta), NonFinite(model, 0)
+    _, norm = train_step(NoSync(model), state, [batch], 0.1, rule, nonfinite)
+    assert norm.device == meta
+    assert compiler.num_graphs == 2
+
+
+def failing_backend(graph, inputs, train):
+    """What inductor raises for an operator that it cannot compile."""
+    from torch._inductor.exc import InductorError, LoweringException
+
+    cause = ValueError("no such kernel")
+    raise InductorError(LoweringException(cause, "aten.a.b", [], {}), None)
+
+
+FAILURE = "LoweringException: ValueError: no such kernel (operator aten.a.b)"
+
+
+@pytest.fixture(scope="module")
+def from_ranks():
+    """What the functions below return on two ranks, by name.
+
+    They are forked from a new process: a process that has run a backward pass on meta, as tests do,
+    cannot fork ranks that trace.
+    """
+    names = ["compile_where_rank_1_fails", "order_of_hooks"]
+    code = (
+        "import json, test_compilation as tests\n"
+        f"results = {{name: tests.run_ranks(getattr(tests, name), 2) for name in {names}}}\n"
+        "print(json.dumps(results))"
+    )
+    done = run_fresh(code)
+    return json.loads(done.splitlines()[-1])
+
+
+def run_fresh(code, **environment):
+    """The output of Python code in a process of its own, which can import the tests."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_one_rank_that_cannot_compile_stops_or_turns_back_all(from_ranks):
+    """SyncBatchNorm's collective is in the first part: the other rank must not be left in it."""
+    results = from_ranks["compile_where_rank_1_fails"]
+    assert results[0] == results[1]
+    problem, was_compiled, losses = results[0]
+    assert problem == f"rank 1: top: {FAILURE}"
+    assert not was_compiled
+    assert len(losses) == 2
+
+
+def compile_where_rank_1_fails(rank, world_size):
+    compilation.BACKEND = "eager"
+    config, state = Config(train=TRAIN), small_state()
+    convert_sync_batch_norm(state.model)
+    calls, real = [], compilation.lower
+
+    def lower(graph, inputs, train):
+        calls.append(graph)
+        is_bad = rank == 1 and len(calls) == 2
+        return (failing_backend if is_bad else real)(graph, inputs, train)
+
+    compilation.lower = lower
+    compiler, problem = start_compiler(
+        state.model, config.train, (4, 3, 16, 16), runtime_of(rank, world_size)
+    )
+    assert compiler is None
+    model = wrap_ddp(state.model, CPU)
+    engine.warm_up_ddp(model, (2, 3, 16, 16), FP32)
+    nonfinite, losses = NonFinite(state.model, 0), []
+    for _ in range(2):
+        counts, _ = train_step(model, state, [make_batch(4, 16)], 0.1, rule_of(config), nonfinite)
+        losses.append(counts.result()["loss"])
+    return problem, is_compiled(state.model), losses
+
+
+def test_ranks_wait_for_a_slow_compiler_longer_than_a_collective_may_take():
+    assert run_ranks(compile_slowly_on_rank_1, 2) == ["done", "done"]
+
+
+def compile_slowly_on_rank_1(rank, world_size):
+    import time
+    from datetime import timedelta
+
+    limit = timedelta(seconds=2.5)
+    group = dist.new_group(backend="gloo", timeout=limit)
+    runtime = replace(runtime_of(rank, world_size), cpu_group=group)
+
+    def work():
+        time.sleep(5 * rank)
+        return "done"
+
+    return run_together(work, runtime)
+
+
+def test_ddp_reduces_a_stage_while_the_one_before_it_computes(from_ranks):
+    """With a graph for each part, gradients are reduced after each backward graph. With one graph
+    for the network all are reduced after it, where no communication can hide.
+    """
+    by_part, whole = from_ranks["order_of_hooks"][0]
+    assert by_part.count("graph") == 2
+    assert by_part[0] == "graph"
+    assert by_part[-1] == "reduce"
+    for event, following in zip(by_part, by_part[1:], strict=False):
+        assert {event, following} != {"graph"}, by_part
+    assert whole.count("graph") == 1
+    assert whole[0] == "graph"
+    assert whole.count("reduce") == by_part.count("reduce")
+
+
+def order_of_hooks(rank, world_size):
+    """The backward graphs and the reductions of a step, in their order: compiled by part, and as a
+    whole.
+    """
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+
+    events = []
+
+    def compile_forward(graph, inputs):
+        return make_boxed_func(graph.forward)
+
+    def compile_backward(graph, inputs):
+        def run(*arguments):
+            events.append("graph")
+            return graph(*arguments)
+
+        return make_boxed_func(run)
+
+    def hook(state, bucket):
+        events.append("reduce")
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    def order_of_a_step():
+        state = small_state()
+        compiled(state, runtime=runtime_of(rank, world_size))
+        # A bucket for each parameter.
+        model = nn.parallel.DistributedDataParallel(
+            state.model, broadcast_buffers=False, bucket_cap_mb=1e-6, gradient_as_bucket_view=True
+        )
+        model.register_comm_hook(None, hook)
+        images = make_batch(4, 16).images
+        for _ in range(2):
+            events.clear()
+            model(images).sum().backward()
+        return list(events)
+
+    backend = aot_autograd(fw_compiler=compile_forward, bw_compiler=compile_backward)
+    compilation.lower = lambda graph, inputs, train: backend(graph, inputs)
+    by_part = order_of_a_step()
+    compilation.parts_of = lambda model: {"network": model}
+    return by_part, order_of_a_step()
+
+
+def test_a_stored_value_wins_over_auto():
+    """A run that is requeued to another kind of node goes on as it began; one that began before
+    there was the setting was not compiled.
+    """
+    cuda = torch.device("cuda")
+    precise = TrainConfig(precision="fp32")
+    for device, setting, stored, expected in (
+        (CPU, "auto", None, False),
+        (cuda, "auto", None, True),
+        (cuda, "auto", {"precision": "fp32", "compile": False}, False),
+        (CPU, "auto", {"precision": "fp32", "compile": True}, True),
+        (cuda, "auto", {"precision": "fp32"}, False),
+        (cuda, True, {"precision": "fp32", "compile": False}, True),
+        (cuda, False, None, False),
+    ):
+        config = Config(train=replace(precise, compile=setting))
+        saved = None if stored is None else {"train": stored}
+        assert resolve_settings(config, device, saved).train.compile is expected
+    facts = {"num_samples": 1, "fingerprint": "", "config": to_dict(Config(train=TRAIN))}
+    facts["config"]["train"]["compile"] = False
+    old = copy.deepcopy({**facts, "step": 1})
+    del old["config"]["train"]["compile"]
+    assert check_resumable(old, facts) == []
+    old["config"]["train"]["compile"] = True
+    assert check_resumable(old, facts) == ["train.compile was True, now False"]
+
+
+class Watched:
+    """What `run.compile_network` needs of log and watchdog."""
+
+    def __init__(self):
+        self.said, self.warned, self.beats = [], [], []
+        self.say, self.warn = self.said.append, self.warned.append
+
+    def beat(self, step, phase):
+        self.beats.append((step, phase))
+
+
+def test_auto_falls_back_with_a_warning_and_true_is_an_error(monkeypatch, tmp_path):
+    """Both name the part, the error and the operator in one line. The phase and its seconds are
+    said.
+    """
+    watched, shape = Watched(), (4, 3, 16, 16)
+    runtime = replace(runtime_of(), watchdog=watched)
+    config = Config(train=TRAIN, output_dir=str(tmp_path))
+    arguments = (config, small_state(), shape)
+    assert compile_network(*arguments, True, runtime, watched).num_graphs == 2
+    assert watched.beats == [(0, "compile")]
+    assert re.search(r"compiled 2 parts .* 4 images of 16 x 16 .* in \d+\.\d s", watched.said[-1])
+    assert watched.warned == []
+
+    monkeypatch.setattr(compilation, "lower", failing_backend)
+    torch._dynamo.reset()
+    reason = f"body: {FAILURE}"
+    state = small_state()
+    assert compile_network(config, state, shape, True, runtime, watched) is None
+    assert watched.warned == [f"training without torch.compile, which failed: {reason}"]
+    steps(state, config, [[make_batch(4, 16)]])
+    with pytest.raises(ValueError, match=r"train\.compile is true.*failed: " + re.escape(reason)):
+        compile_network(config, small_state(), shape, False, runtime, watched)
+
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+    _, problem = start_compiler(small_state().model, TRAIN, shape, runtime)
+    assert "TORCH_COMPILE_DISABLE" in problem
+
+
+def test_what_determinism_and_mode_set_for_inductor():
+    assert inductor_options(TRAIN) == {}
+    fast = replace(TRAIN, compile_mode="reduce-overhead")
+    assert inductor_options(fast) == {"triton.cudagraphs": True}
+    options = inductor_options(replace(fast, deterministic=True))
+    assert options["triton.cudagraphs"] is True
+    assert options["deterministic"] is True
+    assert options["max_autotune"] is False
+    with pytest.raises(ValueError, match=r"train\.compile_mode.*grad_accum_steps 1, not 2"):
+        check_config(Config(train=replace(fast, grad_accum_steps=2)))
+
+
+def test_the_compile_cache_is_read_only_if_it_is_whole_and_of_this_user(tmp_path, monkeypatch):
+    """It is executable code."""
+    watched, loaded = Watched(), []
+    runtime = runtime_of()
+    content = b"\x00compiled"
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (content, None))
+    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", loaded.append)
+    load_compile_cache(str(tmp_path), runtime, watched)
+    assert loaded == []
+    for rank in (0, 1):
+        own = replace(runtime, rank=rank, local_rank=rank, world_size=4, local_world_size=2)
+        save_compile_cache(str(tmp_path), own, watched)
+        save_compile_cache(str(tmp_path), replace(own, rank=rank + 2), watched)
+    names = [path.name for path in sorted(tmp_path.rglob("*.bin"))]
+    assert names == ["local_rank_0.bin", "local_rank_1.bin"]
+    load_compile_cache(str(tmp_path), runtime, watched)
+    assert loaded == [content]
+    assert watched.warned == []
+
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    load_compile_cache(str(tmp_path), runtime, watched)
+    assert "belongs to another user" in watched.warned[-1]
+    monkeypatch.undo()
+    path = cache_path(str(tmp_path), 0)
+    path.write_bytes(path.read_bytes()[:-1])
+    load_compile_cache(str(tmp_path), runtime, watched)
+    assert "it is damaged" in watched.warned[-1]
+    assert loaded == [content]

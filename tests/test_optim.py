@@ -14,7 +14,7 @@ from resnet_dist.config import OptimConfig
 from resnet_dist.ema import Ema
 from resnet_dist.models.build import MODELS
 from resnet_dist.models.sync_batch_norm import convert_sync_batch_norm
-from resnet_dist.optim import build_optimizer, parameter_groups
+from resnet_dist.optim import assign_if, build_optimizer, parameter_groups
 
 
 @pytest.mark.parametrize("sync", [False, True])
@@ -235,6 +235,25 @@ def test_an_optimizer_goes_on_bit_for_bit_from_its_file(kind):
     torch.testing.assert_close(
         nets[1][1].state_dict()["state"], nets[0][1].state_dict()["state"], rtol=0, atol=0
     )
+
+
+def test_assign_if_sets_all_tensors_or_none_exactly():
+    """Bit by bit what torch.where gives, with values that arithmetic would not keep."""
+    special = torch.tensor([0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-45, 3e38, 1.0])
+    for dtype in (torch.float32, torch.float64):
+        for condition in (True, False):
+            old = [
+                special.to(dtype),
+                torch.ones(2, 3, 4, 4, dtype=dtype),
+                torch.tensor(2.0).to(dtype),
+            ]
+            old[1] = old[1].contiguous(memory_format=torch.channels_last)
+            new = [special.flip(0).to(dtype), torch.full_like(old[1], -7.0), old[2] + 1]
+            expected = [tensor.clone() for tensor in (new if condition else old)]
+            assign_if(torch.tensor(condition), old, new)
+            for ours, theirs in zip(old, expected, strict=True):
+                integer = torch.int64 if dtype == torch.float64 else torch.int32
+                assert torch.equal(ours.view(integer), theirs.view(integer))
 
 
 def test_ema_is_the_recursion_and_copies_counts():
