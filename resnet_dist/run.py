@@ -113,11 +113,9 @@ def build_and_train(
     origin = restore(state, start, config, saver, runtime, log)
     plan = build_plan(config, train_loader.steps_per_epoch)
     shape = first_shape(config, state.step // plan.steps_per_epoch, runtime)
-    compiler = None
-    if config.train.compile:
-        compiler = compile_network(config, state, shape, may_fall_back, runtime, log)
-        config = replace(config, train=replace(config.train, compile=compiler is not None))
-        saver.facts["config"] = to_dict(config)
+    compiler = compile_network(config, state, shape, may_fall_back, runtime, log)
+    config = replace(config, train=replace(config.train, compile=compiler is not None))
+    saver.facts["config"] = to_dict(config)
     runtime.on_main(lambda: write_config(config))
     runtime.on_main(saver.claim)
     if compiler is not None:
@@ -134,10 +132,7 @@ def build_and_train(
         plan=plan,
         compiler=compiler,
     )
-    if compiler is None:
-        # A small batch settles the buckets, too.
-        shape = (2, *shape[1:])
-    engine.warm_up_ddp(parts.model, shape, parts.rule.precision)
+    warm_up(parts, shape)
     start_log(log, parts, saver)
     log.say(describe_start(config, parts, layout, origin))
     report_jpeg_decoder(config, runtime, log)
@@ -151,6 +146,14 @@ def build_and_train(
     if ended_by:
         return 128 + ended_by
     return 0
+
+
+def warm_up(parts: Training, shape: tuple[int, ...]) -> None:
+    """Settle DDP's gradient buckets, with images of `shape` [B, 3, H, W] if that is compiled."""
+    if parts.compiler is None:
+        # Two images do it as well, and sooner.
+        shape = (2, *shape[1:])
+    engine.warm_up_ddp(parts.model, shape, parts.rule.precision)
 
 
 def first_shape(config: Config, epoch: int, runtime: Runtime) -> tuple[int, int, int, int]:
@@ -169,7 +172,7 @@ def compile_network(
     runtime: Runtime,
     log: Log,
 ) -> NetworkCompiler | None:
-    """Compile the network on all ranks, or on none.
+    """Compile the network on all ranks, or on none, if `train.compile` asks for it.
 
     Args:
         config: The resolved config.
@@ -180,11 +183,13 @@ def compile_network(
         log: Where the time and a failure go.
 
     Returns:
-        None if it failed and the run may fall back.
+        None if it is not asked for, or if it failed and the run may fall back.
 
     Raises:
         ValueError: It failed, and the run must not fall back.
     """
+    if not config.train.compile:
+        return None
     log.say("compiling the network with torch.compile, which may take minutes")
     assert runtime.watchdog is not None
     runtime.watchdog.beat(state.step, "compile")

@@ -12,6 +12,9 @@ import torch._dynamo
 from dist_utils import options
 
 torch.set_num_threads(1)
+# Autograd's engine counts the devices at the first backward pass, and starts a thread for each. A
+# test of torch.compile would register one, and what this process forks could not use autograd.
+torch.ones(1, requires_grad=True).sum().backward()
 os.environ.setdefault("WANDB_MODE", "disabled")
 
 

@@ -5,11 +5,8 @@ guards, agreement and DDP's hooks are the same.
 """
 
 import copy
-import json
 import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -239,41 +236,9 @@ def failing_backend(graph, inputs, train):
 FAILURE = "LoweringException: ValueError: no such kernel (operator aten.a.b)"
 
 
-@pytest.fixture(scope="module")
-def from_ranks():
-    """What the functions below return on two ranks, by name.
-
-    They are forked from a new process: a process that has run a backward pass on meta, as tests do,
-    cannot fork ranks that trace.
-    """
-    names = ["compile_where_rank_1_fails", "order_of_hooks"]
-    code = (
-        "import json, test_compilation as tests\n"
-        f"results = {{name: tests.run_ranks(getattr(tests, name), 2) for name in {names}}}\n"
-        "print(json.dumps(results))"
-    )
-    done = run_fresh(code)
-    return json.loads(done.splitlines()[-1])
-
-
-def run_fresh(code, **environment):
-    """The output of Python code in a process of its own, which can import the tests."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_one_rank_that_cannot_compile_stops_or_turns_back_all(from_ranks):
+def test_one_rank_that_cannot_compile_stops_or_turns_back_all():
     """SyncBatchNorm's collective is in the first part: the other rank must not be left in it."""
-    results = from_ranks["compile_where_rank_1_fails"]
+    results = run_ranks(compile_where_rank_1_fails, 2)
     assert results[0] == results[1]
     problem, was_compiled, losses = results[0]
     assert problem == f"rank 1: top: {FAILURE}"
@@ -282,7 +247,6 @@ def test_one_rank_that_cannot_compile_stops_or_turns_back_all(from_ranks):
 
 
 def compile_where_rank_1_fails(rank, world_size):
-    compilation.BACKEND = "eager"
     config, state = Config(train=TRAIN), small_state()
     convert_sync_batch_norm(state.model)
     calls, real = [], compilation.lower
@@ -325,11 +289,11 @@ def compile_slowly_on_rank_1(rank, world_size):
     return run_together(work, runtime)
 
 
-def test_ddp_reduces_a_stage_while_the_one_before_it_computes(from_ranks):
+def test_ddp_reduces_a_stage_while_the_one_before_it_computes():
     """With a graph for each part, gradients are reduced after each backward graph. With one graph
     for the network all are reduced after it, where no communication can hide.
     """
-    by_part, whole = from_ranks["order_of_hooks"][0]
+    by_part, whole = run_ranks(order_of_hooks, 2)[0]
     assert by_part.count("graph") == 2
     assert by_part[0] == "graph"
     assert by_part[-1] == "reduce"

@@ -97,16 +97,11 @@ def list_variants(
     networks: Sequence[str], precisions: Sequence[str], device: torch.device
 ) -> list[Variant]:
     """Every network with every precision, eager and compiled; on a CPU eager alone."""
-    modes = (False, True) if device.type == "cuda" and can_compile() else (False,)
+    modes = (False, True) if device.type == "cuda" else (False,)
     variants = []
     for network, precision, compiled in itertools.product(networks, precisions, modes):
         variants.append(Variant(network, precision, compiled))
     return variants
-
-
-def can_compile() -> bool:
-    """Whether this version has the setting train.compile."""
-    return hasattr(Config().train, "compile")
 
 
 def choose_precisions(names: Sequence[str], device: torch.device) -> list[str]:
@@ -200,10 +195,11 @@ def config_of(variant: Variant, config: Config) -> Config:
     model = replace(config.model, name=variant.network, num_classes=None)
     num_images = max(config.train.global_batch_size, config.data.synthetic_images)
     data = replace(config.data, kind="synthetic", synthetic_images=num_images)
-    changed = {"precision": variant.precision}
-    if can_compile():
-        changed["compile"] = "true" if variant.compiled else "false"
-    train = replace(config.train, **changed)  # type: ignore[arg-type]
+    train = replace(
+        config.train,
+        precision=variant.precision,  # type: ignore[arg-type]
+        compile=variant.compiled,
+    )
     return replace(config, model=model, data=data, train=train)
 
 
