@@ -56,8 +56,8 @@ class _ReadyError(Exception):
     """Ends the call of a part that was only to be compiled."""
 
 
-def parts_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that are compiled, by name, in the order in which `model` calls them."""
+def compiled_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that can be compiled, by name, in the order in which `model` calls them."""
     parts = getattr(model, "parts", None)
     if parts is None:
         return {"network": model}
@@ -67,7 +67,7 @@ def parts_of(model: nn.Module) -> dict[str, nn.Module]:
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether the parts of `model` are compiled."""
-    return any(part._compiled_call_impl is not None for part in parts_of(model).values())
+    return any(part._compiled_call_impl is not None for part in compiled_parts(model).values())
 
 
 def run_eagerly(model: nn.Module) -> contextlib.AbstractContextManager[object]:
@@ -99,7 +99,7 @@ class NetworkCompiler:
         self.model = model
         self.precision = Precision(train.precision, runtime.device)
         self.runtime = runtime
-        self.parts = parts_of(model)
+        self.parts = compiled_parts(model)
         self.shapes: set[Shape] = set()
         self.num_graphs = 0
         self._train = train

@@ -114,12 +114,9 @@ def build_and_train(
     plan = build_plan(config, train_loader.steps_per_epoch)
     shape = first_shape(config, state.step // plan.steps_per_epoch, runtime)
     compiler = compile_network(config, state, shape, may_fall_back, runtime, log)
-    config = replace(config, train=replace(config.train, compile=compiler is not None))
-    saver.facts["config"] = to_dict(config)
-    runtime.on_main(lambda: write_config(config))
-    runtime.on_main(saver.claim)
-    if compiler is not None:
-        save_compile_cache(config.output_dir, runtime, log)
+    train_config = replace(config.train, compile=compiler is not None)
+    config = replace(config, train=train_config)
+    claim_folder(config, saver, runtime, log)
 
     # 4. The loop and what it needs.
     parts = Training(
@@ -135,9 +132,7 @@ def build_and_train(
     warm_up(parts, shape)
     start_log(log, parts, saver)
     log.say(describe_start(config, parts, layout, origin))
-    report_jpeg_decoder(config, runtime, log)
-    for remark in (*train_loader.remarks(), *val_loader.remarks()):
-        log.say(remark)
+    report_loaders(config, parts, runtime, log)
 
     # 5. Training.
     ended_by = train_and_summarize(config, parts, should_continue, log, saver, runtime)
@@ -146,6 +141,15 @@ def build_and_train(
     if ended_by:
         return 128 + ended_by
     return 0
+
+
+def claim_folder(config: Config, saver: Saver, runtime: Runtime, log: Log) -> None:
+    """Make output_dir the folder of this run, and write what belongs to its start."""
+    saver.facts["config"] = to_dict(config)
+    runtime.on_main(lambda: write_config(config))
+    runtime.on_main(saver.claim)
+    if config.train.compile:
+        save_compile_cache(config.output_dir, runtime, log)
 
 
 def warm_up(parts: Training, shape: tuple[int, ...]) -> None:
@@ -403,6 +407,13 @@ def write_config(config: Config) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(to_dict(config), sort_keys=False)
     write_file(folder / "config.yaml", text)
+
+
+def report_loaders(config: Config, parts: Training, runtime: Runtime, log: Log) -> None:
+    """Say how the images are decoded, and what the loaders remark."""
+    report_jpeg_decoder(config, runtime, log)
+    for remark in (*parts.train_loader.remarks(), *parts.val_loader.remarks()):
+        log.say(remark)
 
 
 def report_jpeg_decoder(config: Config, runtime: Runtime, log: Log) -> None:

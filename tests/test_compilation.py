@@ -21,7 +21,7 @@ from resnet_dist import compilation, engine
 from resnet_dist.compilation import (
     inductor_options,
     is_compiled,
-    parts_of,
+    compiled_parts,
     run_together,
     start_compiler,
 )
@@ -192,7 +192,7 @@ def test_other_precisions_heads_and_frozen_parts():
         assert compiler.num_graphs == 2, name
 
     state, plain = (small_state(two_heads=True) for _ in range(2))
-    assert list(parts_of(state.model)) == ["network"]
+    assert list(compiled_parts(state.model)) == ["network"]
     compiler = compiled(state)
     for each in (state, plain):
         each.model.body[3].p = 0.0
@@ -346,7 +346,7 @@ def order_of_hooks(rank, world_size):
     backend = aot_autograd(fw_compiler=compile_forward, bw_compiler=compile_backward)
     compilation.lower = lambda graph, inputs, train: backend(graph, inputs)
     by_part = order_of_a_step()
-    compilation.parts_of = lambda model: {"network": model}
+    compilation.compiled_parts = lambda model: {"network": model}
     return by_part, order_of_a_step()
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Part(nn.Module):
+class MethodPart(nn.Module):
     """A method of a network as a module of its own, so that `Module.compile` can compile it.
 
     It has no weights. The network must keep it out of its list of modules (a tuple does that), so

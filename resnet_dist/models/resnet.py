@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_dist.models.init import init_weights, zero_residual_norms
-from resnet_dist.models.layers import NoShortcut, Part, SqueezeExcitation, conv, drop_samples
+from resnet_dist.models.layers import NoShortcut, MethodPart, SqueezeExcitation, conv, drop_samples
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,7 @@ class ResNet(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)
         # In a tuple they are not registered as modules.
-        self._ends = (Part(self.stem), Part(self.head))
+        self._ends = (MethodPart(self.stem), MethodPart(self.head))
         init_weights(self)
         if own.zero_init_residual:
             last_norms = []
