@@ -114,8 +114,7 @@ def build_and_train(
     plan = build_plan(config, train_loader.steps_per_epoch)
     shape = first_shape(config, state.step // plan.steps_per_epoch, runtime)
     compiler = compile_network(config, state, shape, may_fall_back, runtime, log)
-    train_config = replace(config.train, compile=compiler is not None)
-    config = replace(config, train=train_config)
+    config = replace(config, train=replace(config.train, compile=compiler is not None))
     claim_folder(config, saver, runtime, log)
 
     # 4. The loop and what it needs.

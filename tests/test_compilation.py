@@ -19,9 +19,9 @@ from torch import nn
 
 from resnet_dist import compilation, engine
 from resnet_dist.compilation import (
+    compiled_parts,
     inductor_options,
     is_compiled,
-    compiled_parts,
     run_together,
     start_compiler,
 )

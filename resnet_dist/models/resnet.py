@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_dist.models.init import init_weights, zero_residual_norms
-from resnet_dist.models.layers import NoShortcut, MethodPart, SqueezeExcitation, conv, drop_samples
+from resnet_dist.models.layers import MethodPart, NoShortcut, SqueezeExcitation, conv, drop_samples
 
 
 @dataclass(frozen=True)
