@@ -97,7 +97,8 @@ def test_programs_are_known():
         words = shlex.split(command)
         known = words[0] in ("torchrun", "resnet-dist", "python", "find", *NOT_OURS)
         if words[0] == "make":
-            known = set(words[1:]) <= targets
+            asked = {word for word in words[1:] if "=" not in word}
+            known = asked <= targets
         if not known:
             unknown.append(f"{page}: {command}")
     assert unknown == []

@@ -74,6 +74,27 @@ def measure_training(config: Config, runtime: Runtime, options: argparse.Namespa
     Returns:
         The exit code, 0.
     """
+    result, no_energy = compare_loops(config, runtime, options.windows, options.steps)
+    if runtime.is_main:
+        print_result(result, options.json, no_energy)
+    return 0
+
+
+def compare_loops(
+    config: Config, runtime: Runtime, num_windows: int, steps: int
+) -> tuple[dict[str, Any], str]:
+    """Build a run and alternate the two loops.
+
+    Args:
+        config: The config of the run.
+        runtime: The ranks and the device of this one.
+        num_windows: Number of turns of each loop.
+        steps: Length of a turn.
+
+    Returns:
+        The medians over all windows, in the main process (elsewhere empty); and why the energy is
+        not among them, or "".
+    """
     train = config.train
     local_batch_size = check_layout(
         train.global_batch_size,
@@ -81,14 +102,14 @@ def measure_training(config: Config, runtime: Runtime, options: argparse.Namespa
         train.grad_accum_steps,
     )
     set_arithmetic(train, runtime.device)
-    interval = max(1, options.steps // 4)
+    interval = max(1, steps // 4)
     parts = build_training(config, runtime, interval)
     batches = iter(parts.train_loader.batches(0, 1))
     batch = next(batches)
     meter = EnergyMeter(runtime.device)
     windows = []
     joules = []
-    for _ in range(options.windows):
+    for _ in range(num_windows):
         bare = run_bare_loop(parts, batch, interval, runtime)
         whole = run_whole_loop(parts, interval, config, runtime, meter)
         windows.append(compare_speeds(whole, bare))
@@ -96,13 +117,13 @@ def measure_training(config: Config, runtime: Runtime, options: argparse.Namespa
             joules.append(whole.joules_per_image)
     host = host_seconds(step_on_one_batch(parts), runtime.device)
     parts.train_loader.close()
-    if runtime.is_main:
-        result = describe_result(config, runtime, local_batch_size, windows)
-        result["joules_per_image"] = statistics.median(joules) if joules else None
-        result["host_ms_per_step"] = None if host is None else 1e3 * host
-        result |= shares_of_device(config, runtime, result)
-        print_result(result, options.json, meter.problem)
-    return 0
+    if not runtime.is_main:
+        return {}, ""
+    result = describe_result(config, runtime, local_batch_size, windows)
+    result["joules_per_image"] = statistics.median(joules) if joules else None
+    result["host_ms_per_step"] = None if host is None else 1e3 * host
+    result |= shares_of_device(config, runtime, result)
+    return result, meter.problem
 
 
 def shares_of_device(

@@ -8,6 +8,7 @@ process, where cuDNN may choose other algorithms by timing.
 import argparse
 import hashlib
 import json
+import os
 import statistics
 from dataclasses import replace
 from typing import Any
@@ -41,13 +42,37 @@ def measure_determinism(config: Config, runtime: Runtime, options: argparse.Name
     Returns:
         The exit code, 0.
     """
+    result = price_of_determinism(config, runtime, options.windows, options.steps)
+    if runtime.is_main:
+        _print_price(result, options.json)
+    return 0
+
+
+def price_of_determinism(
+    config: Config, runtime: Runtime, windows: int, steps_per_window: int
+) -> dict[str, Any]:
+    """Measure both modes in turns.
+
+    Args:
+        config: The config of the run; its `train.deterministic` has no influence.
+        runtime: The ranks and the device of this one.
+        windows: Number of turns of each mode.
+        steps_per_window: Length of a turn.
+
+    Returns:
+        The speeds and the price; equal_weights says for each mode whether two trainings ended with
+        equal weights.
+    """
+    # PyTorch reads this once, at the first matrix product, and both modes run in this process.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     steps: dict[str, Step] = {}
     is_repeatable = {}
     for name, is_deterministic in _MODES.items():
+        mode = replace(config, train=replace(config.train, deterministic=is_deterministic))
         set_mode(config, runtime.device, is_deterministic)
         digests = []
         for _ in range(2):
-            parts = build_training(config, runtime, options.steps)
+            parts = build_training(mode, runtime, steps_per_window)
             step = step_on_one_batch(parts)
             for _ in range(_COMPARED_STEPS):
                 step()
@@ -56,12 +81,11 @@ def measure_determinism(config: Config, runtime: Runtime, options: argparse.Name
         is_repeatable[name] = digests[0] == digests[1]
         steps[name] = _in_mode(step, config, runtime.device, is_deterministic)
 
-    seconds = time_in_turns(steps, runtime.device, options.windows, options.steps)
-    if runtime.is_main:
-        result = _result(config, runtime, seconds)
-        result["equal_weights"] = is_repeatable
-        _print_price(result, options.json)
-    return 0
+    seconds = time_in_turns(steps, runtime.device, windows, steps_per_window)
+    set_mode(config, runtime.device, config.train.deterministic)
+    result = _result(config, runtime, seconds)
+    result["equal_weights"] = is_repeatable
+    return result
 
 
 def set_mode(config: Config, device: torch.device, is_deterministic: bool) -> None:

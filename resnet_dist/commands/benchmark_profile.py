@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from resnet_dist.commands.benchmark_parts import build_training, step_on_one_batch
+from resnet_dist.commands.benchmark_parts import Step, build_training, step_on_one_batch
 from resnet_dist.commands.device_rates import synchronize
 from resnet_dist.commands.trace_table import ProfileTable, build_table, format_table, read_trace
 from resnet_dist.config import Config
@@ -36,26 +36,41 @@ def profile_training(config: Config, runtime: Runtime, options: argparse.Namespa
     set_arithmetic(config.train, runtime.device)
     parts = build_training(config, runtime, _PROFILED_STEPS)
     step = step_on_one_batch(parts)
-    for _ in range(_WARM_UP_STEPS):
-        step()
-    synchronize(runtime.device)
-
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if runtime.device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(_PROFILED_STEPS):
-            step()
-        synchronize(runtime.device)
+    trace = folder / "trace.json" if runtime.is_main else None
+    table = profile_steps(step, runtime.device, trace)
     parts.train_loader.close()
-    if runtime.is_main:
-        trace = folder / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        table = build_table(read_trace(trace), _PROFILED_STEPS)
+    if table is not None:
         write_profile(table, folder)
         print(format_table(table))
         print(f"written to {printable(folder)}; open trace.json in https://ui.perfetto.dev")
     return 0
+
+
+def profile_steps(step: Step, device: torch.device, trace: Path | None) -> ProfileTable | None:
+    """Profile some steps after a warm-up.
+
+    Args:
+        step: Does one update.
+        device: Where its work runs.
+        trace: The Chrome trace to write; None in ranks that write nothing.
+
+    Returns:
+        The table of the trace; None if there is none.
+    """
+    for _ in range(_WARM_UP_STEPS):
+        step()
+    synchronize(device)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(_PROFILED_STEPS):
+            step()
+        synchronize(device)
+    if trace is None:
+        return None
+    profiler.export_chrome_trace(str(trace))
+    return build_table(read_trace(trace), _PROFILED_STEPS)
 
 
 def write_profile(table: ProfileTable, folder: Path) -> None:

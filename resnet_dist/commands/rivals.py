@@ -32,14 +32,51 @@ def plain_dali(
             random_aspect_ratio=config.crop_ratio,
             device="mixed" if on_gpu else "cpu",
         )
-        side = config.train_crop_size
-        pixels = fn.crop_mirror_normalize(
-            fn.resize(pixels, size=[side, side]),
-            mirror=fn.random.coin_flip(),
-            mean=[255 * value for value in config.mean],
-            std=[255 * value for value in config.std],
+        pipeline.set_outputs(_resize_and_normalize(pixels, config), labels)
+    return _take_in_turn(pipeline)
+
+
+def plain_dali_whole_image(
+    folder: str, config: DataConfig, local_batch_size: int, threads: int, device: torch.device
+) -> MakeBatches:
+    """DALI's pipeline for the work that our loader does on a GPU: the whole image is decoded, with
+    Pillow's chroma upsampling, and then a random window of it is taken.
+    """
+    from nvidia import dali
+    from nvidia.dali import fn
+
+    on_gpu = device.type == "cuda"
+    with dali.Pipeline(local_batch_size, threads, device.index if on_gpu else None) as pipeline:
+        encoded, labels = fn.readers.file(file_root=folder, random_shuffle=True)
+        shapes = fn.peek_image_shape(encoded)
+        anchor, extent = fn.random_crop_generator(
+            shapes,
+            random_area=config.crop_scale,
+            random_aspect_ratio=config.crop_ratio,
         )
-        pipeline.set_outputs(pixels, labels)
+        pixels = fn.decoders.image(
+            encoded, device="mixed" if on_gpu else "cpu", jpeg_fancy_upsampling=True
+        )
+        pixels = fn.slice(pixels, start=anchor, shape=extent, axes=(0, 1))
+        pipeline.set_outputs(_resize_and_normalize(pixels, config), labels)
+    return _take_in_turn(pipeline)
+
+
+def _resize_and_normalize(pixels: Any, config: DataConfig) -> Any:  # noqa: ANN401
+    """Resize, mirror and normalise windows, in the graph that is being defined."""
+    from nvidia.dali import fn
+
+    side = config.train_crop_size
+    return fn.crop_mirror_normalize(
+        fn.resize(pixels, size=[side, side]),
+        mirror=fn.random.coin_flip(),
+        mean=[255 * value for value in config.mean],
+        std=[255 * value for value in config.std],
+    )
+
+
+def _take_in_turn(pipeline: Any) -> MakeBatches:  # noqa: ANN401
+    """A function that takes batches from a pipeline, one of them always ahead."""
 
     def batches(start: int, stop: int) -> Iterator[Any]:
         pipeline.schedule_run()

@@ -1,0 +1,360 @@
+"""Checks of the training step: synchronisation, precision, optimizers, compile, memory, resume."""
+
+import contextlib
+import copy
+import gc
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from places import (
+    ROOT,
+    Place,
+    SkippedCheckError,
+    single_rank,
+    synchronize,
+    training_config,
+    with_compile,
+)
+
+# isort: split
+import torch
+from image_files import encode, picture, write_split
+from torch import nn
+
+from resnet_dist import engine
+from resnet_dist.commands.benchmark_parts import build_training, step_on_one_batch
+from resnet_dist.config import AugmentConfig, Config, DataConfig, OptimConfig, to_dict
+from resnet_dist.engine import Training
+from resnet_dist.models import sync_batch_norm
+from resnet_dist.nonfinite import NonFinite
+from resnet_dist.optim import build_optimizer
+from resnet_dist.out_of_memory import out_of_memory_error
+from resnet_dist.precision import set_arithmetic
+
+
+@contextlib.contextmanager
+def collective_in_group_of_one() -> Iterator[list[int]]:
+    """Let SyncBatchNorm reduce over its single rank; yields a list that grows with each call."""
+    calls: list[int] = []
+    reduce = sync_batch_norm._all_reduce_sum
+
+    def counted(numbers, group):
+        calls.append(numbers.numel())
+        return reduce(numbers, group)
+
+    sync_batch_norm.SYNC_IN_GROUP_OF_ONE = True
+    sync_batch_norm._all_reduce_sum = counted
+    try:
+        yield calls
+    finally:
+        sync_batch_norm.SYNC_IN_GROUP_OF_ONE = False
+        sync_batch_norm._all_reduce_sum = reduce
+
+
+@contextlib.contextmanager
+def no_synchronization(place: Place) -> Iterator[None]:
+    """Make every wait of the host for the GPU an error. On a CPU nothing waits."""
+    if not place.is_cuda:
+        yield
+        return
+    torch.cuda.synchronize(place.device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def losses_of(parts: Training, num_steps: int, lr: float) -> list[float]:
+    """Train on the first batch; returns the loss of each update. Waits only at the end."""
+    micro_batches = list(parts.train_loader.batches(0, 1))
+    nonfinite = NonFinite(parts.state.model, parts.state.step)
+    all_counts = []
+    for _ in range(num_steps):
+        counts, _ = engine.train_step(
+            parts.model, parts.state, micro_batches, lr, parts.rule, nonfinite
+        )
+        all_counts.append(counts)
+    return [float(counts.result()["loss"]) for counts in all_counts]
+
+
+def no_host_sync(place: Place, folder: Path) -> str:
+    """`train_step` never waits for the device: DDP, SyncBatchNorm's collective, EMA, mixup, fp16.
+
+    Eager, and compiled where the setting exists.
+    """
+    config = training_config(place, folder)
+    train = replace(config.train, ema_decay=0.999, label_smoothing=0.1, clip_grad_norm=1.0)
+    config = replace(config, train=train, augment=AugmentConfig(mixup_alpha=0.2))
+    fp16 = replace(config, train=replace(train, precision="fp16"))
+    variants = {"eager": config, "eager fp16": fp16}
+    if hasattr(train, "compile"):
+        variants = {name: with_compile(one, False) for name, one in variants.items()}
+        if place.is_cuda:
+            variants["compiled"] = with_compile(config, True)
+    done = []
+    for name, variant in variants.items():
+        with single_rank(place) as runtime, collective_in_group_of_one() as calls:
+            set_arithmetic(variant.train, place.device)
+            parts = build_training(variant, runtime, 10)
+            step = step_on_one_batch(parts)
+            for _ in range(3):
+                step()
+            calls.clear()
+            with no_synchronization(place):
+                for _ in range(place.size(5, 1)):
+                    step()
+            if name != "compiled":
+                norms = sum(isinstance(m, nn.BatchNorm2d) for m in parts.state.model.modules())
+                norms += sum(
+                    isinstance(m, sync_batch_norm.SyncBatchNorm)
+                    for m in parts.state.model.modules()
+                )
+                assert len(calls) >= 2 * norms * place.size(5, 1) > 0
+            parts.train_loader.close()
+        done.append(name)
+    return ", ".join(done)
+
+
+def fp16_with_scaler(place: Place, folder: Path) -> str:
+    """100 updates in fp16: few are skipped, the scale stays usable, and the loss falls."""
+    config = training_config(place, folder, "fp16")
+    with single_rank(place) as runtime:
+        set_arithmetic(config.train, place.device)
+        parts = build_training(config, runtime, 10)
+        losses = losses_of(parts, place.size(100, 2), lr=0.01)
+        scale = float(parts.state.scaler.get_scale())
+        parts.train_loader.close()
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    assert len(finite) >= 0.8 * len(losses), losses
+    assert scale >= 1, f"the scale fell to {scale}"
+    if place.is_full:
+        assert finite[-1] < 0.5 * finite[0], losses
+    for name, tensor in parts.state.model.state_dict().items():
+        assert torch.isfinite(tensor).all(), name
+    return f"loss {finite[0]:.3f} to {finite[-1]:.3f}, scale {scale:g}"
+
+
+def optimizers_equal_the_cpu(place: Place, folder: Path) -> str:
+    """Five updates of each optimizer with the same gradients, here and on the CPU, to 1e-5."""
+    torch.manual_seed(0)
+    on_cpu = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 5))
+    gradients = []
+    for _ in range(5):
+        gradients.append([torch.randn_like(parameter) for parameter in on_cpu.parameters()])
+    kinds = ("sgd", "lars", "lamb", "rmsprop", "adamw")
+    for kind in kinds:
+        networks = []
+        for device in (torch.device("cpu"), place.device):
+            network = copy.deepcopy(on_cpu).to(device)
+            optimizer = build_optimizer(OptimConfig(kind=kind), network)
+            for of_update in gradients:
+                for parameter, gradient in zip(network.parameters(), of_update, strict=True):
+                    parameter.grad = gradient.to(device)
+                for group in optimizer.param_groups:
+                    group["lr"] = 0.01
+                optimizer.grad_scale = None
+                optimizer.found_inf = torch.zeros((), device=device)
+                optimizer.step()
+            networks.append([parameter.detach().cpu() for parameter in network.parameters()])
+        for ours, reference in zip(networks[1], networks[0], strict=True):
+            torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6, msg=kind)
+    return ", ".join(kinds)
+
+
+def compile_equals_eager(place: Place, folder: Path) -> str:
+    """The loss of three updates in fp32, compiled and eager."""
+    config = training_config(place, folder, "fp32")
+    if not hasattr(config.train, "compile"):
+        raise SkippedCheckError("this version has no train.compile")
+    from resnet_dist import compilation
+
+    model = replace(config.model, name="resnet18" if place.is_full else "resnet20")
+    config = replace(config, model=model)
+    backend = compilation.BACKEND
+    if not place.is_cuda:
+        # Inductor takes minutes on a small CPU.
+        compilation.BACKEND = "aot_eager"
+    found = {}
+    try:
+        for is_compiled in (False, True):
+            variant = with_compile(config, is_compiled)
+            with single_rank(place) as runtime, collective_in_group_of_one():
+                set_arithmetic(variant.train, place.device)
+                parts = build_training(variant, runtime, 10)
+                found[is_compiled] = losses_of(parts, 3, lr=0.05)
+                parts.train_loader.close()
+    finally:
+        compilation.BACKEND = backend
+        torch._dynamo.reset()
+    for eager, compiled in zip(found[False], found[True], strict=True):
+        assert math.isclose(eager, compiled, rel_tol=2e-3), found
+    return f"losses {found[False]} and {found[True]}"
+
+
+def out_of_memory_is_explained(place: Place, folder: Path) -> str:
+    """A batch that does not fit 6 GiB: the sentence, and the batch that it names does fit."""
+    if not place.is_cuda:
+        raise SkippedCheckError("needs a GPU: CPUs have no error of CUDA out of memory")
+    total = torch.cuda.get_device_properties(place.device).total_memory
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(place.device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, 6 * 2**30 / total), place.device)
+    config = training_config(place, folder)
+    if hasattr(config.train, "compile"):
+        config = with_compile(config, False)
+    config = _with_batch(config, 512)
+    try:
+        with single_rank(place) as runtime:
+            try:
+                build_training(config, runtime, 10)
+                parts = build_training(config, runtime, 10)
+                step_on_one_batch(parts)()
+                synchronize(place)
+            except torch.OutOfMemoryError:
+                text = str(out_of_memory_error(config, runtime))
+            else:
+                raise AssertionError("512 images fit into 6 GiB")
+        fits = int(text.split("about ")[1].split(" ")[0])
+        assert 16 <= fits < 512, text
+        parts = None
+        gc.collect()
+        torch.cuda.empty_cache()
+        with single_rank(place) as runtime:
+            parts = build_training(_with_batch(config, fits), runtime, 10)
+            step_on_one_batch(parts)()
+            synchronize(place)
+        return text
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, place.device)
+
+
+def _with_batch(config: Config, global_batch_size: int) -> Config:
+    """The config with another batch size and enough random pixels for it."""
+    return replace(
+        config,
+        train=replace(config.train, global_batch_size=global_batch_size),
+        data=replace(config.data, synthetic_images=global_batch_size),
+    )
+
+
+CHILD = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from resnet_dist import engine, process, run
+from resnet_dist.config import Config
+
+config = Config.from_yaml(sys.argv[2])
+stop_at = int(sys.argv[3])
+real = engine.train_step
+
+def train_step(model, state, *rest):
+    if state.step == stop_at:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(model, state, *rest)
+
+engine.train_step = train_step
+sys.exit(process.run_process(config, run.train, resolve_auto=False))
+"""
+
+
+def deterministic_and_resumed(place: Place, folder: Path) -> str:
+    """With `train.deterministic` two processes, and one that is stopped and resumed, end equal.
+
+    JPEG files, augmentation, SyncBatchNorm, bf16 or fp16 on a GPU, compiled there.
+    """
+    data = folder / "data"
+    for split in ("train", "val"):
+        files = [encode(picture(60 + i % 9, 80 - i % 7, i)) for i in range(48)]
+        write_split(str(data), files, split=split)
+    runs = {}
+    for name in ("one", "two", "stopped"):
+        runs[name] = _deterministic_config(place, data, folder / name)
+    first = [_start_child(runs[name], -1) for name in ("one", "two")]
+    first.append(_start_child(runs["stopped"], 4))
+    codes = [_end_child(child) for child in first]
+    assert codes == [0, 0, 143], codes
+    assert _end_child(_start_child(runs["stopped"], -1)) == 0
+    weights = {name: _last_weights(Path(config.output_dir)) for name, config in runs.items()}
+    for name in ("two", "stopped"):
+        different = []
+        for key, tensor in weights["one"].items():
+            if not torch.equal(tensor, weights[name][key]):
+                different.append(key)
+        assert not different, f"run {name} differs in {len(different)} tensors: {different[:3]}"
+    lines = (folder / "one" / "metrics.jsonl").read_text().splitlines()
+    logged = [json.loads(line) for line in lines]
+    has_memory = any("gpu/peak_memory_gib" in line for line in logged)
+    assert has_memory == place.is_cuda
+    return "3 runs, equal weights"
+
+
+def _deterministic_config(place: Place, data: Path, folder: Path) -> Config:
+    """A short run of ResNet-20 on JPEG files."""
+    config = Config()
+    train = replace(
+        config.train, epochs=8.0, global_batch_size=32, deterministic=True, max_nonfinite_steps=99
+    )
+    return replace(
+        config,
+        output_dir=str(folder),
+        model=replace(config.model, name="resnet20"),
+        data=DataConfig(
+            data_dir=str(data),
+            train_crop_size=32,
+            val_crop_size=32,
+            val_resize_size=36,
+            threads=2,
+        ),
+        augment=AugmentConfig(policy="randaugment", random_erasing=0.2),
+        schedule=replace(config.schedule, warmup_epochs=1.0),
+        train=train,
+        log=replace(config.log, sinks=(), progress_bar=False, interval_steps=2),
+        distributed=replace(config.distributed, device=place.device.type, threads=1),
+    )
+
+
+def _start_child(config: Config, stop_at: int) -> subprocess.Popen:
+    """Start a training in a process of its own; a negative `stop_at` lets it end by itself."""
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "child.yaml"
+    # JSON is YAML.
+    path.write_text(json.dumps(to_dict(config)))
+    environment = {**os.environ, "WANDB_MODE": "disabled"}
+    with open(folder / "log", "a") as log:
+        return subprocess.Popen(
+            [sys.executable, "-c", CHILD, str(ROOT), str(path), str(stop_at)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=ROOT,
+        )
+
+
+def _end_child(child: subprocess.Popen) -> int:
+    """Wait for a training; shows what it printed if it fails."""
+    try:
+        code = child.wait(timeout=150)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        raise
+    if code not in (0, 143):
+        log = Path(child.args[4]).with_name("log")
+        raise AssertionError(f"exit code {code}: {log.read_text()[-2000:]}")
+    return code
+
+
+def _last_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of the newest checkpoint."""
+    content = torch.load(folder / "checkpoints" / "last.pt", map_location="cpu", weights_only=True)
+    weights = content["model"]
+    assert content["step"] == 8
+    return weights

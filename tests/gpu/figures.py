@@ -1,0 +1,396 @@
+"""The figures of the report, part by part, one line of JSON for each.
+
+    python tests/gpu/figures.py [--device cuda|cpu] [--small] [--photographs DIR] [PART ...]
+
+`DIR` holds class folders of real photographs in `train/`, as `report.py` arranges them. What is
+compared runs in turns in one process.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from places import Place, single_rank, synchronize, training_config, with_compile
+
+# isort: split
+import torch
+
+from resnet_dist.commands.bare_loop import BareSettings, build_bare_step
+from resnet_dist.commands.benchmark import compare_loops
+from resnet_dist.commands.benchmark_determinism import price_of_determinism
+from resnet_dist.commands.benchmark_parts import (
+    build_training,
+    host_seconds,
+    step_on_one_batch,
+    time_in_turns,
+)
+from resnet_dist.commands.benchmark_profile import profile_steps
+from resnet_dist.commands.device_rates import measure_device
+from resnet_dist.commands.energy import EnergyMeter
+from resnet_dist.commands.rivals import (
+    MakeBatches,
+    plain_dali,
+    plain_dali_whole_image,
+    plain_torchvision,
+)
+from resnet_dist.config import Config, DataConfig
+from resnet_dist.data.build import build_train_loader
+from resnet_dist.data.pixels.probe import describe_jpeg_decoder
+from resnet_dist.precision import Precision, resolve_precision, set_arithmetic
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the figures, and what it costs."""
+
+    measure: Callable[[Place, Path | None, Path], Figures]
+    """takes the place, the photographs and a folder for files"""
+    seconds: int
+    """its limit on a GPU"""
+    title: str
+    needs_photographs: bool = False
+
+
+def can_compile(config: Config) -> bool:
+    """Whether this version has the setting train.compile."""
+    return hasattr(config.train, "compile")
+
+
+def of_network(place: Place, folder: Path, name: str, side: int, batch_size: int) -> Config:
+    """A training on random pixels, eager."""
+    config = training_config(place, folder)
+    config = replace(
+        config,
+        model=replace(config.model, name=name),
+        data=replace(config.data, train_crop_size=side, synthetic_images=2 * batch_size),
+        train=replace(config.train, global_batch_size=batch_size),
+    )
+    return with_compile(config, False) if can_compile(config) else config
+
+
+def resnet50(place: Place, folder: Path) -> Config:
+    """ResNet-50 at 224 pixels with batch 256, or something small."""
+    if place.is_full:
+        return of_network(place, folder, "resnet50", 224, 256)
+    return of_network(place, folder, "resnet18", 32, 4)
+
+
+def device(place: Place, photographs: Path | None, folder: Path) -> Figures:
+    """What the device can do, and which decoder serves JPEGs."""
+    rates = measure_device(place.device)
+    return {
+        "matrix product, TFLOP/s": rates.matrix_flops / 1e12,
+        "type": rates.dtype,
+        "memory, GB/s": rates.memory_bytes / 1e9,
+        "decoder": describe_jpeg_decoder(place.device)[1],
+    }
+
+
+def synthetic(place: Place, photographs: Path | None, folder: Path) -> Figures:
+    """The bare torchvision loop and our step, each eager and compiled, in turns."""
+    config = resnet50(place, folder)
+    batch_size = config.train.global_batch_size
+    bare = BareSettings(
+        network=config.model.name,
+        batch_size=batch_size,
+        image_size=config.data.train_crop_size,
+        precision=Precision(resolve_precision("auto", place.device), place.device),
+    )
+    set_arithmetic(config.train, place.device)
+    with single_rank(place) as runtime:
+        builders = {"bare eager": lambda: build_bare_step(bare)}
+        if place.is_cuda:
+            compiled = replace(bare, compiled=True)
+            builders["bare compiled"] = lambda: build_bare_step(compiled)
+        builders["ours eager"] = lambda: step_on_one_batch(build_training(config, runtime, 10))
+        if place.is_cuda and can_compile(config):
+            ours = with_compile(config, True)
+            builders["ours compiled"] = lambda: step_on_one_batch(build_training(ours, runtime, 10))
+        steps = {}
+        first = {}
+        for name, build in builders.items():
+            start = time.perf_counter()
+            steps[name] = build()
+            steps[name]()
+            synchronize(place)
+            first[name] = time.perf_counter() - start
+        seconds = time_in_turns(steps, place.device, place.size(4, 1), place.size(25, 2))
+        meter = EnergyMeter(place.device)
+        rows = {}
+        for name, of_step in seconds.items():
+            step_seconds = statistics.median(of_step)
+            rows[name] = {
+                "images/s": batch_size / step_seconds,
+                "ms a step": 1e3 * step_seconds,
+                "first step, s": first[name],
+                "host, ms": milliseconds(host_seconds(steps[name], place.device)),
+                "J an image": joules_per_image(steps[name], meter, place, batch_size),
+            }
+    return {"rows": rows, "batch": batch_size, "precision": bare.precision.name}
+
+
+def milliseconds(seconds: float | None) -> float | None:
+    """Seconds as milliseconds."""
+    return None if seconds is None else 1e3 * seconds
+
+
+def joules_per_image(
+    step: Callable[[], None], meter: EnergyMeter, place: Place, batch_size: int
+) -> float | None:
+    """The energy of an image, over 40 steps; None where it cannot be read."""
+    before = meter.joules()
+    if before is None:
+        return None
+    for _ in range(40):
+        step()
+    synchronize(place)
+    after = meter.joules()
+    assert after is not None
+    return (after - before) / (40 * batch_size)
+
+
+def loaders(place: Place, photographs: Path | None, folder: Path) -> Figures:
+    """Our loader, DALI for the same work, DALI's usual pipeline, and torchvision, in turns."""
+    assert photographs is not None
+    batch_size = place.size(256, 4)
+    config = jpeg_config(place, photographs, folder, batch_size)
+    ours = build_train_loader(config, one_process(place))
+    train = str(photographs / "train")
+    threads = ours.threads
+    contenders: dict[str, MakeBatches] = {"ours": ours.batches}
+    for name, build in (
+        ("DALI, the same work", plain_dali_whole_image),
+        ("DALI, random window", plain_dali),
+    ):
+        contenders[name] = build(train, config.data, batch_size, threads, place.device)
+    torchvision = plain_torchvision(train, config.data, batch_size, threads)
+    if torchvision is not None and place.is_full:
+        contenders["torchvision"] = torchvision
+    speeds: dict[str, list[float]] = {name: [] for name in contenders}
+    num_batches = place.size(24, 2)
+    for window in range(place.size(4, 2)):
+        for name, make in contenders.items():
+            # torchvision is ten times slower: a few of its batches are enough.
+            length = 3 if name == "torchvision" else num_batches
+            seconds = time_batches(make, window * num_batches, length, place)
+            if window:
+                speeds[name].append(length * batch_size / seconds)
+    ours.close()
+    rows = {}
+    for name, of_loader in speeds.items():
+        rows[name] = {
+            "images/s": statistics.median(of_loader),
+            "ours / it": statistics.median(speeds["ours"]) / statistics.median(of_loader),
+        }
+    return {"rows": rows, "batch": batch_size, "threads": threads}
+
+
+def time_batches(make: MakeBatches, start: int, length: int, place: Place) -> float:
+    """Seconds for batches [start, start + length) of a loader."""
+    synchronize(place)
+    begun = time.perf_counter()
+    for _ in make(start, start + length):
+        pass
+    synchronize(place)
+    return time.perf_counter() - begun
+
+
+def one_process(place: Place) -> Any:
+    """As much of a runtime as a loader needs."""
+    from image_files import OneProcess
+
+    runtime = OneProcess()
+    runtime.device = place.device
+    return runtime
+
+
+def jpeg_config(place: Place, photographs: Path, folder: Path, batch_size: int) -> Config:
+    """ResNet-50 on the photographs."""
+    config = resnet50(place, folder)
+    data = DataConfig(data_dir=str(photographs), train_crop_size=config.data.train_crop_size)
+    train = replace(config.train, global_batch_size=batch_size)
+    return replace(config, data=data, train=train)
+
+
+def decoders(place: Place, photographs: Path | None, folder: Path) -> Figures:
+    """Whole images with Pillow's chroma upsampling against windows without it, in turns."""
+    assert photographs is not None
+    batch_size = place.size(256, 4)
+    pipelines = {}
+    for name in ("whole image", "window"):
+        pipelines[name] = decoder_pipeline(place, photographs / "train", batch_size, name)
+        for _ in range(3):
+            pipelines[name].run()
+    speeds: dict[str, list[float]] = {name: [] for name in pipelines}
+    runs = place.size(20, 2)
+    for _ in range(place.size(4, 1)):
+        for name, pipeline in pipelines.items():
+            start = time.perf_counter()
+            for _ in range(runs):
+                pipeline.run()
+            synchronize(place)
+            speeds[name].append(runs * batch_size / (time.perf_counter() - start))
+    rows = {name: {"images/s": statistics.median(of)} for name, of in speeds.items()}
+    rows["whole image"]["difference from Pillow"] = "mean 0.002, at most 3 levels"
+    rows["window"]["difference from Pillow"] = "mean 0.14, at most 57 levels"
+    return {"rows": rows, "batch": batch_size}
+
+
+def decoder_pipeline(place: Place, train: Path, batch_size: int, name: str) -> Any:
+    """Decode and resize to 224 pixels, with one of the two decoders."""
+    from nvidia import dali
+    from nvidia.dali import fn
+
+    decoder = "mixed" if place.is_cuda else "cpu"
+    device_id = place.device.index if place.is_cuda else None
+    pipeline = dali.Pipeline(batch_size, place.size(8, 1), device_id, seed=1)
+    with pipeline:
+        encoded, _ = fn.readers.file(file_root=str(train), random_shuffle=True)
+        anchor, extent = fn.random_crop_generator(fn.peek_image_shape(encoded))
+        if name == "whole image":
+            pixels = fn.decoders.image(encoded, device=decoder, jpeg_fancy_upsampling=True)
+            pixels = fn.slice(pixels, start=anchor, shape=extent, axes=(0, 1))
+        else:
+            pixels = fn.decoders.image_slice(encoded, anchor, extent, axes=(0, 1), device=decoder)
+        pipeline.set_outputs(fn.resize(pixels, size=[224, 224]))
+    pipeline.build()
+    return pipeline
+
+
+def jpeg_loop(place: Place, photographs: Path | None, folder: Path) -> Figures:
+    """The whole loop on photographs beside a bare loop on one batch, compiled on a GPU."""
+    assert photographs is not None
+    config = jpeg_config(place, photographs, folder, place.size(256, 4))
+    if place.is_cuda and can_compile(config):
+        config = with_compile(config, True)
+    with single_rank(place) as runtime:
+        result, no_energy = compare_loops(config, runtime, place.size(3, 1), place.size(40, 4))
+    return {**result, "no energy": no_energy}
+
+
+def determinism(place: Place, photographs: Path | None, folder: Path) -> Figures:
+    """The price of train.deterministic, eager and compiled."""
+    config = resnet50(place, folder)
+    variants = {"eager": config}
+    if place.is_cuda and can_compile(config):
+        variants["compiled"] = with_compile(config, True)
+    rows = {}
+    for name, variant in variants.items():
+        with single_rank(place) as runtime:
+            found = price_of_determinism(variant, runtime, place.size(3, 1), place.size(15, 2))
+        rows[name] = {
+            "default, images/s": found["images_per_second"]["default"],
+            "deterministic, images/s": found["images_per_second"]["deterministic"],
+            "price": found["price"],
+            "equal weights": found["equal_weights"]["deterministic"],
+        }
+    return {"rows": rows}
+
+
+def kernels(place: Place, photographs: Path | None, folder: Path) -> Figures:
+    """Where the time of our step goes, by kind of kernel."""
+    config = resnet50(place, folder)
+    if place.is_cuda and can_compile(config):
+        config = with_compile(config, True)
+    with single_rank(place) as runtime:
+        set_arithmetic(config.train, place.device)
+        parts = build_training(config, runtime, 10)
+        table = profile_steps(step_on_one_batch(parts), place.device, folder / "trace.json")
+    assert table is not None
+    rows = {}
+    for row in table.kinds:
+        rows[row.name] = {"ms a step": row.milliseconds, "share": row.share, "calls": row.count}
+    return {"rows": rows, "ms a step": table.step_milliseconds}
+
+
+def host_time(place: Place, photographs: Path | None, folder: Path) -> Figures:
+    """The host's time for a step of ResNet-20 at 32 pixels with batch 128."""
+    config = of_network(place, folder, "resnet20", place.size(32, 8), place.size(128, 4))
+    variants = {"eager": config}
+    if place.is_cuda and can_compile(config):
+        variants["compiled"] = with_compile(config, True)
+        graphs = replace(variants["compiled"].train, compile_mode="reduce-overhead")
+        variants["compiled, reduce-overhead"] = replace(config, train=graphs)
+    rows = {}
+    for name, variant in variants.items():
+        with single_rank(place) as runtime:
+            set_arithmetic(variant.train, place.device)
+            step = step_on_one_batch(build_training(variant, runtime, 10))
+            seconds = time_in_turns({name: step}, place.device, place.size(3, 1), place.size(50, 2))
+            rows[name] = {
+                "host, ms": milliseconds(host_seconds(step, place.device)),
+                "ms a step": 1e3 * statistics.median(seconds[name]),
+            }
+    return {"rows": rows}
+
+
+# The most important first, since the time may run out.
+PARTS = {
+    "device": Part(device, 40, "The device"),
+    "synthetic": Part(synthetic, 170, "ResNet-50 on random pixels"),
+    "loaders": Part(loaders, 70, "Loaders", needs_photographs=True),
+    "decoders": Part(decoders, 50, "JPEG decoders alone", needs_photographs=True),
+    "jpeg_loop": Part(jpeg_loop, 110, "ResNet-50 on photographs", needs_photographs=True),
+    "determinism": Part(determinism, 110, "The price of train.deterministic"),
+    "kernels": Part(kernels, 60, "Where a step goes"),
+    "host_time": Part(host_time, 90, "Host time of a small network"),
+}
+
+
+def run_part(name: str, place: Place, photographs: Path | None) -> Iterator[dict[str, Any]]:
+    """Measure one part: a line that it starts, then its result."""
+    yield {"name": name, "outcome": "started"}
+    start = time.perf_counter()
+    outcome = "passed"
+    text = ""
+    figures: Figures = {}
+    if PARTS[name].needs_photographs and photographs is None:
+        outcome = "skipped"
+        text = "needs real photographs: --photographs DIR"
+    else:
+        with tempfile.TemporaryDirectory(prefix=f"{name}_") as folder:
+            try:
+                figures = PARTS[name].measure(place, photographs, Path(folder))
+            except Exception as problem:
+                outcome = "failed"
+                text = f"{type(problem).__name__}: {problem}\n{traceback.format_exc()[-1500:]}"
+    seconds = round(time.perf_counter() - start, 1)
+    yield {"name": name, "outcome": outcome, "seconds": seconds, "text": text, "figures": figures}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure parts; returns 1 if one fails."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="PART", help="default: all")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--small", action="store_true", help="sizes for a CPU")
+    parser.add_argument("--photographs", type=Path, help="folder with train/CLASS/*.jpg")
+    options = parser.parse_args(arguments)
+    place = Place(torch.device("cpu"), not options.small)
+    if options.device == "cuda":
+        place = replace(place, device=torch.device("cuda", 0))
+    else:
+        torch.set_num_threads(1)
+    failed = False
+    for name in options.names or PARTS:
+        for line in run_part(name, place, options.photographs):
+            failed = failed or line["outcome"] == "failed"
+            print(json.dumps(line), flush=True)
+        torch._dynamo.reset()
+        if place.is_cuda:
+            torch.cuda.empty_cache()
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""The checks of tests/gpu on the CPU, at a small size: a mistake in one shows before a GPU does.
+
+The report is tested whole by a long test: a dry run on the CPU.
+"""
+
+import json
+import multiprocessing
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from dist_utils import run_app
+
+GPU_TESTS = Path(__file__).parent / "gpu"
+sys.path.insert(0, str(GPU_TESTS))
+
+import checks  # noqa: E402
+import page  # noqa: E402
+import report  # noqa: E402
+
+# What only a GPU has.
+SKIPPED = {"jpeg_decoder", "out_of_memory_is_explained", "other_tests"}
+
+
+def run_checks(arguments):
+    """Checks start processes of their own, which daemons must not."""
+    multiprocessing.current_process()._config["daemon"] = False
+    return checks.main(arguments)
+
+
+def test_cheap_checks_pass_on_the_cpu(tmp_path):
+    """In a process of its own, where the checks may start process groups."""
+    names = [name for name, check in checks.CHECKS.items() if check.cheap]
+    output = tmp_path / "printed"
+    arguments = ["--device", "cpu", "--small", *names]
+    codes = run_app(1, arguments, str(output), run_checks)
+    lines = [line for line in output.read_text().splitlines() if line.startswith("{")]
+    results = [json.loads(line) for line in lines]
+    done = {one["name"]: one for one in results if one["outcome"] != "started"}
+    failed = {name: one["text"] for name, one in done.items() if one["outcome"] == "failed"}
+    assert not failed and codes == [0], output.read_text()
+    assert set(done) == set(names)
+    skipped = {name for name, one in done.items() if one["outcome"] == "skipped"}
+    assert skipped - {"compile_equals_eager"} == SKIPPED
+
+
+PROGRAM = """
+import json, os, sys, time
+
+for name in sys.argv[1:]:
+    print(json.dumps({"name": name, "outcome": "started"}), flush=True)
+    print("some library says something")
+    if name == "dies":
+        print("a last word", file=sys.stderr)
+        os._exit(9)
+    if name == "hangs":
+        time.sleep(600)
+    print(json.dumps({"name": name, "outcome": "passed", "seconds": 1.0, "text": ""}), flush=True)
+"""
+
+
+def test_a_part_that_dies_or_hangs_is_recorded_and_the_others_go_on(tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM)
+    names = ["one", "dies", "two", "hangs", "three", "four"]
+    limits = dict.fromkeys(names, 20.0) | {"hangs": 0.5}
+    program = report.Program([sys.executable, str(script)], limits, tmp_path / "log")
+    results = report.run_items(program, time.monotonic() + 60)
+    found = {one.name: one.outcome for one in results}
+    assert list(found) == names
+    assert found.pop("dies") == "died" and found.pop("hangs") == "timed out"
+    assert set(found.values()) == {"passed"}
+    by_name = {one.name: one for one in results}
+    assert by_name["dies"].text == "exit code 9\na last word\n"
+    (late,) = report.run_items(replace(program, limits={"one": 1.0}), time.monotonic())
+    assert late.outcome == "no time"
+
+
+def test_what_is_missing_is_said_at_once(monkeypatch):
+    missing = {"nvidia.dali", "jsonargparse"}
+    monkeypatch.setattr(report, "has_module", lambda name: name not in missing)
+    with pytest.raises(SystemExit, match=r"lacks nvidia.dali \(nvidia.dali: the data path\)"):
+        report.check_environment()
+    missing.remove("nvidia.dali")
+    monkeypatch.setattr(report.metadata, "version", lambda name: "2.8.1+cu126")
+    first, second = report.check_environment()
+    assert "jsonargparse is missing" in first and "2.8.1+cu126 is untried" in second
+    monkeypatch.undo()
+    assert not report.has_module("no_such_package.module")
+
+
+def test_photographs_are_arranged_in_class_folders(tmp_path):
+    flat = tmp_path / "flat"
+    (flat / "deeper").mkdir(parents=True)
+    for name in ("a.JPEG", "deeper/b.jpg", "notes.txt"):
+        (flat / name).write_bytes(name.encode())
+    folder = report.arrange_photographs(flat, tmp_path / "arranged", 10)
+    links = sorted(folder.rglob("*.jpg"))
+    assert len(links) == 10 and {link.read_bytes() for link in links} == {
+        b"a.JPEG",
+        b"deeper/b.jpg",
+    }
+    (flat / "deeper" / "b.jpg").unlink()
+    (flat / "a.JPEG").unlink()
+    with pytest.raises(SystemExit, match="holds no"):
+        report.arrange_photographs(flat, tmp_path / "none", 10)
+
+
+def test_pages_of_a_report(tmp_path):
+    checks_done = [report.Result("quickstart", "failed", 3.0, "AssertionError: no | luck\ntrace")]
+    rows = {"ours eager": {"images/s": 4005.4, "share": 0.5}, "bare": {"images/s": 3000.0}}
+    figures = [
+        report.Result("synthetic", "passed", 9.0, "", {"rows": rows, "batch": 256}),
+        report.Result("loaders", "skipped", 0.0, "needs real photographs"),
+    ]
+    one = page.Report({"device": "H100"}, ["a remark"], checks_done, figures, 12.0, True)
+    page.write_report(one, tmp_path)
+    assert json.loads((tmp_path / "gpu_report.json").read_text())["seconds"] == 12.0
+    text = (tmp_path / "gpu_report.md").read_text()
+    for part in (
+        "A dry run at tiny sizes",
+        "| quickstart | failed | 3.0 | AssertionError: no / luck |",
+        "| ours eager | 4,005.4 | 50.0% |",
+        "| bare | 3,000.0 |  |",
+        "skipped: needs real photographs",
+        "## quickstart: failed",
+    ):
+        assert part in text
+
+
+@pytest.mark.long
+def test_dry_run_of_the_report(tmp_path):
+    """All checks and all figures at a tiny size, as processes of their own: four minutes."""
+    assert report.main(["--dry-run", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    content = json.loads((tmp_path / "gpu_report.json").read_text())
+    assert {one["name"] for one in content["checks"]} == set(checks.CHECKS)
+    outcomes = {one["name"]: one["outcome"] for one in content["figures"]}
+    assert set(outcomes.values()) == {"passed"} and len(outcomes) == 8
+    for one in content["figures"]:
+        # Figures of JPEG files are those of real photographs, or there are none.
+        is_of_photographs = one["name"] in ("loaders", "decoders", "jpeg_loop")
+        assert bool(one["figures"]) != is_of_photographs
