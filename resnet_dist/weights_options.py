@@ -75,7 +75,7 @@ def add_evaluate_options(parser: Parser) -> None:
         "--output",
         default="",
         metavar="DIR",
-        help="with --suite: folder for the table; empty: the name of the file without .yaml",
+        help="with --suite: folder for the table; empty: NAME_results for NAME.yaml",
     )
     add_json_option(parser)
     _add_weights_options(parser)

@@ -124,7 +124,7 @@ def test_errors_name_what_is_wrong_and_what_was_meant(capsys, tmp_path):
         (["train", "stray"], ["unexpected argument stray"]),
         (["benchmark", "--windows", "0"], ["--windows is 0: it must be at least 1"]),
         (["predict", "a.jpg", "--checkpoint", "x", "--top", "0"], ["--top is 0", "at least 1"]),
-        (["predict", "a.jpg"], ["--checkpoint PATH is missing"]),
+        (["predict", "a.jpg"], ["--weights W is missing"]),
         (["export", "--checkpoint", "x", "--to", "onnx"], ["--output is missing"]),
     ):
         said = error_of(capsys, *arguments)

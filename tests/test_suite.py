@@ -7,6 +7,7 @@ first one of the order among those that compete.
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -198,7 +199,7 @@ sets:
     assert figures["C"]["num"] == 20 and "mce" not in figures["C"]
     errors = [line for line in printed.splitlines() if line.startswith("error: ")]
     expected = (
-        ("gone: ", "does not exist"),
+        ("gone: sets.gone.data", "does not exist"),
         ("whole: ", "--classes present", "4 of the 1000 classes"),
         ("names: ", "is not named as ILSVRC2012_val_00000001.JPEG"),
         ("wrong: ", "cannot be read as JSON"),
@@ -381,3 +382,12 @@ def test_wrong_suites_are_one_sentence(tmp_path, monkeypatch):
         read_suite(path)
     with pytest.raises(ValueError, match="cannot be read"):
         read_suite(tmp_path / "gone.yaml")
+
+
+def test_the_suite_of_the_documentation_is_read(tmp_path):
+    page = Path(__file__).resolve().parents[1] / "docs" / "evaluation.md"
+    [suite] = re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)
+    path = tmp_path / "suite.yaml"
+    path.write_text(suite)
+    entries = {entry.name: entry for entry in read_suite(path)}
+    assert len(entries) == 8 and entries["A"].classes == "present"

@@ -72,7 +72,7 @@ def run(saved: SavedNetwork, config: Config, options: argparse.Namespace) -> int
 
     def body(config: Config, runtime: Runtime) -> int:
         entries = runtime.on_main(lambda: read_suite(Path(options.suite)))
-        folder = Path(options.output or Path(options.suite).stem)
+        folder = Path(options.output or f"{Path(options.suite).stem}_results")
         with tempfile.TemporaryDirectory() as scratch:
             evaluation = _prepare(saved, replace(config, output_dir=scratch), runtime, folder)
             results = _evaluate_all(evaluation, entries)
@@ -126,13 +126,13 @@ def _evaluate_all(evaluation: _Evaluation, entries: list[SuiteEntry]) -> list[Se
         result.parts.update(_finished_parts(result.entry, earlier))
         if result.parts:
             result.remarks.append(
-                f"{result.entry.name}: {len(result.parts)} finished parts are taken from "
+                f"{len(result.parts)} finished parts are taken from "
                 f"{evaluation.folder / _STEM}.json; remove it to evaluate them again"
             )
     for result in results:
         _evaluate_set(evaluation, result, results)
         if runtime.is_main:
-            print_remarks(result.remarks)
+            print_remarks([f"{result.entry.name}: {remark}" for remark in result.remarks])
     return results
 
 
@@ -169,12 +169,22 @@ def _evaluate_set(evaluation: _Evaluation, result: SetResult, results: list[SetR
         if part.name in result.parts:
             continue
         try:
-            result.parts[part.name] = _evaluate_part(evaluation, result, part)
+            counts = _evaluate_part(evaluation, result, part)
+            result.parts[part.name] = counts
+            if evaluation.runtime.is_main:
+                _print_progress(result.entry, part, counts)
         except ValueError as problem:
             problems.append(str(problem))
         result.problem = _summary(problems, len(parts))
         if evaluation.runtime.is_main:
             _keep(evaluation, results)
+
+
+def _print_progress(entry: SuiteEntry, part: Part, counts: PartCounts) -> None:
+    """Print one line to standard error: a suite may take hours."""
+    title = printable(f"{entry.name} {part.name}").strip()
+    share = f"{counts.correct1} of {counts.num} images"
+    print(f"{title}: {share}", file=sys.stderr, flush=True)
 
 
 def _summary(problems: list[str], num_parts: int) -> str:

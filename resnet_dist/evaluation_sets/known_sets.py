@@ -46,7 +46,7 @@ def parts_of(entry: SuiteEntry) -> list[Part]:
         return [Part("", partial(_open_cifar10_1, entry))]
     if entry.kind == "cifar10":
         return [Part("", partial(_open_cifar10, entry))]
-    return [Part("", partial(open_folder, entry.data))]
+    return [Part("", partial(open_folder, entry.data, key=f"sets.{entry.name}.data"))]
 
 
 _OpenCorrupted = Callable[[str, str, int, Config, Runtime], ValLoader]
@@ -113,7 +113,7 @@ def _open_cifar10(entry: SuiteEntry, config: Config, runtime: Runtime) -> ValLoa
     folder = Path(entry.data)
     has_folders = runtime.on_main(lambda: (folder / "val").is_dir())
     if has_folders:
-        return open_folder(entry.data, config, runtime)
+        return open_folder(entry.data, config, runtime, f"sets.{entry.name}.data")
     return _open_arrays(lambda: read_cifar10(folder), config, runtime)
 
 

@@ -34,19 +34,24 @@ def find_split(folder: str) -> tuple[str, str]:
     return os.path.split(absolute)
 
 
-def open_folder(folder: str, config: Config, runtime: Runtime) -> ValLoader:
+def open_folder(folder: str, config: Config, runtime: Runtime, key: str = "--data") -> ValLoader:
     """Build this rank's loader of an evaluation set. Call it on every rank.
 
     Args:
         folder: See `find_split`.
         config: The settings of the run.
         runtime: The process group.
+        key: The option or key that names the folder, for error messages.
 
     Raises:
         ValueError: On every rank, if the folder cannot be used.
     """
     data_dir, split = runtime.on_main(lambda: find_split(folder))
-    index = build_index(data_dir, split, runtime, rescan=config.data.rescan)
+    try:
+        index = build_index(data_dir, split, runtime, rescan=config.data.rescan)
+    except ValueError as problem:
+        # The messages are about the setting of a training.
+        raise ValueError(str(problem).replace("data.data_dir", key)) from problem
     data = replace(config.data, kind="folder", data_dir=data_dir)
     return build_val_loader(replace(config, data=data), runtime, index=index)
 
