@@ -1,6 +1,7 @@
 # make quickstart: install, and train on real digits with two processes.
 # make test-fast: unit tests (two minutes). make test: the whole suite, as in CI.
 # make test-long: what takes long: 200 faults, elastic agents, inductor on networks.
+# make results: run what is missing of all studies. make results-page: write docs/results.md.
 # make lint: format, style and types.
 # make gpu: checks and figures on one GPU, in 8 minutes; PHOTOGRAPHS=DIR names a folder of real JPEG
 # files, and PYTHON=python3 takes an environment that has torch and DALI already.
@@ -11,7 +12,7 @@ BIN = $(VENV)/bin
 WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test-fast test test-long chaos gpu lint fmt
+.PHONY: quickstart test-fast test test-long chaos results results-page gpu lint fmt
 
 quickstart: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 train.py
@@ -28,6 +29,16 @@ test-long: $(VENV)/installed
 
 chaos: $(VENV)/installed
 	$(BIN)/python tests/chaos/chaos.py
+
+# DATA: the folder of CIFAR-10, for instance `make results DATA=/data/cifar10`.
+STUDIES = configs/studies/*.yaml
+STUDY = $(BIN)/resnet-dist study $(STUDIES) $(if $(DATA),--set data.data_dir=$(DATA))
+
+results: $(VENV)/installed
+	$(STUDY) --collect docs/results
+
+results-page: $(VENV)/installed
+	$(STUDY) --collect docs/results --page docs/results.md
 
 REPORT = tests/gpu/report.py $(if $(PHOTOGRAPHS),--photographs $(PHOTOGRAPHS))
 ifeq ($(origin PYTHON),file)

@@ -260,6 +260,18 @@ def _report(line: CommandLine) -> int:
     return report.run(line.options())
 
 
+def _add_study_options(parser: Parser) -> None:
+    from resnet_dist.commands import study
+
+    study.add_study_arguments(parser)
+
+
+def _study(line: CommandLine) -> int:
+    from resnet_dist.commands import study
+
+    return study.run(line.options())
+
+
 def _data_commands() -> dict[str, Command]:
     """The commands of `resnet-dist data`."""
     from resnet_dist.commands import data
@@ -356,6 +368,13 @@ COMMANDS = {
         f"[--bench] [--json] {_CONFIG_USAGE}",
     ),
     "report": Command("a table and a plot of the metrics of runs", _add_report_options, _report),
+    "study": Command(
+        "run the trainings of a study, with several seeds, and write its table",
+        _add_study_options,
+        _study,
+        "[--set KEY=VALUE] [--ranks N] [--dry_run] [--submit PROFILE] [--collect FOLDER] "
+        "[--page FILE] STUDY ...",
+    ),
 }
 if __name__ == "__main__":
     sys.exit(main())

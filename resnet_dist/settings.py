@@ -113,7 +113,7 @@ def _parse_yaml(path: Path) -> yaml.Node | None:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        return yaml.compose(text, Loader=_Loader)
+        return yaml.compose(text, Loader=SettingsLoader)
     except (OSError, UnicodeDecodeError) as problem:
         raise ValueError(f"cannot read {path}: {printable(problem)}") from problem
     except yaml.YAMLError as problem:
@@ -254,11 +254,11 @@ def config_from_files(names: list[str], changes: Mapping[str, Any]) -> Config:
     return build_config({**files.values, **changes})
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+class SettingsLoader(yaml.SafeLoader):  # type: ignore[misc]
     """Reads YAML 1.1 as PyYAML does, but takes 1e-4 as a number, not as text."""
 
 
-_Loader.add_implicit_resolver(
+SettingsLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
@@ -291,7 +291,7 @@ def _find_settings(
         raise ValueError(f"{name} must hold settings, one `key: value` per line ({place})")
     sections = _section_names(hints)
     # Replaces merge keys (`<<: *anchor`) by the entries that they refer to.
-    _Loader("").flatten_mapping(node)
+    SettingsLoader("").flatten_mapping(node)
     for key_node, value_node in node.value:
         key = _present_name(f"{prefix}{key_node.value}")
         if key in sections:
@@ -332,7 +332,7 @@ def _construct(node: yaml.Node, path: Path) -> object:
     Raises:
         ValueError: The value is not valid YAML.
     """
-    loader = _Loader("")
+    loader = SettingsLoader("")
     try:
         return loader.construct_object(node, deep=True)
     except yaml.YAMLError as problem:

@@ -38,6 +38,7 @@ LAYERS = [
         "metrics_file",
         "intervals",
         "history",
+        "study",
         "calibration",
         "comparison",
         "confusion",

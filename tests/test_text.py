@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "resnet_dist"
 # Names in the package for what comes from outside.
 FOREIGN = {"problem", "error", "warning", "path", "file", "folder", "output", "name", "detail"}
 
-# Here `name` is that of a network, a mode, a loader or a signal, which is ours; `path` is printable.
+# Here `name` is that of a network, a mode, a loader or a signal, which is ours; `path` is
+# printable.
 OURS = {"benchmark_determinism.py", "export.py", "models.py", "benchmark_loader.py", "predict.py"}
 
 

@@ -1,0 +1,230 @@
+"""The table of a study, and the page in Markdown of several studies."""
+
+import json
+import os
+import shlex
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from resnet_dist.comparison import SeedSummary
+from resnet_dist.files import write_file
+from resnet_dist.study import (
+    Result,
+    Study,
+    Trial,
+    paired_difference,
+    results_of,
+    summarize,
+)
+
+_HEADER = """# Results
+
+This page is written by `make results-page` from the study files in
+[configs/studies](../configs/studies) and the metrics in [results](results). Do not edit it.
+`make results DATA=FOLDER` runs what is missing and resumes what was interrupted;
+`resnet-dist study FILE --dry_run --measure` says before how long it takes.
+
+Each row is the mean over the seeds that have finished. The deviation is that of one training, the
+interval contains the mean over all seeds with 95 % confidence (Student's t). Two runs are compared
+seed by seed; a difference counts only if its interval does not contain zero.
+"""
+
+
+def describe_study(study: Study) -> str:
+    """The table of a study and its comparisons, in Markdown."""
+    lines = [_table_head(study)]
+    lines += [_table_row(study, run) for run in study.run_names()]
+    comparisons = [_compare(study, first, second) for first, second in study.compare]
+    if comparisons:
+        lines.append("")
+        lines += [f"- {sentence}" for sentence in comparisons]
+    return "\n".join(lines)
+
+
+def write_page(studies: Sequence[Study], path: Path) -> None:
+    """Write the page of several studies, and a picture beside the results of each.
+
+    Raises:
+        OSError: A file cannot be written.
+    """
+    sections = [_HEADER]
+    waiting = []
+    for study in studies:
+        if any(results_of(study, run) for run in study.run_names()):
+            sections.append(_section(study, path))
+        else:
+            waiting.append(f"- **{study.title}** (`{study.name}`): {study.question}")
+    if waiting:
+        sections += ["## Not run yet", "", *waiting, ""]
+    write_file(path, "\n".join(sections))
+
+
+def _section(study: Study, page: Path) -> str:
+    """One study on the page."""
+    lines = [f"## {study.title}", "", study.question, "", describe_study(study), ""]
+    picture = _draw(study, page)
+    if picture:
+        lines += [f"![{study.metric} of {study.title}]({picture})", ""]
+    if study.notes:
+        lines += [study.notes.strip(), ""]
+    lines += ["<details><summary>Every training</summary>", ""]
+    lines += ["| run | seed | accuracy | commit | machine | metrics |", "|---|---|---|---|---|---|"]
+    for run in study.run_names():
+        for result in results_of(study, run):
+            lines.append(_training_row(result, page))
+    lines += ["", *_commands(study), "</details>", ""]
+    return "\n".join(lines)
+
+
+def _table_head(study: Study) -> str:
+    """The first two lines of the table."""
+    columns = ["run", "seeds", study.metric, "deviation", "95 % interval", "time", "images/s"]
+    columns += [f"time to {target:g} %" for target in study.targets]
+    return f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
+
+
+def _table_row(study: Study, run: str) -> str:
+    """The row of one run."""
+    results = results_of(study, run)
+    num_seeds = len(study.of_run(run))
+    cells = [run, _seeds_cell(len(results), num_seeds)]
+    if results:
+        cells += _accuracy_cells(results)
+        cells.append(_duration(statistics.fmean(result.seconds for result in results)))
+        cells.append(_speed_cell(results))
+        cells += [_target_cell(results, target) for target in study.targets]
+    else:
+        cells += ["not run", *[""] * (4 + len(study.targets))]
+    return f"| {' | '.join(cells)} |"
+
+
+def _seeds_cell(num_finished: int, num_seeds: int) -> str:
+    """How many seeds have finished."""
+    if num_finished == num_seeds:
+        return str(num_seeds)
+    return f"{num_finished} of {num_seeds}"
+
+
+def _accuracy_cells(results: Sequence[Result]) -> list[str]:
+    """Mean, deviation and interval; for a single seed only its value."""
+    summary = summarize(results)
+    if summary is None:
+        return [f"{results[0].accuracy:.2f} %", "one seed", "one seed"]
+    interval = summary.interval
+    return [
+        f"{summary.mean:.2f} %",
+        f"{summary.deviation:.2f}",
+        f"{interval.low:.2f} to {interval.high:.2f}",
+    ]
+
+
+def _speed_cell(results: Sequence[Result]) -> str:
+    """The median speed over the lines of all trainings."""
+    speeds = []
+    for result in results:
+        speeds += result.history.curve("train/images_per_second").values
+    if not speeds:
+        return ""
+    return f"{statistics.median(speeds):.0f}"
+
+
+def _target_cell(results: Sequence[Result], target: float) -> str:
+    """The mean time to a target, if every seed has reached it."""
+    times = []
+    for result in results:
+        if target in result.seconds_to_target:
+            times.append(result.seconds_to_target[target])
+    if len(times) < len(results):
+        return f"{len(times)} of {len(results)} reached it"
+    return _duration(statistics.fmean(times))
+
+
+def _compare(study: Study, first: str, second: str) -> str:
+    """One sentence about the difference of two runs."""
+    difference = paired_difference(results_of(study, first), results_of(study, second))
+    title = f"{second} against {first}"
+    if difference is None:
+        return f"{title}: fewer than two seeds of both have finished, so nothing follows."
+    return f"{title}: {_describe_difference(difference)}"
+
+
+def _describe_difference(difference: SeedSummary) -> str:
+    """The difference with its interval, and whether it is one."""
+    interval = difference.interval
+    numbers = (
+        f"{difference.mean:+.2f} points, 95 % interval {interval.low:+.2f} to {interval.high:+.2f} "
+        f"over {difference.num} seeds"
+    )
+    if interval.contains(0.0):
+        return f"{numbers}: no difference is shown."
+    return f"{numbers}."
+
+
+def _training_row(result: Result, page: Path) -> str:
+    """The row of one training, with its origin."""
+    training = result.training
+    origin = _read_origin(training)
+    metrics = _relative(training.folder / "metrics.jsonl", page)
+    cells = [
+        training.run,
+        str(training.seed),
+        f"{result.accuracy:.2f} %",
+        origin.get("commit", ""),
+        origin.get("machine", ""),
+        f"[metrics.jsonl]({metrics})",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _read_origin(training: Trial) -> dict[str, str]:
+    """The content of study.json; empty if there is none."""
+    path = training.folder / "study.json"
+    if not path.exists():
+        return {}
+    origin: dict[str, str] = json.loads(path.read_text())
+    return origin
+
+
+def _commands(study: Study) -> list[str]:
+    """The command of the first seed of each run."""
+    lines = ["```text"]
+    for run in study.run_names():
+        words = study.of_run(run)[0].words
+        lines.append(f"resnet-dist train {shlex.join(words)}")
+    lines.append("```")
+    return lines
+
+
+def _draw(study: Study, page: Path) -> str:
+    """Draw the curves of the first finished seed of each run.
+
+    Returns:
+        The path of the picture, seen from the page; "" if nothing has finished.
+    """
+    from resnet_dist.commands.report_plots import plot_runs
+
+    histories = []
+    for run in study.run_names():
+        results = results_of(study, run)
+        if results:
+            histories.append(results[0].history)
+    if not histories:
+        return ""
+    folder = study.trainings[0].folder.parent
+    picture = folder / "curves.png"
+    plot_runs(histories, picture)
+    return _relative(picture, page)
+
+
+def _relative(path: Path, page: Path) -> str:
+    """A path as the page links to it."""
+    return Path(os.path.relpath(path, page.parent)).as_posix()
+
+
+def _duration(seconds: float) -> str:
+    """A duration as "4 min 59 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    return f"{minutes} min {rest} s"

@@ -1,0 +1,204 @@
+"""Studies: what is missing is run, what was interrupted is resumed, and the table is right."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from dist_utils import run_app
+
+from resnet_dist import cli
+from resnet_dist.commands import study as study_command
+from resnet_dist.study import read_study, results_of
+
+ROOT = Path(__file__).resolve().parents[1]
+STUDY = """
+title: Zero-init
+question: Does it help on digits?
+config: quickstart
+output_dir: {folder}/runs
+seeds: [0, 1]
+settings:
+  data.train_crop_size: 8
+  data.val_resize_size: 8
+  data.val_crop_size: 8
+  train.epochs: 0.5
+  train.global_batch_size: 120
+  train.eval_interval_epochs: 0
+  schedule.warmup_epochs: 0
+  optim.weight_decay: 1e-4
+  log.wandb: disabled
+  log.interval_steps: 1
+  distributed.threads: 1
+runs:
+  plain:
+  zero init: {{model.zero_init_residual: true}}
+compare: [[plain, zero init]]
+targets: [1, 50, 100]
+"""
+
+
+@pytest.fixture
+def study_file(tmp_path):
+    path = tmp_path / "zero_init.yaml"
+    path.write_text(STUDY.format(folder=tmp_path))
+    return path
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Trainings write what they would log, at once; the list has the command of each."""
+    commands = []
+
+    def run(command, **details):
+        if command[0] != sys.executable:
+            # The commit; and Python asks for the processor.
+            return subprocess.CompletedProcess(command, 0, "0123456789ab\n", "")
+        words = command[3:]
+        commands.append(words)
+        folder = Path(words[words.index("--output_dir") + 1])
+        seed = int(words[words.index("--seed") + 1])
+        is_zero_init = "--model.zero_init_residual" in words
+        write_metrics(folder, top1=50 + seed + 3 * is_zero_init)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(study_command.subprocess, "run", run)
+    return commands
+
+
+def write_metrics(folder, top1):
+    """The lines of a training of half an epoch, whose second half a later session did."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        {"step": 3, "time": 100.0, "elapsed": 10.0, "train/epoch": 0.25, "val/top1": 10.0},
+        {"step": 6, "time": 220.0, "elapsed": 20.0, "train/epoch": 0.5, "train/loss": 1.0},
+        {"step": 6, "time": 225.0, "elapsed": 25.0, "train/epoch": 0.5, "val/top1": top1},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text)
+
+
+def test_what_is_missing_is_run_and_the_page_has_every_training(
+    study_file, digits, tmp_path, trained, capsys
+):
+    words = ["study", str(study_file), "--set", f"data.data_dir={digits}"]
+    collected = tmp_path / "docs" / "results"
+    assert cli.main([*words, "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("missing, 0.5 epochs left") == 4
+    assert trained == []
+
+    assert cli.main([*words, "--collect", str(collected)]) == 0
+    table = capsys.readouterr().out
+    assert len(trained) == 4
+    # 50 and 51 %; Student's t with one degree of freedom is 12.71.
+    assert "| plain | 2 | 50.50 % | 0.71 | 44.15 to 56.85 | 35 s |" in table
+    # Ten seconds of the first session, and 25 of the second.
+    assert "| 10 s | 35 s | 0 of 2 reached it |" in table
+    assert "zero init against plain: +3.00 points, 95 % interval +3.00 to +3.00" in table
+    study = read_study(study_file, {"data.data_dir": digits})
+
+    # A finished study runs nothing; one that was cut short resumes.
+    metrics = study.trainings[0].folder / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(lines[:2]))
+    trained.clear()
+    assert cli.main(words) == 0
+    assert [command[0] for command in trained] == ["train"]
+    capsys.readouterr()
+
+    page = tmp_path / "docs" / "results.md"
+    assert cli.main([*words, "--collect", str(collected), "--page", str(page)]) == 0
+    text = page.read_text()
+    assert text.count("0123456789ab") == 4
+    for link in ("plain_seed0", "zero_init_seed1"):
+        assert f"results/zero_init/{link}/metrics.jsonl" in text
+        assert (collected / "zero_init" / link / "metrics.jsonl").exists()
+    assert (page.parent / "results/zero_init/curves.png").exists()
+    origin = json.loads((collected / "zero_init/plain_seed0/study.json").read_text())
+    assert origin["command"][:3] == ["resnet-dist", "train", "--config"]
+
+
+@pytest.mark.slow
+def test_a_real_training(study_file, digits, tmp_path, monkeypatch):
+    def run(command, **details):
+        codes = [0]
+        if command[0] == sys.executable:
+            codes = run_app(1, command[3:], str(tmp_path / "log"))
+        return subprocess.CompletedProcess(command, codes[0], "", "")
+
+    monkeypatch.setattr(study_command.subprocess, "run", run)
+    text = study_file.read_text().replace("seeds: [0, 1]", "seeds: [3]")
+    text = text.replace("  zero init: {model.zero_init_residual: true}\n", "")
+    text = text.replace("compare: [[plain, zero init]]", "")
+    study_file.write_text(text)
+    assert cli.main(["study", str(study_file), "--set", f"data.data_dir={digits}"]) == 0
+    study = read_study(study_file)
+    (result,) = results_of(study, "plain")
+    assert 0 < result.accuracy < 100
+    assert list(result.seconds_to_target) in ([1], [1, 50])
+
+
+def test_a_failed_training_does_not_stop_the_others(study_file, monkeypatch, capsys):
+    monkeypatch.setattr(study_command.subprocess, "run", ending_with(2))
+    assert cli.main(["study", str(study_file)]) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("exit code 2") == 4
+    assert "| plain | 0 of 2 | not run |" in printed
+
+
+def ending_with(code):
+    """In place of subprocess.run."""
+
+    def run(command, **details):
+        return subprocess.CompletedProcess(command, code, "", "")
+
+    return run
+
+
+def test_an_interrupted_training_ends_the_study(study_file, monkeypatch):
+    monkeypatch.setattr(study_command.subprocess, "run", ending_with(130))
+    assert cli.main(["study", str(study_file)]) == 130
+
+
+def test_mistakes_name_file_and_key(study_file, tmp_path, capsys):
+    text = study_file.read_text()
+    for old, new, words in (
+        ("title: Zero-init", "", "the key title is missing"),
+        ("seeds: [0, 1]", "seeds: [a]", "seeds holds 'a'"),
+        ("seeds: [0, 1]", "seeds: []", "seeds is empty"),
+        ("compare: [[plain, zero init]]", "compare: [[plain, zero ini]]", "mean zero init?"),
+        ("question:", "queston: x\nquestion:", "did you mean question?"),
+        ("{model.zero_init_residual: true}", "{model.zero_init: true}", "model.zero_init_residual"),
+        ("  train.epochs: 0.5", "  train.epochs: -1", "train.epochs is -1"),
+        ("config: quickstart", "config: quickstrt", "quickstart"),
+        ("runs:", "runs: [", "cannot read the study"),
+    ):
+        assert old in text
+        study_file.write_text(text.replace(old, new))
+        assert cli.main(["study", str(study_file)]) == 2
+        error = capsys.readouterr().err
+        assert str(study_file) in error and words in error, error
+    assert cli.main(["study", str(tmp_path / "none.yaml")]) == 2
+    study_file.write_text(text)
+    assert cli.main(["study", str(study_file), "--set", "train.epochs"]) == 2
+    assert cli.main(["study", str(study_file), "--page", "x.md"]) == 2
+
+
+def test_the_studies_of_the_project_are_right():
+    files = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
+    assert len(files) >= 10
+    for path in files:
+        study = read_study(path)
+        assert study.compare or study.targets, path
+
+
+def test_the_page_of_results_is_written_by_the_studies(tmp_path):
+    shutil.copytree(ROOT / "docs" / "results", tmp_path / "results")
+    files = [str(path) for path in sorted((ROOT / "configs" / "studies").glob("*.yaml"))]
+    page = tmp_path / "results.md"
+    words = ["study", *files, "--collect", str(tmp_path / "results"), "--page", str(page)]
+    assert cli.main(words) == 0
+    assert page.read_text() == (ROOT / "docs" / "results.md").read_text()
