@@ -30,15 +30,18 @@ test-long: $(VENV)/installed
 chaos: $(VENV)/installed
 	$(BIN)/python tests/chaos/chaos.py
 
-# DATA: the folder of CIFAR-10, for instance `make results DATA=/data/cifar10`.
-STUDIES = configs/studies/*.yaml
-STUDY = $(BIN)/resnet-dist study $(STUDIES) $(if $(DATA),--set data.data_dir=$(DATA))
+# The studies on digits, and with DATA=FOLDER those on CIFAR-10, which lies in that folder.
+STUDIES = $(wildcard configs/studies/*.yaml)
+DIGITS = $(wildcard configs/studies/digits_*.yaml)
+CIFAR = $(filter-out $(DIGITS),$(STUDIES))
+STUDY = $(BIN)/resnet-dist study --collect docs/results
 
 results: $(VENV)/installed
-	$(STUDY) --collect docs/results
+	$(STUDY) $(DIGITS)
+	$(if $(DATA),$(STUDY) $(CIFAR) --set data.data_dir=$(DATA))
 
 results-page: $(VENV)/installed
-	$(STUDY) --collect docs/results --page docs/results.md
+	$(STUDY) $(STUDIES) --page docs/results.md
 
 REPORT = tests/gpu/report.py $(if $(PHOTOGRAPHS),--photographs $(PHOTOGRAPHS))
 ifeq ($(origin PYTHON),file)
