@@ -28,10 +28,20 @@ class _Argument(NamedTuple):
 
 
 _PACKING = ("--resize", "--quality", "--shard_mb", "--workers")
+_PARQUET = ("--class_names", "--image_column", "--label_column", "--val_split")
 _COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "import-imagenet": (
         "the ILSVRC 2012 archives in SRC to OUT/train/<wnid>/ and OUT/val/<wnid>/",
         ("src", "out", "--shards", "--skip_checksums", *_PACKING),
+    ),
+    "import-parquet": (
+        "parquet files as Hugging Face has them, in SRC or SRC/data/, to tar shards in OUT/train/ "
+        "and OUT/val/",
+        ("src", "out", *_PARQUET, *_PACKING),
+    ),
+    "import-hf": (
+        "download the parquet files of the data set NAME from the Hugging Face hub and import them",
+        ("name", "out", "--config", *_PARQUET, *_PACKING),
     ),
     "pack": (
         "class folders in SRC/train/ and SRC/val/ to tar shards with an index, which webdataset "
@@ -68,12 +78,25 @@ _COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
 _ARGUMENTS = {
     "src": _Argument(None, "folder to read"),
     "out": _Argument(None, "folder to write"),
-    "name": _Argument(None, "imagenette, cifar10 or flowers102"),
+    "name": _Argument(
+        None,
+        "download: imagenette, cifar10 or flowers102; import-hf: a data set of the hub, such as "
+        "ILSVRC/imagenet-1k",
+    ),
     "data_dir": _Argument(None, "folder that holds train/ and val/"),
     "--shards": _Argument(False, "write tar shards as pack does, and no class folders"),
     "--skip_checksums": _Argument(
         False, "do not compare the MD5 sums of the archives with the published ones"
     ),
+    "--class_names": _Argument(
+        "", "text file with one class name a line, by label; empty: as the files say"
+    ),
+    "--image_column": _Argument("", "column of the images; empty: as the files say"),
+    "--label_column": _Argument("", "column of the labels; empty: as the files say"),
+    "--val_split": _Argument(
+        "", "split to import as the validation set, such as test; empty: validation, valid or val"
+    ),
+    "--config": _Argument("", "configuration of a data set of the hub that has several"),
     "--resize": _Argument(
         0,
         "resize images whose shorter side is above this to it, and save them as JPEG; 0 = none",
@@ -100,7 +123,7 @@ _ARGUMENTS = {
     "--images": _Argument(8, "number of images of each split"),
     "--epochs": _Argument(6, "number of epochs that the training images are shown in"),
 }
-_PATHS = ("src", "out", "data_dir", "report", "write_exclude")
+_PATHS = ("src", "out", "data_dir", "report", "write_exclude", "class_names")
 
 
 SUMMARIES = {name: text for name, (text, _) in _COMMANDS.items()}
@@ -148,10 +171,18 @@ def _check(args: argparse.Namespace) -> None:
 
 def _functions() -> dict[str, Callable[[argparse.Namespace], int]]:
     """What does each subcommand. Imported here, so that the help needs none of it."""
-    from resnet_dist.commands import download, import_imagenet, verify
+    from resnet_dist.commands import (
+        download,
+        import_hf,
+        import_imagenet,
+        import_parquet,
+        verify,
+    )
 
     return {
         "import-imagenet": import_imagenet.run,
+        "import-parquet": import_parquet.run,
+        "import-hf": import_hf.run,
         "pack": pack_folder,
         "index-shards": index_folder_of_shards,
         "download": download.run,
@@ -159,11 +190,16 @@ def _functions() -> dict[str, Callable[[argparse.Namespace], int]]:
     }
 
 
-def pack_options(args: argparse.Namespace) -> "PackOptions":
-    """The options of packing, from the command line."""
+def pack_options(args: argparse.Namespace, *, check: bool = False) -> "PackOptions":
+    """The options of packing, from the command line.
+
+    Args:
+        args: the command line.
+        check: see `PackOptions`.
+    """
     from resnet_dist.data.sources.pack import PackOptions
 
-    return PackOptions(args.out, args.shard_mb, args.workers, args.resize, args.quality)
+    return PackOptions(args.out, args.shard_mb, args.workers, args.resize, args.quality, check)
 
 
 def pack_folder(args: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ import os
 
 from resnet_dist.data.sources.folders import broken_links, class_folders, is_image_name
 from resnet_dist.data.sources.index import SHARD_INDEX, SUFFIXES, some
+from resnet_dist.data.sources.parquet import find_parquet_files
 from resnet_dist.data.sources.shards import ARCHIVE_SUFFIXES
 
 
@@ -43,6 +44,14 @@ def find_contents(data_dir: str, split: str) -> Contents:
     Raises:
         ValueError: if there are neither class folders nor tar shards.
     """
+    parquet = find_parquet_files(data_dir, split) if data_dir else []
+    if parquet and not _has_folders_or_shards(os.path.join(data_dir, split)):
+        raise ValueError(
+            f"data.data_dir {data_dir!r}: the images of {split}/ are in {len(parquet)} parquet "
+            f"files ({some(parquet, 2)}), which cannot be read in random order: `resnet-dist data "
+            f"import-parquet {data_dir} OUT` writes tar shards of them; then set data.data_dir to "
+            f"OUT"
+        )
     root = _split_folder(data_dir, split)
     classes = class_folders(root)
     loose = _plain_files(root, SUFFIXES)
@@ -68,6 +77,13 @@ def find_contents(data_dir: str, split: str) -> Contents:
         return Contents(root, [], shards, remarks)
     remarks = _unused(root, loose, shards, "class folders")
     return Contents(root, classes, [], remarks)
+
+
+def _has_folders_or_shards(folder: str) -> bool:
+    """Whether the folder of a split exists and holds class folders or tar shards."""
+    if not os.path.isdir(folder):
+        return False
+    return bool(class_folders(folder) or _plain_files(folder, (".tar",)))
 
 
 def _split_folder(data_dir: str, split: str) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
@@ -75,11 +75,6 @@ class ImageSource(NamedTuple):
         """The name of the class, which is the first folder of the name."""
         return self.name.partition("/")[0]
 
-    @property
-    def inner_name(self) -> str:
-        """The name inside of the class folder."""
-        return self.name.partition("/")[2]
-
 
 @dataclass(frozen=True)
 class PackOptions:
@@ -97,6 +92,8 @@ class PackOptions:
     quality: int = 0
     """JPEG quality, 1 to 95, of all images; an image that is not resized keeps its bytes if
     encoding does not make it smaller. If 0, only resized images are encoded, with quality 90"""
+    check: bool = False
+    """whether to report images whose header is damaged, also where nothing is encoded"""
 
 
 @dataclass
@@ -109,14 +106,30 @@ class WrittenShard:
     """[name, reason] of each image that could not be encoded and keeps its original bytes"""
 
 
-class _Sample(NamedTuple):
+def inner_name(name: str) -> str:
+    """The name of an image inside of its class folder."""
+    return name.partition("/")[2]
+
+
+class Source(Protocol):
+    """An image that can be read."""
+
+    @property
+    def name(self) -> str:
+        """`<class>/<file>`, or `<class>/<folder>/<file>`."""
+
+    def read(self) -> bytes:
+        """Read the bytes of the image."""
+
+
+class Sample(NamedTuple):
     """An image that is to be written to a shard."""
 
     key: str
     """name of the sample in the tar file, without suffix"""
     label: int
     """class id"""
-    source: ImageSource
+    source: Source
     """the image"""
 
 
@@ -174,20 +187,28 @@ def pack(images: Iterable[ImageSource], split: str, options: PackOptions) -> str
     order = rows_at(0, 0, len(samples), np.arange(len(samples)))
     shuffled = [samples[row] for row in order]
     shard_bytes = max(1, options.shard_mb << 20)
-    pieces = _split_into_shards(shuffled, shard_bytes)
+    lengths = [sources[row].length for row in order]
+    pieces = _split_into_shards(shuffled, lengths, shard_bytes)
     paths = []
     for number in range(len(pieces)):
         paths.append(folder / f"{split}-{number:06d}.tar")
 
     plan = _plan(sources, options, len(paths))
-    _check_same_plan(folder / PACK_PLAN, plan)
+    check_same_plan(folder / PACK_PLAN, plan)
     shards = _write_shards(paths, pieces, split, options)
 
     places = []
     for number, shard in enumerate(shards):
         for offset, length in shard.places:
             places.append((number, offset, length))
-    _write_indexes(folder, classes, shuffled, paths, places)
+    write_indexes(
+        folder,
+        classes,
+        labels=[sample.label for sample in shuffled],
+        names=[sample.source.name for sample in shuffled],
+        shards=[path.name for path in paths],
+        places=places,
+    )
 
     bytes_before = sum(source.length for source in sources)
     bytes_after = sum(length for _, _, length in places)
@@ -202,11 +223,13 @@ def pack(images: Iterable[ImageSource], split: str, options: PackOptions) -> str
     return "\n".join(lines)
 
 
-def _write_indexes(
+def write_indexes(
     folder: Path,
     classes: list[str],
-    samples: list[_Sample],
-    paths: list[Path],
+    *,
+    labels: list[int],
+    names: list[str],
+    shards: list[str],
     places: list[tuple[int, int, int]],
 ) -> None:
     """Write the index of a split, and one beside each shard, which an object store needs.
@@ -214,23 +237,24 @@ def _write_indexes(
     Args:
         folder: the folder of the split.
         classes: the class names.
-        samples: the images, in the order of the shards.
-        paths: the shards.
+        labels: the class id of each image, in the order of the shards.
+        names: `<class>/<file>` of each image, in the same order.
+        shards: the file names of the shards.
         places: (number of the shard, offset, length) of each image.
     """
     path = str(folder / SHARD_INDEX)
     write_index(
         path,
         classes,
-        labels=[sample.label for sample in samples],
-        names=[os.fsencode(sample.source.inner_name) for sample in samples],
-        shards=[shard.name for shard in paths],
+        labels=labels,
+        names=[os.fsencode(inner_name(name)) for name in names],
+        shards=shards,
         places=places,
     )
     write_shard_indexes(open_index(path, str(folder)))
 
 
-def _make_samples(sources: list[ImageSource], classes: list[str]) -> list[_Sample]:
+def _make_samples(sources: list[ImageSource], classes: list[str]) -> list[Sample]:
     """Give each image its name in the tar file and its class id.
 
     Args:
@@ -238,25 +262,32 @@ def _make_samples(sources: list[ImageSource], classes: list[str]) -> list[_Sampl
         classes: the class names; the position of a name is the class id.
     """
     class_ids = {name: number for number, name in enumerate(classes)}
-    keys = _keys(sources)
+    keys = sample_keys([source.name for source in sources])
     samples = []
     for key, source in zip(keys, sources, strict=True):
         label = class_ids[source.class_name]
-        samples.append(_Sample(key, label, source))
+        samples.append(Sample(key, label, source))
     return samples
 
 
-def _split_into_shards(samples: list[_Sample], shard_bytes: int) -> list[list[_Sample]]:
+def _split_into_shards(
+    samples: list[Sample], lengths: list[int], shard_bytes: int
+) -> list[list[Sample]]:
     """Divide the samples into consecutive pieces of about `shard_bytes` bytes.
 
     The sizes are those of the original images, so the pieces do not depend on `resize` or
     `quality`.
+
+    Args:
+        samples: the samples, in the order of the shards.
+        lengths: the number of bytes of each.
+        shard_bytes: size of a shard.
     """
     # A sample has two headers and one block for its label.
     overhead = 3 * tarfile.BLOCKSIZE
-    sizes = [sample.source.length + overhead for sample in samples]
+    sizes = [length + overhead for length in lengths]
     numbers = (np.cumsum(sizes) - 1) // shard_bytes
-    pieces: list[list[_Sample]] = []
+    pieces: list[list[Sample]] = []
     previous = None
     for sample, number in zip(samples, numbers.tolist(), strict=True):
         if number != previous:
@@ -267,7 +298,7 @@ def _split_into_shards(samples: list[_Sample], shard_bytes: int) -> list[list[_S
 
 
 def _write_shards(
-    paths: list[Path], pieces: list[list[_Sample]], split: str, options: PackOptions
+    paths: list[Path], pieces: list[list[Sample]], split: str, options: PackOptions
 ) -> list[WrittenShard]:
     """Write all shards, in threads.
 
@@ -288,8 +319,8 @@ def _write_shards(
         ThreadPoolExecutor(options.workers) as pool,
     ):
 
-        def write(path: Path, samples: list[_Sample]) -> WrittenShard:
-            shard = _write_shard(path, samples, options)
+        def write(path: Path, samples: list[Sample]) -> WrittenShard:
+            shard = write_shard(path, samples, options)
             bar.update(len(samples))
             return shard
 
@@ -310,7 +341,7 @@ def _plan(sources: list[ImageSource], options: PackOptions, shards: int) -> dict
     }
 
 
-def _check_same_plan(path: Path, plan: dict[str, Any]) -> None:
+def check_same_plan(path: Path, plan: dict[str, Any]) -> None:
     """Write the plan to a file.
 
     Raises:
@@ -326,7 +357,7 @@ def _check_same_plan(path: Path, plan: dict[str, Any]) -> None:
     write_file(path, json.dumps(plan))
 
 
-def _keys(sources: list[ImageSource]) -> list[str]:
+def sample_keys(names: Iterable[str]) -> list[str]:
     """The different names of the samples in the tar files, without suffix.
 
     For readers of webdataset, the name of a sample ends at its first dot. So dots in a file name,
@@ -337,8 +368,8 @@ def _keys(sources: list[ImageSource]) -> list[str]:
     """
     # A dictionary keeps the order, and finds a name quickly.
     keys: dict[str, None] = {}
-    for source in sources:
-        name_without_suffix, _ = os.path.splitext(source.name)
+    for name in names:
+        name_without_suffix, _ = os.path.splitext(name)
         folder, stem = os.path.split(name_without_suffix)
         key_stem = stem.replace(".", "_")
         key = f"{folder}/{key_stem}"
@@ -356,7 +387,7 @@ def _keys(sources: list[ImageSource]) -> list[str]:
     return list(keys)
 
 
-def _write_shard(path: Path, samples: list[_Sample], options: PackOptions) -> WrittenShard:
+def write_shard(path: Path, samples: Iterable[Sample], options: PackOptions) -> WrittenShard:
     """Write a shard, unless it exists.
 
     The shard is written under another name and renamed when it is complete.
@@ -380,7 +411,7 @@ def _write_shard(path: Path, samples: list[_Sample], options: PackOptions) -> Wr
 
 
 def _write_sample(
-    tar: tarfile.TarFile, sample: _Sample, options: PackOptions, written: WrittenShard
+    tar: tarfile.TarFile, sample: Sample, options: PackOptions, written: WrittenShard
 ) -> None:
     """Append an image and its label to a shard, and add them to `written`."""
     data, suffix, reason = _make_smaller(sample.source, options)
@@ -400,7 +431,7 @@ def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(member, io.BytesIO(content))
 
 
-def _make_smaller(source: ImageSource, options: PackOptions) -> tuple[bytes, str, str | None]:
+def _make_smaller(source: Source, options: PackOptions) -> tuple[bytes, str, str | None]:
     """Resize and encode an image, as far as the options ask for it.
 
     Returns:
@@ -409,11 +440,14 @@ def _make_smaller(source: ImageSource, options: PackOptions) -> tuple[bytes, str
     """
     data = source.read()
     suffix = os.path.splitext(source.name)[1][1:].lower()
-    if not options.resize and not options.quality:
+    is_encoded = options.resize > 0 or options.quality > 0
+    if not is_encoded and not options.check:
         return data, suffix, None
     reason = find_fault(data)
     if reason:
         return data, suffix, reason
+    if not is_encoded:
+        return data, suffix, None
     resized = 0 < options.resize < min(image_size(data))
     if not options.quality and not resized:
         return data, suffix, None
