@@ -13,13 +13,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from image_files import OneProcess, encode, picture
+from dist_utils import run_app
+from image_files import OneProcess, encode, picture, val_loader
 from test_pack import killed, members
 
 from resnet_dist.cli import main
 from resnet_dist.data.pixels.read import load
 from resnet_dist.data.sources.parquet import ParquetOptions, find_parquet_files, open_parquet
 from resnet_dist.data.sources.scan import build_index
+from resnet_dist.data.sources.val_index import build_val_index, is_parquet
 
 CLASSES = ["b", "a", "c/d"]
 """In an order that is not theirs as folders, one with a slash."""
@@ -234,12 +236,73 @@ def test_damaged_images_are_kept_and_named(tmp_path, capsys):
     assert len(open_split(tmp_path / "out")) == 5
 
 
-def test_training_names_the_import(source, tmp_path, capsys):
-    arguments = ["--config", "quickstart", "--data.kind", "folder", "--log.wandb", "disabled"]
-    arguments += ["--data.data_dir", str(source), "--output_dir", str(tmp_path / "run")]
-    assert main(["train", *arguments]) == 2
-    said = capsys.readouterr().err
-    assert f"resnet-dist data import-parquet {source} OUT" in said
+def test_training_names_the_import(source):
+    for split in ("train", "val"):
+        with pytest.raises(ValueError, match=f"resnet-dist data import-parquet {source} OUT"):
+            open_split(source, split)
+
+
+def test_evaluation_reads_parquet_in_place(source, tmp_path):
+    """Each image once on any number of ranks, with the pixels and labels of the imported shards."""
+    assert run_import(source, tmp_path / "out") == 0
+    sizes = {"val_resize_size": 16, "val_crop_size": 16, "val_batch_size": 32}
+
+    def shown(index, world_size):
+        found = []
+        for rank in range(world_size):
+            loader = val_loader(index, tmp_path, rank=rank, world_size=world_size, **sizes)
+            for batch in loader:
+                if batch is not None:
+                    for row, label, image in zip(
+                        batch.indices, batch.labels, batch.images, strict=True
+                    ):
+                        found.append((index.name(int(row)), int(label), image.sum().item()))
+            loader.close()
+        return sorted(found)
+
+    in_place = build_val_index(str(source), "val", OneProcess())
+    imported = build_val_index(str(tmp_path / "out"), "val", OneProcess())
+    assert is_parquet(in_place) and not is_parquet(imported)
+    assert in_place.class_names == imported.class_names
+    expected = shown(imported, 1)
+    assert len(expected) == 130
+    assert shown(in_place, 1) == shown(in_place, 3) == expected
+    assert "validation-00000-of-00001.parquet:" in in_place.path(3)
+
+
+def test_a_damaged_group_ends_an_evaluation(source, tmp_path):
+    path = tmp_path / "data/validation-0.parquet"
+    write_parquet(path, rows_of(0, 130))
+    index = build_val_index(str(tmp_path), "val", OneProcess())
+    content = bytearray(path.read_bytes())
+    group = pq.ParquetFile(path).metadata.row_group(1)
+    place = group.column(0).data_page_offset
+    content[place : place + 20] = b"\xff" * 20
+    path.write_bytes(content)
+    loader = val_loader(index, tmp_path, val_resize_size=16, val_crop_size=16)
+    with pytest.raises(ValueError, match="validation-0.parquet, row group 1: it is damaged"):
+        list(loader)
+    loader.close()
+
+
+def test_the_command_evaluates_parquet(checkpoint, digits, tmp_path):
+    rows = []
+    for image in sorted(Path(digits, "val").glob("*/*")):
+        label = int(image.parent.name)
+        row = {"image": {"bytes": image.read_bytes(), "path": image.name}, "label": label}
+        rows.append(row)
+    classes = [str(number) for number in range(10)]
+    write_parquet(tmp_path / "data/validation-0.parquet", rows[::-1], classes=classes)
+    log = tmp_path / "log"
+    arguments = ["evaluate", "--checkpoint", checkpoint, "--json", "--distributed.threads", "1"]
+    results = []
+    for folder in (digits, str(tmp_path)):
+        log.unlink(missing_ok=True)
+        assert run_app(1, [*arguments, "--data", folder], str(log)) == [0], log.read_text()
+        results.append(json.loads(log.read_text().splitlines()[-1])["model"])
+    assert results[0]["num"] == len(rows)
+    assert results[0]["correct1"] == results[1]["correct1"]
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"])
 
 
 class Hub(http.server.BaseHTTPRequestHandler):

@@ -13,6 +13,7 @@ from resnet_dist.data.sampling.order import BatchLayout
 from resnet_dist.data.sources.digits import write_digits
 from resnet_dist.data.sources.index import Index, check_same_classes
 from resnet_dist.data.sources.scan import build_index
+from resnet_dist.data.sources.val_index import build_val_index
 from resnet_dist.data.types import TrainLoader, ValLoader
 from resnet_dist.distributed import Runtime
 from resnet_dist.precision import DTYPES, resolve_precision
@@ -110,7 +111,7 @@ def build_val_loader(
             dtype=settings.dtype,
         )
     if index is None:
-        index = _build_index(data, runtime, "val")
+        index = _build_val_index(data, runtime)
     kept = None
     remarks = []
     if cached and data.val_cache != "off":
@@ -152,6 +153,13 @@ def _build_index(data: DataConfig, runtime: Runtime, split: str, exclude: str = 
     if data.kind == "digits":
         runtime.long_on_main(lambda: write_digits(data.data_dir))
     return build_index(data.data_dir, split, runtime, exclude, data.rescan)
+
+
+def _build_val_index(data: DataConfig, runtime: Runtime) -> Index:
+    """The images of the validation set, which may be in parquet files."""
+    if data.kind == "digits":
+        return _build_index(data, runtime, "val")
+    return build_val_index(data.data_dir, "val", runtime, data.rescan)
 
 
 def _num_threads(data: DataConfig, runtime: Runtime) -> int:

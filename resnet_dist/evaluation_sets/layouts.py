@@ -6,7 +6,8 @@ from dataclasses import replace
 from resnet_dist.config import Config
 from resnet_dist.data.build import build_val_loader
 from resnet_dist.data.sources.index import Index
-from resnet_dist.data.sources.scan import build_index
+from resnet_dist.data.sources.parquet import find_parquet_files
+from resnet_dist.data.sources.val_index import build_val_index
 from resnet_dist.data.types import ValLoader
 from resnet_dist.distributed import Runtime
 
@@ -18,8 +19,9 @@ def find_split(folder: str) -> tuple[str, str]:
     """Find the images of `--data`.
 
     Args:
-        folder: A data folder, whose images for evaluation are in val/, or a folder of class folders
-            or tar shards itself, as ImageNet-V2, -A and -R come.
+        folder: A data folder, whose images for evaluation are in val/; or a folder of class
+            folders, tar shards or parquet files itself, as ImageNet-V2, -A and -R come; or a clone
+            of a data set of the Hugging Face hub.
 
     Returns:
         (data folder, name of the split in it).
@@ -27,6 +29,9 @@ def find_split(folder: str) -> tuple[str, str]:
     absolute = os.path.abspath(folder)
     if os.path.isdir(os.path.join(absolute, "val")) or not os.path.isdir(absolute):
         return folder, "val"
+    for split in ("val", "test"):
+        if find_parquet_files(absolute, split):
+            return folder, split
     names = os.listdir(absolute)
     if not names or any(name in _SPLITS for name in names):
         # The error of build_index tells what is missing.
@@ -48,7 +53,7 @@ def open_folder(folder: str, config: Config, runtime: Runtime, key: str = "--dat
     """
     data_dir, split = runtime.on_main(lambda: find_split(folder))
     try:
-        index = build_index(data_dir, split, runtime, rescan=config.data.rescan)
+        index = build_val_index(data_dir, split, runtime, config.data.rescan)
     except ValueError as problem:
         # The messages are about the setting of a training.
         raise ValueError(str(problem).replace("data.data_dir", key)) from problem

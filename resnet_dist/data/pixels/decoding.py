@@ -22,9 +22,9 @@ from resnet_dist.data.pixels.dali import (
     windows_to_torch,
 )
 from resnet_dist.data.pixels.finish import EXACT_RESIZES, Resize, resize_exact, resize_fast
+from resnet_dist.data.pixels.parquet_read import open_reader
 from resnet_dist.data.pixels.quarantine import Quarantine, Wanted, blank, next_good
 from resnet_dist.data.pixels.read import Encoded, Share
-from resnet_dist.data.pixels.remote_read import build_reader
 from resnet_dist.data.pixels.squares import GROUP_VALUES, CropGroup, crop_windows
 from resnet_dist.data.sampling.crops import Geometry
 from resnet_dist.data.sampling.jobs import job_geometry
@@ -198,7 +198,7 @@ class ImageDecoding(PortionQueue):
         self.index = index
         self.config = config
         self.quarantine = quarantine
-        self.reader = build_reader(index, config)
+        self.reader = open_reader(index, config)
         decoder = Decoder(
             local_batch_size=local_batch_size,
             threads=settings.threads,

@@ -45,7 +45,7 @@ def find_contents(data_dir: str, split: str) -> Contents:
         ValueError: if there are neither class folders nor tar shards.
     """
     parquet = find_parquet_files(data_dir, split) if data_dir else []
-    if parquet and not _has_folders_or_shards(os.path.join(data_dir, split)):
+    if parquet and not has_folders_or_shards(os.path.join(data_dir, split)):
         raise ValueError(
             f"data.data_dir {data_dir!r}: the images of {split}/ are in {len(parquet)} parquet "
             f"files ({some(parquet, 2)}), which cannot be read in random order: `resnet-dist data "
@@ -79,7 +79,7 @@ def find_contents(data_dir: str, split: str) -> Contents:
     return Contents(root, classes, [], remarks)
 
 
-def _has_folders_or_shards(folder: str) -> bool:
+def has_folders_or_shards(folder: str) -> bool:
     """Whether the folder of a split exists and holds class folders or tar shards."""
     if not os.path.isdir(folder):
         return False

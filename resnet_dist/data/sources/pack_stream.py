@@ -7,7 +7,7 @@ The shards, their index and the way to go on after a kill are those of `resnet-d
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,11 +160,11 @@ def _samples(shard: StreamedShard, keys: list[str]) -> Iterator[Sample]:
         yield Sample(key, label, _StreamedImage(name, data))
 
 
-def chain(openers: list[Callable[[], Iterator[bytes]]]) -> Callable[[], Iterator[bytes]]:
+def chain(openers: Sequence[Callable[[], Iterator[bytes]]]) -> Callable[[], Iterator[bytes]]:
     """A function that reads the images of several sources one after the other."""
     return functools.partial(_read_all, openers)
 
 
-def _read_all(openers: list[Callable[[], Iterator[bytes]]]) -> Iterator[bytes]:
+def _read_all(openers: Sequence[Callable[[], Iterator[bytes]]]) -> Iterator[bytes]:
     for open_source in openers:
         yield from open_source()

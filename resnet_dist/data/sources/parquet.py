@@ -94,17 +94,7 @@ class ParquetSplit:
         Raises:
             ValueError: if the group is damaged, or an image has no bytes.
         """
-        column = f"{self.image_column}.bytes"
-        for batch in _read_batches(group, [column]):
-            for image in batch.column(0).flatten()[0]:
-                data = image.as_py()
-                if data is None:
-                    raise group.fault(
-                        "an image has no bytes, only a path",
-                        "take files that hold the images themselves (in the library datasets: "
-                        "embed_external_files)",
-                    )
-                yield data
+        return _read_images(group, self.image_column)
 
 
 def find_parquet_files(data_dir: str, split: str) -> list[str]:
@@ -209,7 +199,36 @@ def open_parquet(paths: Sequence[str], options: ParquetOptions = ParquetOptions(
     )
 
 
-def import_pyarrow() -> Any:  # noqa: ANN401 - a module
+def read_group(path: str, number: int) -> list[bytes]:
+    """The files of all images of a row group, in order.
+
+    Args:
+        path: the parquet file.
+        number: the number of the group in the file.
+
+    Raises:
+        ValueError: if the group is damaged, or an image has no bytes.
+    """
+    # The names of the classes were checked when the file was opened first.
+    columns = _find_columns(path, ParquetOptions())
+    group = _groups_of(path)[number]
+    return list(_read_images(group, columns.image))
+
+
+def _read_images(group: RowGroup, image_column: str) -> Iterator[bytes]:
+    for batch in _read_batches(group, [f"{image_column}.bytes"]):
+        for image in batch.column(0).flatten()[0]:
+            data = image.as_py()
+            if data is None:
+                raise group.fault(
+                    "an image has no bytes, only a path",
+                    "take files that hold the images themselves (in the library datasets: "
+                    "embed_external_files)",
+                )
+            yield data
+
+
+def _import_pyarrow() -> Any:  # noqa: ANN401 - a module
     """The module pyarrow.parquet.
 
     Raises:
@@ -226,7 +245,7 @@ def import_pyarrow() -> Any:  # noqa: ANN401 - a module
 
 def _open_file(path: str) -> Any:  # noqa: ANN401 - pyarrow.parquet.ParquetFile
     """Open a file and read its footer. Raises ValueError if it is no parquet file."""
-    parquet = import_pyarrow()
+    parquet = _import_pyarrow()
     try:
         # Without pre_buffer, a column of a group is read piece by piece.
         return parquet.ParquetFile(
