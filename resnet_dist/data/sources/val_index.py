@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from resnet_dist.addresses import is_url
 from resnet_dist.data.sources.contents import has_folders_or_shards
 from resnet_dist.data.sources.index import Index, Origin
 from resnet_dist.data.sources.index_file import encode_index, read_index
@@ -37,7 +38,7 @@ def build_val_index(data_dir: str, split: str, runtime: Ranks, rescan: Rescan = 
     """
 
     def find() -> list[str]:
-        if not data_dir or has_folders_or_shards(os.path.join(data_dir, split)):
+        if not data_dir or is_url(data_dir) or has_folders_or_shards(os.path.join(data_dir, split)):
             return []
         return find_parquet_files(os.path.abspath(data_dir), split)
 
