@@ -190,16 +190,11 @@ def _functions() -> dict[str, Callable[[argparse.Namespace], int]]:
     }
 
 
-def pack_options(args: argparse.Namespace, *, check: bool = False) -> "PackOptions":
-    """The options of packing, from the command line.
-
-    Args:
-        args: the command line.
-        check: see `PackOptions`.
-    """
+def pack_options(args: argparse.Namespace) -> "PackOptions":
+    """The options of packing, from the command line."""
     from resnet_dist.data.sources.pack import PackOptions
 
-    return PackOptions(args.out, args.shard_mb, args.workers, args.resize, args.quality, check)
+    return PackOptions(args.out, args.shard_mb, args.workers, args.resize, args.quality)
 
 
 def pack_folder(args: argparse.Namespace) -> int:

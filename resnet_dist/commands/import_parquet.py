@@ -4,7 +4,6 @@ import argparse
 import functools
 import os
 
-from resnet_dist.commands.data import pack_options
 from resnet_dist.data.sources.pack import PackOptions
 from resnet_dist.data.sources.pack_stream import StreamedShard, chain, pack_streamed
 from resnet_dist.data.sources.parquet import (
@@ -38,8 +37,11 @@ def import_folder(folder: str, args: argparse.Namespace) -> None:
     files = _find_splits(folder, args.val_split)
     # All labels and names are checked before the first shard is written.
     splits = {split: open_parquet(paths, options) for split, paths in files.items()}
+    packing = PackOptions(
+        args.out, args.shard_mb, args.workers, args.resize, args.quality, check=True
+    )
     for split, parquet in splits.items():
-        print(import_split(parquet, split, pack_options(args, check=True)))
+        print(import_split(parquet, split, packing))
 
 
 def _find_splits(folder: str, val_split: str) -> dict[str, list[str]]:

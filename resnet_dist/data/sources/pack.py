@@ -216,11 +216,17 @@ def pack(images: Iterable[ImageSource], split: str, options: PackOptions) -> str
         f"{split}: {len(sources)} images of {len(classes)} classes in {len(paths)} shards, "
         f"{bytes_before / 1e6:.2f} MB before, {bytes_after / 1e6:.2f} MB after"
     ]
+    return "\n".join([*lines, *describe_kept(shards, split)])
+
+
+def describe_kept(shards: list[WrittenShard], split: str) -> list[str]:
+    """A line for each image that keeps its original bytes because it cannot be decoded."""
+    lines = []
     for shard in shards:
         for name, reason in shard.kept:
             line = f"  kept as it was: {split}/{name}: {reason}"
             lines.append(printable(line))
-    return "\n".join(lines)
+    return lines
 
 
 def write_indexes(

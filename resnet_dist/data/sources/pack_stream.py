@@ -20,11 +20,11 @@ from resnet_dist.data.sources.pack import (
     Sample,
     WrittenShard,
     check_same_plan,
+    describe_kept,
     sample_keys,
     write_indexes,
     write_shard,
 )
-from resnet_dist.text import printable
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,7 @@ def pack_streamed(
         f"{split}: {len(names)} images of {len(classes)} classes in {len(paths)} shards, "
         f"{num_bytes / 1e6:.2f} MB"
     ]
-    for contents in written:
-        for name, reason in contents.kept:
-            lines.append(printable(f"  kept as it was: {split}/{name}: {reason}"))
-    return "\n".join(lines)
+    return "\n".join([*lines, *describe_kept(written, split)])
 
 
 def _plan(
