@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
+from resnet_dist.addresses import is_url, without_secrets
 from resnet_dist.config_rules import NotEmpty, SettingError, check_values
 from resnet_dist.config_sections import (
     AugmentConfig,
@@ -71,6 +72,9 @@ class Config:
 
     def __post_init__(self) -> None:
         expand_paths(self, "output_dir")
+        if isinstance(self.output_dir, str) and is_url(self.output_dir):
+            rule = "checkpoints and logs are written to a folder; copy it to a store afterwards"
+            raise SettingError("output_dir", without_secrets(self.output_dir), rule)
         check_config(self)
         _resolve_mix_block(self)
 

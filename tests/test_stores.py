@@ -16,7 +16,7 @@ from store_server import SECRETS, Store, in_child, start_child
 
 from resnet_dist.addresses import check_url, is_url
 from resnet_dist.cli import main
-from resnet_dist.config import DataConfig
+from resnet_dist.config import Config, DataConfig
 from resnet_dist.data.pixels import remote_read
 from resnet_dist.data.pixels.read import load
 from resnet_dist.data.pixels.remote_read import (
@@ -172,6 +172,23 @@ def changed(store, content):
     for number in range(4):
         store.put(f"changing/train/shard-0000{number}.tar", content)
     return first, sentence(load, index, 0)[0]
+
+
+def hangs(store, timeout_s):
+    """What the reader says of a store that stops answering, and the seconds until it is closed."""
+    config = DataConfig(read_timeout_s=timeout_s)
+    reader = remote_read.build_reader(open_remote("s3://bucket/set"), config)
+    store.trouble(hang=True)
+    text, _ = sentence(lambda: reader.collect(reader.request(np.arange(64))))
+    started = time.monotonic()
+    reader.close()
+    return text, time.monotonic() - started
+
+
+def test_a_store_that_stops_answering_ends_the_run(store):
+    text, closing = in_child(hangs, store, 2.0)
+    assert "cannot be read: it has not answered in time, after" in text
+    assert closing < 20
 
 
 def test_a_shard_that_changes_is_noticed(store, shards):
@@ -374,6 +391,19 @@ def test_long_listings(store, keys):
     print(f"{keys} keys in {time.monotonic() - started:.1f} s")
 
 
+def google(url):
+    os.environ.update(GOOGLE_BASE_URL=os.environ["AWS_ENDPOINT_URL"], GOOGLE_SKIP_SIGNATURE="true")
+    index = open_remote(url)
+    return index.fingerprint(), [load(index, row).data for row in range(3)]
+
+
+def test_google_cloud_storage(store, shards):
+    """Its protocol for reading is that of S3, but for the signature."""
+    index = build_index(str(shards), "train", OneProcess())
+    expected = index.fingerprint(), [load(index, row).data for row in range(3)]
+    assert in_child(google, "gs://bucket/set") == expected
+
+
 def ranges(url):
     """Neighbours come with one request; images that are too large or long are cut up right."""
     index = open_remote(url)
@@ -434,6 +464,8 @@ def test_addresses():
             DataConfig(data_dir=wrong)
         assert "data.data_dir is" in str(raised.value)
         assert "secret" not in str(raised.value)
+    with pytest.raises(ValueError, match="output_dir is 's3://bucket/run'"):
+        Config(output_dir="s3://bucket/run")
     config = DataConfig(data_dir="s3://bucket/a b/", cache_dir="~/cache")
     assert config.data_dir == "s3://bucket/a b"
     assert config.cache_dir == os.path.expanduser("~/cache")

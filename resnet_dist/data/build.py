@@ -2,6 +2,7 @@
 
 import os
 
+from resnet_dist.addresses import is_url
 from resnet_dist.config import Config, DataConfig
 from resnet_dist.data.pixels.cache_fill import build_train_cache
 from resnet_dist.data.pixels.decoding import LoaderSettings
@@ -151,6 +152,11 @@ def _build_index(data: DataConfig, runtime: Runtime, split: str, exclude: str = 
     The embedded digits are written to `data_dir` by the main process first.
     """
     if data.kind == "digits":
+        if is_url(data.data_dir):
+            raise ValueError(
+                f"data.data_dir is {data.data_dir!r}: the digits of data.kind digits are written "
+                f"to a folder on a disk; name one"
+            )
         runtime.long_on_main(lambda: write_digits(data.data_dir))
     return build_index(data.data_dir, split, runtime, exclude, data.rescan)
 

@@ -157,6 +157,7 @@ class RemoteReader(Reader):
         self.cache = cache
         self.gate = Gate(_IN_FLIGHT_AT_START)
         self.stopped = threading.Event()
+        self.failure: BaseException | None = None
         self.patience = Patience(limits.timeout_s, self.stopped)
         self.requested_at: deque[tuple[float, int]] = deque(maxlen=_RATE_BATCHES)
 
@@ -219,20 +220,35 @@ class RemoteReader(Reader):
         assert share.future is not None
         # Each request ends by itself; this is for a client that hangs all the same.
         seconds = 2 * self.limits.timeout_s + 60
-        while True:
-            before = len(share.loaded)
-            try:
-                share.future.result(timeout=seconds)
-                return share.loaded
-            except concurrent.futures.TimeoutError:
-                if len(share.loaded) == before:
-                    self.stuck = True
-                    raise StoreError(
-                        f"{self.index.root} cannot be read: no image has come for {seconds:g} s"
-                    ) from None
+        finished = concurrent.futures.wait([share.future], timeout=seconds).done
+        if self.failure is not None:
+            # Of all threads, the one that failed first.
+            raise self.failure
+        if not finished:
+            self.stuck = True
+            raise StoreError(
+                f"{self.index.root} cannot be read: no image has come for {seconds:g} s"
+            )
+        share.future.result()
+        return share.loaded
 
     def _load_all(self, share: Share) -> None:
-        """Read and check the rows of a share: the work of one thread."""
+        """Read and check the rows of a share: the work of one thread.
+
+        An error ends the other threads too, since none of their images will be used.
+        """
+        if self.stopped.is_set():
+            return
+        try:
+            self._load_rows(share)
+        except BaseException as error:
+            if self.failure is None:
+                self.failure = error
+            self.stopped.set()
+            raise
+
+    def _load_rows(self, share: Share) -> None:
+        """Read and check the rows of a share, from the cache or with coalesced requests."""
         known: dict[int, bytes] = {}
         missing = []
         for row in share.rows:

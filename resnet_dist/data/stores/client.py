@@ -98,14 +98,13 @@ def list_folder(url: str) -> Listing:
     Raises:
         StoreError: the bucket cannot be listed.
     """
-    import obstore
-
-    patience = Patience(LIST_TIMEOUT_S)
 
     def request(store: Any, path: str) -> Any:  # noqa: ANN401 - the library's objects
+        import obstore
+
         return obstore.list_with_delimiter(store, path or None)
 
-    found = _attempt(url, request, patience)
+    found = _attempt(url, request, Patience(LIST_TIMEOUT_S))
     objects = [_describe(meta) for meta in found["objects"]]
     folders = [prefix.rpartition("/")[2] for prefix in found["common_prefixes"]]
     return Listing(objects, sorted(folders))
@@ -117,9 +116,10 @@ def look_up(url: str) -> RemoteObject:
     Raises:
         StoreError: there is no such object, or the store cannot be asked.
     """
-    import obstore
 
     def request(store: Any, path: str) -> RemoteObject:  # noqa: ANN401
+        import obstore
+
         return _describe(obstore.head(store, path))
 
     return _attempt(url, request, Patience(LIST_TIMEOUT_S))
@@ -131,9 +131,10 @@ def read_object(url: str) -> bytes:
     Raises:
         StoreError: it cannot be read.
     """
-    import obstore
 
     def request(store: Any, path: str) -> bytes:  # noqa: ANN401
+        import obstore
+
         content: bytes = obstore.get(store, path).bytes().to_bytes()
         return content
 
@@ -165,9 +166,10 @@ def read_range(url: str, offset: int, length: int, pin: str, patience: Patience)
 
 def _read_piece(url: str, start: int, stop: int, pin: str, patience: Patience) -> bytes:
     """Read at most `PIECE_BYTES` bytes of an object."""
-    import obstore
 
     def request(store: Any, path: str) -> bytes:  # noqa: ANN401
+        import obstore
+
         answer = obstore.get(store, path, options={"range": (start, stop)})
         found = _pin_of(answer.meta)
         if found != pin:
@@ -322,7 +324,7 @@ def _import_store() -> Any:  # noqa: ANN401
 def _s3_settings() -> dict[str, Any]:
     """Settings of a client for S3: credentials and region, as the AWS command line finds them.
 
-    The endpoint and AWS_SKIP_SIGNATURE are read from the environment by the library.
+    The library itself reads the endpoint, AWS_REGION and AWS_SKIP_SIGNATURE from the environment.
     """
     skip = os.environ.get("AWS_SKIP_SIGNATURE", "")
     if skip.lower() in ("1", "true"):
@@ -347,7 +349,8 @@ def _s3_settings() -> dict[str, Any]:
         }
 
     settings: dict[str, Any] = {"credential_provider": sign_in}
-    if session.region_name:
+    region_is_set = "AWS_REGION" in os.environ or "AWS_DEFAULT_REGION" in os.environ
+    if session.region_name and not region_is_set:
         settings["region"] = session.region_name
     return settings
 
