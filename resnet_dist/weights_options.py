@@ -77,6 +77,19 @@ def add_evaluate_options(parser: Parser) -> None:
         metavar="DIR",
         help="with --suite: folder for the table; empty: NAME_results for NAME.yaml",
     )
+    parser.add_path(
+        "--predictions",
+        default="",
+        metavar="FILE.parquet",
+        help="also write the five most probable classes and the loss of each image",
+    )
+    parser.add_path(
+        "--details",
+        default="",
+        metavar="FILE.json",
+        help="also write accuracy per class, confusions, calibration and some images, for "
+        "`resnet-dist report`",
+    )
     add_json_option(parser)
     _add_weights_options(parser)
 
@@ -89,12 +102,23 @@ def run_evaluate(line: CommandLine) -> int:
     for option, key in (("data", "data_folder"), ("classes", "classes")):
         if has_suite and _is_given(typed, key):
             line.parser.error(f"--{option} and --suite exclude each other: name it in the suite")
+    for option in ("predictions", "details"):
+        if has_suite and _is_given(typed, option):
+            line.parser.error(f"--{option} and --suite exclude each other: evaluate one set alone")
     if _is_given(typed, "output") and not has_suite:
         line.parser.error("--output is for the table of a --suite")
 
     from resnet_dist.commands import evaluate
 
-    own_options = ("json", "data_folder", "classes", "suite", "output")
+    own_options = (
+        "json",
+        "data_folder",
+        "classes",
+        "suite",
+        "output",
+        "predictions",
+        "details",
+    )
     run = evaluate.run
     if has_suite:
         from resnet_dist.commands import evaluate_suite

@@ -1,11 +1,20 @@
 """What a training leaves behind beside its numbers: samples.png and evaluation.json."""
 
 import json
+import re
+import xml.etree.ElementTree
 from pathlib import Path
 
+import numpy as np
+import pytest
+from dist_utils import run_app
 from PIL import Image
 
+from resnet_dist import cli
 from resnet_dist.evaluation_file import read_evaluation
+from resnet_dist.predictions_file import read_predictions
+
+SETTINGS = ("--data.threads", "1", "--distributed.threads", "1")
 
 
 def test_a_run_leaves_a_contact_sheet_and_the_details_of_its_last_evaluation(checkpoint):
@@ -25,3 +34,63 @@ def test_a_run_leaves_a_contact_sheet_and_the_details_of_its_last_evaluation(che
     assert abs(details.calibration.loss - evaluated["val_ema/loss"]) < 1e-5
     trained = [line for line in lines if "train/loss" in line]
     assert 0.05 < trained[-1]["train/memory_gib"] == max(trained[-1]["ranks/memory_gib"]) < 10
+
+
+def test_evaluate_writes_what_report_reads(checkpoint, tmp_path, capsys):
+    """Files of two ranks; the same weights are not called different; the page has all sections."""
+    details = tmp_path / "details.json"
+    predictions = tmp_path / "predictions.parquet"
+    files = ("--details", str(details), "--predictions", str(predictions))
+    log = str(tmp_path / "log")
+    codes = run_app(2, ["evaluate", "--weights", checkpoint, *files, *SETTINGS], log)
+    assert codes == [0, 0], Path(log).read_text()
+
+    folder = Path(checkpoint).resolve().parents[1]
+    by_the_run = read_evaluation(folder / "evaluation.json")
+    by_the_command = read_evaluation(details)
+    assert by_the_command.images == by_the_run.images == read_predictions(predictions).images
+    # Another number of ranks trained on the same last bits.
+    assert np.array_equal(by_the_command.is_hit, by_the_run.is_hit)
+    assert by_the_command.network == by_the_run.network
+
+    page = tmp_path / "page.html"
+    assert cli.main(["report", str(details), str(predictions), "--html", str(page)]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "no difference in top-1 beyond chance (right where the other is wrong: 0 and 0" in printed
+    )
+    assert cli.main(["report", str(folder), "--html", str(page), "--out", f"{tmp_path}/p.png"]) == 0
+    html = page.read_text()
+    xml.etree.ElementTree.fromstring(re.search("<body>.*</body>", html, re.S)[0])
+    for part in (
+        "Classes, the worst first",
+        "accuracy against confidence",
+        "Most confident mistakes",
+        "best temperature",
+        "data:image/png;base64,",
+        "learning rate",
+        "memory, the largest of a rank (GiB)",
+        "all 1",
+    ):
+        assert part in html, part
+    assert "http" not in html and "<script" not in html
+    (tmp_path / "broken.json").write_text("{")
+    assert cli.main(["report", str(details), str(tmp_path / "broken.json")]) == 2
+    assert cli.main(["report", str(details), str(folder)]) == 2
+    printed = capsys.readouterr().out
+    assert printed.count("error:") == 2 and "cannot be mixed" in printed
+
+
+def test_files_that_cannot_be_written_are_refused_before_the_evaluation(checkpoint, tmp_path):
+    problems = {
+        ("--predictions", f"{tmp_path}/none/p.parquet"): "a folder that exists",
+        ("--predictions", f"{tmp_path}/p.csv"): "must end in .parquet",
+        ("--details", f"{tmp_path}/d"): "must end in .json",
+    }
+    for words, sentence in problems.items():
+        log = tmp_path / "log"
+        log.unlink(missing_ok=True)
+        [code] = run_app(1, ["evaluate", "--weights", checkpoint, *words, *SETTINGS], str(log))
+        assert code == 2 and sentence in log.read_text(), log.read_text()
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "--weights", checkpoint, "--suite", "s.yaml", "--details", "d.json"])

@@ -16,10 +16,16 @@ from typing import Any
 from torch import nn
 
 from resnet_dist import evaluation
+from resnet_dist.commands.evaluate_details import (
+    DetailFiles,
+    DetailWriter,
+    check_detail_files,
+)
 from resnet_dist.config import Config, DataConfig
 from resnet_dist.data.build import build_val_loader
 from resnet_dist.data.types import ValLoader
 from resnet_dist.distributed import Runtime
+from resnet_dist.evaluation_file import EvaluatedNetwork
 from resnet_dist.evaluation_sets.classes import (
     Classes,
     ClassMap,
@@ -50,6 +56,8 @@ class EvaluationRequest:
     """folder of another data set; empty: the validation set of the settings"""
     classes: Classes = ""
     """what to do with the logits of classes that the data set does not have"""
+    files: DetailFiles = DetailFiles()
+    """files about each image and each class"""
 
 
 def run(
@@ -66,12 +74,13 @@ def run(
         saved: The weights.
         config: The settings of their run.
         options: `json`, whether to print a JSON object; `data_folder`, another data set; `classes`,
-            see `EvaluationRequest`.
+            see `EvaluationRequest`; `predictions` and `details`, see `DetailFiles`.
 
     Returns:
         The exit code.
     """
-    request = EvaluationRequest(options.data_folder, options.classes or "")
+    files = DetailFiles(options.predictions, options.details)
+    request = EvaluationRequest(options.data_folder, options.classes or "", files)
 
     def body(config: Config, runtime: Runtime) -> int:
         with tempfile.TemporaryDirectory() as scratch:
@@ -124,6 +133,7 @@ def evaluate_network(
         ValueError: The data does not fit the network, or the logits are not finite.
     """
     check_image_size(config.model.name, config.data)
+    runtime.on_main(lambda: check_detail_files(request.files))
     data = _read_only(config.data, runtime, scratch)
     loader_config = replace(config, data=data, output_dir=scratch)
     place = request.data or data.data_dir
@@ -141,12 +151,20 @@ def evaluate_network(
         }
         remarks = [*saved.remarks, *class_map.remarks]
         model = build_network(saved, config, runtime.device)
-        for kind in ("model", "ema"):
-            if not saved.content[kind]:
-                continue
+        kinds = [kind for kind in ("model", "ema") if saved.content[kind]]
+        for kind in kinds:
             load_into(model, saved, kind)
-            counts = count_mapped(model, loader, class_map, config, runtime)
+            # The details are those of the averaged weights, if there are any.
+            writer = None
+            collect = None
+            if request.files.are_wanted and kind == kinds[-1]:
+                network = _describe_network(saved, kind, config, class_map)
+                writer = DetailWriter(request.files, config.data, network, class_map.outputs)
+                collect = writer.collector
+            counts = count_mapped(model, loader, class_map, config, runtime, collect)
             results[kind] = counts.result(class_map.num_competing)
+            if writer is not None:
+                writer.write(loader, runtime)
             hint = hint_at_guessing(results[kind]["top1"], class_map, saved.reported_top1)
             remarks.extend(hint)
         num_bad = runtime.sum_integer(loader.num_bad)
@@ -154,6 +172,18 @@ def evaluate_network(
             results["bad_images"] = num_bad
         results["remarks"] = remarks
     return results
+
+
+def _describe_network(
+    saved: SavedNetwork, kind: str, config: Config, class_map: ClassMap
+) -> EvaluatedNetwork:
+    """What the files about an evaluation say about its network."""
+    return EvaluatedNetwork(
+        name=config.model.name,
+        weights="averaged" if kind == "ema" else "raw",
+        step=0 if saved.is_foreign else saved.step,
+        class_names=list(class_map.names),
+    )
 
 
 def count_mapped(
