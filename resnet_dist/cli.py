@@ -233,6 +233,40 @@ def _doctor(line: CommandLine) -> int:
     return doctor.run(config, options.json, options.bench)
 
 
+def _add_plan_options(parser: Parser) -> None:
+    parser.add_option("--gpus", type=_Count, default=1, metavar="N", help="number of GPUs")
+    parser.add_option(
+        "--memory_gib",
+        type=Annotated[float, AtLeast(0)],
+        default=0.0,
+        metavar="GIB",
+        help="memory of a GPU: prints the largest batch that fits; 0: does not",
+    )
+    parser.add_option(
+        "--hours",
+        type=Annotated[float, AtLeast(0)],
+        default=0.0,
+        help="wished duration: prints how many images per second it takes; 0: does not",
+    )
+    parser.add_option(
+        "--images",
+        type=Annotated[int, AtLeast(0)],
+        default=0,
+        metavar="N",
+        help="number of training images; 0: those of data.data_dir, or ImageNet's",
+    )
+    add_json_option(parser)
+    add_config_options(parser)
+
+
+def _plan(line: CommandLine) -> int:
+    config, options = config_or_print(line)
+
+    from resnet_dist.commands import plan
+
+    return plan.run(config, options)
+
+
 def _no_options(parser: Parser) -> None:
     """The sub-commands of `data` have the options."""
 
@@ -367,7 +401,17 @@ COMMANDS = {
         _doctor,
         f"[--bench] [--json] {_CONFIG_USAGE}",
     ),
-    "report": Command("a table and a plot of the metrics of runs", _add_report_options, _report),
+    "plan": Command(
+        "compute what a training needs before it runs: memory, FLOPs, steps, data per second",
+        _add_plan_options,
+        _plan,
+        f"[--gpus N] [--memory_gib GIB] [--hours H] [--images N] [--json] {_CONFIG_USAGE}",
+    ),
+    "report": Command(
+        "tables, a plot and a page about runs or evaluations; differences with their uncertainty",
+        _add_report_options,
+        _report,
+    ),
     "study": Command(
         "run the trainings of a study, with several seeds, and write its table",
         _add_study_options,

@@ -16,14 +16,14 @@ from resnet_dist.models.build import build_model
 
 _BYTES_OF_FP32 = 4
 
-# How many values each optimizer stores for each weight.
-_OPTIMIZER_STATES = {
+OPTIMIZER_STATES = {
     "sgd": 1,
     "lars": 1,
     "rmsprop": 2,
     "lamb": 2,
     "adamw": 2,
 }
+"""How many values each optimizer stores for each weight."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def estimate_memory(config: Config, local_batch_size: int) -> MemoryNeed:
 
     # Weights and gradients.
     copies = 2
-    copies += _OPTIMIZER_STATES[config.optim.kind]
+    copies += OPTIMIZER_STATES[config.optim.kind]
     if config.train.ema_decay:
         copies += 1
     num_weights = sum(parameter.numel() for parameter in model.parameters())

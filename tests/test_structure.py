@@ -73,6 +73,7 @@ LAYERS = [
         "compile_cache",
         "evaluation",
         "step_cost",
+        "step_memory",
         "image_collector",
         "evaluation_file",
         "exhibits",

@@ -21,6 +21,10 @@ _LARGEST_VALUE = 16
 _VAL_INTERVAL = 5
 
 
+NUM_TRAIN_DIGITS = 1442
+"""Number of training images that `write_digits` writes."""
+
+
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
     """Read the data set that is contained in the package.
 

@@ -1,0 +1,154 @@
+"""The memory of a training step, found by running it on tensors without contents.
+
+Forward pass, loss and backward pass run under PyTorch's FakeTensorMode, which computes shapes and
+types and nothing else. Each storage counts from the operation that makes it until it is freed.
+"""
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from resnet_dist.config import Config
+from resnet_dist.forward import all_logits, at_least_fp32, train_mode
+from resnet_dist.losses import build_loss
+from resnet_dist.memory import OPTIMIZER_STATES
+from resnet_dist.models.build import build_model
+from resnet_dist.models.weights import freeze
+
+_BYTES_OF_FP32 = 4
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """The memory of one rank during a training step, in bytes.
+
+    Not counted are the context of the GPU (about half a GiB), work spaces of the libraries, batches
+    that are loaded ahead, and what the allocator loses to fragments.
+    """
+
+    num_parameters: int
+    weights: int
+    """weights and buffers, in fp32"""
+    optimizer: int
+    """state of the optimizer"""
+    average: int
+    """moving average of the weights"""
+    step: int
+    """at the peak of the step: images, activations, gradients and temporary tensors"""
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return self.weights + self.optimizer + self.average + self.step
+
+
+def measure_step_memory(config: Config, local_batch_size: int) -> StepMemory:
+    """Find the memory that a training step needs on one rank.
+
+    Args:
+        config: The config of the run; `train.precision` must be resolved. Batch norm is taken as
+            that of a single rank.
+        local_batch_size: Number of images of a micro-step.
+    """
+    model_config = replace(config.model, sync_batch_norm=False)
+    num_classes = config.model.num_classes or 1000
+    side = config.data.train_crop_size
+    dtype = torch.float32
+    if config.train.precision != "fp32":
+        # Both types of 16 bits take the same memory.
+        dtype = torch.bfloat16
+    loss_fn = build_loss(config.train)
+    with FakeTensorMode():
+        model = build_model(model_config, num_classes)
+        freeze(model, config.optim.unfreeze_from)
+        train_mode(model)
+        images = torch.empty(local_batch_size, 3, side, side, dtype=dtype)
+        images = images.contiguous(memory_format=torch.channels_last)
+        labels = torch.zeros(local_batch_size, dtype=torch.int64)
+        state_bytes = _bytes_of_state(model)
+        with _Storages() as storages:
+            # The weights are counted by themselves.
+            for tensor in (*model.parameters(), *model.buffers()):
+                storages.ignore(tensor)
+            storages.count(images)
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                logits = all_logits(model(images))
+            losses = []
+            for logits_of_head in logits:
+                losses.append(loss_fn(at_least_fp32(logits_of_head), labels, None).mean())
+            del logits, logits_of_head
+            torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+    num_parameters = 0
+    num_trained = 0
+    for parameter in model.parameters():
+        num_parameters += parameter.numel()
+        if parameter.requires_grad:
+            num_trained += parameter.numel()
+    return StepMemory(
+        num_parameters=num_parameters,
+        weights=state_bytes,
+        optimizer=num_trained * _BYTES_OF_FP32 * OPTIMIZER_STATES[config.optim.kind],
+        average=state_bytes if config.train.ema_decay else 0,
+        step=storages.peak,
+    )
+
+
+def _bytes_of_state(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers of a model."""
+    total = 0
+    for tensor in (*model.parameters(), *model.buffers()):
+        total += tensor.numel() * tensor.element_size()
+    return total
+
+
+class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows the bytes of all storages that operations make.
+
+    Attributes:
+        peak: The most that was alive at the same time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0
+        self._alive = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def ignore(self, tensor: torch.Tensor) -> None:
+        """Never count the storage of a tensor."""
+        self._known.add(tensor.untyped_storage())
+
+    def count(self, tensor: torch.Tensor) -> None:
+        """Count the storage of a tensor until it is freed, unless it is known already."""
+        storage = tensor.untyped_storage()
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        num_bytes = storage.nbytes()
+        self._alive += num_bytes
+        self.peak = max(self.peak, self._alive)
+        weakref.finalize(storage, self._free, num_bytes)
+
+    def _free(self, num_bytes: int) -> None:
+        self._alive -= num_bytes
+
+    def __torch_dispatch__(
+        self,
+        func: Any,  # noqa: ANN401
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        """Run an operation and count the storages of its results."""
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor)
+        return result
