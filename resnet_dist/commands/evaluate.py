@@ -134,13 +134,8 @@ def evaluate_network(
     """
     check_image_size(config.model.name, config.data)
     runtime.on_main(lambda: check_detail_files(request.files))
-    data = _read_only(config.data, runtime, scratch)
-    loader_config = replace(config, data=data, output_dir=scratch)
-    place = request.data or data.data_dir
-    if request.data:
-        loader = open_folder(request.data, loader_config, runtime)
-    else:
-        loader = build_val_loader(loader_config, runtime)
+    place = request.data or config.data.data_dir
+    loader = _open_images(config, runtime, scratch, request)
     with closing(loader):
         names = saved.names_or(loader.class_names)
         class_map = map_classes(loader.class_names, names, request.classes, printable(place))
@@ -155,16 +150,12 @@ def evaluate_network(
         for kind in kinds:
             load_into(model, saved, kind)
             # The details are those of the averaged weights, if there are any.
-            writer = None
-            collect = None
-            if request.files.are_wanted and kind == kinds[-1]:
-                network = _describe_network(saved, kind, config, class_map)
-                writer = DetailWriter(request.files, config.data, network, class_map.outputs)
-                collect = writer.collector
-            counts = count_mapped(model, loader, class_map, config, runtime, collect)
+            files = request.files if kind == kinds[-1] else DetailFiles()
+            network = _describe_network(saved, kind, config, class_map)
+            writer = DetailWriter(files, config.data, network, class_map.outputs)
+            counts = count_mapped(model, loader, class_map, config, runtime, writer.collector)
             results[kind] = counts.result(class_map.num_competing)
-            if writer is not None:
-                writer.write(loader, runtime)
+            writer.write(loader, runtime)
             hint = hint_at_guessing(results[kind]["top1"], class_map, saved.reported_top1)
             remarks.extend(hint)
         num_bad = runtime.sum_integer(loader.num_bad)
@@ -172,6 +163,17 @@ def evaluate_network(
             results["bad_images"] = num_bad
         results["remarks"] = remarks
     return results
+
+
+def _open_images(
+    config: Config, runtime: Runtime, scratch: str, request: EvaluationRequest
+) -> ValLoader:
+    """Build this rank's loader of the images; see `evaluate_network`."""
+    data = _read_only(config.data, runtime, scratch)
+    loader_config = replace(config, data=data, output_dir=scratch)
+    if request.data:
+        return open_folder(request.data, loader_config, runtime)
+    return build_val_loader(loader_config, runtime)
 
 
 def _describe_network(

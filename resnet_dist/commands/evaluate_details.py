@@ -62,7 +62,7 @@ class DetailWriter:
         outputs: Which output of the network each class of the images is.
 
     Attributes:
-        collector: To be passed to the evaluation.
+        collector: To be passed to the evaluation; None if no file is wanted.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class DetailWriter:
         network: EvaluatedNetwork,
         outputs: tuple[int, ...],
     ) -> None:
-        self.collector = ImageCollector(data)
+        self.collector = ImageCollector(data) if files.are_wanted else None
         self._files = files
         self._network = network
         self._outputs = outputs
@@ -87,6 +87,8 @@ class DetailWriter:
         Raises:
             ValueError: On every rank, if a file cannot be written.
         """
+        if self.collector is None:
+            return
         collected = self.collector.gather(loader, runtime, self._outputs)
 
         def write() -> None:
