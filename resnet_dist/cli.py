@@ -10,10 +10,12 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated, TypeAlias
 
 from resnet_dist import __version__, weights_options
 from resnet_dist.cluster import ClusterConfig
 from resnet_dist.config import Config
+from resnet_dist.config_rules import AtLeast
 from resnet_dist.options import (
     CommandLine,
     Parser,
@@ -29,6 +31,7 @@ from resnet_dist.text import did_you_mean, print_warnings_plainly, printable
 # torch prints pages of warnings about a lost rank; our own message is one line.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
+_Count: TypeAlias = Annotated[int, AtLeast(1)]
 _CONFIG_USAGE = "[--config FILE ...] [--section.key VALUE ...]"
 
 

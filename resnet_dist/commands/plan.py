@@ -202,8 +202,8 @@ def describe_plan(plan: Plan, options: argparse.Namespace) -> str:
     for name, value in rows.items():
         lines.append(f"{name:<{width}}   {value}")
     lines.append(
-        "The memory is that of PyTorch's tensors in eager mode. The context of the GPU, work spaces, "
-        "batches loaded ahead and fragments come on top: leave a tenth free."
+        "The memory is that of PyTorch's tensors in eager mode. The context of the GPU, work "
+        "spaces, batches loaded ahead and fragments come on top: leave a tenth free."
     )
     return "\n".join(lines)
 
