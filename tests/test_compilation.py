@@ -7,17 +7,19 @@ guards, agreement and DDP's hooks are the same.
 import copy
 import os
 import re
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from dist_utils import equal_trees, run_ranks
+from dist_utils import equal_trees, run_app, run_ranks
 from test_engine import FP32, NoSync, make_batch, rule_of
 from torch import nn
 
 from resnet_dist import compilation, engine
+from resnet_dist.checkpoint_file import read_checkpoint, unpack_checkpoint
 from resnet_dist.compilation import (
     compiled_parts,
     inductor_options,
@@ -38,6 +40,7 @@ from resnet_dist.distributed import Runtime
 from resnet_dist.engine import train_step
 from resnet_dist.evaluation import predict_logits
 from resnet_dist.forward import train_mode
+from resnet_dist.models.build import build_model
 from resnet_dist.models.resnet import BasicBlock, ResNet
 from resnet_dist.models.sync_batch_norm import convert_sync_batch_norm
 from resnet_dist.nonfinite import NonFinite
@@ -456,3 +459,96 @@ def test_the_compile_cache_is_read_only_if_it_is_whole_and_of_this_user(tmp_path
     load_compile_cache(str(tmp_path), runtime, watched)
     assert "it is damaged" in watched.warned[-1]
     assert loaded == [content]
+
+
+def tiny_app(stop_at=None):
+    """The command line's main with the tiny network under the name of resnet20, compiled by
+    inductor; it stops by SIGTERM at a step, and prints what the compile cache had.
+    """
+
+    def entry(arguments):
+        from torch._dynamo.utils import counters
+
+        from resnet_dist import cli
+        from resnet_dist.models.build import MODELS
+
+        compilation.BACKEND = "inductor"
+        MODELS["resnet20"] = tiny_network
+        real = engine.train_step
+
+        def train_step(model, state, *rest):
+            if state.step == stop_at and os.environ["RANK"] == "0":
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(model, state, *rest)
+
+        engine.train_step = train_step
+        code = cli.main(arguments)
+        cache = counters["inductor"]
+        print("CACHE", cache["fxgraph_cache_hit"], cache["fxgraph_cache_miss"])
+        return code
+
+    return entry
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_inductor_resumes_bit_identically_and_from_the_cache_of_the_run(
+    digits, tmp_path, monkeypatch
+):
+    """Two ranks with SyncBatchNorm and an average. The second start has an empty cache on its
+    machine, and finds every graph in output_dir.
+    """
+
+    def run(name, place, entry):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / place))
+        folder, log = tmp_path / name, tmp_path / f"{name}_{place}.txt"
+        sizes = {"train_crop_size": 16, "val_resize_size": 16, "val_crop_size": 16}
+        words = ["train", "--config", "configs/quickstart.yaml", "--data.data_dir", digits]
+        words += ["--output_dir", str(folder), "--train.compile", "true", "--train.epochs", "0.4"]
+        words += ["--train.ema_decay", "0.9", "--schedule.warmup_epochs", "0"]
+        words += ["--log.wandb", "disabled", "--distributed.threads", "1"]
+        for key, value in sizes.items():
+            words += [f"--data.{key}", str(value)]
+        codes = run_app(2, words, str(log), entry, timeout=900)
+        print(log.read_text())
+        return codes, log.read_text()
+
+    assert run("whole", "first", tiny_app())[0] == [0, 0]
+    codes, cold = run("halves", "second", tiny_app(stop_at=4))
+    assert codes == [143, 143]
+    codes, warm = run("halves", "third", tiny_app())
+    assert codes == [0, 0]
+    assert re.findall(r"CACHE (\d+) (\d+)", cold) == [("0", "8")] * 2
+    assert re.findall(r"CACHE (\d+) (\d+)", warm) == [("8", "0")] * 2
+    ends = []
+    for name in ("whole", "halves"):
+        path = tmp_path / name / "checkpoints" / "last.pt"
+        ends.append(unpack_checkpoint(read_checkpoint(path), str(path)))
+    assert ends[0]["step"] == ends[1]["step"] > 4
+    assert ends[0]["config"]["train"]["compile"] is True
+    for key in ("model", "ema", "optimizer"):
+        assert equal_trees(ends[0][key], ends[1][key]), key
+
+
+KINDS = ["seresnet50", "resnet50d", "preresnet110", "lenet5", "vgg11_bn", "googlenet"]
+KINDS += ["inception_v3", "densenet121", "efficientnet_b0", "inception_v4"]
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_every_kind_of_network_is_traced_without_a_break():
+    """Each has a single graph for each part; networks outside of the ResNet family are one part."""
+    failed = []
+    for name in KINDS:
+        side = 299 if name.startswith("inception") else 32
+        if name in ("vgg11_bn", "densenet121"):
+            side = 64
+        with torch.device("meta"):
+            model = build_model(ModelConfig(name=name), 10)
+        compiler, problem = start_compiler(
+            model, TRAIN, (4, 3, side, side), runtime_of(device=torch.device("meta"))
+        )
+        if problem or compiler.num_graphs != len(compiler.parts):
+            failed.append(f"{name}: {problem}")
+        torch._dynamo.reset()
+    assert failed == []
