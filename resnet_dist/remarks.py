@@ -188,6 +188,12 @@ def _device(config: Config, device: str) -> Iterator[str]:
             "train.precision is fp16, whose backward pass is about 100 times slower than bf16's on "
             "a CPU"
         )
+    mode = config.train.compile_mode
+    if mode != "default" and (config.train.compile is False or device == "cpu"):
+        yield (
+            f"train.compile_mode is {mode}, which has an effect only on a GPU with train.compile "
+            "true"
+        )
     threads = config.distributed.threads
     if threads and device == "cuda":
         yield f"distributed.threads is {threads}, which has no effect on a GPU"

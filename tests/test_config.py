@@ -159,6 +159,7 @@ def test_defaults_are_valid_and_without_remarks():
         (["--schedule.warmup_epochs", "0", "--schedule.warmup_kind", "constant"], "warmup_kind"),
         (["--data.kind", "synthetic", "--data.data_dir", "x"], "data_dir"),
         (["--train.precision", "fp16"], "fp16"),
+        (["--train.compile_mode", "reduce-overhead"], "compile_mode"),
     ],
 )
 def test_settings_without_effect_are_remarked(arguments, word):
