@@ -39,6 +39,7 @@ from resnet_dist.process import failures_reported_first
 from resnet_dist.rng import derive_seed
 from resnet_dist.schedule import Schedule
 from resnet_dist.timing import Clock
+from resnet_dist.watchdog import COMPILE_PHASE
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,7 @@ def compile_for_new_size(
     compiler = parts.compiler
     if compiler is None or images.shape in compiler.shapes:
         return
-    services.beat(parts.state.step, "compile")
+    services.beat(parts.state.step, COMPILE_PHASE)
     shape = tuple(images.shape)
     graphs_before = compiler.num_graphs
     with window.clock.excluded():

@@ -47,6 +47,7 @@ from resnet_dist.restore import checkpoint_folder, find_start, restore
 from resnet_dist.schedule import Schedule, build_schedule, peak_lr
 from resnet_dist.state import build_state, wrap_ddp
 from resnet_dist.summary import summary_at_end, summary_at_start
+from resnet_dist.watchdog import COMPILE_PHASE
 
 ShouldContinue = Callable[[int], bool]
 """from the signal that stopped training to whether it continues after the checkpoint"""
@@ -195,7 +196,7 @@ def compile_network(
         return None
     log.say("compiling the network with torch.compile, which may take minutes")
     assert runtime.watchdog is not None
-    runtime.watchdog.beat(state.step, "compile")
+    runtime.watchdog.beat(state.step, COMPILE_PHASE)
     start = time.monotonic()
     load_compile_cache(config.output_dir, runtime, log)
     compiler, problem = start_compiler(state.model, config.train, shape, runtime)

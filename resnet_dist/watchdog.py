@@ -40,8 +40,10 @@ _PATIENCE = 0.85
 # A rank without news for this share of the wait counts as silent.
 _SILENCE = 0.35
 
-# Before the first step, a rank counts as silent after this time at the earliest: imports can keep
-# its threads from running.
+COMPILE_PHASE = "compile"
+
+# Before the first step and in the phase `COMPILE_PHASE`, a rank counts as silent after this time at
+# the earliest: imports and compilers can keep its threads from running.
 _SILENT_SECONDS_AT_START = 30.0
 
 # Number of calls of the main thread that a rank publishes, starting with the innermost.
@@ -479,7 +481,7 @@ class Watchdog:
         count = self.count
         limit = _PATIENCE * self.timeout_s
         silence = _SILENCE * limit
-        if count == 0:
+        if count == 0 or self.phase == COMPILE_PHASE:
             silence = max(silence, _SILENT_SECONDS_AT_START)
         recent = time.monotonic() - silence
         behind = self._behind(recent)

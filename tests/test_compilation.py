@@ -8,6 +8,7 @@ import copy
 import os
 import re
 import signal
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -279,7 +280,6 @@ def test_ranks_wait_for_a_slow_compiler_longer_than_a_collective_may_take():
 
 
 def compile_slowly_on_rank_1(rank, world_size):
-    import time
     from datetime import timedelta
 
     limit = timedelta(seconds=2.5)
@@ -529,6 +529,54 @@ def test_inductor_resumes_bit_identically_and_from_the_cache_of_the_run(
     assert ends[0]["config"]["train"]["compile"] is True
     for key in ("model", "ema", "optimizer"):
         assert equal_trees(ends[0][key], ends[1][key]), key
+
+
+def app_where_rank_1(prepares):
+    """The command line's main with a tiny network, and what rank 1 does before it compiles a
+    part.
+    """
+
+    def entry(arguments):
+        from resnet_dist import cli
+        from resnet_dist.models.build import MODELS
+
+        MODELS["resnet20"] = partial(tiny_network, depths=(1,))
+        real = compilation.lower
+
+        def lower(graph, inputs, train):
+            if os.environ["RANK"] == "1":
+                prepares(graph, inputs, train)
+            return real(graph, inputs, train)
+
+        compilation.lower = lower
+        return cli.main(arguments)
+
+    return entry
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_run_waits_for_a_slow_compiler_and_stops_for_a_failing_one(tmp_path):
+    """One rank compiles longer than distributed.timeout_s. If it fails, no rank writes anything."""
+
+    def run(name, prepares):
+        log = tmp_path / f"{name}.txt"
+        words = ["train", "--config", "configs/quickstart.yaml", "--data.kind", "synthetic"]
+        words += ["--data.synthetic_classes", "10", "--data.synthetic_images", "256"]
+        words += ["--data.train_crop_size", "16", "--data.val_crop_size", "16"]
+        words += ["--train.epochs", "0.5", "--schedule.warmup_epochs", "0", "--log.wandb"]
+        words += ["disabled", "--train.compile", "true", "--distributed.timeout_s", "8"]
+        words += ["--output_dir", str(tmp_path / name)]
+        codes = run_app(2, words, str(log), app_where_rank_1(prepares))
+        return codes, log.read_text()
+
+    codes, output = run("slow", lambda *_: time.sleep(9))
+    assert codes == [0, 0], output
+    assert float(re.search(r"compiled 3 parts .* in (\d+\.\d) s", output)[1]) > 27
+    codes, output = run("failing", failing_backend)
+    assert codes == [2, 2], output
+    assert output.count(f"torch.compile failed: rank 1: stem: {FAILURE}") == 1
+    assert not (tmp_path / "failing").exists()
 
 
 KINDS = ["seresnet50", "resnet50d", "preresnet110", "lenet5", "vgg11_bn", "googlenet"]
