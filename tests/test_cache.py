@@ -1,8 +1,11 @@
 """Decoded images in memory: the same batches as without, on any number of ranks."""
 
+import gc
+import io
 import json
 import os
 import tempfile
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -10,12 +13,20 @@ import pytest
 import torch
 from dist_utils import run_ranks
 from image_files import OneProcess, encode, picture, train_loader, val_loader, write_split
+from PIL import Image
 
 from resnet_dist.config import AugmentConfig, DataConfig
 from resnet_dist.data.pixels import cache_fill, kept_batches
 from resnet_dist.data.pixels.cache_fill import Machine, build_train_cache, fill_cache
 from resnet_dist.data.pixels.cached import CachedRows, CachedSquaresOnDevice, needs_dali
-from resnet_dist.data.pixels.dali import Decoder, GraphSpec, LoadedJob, Portion, windows_to_torch
+from resnet_dist.data.pixels.dali import (
+    Decoder,
+    GraphSpec,
+    LoadedJob,
+    Portion,
+    build_pipeline,
+    windows_to_torch,
+)
 from resnet_dist.data.pixels.decoding import REFUSED, LoaderSettings
 from resnet_dist.data.pixels.kept_batches import KeptBatches
 from resnet_dist.data.pixels.quarantine import Quarantine
@@ -301,3 +312,25 @@ def test_the_graph_for_decoded_images_is_that_for_files(unequal):
         decoder.submit(Portion(LoadedJob(job, images, geometry), 0, 8))
         shown.append(torch.stack(windows_to_torch(decoder.collect()[1][0])))
     assert torch.equal(*shown)
+
+
+def test_dali_holds_the_files_that_it_reads_without_a_copy():
+    """Their memory is not reused while a batch is under way, and is free afterwards."""
+    pipeline = build_pipeline(GraphSpec(4, 1))
+    files = [encode(picture(40, 40, i)) for i in range(4)]
+    expected = [np.asarray(Image.open(io.BytesIO(file))) for file in files]
+    arrays = [np.frombuffer(bytes(file), np.uint8) for file in files]
+    alive = [weakref.ref(array) for array in arrays]
+    pipeline.feed_input("encoded", arrays)
+    pipeline.feed_input("anchor", np.zeros((4, 2), np.int32))
+    pipeline.feed_input("extent", np.full((4, 2), 40, np.int32))
+    del arrays
+    gc.collect()
+    assert all(reference() is not None for reference in alive)
+    pipeline.schedule_run()
+    (decoded,) = pipeline.share_outputs()
+    for pixels, same in zip(windows_to_torch(decoded), expected, strict=True):
+        assert np.array_equal(pixels.numpy(), same)
+    pipeline.release_outputs()
+    gc.collect()
+    assert all(reference() is None for reference in alive)
