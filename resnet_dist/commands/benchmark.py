@@ -128,7 +128,7 @@ def compare_loops(
 
 def shares_of_device(
     config: Config, runtime: Runtime, result: Mapping[str, Any]
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """How much the whole loop uses of what the device can do, as measured now.
 
     Args:
@@ -138,7 +138,7 @@ def shares_of_device(
 
     Returns:
         The measured rates; mfu, the share of the matrix rate; memory_share, the share of the
-        memory rate.
+        memory rate (None for a compiled network).
     """
     rates = measure_device(runtime.device)
     cost = count_step(config)
@@ -146,12 +146,16 @@ def shares_of_device(
     local_batch_size = result["local_batch_size"]
     steps_per_second = images_per_second / local_batch_size
     bytes_per_second = cost.bytes_moved(local_batch_size) * steps_per_second
+    memory_share = None
+    if not config.train.compile:
+        # Fused operations move an unknown part of it.
+        memory_share = bytes_per_second / rates.memory_bytes
     return {
         "gflops_per_image": cost.flops_per_image / 1e9,
         "matrix_tflops": rates.matrix_flops / 1e12,
         "mfu": cost.flops_per_image * images_per_second / rates.matrix_flops,
         "memory_gb_per_second": rates.memory_bytes / 1e9,
-        "memory_share": bytes_per_second / rates.memory_bytes,
+        "memory_share": memory_share,
     }
 
 
@@ -324,9 +328,7 @@ medians of {windows} windows:
   data wait    {data_wait_fraction:8.1%} of the time
   peak memory  {peak_memory_gib_per_rank:8.2f} GiB per rank
   arithmetic   {mfu:8.1%} of the measured {matrix_tflops:.3g} TFLOP/s of a matrix product; \
-{gflops_per_image:.2f} GFLOP an image
-  memory       {memory_share:8.1%} of the measured {memory_gb_per_second:.0f} GB/s, \
-if each operation reads and writes its tensors once"""
+{gflops_per_image:.2f} GFLOP an image"""
 
 
 def print_result(result: dict[str, Any], as_json: bool, no_energy: str) -> None:
@@ -341,6 +343,12 @@ def print_result(result: dict[str, Any], as_json: bool, no_energy: str) -> None:
         print(json.dumps(result))
         return
     print(_TEXT.format(**result))
+    if result["memory_share"] is not None:
+        print(
+            f"  memory       {result['memory_share']:8.1%} of the measured "
+            f"{result['memory_gb_per_second']:.0f} GB/s, if each operation reads and writes its "
+            "tensors once"
+        )
     joules = result["joules_per_image"]
     if joules is None:
         print(f"  energy       not measured: {no_energy}")

@@ -27,9 +27,10 @@ import torch
 from image_files import encode, picture, write_split
 from torch import nn
 
-from resnet_dist import engine
+from resnet_dist import compilation, engine
 from resnet_dist.commands.benchmark_parts import build_training, step_on_one_batch
 from resnet_dist.config import AugmentConfig, Config, DataConfig, OptimConfig, to_dict
+from resnet_dist.distributed import Runtime
 from resnet_dist.engine import Training
 from resnet_dist.models import sync_batch_norm
 from resnet_dist.nonfinite import NonFinite
@@ -39,8 +40,18 @@ from resnet_dist.precision import set_arithmetic
 
 
 @contextlib.contextmanager
-def collective_in_group_of_one() -> Iterator[list[int]]:
-    """Let SyncBatchNorm reduce over its single rank; yields a list that grows with each call."""
+def collective_in_group_of_one() -> Iterator[None]:
+    """Let SyncBatchNorm reduce over its single rank."""
+    sync_batch_norm.SYNC_IN_GROUP_OF_ONE = True
+    try:
+        yield
+    finally:
+        sync_batch_norm.SYNC_IN_GROUP_OF_ONE = False
+
+
+@contextlib.contextmanager
+def counted_collectives() -> Iterator[list[int]]:
+    """Count SyncBatchNorm's collectives: the list grows with each. Not for a compiled network."""
     calls: list[int] = []
     reduce = sync_batch_norm._all_reduce_sum
 
@@ -48,12 +59,10 @@ def collective_in_group_of_one() -> Iterator[list[int]]:
         calls.append(numbers.numel())
         return reduce(numbers, group)
 
-    sync_batch_norm.SYNC_IN_GROUP_OF_ONE = True
     sync_batch_norm._all_reduce_sum = counted
     try:
         yield calls
     finally:
-        sync_batch_norm.SYNC_IN_GROUP_OF_ONE = False
         sync_batch_norm._all_reduce_sum = reduce
 
 
@@ -87,39 +96,40 @@ def losses_of(parts: Training, num_steps: int, lr: float) -> list[float]:
 def no_host_sync(place: Place, folder: Path) -> str:
     """`train_step` never waits for the device: DDP, SyncBatchNorm's collective, EMA, mixup, fp16.
 
-    Eager, and compiled where the setting exists.
+    Eager, and on a GPU compiled.
     """
     config = training_config(place, folder)
     train = replace(config.train, ema_decay=0.999, label_smoothing=0.1, clip_grad_norm=1.0)
     config = replace(config, train=train, augment=AugmentConfig(mixup_alpha=0.2))
     fp16 = replace(config, train=replace(train, precision="fp16"))
     variants = {"eager": config, "eager fp16": fp16}
-    if hasattr(train, "compile"):
-        variants = {name: with_compile(one, False) for name, one in variants.items()}
-        if place.is_cuda:
-            variants["compiled"] = with_compile(config, True)
-    done = []
-    for name, variant in variants.items():
-        with single_rank(place) as runtime, collective_in_group_of_one() as calls:
-            set_arithmetic(variant.train, place.device)
-            parts = build_training(variant, runtime, 10)
-            step = step_on_one_batch(parts)
-            for _ in range(3):
-                step()
-            calls.clear()
-            with no_synchronization(place):
-                for _ in range(place.size(5, 1)):
-                    step()
-            if name != "compiled":
-                norms = sum(isinstance(m, nn.BatchNorm2d) for m in parts.state.model.modules())
-                norms += sum(
-                    isinstance(m, sync_batch_norm.SyncBatchNorm)
-                    for m in parts.state.model.modules()
-                )
-                assert len(calls) >= 2 * norms * place.size(5, 1) > 0
-            parts.train_loader.close()
-        done.append(name)
-    return ", ".join(done)
+    variants = {name: with_compile(one, False) for name, one in variants.items()}
+    if place.is_cuda:
+        variants["compiled"] = with_compile(config, True)
+    for variant in variants.values():
+        with single_rank(place) as runtime, collective_in_group_of_one():
+            run_without_sync(place, variant, runtime)
+    return ", ".join(variants)
+
+
+def run_without_sync(place: Place, config: Config, runtime: Runtime) -> None:
+    """Train some steps in which the host must not wait, and count the collectives."""
+    set_arithmetic(config.train, place.device)
+    parts = build_training(config, runtime, 10)
+    step = step_on_one_batch(parts)
+    for _ in range(3):
+        step()
+    num_steps = place.size(5, 1)
+    with no_synchronization(place):
+        for _ in range(num_steps):
+            step()
+    if not config.train.compile:
+        modules = list(parts.state.model.modules())
+        norms = sum(isinstance(module, sync_batch_norm.SyncBatchNorm) for module in modules)
+        with counted_collectives() as calls:
+            step()
+        assert len(calls) == 2 * norms > 0
+    parts.train_loader.close()
 
 
 def fp16_with_scaler(place: Place, folder: Path) -> str:
@@ -171,10 +181,6 @@ def optimizers_equal_the_cpu(place: Place, folder: Path) -> str:
 def compile_equals_eager(place: Place, folder: Path) -> str:
     """The loss of three updates in fp32, compiled and eager."""
     config = training_config(place, folder, "fp32")
-    if not hasattr(config.train, "compile"):
-        raise SkippedCheckError("this version has no train.compile")
-    from resnet_dist import compilation
-
     model = replace(config.model, name="resnet18" if place.is_full else "resnet20")
     config = replace(config, model=model)
     backend = compilation.BACKEND
@@ -207,9 +213,7 @@ def out_of_memory_is_explained(place: Place, folder: Path) -> str:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(place.device)
     torch.cuda.set_per_process_memory_fraction(min(1.0, 6 * 2**30 / total), place.device)
-    config = training_config(place, folder)
-    if hasattr(config.train, "compile"):
-        config = with_compile(config, False)
+    config = with_compile(training_config(place, folder), False)
     config = _with_batch(config, 512)
     try:
         with single_rank(place) as runtime:

@@ -41,7 +41,7 @@ CHECKS = {
     "evaluation_pixels": Check(check_data.evaluation_pixels, 20),
     "training_pixels": Check(check_data.training_pixels, 20),
     "no_host_sync": Check(check_training.no_host_sync, 90),
-    "compile_equals_eager": Check(check_training.compile_equals_eager, 60),
+    "compile_equals_eager": Check(check_training.compile_equals_eager, 60, cheap=False),
     "deterministic_and_resumed": Check(check_training.deterministic_and_resumed, 120, cheap=False),
     "batches_under_load": Check(check_data.batches_under_load, 30),
     "augmentation_pixels": Check(check_data.augmentation_pixels, 30),

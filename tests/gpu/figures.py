@@ -61,11 +61,6 @@ class Part:
     needs_photographs: bool = False
 
 
-def can_compile(config: Config) -> bool:
-    """Whether this version has the setting train.compile."""
-    return hasattr(config.train, "compile")
-
-
 def of_network(place: Place, folder: Path, name: str, side: int, batch_size: int) -> Config:
     """A training on random pixels, eager."""
     config = training_config(place, folder)
@@ -75,7 +70,7 @@ def of_network(place: Place, folder: Path, name: str, side: int, batch_size: int
         data=replace(config.data, train_crop_size=side, synthetic_images=2 * batch_size),
         train=replace(config.train, global_batch_size=batch_size),
     )
-    return with_compile(config, False) if can_compile(config) else config
+    return with_compile(config, False)
 
 
 def resnet50(place: Place, folder: Path) -> Config:
@@ -113,7 +108,7 @@ def synthetic(place: Place, photographs: Path | None, folder: Path) -> Figures:
             compiled = replace(bare, compiled=True)
             builders["bare compiled"] = lambda: build_bare_step(compiled)
         builders["ours eager"] = lambda: step_on_one_batch(build_training(config, runtime, 10))
-        if place.is_cuda and can_compile(config):
+        if place.is_cuda:
             ours = with_compile(config, True)
             builders["ours compiled"] = lambda: step_on_one_batch(build_training(ours, runtime, 10))
         steps = {}
@@ -271,7 +266,7 @@ def jpeg_loop(place: Place, photographs: Path | None, folder: Path) -> Figures:
     """The whole loop on photographs beside a bare loop on one batch, compiled on a GPU."""
     assert photographs is not None
     config = jpeg_config(place, photographs, folder, place.size(256, 4))
-    if place.is_cuda and can_compile(config):
+    if place.is_cuda:
         config = with_compile(config, True)
     with single_rank(place) as runtime:
         result, no_energy = compare_loops(config, runtime, place.size(3, 1), place.size(40, 4))
@@ -282,7 +277,7 @@ def determinism(place: Place, photographs: Path | None, folder: Path) -> Figures
     """The price of train.deterministic, eager and compiled."""
     config = resnet50(place, folder)
     variants = {"eager": config}
-    if place.is_cuda and can_compile(config):
+    if place.is_cuda:
         variants["compiled"] = with_compile(config, True)
     rows = {}
     for name, variant in variants.items():
@@ -300,7 +295,7 @@ def determinism(place: Place, photographs: Path | None, folder: Path) -> Figures
 def kernels(place: Place, photographs: Path | None, folder: Path) -> Figures:
     """Where the time of our step goes, by kind of kernel."""
     config = resnet50(place, folder)
-    if place.is_cuda and can_compile(config):
+    if place.is_cuda:
         config = with_compile(config, True)
     with single_rank(place) as runtime:
         set_arithmetic(config.train, place.device)
@@ -317,7 +312,7 @@ def host_time(place: Place, photographs: Path | None, folder: Path) -> Figures:
     """The host's time for a step of ResNet-20 at 32 pixels with batch 128."""
     config = of_network(place, folder, "resnet20", place.size(32, 8), place.size(128, 4))
     variants = {"eager": config}
-    if place.is_cuda and can_compile(config):
+    if place.is_cuda:
         variants["compiled"] = with_compile(config, True)
         graphs = replace(variants["compiled"].train, compile_mode="reduce-overhead")
         variants["compiled, reduce-overhead"] = replace(config, train=graphs)
