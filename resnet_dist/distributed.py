@@ -238,6 +238,8 @@ def start(
         _set_threads(threads, launcher)
         keep_freed_memory()
     cpu_group = _start_process_group(place.type, watchdog, timeout_s)
+    # gloo raises an error when a rank is lost. A kernel of NCCL waits for it for ever.
+    watchdog.waits_forever = place.type == "cuda"
     return Runtime(
         rank=launcher.rank,
         local_rank=launcher.local_rank,

@@ -35,7 +35,7 @@ from resnet_dist.mix import Mixing, mix_images
 from resnet_dist.nonfinite import NonFinite, TooManyNonFiniteError
 from resnet_dist.plan import Due, TrainPlan
 from resnet_dist.precision import Precision
-from resnet_dist.process import failures_reported_first
+from resnet_dist.process import Explain, as_it_is, failures_reported_first
 from resnet_dist.rng import derive_seed
 from resnet_dist.schedule import Schedule
 from resnet_dist.timing import Clock
@@ -84,6 +84,8 @@ class Services:
     stop_signal: StopSignal
     exhibits: Exhibits | None = None
     """pictures and details of the run; None for none"""
+    explain: Explain = as_it_is
+    """from an error of the loop to the one that is printed"""
 
     def poll(self, step: int, phase: str) -> bool:
         """Tell the watchdog what this rank is doing; whether a signal asks for the end.
@@ -337,7 +339,7 @@ def train_loop(parts: Training, services: Services) -> int:
     window = Window(state, device)
     batches = parts.train_loader.batches(state.step, plan.total_steps)
     train_mode(parts.model)
-    reported_first = failures_reported_first(services.runtime)
+    reported_first = failures_reported_first(services.runtime, services.explain)
     with collection_by_hand(), closing_batches(batches), reported_first:
         while True:
             # 1. Log where it is due, and wherever the loop waits for the device anyway.

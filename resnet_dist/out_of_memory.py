@@ -28,6 +28,13 @@ class MemoryFacts:
     """what this process can have"""
 
 
+def explain_memory(problem: Exception, config: Config, runtime: Runtime) -> Exception:
+    """The explanation of an error of CUDA out of memory; any other error as it is."""
+    if isinstance(problem, torch.OutOfMemoryError):
+        return out_of_memory_error(config, runtime)
+    return problem
+
+
 def out_of_memory_error(config: Config, runtime: Runtime) -> ValueError:
     """The error to report in place of `torch.OutOfMemoryError`, as one sentence.
 

@@ -25,11 +25,12 @@ import torch
 from resnet_dist import distributed
 from resnet_dist.config import Config
 from resnet_dist.distributed import Runtime
+from resnet_dist.error_file import write_error_file
 from resnet_dist.layout import describe_layout, fit_layout
 from resnet_dist.precision import resolve_settings
 from resnet_dist.rendezvous import Launcher, LostRankError, read_launcher
 from resnet_dist.text import printable
-from resnet_dist.watchdog import EXIT_LOST_RANK, Watchdog, write_error_file
+from resnet_dist.watchdog import EXIT_LOST_RANK, Watchdog
 
 _BATCH_OF_ONE = (
     "batch norm cannot train on a single value per channel: a rank and micro-step has one image "
@@ -38,6 +39,14 @@ _BATCH_OF_ONE = (
 
 # Time between two looks of a spare rank at the state of the others.
 _SPARE_SECONDS = 0.5
+
+
+Explain = Callable[[Exception], Exception]
+
+
+def as_it_is(problem: Exception) -> Exception:
+    """An error that needs no other words."""
+    return problem
 
 
 def run_process(
@@ -163,22 +172,22 @@ def report_failure(problem: Exception, runtime: Runtime) -> int:
 
 
 @contextlib.contextmanager
-def failures_reported_first(runtime: Runtime) -> Iterator[None]:
+def failures_reported_first(runtime: Runtime, explain: Explain = as_it_is) -> Iterator[None]:
     """Print the error of a block before its resources are closed, and raise it again.
 
     Closing a loader may wait for a device that waits for a lost rank. An error that the user can
-    correct is not printed: the caller does it, and may add to the message. That holds for too
-    little GPU memory as well.
+    correct is not printed: the caller does it, and may add to the message.
 
     Args:
         runtime: This rank, with its watchdog.
+        explain: From an error to the one that is printed in its place.
     """
     try:
         yield
-    except (ValueError, FloatingPointError, torch.OutOfMemoryError):
+    except (ValueError, FloatingPointError):
         raise
     except Exception as problem:
-        report_failure(problem, runtime)
+        report_failure(explain(problem), runtime)
         raise
 
 

@@ -38,7 +38,7 @@ from resnet_dist.losses import build_loss
 from resnet_dist.mix import build_mixing
 from resnet_dist.models.zoo import check_image_size
 from resnet_dist.nonfinite import TooManyNonFiniteError, write_replay
-from resnet_dist.out_of_memory import out_of_memory_error
+from resnet_dist.out_of_memory import explain_memory
 from resnet_dist.plan import TrainPlan, build_plan
 from resnet_dist.precision import Precision, has_fast_bf16, resolve_settings, set_arithmetic
 from resnet_dist.process import report_failure
@@ -72,11 +72,9 @@ def train(config: Config, runtime: Runtime, should_continue: ShouldContinue = al
     log = build_log(config.log, config.output_dir, runtime.is_main, to_dict(config))
     try:
         code = build_and_train(config, runtime, log, should_continue)
-    except torch.OutOfMemoryError:
-        code = report_failure(out_of_memory_error(config, runtime), runtime)
     except Exception as problem:
         # Before the log is closed, which may take its time.
-        code = report_failure(problem, runtime)
+        code = report_failure(explain_memory(problem, config, runtime), runtime)
     log.close(code)
     return code
 
@@ -246,7 +244,11 @@ def train_and_summarize(
     """
     stop_signal = StopSignal(runtime.cpu_group, runtime.watchdog)
     exhibits = Exhibits(config, parts.train_loader.class_names, log, runtime)
-    services = Services(runtime, saver, log, stop_signal, exhibits)
+
+    def explain(problem: Exception) -> Exception:
+        return explain_memory(problem, config, runtime)
+
+    services = Services(runtime, saver, log, stop_signal, exhibits, explain)
     try:
         ended_by = run_loop(parts, services, should_continue)
         if not ended_by:

@@ -12,13 +12,14 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
+from resnet_dist.error_file import write_error_file
 from resnet_dist.rendezvous import Meeting, process_state
+from resnet_dist.stacks import stack_of_main_thread
 from resnet_dist.text import printable_lines
 
 EXIT_LOST_RANK = 75
@@ -46,8 +47,9 @@ COMPILE_PHASE = "compile"
 # the earliest: imports and compilers can keep its threads from running.
 _SILENT_SECONDS_AT_START = 30.0
 
-# Number of calls of the main thread that a rank publishes, starting with the innermost.
-_STACK_DEPTH = 8
+# Time that a rank has after another process of its machine is gone, where only this thread can
+# notice it: the checkpoint that is being written gets finished, and torchrun waits 30 s.
+_LOST_PEER_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,11 @@ class Watchdog:
 
     Every rank calls `beat` equally often to mark its progress. Two threads watch: one talks to the
     store, which may block when the process that serves it is stopped; the other decides. There are
-    three reasons to end this process, each with a method:
+    four reasons to end this process, each with a method:
 
     - another rank published an error (`on_published_error`);
     - the store or torchrun is gone (`on_lost_store`);
+    - another rank of this machine is gone, and this one may wait in a kernel (`on_lost_peers`);
     - this rank waits for a rank that is behind it or silent (`on_long_wait`).
 
     Nothing happens while all ranks wait at the same place (for the storage, or a compilation).
@@ -146,6 +149,10 @@ class Watchdog:
         self.ask_to_stop: Callable[[], None] | None = None
         # Whether the positions of all ranks are read in every interval.
         self.curious = False
+        # Whether a wait for a lost rank never ends by itself: in a kernel of NCCL.
+        self.waits_forever = False
+        # The ranks of this machine whose process is gone, though they have not left.
+        self.lost_peers = ""
         self.ended = threading.Event()
         self._failing_since: float | None = None
         is_spare = self.rank >= world_size
@@ -293,6 +300,7 @@ class Watchdog:
         self.ended.set()
         deadline = time.monotonic() + seconds
         with contextlib.suppress(RuntimeError):
+            self.store.set(f"left/{self.rank}", "")
             left = self.store.add("left", 1)
             if not self.launcher.serves_store:
                 return
@@ -343,6 +351,8 @@ class Watchdog:
             try:
                 self._exchange_positions(ticks)
                 self._read_failure()
+                if self.waits_forever:
+                    self.lost_peers = self._ranks_gone_without_a_word()
             except RuntimeError:
                 who = self._who_served_the_store()
                 self._give_up_store(who)
@@ -371,7 +381,7 @@ class Watchdog:
 
     def _position(self, ticks: int) -> Beat:
         """Describe the position of this rank for the others."""
-        stack = _stack_of_main_thread()
+        stack = stack_of_main_thread()
         return Beat(
             ticks=ticks,
             count=self.count,
@@ -434,6 +444,8 @@ class Watchdog:
             return self.on_published_error(self.failure)
         if self.lost_server:
             return self.on_lost_store()
+        if self.lost_peers:
+            return self.on_lost_peers()
         waited = time.monotonic() - self.moved
         if waited > _PATIENCE * self.timeout_s:
             return self.on_long_wait()
@@ -470,6 +482,17 @@ class Watchdog:
         if self._time_is_over(_SAVE_SECONDS):
             return lost
         return None
+
+    def on_lost_peers(self) -> Failure | None:
+        """Decide what follows when another rank of this machine is gone without a word.
+
+        Returns:
+            An error that names it, once this rank has had `_LOST_PEER_SECONDS`; None before.
+        """
+        if not self._time_is_over(_LOST_PEER_SECONDS):
+            return None
+        headline = f"lost at step {self.step} ({self.phase}): {self.lost_peers}"
+        return self.own(headline, EXIT_LOST_RANK)
 
     def on_long_wait(self) -> Failure | None:
         """Decide whether a long wait of this rank is an error.
@@ -514,13 +537,21 @@ class Watchdog:
 
     def _lost_ranks(self) -> str:
         """Describe the other ranks of this machine whose process has ended."""
+        gone = self._gone_ranks()
+        return "; ".join(self._describe(rank) for rank in gone)
+
+    def _ranks_gone_without_a_word(self) -> str:
+        """Describe those of them that have not left the others before. Asks the store."""
+        lost = [rank for rank in self._gone_ranks() if not self.store.check([f"left/{rank}"])]
+        return "; ".join(self._describe(rank) for rank in lost)
+
+    def _gone_ranks(self) -> list[int]:
+        """The other ranks of this machine whose process has ended."""
         gone = []
         for rank, peer in enumerate(self.peers):
-            if rank == self.rank:
-                continue
-            if peer.is_gone:
-                gone.append(self._describe(rank))
-        return "; ".join(gone)
+            if rank != self.rank and peer.is_gone:
+                gone.append(rank)
+        return gone
 
     def _behind(self, since: float) -> str:
         """Describe the other ranks that are silent or behind this one.
@@ -559,37 +590,3 @@ class Watchdog:
             return f"{text}, never heard of"
         beat = heard.beat
         return f"{text}, last heard of at step {beat.step} ({beat.phase}) in {beat.stack}"
-
-
-def _stack_of_main_thread() -> str:
-    """The calls of the main thread, starting with the innermost."""
-    frames = sys._current_frames()
-    main_thread = threading.main_thread()
-    identity = main_thread.ident or 0
-    innermost = frames.get(identity)
-    calls = []
-    for frame, line in traceback.walk_stack(innermost):
-        code = frame.f_code
-        file = os.path.basename(code.co_filename)
-        calls.append(f"{file}:{line} {code.co_name}")
-        if len(calls) == _STACK_DEPTH:
-            break
-    return " < ".join(calls)
-
-
-def write_error_file(text: str) -> None:
-    """Write `text` to torchrun's error file, so that torchrun's summary contains it.
-
-    The format is that of `torch.distributed.elastic.multiprocessing.errors.record`. An error that
-    is already in the file stays. Without torchrun nothing is written.
-    """
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not path or os.path.exists(path):
-        return
-    now = int(time.time())
-    message = {
-        "message": text,
-        "extraInfo": {"timestamp": str(now)},
-    }
-    with contextlib.suppress(OSError), open(path, "w") as file:
-        json.dump({"message": message}, file)

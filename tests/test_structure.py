@@ -31,6 +31,8 @@ LAYERS = [
         "rng",
         "host_memory",
         "watchdog",
+        "error_file",
+        "stacks",
         "distributed",
         "process",
         "rendezvous",

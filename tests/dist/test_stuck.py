@@ -12,7 +12,7 @@ import pytest
 import torch
 from dist_utils import options, start_app, wait_app, wait_for_step
 
-from resnet_dist import cli, engine, watchdog
+from resnet_dist import cli, distributed, engine, watchdog
 from resnet_dist.watchdog import EXIT_LOST_RANK
 
 SMALL = options(
@@ -144,16 +144,20 @@ def test_a_rank_that_is_stuck(digits, tmp_path):
         assert "rank 0 (host" not in line and "rank 2 (host" not in line
 
 
+def broken_device():
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
 def out_of_memory():
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
 def test_a_rank_that_raises_alone(digits, tmp_path):
     """Uneven progress: its traceback is the only one, and the others take its code."""
-    assert wait_app(start(digits, tmp_path, entry=at_step_3(1, out_of_memory))) == [1, 1, 1]
+    assert wait_app(start(digits, tmp_path, entry=at_step_3(1, broken_device))) == [1, 1, 1]
     printed = (tmp_path / "log").read_text()
     assert printed.count("Traceback") == 1 and printed.count("error (rank") == 1, printed
-    assert "error (rank 1): Traceback" in printed and "CUDA out of memory" in printed
+    assert "error (rank 1): Traceback" in printed and "illegal memory access" in printed
 
 
 def test_a_rank_that_raises_while_the_others_notice_nothing(digits, tmp_path):
@@ -214,6 +218,32 @@ def test_the_headline_comes_before_what_hangs(digits, tmp_path):
         DaliTrainLoader.batches = batches
         return at_step_3(1, out_of_memory)(arguments)
 
-    assert wait_app(start(digits, tmp_path, entry=entry)) == [1, 1, 1]
+    assert wait_app(start(digits, tmp_path, entry=entry)) == [2, 2, 2]
     assert (tmp_path / "hangs_1").exists()
-    assert "error (rank 1): Traceback" in (tmp_path / "log").read_text()
+    assert "error (rank 1): rank 1 is out of GPU memory" in (tmp_path / "log").read_text()
+
+
+def test_a_rank_that_is_lost_while_another_waits_in_a_kernel(digits, tmp_path):
+    """As with NCCL, the rank that waits gets no error: the watchdog names the lost one and ends the
+    process long before the time-out.
+    """
+
+    def entry(arguments):
+        rank = os.environ["RANK"]
+        watchdog._LOST_PEER_SECONDS = 1.0
+        real_start = distributed.start
+
+        def start(*arguments):
+            runtime = real_start(*arguments)
+            runtime.watchdog.waits_forever = True
+            return runtime
+
+        distributed.start = start
+        action = os._exit if rank == "1" else time.sleep
+        return at_step_3(int(rank), lambda: action(9))(arguments)
+
+    processes = start(digits, tmp_path, entry=entry, world_size=2)
+    assert wait_app(processes) == [EXIT_LOST_RANK, 9]
+    (line,) = errors(tmp_path)
+    name = f"rank 1 (host {os.uname().nodename}, process {processes[1].pid}), "
+    assert line.startswith("error (rank 0): lost at step 3 (update): " + name)
