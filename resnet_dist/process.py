@@ -22,7 +22,7 @@ from dataclasses import replace
 
 import torch
 
-from resnet_dist import distributed
+from resnet_dist import decoder_warnings, distributed
 from resnet_dist.config import Config
 from resnet_dist.distributed import Runtime
 from resnet_dist.error_file import write_error_file
@@ -82,7 +82,8 @@ def run_process(
         runtime = distributed.start(section.device, section.timeout_s, section.threads, watchdog)
         if resolve_auto:
             config = resolve_settings(config, runtime.device)
-        code = body(config, runtime)
+        with decoder_warnings.collected():
+            code = body(config, runtime)
     except Exception as problem:
         code = _report(problem, watchdog)
     return _leave(code, watchdog)

@@ -35,6 +35,7 @@ LAYERS = [
         "stacks",
         "distributed",
         "process",
+        "decoder_warnings",
         "rendezvous",
         "console",
         "metrics_file",

@@ -26,10 +26,12 @@ from resnet_dist.data.pixels.parquet_read import open_reader
 from resnet_dist.data.pixels.quarantine import Quarantine, Wanted, blank, next_good
 from resnet_dist.data.pixels.read import Encoded, Share
 from resnet_dist.data.pixels.squares import GROUP_VALUES, CropGroup, crop_windows
+from resnet_dist.data.pixels.warned_images import WarnedImages
 from resnet_dist.data.sampling.crops import Geometry
 from resnet_dist.data.sampling.jobs import job_geometry
 from resnet_dist.data.sources.index import Index
 from resnet_dist.data.types import Job
+from resnet_dist.decoder_warnings import current_warnings
 
 # Batches whose files are being read while an earlier one is decoded.
 _READ_AHEAD = 2
@@ -114,6 +116,7 @@ class PortionQueue:
         self.decoder = decoder
         self.device = device
         self.depth = depth
+        self.warned: WarnedImages | None = None
 
     def submit(self, loaded: LoadedJob) -> Iterator[DecodedPortion]:
         """Start to decode a job; yields the portions that are complete meanwhile."""
@@ -125,6 +128,8 @@ class PortionQueue:
             while decoder.pending and decoder.pending_pixels > max_others:
                 yield self.collect()
             decoder.submit(portion)
+            if self.warned is not None:
+                self.warned.submitted(portion)
             if len(decoder.pending) >= self.depth:
                 yield self.collect()
 
@@ -148,6 +153,8 @@ class PortionQueue:
                         "DALI failed, though it decodes every image of the batch alone"
                     ) from failure
                 self.decoder.restart()
+        if self.warned is not None:
+            self.warned.check()
         if self.device.type == "cuda":
 
             def squares(number: int) -> torch.Tensor:
@@ -213,6 +220,9 @@ class ImageDecoding(PortionQueue):
             settings.decoder.queue_depth,
             EXACT_RESIZES[config.val_interpolation],
         )
+        source = current_warnings()
+        if source is not None:
+            self.warned = WarnedImages(index, decoder, source)
 
     def close(self) -> None:
         """Stop the threads and free the pipeline."""
