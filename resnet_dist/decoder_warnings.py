@@ -148,7 +148,12 @@ def _pass_on() -> None:
 
 
 def _pass_line_on(line: bytes) -> None:
-    if not line.startswith(_MARK) and not _WARNING.match(line):
+    before, mark, number = line.partition(_MARK)
+    if mark:
+        # Text without an end of its line may come before a mark.
+        _write(2, before)
+        line = mark + number
+    elif not _WARNING.match(line):
         _write(2, line)
         return
     # Nobody reads the warnings: they are dropped.
