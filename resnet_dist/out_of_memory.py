@@ -13,7 +13,7 @@ from resnet_dist.precision import resolve_settings
 _GIB = 2**30
 
 # The share of the memory that a suggested batch may take: the allocator loses some to fragments.
-_USABLE = 0.92
+_USABLE = 0.88
 
 
 @dataclass(frozen=True)

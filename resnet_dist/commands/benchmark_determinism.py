@@ -49,7 +49,7 @@ def measure_determinism(config: Config, runtime: Runtime, options: argparse.Name
 
 
 def price_of_determinism(
-    config: Config, runtime: Runtime, windows: int, steps_per_window: int
+    config: Config, runtime: Runtime, windows: int, steps_per_window: int, trainings: int = 2
 ) -> dict[str, Any]:
     """Measure both modes in turns.
 
@@ -58,6 +58,7 @@ def price_of_determinism(
         runtime: The ranks and the device of this one.
         windows: Number of turns of each mode.
         steps_per_window: Length of a turn.
+        trainings: How many trainings of each mode are compared.
 
     Returns:
         The speeds and the price; equal_weights says for each mode whether two trainings ended with
@@ -71,14 +72,14 @@ def price_of_determinism(
         mode = replace(config, train=replace(config.train, deterministic=is_deterministic))
         set_mode(config, runtime.device, is_deterministic)
         digests = []
-        for _ in range(2):
+        for _ in range(trainings):
             parts = build_training(mode, runtime, steps_per_window)
             step = step_on_one_batch(parts)
             for _ in range(_COMPARED_STEPS):
                 step()
             digests.append(digest_of_weights(parts.state.model))
             parts.train_loader.close()
-        is_repeatable[name] = digests[0] == digests[1]
+        is_repeatable[name] = len(set(digests)) == 1
         steps[name] = _in_mode(step, config, runtime.device, is_deterministic)
 
     seconds = time_in_turns(steps, runtime.device, windows, steps_per_window)
