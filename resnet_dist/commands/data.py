@@ -165,6 +165,11 @@ def _check(args: argparse.Namespace) -> None:
     for key, value in vars(args).items():
         if isinstance(value, int) and value < 0:
             raise ValueError(f"--{key} is {value}: it must not be negative")
+        if key in ("src", "out") and is_url(str(value)):
+            raise ValueError(
+                f"{value} is an address, and this command works on folders of a disk: copy the "
+                f"data with the tools of the store"
+            )
         if key in _PATHS and value:
             setattr(args, key, os.path.expanduser(os.path.expandvars(value)))
 

@@ -63,6 +63,11 @@ class ImagePlace:
     length: int
     """number of bytes"""
 
+    @property
+    def stop(self) -> int:
+        """The byte behind the last one."""
+        return self.offset + self.length
+
 
 @dataclass
 class RemoteShare(Share):
@@ -129,20 +134,29 @@ def coalesce(places: list[ImagePlace]) -> list[list[ImagePlace]]:
     groups: list[list[ImagePlace]] = []
     stop = 0
     for place in places:
-        group = groups[-1] if groups else []
-        joins = bool(group) and group[0].shard == place.shard
-        if joins:
-            new_stop = max(stop, place.offset + place.length)
-            is_near = place.offset - stop <= MAX_GAP_BYTES
-            is_small = new_stop - group[0].offset <= PIECE_BYTES
-            joins = is_near and is_small
-        if joins:
-            group.append(place)
-            stop = new_stop
+        if groups and _fits(groups[-1], stop, place):
+            groups[-1].append(place)
+            stop = max(stop, place.stop)
         else:
             groups.append([place])
-            stop = place.offset + place.length
+            stop = place.stop
     return groups
+
+
+def _fits(group: list[ImagePlace], stop: int, place: ImagePlace) -> bool:
+    """Whether the request for a group can read one more image.
+
+    Args:
+        group: the images so far.
+        stop: where the group ends in the shard.
+        place: the next image.
+    """
+    first = group[0]
+    if place.shard != first.shard:
+        return False
+    gap = place.offset - stop
+    size = max(stop, place.stop) - first.offset
+    return gap <= MAX_GAP_BYTES and size <= PIECE_BYTES
 
 
 class RemoteReader(Reader):
@@ -165,7 +179,12 @@ class RemoteReader(Reader):
         """Begin to read `rows`; `collect` has the result."""
         self._adapt(len(rows))
         places = [self._place(row) for row in rows.tolist()]
-        order = sorted(range(len(places)), key=lambda number: _sort_key(places[number]))
+
+        def key(number: int) -> tuple[str, int]:
+            place = places[number]
+            return place.shard, place.offset
+
+        order = sorted(range(len(places)), key=key)
         # Neighbours stay in one share, so that one request can read them.
         num_shares = max(1, min(self.gate.limit, len(order)))
         shares: list[Share] = []
@@ -185,8 +204,8 @@ class RemoteReader(Reader):
         by_number: dict[int, Encoded] = {}
         for share in requested:
             assert isinstance(share, RemoteShare)
-            for number, image in zip(share.numbers, self._wait(share), strict=True):
-                by_number[number] = image
+            images = self._wait(share)
+            by_number.update(zip(share.numbers, images, strict=True))
         return [by_number[number] for number in range(len(by_number))]
 
     def close(self) -> None:
@@ -284,11 +303,12 @@ class RemoteReader(Reader):
         if not group:
             return {}
         first = group[0]
-        stop = max(place.offset + place.length for place in group)
+        stop = max(place.stop for place in group)
         pin = self.index.pins[first.shard]
         with self.gate:
             started = time.perf_counter()
-            data = read_range(first.shard, first.offset, stop - first.offset, pin, self.patience)
+            length = stop - first.offset
+            data = read_range(first.shard, first.offset, length, pin, self.patience)
             seconds = time.perf_counter() - started
         images = {}
         for place in group:
@@ -315,10 +335,6 @@ class RemoteReader(Reader):
         if self.seconds_per_file == 0:
             self.seconds_per_file = seconds
         self.seconds_per_file += _WEIGHT * (seconds - self.seconds_per_file)
-
-
-def _sort_key(place: ImagePlace) -> tuple[str, int]:
-    return place.shard, place.offset
 
 
 def build_reader(index: Index, config: DataConfig) -> Reader:

@@ -24,7 +24,7 @@ from resnet_dist.data.stores.errors import RequestFailure, StoreError, explain
 PIECE_BYTES = 2**23
 """Largest number of bytes of one request. A longer range is read in several."""
 
-LIST_TIMEOUT_S = 300.0
+LIST_TIMEOUT_S = 60.0
 """Seconds after which a request of the start of a run (listing, index files) is an error."""
 
 # A single request gets a fraction of the time for all attempts, within these limits.

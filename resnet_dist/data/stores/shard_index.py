@@ -42,21 +42,29 @@ def write_shard_indexes(index: Index) -> int:
         OSError: a file cannot be written.
         ValueError: the index is damaged.
     """
-    numbers = np.asarray(index.arrays["shard"])
-    # Stable: the rows of a shard keep their order.
-    by_shard = np.argsort(numbers, kind="stable")
-    bounds = np.searchsorted(numbers[by_shard], np.arange(len(index.shards) + 1))
     names = file_names(index)
     listed = []
-    for number, name in enumerate(index.shards):
-        rows = by_shard[bounds[number] : bounds[number + 1]]
+    for number, rows in enumerate(_rows_of_shards(index)):
+        name = index.shards[number]
         (size,) = index.origin.stamps[number]
         payload = _encode_shard(index, names, rows, number)
-        write_file_unsynced(Path(index.root, f"{name}{INDEX_SUFFIX}"), payload)
+        path = Path(index.root, f"{name}{INDEX_SUFFIX}")
+        write_file_unsynced(path, payload)
         listed.append({"name": name, "bytes": size})
-    text = json.dumps({"version": _VERSION, "shards": listed}, indent=1)
+    content = {"version": _VERSION, "shards": listed}
+    text = json.dumps(content, indent=1)
     write_file_unsynced(Path(index.root, SHARD_LIST), text.encode())
     return len(listed)
+
+
+def _rows_of_shards(index: Index) -> list[np.ndarray]:
+    """For each shard, the positions of its images in the arrays of the index, in their order."""
+    numbers = np.asarray(index.arrays["shard"])
+    # A stable sort keeps the order inside of a shard.
+    by_shard = np.argsort(numbers, kind="stable")
+    sorted_numbers = numbers[by_shard]
+    inner_bounds = np.searchsorted(sorted_numbers, np.arange(1, len(index.shards)))
+    return np.split(by_shard, inner_bounds)
 
 
 def file_names(index: Index) -> list[bytes]:
@@ -75,13 +83,20 @@ def _encode_shard(index: Index, names: list[bytes], rows: np.ndarray, number: in
         rows: the shard's images, as positions in the arrays of the index.
         number: of the shard.
     """
-    places = np.zeros((len(rows), 3), dtype="<i8")
-    places[:, 1] = index.arrays["offset"][rows]
-    places[:, 2] = index.arrays["length"][rows]
-    origin = Origin(shards=(index.shards[number],), stamps=(index.origin.stamps[number],))
-    names_of_shard = [names[row] for row in rows]
-    labels = np.asarray(index.arrays["labels"])[rows]
-    return encode_index(index.class_names, labels, names_of_shard, origin, places)
+    offsets = index.arrays["offset"][rows]
+    lengths = index.arrays["length"][rows]
+    numbers = np.zeros_like(offsets)
+    origin = Origin(
+        shards=(index.shards[number],),
+        stamps=(index.origin.stamps[number],),
+    )
+    return encode_index(
+        index.class_names,
+        labels=np.asarray(index.arrays["labels"])[rows],
+        names=[names[row] for row in rows],
+        origin=origin,
+        places=np.stack([numbers, offsets, lengths], axis=1),
+    )
 
 
 def read_shard_list(content: bytes, url: str) -> dict[str, int]:
@@ -97,15 +112,23 @@ def read_shard_list(content: bytes, url: str) -> dict[str, int]:
     Raises:
         ValueError: it is no list of shards.
     """
+    sizes: dict[str, int] = {}
     try:
-        listed = json.loads(content)["shards"]
-        sizes = {str(shard["name"]): int(shard["bytes"]) for shard in listed}
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError):
+        for shard in json.loads(content)["shards"]:
+            name = str(shard["name"])
+            sizes[name] = int(shard["bytes"])
+    except (ValueError, KeyError, TypeError):
         sizes = {}
-    plain = all(name and "/" not in name and not name.startswith(".") for name in sizes)
-    if not sizes or not plain:
+    if not sizes or not all(map(_is_plain_name, sizes)):
         raise ValueError(f"{url} is no list of shards: upload it again, or write it by {COMMAND}")
     return sizes
+
+
+def _is_plain_name(name: str) -> bool:
+    """Whether a name is that of a file in the folder itself, and not hidden."""
+    if name.startswith("."):
+        return False
+    return name != "" and "/" not in name
 
 
 def join_shards(root: str, parts: Sequence[Index], pins: Sequence[str]) -> bytes:
@@ -131,17 +154,20 @@ def join_shards(root: str, parts: Sequence[Index], pins: Sequence[str]) -> bytes
             )
         labels += part.arrays["labels"].tolist()
         names += file_names(part)
-        place = np.empty((len(part), 3), dtype="<i8")
-        place[:, 0] = number
-        place[:, 1] = part.arrays["offset"]
-        place[:, 2] = part.arrays["length"]
-        places.append(place)
+        offsets = part.arrays["offset"]
+        lengths = part.arrays["length"]
+        numbers = np.full_like(offsets, number)
+        places.append(np.stack([numbers, offsets, lengths], axis=1))
     origin = Origin(
         shards=tuple(part.shards[0] for part in parts),
         stamps=tuple(part.origin.stamps[0] for part in parts),
         pins=tuple(pins),
     )
     rows = sort_rows(classes, labels, names)
-    names_in_order = [names[row] for row in rows]
-    places_in_order = np.concatenate(places)[rows]
-    return encode_index(classes, np.asarray(labels)[rows], names_in_order, origin, places_in_order)
+    return encode_index(
+        classes,
+        labels=np.asarray(labels)[rows],
+        names=[names[row] for row in rows],
+        origin=origin,
+        places=np.concatenate(places)[rows],
+    )
