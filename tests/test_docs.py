@@ -19,7 +19,7 @@ PAGES += sorted((ROOT / "docs").glob("*.md"))
 # The shell's own words, and commands that the tests of installation run.
 NOT_OURS = {"source", "pip", "git", "cd"}
 # What takes long, or needs a network or official archives, has its own tests.
-PARSED_ONLY = ("data import", "data download", "benchmark", "models", "launch")
+PARSED_ONLY = ("data import", "data download", "benchmark", "models", "launch", "plan")
 
 
 def commands():

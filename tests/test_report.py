@@ -6,9 +6,13 @@ import re
 import sys
 import xml.etree.ElementTree
 
+import numpy as np
 import pytest
 
 from resnet_dist.commands import report
+from resnet_dist.commands.report_input import Evaluated
+from resnet_dist.commands.report_text import describe_pair
+from resnet_dist.evaluation_file import EvaluatedNetwork
 
 
 @pytest.fixture
@@ -192,3 +196,54 @@ def test_html_page(tmp_path, capsys):
     assert call(base, "--html", tmp_path / "none" / "page.html") == 2
     (base / "config.yaml").write_text("[")
     assert call(base, "--html", page) == 0
+
+
+def with_settings(folder, seed, lr, data_dir="a"):
+    text = f"seed: {seed}\noptim:\n  base_lr: {lr}\ndata:\n  kind: folder\n  data_dir: {data_dir}\n"
+    (folder / "config.yaml").write_text(text)
+    return folder
+
+
+def test_seeds_of_a_recipe_are_one_group(tmp_path, capsys):
+    low = [with_settings(run_folder(tmp_path, f"low{i}", 9000 + 10 * i), i, 0.1) for i in range(3)]
+    high = [with_settings(run_folder(tmp_path, f"high{i}", 9300 + 9 * i), i, 0.2) for i in range(3)]
+    near = [with_settings(run_folder(tmp_path, f"near{i}", 9009 + 9 * i), i, 0.3) for i in range(2)]
+    assert call(*low, *high, *near, "--out", tmp_path / "p.png") == 0
+    out = capsys.readouterr().out
+    assert "low0, low1, low2: 3 seeds of one recipe, final val top-1 90.10 %" in out
+    assert "standard deviation 0.10, 95 % interval of the mean 89.85 to 90.35 %" in out
+    assert "high0, high1, high2 has +2.99 points of mean final val top-1" in out
+    assert "near0, near1 and low0, low1, low2: no difference in mean final val top-1" in out
+    assert call(low[0], high[0], high[1], "--out", tmp_path / "p.png") == 0
+    assert "no statement, since one of them has a single seed" in capsys.readouterr().out
+
+
+def test_runs_on_different_images_are_not_compared(tmp_path, capsys):
+    base = with_settings(run_folder(tmp_path, "base", 900, 1000), 0, 0.1)
+    fewer = with_settings(run_folder(tmp_path, "fewer", 100, 500), 0, 0.2)
+    elsewhere = with_settings(run_folder(tmp_path, "elsewhere", 100, 1000), 0, 0.2, "b")
+    assert call(base, fewer, elsewhere, "--out", tmp_path / "p.png") == 0
+    out = capsys.readouterr().out
+    assert "fewer and base cannot be compared: they were evaluated on 500 and 1000 images" in out
+    assert 'elsewhere and base cannot be compared: data.data_dir is "b" and "a"' in out
+    assert "points" not in out
+
+
+def test_the_same_images_are_compared_in_pairs():
+    """With 10 points of difference the images decide: here every discordant one is a win."""
+    network = EvaluatedNetwork("resnet20", "raw", 1, ["cat", "dog"])
+    first = Evaluated("first", network, "x", np.arange(100) < 80, 100, None)
+    second = Evaluated("second", network, "x", np.arange(100) < 90, 100, None)
+    other = Evaluated("other", network, "y", np.arange(100) < 90, 100, None)
+    assert "second has +10.00 points of top-1 against first" in describe_pair(first, second)
+    assert "0 of 100 images, McNemar p = 0.002" in describe_pair(first, second)
+    assert "cannot be compared" in describe_pair(first, other)
+
+
+def test_a_link_to_wandb(tmp_path):
+    folder = run_folder(tmp_path, "run", 900, 1000)
+    page = tmp_path / "page.html"
+    for address, expected in (("https://wandb.ai/a/b", True), ("javascript:alert(1)", False)):
+        (folder / "wandb_url").write_text(address + "\n")
+        assert call(folder, "--html", page, "--out", tmp_path / "p.png") == 0
+        assert (f'<a href="{address}">' in page.read_text()) == expected

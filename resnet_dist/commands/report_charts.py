@@ -7,9 +7,9 @@ or dark mode. Lengths are in units of the view box.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
 from resnet_dist.calibration import Bin
+from resnet_dist.commands.report_markup import element, text
 from resnet_dist.history import Curve
 
 NUM_COLORS = 6
@@ -74,7 +74,7 @@ def line_chart(title: str, lines: Sequence[Line], from_zero: bool = False) -> st
     scale = _scale_of(shown, from_zero)
     parts = [_axes(scale, "epoch")]
     for line in shown:
-        parts.append(_polyline(line, scale))
+        parts.append(_draw_line(line, scale))
     return _figure(title, parts)
 
 
@@ -92,25 +92,23 @@ def reliability_diagram(bins: Sequence[Bin]) -> str:
     for number, each in enumerate(bins):
         if not each.num:
             continue
-        left = scale.x(number / len(bins))
-        right = scale.x((number + 1) / len(bins))
-        top = scale.y(each.accuracy)
-        opacity = 0.35 + 0.65 * math.sqrt(each.num / largest)
-        tip = (
-            f"{each.num} images, confidence {100 * each.confidence:.1f} %, "
-            f"accuracy {100 * each.accuracy:.1f} %"
+        confidence = 100 * each.confidence
+        accuracy = 100 * each.accuracy
+        tip = f"{each.num} images, confidence {confidence:.1f} %, accuracy {accuracy:.1f} %"
+        place = (number / len(bins), (number + 1) / len(bins))
+        share = math.sqrt(each.num / largest)
+        bar = _bar(scale, place, each.accuracy, tip, opacity=0.35 + 0.65 * share)
+        mark = element(
+            "circle",
+            class_="mark",
+            cx=scale.x(each.confidence),
+            cy=scale.y(each.accuracy),
+            r=2.5,
         )
-        parts.append(
-            f'<rect class="c0" x="{left + 1:.1f}" y="{top:.1f}" width="{right - left - 2:.1f}" '
-            f'height="{_BOTTOM - top:.1f}" fill-opacity="{opacity:.2f}"><title>{tip}</title></rect>'
-        )
-        center = scale.x(each.confidence)
-        height = scale.y(each.accuracy)
-        parts.append(f'<circle class="mark" cx="{center:.1f}" cy="{height:.1f}" r="2.5"/>')
-    parts.append(
-        f'<path class="diagonal" d="M{scale.x(0):.1f} {scale.y(0):.1f}'
-        f'L{scale.x(1):.1f} {scale.y(1):.1f}"/>'
-    )
+        parts.append(bar + mark)
+    start = f"M{scale.x(0):.1f} {scale.y(0):.1f}"
+    end = f"L{scale.x(1):.1f} {scale.y(1):.1f}"
+    parts.append(element("path", class_="diagonal", d=start + end))
     return _figure("accuracy against confidence", parts)
 
 
@@ -125,25 +123,53 @@ def histogram(title: str, bins: Sequence[Bin]) -> str:
     scale = _Scale(0.0, 1.0, 0.0, float(max(1, largest)))
     parts = [_axes(scale, "confidence")]
     for number, each in enumerate(bins):
-        left = scale.x(number / len(bins))
-        right = scale.x((number + 1) / len(bins))
-        top = scale.y(each.num)
-        parts.append(
-            f'<rect class="c0" x="{left + 1:.1f}" y="{top:.1f}" width="{right - left - 2:.1f}" '
-            f'height="{_BOTTOM - top:.1f}"><title>{each.num} images</title></rect>'
-        )
+        place = (number / len(bins), (number + 1) / len(bins))
+        parts.append(_bar(scale, place, each.num, f"{each.num} images"))
     return _figure(title, parts)
+
+
+def _bar(
+    scale: _Scale,
+    place: tuple[float, float],
+    value: float,
+    tip: str,
+    opacity: float = 1.0,
+) -> str:
+    """A bar from 0 to `value`.
+
+    Args:
+        scale: The scale of the chart.
+        place: The left and right end of the bar on the horizontal axis.
+        value: Its height.
+        tip: The text of its tool tip.
+        opacity: From 0 to 1.
+    """
+    left, right = place
+    x = scale.x(left) + 1
+    y = scale.y(value)
+    return element(
+        "rect",
+        text("title", tip),
+        class_="c0",
+        x=x,
+        y=y,
+        width=scale.x(right) - 1 - x,
+        height=_BOTTOM - y,
+        fill_opacity=f"{opacity:.2f}",
+    )
 
 
 def _figure(title: str, parts: Sequence[str]) -> str:
     """A figure with a caption."""
-    caption = escape(title)
-    drawing = "".join(parts)
-    return (
-        f'<figure class="chart"><figcaption>{caption}</figcaption>'
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{caption}">'
-        f"{drawing}</svg></figure>"
+    drawing = element(
+        "svg",
+        "".join(parts),
+        viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
+        role="img",
+        aria_label=title,
     )
+    caption = text("figcaption", title)
+    return element("figure", caption + drawing, class_="chart")
 
 
 def _scale_of(lines: Sequence[Line], from_zero: bool) -> _Scale:
@@ -159,18 +185,22 @@ def _scale_of(lines: Sequence[Line], from_zero: bool) -> _Scale:
         low = min(0.0, low)
     if high == low:
         high = low + max(1.0, abs(low))
-    return _Scale(0.0, max(epochs) or 1.0, low, high)
+    right = max(epochs)
+    if right <= 0:
+        right = 1.0
+    return _Scale(0.0, right, low, high)
 
 
 def ticks(low: float, high: float) -> list[float]:
     """Four to six round numbers between `low` and `high`, which differ."""
     raw_step = (high - low) / _NUM_TICKS
-    power = 10.0 ** math.floor(math.log10(raw_step))
+    exponent = math.floor(math.log10(raw_step))
+    power = 10.0**exponent
     step = 10 * power
-    for factor in (1, 2, 5):
+    for factor in (5, 2, 1):
         if factor * power >= raw_step:
             step = factor * power
-            break
+    # Rounding must not lose a tick at the ends.
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [number * step for number in range(first, last + 1)]
@@ -181,31 +211,35 @@ def _axes(scale: _Scale, horizontal: str) -> str:
     parts = []
     for value in ticks(scale.low, scale.high):
         y = scale.y(value)
-        parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{_RIGHT}"/>')
-        parts.append(
-            f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_number(value)}</text>'
-        )
+        line = f"M{_LEFT} {y:.1f}H{_RIGHT}"
+        parts.append(element("path", class_="grid", d=line))
+        parts.append(_label(value, _LEFT - 6, y + 4, "end"))
     for value in ticks(scale.left, scale.right):
         x = scale.x(value)
-        parts.append(
-            f'<text x="{x:.1f}" y="{_BOTTOM + 14}" text-anchor="middle">{_number(value)}</text>'
-        )
-    middle = (_LEFT + _RIGHT) / 2
-    parts.append(
-        f'<text x="{middle}" y="{_HEIGHT - 2}" text-anchor="middle">{escape(horizontal)}</text>'
+        parts.append(_label(value, x, _BOTTOM + 14, "middle"))
+    name = text(
+        "text",
+        horizontal,
+        x=(_LEFT + _RIGHT) / 2,
+        y=_HEIGHT - 2,
+        text_anchor="middle",
     )
-    parts.append(f'<path class="axis" d="M{_LEFT} {_TOP}V{_BOTTOM}H{_RIGHT}"/>')
-    return "".join(parts)
+    frame = f"M{_LEFT} {_TOP}V{_BOTTOM}H{_RIGHT}"
+    axis = element("path", class_="axis", d=frame)
+    return "".join([*parts, name, axis])
 
 
-def _number(value: float) -> str:
+def _label(value: float, x: float, y: float, anchor: str) -> str:
     """A number of an axis, as short as possible."""
-    if value and (abs(value) >= 100_000 or abs(value) < 0.001):
-        return f"{value:.0e}"
-    return f"{value:.4g}"
+    number = f"{value:.4g}"
+    is_small = abs(value) < 0.001
+    is_large = abs(value) >= 100_000
+    if value and (is_small or is_large):
+        number = f"{value:.0e}"
+    return text("text", number, x=x, y=y, text_anchor=anchor)
 
 
-def _polyline(line: Line, scale: _Scale) -> str:
+def _draw_line(line: Line, scale: _Scale) -> str:
     """The line through the points, and marks with tool tips if there are few."""
     points = []
     marks = []
@@ -215,11 +249,16 @@ def _polyline(line: Line, scale: _Scale) -> str:
         y = scale.y(value)
         points.append(f"{x:.1f},{y:.1f}")
         tip = f"{line.name}, epoch {epoch:.4g}: {value:.5g}"
-        marks.append(
-            f'<circle class="{color}" cx="{x:.1f}" cy="{y:.1f}" r="2.5">'
-            f"<title>{escape(tip)}</title></circle>"
+        mark = element(
+            "circle",
+            text("title", tip),
+            class_=color,
+            cx=x,
+            cy=y,
+            r=2.5,
         )
+        marks.append(mark)
+    drawing = element("polyline", class_=color, points=" ".join(points))
     if len(marks) > _MOST_MARKS:
-        marks = []
-    joined = " ".join(points)
-    return f'<polyline class="{color}" points="{joined}"/>' + "".join(marks)
+        return drawing
+    return drawing + "".join(marks)

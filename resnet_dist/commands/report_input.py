@@ -133,8 +133,30 @@ def compare_evaluated(first: Evaluated, second: Evaluated) -> PairedTest | None:
     return paired_test(first.is_hit, second.is_hit)
 
 
+def different_images(first: ReportedRun, second: ReportedRun) -> str:
+    """Why two runs do not share a validation set; "" if they do, as far as is known."""
+    if first.evaluation is not None and second.evaluation is not None:
+        if first.evaluation.images == second.evaluation.images:
+            return ""
+        return "they were evaluated on different images"
+    numbers = []
+    for run in (first, second):
+        values = run.history.curve("val/num").values
+        if values:
+            numbers.append(int(values[-1]))
+    if len(numbers) == 2 and numbers[0] != numbers[1]:
+        return f"they were evaluated on {numbers[1]} and {numbers[0]} images"
+    for key in ("data.kind", "data.data_dir"):
+        if first.settings.get(key) != second.settings.get(key):
+            return (
+                f"{key} is {second.settings.get(key)} and {first.settings.get(key)}, and there is "
+                "no evaluation.json that tells whether the images are the same"
+            )
+    return ""
+
+
 def group_by_recipe(runs: Sequence[ReportedRun]) -> list[list[ReportedRun]]:
-    """Put the runs together that differ in their seed alone.
+    """Put the runs together that differ in their seed alone, and share a validation set.
 
     A run whose settings are not known is a group of its own. The groups, and the runs in them, keep
     their order.
@@ -144,7 +166,8 @@ def group_by_recipe(runs: Sequence[ReportedRun]) -> list[list[ReportedRun]]:
         recipe = run.recipe()
         same = None
         for group in groups:
-            if recipe and group[0].recipe() == recipe:
+            is_same_recipe = bool(recipe) and group[0].recipe() == recipe
+            if is_same_recipe and not different_images(group[0], run):
                 same = group
         if same is None:
             groups.append([run])

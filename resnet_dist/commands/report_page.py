@@ -6,12 +6,11 @@ browser, and its width suits a phone as well as a screen.
 
 import statistics
 from collections.abc import Sequence
-from html import escape
 
 from resnet_dist.commands.report_charts import NUM_COLORS, Line, line_chart
 from resnet_dist.commands.report_evaluation import evaluation_section
 from resnet_dist.commands.report_input import Evaluated, ReportedRun
-from resnet_dist.commands.report_tables import folded, table
+from resnet_dist.commands.report_markup import color_legend, element, folded, table, text
 from resnet_dist.commands.report_text import (
     describe_differences,
     describe_pair,
@@ -31,6 +30,12 @@ _PANELS = {
     "train/images_per_second": "images per second, all ranks",
     "train/data_wait_fraction": "share of the time that training waits for data",
     "train/memory_gib": "memory, the largest of a rank (GiB)",
+}
+
+_PANELS_OF_RANKS = {
+    "ranks/data_seconds": "waiting for data (ms per step)",
+    "ranks/step_seconds": "step (ms)",
+    "ranks/memory_gib": "memory (GiB)",
 }
 
 # Panels whose vertical axis begins at 0.
@@ -89,11 +94,13 @@ details { margin: 8px 0; } summary { cursor: pointer; color: var(--c0); }
 
 def render_runs(runs: Sequence[ReportedRun]) -> str:
     """Return the HTML page about one or several runs."""
+    names = [run.name for run in runs]
+    links = [run.wandb_url for run in runs]
     parts = [
-        _legend(runs),
+        color_legend(names, NUM_COLORS, links),
         _evaluation_table(runs),
         _findings(runs),
-        "<h2>Curves</h2>",
+        text("h2", "Curves"),
         _panels(runs),
     ]
     for run in runs:
@@ -102,8 +109,7 @@ def render_runs(runs: Sequence[ReportedRun]) -> str:
         if run.evaluation is not None:
             parts.append(evaluation_section(run.evaluation, f"Evaluation of {run.name}"))
     parts.append(_settings(runs))
-    title = ", ".join(run.name for run in runs)
-    return _page(title, parts)
+    return _page(", ".join(names), parts)
 
 
 def render_evaluations(files: Sequence[Evaluated]) -> str:
@@ -119,44 +125,33 @@ def render_evaluations(files: Sequence[Evaluated]) -> str:
 
 def _page(title: str, parts: Sequence[str]) -> str:
     """The page with its head and its style."""
+    head = [
+        '<meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        text("title", title),
+        element("style", _STYLE + _style_of_colors()),
+    ]
     body = "\n".join(part for part in parts if part)
-    name = escape(title)
-    colors = []
+    lines = [
+        "<!doctype html>",
+        '<html lang="en">',
+        element("head", "".join(head)),
+        element("body", text("h1", title) + body),
+        "</html>",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _style_of_colors() -> str:
+    """The part of the style sheet about the colors of lines."""
+    rules = []
     for number in range(NUM_COLORS):
         color = f"var(--c{number})"
-        colors.append(f".c{number} {{ fill: {color}; }}")
-        colors.append(f"polyline.c{number} {{ fill: none; stroke: {color}; }}")
-        colors.append(f".dot.c{number} {{ background: {color}; }}")
-    style = _STYLE + "\n".join(colors)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{name}</title><style>{style}</style></head>\n"
-        f"<body>\n<h1>{name}</h1>\n{body}\n</body></html>\n"
-    )
-
-
-def _legend(runs: Sequence[ReportedRun]) -> str:
-    """The names of the runs beside their colors, with links to W&B."""
-    entries = []
-    for number, run in enumerate(runs):
-        dot = f'<span class="dot c{number % NUM_COLORS}"></span>'
-        link = ""
-        if run.wandb_url:
-            link = f' <a href="{escape(run.wandb_url)}">W&amp;B</a>'
-        entries.append(f"<li>{dot}{escape(run.name)}{link}</li>")
-    joined = "".join(entries)
-    return f'<ul class="legend">{joined}</ul>'
-
-
-def _color_legend(names: Sequence[str]) -> str:
-    """Names beside their colors."""
-    entries = []
-    for number, name in enumerate(names):
-        dot = f'<span class="dot c{number % NUM_COLORS}"></span>'
-        entries.append(f"<li>{dot}{escape(name)}</li>")
-    joined = "".join(entries)
-    return f'<ul class="legend">{joined}</ul>'
+        rules.append(f".c{number} {{ fill: {color}; }}")
+        rules.append(f"polyline.c{number} {{ fill: none; stroke: {color}; }}")
+        rules.append(f".dot.c{number} {{ background: {color}; }}")
+    return "\n".join(rules)
 
 
 def _evaluation_table(runs: Sequence[ReportedRun]) -> str:
@@ -168,7 +163,7 @@ def _evaluation_table(runs: Sequence[ReportedRun]) -> str:
             if evaluations:
                 rows.append(_evaluation_row(run.name, weights, evaluations))
     if not rows:
-        return "<p>No evaluation yet.</p>"
+        return text("p", "No evaluation yet.")
     header = ["run", "weights", "epoch", "top-1 (%)", "95 % interval", "top-5 (%)", "best (%)"]
     return table(header, rows, numeric_from=2)
 
@@ -177,14 +172,14 @@ def _evaluation_row(name: str, weights: str, evaluations: Sequence[Evaluation]) 
     """The cells of the last of several evaluations; one that is not known is empty."""
     last = evaluations[-1]
     best = max(evaluation.top1 for evaluation in evaluations)
+    cells = [name, weights, f"{last.epoch:.2f}", f"{last.top1:.2f}"]
     bounds = ""
     if last.interval is not None:
         bounds = f"{last.interval.low:.2f} to {last.interval.high:.2f}"
     top5 = ""
     if last.top5 is not None:
         top5 = f"{last.top5:.2f}"
-    epoch = f"{last.epoch:.2f}"
-    return [name, weights, epoch, f"{last.top1:.2f}", bounds, top5, f"{best:.2f}"]
+    return [*cells, bounds, top5, f"{best:.2f}"]
 
 
 def _findings(runs: Sequence[ReportedRun]) -> str:
@@ -202,8 +197,10 @@ def _list_of_sentences(sentences: Sequence[str]) -> str:
     """A list; empty without sentences."""
     if not sentences:
         return ""
-    items = "".join(f"<li>{escape(printable(sentence))}</li>" for sentence in sentences)
-    return f"<ul>{items}</ul>"
+    items = []
+    for sentence in sentences:
+        items.append(text("li", printable(sentence)))
+    return element("ul", "".join(items))
 
 
 def _panels(runs: Sequence[ReportedRun]) -> str:
@@ -214,40 +211,37 @@ def _panels(runs: Sequence[ReportedRun]) -> str:
         for number, run in enumerate(runs):
             lines.append(Line(run.name, run.history.curve(key), number))
         charts.append(line_chart(label, lines, from_zero=key in _FROM_ZERO))
-    joined = "".join(charts)
-    return f'<div class="panels">{joined}</div>'
+    return element("div", "".join(charts), class_="panels")
 
 
 def _ranks(run: ReportedRun) -> str:
     """Waiting for data, step time and memory of each rank; empty for a single rank."""
-    titles = {
-        "ranks/data_seconds": "waiting for data (ms per step)",
-        "ranks/step_seconds": "step (ms)",
-        "ranks/memory_gib": "memory (GiB)",
-    }
+    num_ranks = len(run.history.curves_of_ranks("ranks/data_seconds"))
+    if num_ranks < 2:
+        return ""
     charts = []
-    num_ranks = 0
-    legend = ""
-    for key, title in titles.items():
+    for key, title in _PANELS_OF_RANKS.items():
         curves = run.history.curves_of_ranks(key)
-        if len(curves) < 2:
-            continue
-        num_ranks = len(curves)
         if key.endswith("_seconds"):
             curves = [_in_milliseconds(curve) for curve in curves]
-        lines = _lines_of_ranks(curves)
-        charts.append(line_chart(title, lines, from_zero=True))
-        if not legend:
-            legend = _color_legend([line.name for line in lines])
-    if not charts:
-        return ""
-    sentence = describe_slow_rank(run.history) or "no rank is much slower than the others"
-    joined = "".join(charts)
-    return (
-        f"<h2>Ranks of {escape(run.name)}</h2><p>{num_ranks} ranks: {escape(sentence)}. "
-        "Ranks wait for each other in every step, so a slow one shows in its own data wait, and in "
-        f'the step time of all.</p>{legend}<div class="panels">{joined}</div>'
+        charts.append(line_chart(title, _lines_of_ranks(curves), from_zero=True))
+    finding = describe_slow_rank(run.history)
+    if not finding:
+        finding = "no rank is much slower than the others"
+    sentence = (
+        f"{num_ranks} ranks: {finding}. Ranks wait for each other in every step, so a slow one "
+        "shows in its own data wait, and in the step time of all."
     )
+    names = [f"rank {rank}" for rank in range(num_ranks)]
+    if num_ranks > _MOST_LINES_OF_RANKS:
+        names = ["the fastest rank", "the middle one", "the slowest one"]
+    parts = [
+        text("h2", f"Ranks of {run.name}"),
+        text("p", sentence),
+        color_legend(names, NUM_COLORS),
+        element("div", "".join(charts), class_="panels"),
+    ]
+    return "".join(parts)
 
 
 def _in_milliseconds(curve: Curve) -> Curve:
@@ -283,9 +277,9 @@ def _settings(runs: Sequence[ReportedRun]) -> str:
     if not rows:
         return ""
     header = ["key", *(run.name for run in runs)]
-    parts = ["<h2>Settings</h2>"]
+    parts = [text("h2", "Settings")]
     if different:
-        parts.append("<h3>Differences</h3>")
+        parts.append(text("h3", "Differences"))
         parts.append(table(header, different, numeric_from=len(header)))
     all_settings = table(header, rows, numeric_from=len(header))
     parts.append(folded(f"all {len(rows)} settings", all_settings))

@@ -9,6 +9,7 @@ from resnet_dist.commands.report_input import (
     Evaluated,
     ReportedRun,
     compare_evaluated,
+    different_images,
     group_by_recipe,
 )
 from resnet_dist.commands.report_plots import SPLITS
@@ -31,10 +32,10 @@ def summarize_run(run: ReportedRun) -> str:
         Several lines of text.
     """
     history = run.history
+    duration = _duration(history)
     rows = {
         "run": printable(history.folder),
-        "length": f"{history.last_step} steps, {history.last_epoch:.2f} epochs, "
-        f"{_duration(history)}",
+        "length": f"{history.last_step} steps, {history.last_epoch:.2f} epochs, {duration}",
     }
     rows.update(_accuracy_rows(history))
     rows.update(_detail_rows(run))
@@ -69,11 +70,15 @@ def _detail_rows(run: ReportedRun) -> dict[str, str]:
         return {}
     details = run.evaluation.details
     rows = {}
-    if details.calibration is not None:
-        rows["calibration"] = (
-            f"ECE {100 * details.calibration.ece:.2f} %, NLL {details.calibration.loss:.4f}, "
-            f"Brier {details.calibration.brier:.4f}"
-        )
+    calibration = details.calibration
+    if calibration is not None:
+        percent = 100 * calibration.ece
+        figures = [
+            f"ECE {percent:.2f} %",
+            f"NLL {calibration.loss:.4f}",
+            f"Brier {calibration.brier:.4f}",
+        ]
+        rows["calibration"] = ", ".join(figures)
     worst = details.classes[0]
     name = printable(details.network.class_names[worst.label])
     rows["worst class"] = f"{name}: {worst.correct1} of {worst.num} images"
@@ -158,11 +163,12 @@ def _describe_seeds(group: Sequence[ReportedRun]) -> str:
     if len(values) < 2:
         return ""
     summary = summarize_seeds(values)
-    interval = summary.interval
+    low = max(0.0, summary.interval.low)
+    high = min(100.0, summary.interval.high)
     return (
         f"{names}: {summary.num} seeds of one recipe, final val top-1 {summary.mean:.2f} %, "
         f"standard deviation {summary.deviation:.2f}, 95 % interval of the mean "
-        f"{interval.low:.2f} to {interval.high:.2f} %"
+        f"{low:.2f} to {high:.2f} %"
     )
 
 
@@ -178,7 +184,7 @@ def _final_top1(group: Sequence[ReportedRun]) -> list[float]:
 
 def _describe_groups(first: Sequence[ReportedRun], second: Sequence[ReportedRun]) -> str:
     """Whether two groups of runs differ; a sentence, or "" without evaluations."""
-    mismatch = _different_images(first[0], second[0])
+    mismatch = different_images(first[0], second[0])
     name = ", ".join(run.name for run in second)
     other = ", ".join(run.name for run in first)
     if mismatch:
@@ -253,28 +259,6 @@ def describe_pair(first: Evaluated, second: Evaluated) -> str:
     if not test.is_different:
         return f"{second.name} and {first.name}: no difference in top-1 beyond chance ({counts})"
     return f"{second.name} has {test.points:+.2f} points of top-1 against {first.name} ({counts})"
-
-
-def _different_images(first: ReportedRun, second: ReportedRun) -> str:
-    """Why two runs do not share a validation set; "" if they do, as far as is known."""
-    if first.evaluation is not None and second.evaluation is not None:
-        if first.evaluation.images == second.evaluation.images:
-            return ""
-        return "they were evaluated on different images"
-    numbers = []
-    for run in (first, second):
-        values = run.history.curve("val/num").values
-        if values:
-            numbers.append(int(values[-1]))
-    if len(numbers) == 2 and numbers[0] != numbers[1]:
-        return f"they were evaluated on {numbers[1]} and {numbers[0]} images"
-    for key in ("data.kind", "data.data_dir"):
-        if first.settings.get(key) != second.settings.get(key):
-            return (
-                f"{key} is {second.settings.get(key)} and {first.settings.get(key)}, and there is "
-                "no evaluation.json that tells whether the images are the same"
-            )
-    return ""
 
 
 def describe_evaluated(files: Sequence[Evaluated]) -> str:
