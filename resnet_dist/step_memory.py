@@ -65,10 +65,13 @@ def measure_step_memory(config: Config, local_batch_size: int) -> StepMemory:
         # Both types of 16 bits take the same memory.
         dtype = torch.bfloat16
     loss_fn = build_loss(config.train)
-    with FakeTensorMode():
+    # Initialization may look at values, which fake tensors do not have.
+    with torch.device("meta"):
         model = build_model(model_config, num_classes)
-        freeze(model, config.optim.unfreeze_from)
-        train_mode(model)
+    freeze(model, config.optim.unfreeze_from)
+    train_mode(model)
+    with FakeTensorMode():
+        _make_fake(model)
         images = torch.empty(local_batch_size, 3, side, side, dtype=dtype)
         images = images.contiguous(memory_format=torch.channels_last)
         labels = torch.zeros(local_batch_size, dtype=torch.int64)
@@ -98,6 +101,17 @@ def measure_step_memory(config: Config, local_batch_size: int) -> StepMemory:
         average=state_bytes if config.train.ema_decay else 0,
         step=storages.peak,
     )
+
+
+def _make_fake(model: nn.Module) -> None:
+    """Replace parameters and buffers by fake tensors on the CPU, in a FakeTensorMode."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+            replacement = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+            setattr(module, name, replacement)
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 def _bytes_of_state(model: nn.Module) -> int:
