@@ -41,6 +41,7 @@ from resnet_dist.torchvision_weights import (
     PublishedWeights,
     describe_weights,
     download_weights,
+    imagenet_words,
     is_torchvision_name,
 )
 
@@ -190,6 +191,10 @@ class ForeignWeights:
             names = json.loads(self.metadata["class_names"])
             if isinstance(names, list) and len(names) == num_classes:
                 return [str(name) for name in names]
+        categories = self.published.categories if self.published else ()
+        if categories and list(categories) != imagenet_words():
+            return list(categories)
+        # ImageNet's words are not unique (two classes are a crane), but its WordNet ids are.
         return assumed_names(num_classes)
 
     def _describe_pixels(self, config: Config) -> str:
@@ -318,16 +323,20 @@ def preferred_kind(saved: SavedNetwork, raw: bool = False) -> str:
     return "model"
 
 
+def refuse_several_processes() -> None:
+    """Raise ValueError if this process is one of several."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("this command runs in one process: start it without torchrun")
+
+
 def load_network(
     saved: SavedNetwork, config: Config, device: torch.device, raw: bool = False
 ) -> tuple[nn.Module, str]:
     """The network of a checkpoint in eval mode, and which weights it has: `preferred_kind`.
 
     Raises:
-        ValueError: The weights do not fit the network, or this is one of several processes.
+        ValueError: The weights do not fit the network.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ValueError("this command runs in one process: start it without torchrun")
     model = build_network(saved, config, device)
     kind = preferred_kind(saved, raw)
     load_into(model, saved, kind)

@@ -200,7 +200,7 @@ sets:
     errors = [line for line in printed.splitlines() if line.startswith("error: ")]
     expected = (
         ("gone: sets.gone.data", "does not exist"),
-        ("whole: ", "--classes present", "4 of the 1000 classes"),
+        ("whole: ", "add classes: present", "4 of the 1000 classes"),
         ("names: ", "is not named as ILSVRC2012_val_00000001.JPEG"),
         ("wrong: ", "cannot be read as JSON"),
         ("C: 5 of 10 parts", "no folder frost/"),

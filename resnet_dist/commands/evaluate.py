@@ -135,6 +135,10 @@ def evaluate_network(
     check_image_size(config.model.name, config.data)
     runtime.on_main(lambda: check_detail_files(request.files))
     place = request.data or config.data.data_dir
+    if config.data.kind == "folder" and not place:
+        raise ValueError(
+            "--data is missing: name the folder of the data set, since the weights do not say it"
+        )
     loader = _open_images(config, runtime, scratch, request)
     with closing(loader):
         names = saved.names_or(loader.class_names)
@@ -243,7 +247,8 @@ def hint_at_guessing(top1: float, class_map: ClassMap, reported: float | None) -
         f"top-1 is {top1:.2f} %, hardly better than guessing among {class_map.num_competing} "
         f"classes, though the weights report {reported:.2f} %. Usually the class folders are in "
         "another order than the outputs of the network, the pixels are normalised in another way "
-        "(data.mean, data.std), or model options differ that have no weights (model.shortcut)"
+        "(data.mean, data.std), or model options differ that have no weights (model.shortcut). "
+        "Only on images that were chosen because networks fail on them (ImageNet-A) is it normal"
     ]
 
 

@@ -93,7 +93,7 @@ def _prepare(saved: SavedNetwork, config: Config, runtime: Runtime, folder: Path
         ValueError: The weights do not fit, or the folder for the tables cannot be made.
     """
     check_image_size(config.model.name, config.data)
-    runtime.on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
+    runtime.on_main(lambda: _make_folder(folder))
     kind = preferred_kind(saved)
     model = build_network(saved, config, runtime.device)
     load_into(model, saved, kind)
@@ -115,6 +115,16 @@ def _prepare(saved: SavedNetwork, config: Config, runtime: Runtime, folder: Path
     if runtime.is_main:
         print_remarks(saved.remarks)
     return _Evaluation(saved, model, config, runtime, folder, identity)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the folder for the tables. Raises ValueError if that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise ValueError(
+            f"--output {printable(folder)} cannot be made ({problem.strerror}): name another folder"
+        ) from problem
 
 
 def _evaluate_all(evaluation: _Evaluation, entries: list[SuiteEntry]) -> list[SetResult]:
@@ -210,7 +220,7 @@ def _evaluate_part(evaluation: _Evaluation, result: SetResult, part: Part) -> Pa
     with closing(loader):
         names = evaluation.saved.names_or(loader.class_names)
         place = f"sets.{entry.name}: {entry.data}"
-        class_map = map_classes(loader.class_names, names, entry.classes, place)
+        class_map = map_classes(loader.class_names, names, entry.classes, place, "classes: ")
         for remark in class_map.remarks:
             if remark not in result.remarks:
                 result.remarks.append(remark)

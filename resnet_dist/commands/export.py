@@ -19,7 +19,7 @@ from torch import nn
 from resnet_dist import __version__
 from resnet_dist.config import Config, ModelConfig
 from resnet_dist.files import replace_file
-from resnet_dist.saved_network import SavedNetwork, load_network
+from resnet_dist.saved_network import SavedNetwork, load_network, refuse_several_processes
 from resnet_dist.text import printable
 
 TOLERANCE = 1e-4
@@ -74,6 +74,7 @@ def run(
             raise ValueError(
                 f"--output {printable(output)} exists: take another name, or remove it"
             )
+        refuse_several_processes()
         model, weights = load_network(
             saved,
             config,

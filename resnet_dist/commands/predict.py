@@ -25,7 +25,7 @@ from resnet_dist.distributed import Runtime
 from resnet_dist.models.class_names import words_of
 from resnet_dist.precision import Precision
 from resnet_dist.process import run_process
-from resnet_dist.saved_network import SavedNetwork, load_network
+from resnet_dist.saved_network import SavedNetwork, load_network, refuse_several_processes
 from resnet_dist.text import printable
 
 SIGPIPE_EXIT_CODE = 141
@@ -86,6 +86,7 @@ def run(
     """
 
     def body(config: Config, runtime: Runtime) -> int:
+        refuse_several_processes()
         model, weights = load_network(saved, config, runtime.device)
         files = options.images
         width = max(len(file) for file in files)

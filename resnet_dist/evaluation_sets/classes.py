@@ -48,6 +48,7 @@ def map_classes(
     names: Sequence[str],
     classes: Classes,
     place: str,
+    option: str = "--classes ",
 ) -> ClassMap:
     """Find the output of each class of a data set.
 
@@ -56,6 +57,7 @@ def map_classes(
         names: The names of the outputs of the network.
         classes: What to do if the data set has only part of the classes.
         place: The folder of the data set, for messages.
+        option: How the user writes `classes`, for messages.
 
     Raises:
         ValueError: The data set has classes that the network does not have, or lacks some and
@@ -69,8 +71,8 @@ def map_classes(
         missing = [name for number, name in enumerate(names) if number not in present]
         raise ValueError(
             f"{place} has {len(found)} of the {len(names)} classes of the network (not there: "
-            f"{some(missing, 3)}): add --classes present to let only the classes of the data set "
-            "compete, as ImageNet-A and ImageNet-R are evaluated, or --classes all to keep the "
+            f"{some(missing, 3)}): add {option}present to let only the classes of the data set "
+            f"compete, as ImageNet-A and ImageNet-R are evaluated, or {option}all to keep the "
             "logits of the others"
         )
     is_masked = bool(num_missing) and classes == "present"
@@ -101,7 +103,7 @@ def _match(found: Sequence[str], names: Sequence[str], place: str) -> tuple[list
     unknown = [name for name in found if name not in number_of]
     raise ValueError(
         f"{place} has {len(unknown)} classes that the network does not have ({some(unknown, 3)}); "
-        f"it was trained on {some(list(names), 3)}: choose the data set of these classes, or "
+        f"its outputs are {some(list(names), 3)}: choose the data set of these classes, or "
         "remove or rename the folders"
     )
 
