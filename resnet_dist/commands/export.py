@@ -118,7 +118,7 @@ def _describe_export(
         "resnet_dist": __version__,
         "checkpoint_sha256": saved.sha256,
         "step": json.dumps(saved.step),
-        "class_names": json.dumps(saved.names_or(())),
+        "class_names": json.dumps(saved.class_names),
         "val_resize_size": json.dumps(data.val_resize_size),
         "val_crop_size": json.dumps(data.val_crop_size),
         "val_interpolation": json.dumps(data.val_interpolation),

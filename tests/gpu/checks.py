@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import check_data
+import check_evaluation
 import check_ranks
 import check_training
 import torch
@@ -39,6 +40,7 @@ class Check:
 CHECKS = {
     "jpeg_decoder": Check(check_data.jpeg_decoder, 20),
     "evaluation_pixels": Check(check_data.evaluation_pixels, 20),
+    "array_evaluation": Check(check_evaluation.array_evaluation, 20),
     "training_pixels": Check(check_data.training_pixels, 20),
     "no_host_sync": Check(check_training.no_host_sync, 90),
     "compile_equals_eager": Check(check_training.compile_equals_eager, 60, cheap=False),
