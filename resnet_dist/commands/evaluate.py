@@ -135,10 +135,6 @@ def evaluate_network(
     check_image_size(config.model.name, config.data)
     runtime.on_main(lambda: check_detail_files(request.files))
     place = request.data or config.data.data_dir
-    if config.data.kind == "folder" and not place:
-        raise ValueError(
-            "--data is missing: name the folder of the data set, since the weights do not say it"
-        )
     loader = _open_images(config, runtime, scratch, request)
     with closing(loader):
         names = saved.names_or(loader.class_names)
@@ -173,6 +169,11 @@ def _open_images(
     config: Config, runtime: Runtime, scratch: str, request: EvaluationRequest
 ) -> ValLoader:
     """Build this rank's loader of the images; see `evaluate_network`."""
+    has_folder = request.data or config.data.data_dir
+    if config.data.kind == "folder" and not has_folder:
+        raise ValueError(
+            "--data is missing: name the folder of the data set, since the weights do not say it"
+        )
     data = _read_only(config.data, runtime, scratch)
     loader_config = replace(config, data=data, output_dir=scratch)
     if request.data:
