@@ -48,22 +48,29 @@ def out_of_memory_error(config: Config, runtime: Runtime) -> ValueError:
     config = resolve_settings(config, runtime.device)
     capacity = _capacity(runtime)
     peak = _peak(runtime.device)
+    step = runtime.watchdog.step
+    peak_gib = peak / _GIB
+    capacity_gib = capacity / _GIB
     where = (
-        f"rank {runtime.rank} is out of GPU memory at step {runtime.watchdog.step} "
-        f"({peak / _GIB:.2f} of {capacity / _GIB:.2f} GiB were allocated at the peak)"
+        f"rank {runtime.rank} is out of GPU memory at step {step} "
+        f"({peak_gib:.2f} of {capacity_gib:.2f} GiB were allocated at the peak)"
     )
     if runtime.watchdog.phase == "val":
+        num_images = config.data.val_batch_size
         return ValueError(
-            f"{where}, in an evaluation with batches of {config.data.val_batch_size} images: "
+            f"{where}, in an evaluation with batches of {num_images} images: "
             "lower data.val_batch_size, which does not change the result"
         )
     train = config.train
-    local_batch_size = train.global_batch_size // (runtime.world_size * train.grad_accum_steps)
-    facts = MemoryFacts(estimate_memory(config, local_batch_size), peak, capacity)
+    micro_batches = runtime.world_size * train.grad_accum_steps
+    local_batch_size = train.global_batch_size // micro_batches
+    need = estimate_memory(config, local_batch_size)
+    facts = MemoryFacts(need, peak, capacity)
     most = most_images(facts, local_batch_size)
-    ways = "; ".join(_ways_out(config, runtime.world_size, most))
+    ways = _ways_out(config, runtime.world_size, most)
     return ValueError(
-        f"{where}, with a local batch of {local_batch_size} images: about {most} would fit. {ways}"
+        f"{where}, with a local batch of {local_batch_size} images: about {most} would fit. "
+        f"{'; '.join(ways)}"
     )
 
 

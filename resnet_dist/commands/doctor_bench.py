@@ -36,13 +36,23 @@ def check_matrix_rate(config: Config, runtime: Runtime) -> tuple[str, str]:
     """The rate of a large matrix product on each rank, in the fastest training precision."""
     dtype = matrix_dtype(runtime.device)
     name = str(dtype).removeprefix("torch.")
-    rates, problem = _on_each_rank(lambda: matrix_rate(runtime.device, dtype) / 1e12, runtime)
+
+    def measure() -> float:
+        flops = matrix_rate(runtime.device, dtype)
+        return flops / 1e12
+
+    rates, problem = _on_each_rank(measure, runtime)
     return _describe(rates, f"TFLOP/s ({name})", runtime, problem)
 
 
 def check_memory_rate(config: Config, runtime: Runtime) -> tuple[str, str]:
     """The rate of a copy within the memory of each rank's device."""
-    rates, problem = _on_each_rank(lambda: memory_rate(runtime.device) / 1e9, runtime)
+
+    def measure() -> float:
+        num_bytes = memory_rate(runtime.device)
+        return num_bytes / 1e9
+
+    rates, problem = _on_each_rank(measure, runtime)
     return _describe(rates, "GB/s", runtime, problem)
 
 
@@ -50,9 +60,12 @@ def check_all_reduce(config: Config, runtime: Runtime) -> tuple[str, str]:
     """The bandwidth of an all-reduce over all ranks."""
     if runtime.world_size == 1:
         return "ok", "one rank: nothing to reduce"
-    gigabytes = all_reduce_rate(runtime) / 1e9
-    # The ranks wait for each other, so that their clocks differ by little.
-    rates, problem = _on_each_rank(lambda: gigabytes, runtime)
+
+    def measure() -> float:
+        num_bytes = all_reduce_rate(runtime)
+        return num_bytes / 1e9
+
+    rates, problem = _on_each_rank(measure, runtime)
     level, text = _describe(rates, "GB/s bus bandwidth", runtime, problem)
     return level, f"{text}; the slowest link sets it"
 
@@ -64,18 +77,22 @@ def check_reading(config: Config, runtime: Runtime) -> tuple[str, str]:
     # Raises ValueError on every rank, if it does.
     loader = build_train_loader(config, runtime)
     assert isinstance(loader, DaliTrainLoader)
-    try:
-        rates, problem = _on_each_rank(lambda: _read_some(loader, runtime), runtime)
-    finally:
-        loader.close()
+
+    def measure() -> float:
+        return _read_some(loader, runtime)
+
+    rates, problem = _on_each_rank(measure, runtime)
+    loader.close()
     return _describe(rates, "MB/s", runtime, problem)
 
 
 def _read_some(loader: DaliTrainLoader, runtime: Runtime) -> float:
     """Read images of this rank, from the storage if possible, in megabytes per second."""
     index = loader.index
-    order = np.random.default_rng(0).permutation(len(index))
-    rows = order[runtime.rank :: runtime.world_size][:_READ_IMAGES]
+    generator = np.random.default_rng(0)
+    order = generator.permutation(len(index))
+    rows_of_rank = order[runtime.rank :: runtime.world_size]
+    rows = rows_of_rank[:_READ_IMAGES].tolist()
 
     limits = read_limits(loader.config)
 
@@ -83,12 +100,14 @@ def _read_some(loader: DaliTrainLoader, runtime: Runtime) -> float:
         image = load(index, row, limits)
         return len(image.data)
 
-    for row in rows.tolist():
-        _forget_file(index.place(row)[0])
+    for row in rows:
+        path, _, _ = index.place(row)
+        _forget_file(path)
     start = time.perf_counter()
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        num_bytes = sum(pool.map(read, rows.tolist()))
-    return num_bytes / 1e6 / (time.perf_counter() - start)
+        sizes = list(pool.map(read, rows))
+    seconds = time.perf_counter() - start
+    return sum(sizes) / 1e6 / seconds
 
 
 def _forget_file(path: str) -> None:
@@ -143,8 +162,12 @@ def _describe(rates: Sequence[float], unit: str, runtime: Runtime, problem: str)
     slow = find_outliers(rates)
     if not slow:
         return "ok", text
-    shares = ", ".join(f"{rates[rank] / median:.0%}" for rank in slow)
-    return "warning", f"{text}; slow: {_name_ranks(slow, runtime)} with {shares} of the median"
+    shares = []
+    for rank in slow:
+        share = rates[rank] / median
+        shares.append(f"{share:.0%}")
+    names = _name_ranks(slow, runtime)
+    return "warning", f"{text}; slow: {names} with {', '.join(shares)} of the median"
 
 
 def find_outliers(rates: Sequence[float]) -> list[int]:
@@ -153,12 +176,15 @@ def find_outliers(rates: Sequence[float]) -> list[int]:
     Args:
         rates: One figure of each rank; higher is better.
     """
-    median = statistics.median_high(rates)
-    return [rank for rank, rate in enumerate(rates) if rate < _OUTLIER * median]
+    limit = _OUTLIER * statistics.median_high(rates)
+    return [rank for rank, rate in enumerate(rates) if rate < limit]
 
 
 def _name_ranks(ranks: Sequence[int], runtime: Runtime) -> str:
     """Name ranks with their hosts."""
     assert runtime.watchdog is not None
-    peers = runtime.watchdog.peers
-    return ", ".join(f"rank {rank} on {peers[rank].host}" for rank in ranks)
+    names = []
+    for rank in ranks:
+        host = runtime.watchdog.peers[rank].host
+        names.append(f"rank {rank} on {host}")
+    return ", ".join(names)

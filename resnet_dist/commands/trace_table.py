@@ -3,7 +3,7 @@
 import gzip
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,15 @@ class TraceEvent:
     def end(self) -> float:
         """When it ended."""
         return self.start + self.duration
+
+
+@dataclass(frozen=True)
+class OwnTime:
+    """The part of an event's time that counts for its name and kind."""
+
+    name: str
+    kind: str
+    microseconds: float
 
 
 @dataclass(frozen=True)
@@ -84,67 +93,90 @@ def build_table(events: Iterable[dict[str, Any]], num_steps: int) -> ProfileTabl
     Args:
         events: The events of a Chrome trace.
         num_steps: How many steps were profiled.
+
+    Raises:
+        ValueError: If the trace has neither kernels nor operators.
     """
     kernels = []
     operators = []
     for event in events:
-        category = event.get("cat")
         if event.get("ph") != "X":
             continue
+        category = event.get("cat")
         if category in _GPU_CATEGORIES:
             kernels.append(_event(event))
         elif category == _CPU_CATEGORY:
             operators.append(_event(event))
 
     if kernels:
-        times = [(kernel.name, kernel.duration) for kernel in kernels]
-        return _table("cuda", kernels, times, num_steps)
-    return _table("cpu", operators, self_times(operators), num_steps)
+        return _table_of_kernels(kernels, num_steps)
+    if operators:
+        return _table_of_operators(operators, num_steps)
+    raise ValueError("the profile has neither kernels nor operators")
 
 
 def _event(event: dict[str, Any]) -> TraceEvent:
+    """One event of a Chrome trace."""
+    duration = event.get("dur", 0.0)
     return TraceEvent(
         name=event["name"],
         start=float(event["ts"]),
-        duration=float(event.get("dur", 0.0)),
+        duration=float(duration),
         lane=(event.get("pid"), event.get("tid")),
     )
 
 
-def self_times(operators: Iterable[TraceEvent]) -> list[tuple[str, float]]:
+def _table_of_kernels(kernels: list[TraceEvent], num_steps: int) -> ProfileTable:
+    """The table of a GPU's kernels and copies."""
+    times = []
+    for kernel in kernels:
+        times.append(OwnTime(kernel.name, kind_of_kernel(kernel.name), kernel.duration))
+    return _table("cuda", kernels, times, num_steps)
+
+
+def _table_of_operators(operators: list[TraceEvent], num_steps: int) -> ProfileTable:
+    """The table of CPU operators."""
+    times = []
+    for operator, microseconds in zip(operators, self_times(operators), strict=True):
+        kind = kind_of_operator(operator.name)
+        times.append(OwnTime(operator.name, kind, microseconds))
+    return _table("cpu", operators, times, num_steps)
+
+
+def self_times(operators: Sequence[TraceEvent]) -> list[float]:
     """The time of each operator without the operators that it calls, in microseconds.
 
     Args:
         operators: The operators; those of one lane are nested or do not overlap.
-
-    Returns:
-        Name and time of each operator.
     """
+    own = [operator.duration for operator in operators]
     lanes = defaultdict(list)
-    for operator in operators:
-        lanes[operator.lane].append(operator)
-    found = []
-    for of_lane in lanes.values():
-        # An operator comes before those inside it.
-        of_lane.sort(key=lambda operator: (operator.start, -operator.duration))
-        own = [operator.duration for operator in of_lane]
-        open_operators: list[int] = []
-        for number, operator in enumerate(of_lane):
-            while open_operators and of_lane[open_operators[-1]].end <= operator.start:
-                open_operators.pop()
-            if open_operators:
-                own[open_operators[-1]] -= operator.duration
-            open_operators.append(number)
-        for operator, microseconds in zip(of_lane, own, strict=True):
-            found.append((operator.name, max(0.0, microseconds)))
-    return found
+    for number, operator in enumerate(operators):
+        lanes[operator.lane].append(number)
+
+    def outer_first(number: int) -> tuple[float, float]:
+        operator = operators[number]
+        return operator.start, -operator.duration
+
+    for numbers in lanes.values():
+        numbers.sort(key=outer_first)
+        # The operators that the present one is inside of, from the outside in.
+        around: list[int] = []
+        for number in numbers:
+            operator = operators[number]
+            while around and operators[around[-1]].end <= operator.start:
+                around.pop()
+            if around:
+                own[around[-1]] -= operator.duration
+            around.append(number)
+    return [max(0.0, microseconds) for microseconds in own]
 
 
 def busy_time(events: Iterable[TraceEvent]) -> float:
     """The time in which at least one event ran, in microseconds."""
     busy = 0.0
     covered_until = float("-inf")
-    for event in sorted(events, key=lambda event: event.start):
+    for event in sorted(events, key=_start):
         start = max(event.start, covered_until)
         if event.end > start:
             busy += event.end - start
@@ -152,43 +184,66 @@ def busy_time(events: Iterable[TraceEvent]) -> float:
     return busy
 
 
+def _start(event: TraceEvent) -> float:
+    return event.start
+
+
 def _table(
-    device: str,
-    events: list[TraceEvent],
-    times: list[tuple[str, float]],
-    num_steps: int,
+    device: str, events: list[TraceEvent], times: list[OwnTime], num_steps: int
 ) -> ProfileTable:
     """The table of the events.
 
     Args:
         device: Whose events they are.
         events: Their intervals, for the length of a step and the idle time.
-        times: Name and own time of each.
+        times: The time of each that counts.
         num_steps: How many steps they belong to.
     """
-    if not events:
-        raise ValueError("the profile has neither kernels nor operators")
     start = min(event.start for event in events)
     end = max(event.end for event in events)
     span = end - start
-    kind_of = kind_of_kernel if device == "cuda" else kind_of_operator
-
     by_kind: dict[str, list[float]] = {kind: [] for kind in KINDS}
     by_name: dict[str, list[float]] = defaultdict(list)
-    for name, microseconds in times:
-        by_kind[kind_of(name)].append(microseconds)
-        by_name[name].append(microseconds)
+    for time in times:
+        by_kind[time.kind].append(time.microseconds)
+        by_name[time.name].append(time.microseconds)
 
-    def row(name: str, microseconds: list[float]) -> Row:
-        total = sum(microseconds)
-        return Row(name, total / num_steps / 1e3, total / span, len(microseconds) / num_steps)
-
-    kinds = [row(kind, of_kind) for kind, of_kind in by_kind.items() if of_kind]
+    kinds = []
+    for kind, microseconds in by_kind.items():
+        if microseconds:
+            kinds.append(_row(kind, microseconds, span, num_steps))
     idle = span - busy_time(events)
-    kinds.append(Row("idle", idle / num_steps / 1e3, idle / span, 0))
-    names = [row(name, of_name) for name, of_name in by_name.items()]
-    names.sort(key=lambda row: row.milliseconds, reverse=True)
-    return ProfileTable(device, span / num_steps / 1e3, tuple(kinds), tuple(names[:_LONGEST]))
+    kinds.append(Row("idle", _milliseconds(idle, num_steps), idle / span, 0))
+
+    names = []
+    for name, microseconds in by_name.items():
+        names.append(_row(name, microseconds, span, num_steps))
+    names.sort(key=_by_time, reverse=True)
+    longest = names[:_LONGEST]
+    return ProfileTable(device, _milliseconds(span, num_steps), tuple(kinds), tuple(longest))
+
+
+def _row(name: str, microseconds: list[float], span: float, num_steps: int) -> Row:
+    """The row of all events with one name or kind.
+
+    Args:
+        name: The name or kind.
+        microseconds: The time of each.
+        span: The time of all steps, in microseconds.
+        num_steps: How many steps they belong to.
+    """
+    total = sum(microseconds)
+    count = len(microseconds) / num_steps
+    return Row(name, _milliseconds(total, num_steps), total / span, count)
+
+
+def _milliseconds(microseconds: float, num_steps: int) -> float:
+    """The time of all steps, in microseconds, as milliseconds of one step."""
+    return microseconds / num_steps / 1e3
+
+
+def _by_time(row: Row) -> float:
+    return row.milliseconds
 
 
 def format_table(table: ProfileTable) -> str:
