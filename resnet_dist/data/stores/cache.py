@@ -83,12 +83,15 @@ class ImageCache:
             if len(record) < _RECORD.size:
                 return None
             offset, kept_length, checksum = _RECORD.unpack(record)
-            if kept_length != length or length == 0 or offset < 0:
+            is_kept = kept_length == length and length > 0 and offset >= 0
+            if not is_kept:
                 return None
             data = os.pread(self.data, length, offset)
         except OSError:
             return None
-        if len(data) != length or _checksum(row, data) != checksum:
+        if len(data) != length:
+            return None
+        if _checksum(row, data) != checksum:
             return None
         return data
 
@@ -129,7 +132,7 @@ class ImageCache:
         with contextlib.suppress(OSError):
             missing -= os.path.getsize(table_path)
         os.makedirs(self.path, exist_ok=True)
-        self.used = os.open(os.path.join(self.path, _LOCK), os.O_RDWR | os.O_CREAT, 0o666)
+        self.used = _open_file(os.path.join(self.path, _LOCK))
         fcntl.flock(self.used, fcntl.LOCK_SH)
         os.utime(self.path)
         if not self._make_room(max(0, missing)):
@@ -143,8 +146,8 @@ class ImageCache:
                     f"({records / 1e9:.3g} GB) beside what other runs keep there: raise it, or "
                     f"name another folder"
                 )
-        self.table = os.open(table_path, os.O_RDWR | os.O_CREAT, 0o666)
-        self.data = os.open(os.path.join(self.path, _DATA), os.O_RDWR | os.O_CREAT, 0o666)
+        self.table = _open_file(table_path)
+        self.data = _open_file(os.path.join(self.path, _DATA))
         if os.fstat(self.table).st_size != records:
             os.ftruncate(self.table, records)
 
@@ -200,12 +203,18 @@ class ImageCache:
     def _locked(self) -> Iterator[None]:
         """Hold the lock of the cache. The kernel frees the lock of a process that is killed."""
         # Locks belong to an open file, so threads need a descriptor each.
-        descriptor = os.open(os.path.join(self.folder, _LOCK), os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = _open_file(os.path.join(self.folder, _LOCK))
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
             os.close(descriptor)
+
+
+def _open_file(path: str) -> int:
+    """A descriptor of a file for reading and writing, which is made if there is none."""
+    flags = os.O_RDWR | os.O_CREAT
+    return os.open(path, flags, 0o666)
 
 
 def _key(index: Index) -> str:
@@ -252,7 +261,7 @@ def _size_of(path: str) -> int:
 def _remove_unless_used(path: str) -> bool:
     """Remove a folder of the cache, unless a process uses it. Returns whether it is removed."""
     try:
-        descriptor = os.open(os.path.join(path, _LOCK), os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = _open_file(os.path.join(path, _LOCK))
     except OSError:
         return False
     try:
