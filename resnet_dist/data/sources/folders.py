@@ -39,15 +39,23 @@ class LeftOut:
     """for each kind one of them, relative to the split's folder"""
 
     def add(self, kind: str, name: str) -> None:
-        """Count one entry."""
+        """Count one entry.
+
+        Args:
+            kind: what it is.
+            name: its name, relative to the split's folder.
+        """
         self.counts[kind] += 1
         # The file system lists names in any order: the smallest makes the message the same.
-        self.examples[kind] = min(name, self.examples.get(kind, name))
+        example = self.examples.get(kind, name)
+        self.examples[kind] = min(name, example)
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> "LeftOut":
         """From the dictionary of its fields."""
-        return cls(Counter(plain["counts"]), dict(plain["examples"]))
+        counts = Counter(plain["counts"])
+        examples = dict(plain["examples"])
+        return cls(counts, examples)
 
     def add_all(self, other: "LeftOut") -> None:
         """Add the counts of another part of the data set."""
@@ -62,10 +70,17 @@ class LeftOut:
         kinds = []
         for kind, count in sorted(self.counts.items(), key=_by_count):
             kinds.append(f"{count} {kind} ({self.examples[kind]})")
-        hints = [hint for suffix, hint in _HINT_SUFFIXES.items() if suffix in self.counts]
-        advice = f"; to use them, {' and '.join(hints)}" if hints else ""
+        hints = []
+        for suffix, hint in _HINT_SUFFIXES.items():
+            if suffix in self.counts:
+                hints.append(hint)
+        advice = ""
+        if hints:
+            joined_hints = " and ".join(hints)
+            advice = f"; to use them, {joined_hints}"
         total = self.counts.total()
-        return f"{total} entries are no images and are left out: {', '.join(kinds)}{advice}"
+        listed = ", ".join(kinds)
+        return f"{total} entries are no images and are left out: {listed}{advice}"
 
 
 @dataclass
@@ -85,19 +100,31 @@ class ClassListing:
     def to_plain(self) -> dict[str, Any]:
         """As a dictionary for JSON."""
         # dataclasses.asdict would copy each name.
-        return {**vars(self), "left_out": vars(self.left_out)}
+        plain = dict(vars(self))
+        plain["left_out"] = vars(self.left_out)
+        return plain
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> "ClassListing":
         """From what `to_plain` has returned."""
-        return cls(**{**plain, "left_out": LeftOut.from_plain(plain["left_out"])})
+        fields = dict(plain)
+        fields["left_out"] = LeftOut.from_plain(plain["left_out"])
+        return cls(**fields)
 
     def is_current(self, root: str) -> bool:
-        """Whether all its folders are as they were when they were listed."""
+        """Whether all its folders are as they were when they were listed.
+
+        Args:
+            root: the split's folder.
+        """
+        stamps = []
         try:
-            return [folder_stamp(os.path.join(root, name)) for name in self.folders] == self.stamps
+            for name in self.folders:
+                path = os.path.join(root, name)
+                stamps.append(folder_stamp(path))
         except OSError:
             return False
+        return stamps == self.stamps
 
 
 def _by_count(item: tuple[str, int]) -> tuple[int, str]:
@@ -116,9 +143,14 @@ def folder_stamp(path: str) -> list[int]:
 
 
 def list_class(root: str, name: str) -> ClassListing:
-    """List the class folder `name` of the split's folder `root`, with its sub-folders.
+    """List a class folder with its sub-folders.
 
-    Raises OSError if a folder cannot be listed.
+    Args:
+        root: the split's folder.
+        name: the name of the class folder.
+
+    Raises:
+        OSError: if a folder cannot be listed.
     """
     listing = ClassListing()
     found: list[tuple[str, str]] = []
@@ -126,36 +158,63 @@ def list_class(root: str, name: str) -> ClassListing:
     waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
     while waiting:
         folder, above = waiting.pop()
-        relative = f"{name}/{folder}" if folder else name
-        stat = os.stat(os.path.join(root, relative))
+        relative = _join(name, folder)
+        path = os.path.join(root, relative)
+        stat = os.stat(path)
         identity = (stat.st_dev, stat.st_ino)
         if identity in above:
             listing.left_out.add(_LOOP, relative)
             continue
+        stamp = [stat.st_mtime_ns, stat.st_ctime_ns]
         listing.folders.append(relative)
-        listing.stamps.append([stat.st_mtime_ns, stat.st_ctime_ns])
+        listing.stamps.append(stamp)
         images, below = _list_folder(root, relative, listing.left_out)
-        found += [(folder, image) for image in images]
+        for image in images:
+            found.append((folder, image))
         for inner in below:
-            inside = f"{folder}/{inner}" if folder else inner
+            inside = _join(folder, inner)
             waiting.append((inside, (*above, identity)))
     # This is the order of `sorted(os.walk(...))` with the files of each folder sorted.
     found.sort()
     for folder, file in found:
-        path = f"{folder}/{file}" if folder else file
-        listing.files.append(path)
-        if name.startswith(".") or path.startswith(".") or "/." in path:
-            listing.hidden.append(f"{name}/{path}")
+        inner_path = _join(folder, file)
+        full_path = _join(name, inner_path)
+        listing.files.append(inner_path)
+        if full_path.startswith(".") or "/." in full_path:
+            listing.hidden.append(full_path)
     if not found:
         listing.left_out.add(_EMPTY_FOLDER, name)
     return listing
 
 
-def _list_folder(root: str, folder: str, left_out: LeftOut) -> tuple[list[str], list[str]]:
-    """(names of the images, sorted names of the folders) in one folder."""
+def _join(folder: str, name: str) -> str:
+    """Join two relative paths, of which one may be empty."""
+    if not folder:
+        return name
+    if not name:
+        return folder
+    return f"{folder}/{name}"
+
+
+def _list_folder(
+    root: str,
+    folder: str,
+    left_out: LeftOut,
+) -> tuple[list[str], list[str]]:
+    """List one folder.
+
+    Args:
+        root: the split's folder.
+        folder: the folder, relative to it.
+        left_out: what is neither an image nor a folder is added to it.
+
+    Returns:
+        (names of the images, sorted names of the folders).
+    """
     images = []
     below = []
-    with os.scandir(os.path.join(root, folder)) as entries:
+    path = os.path.join(root, folder)
+    with os.scandir(path) as entries:
         for entry in entries:
             if _is_image(entry):
                 images.append(entry.name)
@@ -168,7 +227,9 @@ def _list_folder(root: str, folder: str, left_out: LeftOut) -> tuple[list[str], 
 
 def is_image_name(name: str) -> bool:
     """Whether a file of this name counts as an image."""
-    return name.lower().endswith(SUFFIXES) and not name.startswith("._")
+    is_resource_fork = name.startswith("._")
+    has_suffix = name.lower().endswith(SUFFIXES)
+    return has_suffix and not is_resource_fork
 
 
 def _is_image(entry: "os.DirEntry[str]") -> bool:
@@ -188,7 +249,8 @@ def kind_of_name(name: str) -> str:
     """What to count a file as that is no image: by its suffix, in lower case."""
     if name.startswith("._"):
         return _RESOURCE_FORK
-    return os.path.splitext(name)[1].lower() or _NO_SUFFIX
+    _, suffix = os.path.splitext(name)
+    return suffix.lower() or _NO_SUFFIX
 
 
 def class_folders(root: str) -> list[str]:
@@ -200,25 +262,30 @@ def class_folders(root: str) -> list[str]:
 def broken_links(root: str) -> list[str]:
     """Sorted names of the links in `root` that lead nowhere: a class folder may be behind one."""
     with os.scandir(root) as entries:
-        links = [entry for entry in entries if entry.is_symlink()]
-        return sorted(entry.name for entry in links if not os.path.exists(entry.path))
+        names = []
+        for entry in entries:
+            if entry.is_symlink() and not os.path.exists(entry.path):
+                names.append(entry.name)
+        return sorted(names)
 
 
 def formats_remark(names: Iterable[str]) -> str | None:
     """A sentence about images that the training decoder does not read, or None."""
     counts: Counter[str] = Counter()
     for name in names:
-        suffix = os.path.splitext(name)[1].lower()
+        _, suffix = os.path.splitext(name.lower())
         if suffix not in _DECODED_DIRECTLY:
             counts[suffix] += 1
     if not counts:
         return None
-    kinds = ", ".join(
-        f"{count} {suffix}" for suffix, count in sorted(counts.items(), key=_by_count)
-    )
+    kinds = []
+    for suffix, count in sorted(counts.items(), key=_by_count):
+        kinds.append(f"{count} {suffix}")
+    listed = ", ".join(kinds)
+    total = counts.total()
     return (
-        f"{counts.total()} images are neither JPEG nor PNG ({kinds}): Pillow decodes them in the "
-        f"reader, which is slower"
+        f"{total} images are neither JPEG nor PNG ({listed}): Pillow decodes them in the reader, "
+        f"which is slower"
     )
 
 
@@ -226,7 +293,9 @@ def hidden_remark(hidden: list[str]) -> str | None:
     """A sentence about images in hidden files and folders, or None."""
     if not hidden:
         return None
+    num_hidden = len(hidden)
+    examples = some(hidden, 3)
     return (
-        f"{len(hidden)} images lie in hidden files or folders and count, as in torchvision's "
-        f"ImageFolder ({some(hidden, 3)}): remove them if that is not meant"
+        f"{num_hidden} images lie in hidden files or folders and count, as in torchvision's "
+        f"ImageFolder ({examples}): remove them if that is not meant"
     )

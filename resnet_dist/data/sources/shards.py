@@ -53,29 +53,40 @@ class Shard:
     def to_plain(self) -> dict[str, Any]:
         """As a dictionary for JSON."""
         # dataclasses.asdict would copy each name.
-        return {**vars(self), "left_out": vars(self.left_out)}
+        plain = dict(vars(self))
+        plain["left_out"] = vars(self.left_out)
+        return plain
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> "Shard":
         """From what `to_plain` has returned."""
-        return cls(**{**plain, "left_out": LeftOut.from_plain(plain["left_out"])})
+        fields = dict(plain)
+        fields["left_out"] = LeftOut.from_plain(plain["left_out"])
+        return cls(**fields)
 
 
 def read_headers(path: str) -> Shard:
     """List the images of one shard, from its headers.
 
-    Raises ValueError if it is no complete and uncompressed tar file.
+    Args:
+        path: the tar file.
+
+    Raises:
+        ValueError: if it is no complete and uncompressed tar file.
     """
     stat = os.stat(path)
     if not S_ISREG(stat.st_mode):
         raise ValueError(f"the shard {path} is no regular file: replace it by a tar file")
-    shard = Shard(stamp=[stat.st_size, stat.st_mtime_ns])
+    shard = Shard()
+    shard.stamp = [stat.st_size, stat.st_mtime_ns]
     try:
         with tarfile.open(path, "r:") as tar:
-            while (member := tar.next()) is not None:
+            member = tar.next()
+            while member is not None:
                 # tarfile keeps a kilobyte for each member otherwise.
                 tar.__dict__["members"].clear()
                 _add_member(shard, tar, member)
+                member = tar.next()
             _check_end(tar)
     except (tarfile.TarError, ValueError, MemoryError, OverflowError) as error:
         reason = str(error) or "a member claims more bytes than there are"
@@ -87,18 +98,39 @@ def read_headers(path: str) -> Shard:
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
-    """Raise ValueError unless the end marker follows: tarfile takes damage for the end."""
+    """Check that the end marker follows. tarfile takes damage for the end.
+
+    Raises:
+        ValueError: if it does not.
+    """
     file = cast("io.BufferedReader", tar.fileobj)
     file.seek(tar.offset)
-    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+    block = file.read(tarfile.BLOCKSIZE)
+    end_marker = bytes(tarfile.BLOCKSIZE)
+    if block != end_marker:
         raise ValueError(f"it ends or is damaged at byte {tar.offset}, before its end marker")
 
 
-def _add_member(shard: Shard, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
-    folder, file = posixpath.split(_inside(member.name))
-    stem, suffix = posixpath.splitext(file)
+def _add_member(
+    shard: Shard,
+    tar: tarfile.TarFile,
+    member: tarfile.TarInfo,
+) -> None:
+    """Add a member of a tar file to the images of a shard, or to what is left out.
+
+    Args:
+        shard: the images so far.
+        tar: the tar file.
+        member: the header of the member.
+
+    Raises:
+        ValueError: if it is a .cls member without a class id.
+    """
     if member.isdir():
         return
+    path = _inside(member.name)
+    folder, file = posixpath.split(path)
+    stem, suffix = posixpath.splitext(file)
     if not member.isreg() or member.issparse():
         shard.left_out.add("links, devices or sparse files", member.name)
     elif is_image_name(file):
@@ -116,17 +148,33 @@ def _add_member(shard: Shard, tar: tarfile.TarFile, member: tarfile.TarInfo) -> 
 
 def _inside(name: str) -> str:
     """A member's name as a path without leading `/`, `./` and `../`."""
-    parts = posixpath.normpath(name).split("/")
+    normal = posixpath.normpath(name)
+    parts = normal.split("/")
     while parts and parts[0] in ("", ".", ".."):
         parts = parts[1:]
     return "/".join(parts)
 
 
-def _read_class_id(tar: tarfile.TarFile, member: tarfile.TarInfo) -> int:
-    """The class id in a .cls member; -1 for a negative one, which means none."""
+def _read_class_id(
+    tar: tarfile.TarFile,
+    member: tarfile.TarInfo,
+) -> int:
+    """Read the class id in a .cls member.
+
+    Args:
+        tar: the tar file.
+        member: the header of the member.
+
+    Returns:
+        The class id; -1 for a negative one, which means none.
+
+    Raises:
+        ValueError: if there is no class id.
+    """
     if member.size > _MAX_CLS_BYTES:
         raise ValueError(f"{member.name} has {member.size} bytes, but a class id is a short number")
-    content = cast("io.BufferedReader", tar.extractfile(member)).read()
+    file = cast("io.BufferedReader", tar.extractfile(member))
+    content = file.read()
     try:
         number = int(content)
     except ValueError:
@@ -139,43 +187,71 @@ def _read_class_id(tar: tarfile.TarFile, member: tarfile.TarInfo) -> int:
 
 
 def index_shards(root: str, names: Sequence[str], shards: Sequence[Shard]) -> bytes:
-    """The bytes of the index of a split's shards.
+    """The contents of the index of a split's shards.
 
-    Raises ValueError if they hold no image, or nothing tells the class of one.
+    Args:
+        root: the folder of the split.
+        names: the file names of the shards.
+        shards: the images of each shard.
+
+    Raises:
+        ValueError: if they hold no image, or nothing tells the class of one.
     """
     rule = f"data.data_dir: the {len(shards)} tar files in {root}"
     left_out = LeftOut()
+    files: list[str] = []
     for shard in shards:
         left_out.add_all(shard.left_out)
-    files = [file for shard in shards for file in shard.files]
+        files += shard.files
     if not files:
         found = left_out.remark() or "they are empty"
         raise ValueError(f"{rule} ({some(names)}) hold no image ({', '.join(SUFFIXES)}); {found}")
     folders = _without_common(shards)
-    with_class = [bool(folder) for folder in folders]
-    if any(with_class) and not all(with_class):
+    num_with_class = sum(1 for folder in folders if folder)
+    if 0 < num_with_class < len(folders):
         raise ValueError(
             f"{rule} hold some images in class folders and some without: pack them in one way"
         )
-    if all(with_class):
+    if num_with_class > 0:
         classes, labels, rows = _by_folder(folders, files)
     else:
         classes, labels = _by_class_id(root, names, shards)
         rows = [os.fsencode(file) for file in files]
     order = sort_rows(classes, labels, rows)
-    places = _places(shards)
-    remarks = [left_out.remark(), formats_remark(files)]
+    stamps = []
+    for shard in shards:
+        size = shard.stamp[0]
+        stamps.append((size,))
+    remarks = []
+    for remark in (left_out.remark(), formats_remark(files)):
+        if remark:
+            remarks.append(remark)
     origin = Origin(
         shards=tuple(names),
-        stamps=tuple((shard.stamp[0],) for shard in shards),
-        remarks=tuple(remark for remark in remarks if remark),
+        stamps=tuple(stamps),
+        remarks=tuple(remarks),
     )
+    places = _places(shards)
+    ordered_labels = np.asarray(labels)[order]
     ordered_rows = [rows[row] for row in order]
-    return encode_index(classes, np.asarray(labels)[order], ordered_rows, origin, places[order])
+    return encode_index(
+        classes,
+        ordered_labels,
+        ordered_rows,
+        origin,
+        places[order],
+    )
 
 
 def _places(shards: Sequence[Shard]) -> np.ndarray:
-    """[n, 3], int64: number of the shard, offset and length of each image."""
+    """Where the images of all shards are.
+
+    Args:
+        shards: the images of each shard.
+
+    Returns:
+        int64 [n, 3]: number of the shard, offset and length of each image.
+    """
     parts = []
     for number, shard in enumerate(shards):
         part = np.empty((len(shard.files), 3), dtype="<i8")
@@ -190,40 +266,71 @@ def _without_common(shards: Sequence[Shard]) -> list[list[str]]:
     """The parts of each image's folder, without the leading ones that all images share.
 
     At least one part remains of each, the class.
+
+    Args:
+        shards: the images of each shard.
     """
     folders = []
     for shard in shards:
         for folder in shard.folders:
-            folders.append(folder.split("/") if folder else [])
+            parts = folder.split("/") if folder else []
+            folders.append(parts)
     shortest = min(map(len, folders))
     if shortest == 0:
         return folders
     # The last part of the shortest one has to remain.
     heads = [folder[: shortest - 1] for folder in folders]
-    common = len(os.path.commonprefix([min(heads), max(heads)]))
+    extremes = [min(heads), max(heads)]
+    common = len(os.path.commonprefix(extremes))
     return [folder[common:] for folder in folders]
 
 
 def _by_folder(
-    folders: list[list[str]], files: list[str]
+    folders: list[list[str]],
+    files: list[str],
 ) -> tuple[list[str], list[int], list[bytes]]:
-    """(class names, labels, names inside the class) of images in class folders."""
-    classes = sorted({folder[0] for folder in folders})
-    ids = {name: label for label, name in enumerate(classes)}
-    labels = [ids[folder[0]] for folder in folders]
+    """The classes of images in class folders.
+
+    Args:
+        folders: the parts of each image's folder; the first one is the class.
+        files: the file names.
+
+    Returns:
+        (class names, labels, names inside of the class).
+    """
+    class_of_rows = [folder[0] for folder in folders]
+    classes = sorted(set(class_of_rows))
+    ids = {}
+    for label, name in enumerate(classes):
+        ids[name] = label
+    labels = []
     rows = []
     for folder, file in zip(folders, files, strict=True):
+        labels.append(ids[folder[0]])
         inner_name = "/".join([*folder[1:], file])
         rows.append(os.fsencode(inner_name))
     return classes, labels, rows
 
 
 def _by_class_id(
-    root: str, names: Sequence[str], shards: Sequence[Shard]
+    root: str,
+    names: Sequence[str],
+    shards: Sequence[Shard],
 ) -> tuple[list[str], list[int]]:
-    """(class names, labels) of images with .cls members.
+    """The classes of images with .cls members.
 
     Classes have numbers for names, so that ids stay what they are where a class has no image.
+
+    Args:
+        root: the folder of the split.
+        names: the file names of the shards.
+        shards: the images of each shard.
+
+    Returns:
+        (class names, labels).
+
+    Raises:
+        ValueError: if an image has no class id.
     """
     labels = []
     for name, shard in zip(names, shards, strict=True):
@@ -237,5 +344,6 @@ def _by_class_id(
                     f"that name with a class id, so nothing tells its class"
                 )
             labels.append(label)
-    classes = [str(number) for number in range(max(labels) + 1)]
+    num_classes = max(labels) + 1
+    classes = [str(number) for number in range(num_classes)]
     return classes, labels
