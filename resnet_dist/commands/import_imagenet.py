@@ -25,7 +25,14 @@ _CHECKED = ".archives.json"
 def run(args: argparse.Namespace) -> int:
     """Import the archives in args.src.
 
-    Raises ValueError if one is missing, damaged or another than the published one.
+    Args:
+        args: the command line.
+
+    Returns:
+        0.
+
+    Raises:
+        ValueError: if an archive is missing, damaged or another than the published one.
     """
     from torchvision.datasets.imagenet import ARCHIVE_META
 
@@ -37,8 +44,9 @@ def run(args: argparse.Namespace) -> int:
         sums[path] = md5
     missing = [path for path in paths.values() if not os.path.isfile(path)]
     if missing:
+        listed = ", ".join(missing)
         raise ValueError(
-            f"no {', '.join(missing)}: get them from image-net.org (ILSVRC 2012), with these names"
+            f"no {listed}: get them from image-net.org (ILSVRC 2012), with these names"
         )
     # The headers come first: they find most damage in seconds, the checksums in minutes.
     wnids, truth, words = _read_devkit(paths["devkit"])
@@ -47,10 +55,17 @@ def run(args: argparse.Namespace) -> int:
         "val": _find_val(paths["val"], wnids, truth),
     }
     if not args.skip_checksums:
-        _check_sums(sums, Path(args.out, _CHECKED))
+        record = Path(args.out, _CHECKED)
+        _check_sums(sums, record)
     for split, sources in found.items():
         if args.shards:
-            options = PackOptions(args.out, args.shard_mb, args.workers, args.resize, args.quality)
+            options = PackOptions(
+                args.out,
+                args.shard_mb,
+                args.workers,
+                args.resize,
+                args.quality,
+            )
             print(pack(sources, split, options))
         else:
             _write_folder(args.out, split, sources)
@@ -64,13 +79,21 @@ def _check_sums(sums: dict[str, str], record: Path) -> None:
     Args:
         sums: the published MD5 sum of each path.
         record: file of the archives that have passed, by size and time of modification.
+
+    Raises:
+        ValueError: if a sum differs.
     """
     passed = []
     if record.exists():
         passed = json.loads(record.read_text())
     for path, published in sums.items():
         stat = os.stat(path)
-        mark = [os.path.basename(path), published, stat.st_size, stat.st_mtime_ns]
+        mark = [
+            os.path.basename(path),
+            published,
+            stat.st_size,
+            stat.st_mtime_ns,
+        ]
         if mark in passed:
             continue
         if _md5(path, stat.st_size) != published:
@@ -84,45 +107,78 @@ def _check_sums(sums: dict[str, str], record: Path) -> None:
 
 
 def _md5(path: str, size: int) -> str:
+    """The MD5 sum of a file.
+
+    Args:
+        path: the file.
+        size: its number of bytes, for the progress bar.
+    """
     digest = hashlib.md5(usedforsecurity=False)
-    with Progress(size, f"check {os.path.basename(path)}", "B") as bar, open(path, "rb") as file:
-        while piece := file.read(_HASH_PIECE_BYTES):
+    title = f"check {os.path.basename(path)}"
+    with Progress(size, title, "B") as bar, open(path, "rb") as file:
+        piece = file.read(_HASH_PIECE_BYTES)
+        while piece:
             digest.update(piece)
             bar.update(len(piece))
+            piece = file.read(_HASH_PIECE_BYTES)
     return digest.hexdigest()
 
 
 def _find_train(path: str, wnids: dict[int, str]) -> list[ImageSource]:
-    """The training images, in one tar per class inside the archive."""
+    """The training images, in one tar per class inside the archive.
+
+    Args:
+        path: the archive.
+        wnids: the classes by their ILSVRC2012_ID.
+    """
+    wanted = {f"{wnid}.tar" for wnid in wnids.values()}
     sources = []
     with Progress(len(wnids), "find train", "class") as bar:
-        for tar, outer in _members(path, {f"{wnid}.tar" for wnid in wnids.values()}):
+        for tar, outer in _members(path, wanted):
             wnid = outer.name.removesuffix(".tar")
-            for _, inner in _members(f"{path}: {outer.name}", None, tar.extractfile(outer)):
+            inner_path = f"{path}: {outer.name}"
+            inner_file = tar.extractfile(outer)
+            for _, inner in _members(inner_path, None, inner_file):
+                name = f"{wnid}/{inner.name}"
                 offset = outer.offset_data + inner.offset_data
-                sources.append(ImageSource(f"{wnid}/{inner.name}", path, offset, inner.size))
+                source = ImageSource(name, path, offset, inner.size)
+                sources.append(source)
             bar.update()
     return sources
 
 
 def _find_val(path: str, wnids: dict[int, str], truth: list[int]) -> list[ImageSource]:
-    """The validation images; `truth` has the class of each."""
+    """The validation images.
+
+    Args:
+        path: the archive.
+        wnids: the classes by their ILSVRC2012_ID.
+        truth: the ILSVRC2012_ID of each image.
+    """
     folders = {}
     for number, key in enumerate(truth, 1):
         folders[f"ILSVRC2012_val_{number:08d}.JPEG"] = wnids[key]
     sources = []
     for _, member in _members(path, set(folders)):
-        name = f"{folders[member.name]}/{member.name}"
-        sources.append(ImageSource(name, path, member.offset_data, member.size))
+        folder = folders[member.name]
+        name = f"{folder}/{member.name}"
+        source = ImageSource(name, path, member.offset_data, member.size)
+        sources.append(source)
     return sources
 
 
 def _read_devkit(path: str) -> tuple[dict[int, str], list[int], dict[str, str]]:
     """Read the classes and the labels of the validation images.
 
+    Args:
+        path: the archive of the devkit.
+
     Returns:
         The wnid of each ILSVRC2012_ID that is a class and not a group of classes, the ID of each
         validation image, and the words of each wnid.
+
+    Raises:
+        ValueError: if the archive is damaged, or scipy is not installed.
     """
     try:
         from scipy.io import loadmat
@@ -132,16 +188,20 @@ def _read_devkit(path: str) -> tuple[dict[int, str], list[int], dict[str, str]]:
         ) from None
     try:
         files = _devkit_files(path)
-        synsets = loadmat(io.BytesIO(files["meta.mat"]), squeeze_me=True)["synsets"]
+        meta = loadmat(io.BytesIO(files["meta.mat"]), squeeze_me=True)
         wnids = {}
         words = {}
-        for synset in synsets:
+        for synset in meta["synsets"]:
             if synset["num_children"] == 0:
+                number = int(synset["ILSVRC2012_ID"])
                 wnid = str(synset["WNID"])
-                wnids[int(synset["ILSVRC2012_ID"])] = wnid
+                wnids[number] = wnid
                 words[wnid] = str(synset["words"])
-        truth = [int(line) for line in files["ILSVRC2012_validation_ground_truth.txt"].split()]
-        if set(truth) <= set(wnids) and all(map(_PLAIN_NAME.fullmatch, wnids.values())):
+        lines = files["ILSVRC2012_validation_ground_truth.txt"].split()
+        truth = [int(line) for line in lines]
+        are_known = set(truth) <= set(wnids)
+        are_plain = all(map(_PLAIN_NAME.fullmatch, wnids.values()))
+        if are_known and are_plain:
             return wnids, truth, words
         raise ValueError("its classes do not agree with those of the validation images")
     except (tarfile.TarError, EOFError, KeyError, ValueError) as error:
@@ -151,32 +211,53 @@ def _read_devkit(path: str) -> tuple[dict[int, str], list[int], dict[str, str]]:
 
 
 def _devkit_files(path: str) -> dict[str, bytes]:
-    """The contents of the devkit's files, by their names without a folder."""
+    """Read all files of the devkit.
+
+    Args:
+        path: the archive.
+
+    Returns:
+        The contents by the names of the files, without a folder.
+    """
     files = {}
     with tarfile.open(path, "r:*") as tar:
         for member in tar:
             if member.isreg():
-                files[os.path.basename(member.name)] = cast(
-                    "IO[bytes]", tar.extractfile(member)
-                ).read()
+                name = os.path.basename(member.name)
+                file = cast("IO[bytes]", tar.extractfile(member))
+                files[name] = file.read()
     return files
 
 
 def _members(
-    path: str, wanted: set[str] | None, file: IO[bytes] | None = None
+    path: str,
+    wanted: set[str] | None,
+    file: IO[bytes] | None = None,
 ) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """The members of a tar, of which only the headers are read.
+    """The members of a tar file, of which only the headers are read.
 
-    Raises ValueError for a member that is no plain file or not in `wanted` (None: any) before it is
-    looked at, for one that is there twice or missing, and for a tar that is not complete.
+    Args:
+        path: the tar file; with `file`, its name in messages.
+        wanted: the names that it must hold, each once; None for any names.
+        file: the open tar file, if it lies inside of another one.
+
+    Yields:
+        The tar file and the header of each member.
+
+    Raises:
+        ValueError: for a member that is no plain file or not wanted, before it is looked at; for
+            one that is there twice or missing; and for a tar file that is not complete.
     """
-    missing = set(wanted or ())
+    missing = set()
+    if wanted is not None:
+        missing = set(wanted)
     try:
         with tarfile.open(path, "r:", fileobj=file) as tar:
             for member in tar:
-                plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE)
-                named = _PLAIN_NAME.fullmatch(member.name)
-                if not plain or not named or (wanted is not None and member.name not in missing):
+                is_plain_file = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE)
+                has_plain_name = _PLAIN_NAME.fullmatch(member.name)
+                is_wanted = wanted is None or member.name in missing
+                if not is_plain_file or not has_plain_name or not is_wanted:
                     raise ValueError(
                         f"{path}: the member {member.name!r} is refused: the archive holds the "
                         f"files of ImageNet, each once and in no folder, and no links or devices"
@@ -186,7 +267,9 @@ def _members(
             # tarfile takes damage for the end.
             source = cast("IO[bytes]", tar.fileobj)
             source.seek(tar.offset)
-            if missing or source.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            block = source.read(tarfile.BLOCKSIZE)
+            end_marker = bytes(tarfile.BLOCKSIZE)
+            if missing or block != end_marker:
                 lacks = min(missing, default="its end marker")
                 raise tarfile.ReadError(f"it lacks {lacks}")
     except tarfile.TarError as error:
@@ -194,12 +277,20 @@ def _members(
 
 
 def _write_folder(out: str, split: str, sources: list[ImageSource]) -> None:
-    """Write each image that is not there to out/split/<class>/."""
+    """Write each image that is not there to out/`split`/<class>/.
+
+    Args:
+        out: the folder of the data set.
+        split: "train" or "val".
+        sources: the images.
+    """
     with Progress(len(sources), f"write {split}") as bar:
         for source in sources:
             path = Path(out, split, source.name)
-            if not path.exists() or path.stat().st_size != source.length:
+            is_complete = path.exists() and path.stat().st_size == source.length
+            if not is_complete:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_file_unsynced(path, source.read())
             bar.update()
-    print(f"{split}: {len(sources)} images in {os.path.join(out, split)}")
+    folder = os.path.join(out, split)
+    print(f"{split}: {len(sources)} images in {folder}")

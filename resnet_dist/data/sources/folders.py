@@ -239,14 +239,22 @@ def _is_image(entry: "os.DirEntry[str]") -> bool:
 
 
 def _kind(entry: "os.DirEntry[str]") -> str:
-    """What an entry is that is neither an image nor a folder."""
+    """What to count an entry as that is neither an image nor a folder.
+
+    Args:
+        entry: an entry of a folder.
+    """
     if entry.is_symlink() and not os.path.exists(entry.path):
         return _BROKEN_LINK
     return kind_of_name(entry.name)
 
 
 def kind_of_name(name: str) -> str:
-    """What to count a file as that is no image: by its suffix, in lower case."""
+    """What to count a file as that is no image: its suffix, in lower case.
+
+    Args:
+        name: the name of the file.
+    """
     if name.startswith("._"):
         return _RESOURCE_FORK
     _, suffix = os.path.splitext(name)
@@ -254,9 +262,20 @@ def kind_of_name(name: str) -> str:
 
 
 def class_folders(root: str) -> list[str]:
-    """Sorted names of the folders in `root`, as ImageFolder's find_classes, empty ones included."""
+    """The names of the folders in a folder, as ImageFolder's find_classes.
+
+    Args:
+        root: the folder.
+
+    Returns:
+        The names, sorted. Empty folders are included.
+    """
+    names = []
     with os.scandir(root) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir())
+        for entry in entries:
+            if entry.is_dir():
+                names.append(entry.name)
+    return sorted(names)
 
 
 def broken_links(root: str) -> list[str]:
@@ -270,7 +289,11 @@ def broken_links(root: str) -> list[str]:
 
 
 def formats_remark(names: Iterable[str]) -> str | None:
-    """A sentence about images that the training decoder does not read, or None."""
+    """A sentence about images that the training decoder does not read, or None.
+
+    Args:
+        names: the names of all images.
+    """
     counts: Counter[str] = Counter()
     for name in names:
         _, suffix = os.path.splitext(name.lower())
@@ -290,7 +313,11 @@ def formats_remark(names: Iterable[str]) -> str | None:
 
 
 def hidden_remark(hidden: list[str]) -> str | None:
-    """A sentence about images in hidden files and folders, or None."""
+    """A sentence about images in hidden files and folders, or None.
+
+    Args:
+        hidden: their names.
+    """
     if not hidden:
         return None
     num_hidden = len(hidden)
