@@ -155,7 +155,12 @@ def test_import_to_shards_is_the_import_packed(archives, tmp_path):
     assert set(contents(tmp_path / "shards")) == {
         f"{split}/{file}"
         for split in ("train", "val")
-        for file in ("index.bin", f"{split}-000000.tar")
+        for file in (
+            "index.bin",
+            "shards.json",
+            f"{split}-000000.tar",
+            f"{split}-000000.tar.idx",
+        )
     } | {"class_words.tsv"}
 
 

@@ -34,20 +34,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: if an archive is missing, damaged or another than the published one.
     """
-    from torchvision.datasets.imagenet import ARCHIVE_META
-
-    paths = {}
-    sums = {}
-    for key, (name, md5) in ARCHIVE_META.items():
-        path = os.path.join(args.src, name)
-        paths[key] = path
-        sums[path] = md5
-    missing = [path for path in paths.values() if not os.path.isfile(path)]
-    if missing:
-        listed = ", ".join(missing)
-        raise ValueError(
-            f"no {listed}: get them from image-net.org (ILSVRC 2012), with these names"
-        )
+    paths, sums = _find_archives(args.src)
     # The headers come first: they find most damage in seconds, the checksums in minutes.
     wnids, truth, words = _read_devkit(paths["devkit"])
     found = {
@@ -71,6 +58,36 @@ def run(args: argparse.Namespace) -> int:
             _write_folder(args.out, split, sources)
     write_file(Path(args.out, WORDS_FILE), format_words(words))
     return 0
+
+
+def _find_archives(folder: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Find the three archives.
+
+    Args:
+        folder: the folder that holds them.
+
+    Returns:
+        Their paths by torchvision's keys ("train", "val", "devkit"), and the published MD5 sum of
+        each path.
+
+    Raises:
+        ValueError: if one of them is missing.
+    """
+    from torchvision.datasets.imagenet import ARCHIVE_META
+
+    paths: dict[str, str] = {}
+    sums: dict[str, str] = {}
+    for key, (name, md5) in ARCHIVE_META.items():
+        path = os.path.join(folder, name)
+        paths[key] = path
+        sums[path] = md5
+    missing = [path for path in paths.values() if not os.path.isfile(path)]
+    if missing:
+        listed = ", ".join(missing)
+        raise ValueError(
+            f"no {listed}: get them from image-net.org (ILSVRC 2012), with these names"
+        )
+    return paths, sums
 
 
 def _check_sums(sums: dict[str, str], record: Path) -> None:
