@@ -72,6 +72,8 @@ def comparable(lines):
         "train/step_seconds",
         "ranks/data_seconds",
         "ranks/step_seconds",
+        "ranks/memory_gib",
+        "train/memory_gib",
         "train/bad_images",
     }
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]
