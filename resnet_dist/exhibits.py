@@ -58,7 +58,12 @@ class Exhibits:
         is_wanted = runtime.is_main and config.log.sample_images > 0
         self._are_samples_due = is_wanted and not self._samples_path.exists()
 
-    def show_samples(self, step: int, batch: Batch, mixing: Mixing) -> None:
+    def show_samples(
+        self,
+        step: int,
+        batch: Batch,
+        mixing: Mixing,
+    ) -> None:
         """Make the contact sheet, if the run has none yet. Call it before the update.
 
         It shows images of this rank after augmentation, mixup and CutMix, and the first label of
@@ -79,7 +84,11 @@ class Exhibits:
         self._write(self._samples_path, png)
         self.log.attach(step, "samples", Picture(png, f"what the network sees at step {step}"))
 
-    def _rows_of_tiles(self, images: torch.Tensor, labels: list[int]) -> list[list[Tile]]:
+    def _rows_of_tiles(
+        self,
+        images: torch.Tensor,
+        labels: list[int],
+    ) -> list[list[Tile]]:
         """Arrange images [n, 3, H, W] in rows."""
         data = self.config.data
         tiles = []
@@ -124,7 +133,12 @@ class Exhibits:
             self.log.attach(step, "val/predictions", table_of_predictions(collected, network))
             self.log.attach(step, "val/confusion", confusion_matrix(collected, network))
 
-    def show_checkpoint(self, best_step: int, best_top1: float, path: Path) -> None:
+    def show_checkpoint(
+        self,
+        best_step: int,
+        best_top1: float,
+        path: Path,
+    ) -> None:
         """Pass the best checkpoint on to the sinks, if `log.wandb_artifact` asks for it.
 
         Args:
@@ -138,14 +152,21 @@ class Exhibits:
         facts = {"step": best_step, "top1": best_top1, "model": self.config.model.name}
         self.log.attach(best_step, "best", CheckpointFile(path.resolve(), name, facts))
 
-    def _write(self, path: Path, content: bytes) -> None:
+    def _write(
+        self,
+        path: Path,
+        content: bytes,
+    ) -> None:
         try:
             write_file(path, content)
         except OSError as problem:
             self.log.warn(f"{path.name} cannot be written: {problem}")
 
 
-def table_of_predictions(collected: Collected, network: EvaluatedNetwork) -> Table:
+def table_of_predictions(
+    collected: Collected,
+    network: EvaluatedNetwork,
+) -> Table:
     """The predictions with the largest losses, at most 500, the largest first."""
     results = collected.results
     losses = np.where(results.is_readable, results.losses, -np.inf)
@@ -166,7 +187,10 @@ def table_of_predictions(collected: Collected, network: EvaluatedNetwork) -> Tab
     return Table(["path", "label", "predicted", "confidence", "loss"], rows)
 
 
-def confusion_matrix(collected: Collected, network: EvaluatedNetwork) -> ConfusionMatrix:
+def confusion_matrix(
+    collected: Collected,
+    network: EvaluatedNetwork,
+) -> ConfusionMatrix:
     """The class and the predicted class of each image that could be decoded."""
     readable = collected.results.part(collected.results.is_readable)
     return ConfusionMatrix(

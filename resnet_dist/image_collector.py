@@ -83,7 +83,11 @@ class ImageCollector:
         self._mistakes: list[GalleryImage] = []
         self._hits: list[GalleryImage] = []
 
-    def __call__(self, batch: Batch, logits: torch.Tensor) -> None:
+    def __call__(
+        self,
+        batch: Batch,
+        logits: torch.Tensor,
+    ) -> None:
         """Add a batch. It waits for the device.
 
         Args:
@@ -101,7 +105,13 @@ class ImageCollector:
             else:
                 self._offer(self._mistakes, confidence, batch, place)
 
-    def _offer(self, heap: list[GalleryImage], priority: float, batch: Batch, place: int) -> None:
+    def _offer(
+        self,
+        heap: list[GalleryImage],
+        priority: float,
+        batch: Batch,
+        place: int,
+    ) -> None:
         """Keep an image if it is among the first ones of the gallery so far."""
         minus_row = -int(batch.indices[place])
         is_full = len(heap) >= GALLERY_SIZE
@@ -157,7 +167,11 @@ class ImageCollector:
         return _Own(parts, self._mistakes, self._hits)
 
 
-def _join(gathered: Sequence[_Own], loader: ValLoader, outputs: Sequence[int] | None) -> Collected:
+def _join(
+    gathered: Sequence[_Own],
+    loader: ValLoader,
+    outputs: Sequence[int] | None,
+) -> Collected:
     """Put the results of all ranks together, on the main process.
 
     Raises:
@@ -201,7 +215,10 @@ def _with_labels_and_paths(
     return replace(results, labels=labels), paths
 
 
-def _check_finite(results: ImageResults, paths: Sequence[str]) -> None:
+def _check_finite(
+    results: ImageResults,
+    paths: Sequence[str],
+) -> None:
     """Raise ValueError if the logits of an image are not finite."""
     places = np.flatnonzero(~results.is_finite)
     if not len(places):
@@ -214,7 +231,10 @@ def _check_finite(results: ImageResults, paths: Sequence[str]) -> None:
     )
 
 
-def results_of_batch(batch: Batch, logits: torch.Tensor) -> ImageResults:
+def results_of_batch(
+    batch: Batch,
+    logits: torch.Tensor,
+) -> ImageResults:
     """The results of one batch.
 
     Args:

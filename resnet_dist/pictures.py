@@ -31,7 +31,11 @@ class Tile(NamedTuple):
     """text below the image"""
 
 
-def to_levels(image: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> Levels:
+def to_levels(
+    image: torch.Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Levels:
     """Undo the normalization of an image.
 
     Args:

@@ -57,7 +57,11 @@ class _Scale:
         return _BOTTOM - share * (_BOTTOM - _TOP)
 
 
-def line_chart(title: str, lines: Sequence[Line], from_zero: bool = False) -> str:
+def line_chart(
+    title: str,
+    lines: Sequence[Line],
+    from_zero: bool = False,
+) -> str:
     """A chart of values against the epoch.
 
     Args:
@@ -112,7 +116,10 @@ def reliability_diagram(bins: Sequence[Bin]) -> str:
     return _figure("accuracy against confidence", parts)
 
 
-def histogram(title: str, bins: Sequence[Bin]) -> str:
+def histogram(
+    title: str,
+    bins: Sequence[Bin],
+) -> str:
     """The number of images in each bin of confidence.
 
     Args:
@@ -159,7 +166,10 @@ def _bar(
     )
 
 
-def _figure(title: str, parts: Sequence[str]) -> str:
+def _figure(
+    title: str,
+    parts: Sequence[str],
+) -> str:
     """A figure with a caption."""
     drawing = element(
         "svg",
@@ -172,7 +182,10 @@ def _figure(title: str, parts: Sequence[str]) -> str:
     return element("figure", caption + drawing, class_="chart")
 
 
-def _scale_of(lines: Sequence[Line], from_zero: bool) -> _Scale:
+def _scale_of(
+    lines: Sequence[Line],
+    from_zero: bool,
+) -> _Scale:
     """The scale that shows all points."""
     epochs: list[float] = []
     values: list[float] = []
@@ -191,7 +204,10 @@ def _scale_of(lines: Sequence[Line], from_zero: bool) -> _Scale:
     return _Scale(0.0, right, low, high)
 
 
-def ticks(low: float, high: float) -> list[float]:
+def ticks(
+    low: float,
+    high: float,
+) -> list[float]:
     """Four to six round numbers between `low` and `high`, which differ."""
     raw_step = (high - low) / _NUM_TICKS
     exponent = math.floor(math.log10(raw_step))
@@ -206,7 +222,10 @@ def ticks(low: float, high: float) -> list[float]:
     return [number * step for number in range(first, last + 1)]
 
 
-def _axes(scale: _Scale, horizontal: str) -> str:
+def _axes(
+    scale: _Scale,
+    horizontal: str,
+) -> str:
     """Grid lines with their numbers, and the name of the horizontal axis."""
     parts = []
     for value in ticks(scale.low, scale.high):
@@ -229,7 +248,12 @@ def _axes(scale: _Scale, horizontal: str) -> str:
     return "".join([*parts, name, axis])
 
 
-def _label(value: float, x: float, y: float, anchor: str) -> str:
+def _label(
+    value: float,
+    x: float,
+    y: float,
+    anchor: str,
+) -> str:
     """A number of an axis, as short as possible."""
     number = f"{value:.4g}"
     is_small = abs(value) < 0.001
@@ -239,7 +263,10 @@ def _label(value: float, x: float, y: float, anchor: str) -> str:
     return text("text", number, x=x, y=y, text_anchor=anchor)
 
 
-def _draw_line(line: Line, scale: _Scale) -> str:
+def _draw_line(
+    line: Line,
+    scale: _Scale,
+) -> str:
     """The line through the points, and marks with tool tips if there are few."""
     points = []
     marks = []

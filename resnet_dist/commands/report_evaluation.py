@@ -22,7 +22,10 @@ _MOST_CLASSES_OF_A_MATRIX = 20
 _PALEST_CELL = 8
 
 
-def evaluation_section(evaluated: Evaluated, heading: str) -> str:
+def evaluation_section(
+    evaluated: Evaluated,
+    heading: str,
+) -> str:
     """Everything about one evaluation.
 
     Args:
@@ -74,7 +77,10 @@ def _cards(evaluated: Evaluated) -> str:
     return "".join(cards)
 
 
-def _accuracy_card(name: str, interval: Interval) -> str:
+def _accuracy_card(
+    name: str,
+    interval: Interval,
+) -> str:
     """An accuracy with its interval."""
     value = f"{interval.value:.2f} %"
     bounds = f"95 %: {interval.low:.2f} to {interval.high:.2f}"
@@ -112,7 +118,11 @@ def _temperature_card(scaling: TemperatureScaling) -> str:
     return _card("best temperature", f"{scaling.temperature:.2f}", note)
 
 
-def _card(name: str, value: str, note: str) -> str:
+def _card(
+    name: str,
+    value: str,
+    note: str,
+) -> str:
     """A figure with its name and a note."""
     lines = [
         text("span", name),
@@ -142,7 +152,10 @@ def _classes(details: EvaluationDetails) -> str:
     return section
 
 
-def _class_row(result: ClassResult, details: EvaluationDetails) -> list[str]:
+def _class_row(
+    result: ClassResult,
+    details: EvaluationDetails,
+) -> list[str]:
     """The cells of a class."""
     top1 = 100 * result.correct1 / result.num
     top5 = 100 * result.correct5 / result.num
@@ -202,7 +215,10 @@ def _matrix(details: EvaluationDetails) -> str:
     return element("div", matrix, class_="scroll")
 
 
-def _matrix_cell(count: int, total: int) -> str:
+def _matrix_cell(
+    count: int,
+    total: int,
+) -> str:
     """A cell, whose color shows its share of the images of the class."""
     if not count:
         return element("td", class_="n")
@@ -211,7 +227,11 @@ def _matrix_cell(count: int, total: int) -> str:
     return text("td", str(count), class_="n", style=f"--share:{shown}%")
 
 
-def _gallery(title: str, entries: Sequence[GalleryEntry], details: EvaluationDetails) -> str:
+def _gallery(
+    title: str,
+    entries: Sequence[GalleryEntry],
+    details: EvaluationDetails,
+) -> str:
     """Images with their classes."""
     if not entries:
         return ""
@@ -223,7 +243,10 @@ def _gallery(title: str, entries: Sequence[GalleryEntry], details: EvaluationDet
     return text("h3", title) + gallery
 
 
-def _gallery_figure(entry: GalleryEntry, names: Sequence[str]) -> str:
+def _gallery_figure(
+    entry: GalleryEntry,
+    names: Sequence[str],
+) -> str:
     """One image with its prediction, and with its class if that is another one."""
     image = element(
         "img",

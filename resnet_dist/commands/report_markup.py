@@ -41,7 +41,11 @@ def _as_text(value: Attribute) -> str:
     return f"{value:.1f}"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric_from: int = 1) -> str:
+def table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    numeric_from: int = 1,
+) -> str:
     """Return a table that scrolls sideways where the page is narrow.
 
     Args:
@@ -61,7 +65,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric_from: in
     )
 
 
-def _row(tag: str, cells: Sequence[str], numeric_from: int) -> str:
+def _row(
+    tag: str,
+    cells: Sequence[str],
+    numeric_from: int,
+) -> str:
     """Return one row."""
     parts = []
     for number, cell in enumerate(cells):
@@ -72,12 +80,19 @@ def _row(tag: str, cells: Sequence[str], numeric_from: int) -> str:
     return element("tr", "".join(parts))
 
 
-def folded(summary: str, content: str) -> str:
+def folded(
+    summary: str,
+    content: str,
+) -> str:
     """Return content that is shown when the reader opens it."""
     return element("details", text("summary", summary) + content)
 
 
-def color_legend(names: Sequence[str], num_colors: int, links: Sequence[str] = ()) -> str:
+def color_legend(
+    names: Sequence[str],
+    num_colors: int,
+    links: Sequence[str] = (),
+) -> str:
     """Return names beside their colors.
 
     Args:

@@ -123,7 +123,10 @@ def render_evaluations(files: Sequence[Evaluated]) -> str:
     return _page(title, parts)
 
 
-def _page(title: str, parts: Sequence[str]) -> str:
+def _page(
+    title: str,
+    parts: Sequence[str],
+) -> str:
     """The page with its head and its style."""
     head = [
         '<meta charset="utf-8">',
@@ -168,7 +171,11 @@ def _evaluation_table(runs: Sequence[ReportedRun]) -> str:
     return table(header, rows, numeric_from=2)
 
 
-def _evaluation_row(name: str, weights: str, evaluations: Sequence[Evaluation]) -> list[str]:
+def _evaluation_row(
+    name: str,
+    weights: str,
+    evaluations: Sequence[Evaluation],
+) -> list[str]:
     """The cells of the last of several evaluations; one that is not known is empty."""
     last = evaluations[-1]
     best = max(evaluation.top1 for evaluation in evaluations)

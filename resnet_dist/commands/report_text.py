@@ -182,7 +182,10 @@ def _final_top1(group: Sequence[ReportedRun]) -> list[float]:
     return values
 
 
-def _describe_groups(first: Sequence[ReportedRun], second: Sequence[ReportedRun]) -> str:
+def _describe_groups(
+    first: Sequence[ReportedRun],
+    second: Sequence[ReportedRun],
+) -> str:
     """Whether two groups of runs differ; a sentence, or "" without evaluations."""
     mismatch = different_images(first[0], second[0])
     name = ", ".join(run.name for run in second)
@@ -202,7 +205,10 @@ def _describe_groups(first: Sequence[ReportedRun], second: Sequence[ReportedRun]
     return _verdict(name, other, difference, "mean final val top-1")
 
 
-def describe_difference(first: ReportedRun, second: ReportedRun) -> str:
+def describe_difference(
+    first: ReportedRun,
+    second: ReportedRun,
+) -> str:
     """Whether the final accuracies of two runs differ by more than chance.
 
     The test is paired if both runs have an evaluation.json about the same images.
@@ -226,7 +232,12 @@ def describe_difference(first: ReportedRun, second: ReportedRun) -> str:
     return _verdict(second.name, first.name, difference, "final val top-1")
 
 
-def _verdict(name: str, other: str, difference: Interval, what: str) -> str:
+def _verdict(
+    name: str,
+    other: str,
+    difference: Interval,
+    what: str,
+) -> str:
     """A sentence about a difference; it is called one only if its interval does not contain 0."""
     bounds = f"{difference.low:+.2f} to {difference.high:+.2f}"
     if difference.contains(0.0):
@@ -240,7 +251,10 @@ def _verdict(name: str, other: str, difference: Interval, what: str) -> str:
     )
 
 
-def describe_pair(first: Evaluated, second: Evaluated) -> str:
+def describe_pair(
+    first: Evaluated,
+    second: Evaluated,
+) -> str:
     """Whether two networks differ on the same images, by McNemar's exact test.
 
     Returns:
@@ -292,7 +306,10 @@ def _describe_evaluation(evaluation: Evaluation) -> str:
     return f"{text}   at epoch {evaluation.epoch:.2f}"
 
 
-def _comparison_row(run: RunHistory, width: int) -> str:
+def _comparison_row(
+    run: RunHistory,
+    width: int,
+) -> str:
     """The line of a run in the table of several; unknown values are nan."""
     loss = math.nan
     losses = run.curve("train/loss").values
