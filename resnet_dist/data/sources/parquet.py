@@ -89,7 +89,7 @@ class ParquetSplit:
     """n names, `<class>/<file>`, all different"""
 
     def images(self, group: RowGroup) -> Iterator[bytes]:
-        """The files of the images of a group, in order. A few are in memory at a time.
+        """The files of the images of a group, in order.
 
         Raises:
             ValueError: if the group is damaged, or an image has no bytes.
@@ -247,7 +247,7 @@ def _open_file(path: str) -> Any:  # noqa: ANN401 - pyarrow.parquet.ParquetFile
     """Open a file and read its footer. Raises ValueError if it is no parquet file."""
     parquet = _import_pyarrow()
     try:
-        # Without pre_buffer, a column of a group is read piece by piece.
+        # With pre_buffer, all columns of a group would be read at once.
         return parquet.ParquetFile(
             path,
             buffer_size=_BUFFER_BYTES,
