@@ -18,7 +18,7 @@ from resnet_dist.commands.predict import find_images
 from resnet_dist.config import Config, ModelConfig
 from resnet_dist.data.sources.scan import build_index
 from resnet_dist.precision import Precision
-from resnet_dist.saved_network import load_network, open_network
+from resnet_dist.saved_network import refuse_several_processes
 
 
 def main(arguments):
@@ -248,4 +248,4 @@ def test_refusals(checkpoint, digits, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.count("\n") == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="one process: start it without torchrun"):
-        load_network(open_network(Path(checkpoint)), Config(), torch.device("cpu"))
+        refuse_several_processes()
