@@ -5,7 +5,7 @@ Exit codes:
 - 0: success
 - 1: an unexpected error, printed with its traceback
 - 2: an error that the user can correct, printed as a sentence
-- `EXIT_LOST_RANK`: another rank or the launcher was lost
+- `EXIT_LOST_RANK`: another rank or the launcher was lost, or the start is out of date: start again
 - 128 + number: a signal, after which the training has saved a checkpoint
 """
 
@@ -39,6 +39,10 @@ _BATCH_OF_ONE = (
 
 # Time between two looks of a spare rank at the state of the others.
 _SPARE_SECONDS = 0.5
+
+
+class StartAgainError(RuntimeError):
+    """What this run starts from is no longer the newest state; the same command finds that."""
 
 
 Explain = Callable[[Exception], Exception]
@@ -197,6 +201,9 @@ def _report(problem: Exception, watchdog: Watchdog) -> int:
     text = printable(problem)
     if "Expected more than 1 value per channel" in text:
         failure = watchdog.own(f"{_BATCH_OF_ONE} ({text})", 2)
+        return watchdog.fail(failure)
+    if isinstance(problem, StartAgainError):
+        failure = watchdog.own(text, EXIT_LOST_RANK)
         return watchdog.fail(failure)
     if isinstance(problem, (ValueError, FloatingPointError)):
         failure = watchdog.own(text, 2)

@@ -1,7 +1,7 @@
 """Where a run starts: a checkpoint, weights of another file, or new weights."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,14 @@ from resnet_dist.files import write_file
 from resnet_dist.log import Log
 from resnet_dist.models import weights
 from resnet_dist.models.build import TWO_PADDED_SHORTCUTS, pads_shortcuts
+from resnet_dist.process import StartAgainError
 from resnet_dist.resume_rules import check_resumable, model_changes
-from resnet_dist.run_folder import find_checkpoint, newest_valid, refuse_lost
+from resnet_dist.run_folder import (
+    checkpoint_names,
+    find_checkpoint,
+    newest_valid,
+    refuse_lost,
+)
 from resnet_dist.text import printable
 from resnet_dist.torchvision_weights import download_weights
 
@@ -37,6 +43,8 @@ class StartPoint:
     """whether that checkpoint is in output_dir, and not of another run"""
     weights_path: str = ""
     """file or torchvision name of the weights to start from at step 0; empty = none"""
+    names_seen: frozenset[str] = frozenset()
+    """names of the checkpoints that were in output_dir when this was chosen"""
 
     @property
     def saved_config(self) -> dict[str, Any] | None:
@@ -74,6 +82,15 @@ def find_start(
     """
     section = config.checkpoint
     folder = checkpoint_folder(config)
+    # Listed first: what is saved from here on is noticed by `refuse_outdated_start`.
+    names = runtime.on_main(lambda: checkpoint_names(folder))
+    return replace(_choose_start(section, folder, runtime, log), names_seen=names)
+
+
+def _choose_start(
+    section: CheckpointConfig, folder: Path, runtime: Runtime, log: Log
+) -> StartPoint:
+    """Choose the first that exists, see `find_start`."""
     newest = runtime.on_main(lambda: newest_valid(folder, log.warn))
     if newest:
         path = str(newest)
@@ -95,6 +112,22 @@ def find_start(
         path = _find(section.init_from, runtime, log, best=True)
         return StartPoint(weights_path=path)
     return StartPoint(weights_path=section.init_from)
+
+
+def refuse_outdated_start(start: StartPoint, config: Config, runtime: Runtime) -> None:
+    """Raise StartAgainError if another process has saved a checkpoint since `start` was chosen.
+
+    That process, an earlier attempt of the same run, saves no more once this one has claimed the
+    folder. Call it after that, on every rank: the next start finds the new checkpoint.
+    """
+    folder = checkpoint_folder(config)
+    names = runtime.on_main(lambda: checkpoint_names(folder))
+    new = sorted(names - start.names_seen)
+    if new:
+        raise StartAgainError(
+            f"an earlier attempt of this run saved {printable(new[-1])} while this one started; "
+            "the same command resumes from there"
+        )
 
 
 def _find(

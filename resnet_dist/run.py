@@ -43,7 +43,7 @@ from resnet_dist.plan import TrainPlan, build_plan
 from resnet_dist.precision import Precision, has_fast_bf16, resolve_settings, set_arithmetic
 from resnet_dist.process import report_failure
 from resnet_dist.remarks import recipe_mismatch, remarks
-from resnet_dist.restore import checkpoint_folder, find_start, restore
+from resnet_dist.restore import checkpoint_folder, find_start, refuse_outdated_start, restore
 from resnet_dist.schedule import Schedule, build_schedule, peak_lr
 from resnet_dist.state import build_state, wrap_ddp
 from resnet_dist.summary import summary_at_end, summary_at_start
@@ -115,6 +115,7 @@ def build_and_train(
     compiler = compile_network(config, state, shape, may_fall_back, runtime, log)
     config = replace(config, train=replace(config.train, compile=compiler is not None))
     claim_folder(config, saver, runtime, log)
+    refuse_outdated_start(start, config, runtime)
 
     # 4. The loop and what it needs.
     parts = Training(

@@ -69,6 +69,11 @@ def newest_first(folder: Path) -> list[Path]:
     return sorted(paths, key=_order, reverse=True)
 
 
+def checkpoint_names(folder: Path) -> frozenset[str]:
+    """The names of the checkpoints of a folder; empty if it does not exist."""
+    return frozenset(path.name for path in folder.glob("step_*.pt"))
+
+
 def _order(path: Path) -> tuple[int, bool]:
     """Sort by step; of two files of the same step, the one with the usual name comes first."""
     step = _claimed_step(path)

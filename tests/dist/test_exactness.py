@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import time
 
@@ -229,6 +230,39 @@ def test_all_of_the_augmentation_resumes_bit_identically(tmp_path):
         ], (folder / "log").read_text()
     assert len(resumed_steps(parts)) == 1
     assert_same_run(whole, parts)
+
+
+def test_a_checkpoint_that_appears_during_the_start_is_not_lost(digits, undisturbed, tmp_path):
+    """An earlier attempt saves between the moment when this one has found nothing and its claim.
+    Starting from scratch would cut the lines of the earlier attempt from metrics.jsonl.
+    """
+    checkpoints = tmp_path / "checkpoints"
+    saved = undisturbed / "checkpoints" / "step_00000020.pt"
+    lines = "".join((undisturbed / "metrics.jsonl").read_text().splitlines(keepends=True)[:10])
+
+    def meet_an_earlier_attempt(words):
+        from resnet_dist import run
+
+        claim = run.claim_folder
+
+        def save_and_claim(*parts):
+            if os.environ["RANK"] == "0":
+                checkpoints.mkdir()
+                shutil.copy(saved, checkpoints)
+                (tmp_path / "metrics.jsonl").write_text(lines)
+            claim(*parts)
+
+        run.claim_folder = save_and_claim
+        return cli.main(words)
+
+    log = tmp_path / "log"
+    words = arguments(digits, tmp_path)
+    assert run_app(2, words, str(log), meet_an_earlier_attempt) == [75, 75]
+    assert log.read_text().count("saved step_00000020.pt while this one started") == 1
+    assert (tmp_path / "metrics.jsonl").read_text() == lines
+    assert run_app(2, words, str(log)) == [0, 0]
+    assert "step 20, from" in log.read_text()
+    assert equal_trees(final(tmp_path)["model"], final(undisturbed)["model"])
 
 
 def test_a_finished_run_is_not_trained_again(digits, undisturbed):
