@@ -43,7 +43,13 @@ from resnet_dist.plan import TrainPlan, build_plan
 from resnet_dist.precision import Precision, has_fast_bf16, resolve_settings, set_arithmetic
 from resnet_dist.process import report_failure
 from resnet_dist.remarks import recipe_mismatch, remarks
-from resnet_dist.restore import checkpoint_folder, find_start, refuse_outdated_start, restore
+from resnet_dist.restore import (
+    StartPoint,
+    checkpoint_folder,
+    find_start,
+    refuse_outdated_start,
+    restore,
+)
 from resnet_dist.schedule import Schedule, build_schedule, peak_lr
 from resnet_dist.state import build_state, wrap_ddp
 from resnet_dist.summary import summary_at_end, summary_at_start
@@ -114,8 +120,7 @@ def build_and_train(
     shape = first_shape(config, state.step // plan.steps_per_epoch, runtime)
     compiler = compile_network(config, state, shape, may_fall_back, runtime, log)
     config = replace(config, train=replace(config.train, compile=compiler is not None))
-    claim_folder(config, saver, runtime, log)
-    refuse_outdated_start(start, config, runtime)
+    claim_folder(start, config, saver, runtime, log)
 
     # 4. The loop and what it needs.
     parts = Training(
@@ -142,11 +147,14 @@ def build_and_train(
     return 0
 
 
-def claim_folder(config: Config, saver: Saver, runtime: Runtime, log: Log) -> None:
+def claim_folder(
+    start: StartPoint, config: Config, saver: Saver, runtime: Runtime, log: Log
+) -> None:
     """Make output_dir the folder of this run, and write what belongs to its start."""
     saver.facts["config"] = to_dict(config)
     runtime.on_main(lambda: write_config(config))
     runtime.on_main(saver.claim)
+    refuse_outdated_start(start, config, runtime)
     if config.train.compile:
         save_compile_cache(config.output_dir, runtime, log)
 

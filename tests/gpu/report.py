@@ -1,12 +1,12 @@
 """Prove and measure the project on one GPU, in at most 8 minutes and without a network.
 
-    python tests/gpu/report.py --photographs DIR [--out FOLDER]
-    make gpu PYTHON=python3 PHOTOGRAPHS=DIR
+    python tests/gpu/report.py --photographs DIR [--out FOLDER] make gpu PYTHON=python3
+    PHOTOGRAPHS=DIR
 
 It runs the checks of tests/gpu, then measures what docs/gpu.md lists, and writes gpu_report.md and
 gpu_report.json. The most important come first; what finds no time is recorded as such, and `--only
-checks` or `--only figures` gives one half all of the time. Each check and each part of the figures has its own limit. One that fails, dies or
-takes too long is recorded, and the others go on.
+checks` or `--only figures` gives one half all of the time. Each check and each part of the figures
+has its own limit. One that fails, dies or takes too long is recorded, and the others go on.
 
 DIR holds at least a few hundred photographs as JPEG files, in folders or not; without it the
 figures that need JPEG files are left out. The environment needs torch 2.9 to 2.14, torchvision,
