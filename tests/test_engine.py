@@ -246,6 +246,7 @@ def test_the_whole_step_runs_on_meta(name, kind, loss):
         optim=OptimConfig(kind=kind),
         train=TrainConfig(
             precision="fp32",
+            global_batch_size=8,
             clip_grad_norm=1.0,
             ema_decay=0.999,
             label_smoothing=0.1,

@@ -69,6 +69,8 @@ CLOCK_KEYS = {
     "train/step_seconds",
     "ranks/data_seconds",
     "ranks/step_seconds",
+    "ranks/memory_gib",
+    "train/memory_gib",
 }
 """The keys of `metrics.jsonl` that depend on the clock."""
 

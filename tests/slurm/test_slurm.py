@@ -40,6 +40,8 @@ CLOCK = {
     "train/step_seconds",
     "ranks/data_seconds",
     "ranks/step_seconds",
+    "ranks/memory_gib",
+    "train/memory_gib",
 }
 
 
