@@ -18,7 +18,7 @@ from resnet_dist.commands.predict import find_images
 from resnet_dist.config import Config, ModelConfig
 from resnet_dist.data.sources.scan import build_index
 from resnet_dist.precision import Precision
-from resnet_dist.saved_network import refuse_several_processes
+from resnet_dist.saved_network import load_network, open_network, refuse_several_processes
 
 
 def main(arguments):
