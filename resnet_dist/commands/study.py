@@ -133,7 +133,7 @@ def _run_missing(study: Study, args: argparse.Namespace) -> int:
         if progress.state == "finished":
             continue
         command = _command(training, args)
-        print(f"{study.name}: {training.run}, seed {training.seed} ({progress.state})", flush=True)
+        print(f"{_title(training, study)} ({progress.state})", flush=True)
         if not args.submit:
             _write_origin(training, command)
         ended = subprocess.run(command, check=False).returncode
@@ -142,9 +142,14 @@ def _run_missing(study: Study, args: argparse.Namespace) -> int:
         if ended >= _SIGNALLED:
             return ended
         if ended:
-            print(f"{study.name}: {training.run}, seed {training.seed}: exit code {ended}")
+            print(f"{_title(training, study)}: exit code {ended}")
             code = 1
     return code
+
+
+def _title(training: Trial, study: Study) -> str:
+    """Study, run and seed, for messages."""
+    return printable(f"{study.name}: {training.run}, seed {training.seed}")
 
 
 def _command(training: Trial, args: argparse.Namespace) -> list[str]:
@@ -222,11 +227,11 @@ def _say_what_is_missing(studies: Sequence[Study], measures: bool) -> int:
     total = 0.0
     unknown = 0
     for study in studies:
-        print(f"{study.name}: {study.title}")
+        print(printable(f"{study.name}: {study.title}"))
         rates: dict[str, float | None] = {}
         for training in study.trainings:
             progress = progress_of(training)
-            line = f"  {training.run}, seed {training.seed}: {progress.state}"
+            line = f"  {printable(training.run)}, seed {training.seed}: {progress.state}"
             if progress.state != "finished":
                 if training.run not in rates:
                     rates[training.run] = _seconds_per_epoch(study, training.run, measures)
