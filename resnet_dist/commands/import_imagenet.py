@@ -15,6 +15,7 @@ from resnet_dist.console import Progress
 from resnet_dist.data.sources.pack import ImageSource, PackOptions, pack
 from resnet_dist.files import write_file, write_file_unsynced
 from resnet_dist.models.class_names import WORDS_FILE, format_words
+from resnet_dist.text import printable
 
 # A file name in no folder that is neither hidden nor `..`.
 _PLAIN_NAME = re.compile(r"[^./\\\0][^/\\\0]*")
@@ -310,4 +311,4 @@ def _write_folder(out: str, split: str, sources: list[ImageSource]) -> None:
                 write_file_unsynced(path, source.read())
             bar.update()
     folder = os.path.join(out, split)
-    print(f"{split}: {len(sources)} images in {folder}")
+    print(f"{split}: {len(sources)} images in {printable(folder)}")

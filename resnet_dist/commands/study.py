@@ -227,7 +227,7 @@ def _say_what_is_missing(studies: Sequence[Study], measures: bool) -> int:
     total = 0.0
     unknown = 0
     for study in studies:
-        print(printable(f"{study.name}: {study.title}"))
+        print(f"{printable(study.name)}: {printable(study.title)}")
         rates: dict[str, float | None] = {}
         for training in study.trainings:
             progress = progress_of(training)
