@@ -415,8 +415,8 @@ def test_auto_falls_back_with_a_warning_and_true_is_an_error(monkeypatch, tmp_pa
     with pytest.raises(ValueError, match=r"train\.compile is true.*failed: " + re.escape(reason)):
         compile_network(config, small_state(), shape, False, runtime, watched)
 
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
-    _, problem = start_compiler(small_state().model, TRAIN, shape, runtime)
+    with torch._dynamo.config.patch(disable=True):
+        _, problem = start_compiler(small_state().model, TRAIN, shape, runtime)
     assert "TORCH_COMPILE_DISABLE" in problem
 
 

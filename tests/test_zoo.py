@@ -47,7 +47,7 @@ from resnet_dist.models.sync_batch_norm import SyncBatchNorm, convert_sync_batch
 from resnet_dist.models.zoo import ZOO, check_image_size
 from resnet_dist.nonfinite import NonFinite
 from resnet_dist.optim import build_optimizer
-from resnet_dist.precision import Precision
+from resnet_dist.precision import DTYPES, Precision
 from resnet_dist.state import build_state, wrap_ddp
 
 CPU = torch.device("cpu")
@@ -314,8 +314,9 @@ def test_published_weights_of_auxiliary_heads():
 
 
 @pytest.fixture
-def double():
-    """Double precision where nothing else is said, in forked ranks too."""
+def double(monkeypatch):
+    """Double precision in place of single, in forked ranks too."""
+    monkeypatch.setitem(DTYPES, "fp32", torch.float64)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)

@@ -139,10 +139,10 @@ def _kill_in_evaluation(fault: Fault, rank: int) -> None:
     """One rank is killed after the first batch of an evaluation."""
     real_evaluate = engine.evaluate
 
-    def evaluate(model, loader, runtime, precision, poll):
+    def evaluate(model, loader, runtime, precision, poll, *rest):
         if rank == fault.victim:
             poll = _die
-        return real_evaluate(model, loader, runtime, precision, poll)
+        return real_evaluate(model, loader, runtime, precision, poll, *rest)
 
     engine.evaluate = evaluate
 

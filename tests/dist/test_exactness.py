@@ -114,6 +114,8 @@ def undisturbed(digits, tmp_path_factory):
     return folder
 
 
+# `make chaos` and tests/chaos kill the same run at random places.
+@pytest.mark.long
 def test_killed_three_times_ends_bit_identically(digits, undisturbed, tmp_path):
     # before the first checkpoint, and between two
     for step, saved in ((3, -1), (9, 5), (17, 10)):

@@ -191,6 +191,7 @@ def memory_of_epochs(rank, world_size, folder):
     return used[49], used[-1]
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_over_200_epochs(tmp_path):
     """A batch held back in each epoch would be a hundred MiB, a pipeline per failure tens."""
     ((before, after),) = run_ranks(memory_of_epochs, 1, str(tmp_path))
