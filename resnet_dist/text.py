@@ -41,6 +41,13 @@ def printable_lines(text: object) -> str:
     return "\n".join(printable(line) for line in lines)
 
 
+def memory_size(num_bytes: float) -> str:
+    """A number of bytes in MiB or GiB, as "1.5 MiB" or "3.20 GiB"."""
+    if num_bytes < 2**30:
+        return f"{num_bytes / 2**20:.1f} MiB"
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
 def print_warnings_plainly() -> None:
     """Let this package's warnings print as `warning: TEXT`, without their place in the code."""
     warnings.formatwarning = _format_warning

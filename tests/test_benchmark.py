@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import re
 
 import pytest
 from dist_utils import run_app
@@ -103,7 +104,7 @@ def test_benchmark_of_the_loader(tmp_path):
     assert run_app(1, arguments, str(output), entry) == [0], output.read_text()
     *_, last_loader, remark = output.read_text().splitlines()
     assert last_loader.startswith("memory cache")
-    assert remark.startswith("training cache: 12 images, 0.00 GiB, decoded in ")
+    assert re.match(r"training cache: 12 images, \d+\.\d MiB, decoded in ", remark)
 
 
 def test_benchmark_of_the_loader_needs_files_and_one_process(tmp_path):

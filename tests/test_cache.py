@@ -261,7 +261,7 @@ def assert_same_batches(batches, expected):
 def test_a_validation_set_that_does_not_fit(monkeypatch):
     monkeypatch.setattr(kept_batches, "free_host_memory", lambda: 4 * 3 * 224 * 224 * 10)
     assert kept_batches.fits(DataConfig(), 10, 1) is None
-    assert "0.00 GiB of each rank" in kept_batches.fits(DataConfig(), 10, 2)
+    assert " MiB of each rank" in kept_batches.fits(DataConfig(), 10, 2)
     assert kept_batches.fits(DataConfig(val_crops="ten"), 3, 1) is not None
 
 

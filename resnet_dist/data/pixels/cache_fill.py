@@ -32,6 +32,7 @@ from resnet_dist.data.sampling.jobs import val_job
 from resnet_dist.data.sources.index import Index
 from resnet_dist.distributed import Runtime
 from resnet_dist.host_memory import free_host_memory
+from resnet_dist.text import memory_size
 
 _SHARE_OF_HOST = 0.5
 _SHARE_OF_GPU = 0.25
@@ -98,7 +99,7 @@ def fill_cache(
             num_bytes = len(cache.pixels)
             seconds = time.perf_counter() - started
             return cache, (
-                f"training cache: {len(index)} images, {_gib(num_bytes)}, decoded in "
+                f"training cache: {len(index)} images, {memory_size(num_bytes)}, decoded in "
                 f"{seconds:.0f} s"
             )
     finally:
@@ -227,7 +228,7 @@ class _Filling:
             os.posix_fallocate(self._file(), 0, self._file_bytes)
         except OSError as error:
             return (
-                f"{tempfile.gettempdir()} has no room for {_gib(self._file_bytes)} "
+                f"{tempfile.gettempdir()} has no room for {memory_size(self._file_bytes)} "
                 f"({error.strerror}). TMPDIR may name another folder"
             )
         return None
@@ -237,9 +238,9 @@ class _Filling:
         if num_bytes <= self.budget:
             return None
         return (
-            f"the decoded images take about {_gib(num_bytes)}, more than "
+            f"the decoded images take about {memory_size(num_bytes)}, more than "
             f"{_SHARE_OF_HOST:.0%} of the free memory of this machine or control group "
-            f"({_gib(self.budget)})"
+            f"({memory_size(self.budget)})"
         )
 
     def _agree(self, problem: str | None) -> str | None:
@@ -352,10 +353,6 @@ def _temporary_name() -> str:
     return f"resnet_dist_cache_{os.urandom(8).hex()}"
 
 
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
-
-
 def build_train_cache(
     index: Index, config: DataConfig, settings: LoaderSettings, runtime: Runtime, slots: int
 ) -> tuple[DecodedImages | None, str]:
@@ -401,7 +398,7 @@ def _no_device_cache(
     num_bytes = len(cache.pixels)
     if num_bytes <= _SHARE_OF_GPU * free:
         return None
-    return f"{_gib(num_bytes)} are more than {_SHARE_OF_GPU:.0%} of the GPU's free memory"
+    return f"{memory_size(num_bytes)} are more than {_SHARE_OF_GPU:.0%} of the GPU's free memory"
 
 
 def _move_to_device(cache: DecodedImages, device: torch.device) -> DecodedImages:

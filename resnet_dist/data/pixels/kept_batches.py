@@ -11,6 +11,7 @@ import torch
 from resnet_dist.config import DataConfig
 from resnet_dist.data.arrays import IntArray
 from resnet_dist.host_memory import free_host_memory
+from resnet_dist.text import memory_size
 
 _SHARE_OF_HOST = 0.25
 """Part of the free memory that the validation caches of a machine may take together."""
@@ -60,7 +61,7 @@ class KeptBatches:
             num_images += len(batch.rows)
             num_bytes += sum(squares.nbytes for squares in batch.squares)
         return (
-            f"validation cache: {num_images} images on this rank, {num_bytes / 2**30:.2f} GiB, "
+            f"validation cache: {num_images} images on this rank, {memory_size(num_bytes)}, "
             f"kept from the first evaluation, which took {self.seconds:.0f} s"
         )
 
@@ -91,6 +92,6 @@ def fits(config: DataConfig, num_images: int, local_world_size: int) -> str | No
     if num_bytes <= budget:
         return None
     return (
-        f"it would take {num_bytes / 2**30:.2f} GiB of each rank, more than its share of the free "
-        f"memory of this machine or control group, {budget / 2**30:.2f} GiB"
+        f"it would take {memory_size(num_bytes)} of each rank, more than its share of the free "
+        f"memory of this machine or control group, {memory_size(budget)}"
     )
