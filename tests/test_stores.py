@@ -268,9 +268,13 @@ def test_the_cache_saves_requests_and_never_lies(store, shards, tmp_path):
 
     (data,) = cache.glob("images_*/data")
     content = bytearray(data.read_bytes())
-    content[len(content) // 3] ^= 1
+    # Images lie in the order in which they arrived, so that one byte may meet none that is read.
+    for position in range(0, len(content), 64):
+        content[position] ^= 1
     data.write_bytes(content)
-    assert in_child(count_requests, store, tmp_path, str(cache), 1) == (local, 1)
+    damaged, requests = in_child(count_requests, store, tmp_path, str(cache), 1)
+    assert damaged == local
+    assert requests > 0
 
     limit = size_of(data.parent) // 2
     halved, requests = in_child(count_requests, store, tmp_path, str(cache), limit / 1e9)
