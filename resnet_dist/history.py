@@ -168,6 +168,22 @@ class RunHistory:
         others = seconds[:rank] + seconds[rank + 1 :]
         return SlowRank(rank, phase, longest, statistics.median(others))
 
+    def seconds_so_far(self) -> list[float]:
+        """For each line, the seconds of its session and of all sessions before it."""
+        seconds = []
+        earlier_sessions = 0.0
+        last_timed: Record | None = None
+        for record in self.records:
+            if "elapsed" in record:
+                if last_timed is not None and not _same_session(last_timed, record):
+                    earlier_sessions += last_timed["elapsed"]
+                last_timed = record
+            elapsed = 0.0
+            if last_timed is not None:
+                elapsed = last_timed["elapsed"]
+            seconds.append(earlier_sessions + elapsed)
+        return seconds
+
     def session_seconds(self) -> list[float]:
         """How long each session trained, without steps that a later session had to repeat.
 

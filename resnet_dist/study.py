@@ -28,6 +28,7 @@ from resnet_dist.comparison import SeedSummary, summarize_seeds
 from resnet_dist.config import Config
 from resnet_dist.files import expand_path
 from resnet_dist.history import RunHistory, read_run
+from resnet_dist.options import as_yaml
 from resnet_dist.recipes import find_recipe
 from resnet_dist.settings import SettingsLoader, config_from_files
 from resnet_dist.text import did_you_mean, printable
@@ -36,9 +37,6 @@ State = Literal["missing", "interrupted", "finished"]
 
 # An epoch may have a fraction, and metrics.jsonl rounds.
 _EPOCH_TOLERANCE = 1e-6
-
-# Lines of one session have start times, computed from time and elapsed, that differ by less.
-_SAME_START_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class Study:
     notes: str
     """what to know about the result, in Markdown; may be empty"""
     metric: str
-    """accuracy that is compared, as "val/top1" """
+    """accuracy that is compared, for instance val/top1"""
     targets: tuple[float, ...]
     """accuracies in percent whose time is reported"""
     trainings: tuple[Trial, ...]
@@ -225,17 +223,10 @@ def _build_training(
         raise ValueError(f"{printable(path)}, run {printable(run)}: {problem}") from None
     words = ["--config", values["config"]]
     for key, value in settings.items():
-        words += [f"--{key}", as_option(value)]
+        # Text is taken as it is written on a command line, without quotes.
+        word = value if isinstance(value, str) else as_yaml(value)
+        words += [f"--{key}", word]
     return Trial(run, seed, config, words)
-
-
-def as_option(value: object) -> str:
-    """A setting as the word that follows its option on a command line."""
-    if isinstance(value, str):
-        return value
-    text: str = yaml.safe_dump(value, default_flow_style=True, width=10_000)
-    # PyYAML ends a plain value with a line of three dots.
-    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def folder_name(run: str, seed: int) -> str:
@@ -295,14 +286,19 @@ class Result:
     """for each target that was reached, the seconds until the first evaluation at or above it"""
 
 
-def results_of(study: Study, run: str) -> list[Result]:
-    """The results of the finished trainings of one run, in the order of the seeds."""
-    results = []
-    for training in study.of_run(run):
-        progress = progress_of(training)
-        if progress.state != "finished" or progress.history is None:
-            continue
-        results.append(_result(study, training, progress.history))
+Results = Mapping[str, Sequence[Result]]
+"""for each run of a study, the results of its finished trainings in the order of the seeds"""
+
+
+def read_study_results(study: Study) -> Results:
+    """Read the results of all finished trainings."""
+    results: dict[str, list[Result]] = {}
+    for run in study.run_names():
+        results[run] = []
+        for training in study.of_run(run):
+            progress = progress_of(training)
+            if progress.state == "finished" and progress.history is not None:
+                results[run].append(_result(study, training, progress.history))
     return results
 
 
@@ -318,7 +314,7 @@ def _result(study: Study, training: Trial, history: RunHistory) -> Result:
         training=training,
         history=history,
         accuracy=values[-1],
-        seconds=sum(history.session_seconds()),
+        seconds=history.seconds_so_far()[-1],
         seconds_to_target=_times_to_targets(study, history),
     )
 
@@ -326,7 +322,7 @@ def _result(study: Study, training: Trial, history: RunHistory) -> Result:
 def _times_to_targets(study: Study, history: RunHistory) -> dict[float, float]:
     """The seconds until the accuracy first reached each target, over all sessions of a run."""
     times: dict[float, float] = {}
-    for record, seconds in zip(history.records, _seconds_so_far(history), strict=True):
+    for record, seconds in zip(history.records, history.seconds_so_far(), strict=True):
         accuracy = record.get(study.metric)
         if accuracy is None:
             continue
@@ -334,23 +330,6 @@ def _times_to_targets(study: Study, history: RunHistory) -> dict[float, float]:
             if accuracy >= target and target not in times:
                 times[target] = seconds
     return times
-
-
-def _seconds_so_far(history: RunHistory) -> list[float]:
-    """For each line of metrics.jsonl, the seconds of this session and of those before it."""
-    seconds = []
-    earlier_sessions = 0.0
-    elapsed = 0.0
-    start = None
-    for record in history.records:
-        if "elapsed" in record:
-            new_start = record["time"] - record["elapsed"]
-            if start is not None and abs(new_start - start) > _SAME_START_SECONDS:
-                earlier_sessions += elapsed
-            start = new_start
-            elapsed = float(record["elapsed"])
-        seconds.append(earlier_sessions + elapsed)
-    return seconds
 
 
 def summarize(results: Sequence[Result]) -> SeedSummary | None:

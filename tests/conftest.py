@@ -9,7 +9,7 @@ import nvidia.dali.types  # noqa: F401
 import pytest
 import torch
 import torch._dynamo
-from dist_utils import options
+from dist_utils import small_run
 
 torch.set_num_threads(1)
 # Autograd's engine counts the devices at the first backward pass, and starts a thread for each. A
@@ -68,19 +68,17 @@ def checkpoint(digits, tmp_path_factory):
         1,
         [
             "train",
-            *options(
-                config="configs/quickstart.yaml",
+            *small_run(
                 data__data_dir=digits,
                 output_dir=folder,
                 data__train_crop_size=16,
                 data__val_resize_size=18,
                 data__val_crop_size=16,
                 train__epochs=0.1,
+                train__global_batch_size=64,
                 train__ema_decay=0.5,
                 schedule__warmup_epochs=0,
                 train__eval_interval_epochs=0,
-                distributed__threads=1,
-                log__wandb="disabled",
             ),
         ],
         str(folder / "log"),

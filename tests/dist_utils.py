@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -102,6 +103,28 @@ def options(**settings: object) -> list[str]:
         key = name.replace("__", ".")
         words += [f"--{key}", str(value)]
     return words
+
+
+SMALL_RUN = {
+    "config": Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml",
+    "data__train_crop_size": 8,
+    "data__val_resize_size": 8,
+    "data__val_crop_size": 8,
+    "data__threads": 1,
+    "train__global_batch_size": 120,
+    "train__precision": "fp32",
+    "log__interval_steps": 1,
+    "log__wandb": "disabled",
+    "distributed__timeout_s": 60,
+    "distributed__threads": 1,
+}
+
+
+def small_run(**settings: object) -> list[str]:
+    """Options of a training that takes seconds: 8 pixels, twelve steps an epoch of the digits, each
+    step logged. `settings` override these, see `options`.
+    """
+    return options(**(SMALL_RUN | settings))
 
 
 def start_app(world_size: int, arguments: list[str], output: str, entry=None) -> list:

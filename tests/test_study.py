@@ -11,7 +11,7 @@ from dist_utils import run_app
 
 from resnet_dist import cli
 from resnet_dist.commands import study as study_command
-from resnet_dist.study import read_study, results_of
+from resnet_dist.study import read_study, read_study_results
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDY = """
@@ -136,7 +136,7 @@ def test_a_real_training(study_file, digits, tmp_path, monkeypatch):
     study_file.write_text(text)
     assert cli.main(["study", str(study_file), "--set", f"data.data_dir={digits}"]) == 0
     study = read_study(study_file)
-    (result,) = results_of(study, "plain")
+    (result,) = read_study_results(study)["plain"]
     assert 0 < result.accuracy < 100
     assert list(result.seconds_to_target) in ([1], [1, 50])
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from dist_utils import equal_trees, options, run_app, run_ranks
+from dist_utils import equal_trees, run_app, run_ranks, small_run
 from test_engine import FP32, Alone, ListLoader, NoSync, rule_of
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -492,8 +492,7 @@ def test_the_command_line_trains_lenet_and_refuses_a_side(digits, tmp_path):
     def arguments(side):
         return [
             "train",
-            *options(
-                config="configs/quickstart.yaml",
+            *small_run(
                 data__data_dir=digits,
                 output_dir=tmp_path / str(side),
                 model__name="lenet5",
@@ -501,11 +500,9 @@ def test_the_command_line_trains_lenet_and_refuses_a_side(digits, tmp_path):
                 data__val_resize_size=side,
                 data__val_crop_size=side,
                 train__epochs=2,
+                train__global_batch_size=64,
                 schedule__warmup_epochs=0,
                 optim__base_lr=2,
-                data__threads=1,
-                log__wandb="disabled",
-                distributed__threads=1,
             ),
         ]
 

@@ -19,7 +19,15 @@ from resnet_dist.commands.study_page import describe_study, write_page
 from resnet_dist.files import write_file
 from resnet_dist.history import RunHistory, read_run
 from resnet_dist.settings import SettingsLoader
-from resnet_dist.study import Study, Trial, TrialProgress, move_results, progress_of, read_study
+from resnet_dist.study import (
+    Study,
+    Trial,
+    TrialProgress,
+    move_results,
+    progress_of,
+    read_study,
+    read_study_results,
+)
 from resnet_dist.text import printable
 
 _PACKAGE = Path(__file__).parents[1]
@@ -117,7 +125,7 @@ def _run_studies(studies: Sequence[Study], args: argparse.Namespace) -> int:
         code = max(code, failed)
         if args.collect:
             _collect(study, Path(args.collect))
-        print(describe_study(study))
+        print(describe_study(study, read_study_results(study)))
     return code
 
 
@@ -271,7 +279,7 @@ def _measured_rate(progress: TrialProgress) -> float | None:
     """Seconds per epoch, evaluation included, of a training that has logged something."""
     if progress.history is None or not progress.epochs:
         return None
-    return sum(progress.history.session_seconds()) / progress.epochs
+    return progress.history.seconds_so_far()[-1] / progress.epochs
 
 
 def _measure(training: Trial) -> float:

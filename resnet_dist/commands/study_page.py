@@ -11,10 +11,11 @@ from resnet_dist.comparison import SeedSummary
 from resnet_dist.files import write_file
 from resnet_dist.study import (
     Result,
+    Results,
     Study,
     Trial,
     paired_difference,
-    results_of,
+    read_study_results,
     summarize,
 )
 
@@ -31,11 +32,12 @@ seed by seed; a difference counts only if its interval does not contain zero.
 """
 
 
-def describe_study(study: Study) -> str:
+def describe_study(study: Study, results: Results) -> str:
     """The table of a study and its comparisons, in Markdown."""
     lines = [_table_head(study)]
-    lines += [_table_row(study, run) for run in study.run_names()]
-    comparisons = [_compare(study, first, second) for first, second in study.compare]
+    for run in study.run_names():
+        lines.append(_table_row(study, run, results[run]))
+    comparisons = [_compare(results, first, second) for first, second in study.compare]
     if comparisons:
         lines.append("")
         lines += [f"- {sentence}" for sentence in comparisons]
@@ -51,8 +53,9 @@ def write_page(studies: Sequence[Study], path: Path) -> None:
     sections = [_HEADER]
     waiting = []
     for study in studies:
-        if any(results_of(study, run) for run in study.run_names()):
-            sections.append(_section(study, path))
+        results = read_study_results(study)
+        if any(results.values()):
+            sections.append(_section(study, results, path))
         else:
             waiting.append(f"- **{study.title}** (`{study.name}`): {study.question}")
     if waiting:
@@ -60,18 +63,18 @@ def write_page(studies: Sequence[Study], path: Path) -> None:
     write_file(path, "\n".join(sections))
 
 
-def _section(study: Study, page: Path) -> str:
+def _section(study: Study, results: Results, page: Path) -> str:
     """One study on the page."""
-    lines = [f"## {study.title}", "", study.question, "", describe_study(study), ""]
-    picture = _draw(study, page)
+    lines = [f"## {study.title}", "", study.question, "", describe_study(study, results), ""]
+    picture = _draw(study, results, page)
     if picture:
         lines += [f"![{study.metric} of {study.title}]({picture})", ""]
     if study.notes:
         lines += [study.notes.strip(), ""]
     lines += ["<details><summary>Every training</summary>", ""]
     lines += ["| run | seed | accuracy | commit | machine | metrics |", "|---|---|---|---|---|---|"]
-    for run in study.run_names():
-        for result in results_of(study, run):
+    for of_run in results.values():
+        for result in of_run:
             lines.append(_training_row(result, page))
     lines += ["", *_commands(study), "</details>", ""]
     return "\n".join(lines)
@@ -84,9 +87,8 @@ def _table_head(study: Study) -> str:
     return f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
 
 
-def _table_row(study: Study, run: str) -> str:
+def _table_row(study: Study, run: str, results: Sequence[Result]) -> str:
     """The row of one run."""
-    results = results_of(study, run)
     num_seeds = len(study.of_run(run))
     cells = [run, _seeds_cell(len(results), num_seeds)]
     if results:
@@ -140,9 +142,9 @@ def _target_cell(results: Sequence[Result], target: float) -> str:
     return _duration(statistics.fmean(times))
 
 
-def _compare(study: Study, first: str, second: str) -> str:
+def _compare(results: Results, first: str, second: str) -> str:
     """One sentence about the difference of two runs."""
-    difference = paired_difference(results_of(study, first), results_of(study, second))
+    difference = paired_difference(results[first], results[second])
     title = f"{second} against {first}"
     if difference is None:
         return f"{title}: fewer than two seeds of both have finished, so nothing follows."
@@ -196,7 +198,7 @@ def _commands(study: Study) -> list[str]:
     return lines
 
 
-def _draw(study: Study, page: Path) -> str:
+def _draw(study: Study, results: Results, page: Path) -> str:
     """Draw the curves of the first finished seed of each run.
 
     Returns:
@@ -205,10 +207,9 @@ def _draw(study: Study, page: Path) -> str:
     from resnet_dist.commands.report_plots import plot_runs
 
     histories = []
-    for run in study.run_names():
-        results = results_of(study, run)
-        if results:
-            histories.append(results[0].history)
+    for of_run in results.values():
+        if of_run:
+            histories.append(of_run[0].history)
     if not histories:
         return ""
     folder = study.trainings[0].folder.parent

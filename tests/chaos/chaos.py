@@ -33,6 +33,7 @@ from dist_utils import (
     record_batches,
     run_app,
     slow_from,
+    small_run,
     start_app,
     wait_app,
     wait_for_step,
@@ -58,7 +59,6 @@ import resnet_dist.run  # noqa: F401
 from resnet_dist.checkpoint_file import read_checkpoint, unpack_checkpoint
 from resnet_dist.watchdog import EXIT_LOST_RANK
 
-ROOT = Path(__file__).resolve().parents[2]
 STOP_TIMEOUT_SECONDS = 12.0
 """distributed.timeout_s of an attempt in which a rank is stopped."""
 CLOCK_KEYS = {
@@ -85,30 +85,15 @@ def arguments(digits: str, folder: Path, **more: object) -> list[str]:
         more: further settings, with `__` for the dot: `optim__base_lr=0.05`.
     """
     settings = {
-        "config": ROOT / "configs/quickstart.yaml",
-        "data.data_dir": digits,
+        "data__data_dir": digits,
         "output_dir": folder,
-        "data.train_crop_size": 8,
-        "data.val_resize_size": 8,
-        "data.val_crop_size": 8,
-        "data.threads": 1,
-        "train.epochs": EPOCHS,
-        "train.global_batch_size": 120,
-        "train.precision": "fp32",
-        "train.ema_decay": 0.9,
-        "train.eval_interval_epochs": 1,
-        "checkpoint.interval_steps": 5,
-        "checkpoint.interval_epochs": 1,
-        "log.interval_steps": 1,
-        "log.wandb": "disabled",
-        "distributed.timeout_s": 60,
-        "distributed.threads": 1,
+        "train__epochs": EPOCHS,
+        "train__ema_decay": 0.9,
+        "train__eval_interval_epochs": 1,
+        "checkpoint__interval_steps": 5,
+        "checkpoint__interval_epochs": 1,
     }
-    settings |= {key.replace("__", "."): value for key, value in more.items()}
-    words = ["train"]
-    for key, value in settings.items():
-        words += [f"--{key}", str(value)]
-    return words
+    return ["train", *small_run(**(settings | more))]
 
 
 def metrics(folder: Path) -> list[dict]:

@@ -14,26 +14,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from dist_utils import options, run_app, start_app, wait_app, wait_for_step
+from dist_utils import options, run_app, small_run, start_app, wait_app, wait_for_step
 from PIL import Image
 
 from resnet_dist import checkpoint, cli, engine
 from resnet_dist.data.sampling.order import rows_at
 from resnet_dist.run_folder import newest_valid
 
-SMALL = options(
-    data__train_crop_size=8,
-    data__val_resize_size=8,
-    data__val_crop_size=8,
-    train__epochs=1,
-    schedule__warmup_epochs=0.5,
-    train__global_batch_size=120,
-    log__wandb="disabled",
-    data__threads=1,
-    distributed__threads=1,
-    distributed__timeout_s=60,
-    log__interval_steps=1,
-)
+SMALL = small_run(train__epochs=1, schedule__warmup_epochs=0.5)
 
 
 @pytest.fixture

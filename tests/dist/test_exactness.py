@@ -13,7 +13,16 @@ import signal
 import time
 
 import pytest
-from dist_utils import equal_trees, options, run_app, slow_from, start_app, wait_app, wait_for_step
+from dist_utils import (
+    equal_trees,
+    options,
+    run_app,
+    slow_from,
+    small_run,
+    start_app,
+    wait_app,
+    wait_for_step,
+)
 from image_files import encode, picture, write_split
 
 from resnet_dist import cli
@@ -28,24 +37,13 @@ def arguments(digits, output_dir, *more):
     """
     return [
         "train",
-        *options(
-            config="configs/quickstart.yaml",
+        *small_run(
             data__data_dir=digits,
             output_dir=output_dir,
-            data__train_crop_size=8,
-            data__val_resize_size=8,
-            data__val_crop_size=8,
             train__epochs=2,
-            train__global_batch_size=120,
-            train__precision="fp32",
             train__ema_decay=0.9,
             train__label_smoothing=0.1,
             checkpoint__interval_steps=5,
-            log__interval_steps=1,
-            distributed__timeout_s=60,
-            log__wandb="disabled",
-            distributed__threads=1,
-            data__threads=1,
         ),
         *more,
     ]

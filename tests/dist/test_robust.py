@@ -14,7 +14,7 @@ from datetime import timedelta
 import numpy as np
 import pytest
 import torch
-from dist_utils import options, run_app, run_ranks
+from dist_utils import run_app, run_ranks, small_run
 from image_files import OneProcess, encode, picture, train_loader, val_loader, write_split
 from PIL import Image
 from test_exactness import assert_same_run, final, kill_at, metrics, resumed_steps
@@ -95,8 +95,7 @@ def arguments(data_dir, output_dir, *more):
     """24 steps on small crops, four epochs of six, a checkpoint every five steps."""
     return [
         "train",
-        *options(
-            config="configs/quickstart.yaml",
+        *small_run(
             data__kind="folder",
             data__data_dir=data_dir,
             output_dir=output_dir,
@@ -108,13 +107,7 @@ def arguments(data_dir, output_dir, *more):
             train__eval_interval_epochs=1,
             schedule__warmup_epochs=1,
             train__global_batch_size=8,
-            train__precision="fp32",
             checkpoint__interval_steps=5,
-            log__interval_steps=1,
-            distributed__timeout_s=60,
-            log__wandb="disabled",
-            distributed__threads=1,
-            data__threads=1,
         ),
         *more,
     ]

@@ -10,23 +10,12 @@ import time
 
 import pytest
 import torch
-from dist_utils import options, start_app, wait_app, wait_for_step
+from dist_utils import options, small_run, start_app, wait_app, wait_for_step
 
 from resnet_dist import cli, distributed, engine, watchdog
 from resnet_dist.watchdog import EXIT_LOST_RANK
 
-SMALL = options(
-    data__train_crop_size=8,
-    data__val_resize_size=8,
-    data__val_crop_size=8,
-    train__epochs=20,
-    train__global_batch_size=120,
-    log__wandb="disabled",
-    data__threads=1,
-    distributed__threads=1,
-    log__interval_steps=1,
-    checkpoint__interval_steps=5,
-)
+SMALL = small_run(train__epochs=20, checkpoint__interval_steps=5, distributed__timeout_s=600)
 
 
 # a busy machine must be able to start within it

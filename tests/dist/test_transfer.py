@@ -13,7 +13,15 @@ import threading
 import pytest
 import torch
 import torchvision
-from dist_utils import equal_trees, free_port, options, run_app, start_app, wait_app, wait_for_step
+from dist_utils import (
+    equal_trees,
+    free_port,
+    run_app,
+    small_run,
+    start_app,
+    wait_app,
+    wait_for_step,
+)
 
 from resnet_dist import cli
 from resnet_dist.checkpoint_file import read_checkpoint, unpack_checkpoint
@@ -59,8 +67,7 @@ def train(digits, folder, url, *more, start=run_app):
         2,
         [
             "train",
-            *options(
-                config="configs/quickstart.yaml",
+            *small_run(
                 data__data_dir=digits,
                 output_dir=folder / "run",
                 data__train_crop_size=16,
@@ -68,15 +75,8 @@ def train(digits, folder, url, *more, start=run_app):
                 data__val_crop_size=16,
                 train__epochs=1,
                 schedule__warmup_epochs=0.5,
-                train__global_batch_size=120,
-                train__precision="fp32",
                 train__ema_decay=0.9,
                 checkpoint__interval_steps=5,
-                log__interval_steps=1,
-                log__wandb="disabled",
-                distributed__threads=1,
-                data__threads=1,
-                distributed__timeout_s=60,
                 checkpoint__init_from=NAME,
             ),
             *more,

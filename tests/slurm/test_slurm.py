@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import submitit
 import torch
-from dist_utils import options, run_app
+from dist_utils import options, run_app, small_run
 
 from resnet_dist import cli
 from resnet_dist.checkpoint_file import read_checkpoint, unpack_checkpoint
@@ -56,23 +56,12 @@ def training(digits, output_dir):
     """Twelve steps an epoch on small images, each step logged, a checkpoint every five steps and at
     each epoch.
     """
-    return options(
-        config=ROOT / "configs/quickstart.yaml",
+    return small_run(
         data__data_dir=digits,
         output_dir=output_dir,
-        data__train_crop_size=8,
-        data__val_resize_size=8,
-        data__val_crop_size=8,
         train__epochs=2,
-        train__global_batch_size=120,
-        train__precision="fp32",
         train__ema_decay=0.9,
         checkpoint__interval_steps=5,
-        log__interval_steps=1,
-        distributed__timeout_s=60,
-        log__wandb="disabled",
-        distributed__threads=1,
-        data__threads=1,
     )
 
 
