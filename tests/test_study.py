@@ -1,7 +1,9 @@
 """Studies: what is missing is run, what was interrupted is resumed, and the table is right."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -158,9 +160,22 @@ def ending_with(code):
     return run
 
 
-def test_an_interrupted_training_ends_the_study(study_file, monkeypatch):
-    monkeypatch.setattr(study_command.subprocess, "run", ending_with(130))
+def test_an_interrupted_training_saves_and_ends_the_study(study_file, monkeypatch):
+    """Ctrl-C reaches the study and the training: the study must not kill what saves."""
+
+    def interrupted(command, **details):
+        program = "import os, signal, time\n"
+        program += "signal.signal(signal.SIGINT, lambda *_: (time.sleep(1), os._exit(130)))\n"
+        program += "os.kill(os.getpid(), signal.SIGINT)\n"
+        os.kill(os.getpid(), signal.SIGINT)
+        return real_run([sys.executable, "-c", program], **details)
+
+    real_run = subprocess.run
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(study_command, "_write_origin", lambda *parts: None)
+    monkeypatch.setattr(study_command.subprocess, "run", interrupted)
     assert cli.main(["study", str(study_file)]) == 130
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_mistakes_name_file_and_key(study_file, tmp_path, capsys):

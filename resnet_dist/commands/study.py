@@ -1,15 +1,18 @@
 """`resnet-dist study`: run what is missing of a study, and write its table, picture and page."""
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import yaml
@@ -144,7 +147,8 @@ def _run_missing(study: Study, args: argparse.Namespace) -> int:
         print(f"{_title(training, study)} ({progress.state})", flush=True)
         if not args.submit:
             _write_origin(training, command)
-        ended = subprocess.run(command, check=False).returncode
+        with _interrupts_left_to_the_training():
+            ended = subprocess.run(command, check=False).returncode
         if ended < 0:
             ended = _SIGNALLED - ended
         if ended >= _SIGNALLED:
@@ -153,6 +157,23 @@ def _run_missing(study: Study, args: argparse.Namespace) -> int:
             print(f"{_title(training, study)}: exit code {ended}")
             code = 1
     return code
+
+
+@contextlib.contextmanager
+def _interrupts_left_to_the_training() -> Iterator[None]:
+    """Do nothing at Ctrl-C, which the terminal sends to the training as well.
+
+    Python would kill the training a quarter of a second later, before it has saved.
+    """
+
+    def wait_for_it(signal_number: int, frame: FrameType | None) -> None:
+        """The exit code of the training tells that it was interrupted."""
+
+    before = signal.signal(signal.SIGINT, wait_for_it)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _title(training: Trial, study: Study) -> str:
