@@ -294,19 +294,19 @@ def lamb(
     """
     beta1, beta2 = group["betas"]
     steps = torch._foreach_add(step, 1)
-    # Equal for all weights: each has a gradient in every update. In double precision, since
-    # 1 - beta2^t cancels in single precision.
-    count = steps[0].double()
+    # A weight that had no gradient in some updates has a smaller count than the others. In double
+    # precision, since 1 - beta2^t cancels in single precision.
+    counts = torch.stack(list(steps)).double()
     dtype = weights[0].dtype
-    correction1 = (1 - beta1**count).to(dtype)
-    correction2 = (1 - beta2**count).to(dtype)
+    corrections1 = (1 - beta1**counts).to(dtype).unbind()
+    corrections2 = (1 - beta2**counts).to(dtype).unbind()
 
     averages = torch._foreach_lerp(exp_avg, grads, 1 - beta1)
     squares = torch._foreach_mul(exp_avg_sq, beta2)
     torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
 
-    corrected_averages = torch._foreach_div(averages, correction1)
-    corrected_squares = torch._foreach_div(squares, correction2)
+    corrected_averages = torch._foreach_div(averages, corrections1)
+    corrected_squares = torch._foreach_div(squares, corrections2)
     roots = torch._foreach_sqrt(corrected_squares)
     denominators = torch._foreach_add(roots, group["eps"])
     updates = torch._foreach_div(corrected_averages, denominators)
