@@ -9,7 +9,6 @@ reported beside the clock's.
 
 import argparse
 import json
-import resource
 import statistics
 import time
 from collections.abc import Mapping
@@ -31,6 +30,7 @@ from resnet_dist.engine import Services, Training
 from resnet_dist.forward import all_logits
 from resnet_dist.layout import check_layout
 from resnet_dist.log import Log
+from resnet_dist.memory import peak_memory
 from resnet_dist.precision import set_arithmetic
 from resnet_dist.restore import checkpoint_folder
 from resnet_dist.step_cost import count_step
@@ -309,12 +309,7 @@ def describe_result(
 
 def peak_memory_gib(runtime: Runtime) -> float:
     """The most memory that this process has used, in GiB: GPU memory, or on the CPU main memory."""
-    if runtime.device.type == "cuda":
-        num_bytes = torch.cuda.max_memory_allocated()
-        return num_bytes / 2**30
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    # Linux counts it in KiB.
-    return usage.ru_maxrss / 2**20
+    return peak_memory(runtime.device) / 2**30
 
 
 _TEXT = """\
