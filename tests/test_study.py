@@ -13,6 +13,7 @@ from dist_utils import run_app
 
 from resnet_dist import cli
 from resnet_dist.commands import study as study_command
+from resnet_dist.models.build import MODELS
 from resnet_dist.study import read_study, read_study_results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -208,6 +209,8 @@ def test_the_studies_of_the_project_are_right():
     for path in files:
         study = read_study(path)
         assert study.compare or study.targets, path
+        for training in study.trainings:
+            assert training.config.model.name in MODELS, path
 
 
 def test_the_page_of_results_is_written_by_the_studies(tmp_path):
