@@ -249,16 +249,24 @@ def train(config: Config) -> Path:
     """Train, in this process or under torchrun (call it in every process). It resumes by itself.
 
     Returns:
-        The folder of the run, for `load`.
+        The folder of the run, for `load`, once its files are written.
 
     Raises:
         RuntimeError: The training failed, or was stopped by a signal. What went wrong has been
             printed.
     """
-    code = run_process(config, run.train, resolve_auto=False)
+    code = run_process(config, _train_and_wait, resolve_auto=False)
     if code:
         raise RuntimeError(
             f"the training ended with exit code {code}: see its last messages. The same call "
             f"resumes from the checkpoints in {config.output_dir}"
         )
     return Path(config.output_dir)
+
+
+def _train_and_wait(config: Config, runtime: Runtime) -> int:
+    """Train, and wait for the main process, which writes the last checkpoint."""
+    code = run.train(config, runtime)
+    if code == 0:
+        runtime.barrier()
+    return code

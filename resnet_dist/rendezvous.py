@@ -31,6 +31,11 @@ _POLL_SECONDS = 0.05
 # connection does not mean that the store is still to come.
 _AGENT_STORE_SECONDS = 20.0
 
+# The stores that this process has opened. A process that joins the same ranks again, as a second
+# call of the Python API does, keeps its store: the other ranks may still use the one that it
+# serves, or have asked there for the next start.
+_stores: dict["Launcher", Store] = {}
+
 
 class LostRankError(RuntimeError):
     """Another rank or the launcher is gone, before this rank could join it."""
@@ -275,6 +280,21 @@ def _read_peers(here: Store, world_size: int) -> tuple[Peer, ...]:
 
 
 def _open_store(launcher: Launcher, deadline: float) -> Store:
+    """Open the store of the ranks, once for all starts of this process."""
+    if launcher not in _stores:
+        _stores[launcher] = _serve_or_connect(launcher, deadline)
+    store = _stores[launcher]
+    store.set_timeout(_time_left(deadline))
+    return store
+
+
+def _time_left(deadline: float) -> timedelta:
+    """At least a second, so that the store answers."""
+    seconds = deadline - time.monotonic()
+    return timedelta(seconds=max(1.0, seconds))
+
+
+def _serve_or_connect(launcher: Launcher, deadline: float) -> Store:
     """Serve the store, or connect to it once it answers."""
     address = launcher.address
     port = launcher.port
@@ -283,14 +303,12 @@ def _open_store(launcher: Launcher, deadline: float) -> Store:
         if launcher.agent_store:
             limit = min(deadline, time.monotonic() + _AGENT_STORE_SECONDS)
         _wait_for_server(launcher, limit)
-    seconds_left = deadline - time.monotonic()
-    timeout = timedelta(seconds=max(1.0, seconds_left))
     try:
         return TCPStore(
             address,
             port,
             is_master=launcher.serves_store,
-            timeout=timeout,
+            timeout=_time_left(deadline),
             wait_for_workers=False,
             multi_tenant=True,
         )

@@ -1,16 +1,19 @@
 """The Python interface: train, load, predict and evaluate do what the commands do."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from dist_utils import run_app
 from PIL import Image
 
 import resnet_dist
-from resnet_dist import cli
+from resnet_dist import cli, distributed
 
 SIDE = 8
 CHANGES = {
@@ -111,6 +114,41 @@ def test_evaluate_is_the_command(folder, network, capsys):
     assert cli.main(["evaluate", "--checkpoint", str(folder), "--json"]) == 0
     assert counts == again == json.loads(capsys.readouterr().out)["ema"]
     assert counts["num"] == 355
+
+
+def test_calls_follow_each_other_on_two_ranks(folder, tmp_path):
+    """Rank 0 serves the store of all calls, however late a rank comes to the next one."""
+    config = resnet_dist.Config.from_yaml(
+        "quickstart",
+        changes={
+            **CHANGES,
+            "data.data_dir": str(folder.parent / "digits"),
+            "output_dir": str(tmp_path / "run"),
+            "distributed.timeout_s": 20,
+        },
+    )
+
+    def calls(arguments):
+        rank = int(os.environ["RANK"])
+        leave = distributed.leave_ranks
+        late = iter([0, 1, 0])
+
+        def leave_late(watchdog):
+            leave(watchdog)
+            if rank == next(late):
+                time.sleep(1)
+
+        distributed.leave_ranks = leave_late
+        network = resnet_dist.load(resnet_dist.train(config))
+        counts = [resnet_dist.evaluate(network), resnet_dist.evaluate(network)]
+        (tmp_path / f"{rank}.json").write_text(json.dumps([network.saved.step, *counts]))
+        return 0
+
+    log = tmp_path / "log"
+    assert run_app(2, [], str(log), calls, timeout=60) == [0, 0], log.read_text()
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert first[1] == first[2] and first[1]["num"] == 355
 
 
 def test_train_says_how_it_failed(tmp_path):
