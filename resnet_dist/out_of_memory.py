@@ -7,8 +7,9 @@ import torch
 from resnet_dist.config import Config
 from resnet_dist.distributed import Runtime
 from resnet_dist.gpu_usage import read_gpu_memory
-from resnet_dist.memory import MemoryNeed, available_memory, estimate_memory
+from resnet_dist.memory import available_memory
 from resnet_dist.precision import resolve_settings
+from resnet_dist.step_memory import BatchMemory, measure_batch_memory
 
 _GIB = 2**30
 
@@ -20,8 +21,8 @@ _USABLE = 0.88
 class MemoryFacts:
     """What is known about the memory of a rank when an allocation has failed, in bytes."""
 
-    need: MemoryNeed
-    """of a training step, as estimated"""
+    need: BatchMemory
+    """of a training step, computed from the settings"""
     peak: int
     """the most that was allocated"""
     capacity: int
@@ -64,9 +65,8 @@ def out_of_memory_error(config: Config, runtime: Runtime) -> ValueError:
     train = config.train
     micro_batches = runtime.world_size * train.grad_accum_steps
     local_batch_size = train.global_batch_size // micro_batches
-    need = estimate_memory(config, local_batch_size)
-    facts = MemoryFacts(need, peak, capacity)
-    most = most_images(facts, local_batch_size)
+    need = measure_batch_memory(config, local_batch_size)
+    most = most_images(MemoryFacts(need, peak, capacity))
     ways = _ways_out(config, runtime.world_size, most)
     return ValueError(
         f"{where}, with a local batch of {local_batch_size} images: about {most} would fit. "
@@ -74,22 +74,16 @@ def out_of_memory_error(config: Config, runtime: Runtime) -> ValueError:
     )
 
 
-def most_images(facts: MemoryFacts, local_batch_size: int) -> int:
+def most_images(facts: MemoryFacts) -> int:
     """How many images a local batch can have, at least one less than now.
 
-    The estimate leaves out temporary buffers. If more was allocated than it says, it is scaled by
-    the measured peak.
-
-    Args:
-        facts: The memory of this rank.
-        local_batch_size: The local batch that did not fit.
+    The computed memory leaves out work spaces and fragments. If more was allocated than it says,
+    it is scaled by the measured peak.
     """
     need = facts.need
-    scale = max(1.0, facts.peak / need.total)
-    usable = _USABLE * facts.capacity / scale
-    bytes_per_image = need.activations / local_batch_size
-    images = int((usable - need.weights) / bytes_per_image)
-    return max(0, min(images, local_batch_size - 1))
+    scale = max(1.0, facts.peak / need.step.total)
+    fitting = need.most_images(_USABLE * facts.capacity / scale)
+    return min(fitting, need.local_batch_size - 1)
 
 
 def _ways_out(config: Config, world_size: int, most: int) -> list[str]:

@@ -18,11 +18,22 @@ from torch.utils._pytree import tree_leaves
 from resnet_dist.config import Config
 from resnet_dist.forward import all_logits, at_least_fp32, train_mode
 from resnet_dist.losses import build_loss
-from resnet_dist.memory import OPTIMIZER_STATES
 from resnet_dist.models.build import build_model
 from resnet_dist.models.weights import freeze
 
 _BYTES_OF_FP32 = 4
+
+# How many values each optimizer stores for each weight.
+_OPTIMIZER_STATES = {
+    "sgd": 1,
+    "lars": 1,
+    "rmsprop": 2,
+    "lamb": 2,
+    "adamw": 2,
+}
+
+# Images on top of a batch, to find the memory that a further image takes.
+_FURTHER_IMAGES = 4
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,30 @@ class StepMemory:
     def total(self) -> int:
         """The sum."""
         return self.weights + self.optimizer + self.average + self.step
+
+
+@dataclass(frozen=True)
+class BatchMemory:
+    """The memory of a training step and how it grows, in bytes."""
+
+    step: StepMemory
+    """of a step with `local_batch_size` images"""
+    local_batch_size: int
+    bytes_per_image: float
+    """that a further image takes"""
+
+    def most_images(self, capacity: float) -> int:
+        """The largest local batch whose memory is at most `capacity` bytes; 0 if none fits."""
+        further = (capacity - self.step.total) / self.bytes_per_image
+        return max(0, int(self.local_batch_size + further))
+
+
+def measure_batch_memory(config: Config, local_batch_size: int) -> BatchMemory:
+    """Find the memory of a training step and of a further image; see `measure_step_memory`."""
+    step = measure_step_memory(config, local_batch_size)
+    larger = measure_step_memory(config, local_batch_size + _FURTHER_IMAGES)
+    bytes_per_image = (larger.total - step.total) / _FURTHER_IMAGES
+    return BatchMemory(step, local_batch_size, max(1.0, bytes_per_image))
 
 
 def measure_step_memory(config: Config, local_batch_size: int) -> StepMemory:
@@ -97,7 +132,7 @@ def measure_step_memory(config: Config, local_batch_size: int) -> StepMemory:
     return StepMemory(
         num_parameters=num_parameters,
         weights=state_bytes,
-        optimizer=num_trained * _BYTES_OF_FP32 * OPTIMIZER_STATES[config.optim.kind],
+        optimizer=num_trained * _BYTES_OF_FP32 * _OPTIMIZER_STATES[config.optim.kind],
         average=state_bytes if config.train.ema_decay else 0,
         step=storages.peak,
     )

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import torch
 from dist_utils import run_app
 
-from resnet_dist import cli, engine, memory, out_of_memory
+from resnet_dist import cli, engine, host_memory, out_of_memory
 from resnet_dist.commands.energy import EnergyMeter
 from resnet_dist.config import AugmentConfig, Config, TrainConfig
 from resnet_dist.gpu_usage import GpuMemory, gpu_figures, read_gpu_memory
-from resnet_dist.memory import MemoryNeed
 from resnet_dist.out_of_memory import MemoryFacts, most_images
+from resnet_dist.step_memory import BatchMemory, StepMemory
 
 GIB = 2**30
 SMALL = [
@@ -55,7 +55,7 @@ def test_out_of_memory_on_one_of_two_ranks_ends_both(digits, tmp_path):
         real = engine.train_step
         engine.read_gpu_memory = lambda device: GpuMemory(3 * GIB, 11 * GIB)
         # A batch of 60 takes 0.02 GiB; all that the process has is less.
-        memory._free_in_control_group = lambda: [16 * 2**20]
+        host_memory._free_in_control_groups = lambda: [16 * 2**20]
 
         def train_step(model, state, *rest):
             if os.environ["RANK"] == "1" and state.step == 3:
@@ -82,15 +82,19 @@ def test_out_of_memory_on_one_of_two_ranks_ends_both(digits, tmp_path):
 
 
 def test_what_would_fit():
-    need = MemoryNeed(weights=1 * GIB, activations=100 * GIB)
-    facts = MemoryFacts(need, peak=40 * GIB, capacity=80 * GIB)
-    assert most_images(facts, 1000) == int((0.88 * 80 - 1) * 10)
-    # More was allocated than the estimate says, so that it is scaled.
-    facts = MemoryFacts(MemoryNeed(GIB, 19 * GIB), peak=40 * GIB, capacity=24 * GIB)
-    assert most_images(facts, 1000) == int((0.88 * 24 / 2 - 1) / 19 * 1000)
-    assert most_images(replace(facts, capacity=GIB), 1000) == 0
+    def need_of_1000_images(step):
+        """A GiB of weights, and `step` GiB that grow with the images."""
+        parts = StepMemory(1000, weights=GIB, optimizer=0, average=0, step=step * GIB)
+        return BatchMemory(parts, 1000, step * GIB / 1000)
+
+    facts = MemoryFacts(need_of_1000_images(100), peak=40 * GIB, capacity=80 * GIB)
+    assert most_images(facts) == int((0.88 * 80 - 1) * 10)
+    # More was allocated than was computed, so that it is scaled.
+    facts = MemoryFacts(need_of_1000_images(19), peak=40 * GIB, capacity=24 * GIB)
+    assert most_images(facts) == int((0.88 * 24 / 2 - 1) / 19 * 1000)
+    assert most_images(replace(facts, capacity=GIB)) == 0
     # What did not fit never fits.
-    assert most_images(replace(facts, peak=0, capacity=80 * GIB), 1000) == 999
+    assert most_images(replace(facts, peak=0, capacity=80 * GIB)) == 999
 
 
 def test_ways_out_fit_the_batch():

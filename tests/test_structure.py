@@ -62,7 +62,6 @@ LAYERS = [
     {"optim", "ema", "mix", "losses", "models.*", "data.*"},
     {
         "memory",
-        "out_of_memory",
         "checkpoint",
         "checkpoint_file",
         "run_folder",
@@ -77,6 +76,7 @@ LAYERS = [
         "evaluation",
         "step_cost",
         "step_memory",
+        "out_of_memory",
         "image_collector",
         "evaluation_file",
         "exhibits",

@@ -27,13 +27,14 @@ from resnet_dist.data.pixels.probe import describe_dali_wheels, describe_jpeg_de
 from resnet_dist.data.sources.index import check_num_classes
 from resnet_dist.distributed import Runtime
 from resnet_dist.layout import check_layout
-from resnet_dist.memory import available_memory, estimate_memory
+from resnet_dist.memory import available_memory
 from resnet_dist.models.build import build_model
 from resnet_dist.precision import has_fast_bf16
 from resnet_dist.process import run_process
 from resnet_dist.restore import checkpoint_folder
 from resnet_dist.schedule import peak_lr
 from resnet_dist.sinks.wandb_mode import why_offline
+from resnet_dist.step_memory import measure_step_memory
 from resnet_dist.text import printable
 
 LEVELS = ("ok", "warning", "error")
@@ -222,18 +223,18 @@ def _device_name(device: torch.device) -> str:
 def _memory(config: Config, runtime: Runtime) -> tuple[str, str]:
     """Whether a training step fits into the memory of the device."""
     local_batch_size = _local_batch_size(config, runtime.world_size)
-    need = estimate_memory(config, local_batch_size)
+    need = measure_step_memory(config, local_batch_size)
     available = available_memory(runtime.device, runtime.local_world_size)
     total_gib = need.total / _GIB
-    weights_gib = need.weights / _GIB
-    activations_gib = need.activations / _GIB
+    step_gib = need.step / _GIB
+    weights_gib = total_gib - step_gib
     available_gib = available / _GIB
     text = (
-        f"a step of {local_batch_size} images takes about {total_gib:.2f} GiB per rank (weights, "
-        f"gradients and optimizer {weights_gib:.2f}, activations {activations_gib:.2f}); "
+        f"a step of {local_batch_size} images takes about {total_gib:.2f} GiB per rank (weights "
+        f"and optimizer {weights_gib:.2f}, activations and gradients {step_gib:.2f}); "
         f"{available_gib:.2f} GiB are available"
     )
-    # The estimate is not exact, so a step that is slightly too large is only a warning.
+    # Work spaces and fragments come on top, so a step that nearly fits is only a warning.
     if need.total < 0.9 * available:
         return "ok", text
     level = "error" if need.total > 1.2 * available else "warning"

@@ -16,14 +16,11 @@ from resnet_dist.layout import check_layout
 from resnet_dist.options import print_error
 from resnet_dist.schedule import epochs_to_steps, peak_lr
 from resnet_dist.step_cost import count_step
-from resnet_dist.step_memory import StepMemory, measure_step_memory
+from resnet_dist.step_memory import StepMemory, measure_batch_memory
 
 _GIB = 2**30
 
 _IMAGENET_IMAGES = 1_281_167
-
-# For the memory that a further image takes.
-_SMALL_BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -95,11 +92,10 @@ def make_plan(config: Config, options: argparse.Namespace) -> Plan:
             f"{num_images} images: an epoch must have at least one step"
         )
     total_steps = max(1, epochs_to_steps(train.epochs, steps_per_epoch))
-    memory = measure_step_memory(config, local_batch_size)
+    memory = measure_batch_memory(config, local_batch_size)
     most_local_batch = None
     if options.memory_gib:
-        capacity = int(options.memory_gib * _GIB)
-        most_local_batch = _most_images(config, local_batch_size, memory, capacity)
+        most_local_batch = memory.most_images(options.memory_gib * _GIB)
     images_per_second = None
     if options.hours:
         images_per_second = total_steps * train.global_batch_size / (3600 * options.hours)
@@ -114,7 +110,7 @@ def make_plan(config: Config, options: argparse.Namespace) -> Plan:
         peak_lr=peak_lr(
             config.optim.base_lr, config.optim.base_batch_size, train.global_batch_size
         ),
-        memory=memory,
+        memory=memory.step,
         flops_per_image=count_step(config).flops_per_image,
         num_images=num_images,
         source_of_images=source,
@@ -158,17 +154,6 @@ def _find_num_images(config: Config, given: int) -> tuple[int, str]:
         return _IMAGENET_IMAGES, "ImageNet, since data.data_dir is empty"
     index = build_index(data.data_dir, "train", SingleProcess(), data.exclude, data.rescan)
     return len(index), "data.data_dir"
-
-
-def _most_images(config: Config, local_batch_size: int, memory: StepMemory, capacity: int) -> int:
-    """The largest local batch whose memory is at most `capacity` bytes; 0 if none fits.
-
-    The memory grows in proportion to the number of images.
-    """
-    other = measure_step_memory(config, local_batch_size + _SMALL_BATCH)
-    bytes_per_image = max(1.0, (other.total - memory.total) / _SMALL_BATCH)
-    further = (capacity - memory.total) / bytes_per_image
-    return max(0, int(local_batch_size + further))
 
 
 def describe_plan(plan: Plan, options: argparse.Namespace) -> str:
