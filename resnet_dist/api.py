@@ -23,22 +23,28 @@ import torch
 from PIL.Image import Image
 from torch import nn
 
-from resnet_dist import distributed, run
-from resnet_dist.checkpoint_file import read_checkpoint, unpack_weights
+from resnet_dist import run
+from resnet_dist.checkpoints.checkpoint_file import read_checkpoint, unpack_weights
+from resnet_dist.checkpoints.saved_network import (
+    ForeignWeights,
+    SavedNetwork,
+    load_network,
+    open_weights,
+)
+from resnet_dist.checkpoints.torchvision_weights import download_weights, is_torchvision_name
 from resnet_dist.commands.evaluate import EvaluationRequest, evaluate_network
 from resnet_dist.commands.predict import find_images, predict_files
 from resnet_dist.config import Config, DataConfig, ModelConfig
 from resnet_dist.data.pixels.finish import EXACT_RESIZES, Normalizer, resize_and_crop
 from resnet_dist.data.sampling.crops import val_geometry
-from resnet_dist.distributed import Runtime
-from resnet_dist.evaluation_sets.classes import Classes
+from resnet_dist.distributed import runtime as distributed
+from resnet_dist.distributed.process import run_process
+from resnet_dist.distributed.runtime import Runtime
+from resnet_dist.evaluation.sets.classes import Classes
 from resnet_dist.models.build import build_model
 from resnet_dist.models.weights import load_weights
 from resnet_dist.precision import resolve_settings
-from resnet_dist.process import run_process
-from resnet_dist.saved_network import ForeignWeights, SavedNetwork, load_network, open_weights
-from resnet_dist.settings import build_config, config_from_dict
-from resnet_dist.torchvision_weights import download_weights, is_torchvision_name
+from resnet_dist.settings.reading import build_config, config_from_dict
 
 Paths = str | Path | Iterable[str | Path]
 

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import Annotated, TypeAlias
 
 from resnet_dist import __version__, weights_options
-from resnet_dist.cluster import ClusterConfig
 from resnet_dist.config import Config
-from resnet_dist.config_rules import AtLeast
-from resnet_dist.options import (
+from resnet_dist.settings.cluster import ClusterConfig
+from resnet_dist.settings.options import (
     CommandLine,
     Parser,
     add_config_options,
@@ -26,6 +25,7 @@ from resnet_dist.options import (
     print_error,
     program_name,
 )
+from resnet_dist.settings.rules import AtLeast
 from resnet_dist.text import did_you_mean, print_warnings_plainly, printable
 
 # torch prints pages of warnings about a lost rank; our own message is one line.
@@ -144,7 +144,8 @@ def _train(line: CommandLine) -> int:
             print("no arguments: running the quickstart, --config quickstart", flush=True)
     config, _ = config_or_print(line, first_file=quickstart)
 
-    from resnet_dist import process, run
+    from resnet_dist import run
+    from resnet_dist.distributed import process
 
     return process.run_process(config, run.train, resolve_auto=False)
 
@@ -211,7 +212,7 @@ def _benchmark(line: CommandLine) -> int:
     except ValueError as problem:
         line.parser.error(str(problem))
 
-    from resnet_dist import process
+    from resnet_dist.distributed import process
 
     measure = benchmark_options.find_benchmark(name)
     return process.run_process(config, lambda config, runtime: measure(config, runtime, options))

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from resnet_dist.config import TrainConfig
-from resnet_dist.distributed import Runtime
+from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.forward import train_mode
 from resnet_dist.precision import Precision
 from resnet_dist.text import printable

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from resnet_dist.distributed import Runtime
+from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.files import write_file
-from resnet_dist.log import Log
+from resnet_dist.logs.log import Log
 from resnet_dist.text import printable
 
 FOLDER = "compile_cache"

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from resnet_dist.addresses import is_url, without_secrets
-from resnet_dist.config_rules import NotEmpty, SettingError, check_values
-from resnet_dist.config_sections import (
+from resnet_dist.settings.rules import NotEmpty, SettingError, check_values
+from resnet_dist.settings.sections import (
     AugmentConfig,
     CheckpointConfig,
     DataConfig,
@@ -90,7 +90,7 @@ class Config:
             ValueError: A file or a setting does not exist, or a value breaks a rule.
         """
         # By name: that module imports this one.
-        settings = import_module("resnet_dist.settings")
+        settings = import_module("resnet_dist.settings.reading")
         config: Config = settings.config_from_files([str(name) for name in files], changes or {})
         return config
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from resnet_dist.checkpoint import Saver, TrainState
+from resnet_dist.checkpoints.checkpoint import Saver, TrainState
 from resnet_dist.compilation import (
     NetworkCompiler,
     compile_for,
@@ -22,24 +22,24 @@ from resnet_dist.compilation import (
     example_images,
 )
 from resnet_dist.data.types import Batch, TrainLoader, ValLoader
-from resnet_dist.distributed import Runtime, StopSignal
-from resnet_dist.evaluation import evaluate
-from resnet_dist.exhibits import Exhibits
+from resnet_dist.distributed.process import Explain, as_it_is, failures_reported_first
+from resnet_dist.distributed.runtime import Runtime, StopSignal
+from resnet_dist.distributed.watchdog import COMPILE_PHASE
+from resnet_dist.evaluation.exhibits import Exhibits
+from resnet_dist.evaluation.loop import evaluate
 from resnet_dist.forward import all_logits, at_least_fp32, train_mode
-from resnet_dist.gpu_usage import gpu_figures, read_gpu_memory
-from resnet_dist.log import Log
+from resnet_dist.logs.log import Log
 from resnet_dist.losses import LossFn
-from resnet_dist.memory import peak_memory
 from resnet_dist.metrics import Counts
 from resnet_dist.mix import Mixing, mix_images
 from resnet_dist.nonfinite import NonFinite, TooManyNonFiniteError
 from resnet_dist.plan import Due, TrainPlan
 from resnet_dist.precision import Precision
-from resnet_dist.process import Explain, as_it_is, failures_reported_first
+from resnet_dist.resources.gpu_usage import gpu_figures, read_gpu_memory
+from resnet_dist.resources.memory import peak_memory
 from resnet_dist.rng import derive_seed
 from resnet_dist.schedule import Schedule
 from resnet_dist.timing import Clock
-from resnet_dist.watchdog import COMPILE_PHASE
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from resnet_dist.data.types import IGNORED_LABEL
-from resnet_dist.distributed import Runtime
+from resnet_dist.distributed.runtime import Runtime
 
 FIRST_TOP5_CLASSES = 6
 """Fewest classes for which top-5 says anything: among five, every label is in the top 5."""

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from resnet_dist.data.types import TrainLoader
-from resnet_dist.distributed import Runtime
+from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.files import write_file
 from resnet_dist.schedule import Schedule
 

@@ -13,7 +13,15 @@ import torch
 import yaml
 
 from resnet_dist import engine
-from resnet_dist.checkpoint import Saver, TrainState
+from resnet_dist.checkpoints.checkpoint import Saver, TrainState
+from resnet_dist.checkpoints.restore import (
+    StartPoint,
+    checkpoint_folder,
+    find_start,
+    refuse_outdated_start,
+    restore,
+)
+from resnet_dist.checkpoints.state import build_state, wrap_ddp
 from resnet_dist.compilation import (
     NetworkCompiler,
     describe_compilation,
@@ -28,32 +36,24 @@ from resnet_dist.data.sampling.crops import train_side
 from resnet_dist.data.sampling.order import BatchLayout
 from resnet_dist.data.sources.index import check_num_classes
 from resnet_dist.data.types import TrainLoader
-from resnet_dist.distributed import Runtime, StopSignal
+from resnet_dist.distributed.process import report_failure
+from resnet_dist.distributed.runtime import Runtime, StopSignal
+from resnet_dist.distributed.watchdog import COMPILE_PHASE
 from resnet_dist.engine import Services, Training, UpdateRule
-from resnet_dist.exhibits import Exhibits
+from resnet_dist.evaluation.exhibits import Exhibits
 from resnet_dist.files import write_file
 from resnet_dist.layout import check_layout
-from resnet_dist.log import Log, build_log
+from resnet_dist.logs.log import Log, build_log
+from resnet_dist.logs.summary import summary_at_end, summary_at_start
 from resnet_dist.losses import build_loss
 from resnet_dist.mix import build_mixing
 from resnet_dist.models.zoo import check_image_size
 from resnet_dist.nonfinite import TooManyNonFiniteError, write_replay
-from resnet_dist.out_of_memory import explain_memory
 from resnet_dist.plan import TrainPlan, build_plan
 from resnet_dist.precision import Precision, has_fast_bf16, resolve_settings, set_arithmetic
-from resnet_dist.process import report_failure
-from resnet_dist.remarks import recipe_mismatch, remarks
-from resnet_dist.restore import (
-    StartPoint,
-    checkpoint_folder,
-    find_start,
-    refuse_outdated_start,
-    restore,
-)
+from resnet_dist.resources.out_of_memory import explain_memory
 from resnet_dist.schedule import Schedule, build_schedule, peak_lr
-from resnet_dist.state import build_state, wrap_ddp
-from resnet_dist.summary import summary_at_end, summary_at_start
-from resnet_dist.watchdog import COMPILE_PHASE
+from resnet_dist.settings.remarks import recipe_mismatch, remarks
 
 ShouldContinue = Callable[[int], bool]
 """from the signal that stopped training to whether it continues after the checkpoint"""

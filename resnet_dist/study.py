@@ -24,13 +24,13 @@ from typing import Any, Literal
 
 import yaml
 
-from resnet_dist.comparison import SeedSummary, summarize_seeds
 from resnet_dist.config import Config
+from resnet_dist.evaluation.comparison import SeedSummary, summarize_seeds
 from resnet_dist.files import expand_path
-from resnet_dist.history import RunHistory, read_run
-from resnet_dist.options import as_yaml
-from resnet_dist.recipes import find_recipe
-from resnet_dist.settings import SettingsLoader, config_from_files
+from resnet_dist.logs.history import RunHistory, read_run
+from resnet_dist.settings.options import as_yaml
+from resnet_dist.settings.reading import SettingsLoader, config_from_files
+from resnet_dist.settings.recipes import find_recipe
 from resnet_dist.text import did_you_mean, printable
 
 State = Literal["missing", "interrupted", "finished"]

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 from jsonargparse import Namespace
 
 from resnet_dist.config import Config, ModelConfig
-from resnet_dist.config_rules import AtLeast
-from resnet_dist.options import (
+from resnet_dist.settings.options import (
     CommandLine,
     Parser,
     add_config_options,
@@ -24,11 +23,12 @@ from resnet_dist.options import (
     is_first_rank,
     print_error,
 )
-from resnet_dist.settings import build_config
+from resnet_dist.settings.reading import build_config
+from resnet_dist.settings.rules import AtLeast
 from resnet_dist.text import printable
 
 if TYPE_CHECKING:
-    from resnet_dist.saved_network import SavedNetwork
+    from resnet_dist.checkpoints.saved_network import SavedNetwork
 
 _Count: TypeAlias = Annotated[int, AtLeast(1)]
 _Command: TypeAlias = Callable[["SavedNetwork", Config, argparse.Namespace], int]
@@ -226,7 +226,7 @@ def _run_on_weights(
     Returns:
         The exit code.
     """
-    from resnet_dist.saved_network import ForeignWeights, open_weights
+    from resnet_dist.checkpoints.saved_network import ForeignWeights, open_weights
 
     with contextlib.suppress(KeyboardInterrupt):
         try:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from resnet_dist.checkpoint import Saver, TrainState
+from resnet_dist.checkpoints.checkpoint import Saver, TrainState
 from resnet_dist.config import Config, OptimConfig, to_dict
 from resnet_dist.ema import Ema
 from resnet_dist.optim import build_optimizer

@@ -228,7 +228,8 @@ def in_double(entry):
     """
 
     def doubled(arguments):
-        from resnet_dist import precision, state
+        from resnet_dist import precision
+        from resnet_dist.checkpoints import state
 
         real = state.build_model
         precision.DTYPES["fp32"] = torch.float64  # the loader's type, and with it the model's

@@ -13,7 +13,8 @@ from dist_utils import run_app
 from PIL import Image
 
 import resnet_dist
-from resnet_dist import cli, distributed
+from resnet_dist import cli
+from resnet_dist.distributed import runtime as distributed
 
 SIDE = 8
 CHANGES = {

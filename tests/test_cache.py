@@ -32,7 +32,7 @@ from resnet_dist.data.pixels.kept_batches import KeptBatches
 from resnet_dist.data.pixels.quarantine import Quarantine
 from resnet_dist.data.pixels.read import Encoded
 from resnet_dist.data.sampling.jobs import job_geometry
-from resnet_dist.distributed import Runtime
+from resnet_dist.distributed.runtime import Runtime
 
 CPU = torch.device("cpu")
 

@@ -11,12 +11,12 @@ from checkpoint_utils import make_saver, make_state, save_steps
 from torch import nn
 
 from resnet_dist import files
-from resnet_dist.checkpoint import TrainState
-from resnet_dist.checkpoint_file import digest_path, read_checkpoint, unpack_checkpoint
+from resnet_dist.checkpoints.checkpoint import TrainState
+from resnet_dist.checkpoints.checkpoint_file import digest_path, read_checkpoint, unpack_checkpoint
+from resnet_dist.checkpoints.resume_rules import flatten
+from resnet_dist.checkpoints.run_folder import newest_valid
 from resnet_dist.config import OptimConfig
 from resnet_dist.optim import build_optimizer
-from resnet_dist.resume_rules import flatten
-from resnet_dist.run_folder import newest_valid
 
 
 def test_everything_comes_back(tmp_path):

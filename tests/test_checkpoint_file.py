@@ -9,7 +9,7 @@ import torch
 from checkpoint_utils import save_steps
 from torch import nn
 
-from resnet_dist.checkpoint_file import (
+from resnet_dist.checkpoints.checkpoint_file import (
     NEEDED_TO_EVALUATE,
     NEEDED_TO_RESUME,
     digest_path,
@@ -18,7 +18,7 @@ from resnet_dist.checkpoint_file import (
     unpack_checkpoint,
     write_checkpoint,
 )
-from resnet_dist.run_folder import newest_valid
+from resnet_dist.checkpoints.run_folder import newest_valid
 
 
 def load(path):

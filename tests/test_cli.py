@@ -11,11 +11,13 @@ import yaml
 from hypothesis import HealthCheck, assume, given
 from hypothesis import strategies as st
 
-from resnet_dist import __version__, cli, recipes, settings
+from resnet_dist import __version__, cli
 from resnet_dist.config import CheckpointConfig, Config, to_dict
-from resnet_dist.config_rules import describe_type, split_hint, type_origin
-from resnet_dist.options import as_yaml, field_meanings
-from resnet_dist.settings import build_config, config_from_dict, read_yaml, setting_hints
+from resnet_dist.settings import reading as settings
+from resnet_dist.settings import recipes
+from resnet_dist.settings.options import as_yaml, field_meanings
+from resnet_dist.settings.reading import build_config, config_from_dict, read_yaml, setting_hints
+from resnet_dist.settings.rules import describe_type, split_hint, type_origin
 
 # What each command with settings needs besides them to be parsed.
 COMMANDS = {

@@ -10,7 +10,11 @@ import torch
 from dist_utils import run_app
 
 from resnet_dist import cli
-from resnet_dist.checkpoint_file import read_checkpoint, unpack_checkpoint, write_checkpoint
+from resnet_dist.checkpoints.checkpoint_file import (
+    read_checkpoint,
+    unpack_checkpoint,
+    write_checkpoint,
+)
 
 SETTINGS = ("--data.threads", "1", "--distributed.threads", "1")
 

@@ -21,7 +21,9 @@ from test_engine import FP32, NoSync, make_batch, rule_of
 from torch import nn
 
 from resnet_dist import compilation, engine
-from resnet_dist.checkpoint_file import read_checkpoint, unpack_checkpoint
+from resnet_dist.checkpoints.checkpoint_file import read_checkpoint, unpack_checkpoint
+from resnet_dist.checkpoints.resume_rules import check_resumable
+from resnet_dist.checkpoints.state import build_state, wrap_ddp
 from resnet_dist.compilation import (
     compiled_parts,
     inductor_options,
@@ -38,9 +40,9 @@ from resnet_dist.config import (
     check_config,
     to_dict,
 )
-from resnet_dist.distributed import Runtime
+from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.engine import train_step
-from resnet_dist.evaluation import predict_logits
+from resnet_dist.evaluation.loop import predict_logits
 from resnet_dist.forward import train_mode
 from resnet_dist.models.build import build_model
 from resnet_dist.models.resnet import BasicBlock, ResNet
@@ -48,9 +50,7 @@ from resnet_dist.models.sync_batch_norm import convert_sync_batch_norm
 from resnet_dist.nonfinite import NonFinite
 from resnet_dist.optim import build_optimizer
 from resnet_dist.precision import resolve_settings
-from resnet_dist.resume_rules import check_resumable
 from resnet_dist.run import compile_network
-from resnet_dist.state import build_state, wrap_ddp
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

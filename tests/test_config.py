@@ -11,9 +11,9 @@ from dist_utils import options
 
 from resnet_dist.cli import parse_config
 from resnet_dist.config import Config, DataConfig, OptimConfig, TrainConfig, to_dict
-from resnet_dist.options import field_meanings
-from resnet_dist.remarks import recipe_mismatch, remarks
-from resnet_dist.settings import setting_hints
+from resnet_dist.settings.options import field_meanings
+from resnet_dist.settings.reading import setting_hints
+from resnet_dist.settings.remarks import recipe_mismatch, remarks
 
 
 def parse(*arguments):

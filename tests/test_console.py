@@ -12,8 +12,8 @@ import time
 
 import pytest
 
-from resnet_dist import console
-from resnet_dist.console import Console, Progress, fit, is_terminal
+from resnet_dist.logs import console
+from resnet_dist.logs.console import Console, Progress, fit, is_terminal
 
 
 class Terminal:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from image_files import encode, picture, train_loader, write_split
 
-from resnet_dist import decoder_warnings
+from resnet_dist.logs import decoder_warnings
 
 ROOT = Path(__file__).parents[1]
 

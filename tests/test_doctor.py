@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import torch
 from dist_utils import run_app
 
-from resnet_dist import cli, host_memory, memory
+from resnet_dist import cli
 from resnet_dist.commands import doctor, doctor_bench
 from resnet_dist.config import Config, TrainConfig
+from resnet_dist.resources import host_memory, memory
 
 ARGUMENTS = [
     "doctor",

@@ -12,11 +12,12 @@ import torchvision
 from torch import nn
 
 from resnet_dist import engine
-from resnet_dist.checkpoint import TrainState
+from resnet_dist.checkpoints.checkpoint import TrainState
+from resnet_dist.checkpoints.state import build_state
 from resnet_dist.config import AugmentConfig, Config, ModelConfig, OptimConfig, TrainConfig
 from resnet_dist.data.types import IGNORED_LABEL, Batch
 from resnet_dist.engine import train_step
-from resnet_dist.evaluation import evaluate
+from resnet_dist.evaluation.loop import evaluate
 from resnet_dist.metrics import Counts
 from resnet_dist.models.build import MODELS
 from resnet_dist.nonfinite import NonFinite
@@ -24,7 +25,6 @@ from resnet_dist.optim import build_optimizer
 from resnet_dist.plan import is_due
 from resnet_dist.precision import Precision
 from resnet_dist.run import build_update_rule
-from resnet_dist.state import build_state
 
 CPU = torch.device("cpu")
 CONFIG = Config(

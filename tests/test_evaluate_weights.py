@@ -27,16 +27,20 @@ from test_suite import (
 
 import resnet_dist
 from resnet_dist.api import EvaluationTransform
-from resnet_dist.checkpoint_file import read_checkpoint, unpack_checkpoint, write_checkpoint
+from resnet_dist.checkpoints.checkpoint_file import (
+    read_checkpoint,
+    unpack_checkpoint,
+    write_checkpoint,
+)
+from resnet_dist.checkpoints.saved_network import open_weights
+from resnet_dist.checkpoints.torchvision_weights import describe_weights, imagenet_words
 from resnet_dist.commands.evaluate import hint_at_guessing
 from resnet_dist.config import ModelConfig
-from resnet_dist.evaluation_sets.classes import ClassMap, map_classes
+from resnet_dist.evaluation.sets.classes import ClassMap, map_classes
 from resnet_dist.models.build import build_model
 from resnet_dist.models.class_names import BACKGROUND, assumed_names, words_of
 from resnet_dist.models.resnet import Options, make_shortcut
-from resnet_dist.saved_network import open_weights
-from resnet_dist.settings import build_config, config_from_dict
-from resnet_dist.torchvision_weights import describe_weights, imagenet_words
+from resnet_dist.settings.reading import build_config, config_from_dict
 
 FAST = ("--distributed.threads", "1", "--data.threads", "1")
 

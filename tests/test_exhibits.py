@@ -11,8 +11,8 @@ from dist_utils import run_app
 from PIL import Image
 
 from resnet_dist import cli
-from resnet_dist.evaluation_file import read_evaluation
-from resnet_dist.predictions_file import read_predictions
+from resnet_dist.evaluation.evaluation_file import read_evaluation
+from resnet_dist.evaluation.predictions_file import read_predictions
 
 SETTINGS = ("--data.threads", "1", "--distributed.threads", "1")
 

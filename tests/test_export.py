@@ -10,11 +10,15 @@ import pytest
 import torch
 
 from resnet_dist import cli
-from resnet_dist.checkpoint_file import read_checkpoint, unpack_checkpoint, write_checkpoint
+from resnet_dist.checkpoints.checkpoint_file import (
+    read_checkpoint,
+    unpack_checkpoint,
+    write_checkpoint,
+)
+from resnet_dist.checkpoints.saved_network import load_network, open_network
 from resnet_dist.commands import export
 from resnet_dist.config import Config, DataConfig, ModelConfig, to_dict
 from resnet_dist.models.build import build_model
-from resnet_dist.saved_network import load_network, open_network
 
 
 @pytest.fixture

@@ -6,15 +6,16 @@ import torchvision
 from test_engine import CPU, FP32, Alone, NoSync, make_batch, rule_of
 from torch import nn
 
-from resnet_dist import engine, evaluation
+from resnet_dist import engine
+from resnet_dist.checkpoints.state import build_state
 from resnet_dist.config import Config, ModelConfig, OptimConfig, TrainConfig
 from resnet_dist.engine import train_step
+from resnet_dist.evaluation import loop as evaluation
 from resnet_dist.forward import train_mode
 from resnet_dist.models.build import MODELS
 from resnet_dist.models.weights import freeze
 from resnet_dist.nonfinite import NonFinite
 from resnet_dist.optim import parameter_groups
-from resnet_dist.state import build_state
 
 
 def trained(steps=3, **optim):

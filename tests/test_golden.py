@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from dist_utils import run_app
 
-from resnet_dist.checkpoint_file import read_checkpoint, unpack_checkpoint
+from resnet_dist.checkpoints.checkpoint_file import read_checkpoint, unpack_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden" / "run_89aca0e"
 EXPECTED = GOLDEN.with_name("run_89aca0e_expected.jsonl")

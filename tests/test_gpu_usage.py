@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import torch
 from dist_utils import run_app
 
-from resnet_dist import cli, engine, host_memory, out_of_memory
+from resnet_dist import cli, engine
 from resnet_dist.commands.energy import EnergyMeter
 from resnet_dist.config import AugmentConfig, Config, TrainConfig
-from resnet_dist.gpu_usage import GpuMemory, gpu_figures, read_gpu_memory
-from resnet_dist.out_of_memory import MemoryFacts, most_images
-from resnet_dist.step_memory import BatchMemory, StepMemory
+from resnet_dist.resources import host_memory, out_of_memory
+from resnet_dist.resources.gpu_usage import GpuMemory, gpu_figures, read_gpu_memory
+from resnet_dist.resources.out_of_memory import MemoryFacts, most_images
+from resnet_dist.resources.step_memory import BatchMemory, StepMemory
 
 GIB = 2**30
 SMALL = [

@@ -37,7 +37,7 @@ from resnet_dist.data.sources.index import (
 from resnet_dist.data.sources.index_file import encode_header, open_index, write_index
 from resnet_dist.data.sources.scan import build_index
 from resnet_dist.data.sources.scan_progress import ScanProgress, keeps_folder_times
-from resnet_dist.distributed import Runtime
+from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.files import write_file
 
 ALONE = OneProcess()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from resnet_dist.intervals import difference_interval, wilson_interval
+from resnet_dist.evaluation.intervals import difference_interval, wilson_interval
 
 
 def bounds(interval):

@@ -15,16 +15,17 @@ import pytest
 import torch
 from dist_utils import options
 
-from resnet_dist import cli, distributed
-from resnet_dist.checkpoint import Saver, TrainState
-from resnet_dist.cluster import ClusterConfig
-from resnet_dist.distributed import StopSignal
+from resnet_dist import cli
+from resnet_dist.checkpoints.checkpoint import Saver, TrainState
+from resnet_dist.distributed import runtime as distributed
+from resnet_dist.distributed.rendezvous import Launcher, Meeting, Peer
+from resnet_dist.distributed.runtime import StopSignal
+from resnet_dist.distributed.watchdog import Watchdog
 from resnet_dist.launch import status
 from resnet_dist.launch.rank import end_rank, free_port, judge_signal
 from resnet_dist.launch.script import check_text
-from resnet_dist.options import field_meanings
-from resnet_dist.rendezvous import Launcher, Meeting, Peer
-from resnet_dist.watchdog import Watchdog
+from resnet_dist.settings.cluster import ClusterConfig
+from resnet_dist.settings.options import field_meanings
 
 RECIPE = ["submit", "--config", "configs/resnet50.yaml", "--data.data_dir", "/data/imagenet"]
 

@@ -9,9 +9,9 @@ import time
 import numpy as np
 import pytest
 
-from resnet_dist import console
 from resnet_dist.config import LogConfig
-from resnet_dist.log import build_log
+from resnet_dist.logs import console
+from resnet_dist.logs.log import build_log
 
 QUIET = LogConfig(wandb="disabled")
 TRAIN = {

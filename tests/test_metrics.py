@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from dist_utils import run_ranks
 
 from resnet_dist.data.types import IGNORED_LABEL
-from resnet_dist.distributed import Runtime
+from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.metrics import Counts
 
 

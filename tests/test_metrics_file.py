@@ -7,7 +7,7 @@ import resource
 
 import pytest
 
-from resnet_dist.metrics_file import MetricsFile, read_metrics
+from resnet_dist.logs.metrics_file import MetricsFile, read_metrics
 
 
 def claimed():

@@ -11,6 +11,7 @@ from test_engine import CONFIG, CPU, NoSync, make_batch, rule_of
 from torchvision.transforms import v2
 
 from resnet_dist import mix
+from resnet_dist.checkpoints.state import build_state
 from resnet_dist.config import AugmentConfig, Config, DataConfig, RecipeConfig, TrainConfig
 from resnet_dist.data.sampling.jobs import TrainSampling, train_job
 from resnet_dist.data.sampling.order import BatchLayout
@@ -18,7 +19,6 @@ from resnet_dist.engine import train_step
 from resnet_dist.layout import check_layout
 from resnet_dist.losses import mixed_binary_cross_entropy, mixed_cross_entropy
 from resnet_dist.nonfinite import NonFinite
-from resnet_dist.state import build_state
 
 ONE_BLOCK = np.array([0])
 # From the version that had one factor for each step and no blocks.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from resnet_dist.checkpoint import TrainState
+from resnet_dist.checkpoints.checkpoint import TrainState
 from resnet_dist.config import OptimConfig
 from resnet_dist.ema import Ema
 from resnet_dist.models.build import MODELS

@@ -215,8 +215,8 @@ def test_names_of_classes_come_from_a_file_or_are_imagenets(tmp_path, capsys):
     assert run_import(tmp_path, tmp_path / "out", *options) == 0
     index = open_split(tmp_path / "out", "val")
     assert [index.name(row) for row in range(3)] == ["z/0.jpg", "z/1.jpg", "z/2.jpg"]
+    from resnet_dist.checkpoints.torchvision_weights import imagenet_words
     from resnet_dist.models.class_names import imagenet_ids
-    from resnet_dist.torchvision_weights import imagenet_words
 
     words = [f"{word}, in other words {number}" for number, word in enumerate(imagenet_words())]
     rows = rows_of(0, 1)

@@ -16,31 +16,36 @@ import torch.nn.functional as F
 from dist_utils import run_ranks
 from image_files import OneProcess, encode, picture, write_split
 
-from resnet_dist.calibration import (
+from resnet_dist.config import DataConfig
+from resnet_dist.data.pixels.loader import DaliValLoader, LoaderSettings
+from resnet_dist.data.sources.scan import build_index
+from resnet_dist.data.types import IGNORED_LABEL, Batch
+from resnet_dist.distributed.runtime import Runtime
+from resnet_dist.evaluation.calibration import (
     equal_mass_bins,
     equal_width_bins,
     expected_calibration_error,
     measure_calibration,
 )
-from resnet_dist.comparison import paired_test, sign_test, student_quantile, summarize_seeds
-from resnet_dist.config import DataConfig
-from resnet_dist.confusion import find_confusions, results_per_class
-from resnet_dist.data.pixels.loader import DaliValLoader, LoaderSettings
-from resnet_dist.data.sources.scan import build_index
-from resnet_dist.data.types import IGNORED_LABEL, Batch
-from resnet_dist.distributed import Runtime
-from resnet_dist.evaluation import evaluate
-from resnet_dist.evaluation_file import (
+from resnet_dist.evaluation.comparison import (
+    paired_test,
+    sign_test,
+    student_quantile,
+    summarize_seeds,
+)
+from resnet_dist.evaluation.confusion import find_confusions, results_per_class
+from resnet_dist.evaluation.evaluation_file import (
     EvaluatedNetwork,
     describe_evaluation,
     read_evaluation,
     write_evaluation,
 )
-from resnet_dist.image_collector import Collected, ImageCollector, results_of_batch
+from resnet_dist.evaluation.image_collector import Collected, ImageCollector, results_of_batch
+from resnet_dist.evaluation.loop import evaluate
+from resnet_dist.evaluation.per_image import join_results, temperature_grid
+from resnet_dist.evaluation.predictions_file import read_predictions, write_predictions
 from resnet_dist.metrics import Counts
-from resnet_dist.per_image import join_results, temperature_grid
 from resnet_dist.precision import Precision
-from resnet_dist.predictions_file import read_predictions, write_predictions
 
 NUM, CLASSES = 400, 8
 

@@ -13,7 +13,7 @@ from resnet_dist import cli
 from resnet_dist.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from resnet_dist.forward import all_logits
 from resnet_dist.models.build import build_model
-from resnet_dist.step_memory import _Storages, measure_batch_memory, measure_step_memory
+from resnet_dist.resources.step_memory import _Storages, measure_batch_memory, measure_step_memory
 
 GIB = 2**30
 

@@ -8,10 +8,10 @@ import torch
 from dist_utils import run_app
 
 from resnet_dist import precision
-from resnet_dist.checkpoint_file import read_checkpoint, unpack_checkpoint
+from resnet_dist.checkpoints.checkpoint_file import read_checkpoint, unpack_checkpoint
+from resnet_dist.checkpoints.run_folder import newest_valid
 from resnet_dist.config import Config, TrainConfig, to_dict
 from resnet_dist.precision import Precision, resolve_precision, resolve_settings, set_arithmetic
-from resnet_dist.run_folder import newest_valid
 
 CPU = torch.device("cpu")
 AUTO = Config()

@@ -13,12 +13,17 @@ import torch
 from dist_utils import run_app
 from image_files import OneProcess, encode, picture, val_loader
 
-from resnet_dist import cli, evaluation
+from resnet_dist import cli
+from resnet_dist.checkpoints.saved_network import (
+    load_network,
+    open_network,
+    refuse_several_processes,
+)
 from resnet_dist.commands.predict import find_images
 from resnet_dist.config import Config, ModelConfig
 from resnet_dist.data.sources.scan import build_index
+from resnet_dist.evaluation import loop as evaluation
 from resnet_dist.precision import Precision
-from resnet_dist.saved_network import load_network, open_network, refuse_several_processes
 
 
 def main(arguments):

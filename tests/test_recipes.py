@@ -17,7 +17,6 @@ import torch
 import yaml
 
 from resnet_dist.cli import parse_config
-from resnet_dist.cluster import ClusterConfig
 from resnet_dist.config import Config
 from resnet_dist.data.sampling.order import steps_per_epoch
 from resnet_dist.layout import check_layout
@@ -25,9 +24,10 @@ from resnet_dist.models.build import MODELS, build_model
 from resnet_dist.models.resnet import FAMILY
 from resnet_dist.models.zoo import check_image_size
 from resnet_dist.optim import parameter_groups
-from resnet_dist.remarks import recipe_mismatch, remarks
 from resnet_dist.schedule import build_schedule, epochs_to_steps, peak_lr
-from resnet_dist.settings import setting_hints
+from resnet_dist.settings.cluster import ClusterConfig
+from resnet_dist.settings.reading import setting_hints
+from resnet_dist.settings.remarks import recipe_mismatch, remarks
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "recipes.json"

@@ -11,10 +11,10 @@ import pytest
 import torch.distributed as dist
 from dist_utils import free_port, start_app, wait_app
 
-from resnet_dist import rendezvous
 from resnet_dist.config import Config
-from resnet_dist.process import run_process
-from resnet_dist.rendezvous import Launcher, LostRankError, meet, read_launcher
+from resnet_dist.distributed import rendezvous
+from resnet_dist.distributed.process import run_process
+from resnet_dist.distributed.rendezvous import Launcher, LostRankError, meet, read_launcher
 
 WHOLE = {
     "RANK": "1",

@@ -12,7 +12,7 @@ import pytest
 from resnet_dist.commands import report
 from resnet_dist.commands.report_input import Evaluated
 from resnet_dist.commands.report_text import describe_pair
-from resnet_dist.evaluation_file import EvaluatedNetwork
+from resnet_dist.evaluation.evaluation_file import EvaluatedNetwork
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 
-from resnet_dist import resume_rules
+from resnet_dist.checkpoints import resume_rules
+from resnet_dist.checkpoints.resume_rules import CHANGED_WITH_A_WARNING, FREE_TO_CHANGE, flatten
 from resnet_dist.config import Config, ModelConfig, to_dict
-from resnet_dist.resume_rules import CHANGED_WITH_A_WARNING, FREE_TO_CHANGE, flatten
 
 
 def test_weights_of_another_network_with_the_same_tensors_are_noticed():

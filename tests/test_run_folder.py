@@ -8,9 +8,9 @@ import pytest
 import torch
 from checkpoint_utils import FACTS, make_saver, make_state, save_steps
 
-from resnet_dist import checkpoint, checkpoint_file
-from resnet_dist.checkpoint_file import digest_path, read_checkpoint, unpack_checkpoint
-from resnet_dist.run_folder import (
+from resnet_dist.checkpoints import checkpoint, checkpoint_file
+from resnet_dist.checkpoints.checkpoint_file import digest_path, read_checkpoint, unpack_checkpoint
+from resnet_dist.checkpoints.run_folder import (
     Claim,
     find_checkpoint,
     find_step,

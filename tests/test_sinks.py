@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from resnet_dist import log as log_module
 from resnet_dist.config import LogConfig
-from resnet_dist.log import build_log
-from resnet_dist.pictures import to_png
-from resnet_dist.sinks import background, wandb_mode
-from resnet_dist.sinks import wandb as wandb_sink
-from resnet_dist.sinks.base import Picture, Table
+from resnet_dist.evaluation.pictures import to_png
+from resnet_dist.logs import log as log_module
+from resnet_dist.logs.log import build_log
+from resnet_dist.logs.sinks import background, wandb_mode
+from resnet_dist.logs.sinks import wandb as wandb_sink
+from resnet_dist.logs.sinks.base import Picture, Table
 
 
 def lines(folder):
@@ -227,7 +227,7 @@ def in_process(tmp_path, code, **environment):
         "import os, sys, time\n"
         "from pathlib import Path\n"
         "from resnet_dist import log as m\n"
-        "from resnet_dist.sinks import wandb as w\n"
+        "from resnet_dist.logs.sinks import wandb as w\n"
         "from resnet_dist.config import LogConfig\n"
     )
     done = subprocess.run(
@@ -250,8 +250,8 @@ print("decided", flush=True)
 for step in STEPS:
     log.metrics(step, {"train/epoch": step / 10, "train/loss": float(step), "train/top1": 1.0})
 from PIL import Image
-from resnet_dist.pictures import to_png
-from resnet_dist.sinks.base import CheckpointFile, ConfusionMatrix, Picture, Table
+from resnet_dist.evaluation.pictures import to_png
+from resnet_dist.logs.sinks.base import CheckpointFile, ConfusionMatrix, Picture, Table
 if log.start_step == 0:
     Path("best.pt").write_bytes(b"weights")
     log.attach(30, "samples", Picture(to_png(Image.new("RGB", (6, 4))), "a caption"))

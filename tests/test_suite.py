@@ -17,8 +17,8 @@ from dist_utils import run_app
 from PIL import Image
 
 from resnet_dist.config import Config, DataConfig, ModelConfig
-from resnet_dist.evaluation_sets import arrays, corruptions
-from resnet_dist.evaluation_sets.suite_file import read_suite
+from resnet_dist.evaluation.sets import arrays, corruptions
+from resnet_dist.evaluation.sets.suite_file import read_suite
 from resnet_dist.models.build import build_model
 from resnet_dist.models.class_names import imagenet_ids
 

@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 from wandb_server import Server
 
-from resnet_dist import log as log_module
+from resnet_dist.logs import log as log_module
 
 pytest.importorskip("wandb")
 
 SESSION = """
 import os, sys, time
-from resnet_dist import log as m
-from resnet_dist.sinks import wandb as w
+from resnet_dist.logs import log as m
+from resnet_dist.logs.sinks import wandb as w
 from resnet_dist.config import LogConfig
 start, stop, w._FINISH_SECONDS = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 m.CLOSE_SECONDS = 120 + w._FINISH_SECONDS

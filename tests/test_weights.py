@@ -12,7 +12,8 @@ import torch
 import torchvision
 from torch import nn
 
-from resnet_dist.checkpoint_file import read_checkpoint, unpack_weights
+from resnet_dist.checkpoints.checkpoint_file import read_checkpoint, unpack_weights
+from resnet_dist.checkpoints.torchvision_weights import download_weights
 from resnet_dist.models import weights
 from resnet_dist.models.build import MODELS
 from resnet_dist.models.resnet import FAMILY
@@ -22,7 +23,6 @@ from resnet_dist.models.weights import (
     head_modules,
     load_weights,
 )
-from resnet_dist.torchvision_weights import download_weights
 
 
 def network(num_classes=5, name="resnet20"):

@@ -21,13 +21,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resnet_dist import engine
-from resnet_dist.checkpoint import TrainState, copy_to_cpu
-from resnet_dist.checkpoint_file import (
+from resnet_dist.checkpoints.checkpoint import TrainState, copy_to_cpu
+from resnet_dist.checkpoints.checkpoint_file import (
     FORMAT,
     read_checkpoint,
     unpack_checkpoint,
     write_checkpoint,
 )
+from resnet_dist.checkpoints.state import build_state, wrap_ddp
 from resnet_dist.config import (
     AugmentConfig,
     Config,
@@ -39,7 +40,7 @@ from resnet_dist.config import (
 from resnet_dist.data.sources.digits import load_digits
 from resnet_dist.data.types import Batch
 from resnet_dist.engine import train_step
-from resnet_dist.evaluation import evaluate
+from resnet_dist.evaluation.loop import evaluate
 from resnet_dist.mix import mix_images
 from resnet_dist.models.build import build_model
 from resnet_dist.models.init import init_weights
@@ -48,7 +49,6 @@ from resnet_dist.models.zoo import ZOO, check_image_size
 from resnet_dist.nonfinite import NonFinite
 from resnet_dist.optim import build_optimizer
 from resnet_dist.precision import DTYPES, Precision
-from resnet_dist.state import build_state, wrap_ddp
 
 CPU = torch.device("cpu")
 # Parameters for 1000 classes that torchvision does not publish. LeNet-5: LeCun et al. 1998, section

@@ -19,21 +19,21 @@ import torch
 import torch.nn.functional as F
 
 from resnet_dist import engine
-from resnet_dist.checkpoint import Saver
+from resnet_dist.checkpoints.checkpoint import Saver
+from resnet_dist.checkpoints.restore import checkpoint_folder
 from resnet_dist.commands.benchmark_parts import build_training, host_seconds, step_on_one_batch
 from resnet_dist.commands.device_rates import measure_device
 from resnet_dist.commands.energy import EnergyMeter
 from resnet_dist.config import Config
 from resnet_dist.data.types import Batch
-from resnet_dist.distributed import Runtime, StopSignal
+from resnet_dist.distributed.runtime import Runtime, StopSignal
 from resnet_dist.engine import Services, Training
 from resnet_dist.forward import all_logits
 from resnet_dist.layout import check_layout
-from resnet_dist.log import Log
-from resnet_dist.memory import peak_memory
+from resnet_dist.logs.log import Log
 from resnet_dist.precision import set_arithmetic
-from resnet_dist.restore import checkpoint_folder
-from resnet_dist.step_cost import count_step
+from resnet_dist.resources.memory import peak_memory
+from resnet_dist.resources.step_cost import count_step
 
 
 @dataclass(frozen=True)

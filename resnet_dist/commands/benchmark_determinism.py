@@ -23,7 +23,7 @@ from resnet_dist.commands.benchmark_parts import (
     time_in_turns,
 )
 from resnet_dist.config import Config
-from resnet_dist.distributed import Runtime
+from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.precision import set_arithmetic
 
 _COMPARED_STEPS = 8

@@ -27,7 +27,7 @@ from resnet_dist.data.pixels.decoding import ImageDecoding
 from resnet_dist.data.pixels.loader import DaliTrainLoader
 from resnet_dist.data.pixels.read import Encoded, ReadLimits
 from resnet_dist.data.sources.index import Index
-from resnet_dist.distributed import Runtime
+from resnet_dist.distributed.runtime import Runtime
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from resnet_dist.commands.benchmark import peak_memory_gib
 from resnet_dist.commands.benchmark_parts import build_training, step_on_one_batch, time_steps
 from resnet_dist.commands.device_rates import matrix_dtype, matrix_rate
 from resnet_dist.config import Config
-from resnet_dist.distributed import Runtime
+from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.files import write_file
 from resnet_dist.precision import resolve_precision, set_arithmetic
-from resnet_dist.step_cost import count_step
+from resnet_dist.resources.step_cost import count_step
 from resnet_dist.text import printable
 
 _COLUMNS = (

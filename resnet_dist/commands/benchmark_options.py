@@ -8,8 +8,8 @@ from typing import Annotated, TypeAlias
 
 from jsonargparse import Namespace
 
-from resnet_dist.config_rules import AtLeast
-from resnet_dist.options import Parser
+from resnet_dist.settings.options import Parser
+from resnet_dist.settings.rules import AtLeast
 
 _Count: TypeAlias = Annotated[int, AtLeast(1)]
 

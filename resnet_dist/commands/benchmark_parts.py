@@ -8,18 +8,18 @@ from dataclasses import replace
 import torch
 
 from resnet_dist import engine
+from resnet_dist.checkpoints.state import build_state, wrap_ddp
 from resnet_dist.commands.device_rates import synchronize
 from resnet_dist.compilation import refusal, start_compiler
 from resnet_dist.config import Config
 from resnet_dist.data.build import build_train_loader
 from resnet_dist.data.types import Batch
-from resnet_dist.distributed import Runtime
+from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.engine import Training
 from resnet_dist.nonfinite import NonFinite
 from resnet_dist.plan import build_plan
 from resnet_dist.run import build_update_rule, first_shape
 from resnet_dist.schedule import build_schedule
-from resnet_dist.state import build_state, wrap_ddp
 
 NEVER = 10**9
 """more steps than a benchmark does"""

@@ -10,7 +10,7 @@ from resnet_dist.commands.benchmark_parts import Step, build_training, step_on_o
 from resnet_dist.commands.device_rates import synchronize
 from resnet_dist.commands.trace_table import ProfileTable, build_table, format_table, read_trace
 from resnet_dist.config import Config
-from resnet_dist.distributed import Runtime
+from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.files import write_file
 from resnet_dist.precision import set_arithmetic
 from resnet_dist.text import printable

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from resnet_dist.addresses import is_url
-from resnet_dist.options import Parser
+from resnet_dist.settings.options import Parser
 from resnet_dist.text import printable
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from resnet_dist.distributed import Runtime
+from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.precision import has_fast_bf16
 
 # Each rate is the median of so many measurements of this length.

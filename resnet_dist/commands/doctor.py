@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 import torch
 
+from resnet_dist.checkpoints.restore import checkpoint_folder
 from resnet_dist.commands.doctor_bench import (
     check_all_reduce,
     check_matrix_rate,
@@ -25,16 +26,15 @@ from resnet_dist.config import Config
 from resnet_dist.data.build import build_loaders
 from resnet_dist.data.pixels.probe import describe_dali_wheels, describe_jpeg_decoder
 from resnet_dist.data.sources.index import check_num_classes
-from resnet_dist.distributed import Runtime
+from resnet_dist.distributed.process import run_process
+from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.layout import check_layout
-from resnet_dist.memory import available_memory
+from resnet_dist.logs.sinks.wandb_mode import why_offline
 from resnet_dist.models.build import build_model
 from resnet_dist.precision import has_fast_bf16
-from resnet_dist.process import run_process
-from resnet_dist.restore import checkpoint_folder
+from resnet_dist.resources.memory import available_memory
+from resnet_dist.resources.step_memory import measure_step_memory
 from resnet_dist.schedule import peak_lr
-from resnet_dist.sinks.wandb_mode import why_offline
-from resnet_dist.step_memory import measure_step_memory
 from resnet_dist.text import printable
 
 LEVELS = ("ok", "warning", "error")

@@ -23,7 +23,7 @@ from resnet_dist.config import Config
 from resnet_dist.data.build import build_train_loader
 from resnet_dist.data.pixels.loader import DaliTrainLoader
 from resnet_dist.data.pixels.read import READ_THREADS, load, read_limits
-from resnet_dist.distributed import Runtime
+from resnet_dist.distributed.runtime import Runtime
 
 # A rank below this share of the median is an outlier.
 _OUTLIER = 0.85

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from resnet_dist.console import Progress
 from resnet_dist.files import write_file_unsynced
+from resnet_dist.logs.console import Progress
 
 if TYPE_CHECKING:
     import numpy as np

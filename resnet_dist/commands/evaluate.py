@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from resnet_dist import evaluation
+from resnet_dist.checkpoints.saved_network import SavedNetwork, build_network, load_into
 from resnet_dist.commands.evaluate_details import (
     DetailFiles,
     DetailWriter,
@@ -24,21 +24,21 @@ from resnet_dist.commands.evaluate_details import (
 from resnet_dist.config import Config, DataConfig
 from resnet_dist.data.build import build_val_loader
 from resnet_dist.data.types import ValLoader
-from resnet_dist.distributed import Runtime
-from resnet_dist.evaluation_file import EvaluatedNetwork
-from resnet_dist.evaluation_sets.classes import (
+from resnet_dist.distributed.process import run_process
+from resnet_dist.distributed.runtime import Runtime
+from resnet_dist.evaluation import loop as evaluation
+from resnet_dist.evaluation.evaluation_file import EvaluatedNetwork
+from resnet_dist.evaluation.sets.classes import (
     Classes,
     ClassMap,
     ClassMask,
     RelabelledLoader,
     map_classes,
 )
-from resnet_dist.evaluation_sets.layouts import open_folder
+from resnet_dist.evaluation.sets.layouts import open_folder
 from resnet_dist.metrics import Counts
 from resnet_dist.models.zoo import check_image_size
 from resnet_dist.precision import Precision
-from resnet_dist.process import run_process
-from resnet_dist.saved_network import SavedNetwork, build_network, load_into
 from resnet_dist.text import printable
 
 Results = dict[str, Any]

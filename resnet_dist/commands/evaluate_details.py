@@ -5,10 +5,14 @@ from pathlib import Path
 
 from resnet_dist.config import DataConfig
 from resnet_dist.data.types import ValLoader
-from resnet_dist.distributed import Runtime
-from resnet_dist.evaluation_file import EvaluatedNetwork, describe_evaluation, write_evaluation
-from resnet_dist.image_collector import Collected, ImageCollector
-from resnet_dist.predictions_file import check_can_write_predictions, write_predictions
+from resnet_dist.distributed.runtime import Runtime
+from resnet_dist.evaluation.evaluation_file import (
+    EvaluatedNetwork,
+    describe_evaluation,
+    write_evaluation,
+)
+from resnet_dist.evaluation.image_collector import Collected, ImageCollector
+from resnet_dist.evaluation.predictions_file import check_can_write_predictions, write_predictions
 from resnet_dist.text import printable
 
 

@@ -15,16 +15,23 @@ from typing import Any
 
 from torch import nn
 
+from resnet_dist.checkpoints.saved_network import (
+    SavedNetwork,
+    build_network,
+    load_into,
+    preferred_kind,
+)
 from resnet_dist.commands.evaluate import count_mapped, hint_at_guessing, print_remarks
 from resnet_dist.config import Config
 from resnet_dist.data.types import ValLoader
-from resnet_dist.distributed import Runtime
-from resnet_dist.evaluation_sets.classes import ClassMap, map_classes
-from resnet_dist.evaluation_sets.known_sets import Part, parts_of
-from resnet_dist.evaluation_sets.label_sets import LabelSetCounter, read_label_sets, sets_of_rows
-from resnet_dist.evaluation_sets.layouts import index_of
-from resnet_dist.evaluation_sets.suite_file import SuiteEntry, read_suite
-from resnet_dist.evaluation_sets.suite_results import (
+from resnet_dist.distributed.process import run_process
+from resnet_dist.distributed.runtime import Runtime
+from resnet_dist.evaluation.sets.classes import ClassMap, map_classes
+from resnet_dist.evaluation.sets.known_sets import Part, parts_of
+from resnet_dist.evaluation.sets.label_sets import LabelSetCounter, read_label_sets, sets_of_rows
+from resnet_dist.evaluation.sets.layouts import index_of
+from resnet_dist.evaluation.sets.suite_file import SuiteEntry, read_suite
+from resnet_dist.evaluation.sets.suite_results import (
     PartCounts,
     SetResult,
     format_csv,
@@ -33,8 +40,6 @@ from resnet_dist.evaluation_sets.suite_results import (
 )
 from resnet_dist.files import write_file
 from resnet_dist.models.zoo import check_image_size
-from resnet_dist.process import run_process
-from resnet_dist.saved_network import SavedNetwork, build_network, load_into, preferred_kind
 from resnet_dist.text import printable
 
 _STEM = "suite"

@@ -17,9 +17,13 @@ import torch
 from torch import nn
 
 from resnet_dist import __version__
+from resnet_dist.checkpoints.saved_network import (
+    SavedNetwork,
+    load_network,
+    refuse_several_processes,
+)
 from resnet_dist.config import Config, ModelConfig
 from resnet_dist.files import replace_file
-from resnet_dist.saved_network import SavedNetwork, load_network, refuse_several_processes
 from resnet_dist.text import printable
 
 TOLERANCE = 1e-4

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, cast
 
-from resnet_dist.console import Progress
 from resnet_dist.data.sources.pack import ImageSource, PackOptions, pack
 from resnet_dist.files import write_file, write_file_unsynced
+from resnet_dist.logs.console import Progress
 from resnet_dist.models.class_names import WORDS_FILE, format_words
 from resnet_dist.text import printable
 

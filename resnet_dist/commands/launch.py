@@ -18,8 +18,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 
+from resnet_dist.distributed.watchdog import EXIT_LOST_RANK
 from resnet_dist.text import printable
-from resnet_dist.watchdog import EXIT_LOST_RANK
 
 _TIMEOUT_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 

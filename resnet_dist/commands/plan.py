@@ -13,10 +13,10 @@ from resnet_dist.config import Config
 from resnet_dist.data.sources.digits import NUM_TRAIN_DIGITS
 from resnet_dist.data.sources.scan import SingleProcess, build_index
 from resnet_dist.layout import check_layout
-from resnet_dist.options import print_error
+from resnet_dist.resources.step_cost import count_step
+from resnet_dist.resources.step_memory import StepMemory, measure_batch_memory
 from resnet_dist.schedule import epochs_to_steps, peak_lr
-from resnet_dist.step_cost import count_step
-from resnet_dist.step_memory import StepMemory, measure_batch_memory
+from resnet_dist.settings.options import print_error
 
 _GIB = 2**30
 

@@ -16,16 +16,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from resnet_dist import evaluation
+from resnet_dist.checkpoints.saved_network import (
+    SavedNetwork,
+    load_network,
+    refuse_several_processes,
+)
 from resnet_dist.config import Config
 from resnet_dist.data.build import build_val_loader
 from resnet_dist.data.sources.index import SUFFIXES, list_files, some
 from resnet_dist.data.types import IGNORED_LABEL
-from resnet_dist.distributed import Runtime
+from resnet_dist.distributed.process import run_process
+from resnet_dist.distributed.runtime import Runtime
+from resnet_dist.evaluation import loop as evaluation
 from resnet_dist.models.class_names import words_of
 from resnet_dist.precision import Precision
-from resnet_dist.process import run_process
-from resnet_dist.saved_network import SavedNetwork, load_network, refuse_several_processes
 from resnet_dist.text import printable
 
 SIGPIPE_EXIT_CODE = 141

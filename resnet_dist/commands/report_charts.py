@@ -8,9 +8,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from resnet_dist.calibration import Bin
 from resnet_dist.commands.report_markup import element, text
-from resnet_dist.history import Curve
+from resnet_dist.evaluation.calibration import Bin
+from resnet_dist.logs.history import Curve
 
 NUM_COLORS = 6
 """Number of colors in the style sheet; more lines use them again."""

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from resnet_dist.calibration import Calibration, TemperatureScaling
 from resnet_dist.commands.report_charts import histogram, reliability_diagram
 from resnet_dist.commands.report_input import Evaluated
 from resnet_dist.commands.report_markup import element, folded, table, text
-from resnet_dist.confusion import ClassResult
-from resnet_dist.evaluation_file import EvaluationDetails, GalleryEntry
-from resnet_dist.intervals import Interval, wilson_interval
+from resnet_dist.evaluation.calibration import Calibration, TemperatureScaling
+from resnet_dist.evaluation.confusion import ClassResult
+from resnet_dist.evaluation.evaluation_file import EvaluationDetails, GalleryEntry
+from resnet_dist.evaluation.intervals import Interval, wilson_interval
 from resnet_dist.metrics import FIRST_TOP5_CLASSES
 
 # How much of a list is shown at once.

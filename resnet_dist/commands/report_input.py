@@ -8,19 +8,19 @@ from typing import Any
 
 import yaml
 
-from resnet_dist.comparison import PairedTest, paired_test
+from resnet_dist.checkpoints.resume_rules import FREE_TO_CHANGE
 from resnet_dist.data.arrays import BoolArray
-from resnet_dist.evaluation_file import (
+from resnet_dist.evaluation.comparison import PairedTest, paired_test
+from resnet_dist.evaluation.evaluation_file import (
     EVALUATION_FILE,
     EvaluatedNetwork,
     EvaluationDetails,
     read_evaluation,
 )
-from resnet_dist.history import RunHistory, read_run
-from resnet_dist.intervals import Interval, wilson_interval
-from resnet_dist.predictions_file import read_predictions
-from resnet_dist.resume_rules import FREE_TO_CHANGE
-from resnet_dist.sinks.wandb import URL_FILE
+from resnet_dist.evaluation.intervals import Interval, wilson_interval
+from resnet_dist.evaluation.predictions_file import read_predictions
+from resnet_dist.logs.history import RunHistory, read_run
+from resnet_dist.logs.sinks.wandb import URL_FILE
 from resnet_dist.text import printable
 
 

@@ -16,7 +16,7 @@ from resnet_dist.commands.report_text import (
     describe_pair,
     describe_slow_rank,
 )
-from resnet_dist.history import Curve, Evaluation
+from resnet_dist.logs.history import Curve, Evaluation
 from resnet_dist.text import printable
 
 _PANELS = {

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resnet_dist.history import Curve, RunHistory
+from resnet_dist.logs.history import Curve, RunHistory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

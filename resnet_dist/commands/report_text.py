@@ -13,9 +13,9 @@ from resnet_dist.commands.report_input import (
     group_by_recipe,
 )
 from resnet_dist.commands.report_plots import SPLITS
-from resnet_dist.comparison import difference_of_means, summarize_seeds
-from resnet_dist.history import Evaluation, RunHistory
-from resnet_dist.intervals import Interval, difference_interval
+from resnet_dist.evaluation.comparison import difference_of_means, summarize_seeds
+from resnet_dist.evaluation.intervals import Interval, difference_interval
+from resnet_dist.logs.history import Evaluation, RunHistory
 from resnet_dist.text import printable
 
 

@@ -15,9 +15,9 @@ from resnet_dist.config import Config, DataConfig
 from resnet_dist.data.build import build_train_loader, build_val_loader
 from resnet_dist.data.pixels.loader import DaliTrainLoader, DaliValLoader
 from resnet_dist.data.types import Batch
-from resnet_dist.distributed import Runtime
-from resnet_dist.pictures import Tile, contact_sheet, to_levels
-from resnet_dist.process import run_process
+from resnet_dist.distributed.process import run_process
+from resnet_dist.distributed.runtime import Runtime
+from resnet_dist.evaluation.pictures import Tile, contact_sheet, to_levels
 
 
 class _TitledBatch(NamedTuple):

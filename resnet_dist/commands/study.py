@@ -20,8 +20,8 @@ import yaml
 from resnet_dist import __version__
 from resnet_dist.commands.study_page import describe_study, write_page
 from resnet_dist.files import write_file
-from resnet_dist.history import RunHistory, read_run
-from resnet_dist.settings import SettingsLoader
+from resnet_dist.logs.history import RunHistory, read_run
+from resnet_dist.settings.reading import SettingsLoader
 from resnet_dist.study import (
     Study,
     Trial,

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from resnet_dist.comparison import SeedSummary
+from resnet_dist.evaluation.comparison import SeedSummary
 from resnet_dist.files import write_file
 from resnet_dist.study import (
     Result,

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from resnet_dist.console import Progress
 from resnet_dist.data.pixels.dali import Decoder, LoadedJob, Portion, windows_to_torch
 from resnet_dist.data.pixels.read import Encoded, examine, read_image_bytes
 from resnet_dist.data.sampling.crops import Geometry, whole_windows
@@ -27,6 +26,7 @@ from resnet_dist.data.sampling.jobs import val_job
 from resnet_dist.data.sources.index import Index
 from resnet_dist.data.sources.pack import open_splits
 from resnet_dist.files import write_file
+from resnet_dist.logs.console import Progress
 from resnet_dist.text import printable
 
 KINDS = (

@@ -16,7 +16,7 @@ from resnet_dist.data.sources.index import Index, check_same_classes
 from resnet_dist.data.sources.scan import build_index
 from resnet_dist.data.sources.val_index import build_val_index
 from resnet_dist.data.types import TrainLoader, ValLoader
-from resnet_dist.distributed import Runtime
+from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.precision import DTYPES, resolve_precision
 
 _MOST_GPU_THREADS = 8

@@ -27,7 +27,7 @@ from resnet_dist.launch.status import show_job
 from resnet_dist.text import printable
 
 if TYPE_CHECKING:
-    from resnet_dist.distributed import Runtime
+    from resnet_dist.distributed.runtime import Runtime
 
 Verdict = Literal["requeue", "go on", "wait", "stop"]
 """What follows a signal and its checkpoint. wait: SLURM ends the job, and decides what then."""
@@ -107,7 +107,7 @@ class RankTask:
                 flush=True,
             )
 
-        from resnet_dist.process import run_process
+        from resnet_dist.distributed.process import run_process
 
         signals = SignalJudge(job.job_id)
         body = functools.partial(preflight_and_train, should_continue=signals.should_continue)
@@ -201,7 +201,7 @@ def end_rank(
     Raises:
         RuntimeError: The training failed, or may not be requeued.
     """
-    from resnet_dist.watchdog import EXIT_LOST_RANK
+    from resnet_dist.distributed.watchdog import EXIT_LOST_RANK
 
     if code == 0:
         return

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from resnet_dist.cluster import ClusterConfig
+from resnet_dist.settings.cluster import ClusterConfig
 from resnet_dist.text import printable
 
 _NAME_OF_A_DIRECTIVE = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")

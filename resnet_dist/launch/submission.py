@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from resnet_dist.cluster import ClusterConfig, count_ranks, seed_list
 from resnet_dist.config import Config, DataConfig
 from resnet_dist.launch.rank import RankTask
 from resnet_dist.launch.script import (
@@ -24,6 +23,7 @@ from resnet_dist.launch.script import (
     setup_lines,
 )
 from resnet_dist.launch.status import BatchJob, wait
+from resnet_dist.settings.cluster import ClusterConfig, count_ranks, seed_list
 from resnet_dist.text import printable
 
 # The repository, or site-packages where the package is installed.
@@ -61,7 +61,7 @@ def submit_jobs(configs: list[Config], cluster: ClusterConfig, command: str) -> 
             print(f"warning: {printable(warning)}", file=sys.stderr, flush=True)
     if cluster.executor == "debug":
         from resnet_dist import run
-        from resnet_dist.process import run_process
+        from resnet_dist.distributed.process import run_process
 
         return run_process(configs[0], run.train, resolve_auto=False)
 
@@ -358,8 +358,8 @@ def forecast(config: Config, nodes: int, world_size: int) -> str:
 
 def _forecast_of_steps(config: Config) -> str:
     """Describe the number of steps, if the data can be read on this machine."""
-    from resnet_dist import distributed
     from resnet_dist.data.build import build_train_loader
+    from resnet_dist.distributed import runtime as distributed
     from resnet_dist.plan import build_plan
 
     runtime = distributed.start("cpu")

@@ -9,9 +9,9 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
+from resnet_dist.checkpoints.torchvision_weights import imagenet_words
 from resnet_dist.files import write_file
 from resnet_dist.text import printable
-from resnet_dist.torchvision_weights import imagenet_words
 
 WORDS_FILE = "class_words.tsv"
 """Name of the file in a data folder with the words of its classes: a line `<folder>TAB<words>` for

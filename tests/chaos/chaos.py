@@ -56,8 +56,8 @@ from faults import (
 
 # Imported before the ranks are forked, so that none of them has to do it.
 import resnet_dist.run  # noqa: F401
-from resnet_dist.checkpoint_file import read_checkpoint, unpack_checkpoint
-from resnet_dist.watchdog import EXIT_LOST_RANK
+from resnet_dist.checkpoints.checkpoint_file import read_checkpoint, unpack_checkpoint
+from resnet_dist.distributed.watchdog import EXIT_LOST_RANK
 
 STOP_TIMEOUT_SECONDS = 12.0
 """distributed.timeout_s of an attempt in which a rank is stopped."""

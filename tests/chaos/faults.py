@@ -15,8 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from resnet_dist import checkpoint, cli, engine
-from resnet_dist.watchdog import EXIT_LOST_RANK
+from resnet_dist import cli, engine
+from resnet_dist.checkpoints import checkpoint
+from resnet_dist.distributed.watchdog import EXIT_LOST_RANK
 
 RANKS = 2
 STEPS_PER_EPOCH = 12

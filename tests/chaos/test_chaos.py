@@ -8,7 +8,7 @@ import pytest
 from chaos import Round, differences, draw, final_state, other_ranks, run_undisturbed
 from faults import FAULTS, FILE_FAULTS
 
-from resnet_dist.checkpoint_file import write_checkpoint
+from resnet_dist.checkpoints.checkpoint_file import write_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,10 @@ import torch
 from dist_utils import options, run_app, small_run, start_app, wait_app, wait_for_step
 from PIL import Image
 
-from resnet_dist import checkpoint, cli, engine
+from resnet_dist import cli, engine
+from resnet_dist.checkpoints import checkpoint
+from resnet_dist.checkpoints.run_folder import newest_valid
 from resnet_dist.data.sampling.order import rows_at
-from resnet_dist.run_folder import newest_valid
 
 SMALL = small_run(train__epochs=1, schedule__warmup_epochs=0.5)
 

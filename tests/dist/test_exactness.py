@@ -26,7 +26,7 @@ from dist_utils import (
 from image_files import encode, picture, write_split
 
 from resnet_dist import cli
-from resnet_dist.checkpoint_file import read_checkpoint, unpack_checkpoint
+from resnet_dist.checkpoints.checkpoint_file import read_checkpoint, unpack_checkpoint
 
 STEPS = 24
 

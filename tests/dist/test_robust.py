@@ -21,7 +21,7 @@ from test_exactness import assert_same_run, final, kill_at, metrics, resumed_ste
 from test_loader import assert_same, steps
 
 from resnet_dist.data.sources.scan import build_index
-from resnet_dist.distributed import Runtime
+from resnet_dist.distributed.runtime import Runtime
 
 # six steps of eight: no tail, every file in every epoch
 N, N_VAL = 48, 31

@@ -12,8 +12,10 @@ import pytest
 import torch
 from dist_utils import options, small_run, start_app, wait_app, wait_for_step
 
-from resnet_dist import cli, distributed, engine, watchdog
-from resnet_dist.watchdog import EXIT_LOST_RANK
+from resnet_dist import cli, engine
+from resnet_dist.distributed import runtime as distributed
+from resnet_dist.distributed import watchdog
+from resnet_dist.distributed.watchdog import EXIT_LOST_RANK
 
 SMALL = small_run(train__epochs=20, checkpoint__interval_steps=5, distributed__timeout_s=600)
 

@@ -24,7 +24,7 @@ from dist_utils import (
 )
 
 from resnet_dist import cli
-from resnet_dist.checkpoint_file import read_checkpoint, unpack_checkpoint
+from resnet_dist.checkpoints.checkpoint_file import read_checkpoint, unpack_checkpoint
 from resnet_dist.models.build import MODELS
 
 NAME = "torchvision:resnet18:IMAGENET1K_V1"

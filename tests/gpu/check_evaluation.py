@@ -10,10 +10,10 @@ import torch
 from check_data import CPU, config_of, levels, runtime_on
 from torch import nn
 
-from resnet_dist.evaluation import count_logits
-from resnet_dist.evaluation_sets.arrays import ArrayLoader, ImageArrays
-from resnet_dist.evaluation_sets.classes import ClassMask, RelabelledLoader, map_classes
-from resnet_dist.evaluation_sets.label_sets import LabelSetCounter
+from resnet_dist.evaluation.loop import count_logits
+from resnet_dist.evaluation.sets.arrays import ArrayLoader, ImageArrays
+from resnet_dist.evaluation.sets.classes import ClassMask, RelabelledLoader, map_classes
+from resnet_dist.evaluation.sets.label_sets import LabelSetCounter
 
 CLASSES = tuple("abcde")
 OUTPUTS = tuple("xedcba")

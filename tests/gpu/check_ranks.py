@@ -17,8 +17,8 @@ from places import ROOT, Place, SkippedCheckError
 import torch
 import torch.distributed as dist
 
+from resnet_dist.distributed.watchdog import EXIT_LOST_RANK
 from resnet_dist.models.sync_batch_norm import SyncBatchNorm
-from resnet_dist.watchdog import EXIT_LOST_RANK
 
 
 def norm_on_two_ranks(place: Place, folder: Path) -> str:

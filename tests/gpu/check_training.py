@@ -30,13 +30,13 @@ from torch import nn
 from resnet_dist import compilation, engine
 from resnet_dist.commands.benchmark_parts import build_training, step_on_one_batch
 from resnet_dist.config import AugmentConfig, Config, DataConfig, OptimConfig, to_dict
-from resnet_dist.distributed import Runtime
+from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.engine import Training
 from resnet_dist.models import sync_batch_norm
 from resnet_dist.nonfinite import NonFinite
 from resnet_dist.optim import build_optimizer
-from resnet_dist.out_of_memory import out_of_memory_error
 from resnet_dist.precision import set_arithmetic
+from resnet_dist.resources.out_of_memory import out_of_memory_error
 
 
 @contextlib.contextmanager
@@ -253,7 +253,8 @@ def _with_batch(config: Config, global_batch_size: int) -> Config:
 CHILD = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-from resnet_dist import engine, process, run
+from resnet_dist import engine, run
+from resnet_dist.distributed import process
 from resnet_dist.config import Config
 
 config = Config.from_yaml(sys.argv[2])

@@ -17,9 +17,9 @@ for folder in (ROOT, ROOT / "tests"):
 
 import torch  # noqa: E402
 
-from resnet_dist import distributed  # noqa: E402
 from resnet_dist.config import Config, DataConfig, ModelConfig, TrainConfig  # noqa: E402
-from resnet_dist.distributed import Runtime  # noqa: E402
+from resnet_dist.distributed import runtime as distributed  # noqa: E402
+from resnet_dist.distributed.runtime import Runtime  # noqa: E402
 from resnet_dist.precision import resolve_settings  # noqa: E402
 
 

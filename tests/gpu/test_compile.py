@@ -10,13 +10,13 @@ import torch
 from dist_utils import equal_trees
 from test_engine import NoSync, make_batch, rule_of
 
-from resnet_dist.checkpoint_file import read_checkpoint, unpack_checkpoint
+from resnet_dist.checkpoints.checkpoint_file import read_checkpoint, unpack_checkpoint
+from resnet_dist.checkpoints.state import build_state
 from resnet_dist.compilation import start_compiler
 from resnet_dist.config import Config, ModelConfig, TrainConfig
-from resnet_dist.distributed import Runtime
+from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.engine import train_step
 from resnet_dist.nonfinite import NonFinite
-from resnet_dist.state import build_state
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(

@@ -24,7 +24,7 @@ import torch
 from dist_utils import options, run_app, small_run
 
 from resnet_dist import cli
-from resnet_dist.checkpoint_file import read_checkpoint, unpack_checkpoint
+from resnet_dist.checkpoints.checkpoint_file import read_checkpoint, unpack_checkpoint
 from resnet_dist.data.sources.digits import write_digits
 from resnet_dist.launch import status
 

@@ -30,8 +30,8 @@ from resnet_dist.data.pixels.quarantine import Quarantine
 from resnet_dist.data.pixels.remote_read import build_reader
 from resnet_dist.data.sampling.jobs import val_job
 from resnet_dist.data.sources.index import Index
-from resnet_dist.distributed import Runtime
-from resnet_dist.host_memory import free_host_memory
+from resnet_dist.distributed.runtime import Runtime
+from resnet_dist.resources.host_memory import free_host_memory
 from resnet_dist.text import memory_size
 
 _SHARE_OF_HOST = 0.5

@@ -31,7 +31,7 @@ from resnet_dist.data.sampling.crops import Geometry
 from resnet_dist.data.sampling.jobs import job_geometry
 from resnet_dist.data.sources.index import Index
 from resnet_dist.data.types import Job
-from resnet_dist.decoder_warnings import current_warnings
+from resnet_dist.logs.decoder_warnings import current_warnings
 
 # Batches whose files are being read while an earlier one is decoded.
 _READ_AHEAD = 2

@@ -10,7 +10,7 @@ import torch
 
 from resnet_dist.config import DataConfig
 from resnet_dist.data.arrays import IntArray
-from resnet_dist.host_memory import free_host_memory
+from resnet_dist.resources.host_memory import free_host_memory
 from resnet_dist.text import memory_size
 
 _SHARE_OF_HOST = 0.25

@@ -10,7 +10,7 @@ from collections import deque
 
 from resnet_dist.data.pixels.dali import Decoder, Portion
 from resnet_dist.data.sources.index import Index
-from resnet_dist.decoder_warnings import DecoderWarnings
+from resnet_dist.logs.decoder_warnings import DecoderWarnings
 from resnet_dist.text import printable
 
 _MOST_NAMED = 20

@@ -22,7 +22,6 @@ import numpy as np
 from PIL import Image
 
 from resnet_dist.addresses import is_url
-from resnet_dist.console import Progress
 from resnet_dist.data.pixels.image_header import find_fault, image_size
 from resnet_dist.data.sampling.order import rows_at
 from resnet_dist.data.sources.index import PACK_PLAN, SHARD_INDEX, Index
@@ -31,6 +30,7 @@ from resnet_dist.data.sources.scan import SingleProcess, build_index
 from resnet_dist.data.stores.remote_index import remote_splits
 from resnet_dist.data.stores.shard_index import write_shard_indexes
 from resnet_dist.files import write_file
+from resnet_dist.logs.console import Progress
 from resnet_dist.text import printable
 
 # JPEG quality of resized images if `quality` is 0.

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from resnet_dist.console import Progress
 from resnet_dist.data.sources.index import PACK_PLAN
 from resnet_dist.data.sources.pack import (
     PackOptions,
@@ -25,6 +24,7 @@ from resnet_dist.data.sources.pack import (
     write_indexes,
     write_shard,
 )
+from resnet_dist.logs.console import Progress
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from resnet_dist.checkpoints.torchvision_weights import imagenet_words
 from resnet_dist.data.arrays import IntArray
 from resnet_dist.data.sources.index import some
 from resnet_dist.models.class_names import imagenet_ids
 from resnet_dist.text import printable
-from resnet_dist.torchvision_weights import imagenet_words
 
 SUFFIX = ".parquet"
 

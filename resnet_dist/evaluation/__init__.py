@@ -1,0 +1,1 @@
+"""Evaluation: counts, results of each image, statistics, pictures and sets to evaluate on."""

@@ -1,0 +1,133 @@
+"""Images with several right labels: ReaL, the reassessed labels of ImageNet's validation set.
+
+Beyer et al. 2020, "Are we done with ImageNet?". The file real.json is a list: entry i holds the
+class ids of the image ILSVRC2012_val_<i + 1>.JPEG. An image whose list is empty is not counted.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from resnet_dist.data.arrays import IntArray
+from resnet_dist.data.sources.index import Index
+from resnet_dist.data.types import Batch
+from resnet_dist.distributed.runtime import Runtime
+from resnet_dist.models.class_names import imagenet_ids
+from resnet_dist.text import printable
+
+_FILE_NAME = re.compile(r".*_val_(\d{8})\.\w+")
+_NO_LABEL = -1
+
+
+def read_label_sets(path: Path) -> list[list[int]]:
+    """Read real.json.
+
+    Returns:
+        For each image of the validation set its class ids, in the order of the file names.
+
+    Raises:
+        ValueError: The file cannot be read, or does not hold lists of class ids.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as problem:
+        raise ValueError(
+            f"labels: {printable(path)} cannot be read as JSON: {printable(problem)}"
+        ) from problem
+    num_classes = len(imagenet_ids())
+    if not isinstance(content, list) or not content:
+        raise ValueError(f"labels: {printable(path)} is not a list with an entry for each image")
+    for number, entry in enumerate(content):
+        if not isinstance(entry, list):
+            raise ValueError(f"labels: {printable(path)}: entry {number} is not a list of classes")
+        for label in entry:
+            is_id = isinstance(label, int) and not isinstance(label, bool)
+            if not is_id or not 0 <= label < num_classes:
+                raise ValueError(
+                    f"labels: {printable(path)}: entry {number} has the unknown class "
+                    f"{printable(label)}: class ids go from 0 to {num_classes - 1}"
+                )
+    return content
+
+
+def sets_of_rows(index: Index, label_sets: list[list[int]], names: Sequence[str]) -> IntArray:
+    """The label sets of the images of a data set, as outputs of a network.
+
+    Args:
+        index: The images; their file names have the number of the image.
+        label_sets: What `read_label_sets` returned.
+        names: The names of the outputs of the network, with ImageNet's WordNet ids.
+
+    Returns:
+        int64 [images, K]: the outputs of each image, filled up with -1.
+
+    Raises:
+        ValueError: The network does not have ImageNet's classes, or a file name has no number.
+    """
+    number_of = {name: number for number, name in enumerate(names)}
+    if not all(wnid in number_of for wnid in imagenet_ids()):
+        raise ValueError(
+            "labels: they are those of ImageNet, and the network does not have ImageNet's 1,000 "
+            "classes by their WordNet ids"
+        )
+    outputs = np.array([number_of[wnid] for wnid in imagenet_ids()])
+    longest = max(map(len, label_sets))
+    rows = np.full((len(index), max(longest, 1)), _NO_LABEL, dtype=np.int64)
+    for row in range(len(index)):
+        name = index.name(row)
+        found = _FILE_NAME.fullmatch(name)
+        if found is None or not 1 <= int(found[1]) <= len(label_sets):
+            raise ValueError(
+                f"labels: the image {printable(name)} is not named as ILSVRC2012_val_00000001.JPEG "
+                f"with a number from 1 to {len(label_sets)}: name ImageNet's validation set"
+            )
+        labels = label_sets[int(found[1]) - 1]
+        rows[row, : len(labels)] = outputs[labels]
+    return rows
+
+
+class LabelSetCounter:
+    """Counts the images whose most probable class is one of their labels.
+
+    Pass it to `evaluate` as `collect`.
+
+    Args:
+        sets: What `sets_of_rows` returned.
+        device: The device of the logits.
+    """
+
+    def __init__(self, sets: IntArray, device: torch.device) -> None:
+        self._sets = torch.from_numpy(sets).to(device)
+        self._counts = torch.zeros(2, dtype=torch.int64, device=device)
+
+    def __call__(self, batch: Batch, logits: torch.Tensor) -> None:
+        """Count a batch with logits [B, C]. An image that cannot be decoded is a miss."""
+        rows = torch.from_numpy(batch.indices).to(logits.device)
+        sets = self._sets[rows]
+        best = _first_of_highest(logits)
+        has_labels = (sets != _NO_LABEL).any(1)
+        is_in_set = (sets == best[:, None]).any(1)
+        is_hit = has_labels & is_in_set & (batch.labels >= 0)
+        self._counts += torch.stack([is_hit.sum(), has_labels.sum()])
+
+    def reduce(self, runtime: Runtime) -> tuple[int, int]:
+        """(images whose most probable class is one of their labels, images with labels)."""
+        totals = runtime.all_reduce_sum(self._counts.double())
+        hits, num = totals.long().tolist()
+        return hits, num
+
+
+def _first_of_highest(logits: torch.Tensor) -> torch.Tensor:
+    """The class with the highest logit, the first one of equals: int64 [B].
+
+    With a NaN among the logits it is a number that is no class.
+    """
+    num_classes = logits.shape[1]
+    highest = logits.amax(1, keepdim=True)
+    classes = torch.arange(num_classes, device=logits.device)
+    candidates = classes.where(logits == highest, num_classes)
+    return candidates.amin(1)

@@ -1,0 +1,1 @@
+"""What a run tells: console, metrics.jsonl, its history, and sinks such as W&B."""

@@ -1,0 +1,268 @@
+"""The history of a run, read from its metrics.jsonl."""
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from resnet_dist.evaluation.intervals import Interval, wilson_interval
+from resnet_dist.logs.metrics_file import Record, read_metrics
+from resnet_dist.text import printable
+
+# Two lines come from the same process if their start times, computed from time and elapsed seconds,
+# differ by less than this. Clocks drift.
+_SAME_START_SECONDS = 2.0
+
+# A rank is slow if it needs longer than the others, by at least this fraction of the time of a
+# step.
+_SLOW_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One quantity over the course of a run."""
+
+    epochs: list[float]
+    """the epoch of each value"""
+    values: list[float]
+    """the values, as many as epochs"""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of one evaluation. Accuracies are in percent."""
+
+    epoch: float
+    """number of epochs trained before"""
+    top1: float
+    top5: float | None
+    """None if there are fewer than six classes"""
+    interval: Interval | None
+    """confidence interval of top1; None if the line has no number of images"""
+
+
+@dataclass(frozen=True)
+class SlowRank:
+    """A rank that needs more time than the others. Times are medians over the log lines."""
+
+    rank: int
+    phase: str
+    """data: it waits for its images; step: the whole update"""
+    seconds: float
+    """per step"""
+    seconds_of_others: float
+    """per step, the median of the other ranks"""
+
+
+@dataclass(frozen=True)
+class RunHistory:
+    """The metrics of one run."""
+
+    folder: Path
+    """the output_dir of the run"""
+    records: list[Record]
+    """the lines of metrics.jsonl, at least one"""
+
+    @property
+    def name(self) -> str:
+        """The name of the folder."""
+        return printable(self.folder.absolute().name)
+
+    @property
+    def last_step(self) -> int:
+        """Number of updates at the last line."""
+        last = self.records[-1]
+        return int(last["step"])
+
+    @property
+    def last_epoch(self) -> float:
+        """The largest number of epochs of any line; 0 if no line has one."""
+        epochs = self.curve("train/epoch").epochs
+        return max(epochs, default=0.0)
+
+    def curve(self, key: str) -> Curve:
+        """Read one quantity.
+
+        Args:
+            key: The name of the quantity in metrics.jsonl, as "train/loss".
+
+        Returns:
+            The lines in which `key` is a number.
+        """
+        epochs = []
+        values = []
+        for record in self.records:
+            if _has_number(record, key):
+                epochs.append(float(record["train/epoch"]))
+                values.append(float(record[key]))
+        return Curve(epochs, values)
+
+    def evaluations(self, prefix: str) -> list[Evaluation]:
+        """Read all evaluations.
+
+        Args:
+            prefix: "val" for the weights that are trained, "val_ema" for their average.
+        """
+        evaluations = []
+        for record in self.records:
+            if _has_number(record, f"{prefix}/top1"):
+                evaluations.append(_evaluation(record, prefix))
+        return evaluations
+
+    def curves_of_ranks(self, key: str) -> list[Curve]:
+        """Read a quantity that each rank has.
+
+        The number of ranks may change when a run resumes. Only lines with as many ranks as the last
+        one are used.
+
+        Args:
+            key: The name of the quantity in metrics.jsonl, as "ranks/data_seconds".
+
+        Returns:
+            A curve for each rank; empty if no line has the quantity.
+        """
+        epochs = []
+        rows = []
+        for record in self.records:
+            values = record.get(key)
+            if isinstance(values, list) and values and all(map(_is_number, values)):
+                epochs.append(float(record.get("train/epoch", 0.0)))
+                rows.append(values)
+        curves = []
+        num_ranks = len(rows[-1]) if rows else 0
+        for rank in range(num_ranks):
+            curve = Curve([], [])
+            for epoch, values in zip(epochs, rows, strict=True):
+                if len(values) == num_ranks:
+                    curve.epochs.append(epoch)
+                    curve.values.append(float(values[rank]))
+            curves.append(curve)
+        return curves
+
+    def slow_rank(self) -> SlowRank | None:
+        """Find the rank that delays the others, and in which phase.
+
+        Waiting for data is looked at first. Ranks wait for each other in every step, so that the
+        step time of each rank is usually that of the slowest one.
+
+        Returns:
+            The rank; None if no rank is slower than the others by at least 5 % of a step.
+        """
+        step_seconds = self.curve("train/step_seconds").values
+        if not step_seconds:
+            return None
+        smallest_excess = _SLOW_SHARE * statistics.median(step_seconds)
+        for phase in ("data", "step"):
+            found = self._slowest(phase)
+            if found is not None and found.seconds - found.seconds_of_others >= smallest_excess:
+                return found
+        return None
+
+    def _slowest(self, phase: str) -> SlowRank | None:
+        """The rank with the longest median time in a phase; None with fewer than two ranks."""
+        curves = self.curves_of_ranks(f"ranks/{phase}_seconds")
+        if len(curves) < 2:
+            return None
+        seconds = [statistics.median(curve.values) for curve in curves]
+        longest = max(seconds)
+        rank = seconds.index(longest)
+        others = seconds[:rank] + seconds[rank + 1 :]
+        return SlowRank(rank, phase, longest, statistics.median(others))
+
+    def seconds_so_far(self) -> list[float]:
+        """For each line, the seconds of its session and of all sessions before it."""
+        seconds = []
+        earlier_sessions = 0.0
+        last_timed: Record | None = None
+        for record in self.records:
+            if "elapsed" in record:
+                if last_timed is not None and not _same_session(last_timed, record):
+                    earlier_sessions += last_timed["elapsed"]
+                last_timed = record
+            elapsed = 0.0
+            if last_timed is not None:
+                elapsed = last_timed["elapsed"]
+            seconds.append(earlier_sessions + elapsed)
+        return seconds
+
+    def session_seconds(self) -> list[float]:
+        """How long each session trained, without steps that a later session had to repeat.
+
+        A session is one start of the program. A run that was interrupted and resumed has several.
+
+        Returns:
+            The seconds of each session, in order.
+        """
+        timed = [record for record in self.records if "elapsed" in record]
+        seconds = []
+        for number, record in enumerate(timed):
+            is_last_line = number + 1 == len(timed)
+            if not is_last_line:
+                following = timed[number + 1]
+                is_last_line = not _same_session(record, following)
+            if is_last_line:
+                seconds.append(float(record["elapsed"]))
+        return seconds
+
+
+def read_run(folder: Path) -> RunHistory:
+    """Read the history of a run.
+
+    Args:
+        folder: The output_dir of the run.
+
+    Raises:
+        ValueError: metrics.jsonl cannot be read, or has no lines.
+    """
+    path = folder / "metrics.jsonl"
+    try:
+        records = read_metrics(path)
+    except OSError as error:
+        raise ValueError(
+            f"{printable(path)} cannot be read ({error.strerror}): name the output_dir of a run"
+        ) from error
+    if not records:
+        raise ValueError(f"{printable(path)} has no line yet: the run has not logged anything")
+    return RunHistory(folder, records)
+
+
+def _same_session(record: Record, following: Record) -> bool:
+    """Whether two lines with times were written by the same start of the program."""
+    start = record["time"] - record["elapsed"]
+    following_start = following["time"] - following["elapsed"]
+    difference = abs(following_start - start)
+    return bool(difference <= _SAME_START_SECONDS)
+
+
+def _has_number(record: Record, key: str) -> bool:
+    """Whether a line has a number under `key`, and an epoch."""
+    value = record.get(key)
+    epoch = record.get("train/epoch")
+    return _is_number(value) and _is_number(epoch)
+
+
+def _is_number(value: object) -> bool:
+    """Whether a JSON value is a number. In Python, True and False are numbers too."""
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float))
+
+
+def _evaluation(record: Record, prefix: str) -> Evaluation:
+    """Read the evaluation in a line that has one."""
+    top1 = float(record[f"{prefix}/top1"])
+    top5 = record.get(f"{prefix}/top5")
+    if top5 is not None:
+        top5 = float(top5)
+    num = record.get(f"{prefix}/num")
+    interval = None
+    if isinstance(num, int) and num > 0:
+        # A line without the count: recover it from the accuracy.
+        estimate = round(top1 * num / 100)
+        correct = record.get(f"{prefix}/correct1", estimate)
+        interval = wilson_interval(int(correct), num)
+    return Evaluation(
+        epoch=float(record["train/epoch"]),
+        top1=top1,
+        top5=top5,
+        interval=interval,
+    )

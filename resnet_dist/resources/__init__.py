@@ -1,0 +1,1 @@
+"""Memory and arithmetic: what a training step needs, and what the machine has."""

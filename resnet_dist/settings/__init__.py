@@ -1,0 +1,1 @@
+"""Settings of a run: sections, rules, YAML files, the command line, recipes and warnings."""
