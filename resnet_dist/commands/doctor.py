@@ -8,7 +8,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TypeAlias
@@ -26,6 +27,7 @@ from resnet_dist.config import Config
 from resnet_dist.data.build import build_loaders
 from resnet_dist.data.pixels.probe import describe_dali_wheels, describe_jpeg_decoder
 from resnet_dist.data.sources.index import check_num_classes
+from resnet_dist.data.types import Batch
 from resnet_dist.distributed.process import run_process
 from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.layout import check_layout
@@ -47,12 +49,35 @@ _BYTES_OF_FP32 = 4
 # printed.
 _LOWEST_USUAL_LR = 0.02
 _HIGHEST_USUAL_LR = 0.6
+_USUAL_BATCH_SIZE = 256
+
+# Memory of a training step as a share of what is available: up to the first one it fits, and above
+# the second one it does not. Work spaces and fragments come on top, so in between there is a warning.
+_SURELY_FITS = 0.9
+_SURELY_TOO_LARGE = 1.2
+
+# A GPU's rank reads and decodes files with this many threads.
+_CPUS_OF_A_GPU_RANK = 4
+
+_SECONDS_TO_LEAVE = 5.0
 
 # A check returns (level, text), or raises an exception, which counts as an error.
 Check: TypeAlias = Callable[[Config, Runtime], tuple[str, str]]
 
 
-def quick(config: Config, runtime: Runtime) -> list[dict[str, str]]:
+@dataclass(frozen=True)
+class CheckResult:
+    """What a check has found."""
+
+    check: str
+    """the name of the check"""
+    level: str
+    """one of `LEVELS`"""
+    text: str
+    """a sentence about it"""
+
+
+def quick(config: Config, runtime: Runtime) -> list[CheckResult]:
     """Run the checks that read no data and take about a second. Call it on all ranks.
 
     Args:
@@ -60,7 +85,7 @@ def quick(config: Config, runtime: Runtime) -> list[dict[str, str]]:
         runtime: the processes.
 
     Returns:
-        A dictionary with the keys "check", "level" (one of `LEVELS`) and "text" for each check.
+        The result of each check.
     """
     checks: dict[str, Check] = {
         "layout": _layout,
@@ -80,28 +105,42 @@ def run(config: Config, as_json: bool, with_bench: bool = False) -> int:
     Returns:
         The exit code of this rank: 0, 1 if there are warnings, 2 if there are errors.
     """
+    checks = dict(_ALL_CHECKS)
+    if with_bench:
+        checks.update(_BENCH_CHECKS)
 
     def body(config: Config, runtime: Runtime) -> int:
-        checks = _ALL_CHECKS | _BENCH_CHECKS if with_bench else _ALL_CHECKS
-        found = _run_checks(checks, config, runtime)
-        shown = found
+        results = _run_checks(checks, config, runtime)
+        shown = results
         if not runtime.is_main:
-            shown = [one for one in found if one["level"] != "ok"]
+            shown = _problems_among(results)
         _print_results(shown, as_json)
         assert runtime.watchdog is not None
-        runtime.watchdog.leave(5.0)
-        return max(LEVELS.index(one["level"]) for one in found)
+        runtime.watchdog.leave(_SECONDS_TO_LEAVE)
+        return _exit_code(results)
 
     return run_process(config, body)
 
 
-def _print_results(results: list[dict[str, str]], as_json: bool) -> None:
+def _problems_among(results: Sequence[CheckResult]) -> list[CheckResult]:
+    """The results that are not "ok"."""
+    return [result for result in results if result.level != "ok"]
+
+
+def _exit_code(results: Sequence[CheckResult]) -> int:
+    """The exit code of the worst result: 0, 1 for a warning, 2 for an error."""
+    codes = [LEVELS.index(result.level) for result in results]
+    return max(codes)
+
+
+def _print_results(results: Sequence[CheckResult], as_json: bool) -> None:
     """Print the results of checks as one JSON list, or as one line for each."""
     if as_json:
-        print(json.dumps(results), flush=True)
+        plain = [asdict(result) for result in results]
+        print(json.dumps(plain), flush=True)
         return
-    for one in results:
-        line = f"{one['level']:9}{one['check']:11}{one['text']}"
+    for result in results:
+        line = f"{result.level:9}{result.check:11}{result.text}"
         print(printable(line), flush=True)
 
 
@@ -109,9 +148,9 @@ def _run_checks(
     checks: dict[str, Check],
     config: Config,
     runtime: Runtime,
-) -> list[dict[str, str]]:
+) -> list[CheckResult]:
     """Run checks one after the other. An exception in a check is the result of this check."""
-    found = []
+    results = []
     for name, check in checks.items():
         try:
             level, text = check(config, runtime)
@@ -119,8 +158,9 @@ def _run_checks(
         except Exception as problem:
             level = "error"
             text = f"{type(problem).__name__}: {problem}"
-        found.append({"check": name, "level": level, "text": text})
-    return found
+        result = CheckResult(name, level, text)
+        results.append(result)
+    return results
 
 
 def _layout(config: Config, runtime: Runtime) -> tuple[str, str]:
@@ -130,19 +170,27 @@ def _layout(config: Config, runtime: Runtime) -> tuple[str, str]:
     ranks = runtime.sum_integer(1)
     local_batch_size = _local_batch_size(config, ranks)
 
-    peak = peak_lr(config.optim.base_lr, config.optim.base_batch_size, batch_size)
-    lr_for_256 = peak * 256 / batch_size
+    optim = config.optim
+    peak = peak_lr(optim.base_lr, optim.base_batch_size, batch_size)
+    lr_for_256 = peak * _USUAL_BATCH_SIZE / batch_size
     is_usual = _LOWEST_USUAL_LR <= lr_for_256 <= _HIGHEST_USUAL_LR
 
     backend = torch.distributed.get_backend()
-    address = os.environ.get("MASTER_ADDR", "-")
-    port = os.environ.get("MASTER_PORT", "-")
+    place = _rendezvous_address()
     text = (
-        f"batch {batch_size} = {ranks} ranks ({backend} at {address}:{port}) * {micro_steps} "
+        f"batch {batch_size} = {ranks} ranks ({backend} at {place}) * {micro_steps} "
         f"micro-steps * {local_batch_size}; peak lr {peak:g} is {lr_for_256:g} for 256 images, "
         f"where SGD usually has 0.05 to 0.5"
     )
-    return _warning_if(not is_usual), text
+    level = _warning_if(not is_usual)
+    return level, text
+
+
+def _rendezvous_address() -> str:
+    """HOST:PORT at which the ranks meet; "-" for what the launcher has not set."""
+    host = os.environ.get("MASTER_ADDR", "-")
+    port = os.environ.get("MASTER_PORT", "-")
+    return f"{host}:{port}"
 
 
 def _local_batch_size(config: Config, ranks: int) -> int:
@@ -165,7 +213,8 @@ def _folder(config: Config, runtime: Runtime) -> tuple[str, str]:
     with tempfile.TemporaryFile(dir=folder):
         pass
 
-    num_present = len(list(checkpoint_folder(config).glob("step_*.pt")))
+    present = checkpoint_folder(config).glob("step_*.pt")
+    num_present = len(list(present))
     # Besides the checkpoints that are kept there are the best one, and a new one that is written
     # before the oldest one is deleted.
     num_new = max(1, config.checkpoint.keep + 2 - num_present)
@@ -194,8 +243,12 @@ def _checkpoint_bytes(config: Config) -> int:
     """Approximate size of a checkpoint: weights, momentum and averaged weights, in fp32."""
     num_classes = config.model.num_classes or 1000
     model = build_model(config.model, num_classes)
-    num_weights = sum(parameter.numel() for parameter in model.parameters())
-    copies = 3 if config.train.ema_decay else 2
+    num_weights = 0
+    for parameter in model.parameters():
+        num_weights += parameter.numel()
+    copies = 2
+    if config.train.ema_decay:
+        copies = 3
     return num_weights * _BYTES_OF_FP32 * copies
 
 
@@ -203,9 +256,10 @@ def _precision(config: Config, runtime: Runtime) -> tuple[str, str]:
     """Whether the device has hardware for the precision."""
     precision = config.train.precision
     device = runtime.device
+    name = _device_name(device)
     is_fast = has_fast_bf16(device)
     support = "has" if is_fast else "has no"
-    text = f"{precision}; this {_device_name(device)} {support} hardware for bf16"
+    text = f"{precision}; this {name} {support} hardware for bf16"
     if precision == "bf16" and not is_fast:
         return "warning", f"{text}: set train.precision auto"
     if precision == "fp16" and device.type == "cpu":
@@ -234,10 +288,11 @@ def _memory(config: Config, runtime: Runtime) -> tuple[str, str]:
         f"and optimizer {weights_gib:.2f}, activations and gradients {step_gib:.2f}); "
         f"{available_gib:.2f} GiB are available"
     )
-    # Work spaces and fragments come on top, so a step that nearly fits is only a warning.
-    if need.total < 0.9 * available:
+    if need.total < _SURELY_FITS * available:
         return "ok", text
-    level = "error" if need.total > 1.2 * available else "warning"
+    level = "warning"
+    if need.total > _SURELY_TOO_LARGE * available:
+        level = "error"
     return level, f"{text}: raise train.grad_accum_steps or use more ranks"
 
 
@@ -245,9 +300,12 @@ def _cpus(config: Config, runtime: Runtime) -> tuple[str, str]:
     """Whether there are enough CPUs for the ranks of this machine."""
     cpus = len(os.sched_getaffinity(0))
     ranks = runtime.local_world_size
-    text = f"{cpus} CPUs for {ranks} ranks of this machine, {cpus / ranks:g} for each"
-    # On a CPU, a rank trains on at least one. On a GPU, it reads and decodes files with 4 threads.
-    needed = 4 if runtime.device.type == "cuda" else 1
+    share = cpus / ranks
+    text = f"{cpus} CPUs for {ranks} ranks of this machine, {share:g} for each"
+    # On a CPU, a rank trains on at least one.
+    needed = 1
+    if runtime.device.type == "cuda":
+        needed = _CPUS_OF_A_GPU_RANK
     if cpus >= needed * ranks:
         return "ok", text
     return "warning", f"{text}, and {needed} are needed: reserve more, or start fewer ranks"
@@ -257,44 +315,57 @@ def _decoder(config: Config, runtime: Runtime) -> tuple[str, str]:
     """Whether DALI fits the driver, and how JPEG files are decoded."""
     wheels_level, wheels_text = describe_dali_wheels()
     decoder_level, decoder_text = describe_jpeg_decoder(runtime.device, config.decoder)
+    # The worse of both.
     level = max(wheels_level, decoder_level, key=LEVELS.index)
-    return level, f"{wheels_text}; {decoder_text}"
+    text = f"{wheels_text}; {decoder_text}"
+    return level, text
 
 
 def _data(config: Config, runtime: Runtime) -> tuple[str, str]:
     """Whether the data can be listed, and a batch of each split read."""
     train, val = build_loaders(config, runtime)
+    num_train = train.num_samples
+    num_val = val.num_samples
     num_classes = len(train.class_names)
     check_num_classes(config.model.num_classes, num_classes)
-    num_shown = 0
-    for batches in (train.batches(0, 1), val):
-        batch = next(iter(batches))
-        # A rank may have no image in the first batch of evaluation.
-        if batch is not None:
-            num_shown += len(batch.indices)
+    num_shown = _read_first_batch(train.batches(0, 1))
+    num_shown += _read_first_batch(val)
     num_bad = train.num_bad + val.num_bad
     train.close()
     val.close()
     text = (
-        f"{train.num_samples} + {val.num_samples} images, {num_classes} classes; of {num_shown} "
+        f"{num_train} + {num_val} images, {num_classes} classes; of {num_shown} "
         f"that were read {num_bad} are broken"
     )
     return _warning_if(num_bad > 0), text
 
 
+def _read_first_batch(batches: Iterable[Batch | None]) -> int:
+    """Read the first batch of a loader. Returns its number of images."""
+    batch = next(iter(batches))
+    # A rank may have no image in the first batch of evaluation.
+    if batch is None:
+        return 0
+    return len(batch.indices)
+
+
 def _software(config: Config, runtime: Runtime) -> tuple[str, str]:
     """The versions of important packages and of the GPU driver, and whether W&B is online."""
-    found = []
+    versions = []
     for name in ("torch", "torchvision", "wandb"):
-        found.append(f"{name} {metadata.version(name)}")
-    found.append(_gpu_driver())
+        version = metadata.version(name)
+        versions.append(f"{name} {version}")
+    driver = _gpu_driver()
 
     mode = config.log.wandb
     is_offline_by_choice = mode in ("disabled", "offline")
     offline = mode if is_offline_by_choice else why_offline("auto")
-    found.append(f"W&B {offline or 'online'}")
+    wandb_state = offline or "online"
     is_problem = bool(offline) and mode == "online"
-    return _warning_if(is_problem), ", ".join(found)
+
+    level = _warning_if(is_problem)
+    text = ", ".join([*versions, driver, f"W&B {wandb_state}"])
+    return level, text
 
 
 def _gpu_driver() -> str:

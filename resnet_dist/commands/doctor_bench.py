@@ -10,9 +10,11 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 
+from resnet_dist.addresses import is_url
 from resnet_dist.commands.device_rates import (
     all_reduce_rate,
     matrix_dtype,
@@ -23,6 +25,7 @@ from resnet_dist.config import Config
 from resnet_dist.data.build import build_train_loader
 from resnet_dist.data.pixels.loader import DaliTrainLoader
 from resnet_dist.data.pixels.read import READ_THREADS, load, read_limits
+from resnet_dist.data.sources.index import Index
 from resnet_dist.distributed.runtime import Runtime
 
 # A rank below this share of the median is an outlier.
@@ -31,18 +34,32 @@ _OUTLIER = 0.85
 # How many images each rank reads.
 _READ_IMAGES = 256
 
+_TERA = 1e12
+_GIGA = 1e9
+_MEGA = 1e6
+
+
+@dataclass(frozen=True)
+class RankRates:
+    """One figure of all ranks, as this rank knows it."""
+
+    rates: list[float]
+    """of each rank, in order; higher is better, and NaN stands for a rank that failed"""
+    problem: str
+    """the error of this rank; empty for none"""
+
 
 def check_matrix_rate(config: Config, runtime: Runtime) -> tuple[str, str]:
     """The rate of a large matrix product on each rank, in the fastest training precision."""
-    dtype = matrix_dtype(runtime.device)
+    device = runtime.device
+    dtype = matrix_dtype(device)
     name = str(dtype).removeprefix("torch.")
 
     def measure() -> float:
-        flops = matrix_rate(runtime.device, dtype)
-        return flops / 1e12
+        flops = matrix_rate(device, dtype)
+        return flops / _TERA
 
-    rates, problem = _on_each_rank(measure, runtime)
-    return _describe(rates, f"TFLOP/s ({name})", runtime, problem)
+    return _compare_ranks(measure, f"TFLOP/s ({name})", runtime)
 
 
 def check_memory_rate(config: Config, runtime: Runtime) -> tuple[str, str]:
@@ -50,10 +67,9 @@ def check_memory_rate(config: Config, runtime: Runtime) -> tuple[str, str]:
 
     def measure() -> float:
         num_bytes = memory_rate(runtime.device)
-        return num_bytes / 1e9
+        return num_bytes / _GIGA
 
-    rates, problem = _on_each_rank(measure, runtime)
-    return _describe(rates, "GB/s", runtime, problem)
+    return _compare_ranks(measure, "GB/s", runtime)
 
 
 def check_all_reduce(config: Config, runtime: Runtime) -> tuple[str, str]:
@@ -63,10 +79,9 @@ def check_all_reduce(config: Config, runtime: Runtime) -> tuple[str, str]:
 
     def measure() -> float:
         num_bytes = all_reduce_rate(runtime)
-        return num_bytes / 1e9
+        return num_bytes / _GIGA
 
-    rates, problem = _on_each_rank(measure, runtime)
-    level, text = _describe(rates, "GB/s bus bandwidth", runtime, problem)
+    level, text = _compare_ranks(measure, "GB/s bus bandwidth", runtime)
     return level, f"{text}; the slowest link sets it"
 
 
@@ -81,18 +96,17 @@ def check_reading(config: Config, runtime: Runtime) -> tuple[str, str]:
     def measure() -> float:
         return _read_some(loader, runtime)
 
-    rates, problem = _on_each_rank(measure, runtime)
+    level, text = _compare_ranks(measure, "MB/s", runtime)
     loader.close()
-    return _describe(rates, "MB/s", runtime, problem)
+    return level, text
 
 
 def _read_some(loader: DaliTrainLoader, runtime: Runtime) -> float:
     """Read images of this rank, from the storage if possible, in megabytes per second."""
     index = loader.index
-    generator = np.random.default_rng(0)
-    order = generator.permutation(len(index))
-    rows_of_rank = order[runtime.rank :: runtime.world_size]
-    rows = rows_of_rank[:_READ_IMAGES].tolist()
+    rows = _choose_rows(len(index), runtime)
+    for path in _files_of(index, rows):
+        _forget_file(path)
 
     limits = read_limits(loader.config)
 
@@ -100,14 +114,31 @@ def _read_some(loader: DaliTrainLoader, runtime: Runtime) -> float:
         image = load(index, row, limits)
         return len(image.data)
 
-    for row in rows:
-        path, _, _ = index.place(row)
-        _forget_file(path)
     start = time.perf_counter()
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        sizes = list(pool.map(read, rows))
+        sizes = pool.map(read, rows)
+        num_bytes = sum(sizes)
     seconds = time.perf_counter() - start
-    return sum(sizes) / 1e6 / seconds
+    return num_bytes / _MEGA / seconds
+
+
+def _choose_rows(num_images: int, runtime: Runtime) -> list[int]:
+    """The rows that this rank reads; no other rank reads them."""
+    generator = np.random.default_rng(0)
+    order = generator.permutation(num_images)
+    rows_of_rank = order[runtime.rank :: runtime.world_size]
+    rows: list[int] = rows_of_rank[:_READ_IMAGES].tolist()
+    return rows
+
+
+def _files_of(index: Index, rows: Sequence[int]) -> set[str]:
+    """The files on a disk that hold some images."""
+    paths = set()
+    for row in rows:
+        path, _, _ = index.place(row)
+        if not is_url(path):
+            paths.add(path)
+    return paths
 
 
 def _forget_file(path: str) -> None:
@@ -119,12 +150,28 @@ def _forget_file(path: str) -> None:
         os.close(descriptor)
 
 
-def _on_each_rank(measure: Callable[[], float], runtime: Runtime) -> tuple[list[float], str]:
-    """Measure on every rank, and gather the figures.
+def _compare_ranks(measure: Callable[[], float], unit: str, runtime: Runtime) -> tuple[str, str]:
+    """Measure on every rank at the same time, and compare the ranks.
+
+    Args:
+        measure: Returns the figure of this rank; higher is better.
+        unit: The unit of the figure.
+        runtime: The ranks.
 
     Returns:
-        The figures in order of rank, NaN for a rank that failed; and this rank's error, or "".
+        The level and the sentence of this rank.
     """
+    found = _measure_on_each_rank(measure, runtime)
+    if found.problem:
+        return "error", found.problem
+    # The main process reports what concerns several ranks.
+    if not runtime.is_main:
+        return "ok", ""
+    return _describe(found.rates, unit, runtime)
+
+
+def _measure_on_each_rank(measure: Callable[[], float], runtime: Runtime) -> RankRates:
+    """Measure on every rank, and gather the figures."""
     problem = ""
     try:
         figure = measure()
@@ -132,42 +179,59 @@ def _on_each_rank(measure: Callable[[], float], runtime: Runtime) -> tuple[list[
         # The other ranks wait for this one's figure.
         figure = math.nan
         problem = f"{type(error).__name__}: {error}"
-    gathered = runtime.gather_numbers([figure])
-    return [numbers[0] for numbers in gathered], problem
+    rates = []
+    for figures in runtime.gather_numbers([figure]):
+        rates += figures
+    return RankRates(rates, problem)
 
 
-def _describe(rates: Sequence[float], unit: str, runtime: Runtime, problem: str) -> tuple[str, str]:
-    """The level and the sentence about one figure of all ranks.
-
-    The main process reports what concerns several ranks; the others report their own errors only.
+def _describe(rates: Sequence[float], unit: str, runtime: Runtime) -> tuple[str, str]:
+    """The level and the sentence about one figure of all ranks, for the main process.
 
     Args:
-        rates: The figure of each rank; higher is better.
+        rates: The figure of each rank.
         unit: Its unit.
         runtime: Knows the hosts of the ranks.
-        problem: The error of this rank, or "".
     """
-    if problem:
-        return "error", problem
-    if not runtime.is_main:
-        return "ok", ""
     failed = [rank for rank, rate in enumerate(rates) if math.isnan(rate)]
     if failed:
-        return "error", f"{_name_ranks(failed, runtime)} failed"
-    # Of two ranks the better one is the measure.
-    median = statistics.median_high(rates)
-    if len(rates) == 1:
+        names = _name_ranks(failed, runtime)
+        return "error", f"{names} failed"
+    median = _median(rates)
+    num_ranks = len(rates)
+    if num_ranks == 1:
         return "ok", f"{median:.4g} {unit}"
-    text = f"{median:.4g} {unit} (median of {len(rates)} ranks, lowest {min(rates):.4g})"
+    lowest = min(rates)
+    text = f"{median:.4g} {unit} (median of {num_ranks} ranks, lowest {lowest:.4g})"
     slow = find_outliers(rates)
     if not slow:
         return "ok", text
-    shares = []
-    for rank in slow:
-        share = rates[rank] / median
-        shares.append(f"{share:.0%}")
+    slow_rates = [rates[rank] for rank in slow]
     names = _name_ranks(slow, runtime)
-    return "warning", f"{text}; slow: {names} with {', '.join(shares)} of the median"
+    shares = _format_shares(slow_rates, median)
+    return "warning", f"{text}; slow: {names} with {shares} of the median"
+
+
+def _format_shares(rates: Sequence[float], median: float) -> str:
+    """Some rates in percent of the median.
+
+    Args:
+        rates: The rates.
+        median: The median of all ranks.
+
+    Returns:
+        A list such as "50%, 70%".
+    """
+    shares = []
+    for rate in rates:
+        share = rate / median
+        shares.append(f"{share:.0%}")
+    return ", ".join(shares)
+
+
+def _median(rates: Sequence[float]) -> float:
+    """The median; of two ranks the better one is the measure."""
+    return statistics.median_high(rates)
 
 
 def find_outliers(rates: Sequence[float]) -> list[int]:
@@ -176,15 +240,21 @@ def find_outliers(rates: Sequence[float]) -> list[int]:
     Args:
         rates: One figure of each rank; higher is better.
     """
-    limit = _OUTLIER * statistics.median_high(rates)
+    limit = _OUTLIER * _median(rates)
     return [rank for rank, rate in enumerate(rates) if rate < limit]
 
 
 def _name_ranks(ranks: Sequence[int], runtime: Runtime) -> str:
-    """Name ranks with their hosts."""
+    """Name ranks with their hosts.
+
+    Args:
+        ranks: The ranks to name.
+        runtime: Its watchdog knows the hosts.
+    """
     assert runtime.watchdog is not None
+    peers = runtime.watchdog.peers
     names = []
     for rank in ranks:
-        host = runtime.watchdog.peers[rank].host
+        host = peers[rank].host
         names.append(f"rank {rank} on {host}")
     return ", ".join(names)

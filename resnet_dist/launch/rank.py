@@ -260,13 +260,12 @@ def preflight_and_train(
     from resnet_dist import run
     from resnet_dist.commands import doctor
 
-    found = doctor.quick(config, runtime)
+    results = doctor.quick(config, runtime)
     if runtime.is_main:
-        for one in found:
-            print(
-                f"preflight: {one['level']}, {one['check']}: {printable(one['text'])}", flush=True
-            )
-    errors = [one["text"] for one in found if one["level"] == "error"]
+        for result in results:
+            text = printable(result.text)
+            print(f"preflight: {result.level}, {result.check}: {text}", flush=True)
+    errors = [result.text for result in results if result.level == "error"]
     if errors:
         raise ValueError("; ".join(errors))
     return run.train(config, runtime, should_continue)
