@@ -85,6 +85,15 @@ def write_file_unsynced(path: Path, content: bytes) -> None:
         raise
 
 
+def write_at(descriptor: int, data: bytes | memoryview, position: int) -> None:
+    """Write all of `data` at a position of an open file. Raises OSError."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, position)
+        view = view[written:]
+        position += written
+
+
 def expand_path(path: str) -> str:
     """Expand `~` and environment variables in a path, as a shell does.
 

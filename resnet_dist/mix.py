@@ -25,6 +25,9 @@ from resnet_dist.rng import uniform
 _CANDIDATES = 64
 """pairs of numbers that the rejection in `_beta` draws at once"""
 
+_MOST_ATTEMPTS = 10_000
+"""of that rejection, which never needs more than a few"""
+
 _BITS_OF_STEP = 40
 """The index of a random number has the block in the bits above these of its step."""
 
@@ -43,8 +46,15 @@ class Mix:
     of the sides; all zeros for mixup"""
 
     def part(self, places: IntArray) -> "Mix":
-        """How the images at some places are mixed: int64 [n]."""
-        return Mix(self.is_cutmix[places], self.shares[places], self.boxes[places])
+        """How some of the images are mixed.
+
+        Args:
+            places: int64 [n], which images; one may be there several times.
+        """
+        is_cutmix = self.is_cutmix[places]
+        shares = self.shares[places]
+        boxes = self.boxes[places]
+        return Mix(is_cutmix, shares, boxes)
 
     def in_pixels(self, height: int, width: int) -> FloatArray:
         """The numbers that `apply_mix` takes, for images of a size in pixels.
@@ -57,8 +67,10 @@ class Mix:
         sides = np.array([height, width, height, width])
         edges = np.trunc(self.boxes * sides)
         top, left, bottom, right = edges.T
-        patch_areas = (bottom - top) * (right - left)
-        own_areas = 1 - patch_areas / (height * width)
+        patch_heights = bottom - top
+        patch_widths = right - left
+        patch_areas = patch_heights * patch_widths / (height * width)
+        own_areas = 1 - patch_areas
 
         pixel_weights = np.where(self.is_cutmix, 1.0, self.shares)
         target_weights = np.where(self.is_cutmix, own_areas, self.shares)
@@ -78,16 +90,19 @@ def build_mixing(config: AugmentConfig, seed: int, layout: BatchLayout) -> Mixin
         seed: The seed of the run.
         layout: How the global batch is divided, and this rank.
     """
-    block = config.mix_block or layout.global_batch_size
+    mixup_alpha = config.mixup_alpha
+    cutmix_alpha = config.cutmix_alpha
+    images_per_block = config.mix_block or layout.global_batch_size
 
     def mixing(step: int, micro_step: int) -> Mix | None:
-        if not config.mixup_alpha and not config.cutmix_alpha:
+        if not mixup_alpha and not cutmix_alpha:
             return None
-        blocks = layout.positions(micro_step) // block
+        blocks = layout.positions(micro_step) // images_per_block
+        # The positions of a micro-batch follow one another, and so do their blocks.
         first = int(blocks[0])
         last = int(blocks[-1])
-        different = np.arange(first, last + 1)
-        drawn = draw_mix(seed, step, different, config.mixup_alpha, config.cutmix_alpha)
+        different_blocks = np.arange(first, last + 1)
+        drawn = draw_mix(seed, step, different_blocks, mixup_alpha, cutmix_alpha)
         return drawn.part(blocks - first)
 
     return mixing
@@ -113,25 +128,43 @@ def draw_mix(
     Returns:
         The mixing of each block.
     """
+    num_blocks = len(blocks)
     indices = step + (blocks << _BITS_OF_STEP)
-    choices, centres_y, centres_x = uniform(seed, "mix", 0, indices, 3).T
+    # One column for the choice, and two for the centre of the box.
+    numbers = uniform(seed, "mix", 0, indices, 3)
+    choices = numbers[:, 0]
+    centres = numbers[:, 1:]
+
+    is_cutmix = np.full(num_blocks, cutmix_alpha > 0)
     if mixup_alpha and cutmix_alpha:
         is_cutmix = choices >= 0.5
-    else:
-        is_cutmix = np.full(len(blocks), cutmix_alpha > 0)
+    is_mixup = ~is_cutmix
 
-    shares = np.empty(len(blocks))
-    for is_chosen, alpha in ((~is_cutmix, mixup_alpha), (is_cutmix, cutmix_alpha)):
-        shares[is_chosen] = _beta(seed, indices[is_chosen], alpha)
+    shares = np.empty(num_blocks)
+    shares[is_mixup] = _beta(seed, indices[is_mixup], mixup_alpha)
+    shares[is_cutmix] = _beta(seed, indices[is_cutmix], cutmix_alpha)
 
-    half_sides = 0.5 * np.sqrt(1 - shares)
-    top = np.maximum(0.0, centres_y - half_sides)
-    left = np.maximum(0.0, centres_x - half_sides)
-    bottom = np.minimum(1.0, centres_y + half_sides)
-    right = np.minimum(1.0, centres_x + half_sides)
-    boxes = np.stack([top, left, bottom, right], axis=1)
-    boxes[~is_cutmix] = 0.0
+    boxes = _boxes_around(centres, shares)
+    boxes[is_mixup] = 0.0
     return Mix(is_cutmix, shares, boxes)
+
+
+def _boxes_around(centres: FloatArray, shares: FloatArray) -> FloatArray:
+    """The boxes of CutMix, as fractions of the sides of the image.
+
+    Args:
+        centres: float64 [B, 2], (y, x) of the centres of the boxes.
+        shares: float64 [B], the part of the image outside of an unclipped box.
+
+    Returns:
+        float64 [B, 4], as `Mix.boxes`.
+    """
+    half_sides = 0.5 * np.sqrt(1 - shares)
+    half_sides = half_sides[:, None]
+    corners_top_left = np.maximum(0.0, centres - half_sides)
+    corners_bottom_right = np.minimum(1.0, centres + half_sides)
+    boxes: FloatArray = np.hstack([corners_top_left, corners_bottom_right])
+    return boxes
 
 
 def _beta(seed: int, indices: IntArray, alpha: float) -> FloatArray:
@@ -149,7 +182,7 @@ def _beta(seed: int, indices: IntArray, alpha: float) -> FloatArray:
     """
     found = np.empty(len(indices))
     missing = np.arange(len(indices))
-    for attempt in range(10_000):
+    for attempt in range(_MOST_ATTEMPTS):
         if len(missing) == 0:
             return found
         numbers = uniform(seed, "mix/beta", attempt, indices[missing], 2 * _CANDIDATES)
@@ -158,12 +191,13 @@ def _beta(seed: int, indices: IntArray, alpha: float) -> FloatArray:
         sums = powers.sum(axis=2)
         is_accepted = (sums <= 1) & (sums > 0)
 
-        first = is_accepted.argmax(axis=1)
+        # The first accepted pair of each number that has one.
         has_any = is_accepted.any(axis=1)
-        each = np.flatnonzero(has_any)
-        first_of_each = first[each]
-        ratios = powers[each, first_of_each, 0] / sums[each, first_of_each]
-        found[missing[each]] = ratios
+        lines = np.flatnonzero(has_any)
+        candidates = is_accepted[lines].argmax(axis=1)
+        first_powers = powers[lines, candidates, 0]
+        first_sums = sums[lines, candidates]
+        found[missing[lines]] = first_powers / first_sums
         missing = missing[~has_any]
     raise AssertionError(f"no number from Beta({alpha}, {alpha})")
 
@@ -185,7 +219,8 @@ def mix_images(images: torch.Tensor, mix: Mix | None) -> tuple[torch.Tensor, tor
     numbers = torch.from_numpy(mix.in_pixels(height, width))
     on_device = to_device(numbers, images.device)
     mixed = apply_mix(images, on_device)
-    return mixed, on_device[:, 1]
+    target_weights = on_device[:, 1]
+    return mixed, target_weights
 
 
 def apply_mix(images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
@@ -198,21 +233,40 @@ def apply_mix(images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     Returns:
         The mixed images [B, 3, H, W]. They are computed in at least float32 and then rounded.
     """
+    pixel_weights = numbers[:, 0]
+    edges = numbers[:, 2:]
     height, width = images.shape[2:]
-    pixel_weights, _, *edges = numbers[:, :, None].unbind(1)
-    top, bottom, left, right = edges
-    rows = torch.arange(height, device=images.device)
-    columns = torch.arange(width, device=images.device)
-    # [B, H] and [B, W]
-    in_rows = (rows >= top) & (rows < bottom)
-    in_columns = (columns >= left) & (columns < right)
-    in_box = in_rows[:, None, :, None] & in_columns[:, None, None, :]
+    in_box = _pixels_in_boxes(edges, height, width)
 
     neighbours = swap_neighbours(images)
     precise = torch.promote_types(images.dtype, torch.float32)
-    weights = pixel_weights.to(precise)[:, :, None, None]
-    blended = torch.lerp(neighbours.to(precise), images.to(precise), weights)
-    return torch.where(in_box, neighbours, blended.to(images.dtype))
+    own = images.to(precise)
+    other = neighbours.to(precise)
+    weights = pixel_weights.to(precise)[:, None, None, None]
+    blended = torch.lerp(other, own, weights)
+    rounded = blended.to(images.dtype)
+    return torch.where(in_box, neighbours, rounded)
+
+
+def _pixels_in_boxes(edges: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Which pixels of each image are inside of its box.
+
+    Args:
+        edges: float32 [B, 4]: first row, end row, first column, end column of each box.
+        height: Height of the images, in pixels.
+        width: Width of the images, in pixels.
+
+    Returns:
+        bool [B, 1, height, width].
+    """
+    # [B, 1] each
+    top, bottom, left, right = edges[:, :, None].unbind(1)
+    rows = torch.arange(height, device=edges.device)
+    columns = torch.arange(width, device=edges.device)
+    # [B, height] and [B, width]
+    in_rows = (rows >= top) & (rows < bottom)
+    in_columns = (columns >= left) & (columns < right)
+    return in_rows[:, None, :, None] & in_columns[:, None, None, :]
 
 
 def swap_neighbours(batch: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from image_files import OneProcess, encode, picture, train_loader, val_loader, w
 from PIL import Image
 
 from resnet_dist.config import AugmentConfig, DataConfig
-from resnet_dist.data.pixels import cache_fill, kept_batches
+from resnet_dist.data.pixels import cache_file, cache_fill, kept_batches
 from resnet_dist.data.pixels.cache_fill import Machine, build_train_cache, fill_cache
 from resnet_dist.data.pixels.cached import CachedRows, CachedSquaresOnDevice, needs_dali
 from resnet_dist.data.pixels.dali import (
@@ -191,7 +191,7 @@ def fill_together(rank, world_size, index, failing):
         def fail(*_):
             raise OSError(5, "Input/output error")
 
-        cache_fill._write = fail
+        cache_file.write_at = fail
     try:
         cache, _ = build_train_cache(index, DataConfig(train_cache="host"), settings, runtime, 0)
     except ValueError as problem:

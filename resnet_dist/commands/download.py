@@ -6,27 +6,31 @@ import io
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from resnet_dist.files import write_file_unsynced
 from resnet_dist.logs.console import Progress
+from resnet_dist.text import printable
 
 if TYPE_CHECKING:
     import numpy as np
 
 
-class NewFile(NamedTuple):
+@dataclass(frozen=True)
+class NewFile:
     """A file that is to be written."""
 
     name: str
     """`<class>/<file>`"""
     read: Callable[[], bytes]
-    """gives the content"""
+    """returns the content"""
 
 
-class Request(NamedTuple):
+@dataclass(frozen=True)
+class Request:
     """What to download."""
 
     cache: str
@@ -36,18 +40,32 @@ class Request(NamedTuple):
     size: str
     """of Imagenette"""
 
+    @property
+    def is_train(self) -> bool:
+        """Whether this is the training set."""
+        return self.split == "train"
+
 
 def run(args: argparse.Namespace) -> int:
-    """Download a data set to args.out. Raises ConnectionError if it cannot be downloaded."""
-    sets = {"imagenette": _imagenette, "cifar10": _cifar10, "flowers102": _flowers102}
-    if args.name not in sets:
-        raise ValueError(f"{args.name!r} is no data set: choose one of {', '.join(sets)}")
+    """Download a data set.
+
+    Args:
+        args: The options of the command: `name`, `out` and `size`.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ValueError: The name is unknown, or the folder is used already.
+        ConnectionError: The data set cannot be downloaded.
+    """
+    find_files = _choose_data_set(args.name)
     cache = os.path.join(args.out, ".download")
-    if os.path.exists(os.path.join(args.out, "train")) and not os.path.exists(cache):
-        raise ValueError(f"{args.out} has a train/ already: remove it, or name another folder")
+    _check_folder(args.out, cache)
     try:
         for split in ("train", "val"):
-            files = list(sets[args.name](Request(cache, split, args.size)))
+            request = Request(cache, split, args.size)
+            files = list(find_files(request))
             _write_all(args.out, split, files)
     except (OSError, RuntimeError) as error:
         raise ConnectionError(
@@ -57,38 +75,74 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _write_all(out: str, split: str, files: list[NewFile]) -> None:
-    """Write each file that is not there to out/split/."""
-    with Progress(len(files), f"write {split}") as bar:
-        for name, read in files:
-            path = Path(out, split, name)
+def _choose_data_set(name: str) -> Callable[[Request], Iterator[NewFile]]:
+    """The function that downloads a data set. Raises ValueError for an unknown name."""
+    known = {
+        "imagenette": _imagenette,
+        "cifar10": _cifar10,
+        "flowers102": _flowers102,
+    }
+    if name not in known:
+        names = ", ".join(known)
+        raise ValueError(f"{name!r} is no data set: choose one of {names}")
+    return known[name]
+
+
+def _check_folder(out: str, cache: str) -> None:
+    """Raise ValueError if the folder has a training set that is not of an unfinished download."""
+    train_folder = os.path.join(out, "train")
+    is_used = os.path.exists(train_folder)
+    is_unfinished = os.path.exists(cache)
+    if is_used and not is_unfinished:
+        raise ValueError(f"{out} has a train/ already: remove it, or name another folder")
+
+
+def _write_all(out: str, split: str, files: Sequence[NewFile]) -> None:
+    """Write each file that is not there to out/split/.
+
+    Args:
+        out: The folder of the data set.
+        split: train or val.
+        files: All files of the split.
+    """
+    folder = Path(out, split)
+    num_files = len(files)
+    with Progress(num_files, f"write {split}") as bar:
+        for file in files:
+            path = folder / file.name
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_file_unsynced(path, read())
+                write_file_unsynced(path, file.read())
             bar.update()
-    print(f"{split}: {len(files)} images in {os.path.join(out, split)}")
+    print(f"{split}: {num_files} images in {printable(folder)}")
 
 
 def _imagenette(request: Request) -> Iterator[NewFile]:
+    """The files of Imagenette, whose splits have the names that ours have."""
     from torchvision import datasets
 
     cache = Path(request.cache)
-    if request.split == "train":
+    if request.is_train:
         # torchvision takes a folder that was not finished for a complete one.
         for unfinished in cache.glob("imagenette2*/"):
             shutil.rmtree(unfinished, ignore_errors=True)
-    datasets.Imagenette(request.cache, request.split, size=request.size, download=True)
-    for path in sorted(cache.glob(f"imagenette2*/{request.split}/*/*.JPEG")):
-        yield NewFile(f"{path.parent.name}/{path.name}", path.read_bytes)
+    datasets.Imagenette(cache, request.split, size=request.size, download=True)
+    paths = cache.glob(f"imagenette2*/{request.split}/*/*.JPEG")
+    for path in sorted(paths):
+        class_name = path.parent.name
+        yield NewFile(f"{class_name}/{path.name}", path.read_bytes)
 
 
 def _cifar10(request: Request) -> Iterator[NewFile]:
+    """The files of CIFAR-10, whose test set becomes the validation set."""
     from torchvision import datasets
 
-    part = datasets.CIFAR10(request.cache, train=request.split == "train", download=True)
-    for number, (pixels, label) in enumerate(zip(part.data, part.targets, strict=True)):
-        name = f"{part.classes[label]}/{number:05d}.png"
-        yield NewFile(name, functools.partial(_encode_png, pixels))
+    part = datasets.CIFAR10(request.cache, train=request.is_train, download=True)
+    images = zip(part.data, part.targets, strict=True)
+    for number, (pixels, label) in enumerate(images):
+        class_name = part.classes[label]
+        encode = functools.partial(_encode_png, pixels)
+        yield NewFile(f"{class_name}/{number:05d}.png", encode)
 
 
 def _encode_png(pixels: "np.ndarray") -> bytes:
@@ -96,18 +150,26 @@ def _encode_png(pixels: "np.ndarray") -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
+    image = Image.fromarray(pixels)
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def _flowers102(request: Request) -> Iterator[NewFile]:
+    """The files of Flowers-102: train and val together for training, test for validation."""
     from torchvision import datasets
 
-    official_splits = ("train", "val") if request.split == "train" else ("test",)
+    official_splits = ["test"]
+    if request.is_train:
+        official_splits = ["train", "val"]
     for official in official_splits:
         part = datasets.Flowers102(request.cache, official, download=True)
-        for path, label in zip(part._image_files, part._labels, strict=True):
+        # torchvision has no public names for these two.
+        images = zip(part._image_files, part._labels, strict=True)
+        for path, label in images:
             # The number before the name makes the folders sort as the labels.
+            number = label + 1
             words = re.sub("[^a-z]+", "_", part.classes[label])
-            name = f"{label + 1:03d}_{words}/{os.path.basename(path)}"
-            yield NewFile(name, Path(path).read_bytes)
+            folder = f"{number:03d}_{words}"
+            file = os.path.basename(path)
+            yield NewFile(f"{folder}/{file}", Path(path).read_bytes)

@@ -3,7 +3,7 @@
 import gzip
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,25 @@ class OwnTime:
     name: str
     kind: str
     microseconds: float
+
+
+@dataclass(frozen=True)
+class Span:
+    """The time that was profiled."""
+
+    microseconds: float
+    """of all steps together"""
+    num_steps: int
+
+    @property
+    def step_milliseconds(self) -> float:
+        """The time of one step."""
+        return self.per_step(self.microseconds)
+
+    def per_step(self, microseconds: float) -> float:
+        """A time of all steps, in microseconds, as milliseconds of one step."""
+        milliseconds = microseconds / 1e3
+        return milliseconds / self.num_steps
 
 
 @dataclass(frozen=True)
@@ -100,47 +119,48 @@ def build_table(events: Iterable[dict[str, Any]], num_steps: int) -> ProfileTabl
     kernels = []
     operators = []
     for event in events:
-        if event.get("ph") != "X":
-            continue
+        # Other events have no duration.
+        is_complete = event.get("ph") == "X"
         category = event.get("cat")
-        if category in _GPU_CATEGORIES:
-            kernels.append(_event(event))
-        elif category == _CPU_CATEGORY:
-            operators.append(_event(event))
+        if is_complete and category in _GPU_CATEGORIES:
+            kernels.append(_read_event(event))
+        elif is_complete and category == _CPU_CATEGORY:
+            operators.append(_read_event(event))
 
     if kernels:
-        return _table_of_kernels(kernels, num_steps)
+        times = _times_of_kernels(kernels)
+        return _build_table("cuda", kernels, times, num_steps)
     if operators:
-        return _table_of_operators(operators, num_steps)
+        times = _times_of_operators(operators)
+        return _build_table("cpu", operators, times, num_steps)
     raise ValueError("the profile has neither kernels nor operators")
 
 
-def _event(event: dict[str, Any]) -> TraceEvent:
+def _read_event(event: dict[str, Any]) -> TraceEvent:
     """One event of a Chrome trace."""
-    duration = event.get("dur", 0.0)
-    return TraceEvent(
-        name=event["name"],
-        start=float(event["ts"]),
-        duration=float(duration),
-        lane=(event.get("pid"), event.get("tid")),
-    )
+    start = float(event["ts"])
+    duration = float(event.get("dur", 0.0))
+    process = event.get("pid")
+    thread = event.get("tid")
+    return TraceEvent(event["name"], start, duration, lane=(process, thread))
 
 
-def _table_of_kernels(kernels: list[TraceEvent], num_steps: int) -> ProfileTable:
-    """The table of a GPU's kernels and copies."""
+def _times_of_kernels(kernels: Sequence[TraceEvent]) -> list[OwnTime]:
+    """The whole time of each kernel or copy of a GPU."""
     times = []
     for kernel in kernels:
-        times.append(OwnTime(kernel.name, kind_of_kernel(kernel.name), kernel.duration))
-    return _table("cuda", kernels, times, num_steps)
+        kind = kind_of_kernel(kernel.name)
+        times.append(OwnTime(kernel.name, kind, kernel.duration))
+    return times
 
 
-def _table_of_operators(operators: list[TraceEvent], num_steps: int) -> ProfileTable:
-    """The table of CPU operators."""
+def _times_of_operators(operators: Sequence[TraceEvent]) -> list[OwnTime]:
+    """The time of each CPU operator without the operators that it calls."""
     times = []
     for operator, microseconds in zip(operators, self_times(operators), strict=True):
         kind = kind_of_operator(operator.name)
         times.append(OwnTime(operator.name, kind, microseconds))
-    return _table("cpu", operators, times, num_steps)
+    return times
 
 
 def self_times(operators: Sequence[TraceEvent]) -> list[float]:
@@ -149,27 +169,43 @@ def self_times(operators: Sequence[TraceEvent]) -> list[float]:
     Args:
         operators: The operators; those of one lane are nested or do not overlap.
     """
-    own = [operator.duration for operator in operators]
-    lanes = defaultdict(list)
+    numbers_by_lane = defaultdict(list)
     for number, operator in enumerate(operators):
-        lanes[operator.lane].append(number)
+        numbers_by_lane[operator.lane].append(number)
+
+    own = [operator.duration for operator in operators]
+    for numbers in numbers_by_lane.values():
+        _subtract_called(operators, numbers, own)
+    # Rounding may leave less than nothing.
+    return [max(0.0, microseconds) for microseconds in own]
+
+
+def _subtract_called(
+    operators: Sequence[TraceEvent], numbers: Sequence[int], own: list[float]
+) -> None:
+    """Subtract the time of each operator of a lane from that of the operator that has called it.
+
+    Args:
+        operators: The operators of all lanes.
+        numbers: Which of them are in the lane.
+        own: The time of each operator, in microseconds; it is changed.
+    """
 
     def outer_first(number: int) -> tuple[float, float]:
+        """Of operators that start together, the longest one has called the others."""
         operator = operators[number]
         return operator.start, -operator.duration
 
-    for numbers in lanes.values():
-        numbers.sort(key=outer_first)
-        # The operators that the present one is inside of, from the outside in.
-        around: list[int] = []
-        for number in numbers:
-            operator = operators[number]
-            while around and operators[around[-1]].end <= operator.start:
-                around.pop()
-            if around:
-                own[around[-1]] -= operator.duration
-            around.append(number)
-    return [max(0.0, microseconds) for microseconds in own]
+    # The operators that the present one is inside of, from the outside in.
+    around: list[int] = []
+    for number in sorted(numbers, key=outer_first):
+        operator = operators[number]
+        while around and operators[around[-1]].end <= operator.start:
+            around.pop()
+        if around:
+            caller = around[-1]
+            own[caller] -= operator.duration
+        around.append(number)
 
 
 def busy_time(events: Iterable[TraceEvent]) -> float:
@@ -188,8 +224,8 @@ def _start(event: TraceEvent) -> float:
     return event.start
 
 
-def _table(
-    device: str, events: list[TraceEvent], times: list[OwnTime], num_steps: int
+def _build_table(
+    device: str, events: Sequence[TraceEvent], times: Sequence[OwnTime], num_steps: int
 ) -> ProfileTable:
     """The table of the events.
 
@@ -199,47 +235,63 @@ def _table(
         times: The time of each that counts.
         num_steps: How many steps they belong to.
     """
-    start = min(event.start for event in events)
-    end = max(event.end for event in events)
-    span = end - start
     by_kind: dict[str, list[float]] = {kind: [] for kind in KINDS}
     by_name: dict[str, list[float]] = defaultdict(list)
     for time in times:
         by_kind[time.kind].append(time.microseconds)
         by_name[time.name].append(time.microseconds)
 
-    kinds = []
-    for kind, microseconds in by_kind.items():
-        if microseconds:
-            kinds.append(_row(kind, microseconds, span, num_steps))
-    idle = span - busy_time(events)
-    kinds.append(Row("idle", _milliseconds(idle, num_steps), idle / span, 0))
-
-    names = []
-    for name, microseconds in by_name.items():
-        names.append(_row(name, microseconds, span, num_steps))
-    names.sort(key=_by_time, reverse=True)
-    longest = names[:_LONGEST]
-    return ProfileTable(device, _milliseconds(span, num_steps), tuple(kinds), tuple(longest))
+    span = _span_of(events, num_steps)
+    kinds = _build_rows(by_kind, span)
+    kinds.append(_idle_row(events, span))
+    longest = _build_rows(by_name, span)
+    longest.sort(key=_by_time, reverse=True)
+    return ProfileTable(
+        device=device,
+        step_milliseconds=span.step_milliseconds,
+        kinds=tuple(kinds),
+        longest=tuple(longest[:_LONGEST]),
+    )
 
 
-def _row(name: str, microseconds: list[float], span: float, num_steps: int) -> Row:
-    """The row of all events with one name or kind.
+def _span_of(events: Iterable[TraceEvent], num_steps: int) -> Span:
+    """The time from the start of the first event to the end of the last one."""
+    start = float("inf")
+    end = float("-inf")
+    for event in events:
+        start = min(start, event.start)
+        end = max(end, event.end)
+    return Span(end - start, num_steps)
+
+
+def _build_rows(times: Mapping[str, list[float]], span: Span) -> list[Row]:
+    """A row for each kind or name that has events.
 
     Args:
-        name: The name or kind.
-        microseconds: The time of each.
-        span: The time of all steps, in microseconds.
-        num_steps: How many steps they belong to.
+        times: The times of the events of each, in microseconds.
+        span: The time of all steps.
     """
-    total = sum(microseconds)
-    count = len(microseconds) / num_steps
-    return Row(name, _milliseconds(total, num_steps), total / span, count)
+    rows = []
+    for name, microseconds in times.items():
+        if not microseconds:
+            continue
+        total = sum(microseconds)
+        row = Row(
+            name=name,
+            milliseconds=span.per_step(total),
+            share=total / span.microseconds,
+            count=len(microseconds) / span.num_steps,
+        )
+        rows.append(row)
+    return rows
 
 
-def _milliseconds(microseconds: float, num_steps: int) -> float:
-    """The time of all steps, in microseconds, as milliseconds of one step."""
-    return microseconds / num_steps / 1e3
+def _idle_row(events: Iterable[TraceEvent], span: Span) -> Row:
+    """The row of the time in which no event ran."""
+    idle = span.microseconds - busy_time(events)
+    milliseconds = span.per_step(idle)
+    share = idle / span.microseconds
+    return Row("idle", milliseconds, share, count=0)
 
 
 def _by_time(row: Row) -> float:
@@ -248,16 +300,40 @@ def _by_time(row: Row) -> float:
 
 def format_table(table: ProfileTable) -> str:
     """The table as text of at most 100 columns."""
-    unit = "kernels" if table.device == "cuda" else "operators"
+    unit = "operators"
+    if table.device == "cuda":
+        unit = "kernels"
+    milliseconds = f"{table.step_milliseconds:.2f}"
     lines = [
-        f"{table.step_milliseconds:.2f} ms a step, by {unit} of the {table.device}:",
-        f"  {'kind':16}{'ms a step':>10}{'share':>9}{unit:>12}",
+        f"{milliseconds} ms a step, by {unit} of the {table.device}:",
+        *_lines_of_kinds(table.kinds, unit),
+        "",
+        *_lines_of_names(table.longest),
     ]
-    for row in table.kinds:
+    return "\n".join(lines)
+
+
+def _lines_of_kinds(kinds: Iterable[Row], unit: str) -> list[str]:
+    """The heading of the table of kinds, and a line for each.
+
+    Args:
+        kinds: The rows of the table.
+        unit: What is counted.
+    """
+    lines = [f"  {'kind':16}{'ms a step':>10}{'share':>9}{unit:>12}"]
+    for row in kinds:
         lines.append(f"  {row.name:16}{row.milliseconds:10.3f}{row.share:9.1%}{row.count:12.1f}")
-    lines.append("")
-    lines.append(f"  {'ms a step':>9}{'share':>8}{'calls':>8}  longest")
-    for row in table.longest:
+    return lines
+
+
+def _lines_of_names(rows: Iterable[Row]) -> list[str]:
+    """The heading of the table of names, and a line for each.
+
+    Args:
+        rows: The rows of the table.
+    """
+    lines = [f"  {'ms a step':>9}{'share':>8}{'calls':>8}  longest"]
+    for row in rows:
         name = row.name[:_NAME_WIDTH]
         lines.append(f"  {row.milliseconds:9.3f}{row.share:8.1%}{row.count:8.1f}  {name}")
-    return "\n".join(lines)
+    return lines

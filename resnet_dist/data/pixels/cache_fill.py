@@ -9,13 +9,12 @@ then the images are decoded.
 """
 
 import contextlib
-import mmap
 import os
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,9 +22,10 @@ import torch
 
 from resnet_dist.config import DataConfig
 from resnet_dist.data.arrays import IntArray
+from resnet_dist.data.pixels.cache_file import CacheFile
 from resnet_dist.data.pixels.cached import needs_dali
-from resnet_dist.data.pixels.decoded_images import MARGIN, DecodedImages
-from resnet_dist.data.pixels.decoding import ImageDecoding, LoaderSettings
+from resnet_dist.data.pixels.decoded_images import DecodedImages
+from resnet_dist.data.pixels.decoding import DecodedPortion, ImageDecoding, LoaderSettings
 from resnet_dist.data.pixels.quarantine import Quarantine
 from resnet_dist.data.pixels.remote_read import build_reader
 from resnet_dist.data.sampling.jobs import val_job
@@ -44,9 +44,12 @@ _SAMPLE = 256
 _BATCH = 64
 """Images that are read or decoded together."""
 
-_SIZE_BYTES = 8
-# Height and width of an image.
-_SIZE = np.dtype((np.int32, 2))
+_SECONDS_BETWEEN_REPORTS = 1.0
+"""How often the ranks tell each other that they still work."""
+
+
+class _CacheError(Exception):
+    """Why there can be no cache, as a part of a sentence."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,19 @@ class Machine:
         """The ranks beside this one; a launcher may have started spare processes behind them."""
         first_rank = runtime.rank - runtime.local_rank
         num_training = runtime.world_size - first_rank
-        return cls(runtime.local_rank, min(runtime.local_world_size, num_training))
+        count = min(runtime.local_world_size, num_training)
+        return cls(runtime.local_rank, count)
 
-    def rows(self, num_rows: int) -> range:
-        """The rows that this rank reads and decodes for all of them."""
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank does what one rank of the machine has to do."""
+        return self.number == 0
+
+    def rows(self, num_rows: int) -> IntArray:
+        """The rows that this rank reads and decodes for all of them, int64."""
         start = num_rows * self.number // self.count
         stop = num_rows * (self.number + 1) // self.count
-        return range(start, stop)
+        return np.arange(start, stop, dtype=np.int64)
 
 
 def fill_cache(
@@ -90,30 +99,29 @@ def fill_cache(
     """
     started = time.perf_counter()
     filling = _Filling(index, config, settings, runtime)
-    problem = filling.check_estimate() or filling.open_file()
     try:
-        problem = problem or filling.read_sizes()
-        problem = problem or filling.decode()
-        if problem is None:
-            cache = filling.map_file()
-            num_bytes = len(cache.pixels)
-            seconds = time.perf_counter() - started
-            return cache, (
-                f"training cache: {len(index)} images, {memory_size(num_bytes)}, decoded in "
-                f"{seconds:.0f} s"
-            )
+        filling.check_estimate()
+        filling.open_file()
+        filling.read_sizes()
+        filling.decode()
+        cache = filling.file.map()
+    except _CacheError as problem:
+        if config.train_cache == "auto":
+            return None, f"training cache: off, since {problem}"
+        raise ValueError(
+            f"data.train_cache is {config.train_cache}, but {problem}. Take --data.train_cache "
+            f"off, or smaller images (`resnet-dist data pack --resize`)"
+        ) from None
     finally:
         filling.close()
-    if config.train_cache == "auto":
-        return None, f"training cache: off, since {problem}"
-    raise ValueError(
-        f"data.train_cache is {config.train_cache}, but {problem}. Take --data.train_cache off, or "
-        "smaller images (`resnet-dist data pack --resize`)"
-    )
+    num_images = len(index)
+    size = memory_size(len(cache.pixels))
+    seconds = time.perf_counter() - started
+    return cache, f"training cache: {num_images} images, {size}, decoded in {seconds:.0f} s"
 
 
 class _Filling:
-    """The steps of `fill_cache`. Each returns what stands against the cache, on every rank."""
+    """The steps of `fill_cache`. If one fails on some rank, it raises `_CacheError` on all."""
 
     def __init__(
         self, index: Index, config: DataConfig, settings: LoaderSettings, runtime: Runtime
@@ -124,210 +132,191 @@ class _Filling:
         self.machine = Machine.of(runtime)
         self.settings = replace(settings, device=torch.device("cpu"))
         self.budget = int(_SHARE_OF_HOST * free_host_memory())
-        self.descriptor: int | None = None
-        self.starts = np.zeros(0, np.int64)
-        self.sizes = np.zeros((0, 2), np.int32)
+        self.file = CacheFile(len(index))
         self.stopped = threading.Event()
 
-    @property
-    def is_first(self) -> bool:
-        """Whether this rank speaks for its machine."""
-        return self.machine.number == 0
-
     def close(self) -> None:
-        """Let the file go; what is mapped stays."""
+        """Stop the work and let the file go; what is mapped stays."""
         self.stopped.set()
-        if self.descriptor is not None:
-            os.close(self.descriptor)
+        self.file.close()
 
-    def check_estimate(self) -> str | None:
+    def check_estimate(self) -> None:
         """Judge by the sizes of a few images, since reading all of a large split takes hours."""
-        problem = None
-        if self.is_first:
-            num_images = len(self.index)
-            sample = np.unique(np.linspace(0, num_images - 1, _SAMPLE).astype(np.int64))
-            sizes = np.concatenate(list(self._sizes_of(sample)))
-            num_bytes = int(3 * sizes.astype(np.int64).prod(axis=1).mean() * num_images)
-            problem = self._too_large(num_bytes)
-        return self._agree(problem)
+        self._together(self._check_sample)
 
-    def open_file(self) -> str | None:
+    def open_file(self) -> None:
         """Create the file, open it on every rank of the machine, and delete its name."""
         name = self.runtime.on_main(_temporary_name)
         path = os.path.join(tempfile.gettempdir(), name)
-        problem = None
-        if self.is_first:
-            problem = self._open(path, os.O_CREAT | os.O_EXCL)
-        # Wait until the file is there on all machines.
-        created = self._agree(problem)
-        if created is None and not self.is_first:
-            problem = self._open(path, 0)
-        # Wait until every rank has opened it.
-        opened = self._agree(problem)
-        if self.is_first:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-        return opened
 
-    def read_sizes(self) -> str | None:
+        def create() -> None:
+            if self.machine.is_first:
+                self._open(path, is_new=True)
+
+        def open_created() -> None:
+            if not self.machine.is_first:
+                self._open(path, is_new=False)
+
+        try:
+            self._together(create)
+            # The file is there on all machines.
+            self._together(open_created)
+        finally:
+            if self.machine.is_first:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+
+    def read_sizes(self) -> None:
         """Read the size of every image, and reserve the disk space of all of them."""
-        problem = self._together(self._read_own_sizes)
-        if problem:
-            return problem
-        num_images = len(self.index)
-        head = os.pread(self._file(), num_images * _SIZE_BYTES, 0)
-        self.sizes = np.frombuffer(head, _SIZE).copy()
-        values = 3 * self.sizes.astype(np.int64).prod(axis=1)
-        ends = np.cumsum(values)
-        self.starts = self._pixels_start + MARGIN + ends - values
-        if self.is_first:
-            problem = self._too_large(int(ends[-1])) or self._reserve()
-        return self._agree(problem)
+        self._together(self._write_own_sizes)
+        self._together(self._lay_out)
 
-    def decode(self) -> str | None:
+    def decode(self) -> None:
         """Decode every image into the file."""
-        return self._together(self._decode_own)
+        self._together(self._decode_own)
 
-    def map_file(self) -> DecodedImages:
-        """The finished cache."""
-        num_images = len(self.index)
-        mapped = mmap.mmap(self._file(), self._file_bytes)
-        content = np.frombuffer(mapped, np.uint8)
-        sizes = content[: num_images * _SIZE_BYTES].view(np.int32).reshape(-1, 2)
-        return DecodedImages(
-            heights=sizes[:, 0].astype(np.int64),
-            widths=sizes[:, 1].astype(np.int64),
-            starts=self.starts - self._pixels_start,
-            pixels=content[self._pixels_start :],
-        )
-
-    @property
-    def _pixels_start(self) -> int:
-        """The position of the first margin, behind the sizes."""
-        return len(self.index) * _SIZE_BYTES
-
-    @property
-    def _file_bytes(self) -> int:
-        num_values = 3 * self.sizes[-1].astype(np.int64).prod()
-        return int(self.starts[-1] + num_values + MARGIN)
-
-    def _file(self) -> int:
-        assert self.descriptor is not None, "the file is not open"
-        return self.descriptor
-
-    def _open(self, path: str, flags: int) -> str | None:
-        try:
-            self.descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
-        except OSError as error:
-            return f"{path} cannot be opened: {error.strerror}. TMPDIR names its folder"
-        return None
-
-    def _reserve(self) -> str | None:
-        """Take the disk space now: a full disk is noticed before the work."""
-        try:
-            os.posix_fallocate(self._file(), 0, self._file_bytes)
-        except OSError as error:
-            return (
-                f"{tempfile.gettempdir()} has no room for {memory_size(self._file_bytes)} "
-                f"({error.strerror}). TMPDIR may name another folder"
-            )
-        return None
-
-    def _too_large(self, num_bytes: int) -> str | None:
-        """A sentence if the decoded images do not fit."""
-        if num_bytes <= self.budget:
-            return None
-        return (
-            f"the decoded images take about {memory_size(num_bytes)}, more than "
-            f"{_SHARE_OF_HOST:.0%} of the free memory of this machine or control group "
-            f"({memory_size(self.budget)})"
-        )
-
-    def _agree(self, problem: str | None) -> str | None:
-        """None if no rank has a problem; the one of this rank, or a word about the others."""
-        num_failed = self.runtime.sum_integer(int(problem is not None))
-        if num_failed == 0:
-            return None
-        return problem or f"{num_failed} other ranks have no room for it (see their messages)"
-
-    def _together(self, work: Callable[[], str | None]) -> str | None:
-        """Do some work on every rank, however long it takes; returns what `_agree` returns.
+    def _together(self, work: Callable[[], None]) -> None:
+        """Do some work on every rank, however long it takes.
 
         It runs in a thread, and every second the ranks tell each other who continues: no collective
         waits for the slowest rank until it times out.
+
+        Raises:
+            _CacheError: on every rank, if the work has failed on one.
         """
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(work)
             try:
-                num_working = 1
-                while num_working:
-                    not_done = wait([future], timeout=1).not_done
-                    num_working = self.runtime.sum_integer(len(not_done))
+                self._wait_for_all(future)
             finally:
                 self.stopped.set()
-            self.stopped.clear()
-            problem = None
-            try:
-                problem = future.result()
-            except Exception as error:
-                problem = f"it could not be filled: {type(error).__name__}: {error}"
-        return self._agree(problem)
+        self.stopped.clear()
+        problem = _problem_of(future)
+        num_failed = self.runtime.sum_integer(int(problem is not None))
+        if problem is not None:
+            raise _CacheError(problem)
+        if num_failed > 0:
+            raise _CacheError(f"{num_failed} other ranks have no room for it (see their messages)")
 
-    def _batches(self, rows: range) -> Iterator[IntArray]:
-        """The rows in batches, until the work is stopped."""
-        for start in range(rows.start, rows.stop, _BATCH):
-            if self.stopped.is_set():
-                return
-            yield np.arange(start, min(start + _BATCH, rows.stop), dtype=np.int64)
+    def _wait_for_all(self, future: "Future[None]") -> None:
+        """Wait until the work of every rank has ended."""
+        num_working = 1
+        while num_working > 0:
+            not_done = wait([future], timeout=_SECONDS_BETWEEN_REPORTS).not_done
+            num_working = self.runtime.sum_integer(len(not_done))
+
+    def _check_sample(self) -> None:
+        """Estimate the size of the cache from a few images."""
+        if not self.machine.is_first:
+            return
+        num_images = len(self.index)
+        spread = np.linspace(0, num_images - 1, _SAMPLE)
+        rows = np.unique(spread.astype(np.int64))
+        sizes = np.concatenate(list(self._sizes_of(rows)))
+        num_pixels = sizes.astype(np.int64).prod(axis=1)
+        num_bytes = 3 * num_pixels.mean() * num_images
+        self._check_budget(int(num_bytes))
+
+    def _check_budget(self, num_bytes: int) -> None:
+        """Raise `_CacheError` if the decoded images do not fit."""
+        if num_bytes <= self.budget:
+            return
+        size = memory_size(num_bytes)
+        budget = memory_size(self.budget)
+        raise _CacheError(
+            f"the decoded images take about {size}, more than {_SHARE_OF_HOST:.0%} of the free "
+            f"memory of this machine or control group ({budget})"
+        )
+
+    def _open(self, path: str, *, is_new: bool) -> None:
+        try:
+            self.file.open(path, is_new=is_new)
+        except OSError as error:
+            raise _CacheError(
+                f"{path} cannot be opened: {error.strerror}. TMPDIR names its folder"
+            ) from None
+
+    def _write_own_sizes(self) -> None:
+        """Write this rank's share of the sizes to the file."""
+        rows = self.machine.rows(len(self.index))
+        num_written = 0
+        for sizes in self._sizes_of(rows):
+            self.file.write_sizes(rows[num_written], sizes)
+            num_written += len(sizes)
 
     def _sizes_of(self, rows: IntArray) -> Iterator[np.ndarray]:
         """The sizes of images, in batches: int32 [n, 2], zeros for broken ones."""
         reader = build_reader(self.index, self.config)
         try:
-            for start in range(0, len(rows), _BATCH):
-                if self.stopped.is_set():
-                    return
-                images = reader.collect(reader.request(rows[start : start + _BATCH]))
-                sizes = [(image.height, image.width) for image in images]
+            for batch in self._batches(rows):
+                requested = reader.request(batch)
+                sizes = []
+                for image in reader.collect(requested):
+                    sizes.append((image.height, image.width))
                 yield np.array(sizes, np.int32)
         finally:
             reader.close()
 
-    def _read_own_sizes(self) -> str | None:
-        """Write this rank's share of the sizes to the file."""
-        rows = self.machine.rows(len(self.index))
-        position = rows.start * _SIZE_BYTES
-        for sizes in self._sizes_of(np.array(rows, np.int64)):
-            _write(self._file(), sizes.tobytes(), position)
-            position += sizes.nbytes
-        return None
+    def _batches(self, rows: IntArray) -> Iterator[IntArray]:
+        """The rows in batches, until the work is stopped."""
+        for start in range(0, len(rows), _BATCH):
+            if self.stopped.is_set():
+                return
+            yield rows[start : start + _BATCH]
 
-    def _decode_own(self) -> str | None:
+    def _lay_out(self) -> None:
+        """Find the place of each image, and take the disk space before the work begins."""
+        self.file.lay_out()
+        if not self.machine.is_first:
+            return
+        self._check_budget(self.file.image_bytes)
+        try:
+            self.file.reserve()
+        except OSError as error:
+            size = memory_size(self.file.num_bytes)
+            raise _CacheError(
+                f"{tempfile.gettempdir()} has no room for {size} ({error.strerror}). TMPDIR may "
+                f"name another folder"
+            ) from None
+
+    def _decode_own(self) -> None:
         """Write this rank's share of the pixels to the file, and mark what cannot be decoded."""
         quarantine = _NoQuarantine(self.settings.output_dir, "train", self.runtime.rank, None)
         decoding = ImageDecoding(
             self.index, self.config, quarantine, self.settings, local_batch_size=_BATCH
         )
         rows = self.machine.rows(len(self.index))
-        jobs = (val_job(batch) for batch in self._batches(rows))
+        # Evaluation keeps the order of the images, and does not crop them.
+        jobs = map(val_job, self._batches(rows))
         try:
             with contextlib.closing(decoding.decode(jobs)) as portions:
                 for decoded in portions:
-                    images = decoded.portion.loaded.images[decoded.portion.places]
-                    for image, pixels in zip(images, decoded.windows, strict=True):
-                        is_bad = image.reason is not None
-                        self._keep(image.row, pixels, is_bad)
+                    self._write_images(decoded)
         finally:
             decoding.close()
-        return None
 
-    def _keep(self, row: int, pixels: torch.Tensor, is_bad: bool) -> None:
-        """Write the pixels of one image; one that cannot be used gets the size 0."""
-        is_expected = tuple(pixels.shape[:2]) == tuple(self.sizes[row].tolist())
-        if is_bad or not is_expected:
-            _write(self._file(), bytes(_SIZE_BYTES), row * _SIZE_BYTES)
-            return
-        _write(self._file(), pixels.numpy().data.cast("B"), int(self.starts[row]))
+    def _write_images(self, decoded: DecodedPortion) -> None:
+        """Write the images of a portion; one that cannot be used gets the size 0."""
+        portion = decoded.portion
+        images = portion.loaded.images[portion.places]
+        for image, pixels in zip(images, decoded.windows, strict=True):
+            size = list(pixels.shape[:2])
+            expected_size = self.file.sizes[image.row].tolist()
+            is_good = image.reason is None
+            if is_good and size == expected_size:
+                self.file.write_image(image.row, pixels)
+            else:
+                self.file.mark_as_bad(image.row)
+
+
+def _problem_of(future: "Future[None]") -> str | None:
+    """Why the work of this rank has failed, as a part of a sentence; None if it has not."""
+    error = future.exception()
+    if error is None:
+        return None
+    if isinstance(error, _CacheError):
+        return str(error)
+    return f"it could not be filled: {type(error).__name__}: {error}"
 
 
 class _NoQuarantine(Quarantine):
@@ -337,15 +326,6 @@ class _NoQuarantine(Quarantine):
         self, file: str, reason: str, *, epoch: int | None = None, step: int | None = None
     ) -> None:
         """Record nothing."""
-
-
-def _write(descriptor: int, data: bytes | memoryview, position: int) -> None:
-    """Write all of `data` at a position of a file. Raises OSError."""
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(descriptor, view, position)
-        view = view[written:]
-        position += written
 
 
 def _temporary_name() -> str:
@@ -379,13 +359,12 @@ def build_train_cache(
     problem = _no_device_cache(cache, config, settings.device, slots)
     num_failed = runtime.sum_integer(int(problem is not None))
     if num_failed == 0:
-        return _move_to_device(cache, settings.device), f"{remark}, on the GPU"
+        on_device = _move_to_device(cache, settings.device)
+        return on_device, f"{remark}, on the GPU"
     if config.train_cache == "auto":
         return cache, f"{remark}, in host memory"
-    raise ValueError(
-        f"data.train_cache is device, but {problem or 'it does not fit on another GPU'}. Take "
-        "--data.train_cache host"
-    )
+    reason = problem or "it does not fit on another GPU"
+    raise ValueError(f"data.train_cache is device, but {reason}. Take --data.train_cache host")
 
 
 def _no_device_cache(

@@ -5,6 +5,7 @@ CPU the same kernels make the squares, so that the pixels are equal bit for bit.
 """
 
 from collections.abc import Generator, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,31 +28,31 @@ from resnet_dist.data.pixels.decoding import (
     LoaderSettings,
     PixelSource,
     PortionQueue,
-    SquaresOf,
 )
 from resnet_dist.data.pixels.finish import resize_fast, to_device
 from resnet_dist.data.pixels.quarantine import Quarantine
 from resnet_dist.data.pixels.read import Encoded, load, read_limits
-from resnet_dist.data.pixels.squares import CropGroup, crop_windows
+from resnet_dist.data.pixels.squares import GROUP_VALUES, CropGroup, crop_windows
 from resnet_dist.data.sampling.crops import Geometry
 from resnet_dist.data.sampling.jobs import job_geometry
 from resnet_dist.data.sources.index import Index
 from resnet_dist.data.types import Job
 
-# Values that are cropped together: 64 images of 32 pixels, whose cost is that of a few calls.
-_GROUP_VALUES = 2**18
+# Values of images of one size that are cropped together: 64 images of 32 pixels, whose cost is that
+# of a few calls.
+_GROUP_VALUES_OF_EQUAL = 2**18
 
 
+@dataclass(frozen=True)
 class CachedRows:
     """Finds what a job shows: the rows of good images, and their geometry."""
 
-    def __init__(
-        self, cache: DecodedImages, index: Index, config: DataConfig, quarantine: Quarantine
-    ) -> None:
-        self.cache = cache
-        self.index = index
-        self.config = config
-        self.quarantine = quarantine
+    cache: DecodedImages
+    index: Index
+    """of all images"""
+    config: DataConfig
+    quarantine: Quarantine
+    """has the bad images that training has met"""
 
     def load(self, job: Job) -> LoadedJob:
         """The job with the rows that it shows.
@@ -67,8 +68,9 @@ class CachedRows:
 
     def _replace_bad(self, job: Job) -> IntArray:
         """The rows of a job, with the next good image of the index in place of each bad one."""
-        bad_places = np.flatnonzero(self.cache.is_bad[job.rows])
-        if not len(bad_places):
+        is_bad = self.cache.is_bad[job.rows]
+        bad_places = np.flatnonzero(is_bad)
+        if len(bad_places) == 0:
             return job.rows
         rows: IntArray = job.rows.copy()
         for place in bad_places:
@@ -79,10 +81,7 @@ class CachedRows:
         """The first good row from `wanted` on, which wraps around; bad ones are recorded."""
         row = wanted
         while self.cache.is_bad[row]:
-            path = self.index.path(row)
-            if path not in self.quarantine.files:
-                reason = load(self.index, row, read_limits(self.config)).reason or REFUSED
-                self.quarantine.add(path, reason, epoch=job.epoch, step=job.step)
+            self._record(row, job)
             row = (row + 1) % len(self.index)
             if row == wanted:
                 raise ValueError(
@@ -91,13 +90,22 @@ class CachedRows:
                 )
         return row
 
+    def _record(self, row: int, job: Job) -> None:
+        """Record a bad image once. Raises ValueError if there are too many."""
+        path = self.index.path(row)
+        if path in self.quarantine.files:
+            return
+        # The cache does not keep the reasons.
+        image = load(self.index, row, read_limits(self.config))
+        reason = image.reason or REFUSED
+        self.quarantine.add(path, reason, epoch=job.epoch, step=job.step)
 
-class CachedWindows:
-    """Decoded windows on the CPU, for squares that are made there."""
+
+class _CachedSource:
+    """A `PixelSource` whose jobs are one portion each: the images are in memory already."""
 
     def __init__(self, rows: CachedRows) -> None:
         self.rows = rows
-        self.cache = rows.cache
 
     def close(self) -> None:
         """Nothing to stop."""
@@ -107,73 +115,110 @@ class CachedWindows:
         return self.rows.load(job)
 
     def decode(self, jobs: Iterable[Job]) -> Generator[DecodedPortion, None, None]:
-        """The jobs in order, each as one portion."""
+        """The jobs in order."""
         for job in jobs:
             loaded = self.load(job)
             portion = Portion(loaded, 0, len(job.rows))
-            yield self._decoded(portion)
+            yield self.decode_portion(portion)
 
-    def _decoded(self, portion: Portion) -> DecodedPortion:
+    def decode_portion(self, portion: Portion) -> DecodedPortion:
         """The portion with the function that makes its squares."""
-        size = self.cache.common_size
-        cut = None
-        if size is not None:
-            cut = self._cut_equal(portion, size)
-        if cut is None:
-            return self._crop_one_by_one(portion)
-        cut_group = cut
+        raise NotImplementedError
 
-        def crop(number: int) -> CropGroup:
-            assert number == 0, "training has one view"
-            return cut_group
 
-        return DecodedPortion(portion, crop=crop, group_values=_GROUP_VALUES)
+class CachedWindows(_CachedSource):
+    """Decoded windows on the CPU, for squares that are made there."""
 
-    def _crop_one_by_one(self, portion: Portion) -> DecodedPortion:
-        """The portion with its windows, which are handled like decoded ones."""
+    def decode_portion(self, portion: Portion) -> DecodedPortion:
+        """The portion with the function that makes its squares."""
+        equal = self._equal_images(portion)
+        if equal is None:
+            return _with_one_view(portion, self._crop_one_by_one(portion), GROUP_VALUES)
+        crop = equal.resize_and_cut
+        if equal.resized == equal.size:
+            crop = equal.cut
+        return _with_one_view(portion, crop, _GROUP_VALUES_OF_EQUAL)
+
+    def _crop_one_by_one(self, portion: Portion) -> CropGroup:
+        """A crop of windows, which are handled like decoded ones."""
         geometry = portion.loaded.geometry
         rows = portion.loaded.shown_rows()
         windows = []
         for row, window in zip(rows.tolist(), geometry.windows.tolist(), strict=True):
             y, x, height, width = window
-            pixels = self.cache.image(row)[y : y + height, x : x + width]
+            image = self.rows.cache.image(row)
+            pixels = image[y : y + height, x : x + width]
             # The fast kernel of torch wants it so.
             windows.append(pixels.contiguous())
+        return crop_windows(windows, portion, 0, resize_fast)
 
-        def crop(number: int) -> CropGroup:
-            return crop_windows(windows, portion, number, resize_fast)
-
-        return DecodedPortion(portion, crop=crop)
-
-    def _cut_equal(self, portion: Portion, size: tuple[int, int]) -> CropGroup | None:
-        """A crop of whole groups at once, for images of one size that are resized to one size.
+    def _equal_images(self, portion: Portion) -> "_EqualImages | None":
+        """The images of a portion, if whole groups of them can be handled at once.
 
         Returns:
-            None if the images are resized differently.
+            None if the images differ in size, or if they are resized differently.
         """
+        cache = self.rows.cache
         geometry = portion.loaded.geometry
+        size = cache.common_size
+        if size is None:
+            return None
         resized = common_resize(geometry, size)
         if resized is None:
             return None
         (view,) = geometry.views
         places = SquarePlaces(view.offsets, geometry.flips, view.side)
-        margin = 3 * (view.side + int(np.abs(view.offsets).max()))
-        if margin > MARGIN:
+        if places.margin > MARGIN:
             return None
         rows = portion.loaded.shown_rows()
-        cache = self.cache
+        return _EqualImages(cache, rows, size, resized, places)
 
-        def cut(group: slice) -> torch.Tensor:
-            return cut_squares(cache.pixels, cache.starts[rows[group]], size, places.part(group))
 
-        def resize_and_cut(group: slice) -> torch.Tensor:
-            images = resize_equal(cache.equal_images(rows[group], size), resized)
-            pixels, starts = with_margins(images, margin)
-            return cut_squares(pixels, starts, resized, places.part(group))
+def _with_one_view(portion: Portion, crop_group: CropGroup, group_values: int) -> DecodedPortion:
+    """A portion of training, which has one view.
 
-        if resized == size:
-            return cut
-        return resize_and_cut
+    Args:
+        portion: The portion.
+        crop_group: Makes the squares of a group.
+        group_values: Values of a group.
+    """
+
+    def crop(number: int) -> CropGroup:
+        assert number == 0, "training has one view"
+        return crop_group
+
+    return DecodedPortion(portion, crop=crop, group_values=group_values)
+
+
+@dataclass(frozen=True)
+class _EqualImages:
+    """Images of one size that are resized to one size, and the squares that are cut out of them."""
+
+    cache: DecodedImages
+    rows: IntArray
+    """int64 [n]: the images"""
+    size: tuple[int, int]
+    """(height, width) of each image"""
+    resized: tuple[int, int]
+    """the same after the images were resized"""
+    places: SquarePlaces
+    """the squares in the resized images"""
+
+    def cut(self, group: slice) -> torch.Tensor:
+        """The squares of a group of images that are not resized."""
+        rows = self.rows[group]
+        starts = self.cache.starts[rows]
+        places = self.places.part(group)
+        return cut_squares(self.cache.pixels, starts, self.size, places)
+
+    def resize_and_cut(self, group: slice) -> torch.Tensor:
+        """The squares of a group of images."""
+        rows = self.rows[group]
+        places = self.places.part(group)
+        images = self.cache.equal_images(rows, self.size)
+        resized = resize_equal(images, self.resized)
+        pixels, starts = with_margins(resized, self.places.margin)
+        return cut_squares(pixels, starts, self.resized, places)
 
 
 def common_resize(geometry: Geometry, size: tuple[int, int]) -> tuple[int, int] | None:
@@ -187,48 +232,46 @@ def common_resize(geometry: Geometry, size: tuple[int, int]) -> tuple[int, int] 
         None if the windows are parts of the images, or if the sizes differ.
     """
     (view,) = geometry.views
-    whole = np.array([0, 0, *size])
-    resized = view.sizes[0]
-    if not (geometry.windows == whole).all() or not (view.sizes == resized).all():
+    whole_window = np.array([0, 0, *size])
+    if np.any(geometry.windows != whole_window):
         return None
-    return int(resized[0]), int(resized[1])
+    first = view.sizes[0]
+    if np.any(view.sizes != first):
+        return None
+    height, width = first.tolist()
+    return height, width
 
 
-class CachedSquaresOnDevice:
+class CachedSquaresOnDevice(_CachedSource):
     """Squares that a GPU cuts out of images in its own memory, which are not resized."""
 
     def __init__(self, rows: CachedRows, images: torch.Tensor) -> None:
-        self.rows = rows
+        """Take images that are on the GPU.
+
+        Args:
+            rows: What a job shows.
+            images: uint8 [N, height, width, 3].
+        """
+        super().__init__(rows)
         self.images = images
 
-    def close(self) -> None:
-        """Nothing to stop."""
-
-    def load(self, job: Job) -> LoadedJob:
-        """The job with the rows that it shows."""
-        return self.rows.load(job)
-
-    def decode(self, jobs: Iterable[Job]) -> Generator[DecodedPortion, None, None]:
-        """The jobs in order, each as one portion."""
-        for job in jobs:
-            loaded = self.load(job)
-            yield DecodedPortion(
-                Portion(loaded, 0, len(job.rows)), squares=self._squares_of(loaded)
-            )
-
-    def _squares_of(self, loaded: LoadedJob) -> SquaresOf:
+    def decode_portion(self, portion: Portion) -> DecodedPortion:
+        """The portion with the function that makes its squares."""
+        loaded = portion.loaded
         geometry = loaded.geometry
         (view,) = geometry.views
 
         def squares(number: int) -> torch.Tensor:
             # One copy for all numbers.
-            numbers = np.column_stack([loaded.shown_rows(), view.offsets, geometry.flips])
-            on_device = to_device(torch.from_numpy(numbers), self.images.device)
-            return cut_squares_on_device(
-                self.images, on_device[:, 0], on_device[:, 1:3], on_device[:, 3], view.side
-            )
+            columns = [loaded.shown_rows(), view.offsets, geometry.flips]
+            numbers = torch.from_numpy(np.column_stack(columns))
+            on_device = to_device(numbers, self.images.device)
+            rows = on_device[:, 0]
+            offsets = on_device[:, 1:3]
+            flips = on_device[:, 3]
+            return cut_squares_on_device(self.images, rows, offsets, flips, view.side)
 
-        return squares
+        return DecodedPortion(portion, squares=squares)
 
 
 class CachedSquaresByDali(PortionQueue):
@@ -284,11 +327,13 @@ def cached_source(
         local_batch_size: Of the largest batch.
         slots: Number of augmentation operations on each image.
     """
-    if settings.device.type == "cpu" or not needs_dali(rows.cache, rows.config, slots):
-        if rows.cache.on_device is not None:
-            return CachedSquaresOnDevice(rows, rows.cache.on_device)
-        return CachedWindows(rows)
-    return CachedSquaresByDali(rows, settings, local_batch_size=local_batch_size, slots=slots)
+    on_gpu = settings.device.type == "cuda"
+    if on_gpu and needs_dali(rows.cache, rows.config, slots):
+        return CachedSquaresByDali(rows, settings, local_batch_size=local_batch_size, slots=slots)
+    images = rows.cache.on_device
+    if images is not None:
+        return CachedSquaresOnDevice(rows, images)
+    return CachedWindows(rows)
 
 
 def needs_dali(cache: DecodedImages, config: DataConfig, slots: int) -> bool:
@@ -297,4 +342,5 @@ def needs_dali(cache: DecodedImages, config: DataConfig, slots: int) -> bool:
     if slots or size is None or config.train_crop != "pad":
         return True
     is_resized = min(size) != config.train_crop_size
-    return is_resized or config.progressive_start_size > 0
+    is_progressive = config.progressive_start_size > 0
+    return is_resized or is_progressive

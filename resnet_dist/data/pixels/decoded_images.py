@@ -12,6 +12,9 @@ from torch.nn import functional
 
 from resnet_dist.data.arrays import BoolArray, ByteArray, IntArray
 
+CHANNELS = 3
+"""Values of a pixel: R, G and B, a byte each."""
+
 MARGIN = 2**16
 """Unused bytes before the first image and behind the last one, so that a row of a square may reach
 out of its image."""
@@ -41,34 +44,53 @@ class DecodedImages:
     @functools.cached_property
     def common_size(self) -> tuple[int, int] | None:
         """(height, width) of all images that can be used; None if they differ."""
-        good = np.flatnonzero(~self.is_bad)
-        if not len(good):
-            return None
-        height = int(self.heights[good[0]])
-        width = int(self.widths[good[0]])
-        is_same = (self.heights[good] == height) & (self.widths[good] == width)
-        if not is_same.all():
+        is_good = ~self.is_bad
+        height = _common_value(self.heights[is_good])
+        width = _common_value(self.widths[is_good])
+        if height is None or width is None:
             return None
         return height, width
 
     def image(self, row: int) -> torch.Tensor:
-        """The pixels of an image, uint8 [height, width, 3], without a copy."""
+        """The pixels of an image, without a copy.
+
+        Args:
+            row: The row of the image.
+
+        Returns:
+            uint8 [height, width, 3].
+        """
         height = int(self.heights[row])
         width = int(self.widths[row])
         start = int(self.starts[row])
-        pixels = self.pixels[start : start + 3 * height * width]
-        return torch.from_numpy(pixels.reshape(height, width, 3))
+        num_values = CHANNELS * height * width
+        stop = start + num_values
+        pixels = self.pixels[start:stop]
+        return torch.from_numpy(pixels.reshape(height, width, CHANNELS))
 
     def equal_images(self, rows: IntArray, size: tuple[int, int]) -> torch.Tensor:
         """Copy images of one size: uint8 [n, height, width, 3].
 
         Args:
-            rows: int64 [n].
+            rows: int64 [n], the images.
             size: (height, width) of each of them.
         """
         height, width = size
-        copied = _gather_runs(self.pixels, self.starts[rows], 3 * height * width)
-        return torch.from_numpy(copied.reshape(-1, height, width, 3))
+        starts = self.starts[rows]
+        values_per_image = CHANNELS * height * width
+        copied = _gather_runs(self.pixels, starts, values_per_image)
+        return torch.from_numpy(copied.reshape(-1, height, width, CHANNELS))
+
+
+def _common_value(values: IntArray) -> int | None:
+    """The value that all elements have; None if they differ or there are none."""
+    if len(values) == 0:
+        return None
+    first = values[0]
+    is_other = values != first
+    if is_other.any():
+        return None
+    return int(first)
 
 
 @dataclass(frozen=True)
@@ -81,9 +103,18 @@ class SquarePlaces:
     """int64 [n]: 1 to mirror the square horizontally, otherwise 0"""
     side: int
 
+    @functools.cached_property
+    def margin(self) -> int:
+        """Most bytes that a row of a square reaches out of its image."""
+        distances = np.abs(self.offsets)
+        most_pixels = self.side + int(distances.max())
+        return CHANNELS * most_pixels
+
     def part(self, group: slice) -> "SquarePlaces":
         """The places of some of the squares."""
-        return SquarePlaces(self.offsets[group], self.flips[group], self.side)
+        offsets = self.offsets[group]
+        flips = self.flips[group]
+        return SquarePlaces(offsets, flips, self.side)
 
 
 def cut_squares(
@@ -104,30 +135,63 @@ def cut_squares(
     Returns:
         uint8 [n, side, side, 3].
     """
-    height, width = size
     side = places.side
-    y = places.offsets[:, :1] + np.arange(side)
-    x = places.offsets[:, 1:] + np.arange(side)
-    row_starts = np.clip(y, 0, height - 1) * (3 * width)
-    first_values = starts + 3 * places.offsets[:, 1]
-    runs = _gather_runs(pixels, (first_values[:, None] + row_starts).ravel(), 3 * side)
-    squares = runs.reshape(-1, side, 3 * side)
+    steps = np.arange(side)
+    first_rows = places.offsets[:, :1]
+    first_columns = places.offsets[:, 1:]
+    # [n, side]: where the rows and the columns of the squares lie in the images.
+    y = first_rows + steps
+    x = first_columns + steps
 
+    height, width = size
+    # A row outside of the image is copied from inside, and made black below.
+    inside_y = np.clip(y, 0, height - 1)
+    first_pixels = inside_y * width + first_columns
+    run_starts = starts[:, None] + CHANNELS * first_pixels
+    runs = _gather_runs(pixels, run_starts.ravel(), CHANNELS * side)
+    squares = runs.reshape(-1, side, CHANNELS * side)
+    _blacken_outside(squares, y, x, size)
+
+    found = torch.from_numpy(squares).view(-1, side, side, CHANNELS)
+    _mirror(found, places.flips)
+    return found
+
+
+def _blacken_outside(squares: ByteArray, y: IntArray, x: IntArray, size: tuple[int, int]) -> None:
+    """Make the parts of squares black that are outside of their images, in place.
+
+    Args:
+        squares: uint8 [n, side, 3 * side].
+        y: int64 [n, side], the rows of the squares in the images.
+        x: int64 [n, side], their columns.
+        size: (height, width) of each image.
+    """
+    height, width = size
     is_row_inside = (y >= 0) & (y < height)
     is_column_inside = (x >= 0) & (x < width)
     if not is_row_inside.all():
-        squares *= is_row_inside.view(np.uint8)[:, :, None]
+        row_factors = is_row_inside.view(np.uint8)
+        squares *= row_factors[:, :, None]
     if not is_column_inside.all():
-        is_value_inside = np.repeat(is_column_inside.view(np.uint8), 3, axis=1)
-        squares *= is_value_inside[:, None, :]
+        column_factors = is_column_inside.view(np.uint8)
+        value_factors = np.repeat(column_factors, CHANNELS, axis=1)
+        squares *= value_factors[:, None, :]
 
-    found = torch.from_numpy(squares).view(-1, side, side, 3)
-    mirrored = torch.from_numpy(np.flatnonzero(places.flips))
-    if len(mirrored):
-        # torch.flip is fast on the memory format channels_last, [n, 3, side, side].
-        originals = found[mirrored].permute(0, 3, 1, 2)
-        found[mirrored] = originals.flip(3).permute(0, 2, 3, 1)
-    return found
+
+def _mirror(squares: torch.Tensor, flips: IntArray) -> None:
+    """Mirror some squares horizontally, in place.
+
+    Args:
+        squares: uint8 [n, side, side, 3].
+        flips: int64 [n], 1 to mirror a square.
+    """
+    mirrored = torch.from_numpy(np.flatnonzero(flips))
+    if len(mirrored) == 0:
+        return
+    # torch.flip is fast on the memory format channels_last, [n, 3, side, side].
+    originals = squares[mirrored].permute(0, 3, 1, 2)
+    flipped = originals.flip(3)
+    squares[mirrored] = flipped.permute(0, 2, 3, 1)
 
 
 def _gather_runs(pixels: ByteArray, starts: IntArray, length: int) -> ByteArray:
@@ -139,10 +203,12 @@ def _gather_runs(pixels: ByteArray, starts: IntArray, length: int) -> ByteArray:
         length: Bytes of a run.
     """
     # One item at each position, and each overlaps the next ones.
-    run = np.dtype((np.void, length))
-    every_run = np.ndarray((len(pixels) - length + 1,), run, pixels, strides=(1,))
-    copied: ByteArray = every_run[starts].view(np.uint8).reshape(-1, length)
-    return copied
+    num_positions = len(pixels) - length + 1
+    run_type = np.dtype((np.void, length))
+    every_run = np.ndarray((num_positions,), run_type, pixels, strides=(1,))
+    copied = every_run[starts]
+    values: ByteArray = copied.view(np.uint8)
+    return values.reshape(-1, length)
 
 
 def resize_equal(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -157,8 +223,9 @@ def resize_equal(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """
     if size == tuple(images.shape[1:3]):
         return images
+    channels_last = images.permute(0, 3, 1, 2)
     resized = functional.interpolate(
-        images.permute(0, 3, 1, 2),
+        channels_last,
         size=size,
         mode="bilinear",
         antialias=True,
@@ -176,12 +243,15 @@ def with_margins(images: torch.Tensor, margin: int) -> tuple[ByteArray, IntArray
     Returns:
         The array, and the position of each image in it: int64 [n].
     """
+    values = images.reshape(-1).numpy()
+    # The last image ends here.
+    stop = margin + len(values)
+    pixels = np.empty(stop + margin, np.uint8)
+    pixels[margin:stop] = values
+
     num_images = len(images)
-    flat = images.reshape(num_images, -1).numpy()
-    num_values = flat.shape[1]
-    pixels = np.empty(2 * margin + flat.size, np.uint8)
-    pixels[margin : margin + flat.size] = flat.ravel()
-    starts = margin + num_values * np.arange(num_images)
+    values_per_image = len(values) // num_images
+    starts = margin + values_per_image * np.arange(num_images)
     return pixels, starts
 
 
@@ -202,11 +272,21 @@ def cut_squares_on_device(
     """
     height, width = images.shape[1:3]
     steps = torch.arange(side, device=images.device)
+    backwards = side - 1 - steps
     is_mirrored = flips[:, None] > 0
+    # [n, side]: where the rows and the columns of the squares lie in the images.
     y = offsets[:, :1] + steps
-    x = offsets[:, 1:] + torch.where(is_mirrored, side - 1 - steps, steps)
+    x = offsets[:, 1:] + torch.where(is_mirrored, backwards, steps)
+
     inside_y = y.clamp(0, height - 1)
     inside_x = x.clamp(0, width - 1)
-    squares = images[rows[:, None, None], inside_y[:, :, None], inside_x[:, None, :]]
-    is_inside = (y == inside_y)[:, :, None] & (x == inside_x)[:, None, :]
-    return squares.masked_fill_(~is_inside[..., None], 0)
+    # These have the shape of the squares, [n, side, side], or are broadcast to it.
+    image_of_pixel = rows[:, None, None]
+    row_of_pixel = inside_y[:, :, None]
+    column_of_pixel = inside_x[:, None, :]
+    squares = images[image_of_pixel, row_of_pixel, column_of_pixel]
+
+    is_row_outside = y != inside_y
+    is_column_outside = x != inside_x
+    is_outside = is_row_outside[:, :, None] | is_column_outside[:, None, :]
+    return squares.masked_fill_(is_outside[..., None], 0)

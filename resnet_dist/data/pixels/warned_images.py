@@ -7,6 +7,7 @@ there are more warnings than the known images explain, and ends after a limit.
 
 import warnings
 from collections import deque
+from dataclasses import dataclass
 
 from resnet_dist.data.pixels.dali import Decoder, Portion
 from resnet_dist.data.sources.index import Index
@@ -17,12 +18,36 @@ _MOST_NAMED = 20
 _MOST_PROBED = 20_000
 _MOST_PORTIONS = 4
 
+# A portion under way may warn once at the same time as an image that is decoded alone.
+_TIMES_PROBED = 2
+
+
+@dataclass(frozen=True)
+class _PlacedImage:
+    """An image of a portion that was decoded lately."""
+
+    row: int
+    """row of the index"""
+    portion: Portion
+    place: int
+    """its place in the job of the portion"""
+
+    def alone(self) -> Portion:
+        """A portion with this image only."""
+        return Portion(self.portion.loaded, self.place, self.place + 1)
+
 
 class WarnedImages:
     """Finds and names the images of an index that the decoder warns about."""
 
     def __init__(self, index: Index, decoder: Decoder, source: DecoderWarnings) -> None:
-        """Begin without a known image."""
+        """Begin without a known image.
+
+        Args:
+            index: The images.
+            decoder: Decodes them.
+            source: Has the warnings of the decoder.
+        """
         self.index = index
         self.decoder = decoder
         self.source = source
@@ -31,7 +56,7 @@ class WarnedImages:
         """rows that have been named"""
         self.probed: set[int] = set()
         """rows that were decoded alone"""
-        self.unexplained = False
+        self.has_said_unexplained = False
 
     def submitted(self, portion: Portion) -> None:
         """Take note of a portion that the decoder begins with."""
@@ -42,45 +67,76 @@ class WarnedImages:
         texts = self.source.take()
         if not texts:
             return
-        candidates = self._rows()
+        candidates = self._candidates()
         num_known = len(self.named & candidates.keys())
-        if len(texts) <= num_known or len(self.named) >= _MOST_NAMED:
+        # An image that is known may warn again.
+        is_explained = len(texts) <= num_known
+        if is_explained or self._is_full:
             return
-        num_before = len(self.named)
-        for row, (portion, place) in candidates.items():
-            if row in self.probed or len(self.probed) >= _MOST_PROBED:
-                continue
-            self.probed.add(row)
-            self._probe(row, portion, place)
-        if len(self.named) == num_before and num_known == 0 and not self.unexplained:
-            self.unexplained = True
-            warnings.warn(f"the decoder warns about an image: {printable(texts[0])}", stacklevel=2)
+        num_new = 0
+        for image in candidates.values():
+            num_new += self._probe_once(image)
+        if num_new == 0 and num_known == 0:
+            self._say_unexplained(texts[0])
 
-    def _rows(self) -> dict[int, tuple[Portion, int]]:
-        """The rows of the last portions, with their places."""
+    @property
+    def _is_full(self) -> bool:
+        """Whether no further image is named."""
+        return len(self.named) >= _MOST_NAMED
+
+    def _candidates(self) -> dict[int, _PlacedImage]:
+        """The images of the last portions, by row."""
         found = {}
         for portion in self.recent:
             for place in range(portion.start, portion.stop):
                 row = portion.loaded.images[place].row
-                found[row] = (portion, place)
+                found[row] = _PlacedImage(row, portion, place)
         return found
 
-    def _probe(self, row: int, portion: Portion, place: int) -> None:
-        """Decode one image alone, and name it if the decoder warns."""
-        alone = Portion(portion.loaded, place, place + 1)
+    def _probe_once(self, image: _PlacedImage) -> int:
+        """Decode an image alone if that was not done before, and name it if the decoder warns.
+
+        Returns:
+            The number of images that were named, 0 or 1.
+        """
+        has_probed_enough = len(self.probed) >= _MOST_PROBED
+        if image.row in self.probed or has_probed_enough or self._is_full:
+            return 0
+        self.probed.add(image.row)
+        text = self._warning_of(image)
+        if text is None:
+            return 0
+        self._name(image.row, text)
+        return 1
+
+    def _warning_of(self, image: _PlacedImage) -> str | None:
+        """What the decoder says about an image alone; None if it does not warn."""
+        alone = image.alone()
         texts: list[str] = []
-        # Twice: a portion under way may warn once at the same time.
-        for _ in range(2):
+        for _ in range(_TIMES_PROBED):
             self.source.take_all()
             self.decoder.find_undecodable(alone)
             texts = self.source.take_all()
             if not texts:
-                return
-        if len(self.named) >= _MOST_NAMED:
-            return
+                return None
+        return texts[0]
+
+    def _name(self, row: int, text: str) -> None:
+        """Warn about an image.
+
+        Args:
+            row: The row of the image.
+            text: What the decoder says about it.
+        """
         self.named.add(row)
-        more = ""
-        if len(self.named) == _MOST_NAMED:
-            more = "; further images are not named: `resnet-dist data verify` lists them"
-        text = f"{self.index.path(row)}: {texts[0]}. The image is used as far as it can be decoded"
-        warnings.warn(printable(text + more), stacklevel=2)
+        message = f"{self.index.path(row)}: {text}. The image is used as far as it can be decoded"
+        if self._is_full:
+            message += "; further images are not named: `resnet-dist data verify` lists them"
+        warnings.warn(printable(message), stacklevel=2)
+
+    def _say_unexplained(self, text: str) -> None:
+        """Say once that the decoder warns about an image that was not found."""
+        if self.has_said_unexplained:
+            return
+        self.has_said_unexplained = True
+        warnings.warn(f"the decoder warns about an image: {printable(text)}", stacklevel=2)

@@ -29,6 +29,7 @@ import zlib
 from collections.abc import Iterator
 
 from resnet_dist.data.sources.index import Index
+from resnet_dist.files import write_at
 from resnet_dist.text import printable
 
 # Offset in `data`, length, and CRC-32.
@@ -109,9 +110,9 @@ class ImageCache:
             if offset is None:
                 self.full_until = time.monotonic() + _ASK_AGAIN_S
                 return
-            _write_all(self.data, data, offset)
+            write_at(self.data, data, offset)
             record = _RECORD.pack(offset, len(data), _checksum(row, data))
-            _write_all(self.table, record, row * _RECORD.size)
+            write_at(self.table, record, row * _RECORD.size)
         except OSError as error:
             self.broken = True
             reason = os.strerror(error.errno or errno.EIO)
@@ -227,15 +228,6 @@ def _key(index: Index) -> str:
 def _checksum(row: int, data: bytes) -> int:
     """The CRC-32 of an image, which differs for the same bytes in another row."""
     return zlib.crc32(data, row & 0xFFFFFFFF)
-
-
-def _write_all(descriptor: int, data: bytes, offset: int) -> None:
-    """Write all bytes at a position."""
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view = view[written:]
-        offset += written
 
 
 def _folders(folder: str) -> list[str]:
