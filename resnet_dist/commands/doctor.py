@@ -52,7 +52,7 @@ _HIGHEST_USUAL_LR = 0.6
 _USUAL_BATCH_SIZE = 256
 
 # Memory of a training step as a share of what is available: up to the first one it fits, and above
-# the second one it does not. Work spaces and fragments come on top, so in between there is a warning.
+# the second one it does not. Work spaces and fragments come on top, so between them is a warning.
 _SURELY_FITS = 0.9
 _SURELY_TOO_LARGE = 1.2
 
