@@ -108,19 +108,27 @@ def test_cached_batches_are_the_uncached_ones(equal, unequal, tmp_path):
     policy = AugmentConfig(policy="trivialaugment")
     cases = {
         "window": {"train_crop": "random_resized"},
+        "bicubic window": {"train_interpolation": "bicubic"},
+        "random window": {"train_interpolation": "random"},
         "pad": {"train_crop": "pad"},
         "jitter": {"train_crop": "scale_jitter", "scale_jitter": (33, 40)},
         "policy": {"train_crop": "pad", "augment": policy},
         "erasing": {"train_crop": "pad", "pad": 40, "augment": erased},
         "progressive window": progressive,
         "progressive pad": {"train_crop": "pad", **progressive},
+        "bicubic pad": {"train_crop": "pad", "train_interpolation": "bicubic", **progressive},
+        "random pad": {"train_crop": "pad", "train_interpolation": "random", **progressive},
         "two ranks": {"train_crop": "pad", "world_size": 2, "grad_accum_steps": 2},
     }
-    for index, names in ((equal, list(cases)), (unequal, ["window", "pad", "jitter"])):
+    for index, names in (
+        (equal, list(cases)),
+        (unequal, ["window", "random window", "pad", "jitter"]),
+    ):
         cache = fill(index)
         assert (cache.common_size == (32, 32)) == (index is equal)
         for name in names:
-            steps = (2, 8) if name.startswith("progressive") else (2, 4)
+            # With progressive sizes, until the second one.
+            steps = (2, 8) if "progressive_epochs" in cases[name] else (2, 4)
             without = show(index, tmp_path / "a", steps, **cases[name])
             with_cache = show(index, tmp_path / "b", steps, cache=cache, **cases[name])
             assert_equal(without, with_cache, name)

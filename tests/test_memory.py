@@ -84,7 +84,8 @@ def test_tiny_files_that_declare_many_pixels_do_not_eat_the_memory(tmp_path):
 
 def test_portions_cover_a_batch_in_order():
     windows = np.array([[0, 0, 10, size] for size in (1, 5, 3, 30, 2, 2, 9, 1)])
-    loaded = LoadedJob(None, [Encoded(0, b"", 10, 100)] * 8, Geometry(windows, (), windows[:, 0]))
+    geometry = Geometry(windows, (), windows[:, 0], np.full(8, "bilinear"))
+    loaded = LoadedJob(None, [Encoded(0, b"", 10, 100)] * 8, geometry)
     portions = list(split_into_portions(loaded, 100))
     assert [(portion.start, portion.stop) for portion in portions] == [
         (0, 3),

@@ -61,6 +61,7 @@ CHANGED_WITH_A_WARNING = frozenset(
         "data.val_crops",
         "data.val_scales",
         "data.val_flip",
+        "data.train_interpolation",
         "data.val_interpolation",
         "data.crop_scale",
         "data.crop_ratio",

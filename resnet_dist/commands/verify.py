@@ -419,7 +419,8 @@ def _decode(image: Encoded, decoder: Decoder) -> np.ndarray | None:
     widths = np.array([image.width])
     window = whole_windows(heights, widths)
     not_mirrored = np.zeros(1, np.int64)
-    geometry = Geometry(window, (), not_mirrored)
+    filters = np.full(1, "bilinear")
+    geometry = Geometry(window, (), not_mirrored, filters)
     job = val_job(np.array([image.row]))
     portion = Portion(LoadedJob(job, [image], geometry), 0, 1)
     try:

@@ -162,6 +162,9 @@ class DataConfig:
     """smallest and largest aspect ratio (width / height) of a random crop"""
     flip_probability: Annotated[float, Within(0, 1)] = 0.5
     """probability of a horizontal flip in training"""
+    train_interpolation: Literal["bilinear", "bicubic", "random"] = "bilinear"
+    """filter of the resize in training, with antialiasing. random: bilinear or bicubic with equal
+    probability, drawn for each image, as in timm"""
     val_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """filter of the resize in evaluation, with antialiasing, as Pillow computes it"""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)

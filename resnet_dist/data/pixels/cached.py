@@ -29,7 +29,7 @@ from resnet_dist.data.pixels.decoding import (
     PixelSource,
     PortionQueue,
 )
-from resnet_dist.data.pixels.finish import resize_fast, to_device
+from resnet_dist.data.pixels.finish import FAST_RESIZES, to_device
 from resnet_dist.data.pixels.quarantine import Quarantine
 from resnet_dist.data.pixels.read import Encoded, load, read_limits
 from resnet_dist.data.pixels.squares import GROUP_VALUES, CropGroup, crop_windows
@@ -150,7 +150,7 @@ class CachedWindows(_CachedSource):
             pixels = image[y : y + height, x : x + width]
             # The fast kernel of torch wants it so.
             windows.append(pixels.contiguous())
-        return crop_windows(windows, portion, 0, resize_fast)
+        return crop_windows(windows, portion, 0, FAST_RESIZES)
 
     def _equal_images(self, portion: Portion) -> "_EqualImages | None":
         """The images of a portion, if whole groups of them can be handled at once.
@@ -166,12 +166,16 @@ class CachedWindows(_CachedSource):
         resized = common_resize(geometry, size)
         if resized is None:
             return None
+        interpolation = geometry.interpolations[0]
+        is_same_filter = np.all(geometry.interpolations == interpolation)
+        if resized != size and not is_same_filter:
+            return None
         (view,) = geometry.views
         places = SquarePlaces(view.offsets, geometry.flips, view.side)
         if places.margin > MARGIN:
             return None
         rows = portion.loaded.shown_rows()
-        return _EqualImages(cache, rows, size, resized, places)
+        return _EqualImages(cache, rows, size, resized, interpolation, places)
 
 
 def _with_one_view(portion: Portion, crop_group: CropGroup, group_values: int) -> DecodedPortion:
@@ -201,6 +205,8 @@ class _EqualImages:
     """(height, width) of each image"""
     resized: tuple[int, int]
     """the same after the images were resized"""
+    interpolation: str
+    """the filter that resizes them"""
     places: SquarePlaces
     """the squares in the resized images"""
 
@@ -216,7 +222,7 @@ class _EqualImages:
         rows = self.rows[group]
         places = self.places.part(group)
         images = self.cache.equal_images(rows, self.size)
-        resized = resize_equal(images, self.resized)
+        resized = resize_equal(images, self.resized, self.interpolation)
         pixels, starts = with_margins(resized, self.places.margin)
         return cut_squares(pixels, starts, self.resized, places)
 

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from resnet_dist.config import DecoderConfig
-from resnet_dist.data.arrays import BoolArray, IntArray
+from resnet_dist.data.arrays import BoolArray, IntArray, StringArray
 from resnet_dist.data.dali_operations import DaliForm, DaliNode
 from resnet_dist.data.operations import BRANCH_OF_OP, DALI_FORMS
 from resnet_dist.data.pixels.read import Encoded
@@ -66,7 +66,8 @@ def build_pipeline(spec: GraphSpec) -> DaliPipeline:
     """Define the DALI graph, without running it.
 
     Inputs by name: encoded (uint8 bytes), or pixels (uint8 HWC) if `is_decoded`; anchor and extent
-    ((y, x) and (height, width) of the window); flip; for each view size0, offset0 and square0
+    ((y, x) and (height, width) of the window); flip; interpolation (a number of DALI's
+    DALIInterpType); for each view size0, offset0 and square0
     ((height, width) of the square, an input so that it can change without a new pipeline); and
     those of `feed_operations`. Outputs: the window, uint8 HWC; or
     the views.
@@ -79,7 +80,11 @@ def build_pipeline(spec: GraphSpec) -> DaliPipeline:
         if spec.views == 0:
             return pixels
         flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
-        squares = [_resize_and_crop(pixels, number, flip) for number in range(spec.views)]
+        number_of_filter = fn.external_source(name="interpolation", dtype=types.INT32, ndim=0)
+        interpolation = fn.reinterpret(number_of_filter, dtype=types.INTERP_TYPE)
+        squares = []
+        for number in range(spec.views):
+            squares.append(_resize_and_crop(pixels, number, flip, interpolation))
         on_gpu = spec.decode == "mixed"
         return tuple(apply_operations(square, spec.slots, on_gpu) for square in squares)
 
@@ -147,7 +152,9 @@ def _decode_on_gpu(encoded: DaliNode, spec: GraphSpec) -> DaliNode:
     )
 
 
-def _resize_and_crop(pixels: DaliNode, number: int, flip: DaliNode) -> DaliNode:
+def _resize_and_crop(
+    pixels: DaliNode, number: int, flip: DaliNode, interpolation: DaliNode
+) -> DaliNode:
     """One square of the decoded window, in the graph that is being defined.
 
     The counterpart of `finish.resize_and_crop`.
@@ -156,6 +163,7 @@ def _resize_and_crop(pixels: DaliNode, number: int, flip: DaliNode) -> DaliNode:
         pixels: The windows, uint8 HWC.
         number: Which of the views to make; it ends the names of the inputs.
         flip: 1 for images to mirror, else 0.
+        interpolation: The filter of each image.
     """
     from nvidia.dali import fn, types
 
@@ -168,7 +176,7 @@ def _resize_and_crop(pixels: DaliNode, number: int, flip: DaliNode) -> DaliNode:
     pixels = fn.resize(
         pixels,
         size=size,
-        interp_type=types.INTERP_LINEAR,
+        interp_type=interpolation,
         antialias=True,
     )
     pixels = fn.slice(
@@ -500,6 +508,8 @@ class Decoder:
         if self.spec.views:
             flips = geometry.flips[places].astype(np.int32)
             pipeline.feed_input("flip", flips)
+            filters = interpolation_numbers(geometry.interpolations[places])
+            pipeline.feed_input("interpolation", filters)
             for number, view in enumerate(geometry.views):
                 sizes = view.sizes[places].astype(np.float32)
                 offsets = view.offsets[places].astype(np.int32)
@@ -524,6 +534,19 @@ class Decoder:
         for image, content in zip(images, contents, strict=True):
             pixels.append(content.reshape(image.height, image.width, 3))
         pipeline.feed_input("pixels", pixels)
+
+
+def interpolation_numbers(interpolations: StringArray) -> np.ndarray:
+    """The numbers of filters in DALI's DALIInterpType: int32 [n].
+
+    Args:
+        interpolations: [n], "bilinear" or "bicubic".
+    """
+    from nvidia.dali import types
+
+    is_bicubic = interpolations == "bicubic"
+    numbers = np.where(is_bicubic, int(types.INTERP_CUBIC), int(types.INTERP_LINEAR))
+    return numbers.astype(np.int32)
 
 
 def windows_to_torch(decoded: DaliTensors) -> list[torch.Tensor]:

@@ -211,12 +211,13 @@ def _gather_runs(pixels: ByteArray, starts: IntArray, length: int) -> ByteArray:
     return values.reshape(-1, length)
 
 
-def resize_equal(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resize_equal(images: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
     """Resize images of one size, as `finish.resize_fast` does each of them.
 
     Args:
         images: uint8 [n, h, w, 3].
         size: (height, width) of the result.
+        mode: The filter, "bilinear" or "bicubic".
 
     Returns:
         uint8 [n, height, width, 3].
@@ -227,7 +228,7 @@ def resize_equal(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     resized = functional.interpolate(
         channels_last,
         size=size,
-        mode="bilinear",
+        mode=mode,
         antialias=True,
     )
     return resized.permute(0, 2, 3, 1)

@@ -21,7 +21,7 @@ from resnet_dist.data.pixels.dali import (
     split_into_portions,
     windows_to_torch,
 )
-from resnet_dist.data.pixels.finish import EXACT_RESIZES, Resize, resize_exact, resize_fast
+from resnet_dist.data.pixels.finish import EXACT_RESIZES, FAST_RESIZES
 from resnet_dist.data.pixels.parquet_read import open_reader
 from resnet_dist.data.pixels.quarantine import Quarantine, Wanted, blank, next_good
 from resnet_dist.data.pixels.read import Encoded, Share
@@ -97,22 +97,14 @@ class PixelSource(Protocol):
 class PortionQueue:
     """Decodes loaded jobs in portions, a few of them at a time, in order."""
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        device: torch.device,
-        depth: int,
-        resize_evaluation: Resize = resize_exact,
-    ) -> None:
+    def __init__(self, decoder: Decoder, device: torch.device, depth: int) -> None:
         """Begin with nothing under way.
 
         Args:
             decoder: decodes the portions.
             device: where it decodes.
             depth: largest number of portions that it has at the same time.
-            resize_evaluation: resizes the images of evaluation.
         """
-        self.resize_evaluation = resize_evaluation
         self.decoder = decoder
         self.device = device
         self.depth = depth
@@ -163,12 +155,10 @@ class PortionQueue:
             return DecodedPortion(portion, squares=squares)
 
         windows = windows_to_torch(decoded[0])
-        resize = self.resize_evaluation
-        if portion.loaded.job.training:
-            resize = resize_fast
+        resizes = FAST_RESIZES if portion.loaded.job.training else EXACT_RESIZES
 
         def crop(number: int) -> CropGroup:
-            return crop_windows(windows, portion, number, resize)
+            return crop_windows(windows, portion, number, resizes)
 
         return DecodedPortion(portion, crop=crop, windows=windows)
 
@@ -214,12 +204,7 @@ class ImageDecoding(PortionQueue):
             slots=slots,
             options=settings.decoder,
         )
-        super().__init__(
-            decoder,
-            settings.device,
-            settings.decoder.queue_depth,
-            EXACT_RESIZES[config.val_interpolation],
-        )
+        super().__init__(decoder, settings.device, settings.decoder.queue_depth)
         source = current_warnings()
         if source is not None:
             self.warned = WarnedImages(index, decoder, source)

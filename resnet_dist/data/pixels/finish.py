@@ -37,15 +37,20 @@ def disable_openmp_in_thread() -> None:
         ctypes.CDLL(None).omp_set_num_threads(1)
 
 
-def resize_fast(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Resize with torch's vectorised bilinear kernel with antialiasing.
+def resize_fast(
+    pixels: torch.Tensor, size: tuple[int, int], mode: str = "bilinear"
+) -> torch.Tensor:
+    """Resize with torch's vectorised kernel with antialiasing.
 
     Its arithmetic is Pillow's in 16 bits. On photographs it takes 0.4 ms per image, where Pillow
-    takes 1.7 ms. 0.2 % of the values differ from Pillow's by 1, and one in seven million by 2.
+    takes 1.7 ms. 0.3 % of the values differ from Pillow's by 1, and with the bicubic filter one in
+    a million by 2. Both resize the rows first; Pillow 13 begins with the columns of some images,
+    which changes more.
 
     Args:
         pixels: uint8 [h, w, 3].
         size: (height, width) of the result.
+        mode: The filter, "bilinear" or "bicubic".
 
     Returns:
         uint8 [height, width, 3].
@@ -55,7 +60,7 @@ def resize_fast(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     resized = functional.interpolate(
         batch,
         size=size,
-        mode="bilinear",
+        mode=mode,
         antialias=True,
     )
     return resized[0].permute(1, 2, 0)
@@ -82,11 +87,17 @@ def resize_exact(
     return torch.from_numpy(np.array(resized))
 
 
+FAST_RESIZES: dict[str, Resize] = {
+    "bilinear": resize_fast,
+    "bicubic": partial(resize_fast, mode="bicubic"),
+}
+"""The function that resizes in training on the CPU, by the name of the filter."""
+
 EXACT_RESIZES: dict[str, Resize] = {
     "bilinear": resize_exact,
     "bicubic": partial(resize_exact, method=Image.Resampling.BICUBIC),
 }
-"""The function that resizes in evaluation, by the value of `data.val_interpolation`."""
+"""The function that resizes in evaluation, by the name of the filter."""
 
 
 def resize_and_crop(

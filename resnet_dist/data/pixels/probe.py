@@ -126,7 +126,8 @@ def decode_probe_batch(device: torch.device, options: DecoderConfig | None = Non
     windows = whole_windows(np.full(_PROBE_IMAGES, height), np.full(_PROBE_IMAGES, width))
     sizes = np.full((_PROBE_IMAGES, 2), _PROBE_SIDE)
     view = View(sizes, np.zeros_like(sizes), _PROBE_SIDE)
-    geometry = Geometry(windows, (view,), np.zeros_like(rows))
+    filters = np.full(_PROBE_IMAGES, "bilinear")
+    geometry = Geometry(windows, (view,), np.zeros_like(rows), filters)
     loaded = LoadedJob(Job(rows, training=True, side=_PROBE_SIDE), images, geometry)
 
     decoder = Decoder(local_batch_size=_PROBE_IMAGES, threads=1, device=device, options=options)

@@ -25,7 +25,7 @@ GROUP_VALUES = 32_768
 
 
 def crop_windows(
-    windows: list[torch.Tensor], portion: Portion, number: int, resize: Resize
+    windows: list[torch.Tensor], portion: Portion, number: int, resizes: dict[str, Resize]
 ) -> CropGroup:
     """Build the function that resizes, crops and mirrors a group of images.
 
@@ -33,18 +33,20 @@ def crop_windows(
         windows: The decoded windows of the portion, uint8 [height, width, 3] each.
         portion: The portion.
         number: Which of the views to make.
-        resize: Resizes a window.
+        resizes: The functions that resize a window, by the name of the filter.
     """
     geometry = portion.loaded.geometry
     view = geometry.views[number]
     sizes = view.sizes[portion.places].tolist()
     offsets = view.offsets[portion.places].tolist()
     flips = geometry.flips[portion.places].tolist()
+    interpolations = geometry.interpolations[portion.places].tolist()
 
     def crop(group: slice) -> torch.Tensor:
         squares = []
         for i in range(group.start, group.stop):
             size = tuple(sizes[i])
+            resize = resizes[interpolations[i]]
             square = resize_and_crop(windows[i], size, offsets[i], flips[i], view.side, resize)
             squares.append(square)
         if len(squares) == 1:

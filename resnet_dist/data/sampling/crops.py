@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from resnet_dist.config import DataConfig
-from resnet_dist.data.arrays import BoolArray, FloatArray, IntArray
+from resnet_dist.data.arrays import BoolArray, FloatArray, IntArray, StringArray
 from resnet_dist.rng import uniform
 
 TRIES = 10
@@ -48,6 +48,8 @@ class Geometry:
     """the squares that are cut out: one in training, one or more in evaluation"""
     flips: IntArray
     """int64 [n]: 1 if the squares of an image are mirrored horizontally, otherwise 0"""
+    interpolations: StringArray
+    """[n]: the filter that resizes the window of each image, "bilinear" or "bicubic\""""
 
 
 def train_side(epoch: int, config: DataConfig) -> int:
@@ -112,7 +114,8 @@ def train_geometry(
         numbers = uniform(seed, "crop", epoch, rows, 3)
         view = _random_squares(numbers, heights, widths, side, config)
     mirrored = flips(seed, epoch, rows, config.flip_probability).astype(np.int64)
-    return Geometry(windows, (view,), mirrored)
+    filters = interpolations(seed, epoch, rows, config.train_interpolation)
+    return Geometry(windows, (view,), mirrored, filters)
 
 
 def _random_squares(
@@ -186,7 +189,8 @@ def val_geometry(heights: IntArray, widths: IntArray, config: DataConfig) -> Geo
 
     windows = whole_windows(heights, widths)
     no_flips = np.zeros(len(heights), np.int64)
-    return Geometry(windows, tuple(views), no_flips)
+    filters = np.full(len(heights), config.val_interpolation)
+    return Geometry(windows, tuple(views), no_flips, filters)
 
 
 def whole_windows(heights: IntArray, widths: IntArray) -> IntArray:
@@ -314,6 +318,27 @@ def flips(seed: int, epoch: int | IntArray, rows: IntArray, probability: float) 
     """
     numbers = uniform(seed, "flip", epoch, rows, 1)
     return numbers[:, 0] < probability
+
+
+def interpolations(
+    seed: int, epoch: int | IntArray, rows: IntArray, interpolation: str
+) -> StringArray:
+    """Draw the filters that resize the windows of a training batch.
+
+    Args:
+        seed: the seed of the run.
+        epoch: one number, or one for each sample (see rng.py).
+        rows: int64 [n], the samples.
+        interpolation: "bilinear" or "bicubic" for all samples, or "random": one of these two, with
+            equal probability.
+
+    Returns:
+        [n], "bilinear" or "bicubic".
+    """
+    if interpolation != "random":
+        return np.full(len(rows), interpolation)
+    numbers = uniform(seed, "interpolation", epoch, rows, 1)
+    return np.where(numbers[:, 0] < 0.5, "bilinear", "bicubic")
 
 
 def resized_sides(heights: IntArray, widths: IntArray, shorter: int | IntArray) -> IntArray:
