@@ -2,6 +2,7 @@
 forks would lose.
 """
 
+import gc
 import os
 
 import nvidia.dali.fn
@@ -11,6 +12,13 @@ import torch
 import torch._dynamo
 from dist_utils import small_run
 
+import resnet_dist.run  # noqa: F401
+from resnet_dist.cli import parse_config
+
+# Reads the meanings of all settings, which every command line needs.
+parse_config([])
+# Forked ranks would copy each page on which the garbage collector marks an object.
+gc.freeze()
 torch.set_num_threads(1)
 # Autograd's engine counts the devices at the first backward pass, and starts a thread for each. A
 # test of torch.compile would register one, and what this process forks could not use autograd.

@@ -4,7 +4,7 @@ undisturbed run, bit for bit.
     make chaos                                  # 200 faults, a log, a summary
     python tests/chaos/chaos.py --faults 50 --seed 7 --folder /tmp/chaos
 
-One round is one run on two ranks (ResNet-20, the embedded digits, fp32, with averaged weights). It
+One round is one run on two ranks (a small ResNet, the embedded digits, fp32, averaged weights). It
 is disturbed by its share of the faults, one in each attempt, and then left to finish. After every
 fault it is started again, as a launcher would do.
 """
@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from dist_utils import (
+    TINY_NETWORK,
     by_step,
     equal_trees,
     in_double,
@@ -87,6 +88,7 @@ def arguments(digits: str, folder: Path, **more: object) -> list[str]:
     settings = {
         "data__data_dir": digits,
         "output_dir": folder,
+        "model__name": TINY_NETWORK,
         "train__epochs": EPOCHS,
         "train__ema_decay": 0.9,
         "train__eval_interval_epochs": 1,

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from dist_utils import options, run_app, small_run, start_app, wait_app, wait_for_step
+from dist_utils import TINY_NETWORK, options, run_app, small_run, start_app, wait_app, wait_for_step
 from PIL import Image
 
 from resnet_dist import cli, engine
@@ -22,7 +22,7 @@ from resnet_dist.checkpoints import checkpoint
 from resnet_dist.checkpoints.run_folder import newest_valid
 from resnet_dist.data.sampling.order import rows_at
 
-SMALL = small_run(train__epochs=1, schedule__warmup_epochs=0.5)
+SMALL = small_run(model__name=TINY_NETWORK, train__epochs=1, schedule__warmup_epochs=0.5)
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_a_checkpoint_of_another_model_or_batch(tmp_path, digits):
     assert_refused(
         train(tmp_path, *arguments, "--model.name", "resnet32"),
         "model.name",
-        "resnet20",
+        TINY_NETWORK,
         "init_from",
     )
     assert (tmp_path / "run" / "config.yaml").read_text() == before

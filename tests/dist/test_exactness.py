@@ -14,6 +14,7 @@ import time
 
 import pytest
 from dist_utils import (
+    TINY_NETWORK,
     equal_trees,
     options,
     run_app,
@@ -40,6 +41,7 @@ def arguments(digits, output_dir, *more):
         *small_run(
             data__data_dir=digits,
             output_dir=output_dir,
+            model__name=TINY_NETWORK,
             train__epochs=2,
             train__ema_decay=0.9,
             train__label_smoothing=0.1,

@@ -14,7 +14,7 @@ from datetime import timedelta
 import numpy as np
 import pytest
 import torch
-from dist_utils import run_app, run_ranks, small_run
+from dist_utils import TINY_NETWORK, run_app, run_ranks, small_run
 from image_files import OneProcess, encode, picture, train_loader, val_loader, write_split
 from PIL import Image
 from test_exactness import assert_same_run, final, kill_at, metrics, resumed_steps
@@ -99,6 +99,7 @@ def arguments(data_dir, output_dir, *more):
             data__kind="folder",
             data__data_dir=data_dir,
             output_dir=output_dir,
+            model__name=TINY_NETWORK,
             data__train_crop_size=32,
             data__val_resize_size=36,
             data__val_crop_size=32,

@@ -10,14 +10,19 @@ import time
 
 import pytest
 import torch
-from dist_utils import options, small_run, start_app, wait_app, wait_for_step
+from dist_utils import TINY_NETWORK, options, small_run, start_app, wait_app, wait_for_step
 
 from resnet_dist import cli, engine
 from resnet_dist.distributed import runtime as distributed
 from resnet_dist.distributed import watchdog
 from resnet_dist.distributed.watchdog import EXIT_LOST_RANK
 
-SMALL = small_run(train__epochs=20, checkpoint__interval_steps=5, distributed__timeout_s=600)
+SMALL = small_run(
+    model__name=TINY_NETWORK,
+    train__epochs=20,
+    checkpoint__interval_steps=5,
+    distributed__timeout_s=600,
+)
 
 
 # a busy machine must be able to start within it
