@@ -29,7 +29,7 @@ from resnet_dist.evaluation.exhibits import Exhibits
 from resnet_dist.evaluation.loop import evaluate
 from resnet_dist.forward import all_logits, at_least_fp32, train_mode
 from resnet_dist.logs.log import Log
-from resnet_dist.losses import LossFn
+from resnet_dist.losses import LossFor
 from resnet_dist.metrics import Counts
 from resnet_dist.mix import Mixing, mix_images
 from resnet_dist.nonfinite import NonFinite, TooManyNonFiniteError
@@ -46,7 +46,7 @@ from resnet_dist.timing import Clock
 class UpdateRule:
     """What one update computes, apart from its batches and its learning rate."""
 
-    loss_fn: LossFn
+    loss_for: LossFor
     mixing: Mixing
     precision: Precision
     global_batch_size: int
@@ -149,13 +149,14 @@ def accumulate_gradient(
     for number, batch in enumerate(micro_batches, start=1):
         mix = rule.mixing(state.step, number - 1)
         images, shares = mix_images(batch.images, mix)
+        loss_fn = rule.loss_for(images)
         with all_reduce_only_if(number == num_micro_batches, model):
             with rule.precision.autocast():
                 logits = all_logits(model(images))
 
             losses = []
             for logits_of_head in logits:
-                head_losses = rule.loss_fn(at_least_fp32(logits_of_head), batch.labels, shares)
+                head_losses = loss_fn(at_least_fp32(logits_of_head), batch.labels, shares)
                 losses.append(head_losses)
             objective = losses[0]
             for auxiliary_losses in losses[1:]:

@@ -14,6 +14,12 @@ own label, its neighbour's label has the rest; None: the images are not mixed
 """
 
 
+LossFor = Callable[[torch.Tensor], LossFn]
+"""From the images [B, 3, H, W] of a micro-batch, after mixing, to the loss of its logits. A teacher
+looks at the images here, once for all heads
+"""
+
+
 def build_loss(config: TrainConfig) -> LossFn:
     """Build the training loss that `config.loss` names: "ce" or "bce".
 
@@ -73,6 +79,34 @@ def mixed_cross_entropy(
         label_smoothing=label_smoothing,
     )
     return torch.lerp(other, own, shares.to(own.dtype))
+
+
+def distillation_loss(
+    logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """KL divergence of the predictions from those of a teacher, times the squared temperature.
+
+    The logits of both are divided by the temperature before the softmax. The factor keeps the size
+    of the gradient (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2;
+    as KL divergence in Beyer et al. 2021, section 3).
+
+    Args:
+        logits: [B, C].
+        teacher_logits: [B, C], without gradient.
+        temperature: T, above 0.
+
+    Returns:
+        The loss of each image, [B].
+    """
+    log_probabilities = F.log_softmax(logits / temperature, dim=1)
+    teacher_log_probabilities = F.log_softmax(teacher_logits / temperature, dim=1)
+    divergences = F.kl_div(
+        log_probabilities,
+        teacher_log_probabilities,
+        reduction="none",
+        log_target=True,
+    )
+    return divergences.sum(1) * temperature**2
 
 
 def mixed_binary_cross_entropy(

@@ -45,7 +45,6 @@ from resnet_dist.files import write_file
 from resnet_dist.layout import check_layout
 from resnet_dist.logs.log import Log, build_log
 from resnet_dist.logs.summary import summary_at_end, summary_at_start
-from resnet_dist.losses import build_loss
 from resnet_dist.mix import build_mixing
 from resnet_dist.models.zoo import check_image_size
 from resnet_dist.nonfinite import TooManyNonFiniteError, write_replay
@@ -54,6 +53,7 @@ from resnet_dist.precision import Precision, has_fast_bf16, resolve_settings, se
 from resnet_dist.resources.out_of_memory import explain_memory
 from resnet_dist.schedule import Schedule, build_schedule, peak_lr
 from resnet_dist.settings.remarks import recipe_mismatch, remarks
+from resnet_dist.teacher import Teacher, build_loss_for, load_teacher
 
 ShouldContinue = Callable[[int], bool]
 """from the signal that stopped training to whether it continues after the checkpoint"""
@@ -109,12 +109,12 @@ def build_and_train(
     # 2. Data.
     train_loader, val_loader = build_loaders(config, runtime, cached=True)
     num_classes = check_num_classes(config.model.num_classes, len(train_loader.class_names))
-    model_config = replace(config.model, num_classes=num_classes)
-    config = replace(config, model=model_config)
+    config = replace(config, model=replace(config.model, num_classes=num_classes))
 
     # 3. Network and state. A start that is refused changes nothing on disk.
     state = build_state(config, num_classes, runtime.device)
-    saver = build_saver(config, train_loader, runtime, log)
+    teacher = load_and_report_teacher(config, train_loader, runtime, log)
+    saver = build_saver(config, train_loader, teacher, runtime, log)
     origin = restore(state, start, config, saver, runtime, log)
     plan = build_plan(config, train_loader.steps_per_epoch)
     shape = first_shape(config, state.step // plan.steps_per_epoch, runtime)
@@ -129,7 +129,7 @@ def build_and_train(
         train_loader=train_loader,
         val_loader=val_loader,
         schedule=build_run_schedule(config, plan),
-        rule=build_update_rule(config, runtime.device, runtime.rank, runtime.world_size),
+        rule=build_update_rule(config, runtime.device, runtime.rank, runtime.world_size, teacher),
         plan=plan,
         compiler=compiler,
     )
@@ -352,7 +352,11 @@ def check_and_describe_layout(config: Config, runtime: Runtime) -> str:
 
 
 def build_update_rule(
-    config: Config, device: torch.device, rank: int = 0, world_size: int = 1
+    config: Config,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    teacher: Teacher | None = None,
 ) -> UpdateRule:
     """Loss, mixing and precision of the run, and what else an update needs to know.
 
@@ -361,13 +365,15 @@ def build_update_rule(
         device: Of this rank.
         rank: This rank.
         world_size: Number of ranks.
+        teacher: The teacher of a distillation; None for none.
     """
     train = config.train
+    precision = Precision(train.precision, device)
     layout = BatchLayout(train.global_batch_size, train.grad_accum_steps, rank, world_size)
     return UpdateRule(
-        loss_fn=build_loss(train),
+        loss_for=build_loss_for(train, precision, teacher),
         mixing=build_mixing(config.augment, config.seed, layout),
-        precision=Precision(train.precision, device),
+        precision=precision,
         global_batch_size=train.global_batch_size,
         grad_accum_steps=train.grad_accum_steps,
         clip_grad_norm=train.clip_grad_norm,
@@ -391,7 +397,9 @@ def build_run_schedule(config: Config, plan: TrainPlan) -> Schedule:
     )
 
 
-def build_saver(config: Config, train_loader: TrainLoader, runtime: Runtime, log: Log) -> Saver:
+def build_saver(
+    config: Config, train_loader: TrainLoader, teacher: Teacher | None, runtime: Runtime, log: Log
+) -> Saver:
     """Build the object that writes the checkpoints.
 
     The description in each checkpoint is enough to build the run again, and to refuse a checkpoint
@@ -402,6 +410,7 @@ def build_saver(config: Config, train_loader: TrainLoader, runtime: Runtime, log
         "num_samples": train_loader.num_samples,
         "fingerprint": train_loader.fingerprint,
         "class_names": list(train_loader.class_names),
+        "teacher_sha256": teacher.sha256 if teacher else "",
     }
     return Saver(
         checkpoint_folder(config),
@@ -425,6 +434,20 @@ def report_loaders(config: Config, parts: Training, runtime: Runtime, log: Log) 
     report_jpeg_decoder(config, runtime, log)
     for remark in (*parts.train_loader.remarks(), *parts.val_loader.remarks()):
         log.say(remark)
+
+
+def load_and_report_teacher(
+    config: Config, train_loader: TrainLoader, runtime: Runtime, log: Log
+) -> Teacher | None:
+    """Load the teacher, if the run has one; say which it is, and warn about what does not fit."""
+    teacher = load_teacher(config, train_loader.class_names, runtime)
+    if teacher is None:
+        return None
+    for remark in teacher.remarks:
+        log.say(remark)
+    for warning in teacher.warnings:
+        log.warn(warning)
+    return teacher
 
 
 def report_jpeg_decoder(config: Config, runtime: Runtime, log: Log) -> None:

@@ -148,6 +148,8 @@ def test_defaults_are_valid_and_without_remarks():
             "smoothing",
         ),
         (["--checkpoint.resume", "a", "--checkpoint.init_from", "b"], "init_from"),
+        (["--train.distillation_temperature", "2"], "train.teacher is empty"),
+        (options(train__teacher="t", train__label_smoothing=0.1), "distillation_weight is 1"),
         (["--optim.unfreeze_from", "head"], "random weights"),
         (["--optim.backbone_lr_scale", "0.1"], "random weights"),
         (

@@ -257,7 +257,7 @@ def test_shortcut_c_projects_everywhere():
     assert a < b < c and b == 21_797_672
 
 
-@pytest.mark.parametrize("name", ["resnet50c", "resnet50d", "seresnet50"])
+@pytest.mark.parametrize("name", ["resnet50c", "resnet50d", "seresnet50", "resnetrs50"])
 def test_logits_equal_timm(name):
     import timm  # takes seconds
 
@@ -269,6 +269,32 @@ def test_logits_equal_timm(name):
     images = torch.randn(1, 3, 96, 96)
     with torch.inference_mode():
         torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), rtol=1e-4, atol=1e-4)
+
+
+def test_resnet_rs_is_timms():
+    """Names and shapes of all depths; 35.7 million parameters in ResNet-RS-50."""
+    import timm
+
+    for name in ("resnetrs50", "resnetrs101", "resnetrs152"):
+        with torch.device("meta"):
+            theirs = timm.create_model(name).state_dict()
+        ours = build_on_meta(name).state_dict()
+        assert {key: value.shape for key, value in ours.items()} == {
+            key: value.shape for key, value in theirs.items()
+        }
+    assert count(build_on_meta("resnetrs50")) == 35_694_992
+
+
+def test_dropout_is_before_the_classifier_and_in_training_only():
+    torch.manual_seed(11)
+    model = build_model(section("resnet20", dropout=0.25), 10)
+    model.fc = nn.Identity()
+    x = torch.rand(4000, 64, 1, 1)
+    assert torch.equal(model.eval().head(x), x.flatten(1))
+    features = model.train().head(x)
+    kept = features != 0
+    assert 0.74 < kept.float().mean() < 0.76
+    torch.testing.assert_close(features[kept], x.flatten(1)[kept] / 0.75)
 
 
 def test_stochastic_depth_leaves_branches_out_in_training_only():

@@ -78,6 +78,7 @@ LAYERS = [
     {"checkpoints.state", "nonfinite", "checkpoints.restore"},
     {
         "forward",
+        "teacher",
         "compilation",
         "compile_cache",
         "evaluation.loop",

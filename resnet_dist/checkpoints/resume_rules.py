@@ -36,6 +36,8 @@ FREE_TO_CHANGE = frozenset(
         "data.max_pixels",
         "data.max_file_mb",
         "data.read_timeout_s",
+        # Where the teacher is; its weights are compared by train.teacher_sha256.
+        "train.teacher",
         "decoder",
         "log",
         "checkpoint",
@@ -49,6 +51,7 @@ CHANGED_WITH_A_WARNING = frozenset(
     {
         "model.zero_init_residual",
         "model.stochastic_depth",
+        "model.dropout",
         "model.sync_batch_norm",
         "data.train_crop_size",
         "data.train_crop",
@@ -109,6 +112,8 @@ CHANGED_WITH_A_WARNING = frozenset(
         "train.loss",
         "train.bce_target_threshold",
         "train.label_smoothing",
+        "train.distillation_weight",
+        "train.distillation_temperature",
         "train.clip_grad_norm",
         "train.ema_decay",
         "train.eval_interval_epochs",
@@ -139,6 +144,7 @@ _NOT_OF_THE_FUNCTION = frozenset(
         "model.num_classes",
         "model.zero_init_residual",
         "model.stochastic_depth",
+        "model.dropout",
         "model.sync_batch_norm",
     }
 )
@@ -193,6 +199,8 @@ def _compared(content: Content) -> Settings:
     settings = settings_of(content["config"])
     settings["data.num_samples"] = content["num_samples"]
     settings["data.fingerprint"] = content["fingerprint"]
+    # A checkpoint without it is of a version that knew no teachers.
+    settings["train.teacher_sha256"] = content.get("teacher_sha256", "")
     return settings
 
 

@@ -45,7 +45,7 @@ from resnet_dist.models.weights import (
 )
 from resnet_dist.text import printable
 
-_KEY = "--weights"
+_OPTION = "--weights"
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,8 @@ class ForeignWeights:
     """what torchvision says about its weights; None for a file"""
     metadata: dict[str, str]
     """the texts in a .safetensors file"""
+    key: str = _OPTION
+    """the option or setting that names them, for error messages"""
 
     @property
     def settings(self) -> Settings:
@@ -128,7 +130,7 @@ class ForeignWeights:
         Raises:
             ValueError: They do not fit the network, or `model.name` is empty.
         """
-        quoted = f"{_KEY} is {self.name!r}"
+        quoted = f"{self.key} is {self.name!r}"
         if not config.model.name:
             raise ValueError(
                 f"{quoted}: the file does not say which network it is: add --model.name, for "
@@ -136,7 +138,7 @@ class ForeignWeights:
             )
         num_classes = self._count_classes(config, quoted)
         model = build_model(config.model, num_classes)
-        rows, fits = load_weights(model, self.weights, self.name, _KEY)
+        rows, fits = load_weights(model, self.weights, self.name, self.key)
         if not fits:
             raise ValueError(
                 f"{quoted}: not all tensors fit {config.model.name}: choose the model.name and "
@@ -172,7 +174,7 @@ class ForeignWeights:
         num_classes = count_outputs(model, self.weights)
         if not num_classes:
             # The error that names the tensors.
-            load_weights(model, self.weights, self.name, _KEY)
+            load_weights(model, self.weights, self.name, self.key)
             raise ValueError(
                 f"{quoted}: it has no classifier of {config.model.name}; take weights that were "
                 "trained for classification"
@@ -230,7 +232,7 @@ def _first_and_last(names: list[str]) -> str:
     return f"{names[0]}, ... {len(names) - 2} more ..., {names[-1]}"
 
 
-def open_weights(name: str) -> SavedNetwork | ForeignWeights:
+def open_weights(name: str, key: str = _OPTION) -> SavedNetwork | ForeignWeights:
     """Read weights of any kind.
 
     What is remarkable (damaged files that are passed over, a file without a digest) is printed to
@@ -239,15 +241,16 @@ def open_weights(name: str) -> SavedNetwork | ForeignWeights:
     Args:
         name: A checkpoint of ours, the folder of a run, a file of another program, or
             `torchvision:<model>:<weights>`.
+        key: The option or setting with the name, for error messages.
 
     Raises:
         ValueError: There is no such file, it is damaged, or it has no weights.
     """
     if is_torchvision_name(name):
-        published = describe_weights(name, _KEY)
-        payload = download_weights(name, _KEY)
+        published = describe_weights(name, key)
+        payload = download_weights(name, key)
         _, weights = find_weights(unpack_weights(payload, name))
-        return ForeignWeights(name, payload, weights, published, {})
+        return ForeignWeights(name, payload, weights, published, {}, key)
     path = Path(name)
     # Only our checkpoints have a step at their end.
     if path.is_dir() or read_step(path) is not None:
@@ -260,11 +263,11 @@ def open_weights(name: str) -> SavedNetwork | ForeignWeights:
     _, weights = find_weights(content)
     if not weights:
         raise ValueError(
-            f"{_KEY} is {printable(name)!r}: it has no tensors; name a checkpoint of resnet_dist, "
+            f"{key} is {printable(name)!r}: it has no tensors; name a checkpoint of resnet_dist, "
             "the folder of a run, a .pth or .safetensors file with a state dict, or "
             "torchvision:resnet50:IMAGENET1K_V2"
         )
-    return ForeignWeights(name, payload, weights, None, read_metadata(payload, name))
+    return ForeignWeights(name, payload, weights, None, read_metadata(payload, name), key)
 
 
 def open_network(path: Path) -> SavedNetwork:

@@ -20,6 +20,7 @@ from resnet_dist.nonfinite import NonFinite
 from resnet_dist.plan import build_plan
 from resnet_dist.run import build_update_rule, first_shape
 from resnet_dist.schedule import build_schedule
+from resnet_dist.teacher import load_teacher
 
 NEVER = 10**9
 """more steps than a benchmark does"""
@@ -62,7 +63,8 @@ def build_training(config: Config, runtime: Runtime, interval: int) -> Training:
         max_nonfinite_steps=NEVER,
     )
     state = build_state(config, len(loader.class_names), runtime.device)
-    rule = build_update_rule(config, runtime.device, runtime.rank, runtime.world_size)
+    teacher = load_teacher(config, loader.class_names, runtime)
+    rule = build_update_rule(config, runtime.device, runtime.rank, runtime.world_size, teacher)
     shape = first_shape(config, 0, runtime)
     compiler = None
     if config.train.compile is True:

@@ -165,13 +165,17 @@ def check_training(config: Config, cluster: ClusterConfig, world_size: int) -> l
     check_network(config)
     check_device(config, cluster)
     warnings = check_data_folder(config.data)
-    for key in ("resume", "init_from"):
-        path = getattr(config.checkpoint, key)
+    files = {
+        "checkpoint.resume": config.checkpoint.resume,
+        "checkpoint.init_from": config.checkpoint.init_from,
+        "train.teacher": config.train.teacher,
+    }
+    for key, path in files.items():
         if not path or path.startswith("torchvision:"):
             continue
         if not os.path.exists(path):
             warnings.append(
-                f"checkpoint.{key} is {printable(path)!r}, which does not exist on this machine: "
+                f"{key} is {printable(path)!r}, which does not exist on this machine: "
                 "make sure that the nodes have it"
             )
     if cluster.executor == "slurm":

@@ -54,16 +54,17 @@ class SqueezeExcitation(nn.Module):
     """Multiply each channel of [B, C, H, W] by a weight in (0, 1), which two layers compute from
     the means of all channels.
 
-    Hu et al. 2017, "Squeeze-and-Excitation Networks", equations 2 to 4, reduction 16. State-dict
-    keys as timm's `se`.
+    Hu et al. 2017, "Squeeze-and-Excitation Networks", equations 2 to 4. State-dict keys as timm's
+    `se`.
 
     Args:
-        channels: Number of channels C, at least 16.
+        channels: Number of channels C, at least 1 / ratio.
+        ratio: Hidden channels as a fraction of C.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, ratio: float = 1 / 16) -> None:
         super().__init__()
-        hidden_channels = channels // 16
+        hidden_channels = int(channels * ratio)
         self.fc1 = nn.Conv2d(channels, hidden_channels, 1)
         self.fc2 = nn.Conv2d(hidden_channels, channels, 1)
 

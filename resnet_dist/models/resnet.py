@@ -6,6 +6,7 @@ bottlenecks (Zagoruyko and Komodakis 2016, "Wide Residual Networks"). Names and 
 torchvision's, so that weights can be exchanged. CIFAR: ResNet-20/32/44/56/110 (He et al. 2015,
 section 4.2). Plain networks are the same without shortcuts. Pre-activation networks (`preresnet`)
 have norm and ReLU before the convolutions (He et al. 2016, "Identity Mappings").
+ResNet-RS: Bello et al. 2021, "Revisiting ResNets"; state-dict keys are timm's.
 
 A network is a stem, stages `layer1..layerN` of residual blocks, a global average pool and a
 classifier. The first block of every stage but the first halves height and width. Images are [B, 3,
@@ -31,7 +32,8 @@ class Options:
     stem: str = "imagenet"
     """imagenet: 7x7 convolution of stride 2, 3x3 max pool of stride 2; cifar: 3x3 convolution, no
     pool; deep: three 3x3 convolutions in place of the 7x7 (ResNet-C, He et al. 2018, "Bag of
-    Tricks", figure 2)"""
+    Tricks", figure 2); deep_strided: as deep, with a fourth 3x3 convolution, of stride 2, in place
+    of the pool (Bello et al. 2021, table 6)"""
     stem_channels: int = 64
     """channels of the stem; stage i, from 0, has stem_channels * widen * 2**i"""
     widen: int = 1
@@ -53,6 +55,10 @@ class Options:
     """norm and ReLU before each convolution, none after the addition (He et al. 2016, figure 4e)"""
     squeeze_excitation: bool = False
     """weigh the channels at the end of each residual branch, see `SqueezeExcitation`"""
+    se_ratio: float = 1 / 16
+    """hidden channels of squeeze-and-excitation, as a fraction of the channels"""
+    dropout: float = 0.0
+    """share of the features before the classifier that are set to zero in training"""
     stochastic_depth: float = 0.0
     """rate at which the last residual branch is dropped in training. It rises linearly from 0 for
     the first block, as in timm (Huang et al. 2016 begin one step above 0)"""
@@ -140,7 +146,7 @@ class Block(nn.Module):
         self.downsample = make_shortcut(in_channels, out_channels, stride, options)
         self.se: nn.Module = nn.Identity()
         if options.squeeze_excitation:
-            self.se = SqueezeExcitation(out_channels)
+            self.se = SqueezeExcitation(out_channels, options.se_ratio)
         self.preactivation: nn.Module = nn.Identity()
         if options.preactivation and not is_first:
             self.preactivation = norm_and_relu(in_channels)
@@ -306,6 +312,7 @@ class ResNet(nn.Module):
         if own.preactivation:
             self.activation = norm_and_relu(channels)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.dropout = nn.Dropout(own.dropout)
         self.fc = nn.Linear(channels, num_classes)
         # In a tuple they are not registered as modules.
         self._ends = (MethodPart(self.stem), MethodPart(self.head))
@@ -325,7 +332,7 @@ class ResNet(nn.Module):
         self.conv1: nn.Module
         if stem == "imagenet":
             self.conv1 = conv(3, channels, 7, stride=2)
-        elif stem == "deep":
+        elif stem in ("deep", "deep_strided"):
             half = channels // 2
             self.conv1 = nn.Sequential(
                 conv(3, half, 3, stride=2),
@@ -340,11 +347,20 @@ class ResNet(nn.Module):
             self.conv1 = conv(3, channels, 3)
         else:
             raise ValueError(
-                f"model.stem: {stem!r} is not a kind of stem; choose 'imagenet', 'cifar' or 'deep'"
+                f"model.stem: {stem!r} is not a kind of stem; choose 'imagenet', 'cifar', 'deep' "
+                "or 'deep_strided'"
             )
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, stride=2, padding=1)
+        self.maxpool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1)
+        if stem == "cifar":
+            self.maxpool = nn.Identity()
+        elif stem == "deep_strided":
+            self.maxpool = nn.Sequential(
+                conv(channels, channels, 3, stride=2),
+                nn.BatchNorm2d(channels),
+                nn.ReLU(inplace=True),
+            )
 
     def _make_stages(self, block: type[Block], depths: Sequence[int], options: Options) -> int:
         """Set layer1 to layerN.
@@ -408,6 +424,7 @@ class ResNet(nn.Module):
         x = self.activation(x)
         x = self.avgpool(x)
         x = torch.flatten(x, 1)
+        x = self.dropout(x)
         logits: Tensor = self.fc(x)
         return logits
 
@@ -465,6 +482,7 @@ _PRE = {"preactivation": True}
 _DEEP_STEM = {"stem": "deep"}
 _RESNET_D = {"stem": "deep", "avg_pool_shortcut": True}
 _SE = {"squeeze_excitation": True}
+_RESNET_RS = _SE | {"stem": "deep_strided", "avg_pool_shortcut": True, "se_ratio": 0.25}
 _GROUPS_32X4 = {"groups": 32, "width_per_group": 4}
 _GROUPS_32X8 = {"groups": 32, "width_per_group": 8}
 _GROUPS_64X4 = {"groups": 64, "width_per_group": 4}
@@ -475,6 +493,7 @@ _WRN_28_10 = _CIFAR | _PRE | {"widen": 10, "shortcut": "B"}
 _DEPTHS_18 = (2, 2, 2, 2)
 _DEPTHS_50 = (3, 4, 6, 3)
 _DEPTHS_101 = (3, 4, 23, 3)
+_DEPTHS_152 = (3, 8, 36, 3)
 
 FAMILY: dict[str, tuple[type[Block], tuple[int, ...], dict[str, Any]]] = {
     # He et al. 2015, table 1: 11.7, 21.8, 25.6, 44.5 and 60.2 million parameters
@@ -482,7 +501,7 @@ FAMILY: dict[str, tuple[type[Block], tuple[int, ...], dict[str, Any]]] = {
     "resnet34": (BasicBlock, _DEPTHS_50, {}),
     "resnet50": (Bottleneck, _DEPTHS_50, {}),
     "resnet101": (Bottleneck, _DEPTHS_101, {}),
-    "resnet152": (Bottleneck, (3, 8, 36, 3), {}),
+    "resnet152": (Bottleneck, _DEPTHS_152, {}),
     # He et al. 2015, figure 3 middle: as deep, without shortcuts
     "plain18": (BasicBlock, _DEPTHS_18, _PLAIN),
     "plain34": (BasicBlock, _DEPTHS_50, _PLAIN),
@@ -499,6 +518,10 @@ FAMILY: dict[str, tuple[type[Block], tuple[int, ...], dict[str, Any]]] = {
     "resnet50d": (Bottleneck, _DEPTHS_50, _RESNET_D),
     "seresnet50": (Bottleneck, _DEPTHS_50, _SE),
     "preresnet200": (Bottleneck, (3, 24, 36, 3), _PRE),
+    # Bello et al. 2021: 35.7, 63.6 and 86.6 million parameters
+    "resnetrs50": (Bottleneck, _DEPTHS_50, _RESNET_RS),
+    "resnetrs101": (Bottleneck, _DEPTHS_101, _RESNET_RS),
+    "resnetrs152": (Bottleneck, _DEPTHS_152, _RESNET_RS),
     # He et al. 2015, table 6, for images of 32x32: 0.27, 0.46, 0.66, 0.85, 1.7 and 19.4 million
     "resnet20": (BasicBlock, (3, 3, 3), _CIFAR),
     "resnet32": (BasicBlock, (5, 5, 5), _CIFAR),

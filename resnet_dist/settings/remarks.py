@@ -134,6 +134,23 @@ def _schedule(config: Config) -> Iterator[str]:
         yield "schedule.warmup_kind is constant, without effect: schedule.warmup_epochs is 0"
 
 
+def _distillation(config: Config) -> Iterator[str]:
+    """Settings of a distillation without a teacher, and of a loss that has no weight."""
+    train = config.train
+    names: tuple[str, ...] = ()
+    reason = ""
+    if not train.teacher:
+        names = ("teacher_model", "distillation_weight", "distillation_temperature")
+        reason = "train.teacher is empty"
+    elif train.distillation_weight == 1:
+        names = ("loss", "label_smoothing")
+        reason = "train.distillation_weight is 1"
+    for name in names:
+        value = getattr(train, name)
+        if value != getattr(_DEFAULTS.train, name):
+            yield f"train.{name} is {value!r}, without effect: {reason}"
+
+
 def _label_smoothing(config: Config) -> Iterator[str]:
     """Label smoothing that is undone by the threshold of the binary loss."""
     is_mixed = config.augment.mixup_alpha or config.augment.cutmix_alpha
@@ -175,6 +192,7 @@ def _data(config: Config) -> Iterator[str]:
 _CHECKS = (
     _unused_settings,
     _schedule,
+    _distillation,
     _label_smoothing,
     _start,
     _data,

@@ -76,10 +76,10 @@ class ModelConfig:
     padding behind the channels; A_symmetric: padding on both sides of them, for weights of
     networks that pad so; B: projection where the shape changes; C: projection everywhere; none: no
     shortcuts; default: what the name of the network says"""
-    stem: Literal["default", "imagenet", "cifar", "deep"] = "default"
+    stem: Literal["default", "imagenet", "cifar", "deep", "deep_strided"] = "default"
     """first layers of a ResNet. imagenet: 7x7 convolution and max pool; cifar: 3x3 convolution;
-    deep: three 3x3 convolutions and max pool (ResNet-C, He et al. 2018); default: what the name of
-    the network says"""
+    deep: three 3x3 convolutions and max pool (ResNet-C, He et al. 2018); deep_strided: four 3x3
+    convolutions (ResNet-RS, Bello et al. 2021); default: what the name of the network says"""
     avg_pool_shortcut: bool = False
     """average pool before each projection with stride 2 (ResNet-D, He et al. 2018)"""
     preactivation: bool = False
@@ -89,6 +89,9 @@ class ModelConfig:
     stochastic_depth: Annotated[float, BelowOne()] = 0.0
     """probability of dropping the last residual block in training; it rises linearly from 0 at the
     first block (Huang et al. 2016)"""
+    dropout: Annotated[float, BelowOne()] = 0.0
+    """probability of setting a feature before the classifier of a ResNet to zero in training
+    (Srivastava et al. 2014)"""
     blur_pool: bool = False
     """blur before each convolution with stride 2, except in the stem (Zhang 2019)"""
     sync_batch_norm: bool = True
@@ -384,6 +387,19 @@ class TrainConfig:
     keep soft targets"""
     label_smoothing: Annotated[float, BelowOne()] = 0.0
     """label smoothing (Szegedy et al. 2015, section 7)"""
+    teacher: str = ""
+    """trained network whose predictions are learned (distillation): a run folder, a checkpoint, a
+    file of another program with teacher_model, or torchvision:resnet152:IMAGENET1K_V2. It sees the
+    same images as the network that is trained, after augmentation and mixing. Empty: none"""
+    teacher_model: str = ""
+    """name of the teacher's network, as model.name, for a file that does not say it"""
+    distillation_weight: Annotated[float, Within(0, 1)] = 1.0
+    """weight of the distillation loss; the loss of the labels has 1 - distillation_weight. 1: the
+    labels are not used (Beyer et al. 2021, "Knowledge distillation: A good teacher is patient and
+    consistent")"""
+    distillation_temperature: Annotated[float, Above(0)] = 1.0
+    """temperature that divides the logits of both networks before the softmax (Hinton et al. 2015,
+    "Distilling the Knowledge in a Neural Network", section 2)"""
     clip_grad_norm: Annotated[float, AtLeast(0)] = 0.0
     """maximum L2 norm of the gradient; 0: no clipping"""
     ema_decay: Annotated[float, BelowOne("for instance 0.9999; 0 means no average")] = 0.0
@@ -394,6 +410,9 @@ class TrainConfig:
     max_nonfinite_steps: Annotated[int, AtLeast(1)] = 10
     """number of consecutive steps with a non-finite gradient before the run stops with an error.
     Such steps do not update the weights"""
+
+    def __post_init__(self) -> None:
+        expand_paths(self, "teacher", prefix="train.")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,223 @@
+"""Distillation: the loss against its formula, whole runs, and teachers that do not fit."""
+
+import copy
+import os
+import re
+import shutil
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from dist_utils import equal_trees, in_double, run_app, small_run
+from test_engine import CPU, Alone, NoSync, make_batch
+from torch import nn
+
+from resnet_dist import cli
+from resnet_dist.checkpoints.checkpoint import TrainState
+from resnet_dist.checkpoints.checkpoint_file import read_checkpoint, unpack_checkpoint
+from resnet_dist.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
+from resnet_dist.engine import train_step
+from resnet_dist.losses import mixed_cross_entropy
+from resnet_dist.mix import mix_images
+from resnet_dist.models.build import MODELS
+from resnet_dist.nonfinite import NonFinite
+from resnet_dist.optim import build_optimizer
+from resnet_dist.run import build_update_rule
+from resnet_dist.checkpoints.state import build_state
+from resnet_dist.teacher import Teacher, load_teacher
+
+TRAIN = TrainConfig(
+    precision="fp32",
+    global_batch_size=8,
+    grad_accum_steps=2,
+    label_smoothing=0.1,
+    distillation_weight=0.7,
+    distillation_temperature=3.0,
+    ema_decay=0.9,
+)
+
+
+class LoneRuntime(Alone):
+    """Alone, as the main process that reads the file."""
+
+    def bytes_from_main(self, function):
+        return function()
+
+
+def small_network(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Dropout(0.5), nn.Linear(4, 10),
+    )  # fmt: skip
+
+
+def as_teacher(network):
+    return Teacher(network.eval().requires_grad_(False), "", (), ())
+
+
+def test_an_update_is_that_of_the_formula():
+    """In double, with mixup and two micro-batches. The teacher stays as it is."""
+    config = Config(train=TRAIN, augment=AugmentConfig(mixup_alpha=0.4))
+    network, teacher = small_network(0).double(), small_network(1).double()
+    network[5].p = 0.0
+    before = copy.deepcopy(teacher.state_dict())
+    reference = copy.deepcopy(network)
+    state = TrainState(
+        network,
+        build_optimizer(config.optim, network),
+        torch.amp.GradScaler("cpu", enabled=False),
+    )
+    rule = build_update_rule(config, CPU, teacher=as_teacher(teacher))
+    batches = [make_batch(4, image=8, seed=seed, dtype=torch.float64) for seed in (2, 3)]
+    counts, norm = train_step(NoSync(network), state, batches, 0.1, rule, NonFinite(network, 0))
+
+    total = 0.0
+    for micro_step, batch in enumerate(batches):
+        images, shares = mix_images(batch.images, rule.mixing(0, micro_step))
+        logits = reference(images)
+        soft = torch.softmax(teacher(images) / 3, 1)
+        divergence = (soft * (soft.log() - torch.log_softmax(logits / 3, 1))).sum(1) * 9
+        of_labels = mixed_cross_entropy(logits, batch.labels, shares, 0.1)
+        total = total + (0.3 * of_labels + 0.7 * divergence).mean() / 2
+    total.backward()
+    gradients = [parameter.grad for parameter in reference.parameters()]
+    assert norm.item() == pytest.approx(nn.utils.get_total_norm(gradients).item(), rel=1e-12)
+    assert counts.result()["loss"] == pytest.approx(total.item(), rel=1e-12)
+    reference_optimizer = build_optimizer(config.optim, reference)
+    for group in reference_optimizer.param_groups:
+        group["lr"] = 0.1
+    reference_optimizer.step()
+    torch.testing.assert_close(network.state_dict(), reference.state_dict(), rtol=1e-12, atol=1e-14)
+    assert equal_trees(dict(teacher.state_dict()), dict(before))
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_the_whole_step_runs_on_meta():
+    """Nothing waits for the device."""
+    config = Config(
+        model=ModelConfig(name="resnet20"), train=TRAIN, augment=AugmentConfig(cutmix_alpha=1.0)
+    )
+    meta = torch.device("meta")
+    with meta:
+        state = build_state(config, 10, meta)
+        teacher = as_teacher(MODELS["resnet32"](num_classes=10))
+    batches = [make_batch(4, image=32, device="meta") for _ in range(2)]
+    rule = build_update_rule(config, meta, teacher=teacher)
+    counts, norm = train_step(
+        NoSync(state.model), state, batches, 0.1, rule, NonFinite(state.model, 0)
+    )
+    assert counts.num.device.type == norm.device.type == "meta"
+    assert not any("teacher" in key for key in state.state_dict())
+
+
+def distilled(digits, folder, teacher, *more, world_size=1, entry=None):
+    """Six steps with a teacher: the exit codes and what was printed."""
+    arguments = small_run(
+        data__data_dir=digits,
+        output_dir=folder / "run",
+        train__teacher=teacher,
+        train__distillation_temperature=2,
+        train__epochs=0.5,
+        train__ema_decay=0.9,
+        train__grad_accum_steps=2,
+        schedule__warmup_epochs=0,
+        augment__mixup_alpha=0.2,
+        checkpoint__interval_steps=3,
+    )
+    folder.mkdir(exist_ok=True)
+    output = folder / "printed"
+    codes = run_app(
+        world_size, ["train", *arguments, *more], str(output), entry or in_double(cli.main)
+    )
+    return codes, output.read_text()
+
+
+def weights_of(folder):
+    path = folder / "run" / "checkpoints" / "last.pt"
+    content = unpack_checkpoint(read_checkpoint(path), "last.pt")
+    assert content["step"] == 6
+    return content
+
+
+def terminated_at_step_3(arguments):
+    """The command line's main, which gets a SIGTERM during its fourth step."""
+    from resnet_dist import engine
+
+    real = engine.train_step
+
+    def train_step(model, state, *rest):
+        if state.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(model, state, *rest)
+
+    engine.train_step = train_step
+    return in_double(cli.main)(arguments)
+
+
+def test_runs_resume_exactly_and_do_not_depend_on_the_ranks(digits, checkpoint, tmp_path):
+    """A resume with another teacher is refused; the same file at another place is the same one."""
+    whole, parts, ranks = (tmp_path / name for name in ("whole", "parts", "ranks"))
+    codes, printed = distilled(digits, whole, checkpoint)
+    assert codes == [0], printed
+    assert f"teacher: resnet20 of {checkpoint} (step 2, sha256 " in printed
+
+    assert distilled(digits, parts, checkpoint, entry=terminated_at_step_3)[0] == [143]
+    other = whole / "run" / "checkpoints" / "last.pt"
+    for teacher in (other, ""):
+        codes, printed = distilled(digits, parts, teacher)
+        assert codes == [2] and "train.teacher_sha256 was" in printed, printed
+    moved = tmp_path / "moved.pt"
+    shutil.copyfile(checkpoint, moved)
+    codes, printed = distilled(digits, parts, moved)
+    assert codes == [0] and re.search("; step [1-5], from ", printed), printed
+    expected = weights_of(whole)
+    resumed = weights_of(parts)
+    for key in ("model", "ema", "optimizer", "best_top1"):
+        assert equal_trees(expected[key], resumed[key]), key
+
+    codes, printed = distilled(digits, ranks, checkpoint, world_size=2)
+    assert codes == [0, 0] and printed.count("teacher: ") == 1, printed
+    for key in ("model", "ema"):
+        torch.testing.assert_close(weights_of(ranks)[key], expected[key], rtol=1e-9, atol=1e-11)
+
+
+def test_a_missing_teacher_stops_every_rank(digits, tmp_path):
+    codes, printed = distilled(digits, tmp_path, "nowhere.pt", world_size=2, entry=cli.main)
+    assert codes == [2, 2]
+    assert printed.count("error") == 1 and "train.teacher is 'nowhere.pt', which does" in printed
+
+
+def test_teachers_that_do_not_fit(checkpoint, tmp_path):
+    """Every message names the setting, and what to do."""
+    file = str(tmp_path / "five.pth")
+    torch.save(MODELS["resnet20"](num_classes=5).state_dict(), file)
+    names = [str(digit) for digit in range(10)]
+
+    def loaded(names=names, **train):
+        config = Config(train=replace(TRAIN, **train), data=DataConfig(mean=(0.5, 0.5, 0.4)))
+        return load_teacher(config, names, LoneRuntime())
+
+    assert loaded(teacher="") is None
+    refused = {
+        "which has 5 classes, and the data has 10": {"teacher": file, "teacher_model": "resnet20"},
+        "does not say which network": {"teacher": file},
+        "train.teacher is .* not all tensors fit resnet32": {
+            "teacher": file,
+            "teacher_model": "resnet32",
+        },
+        "leave train.teacher_model empty": {
+            "teacher": str(checkpoint),
+            "teacher_model": "resnet56",
+        },
+        "torchvision has no such weights": {"teacher": "torchvision:resnet50:V9"},
+    }
+    for message, settings in refused.items():
+        with pytest.raises(ValueError, match=message):
+            loaded(**settings)
+    assert loaded(names[:5], teacher=file, teacher_model="resnet20").warnings == ()
+    teacher = loaded(["x", *names[1:]], teacher=str(checkpoint))
+    assert not teacher.network.training
+    first, second = teacher.warnings
+    assert "data.mean (0.5, 0.5, 0.5)" in first and "other names" in second
