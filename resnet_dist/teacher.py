@@ -14,21 +14,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from resnet_dist.config import Config, TrainConfig
-from resnet_dist.distributed.runtime import Runtime
-from resnet_dist.forward import all_logits, at_least_fp32
-from resnet_dist.losses import LossFn, LossFor, build_loss, distillation_loss
-from resnet_dist.models.zoo import ZOO
-from resnet_dist.precision import Precision
 from resnet_dist.checkpoints.saved_network import (
     SavedNetwork,
     load_network,
     open_weights,
     preferred_kind,
 )
+from resnet_dist.checkpoints.torchvision_weights import is_torchvision_name
+from resnet_dist.config import Config, TrainConfig
+from resnet_dist.distributed.runtime import Runtime
+from resnet_dist.forward import all_logits, at_least_fp32
+from resnet_dist.losses import LossFn, LossFor, build_loss, distillation_loss
+from resnet_dist.models.zoo import ZOO
+from resnet_dist.precision import Precision
 from resnet_dist.settings.reading import build_config
 from resnet_dist.text import printable
-from resnet_dist.checkpoints.torchvision_weights import is_torchvision_name
 
 _KEY = "train.teacher"
 

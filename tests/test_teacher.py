@@ -16,6 +16,7 @@ from torch import nn
 from resnet_dist import cli
 from resnet_dist.checkpoints.checkpoint import TrainState
 from resnet_dist.checkpoints.checkpoint_file import read_checkpoint, unpack_checkpoint
+from resnet_dist.checkpoints.state import build_state
 from resnet_dist.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
 from resnet_dist.engine import train_step
 from resnet_dist.losses import mixed_cross_entropy
@@ -24,7 +25,6 @@ from resnet_dist.models.build import MODELS
 from resnet_dist.nonfinite import NonFinite
 from resnet_dist.optim import build_optimizer
 from resnet_dist.run import build_update_rule
-from resnet_dist.checkpoints.state import build_state
 from resnet_dist.teacher import Teacher, load_teacher
 
 TRAIN = TrainConfig(
@@ -128,9 +128,8 @@ def distilled(digits, folder, teacher, *more, world_size=1, entry=None):
     )
     folder.mkdir(exist_ok=True)
     output = folder / "printed"
-    codes = run_app(
-        world_size, ["train", *arguments, *more], str(output), entry or in_double(cli.main)
-    )
+    entry = entry or in_double(cli.main)
+    codes = run_app(world_size, ["train", *arguments, *more], str(output), entry)
     return codes, output.read_text()
 
 
@@ -196,7 +195,8 @@ def test_teachers_that_do_not_fit(checkpoint, tmp_path):
     names = [str(digit) for digit in range(10)]
 
     def loaded(names=names, **train):
-        config = Config(train=replace(TRAIN, **train), data=DataConfig(mean=(0.5, 0.5, 0.4)))
+        data = DataConfig(mean=(0.5, 0.5, 0.4), std=(0.5, 0.5, 0.5))
+        config = Config(train=replace(TRAIN, **train), data=data)
         return load_teacher(config, names, LoneRuntime())
 
     assert loaded(teacher="") is None
