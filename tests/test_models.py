@@ -37,6 +37,14 @@ def test_figures_have_no_other_names():
     assert list(read_figures()) == list(MODELS)
 
 
+def test_parameters_of_resnet_rs_are_those_of_timm():
+    """Of timm 1.0's networks of the same names."""
+    expected = {"resnetrs50": 35_691_912, "resnetrs101": 63_618_696, "resnetrs152": 86_621_576}
+    figures = read_figures()
+    for name, parameters in expected.items():
+        assert figures[name]["parameters"] == parameters
+
+
 def test_the_command_does_not_import_torch():
     code = (
         "import sys\n"

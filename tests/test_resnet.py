@@ -271,20 +271,6 @@ def test_logits_equal_timm(name):
         torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), rtol=1e-4, atol=1e-4)
 
 
-def test_resnet_rs_is_timms():
-    """Names and shapes of all depths; 35.7 million parameters in ResNet-RS-50."""
-    import timm
-
-    for name in ("resnetrs50", "resnetrs101", "resnetrs152"):
-        with torch.device("meta"):
-            theirs = timm.create_model(name).state_dict()
-        ours = build_on_meta(name).state_dict()
-        assert {key: value.shape for key, value in ours.items()} == {
-            key: value.shape for key, value in theirs.items()
-        }
-    assert count(build_on_meta("resnetrs50")) == 35_691_912
-
-
 def test_dropout_is_before_the_classifier_and_in_training_only():
     torch.manual_seed(11)
     model = build_model(section("resnet20", dropout=0.25), 10)
