@@ -483,6 +483,20 @@ def test_verify_survives_what_kills_a_batch(tmp_path):
     assert [entry[0] for entry in report["grayscale"]] == ["train/class0/0003.jpg"]
 
 
+def test_verify_names_the_images_that_the_decoder_warns_about(tmp_path, capfd):
+    files = [encode(picture(60, 60, number)) for number in range(140)]
+    for row in (3, 70, 139):
+        files[row] = files[row][:-400] + files[row][-2:]
+    write_split(tmp_path, files, classes=1)
+    _, report = verify(tmp_path, tmp_path / "report.json", "--workers", "2")
+    assert [name for name, _ in report["warned"]] == [
+        f"train/class0/{row:04d}.jpg" for row in (3, 70, 139)
+    ]
+    assert all("Corrupt JPEG data" in text for _, text in report["warned"])
+    said = capfd.readouterr()
+    assert "Corrupt JPEG" not in said.err and said.out.count("Corrupt JPEG") == 3
+
+
 def test_verify_of_a_clean_set_and_of_none(tmp_path, capsys):
     write_split(tmp_path, [encode(picture(50, 50, i)) for i in range(3)], classes=1)
     code, report = verify(tmp_path, tmp_path / "report.json")

@@ -105,6 +105,7 @@ FENCES = {
         "models.zoo",
         "checkpoints.torchvision_weights",
         "commands.download",
+        "commands.import_cifar10",
         "commands.import_imagenet",
         "commands.rivals",
         "commands.export",

@@ -34,6 +34,15 @@ _COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
         "the ILSVRC 2012 archives in SRC to OUT/train/<wnid>/ and OUT/val/<wnid>/",
         ("src", "out", "--shards", "--skip_checksums", *_PACKING),
     ),
+    "import-tiny-imagenet": (
+        "Tiny-ImageNet, a folder or zip file SRC, to OUT/train/<wnid>/ and OUT/val/<wnid>/",
+        ("src", "out"),
+    ),
+    "import-cifar10": (
+        "the official archive of CIFAR-10, python or binary, packed or not, to PNG files in "
+        "OUT/train/<class>/ and OUT/val/<class>/",
+        ("src", "out", "--skip_checksums"),
+    ),
     "import-parquet": (
         "parquet files as Hugging Face has them, in SRC or SRC/data/, to tar shards in OUT/train/ "
         "and OUT/val/",
@@ -76,7 +85,7 @@ _COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
 }
 _ARGUMENTS = {
-    "src": _Argument(None, "folder to read"),
+    "src": _Argument(None, "folder or archive to read"),
     "out": _Argument(None, "folder to write"),
     "name": _Argument(
         None,
@@ -86,7 +95,7 @@ _ARGUMENTS = {
     "data_dir": _Argument(None, "folder that holds train/ and val/"),
     "--shards": _Argument(False, "write tar shards as pack does, and no class folders"),
     "--skip_checksums": _Argument(
-        False, "do not compare the MD5 sums of the archives with the published ones"
+        False, "do not compare the MD5 sums of the files with the published ones"
     ),
     "--class_names": _Argument(
         "", "text file with one class name a line, by label; empty: as the files say"
@@ -178,14 +187,18 @@ def _functions() -> dict[str, Callable[[argparse.Namespace], int]]:
     """What does each subcommand. Imported here, so that the help needs none of it."""
     from resnet_dist.commands import (
         download,
+        import_cifar10,
         import_hf,
         import_imagenet,
         import_parquet,
+        import_tiny_imagenet,
         verify,
     )
 
     return {
         "import-imagenet": import_imagenet.run,
+        "import-tiny-imagenet": import_tiny_imagenet.run,
+        "import-cifar10": import_cifar10.run,
         "import-parquet": import_parquet.run,
         "import-hf": import_hf.run,
         "pack": pack_folder,

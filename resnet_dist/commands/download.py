@@ -6,27 +6,15 @@ import io
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resnet_dist.files import write_file_unsynced
-from resnet_dist.logs.console import Progress
-from resnet_dist.text import printable
+from resnet_dist.commands.class_folders import NewFile, write_class_folders
 
 if TYPE_CHECKING:
     import numpy as np
-
-
-@dataclass(frozen=True)
-class NewFile:
-    """A file that is to be written."""
-
-    name: str
-    """`<class>/<file>`"""
-    read: Callable[[], bytes]
-    """returns the content"""
 
 
 @dataclass(frozen=True)
@@ -65,8 +53,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         for split in ("train", "val"):
             request = Request(cache, split, args.size)
-            files = list(find_files(request))
-            _write_all(args.out, split, files)
+            write_class_folders(args.out, split, find_files(request))
     except (OSError, RuntimeError) as error:
         raise ConnectionError(
             f"{args.name} cannot be downloaded: {error}; run this again, with a network"
@@ -97,26 +84,6 @@ def _check_folder(out: str, cache: str) -> None:
         raise ValueError(f"{out} has a train/ already: remove it, or name another folder")
 
 
-def _write_all(out: str, split: str, files: Sequence[NewFile]) -> None:
-    """Write each file that is not there to out/split/.
-
-    Args:
-        out: The folder of the data set.
-        split: train or val.
-        files: All files of the split.
-    """
-    folder = Path(out, split)
-    num_files = len(files)
-    with Progress(num_files, f"write {split}") as bar:
-        for file in files:
-            path = folder / file.name
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_file_unsynced(path, file.read())
-            bar.update()
-    print(f"{split}: {num_files} images in {printable(folder)}")
-
-
 def _imagenette(request: Request) -> Iterator[NewFile]:
     """The files of Imagenette, whose splits have the names that ours have."""
     from torchvision import datasets
@@ -141,11 +108,11 @@ def _cifar10(request: Request) -> Iterator[NewFile]:
     images = zip(part.data, part.targets, strict=True)
     for number, (pixels, label) in enumerate(images):
         class_name = part.classes[label]
-        encode = functools.partial(_encode_png, pixels)
+        encode = functools.partial(encode_png, pixels)
         yield NewFile(f"{class_name}/{number:05d}.png", encode)
 
 
-def _encode_png(pixels: "np.ndarray") -> bytes:
+def encode_png(pixels: "np.ndarray") -> bytes:
     """The file of an image, uint8 [h, w, 3]."""
     from PIL import Image
 

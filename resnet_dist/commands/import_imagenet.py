@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, cast
 
+from resnet_dist.commands.class_folders import NewFile, files_of_tar, write_class_folders
 from resnet_dist.data.sources.pack import ImageSource, PackOptions, pack
-from resnet_dist.files import write_file, write_file_unsynced
+from resnet_dist.files import write_file
 from resnet_dist.logs.console import Progress
 from resnet_dist.models.class_names import WORDS_FILE, format_words
-from resnet_dist.text import printable
 
 # A file name in no folder that is neither hidden nor `..`.
 _PLAIN_NAME = re.compile(r"[^./\\\0][^/\\\0]*")
@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
             )
             print(pack(sources, split, options))
         else:
-            _write_folder(args.out, split, sources)
+            files = [NewFile(source.name, source.read, source.length) for source in sources]
+            write_class_folders(args.out, split, files)
     write_file(Path(args.out, WORDS_FILE), format_words(words))
     return 0
 
@@ -205,7 +206,7 @@ def _read_devkit(path: str) -> tuple[dict[int, str], list[int], dict[str, str]]:
             "the devkit's meta.mat cannot be read without scipy: pip install scipy"
         ) from None
     try:
-        files = _devkit_files(path)
+        files = files_of_tar(path)
         meta = loadmat(io.BytesIO(files["meta.mat"]), squeeze_me=True)
         wnids = {}
         words = {}
@@ -226,25 +227,6 @@ def _read_devkit(path: str) -> tuple[dict[int, str], list[int], dict[str, str]]:
         raise ValueError(
             f"{path} is damaged, or not the devkit of ILSVRC 2012 ({error}): get it again"
         ) from error
-
-
-def _devkit_files(path: str) -> dict[str, bytes]:
-    """Read all files of the devkit.
-
-    Args:
-        path: the archive.
-
-    Returns:
-        The contents by the names of the files, without a folder.
-    """
-    files = {}
-    with tarfile.open(path, "r:*") as tar:
-        for member in tar:
-            if member.isreg():
-                name = os.path.basename(member.name)
-                file = cast("IO[bytes]", tar.extractfile(member))
-                files[name] = file.read()
-    return files
 
 
 def _members(
@@ -292,23 +274,3 @@ def _members(
                 raise tarfile.ReadError(f"it lacks {lacks}")
     except tarfile.TarError as error:
         raise ValueError(f"{path} is damaged or cut off ({error}): get it again") from error
-
-
-def _write_folder(out: str, split: str, sources: list[ImageSource]) -> None:
-    """Write each image that is not there to out/`split`/<class>/.
-
-    Args:
-        out: the folder of the data set.
-        split: "train" or "val".
-        sources: the images.
-    """
-    with Progress(len(sources), f"write {split}") as bar:
-        for source in sources:
-            path = Path(out, split, source.name)
-            is_complete = path.exists() and path.stat().st_size == source.length
-            if not is_complete:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_file_unsynced(path, source.read())
-            bar.update()
-    folder = os.path.join(out, split)
-    print(f"{split}: {len(sources)} images in {printable(folder)}")

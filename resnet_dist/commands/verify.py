@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from resnet_dist.commands.verify_warnings import GroupsWithWarnings, find_warnings
 from resnet_dist.data.pixels.dali import Decoder, LoadedJob, Portion, windows_to_torch
 from resnet_dist.data.pixels.read import Encoded, examine, read_image_bytes
 from resnet_dist.data.sampling.crops import Geometry, whole_windows
@@ -26,12 +27,15 @@ from resnet_dist.data.sampling.jobs import val_job
 from resnet_dist.data.sources.index import Index
 from resnet_dist.data.sources.pack import open_splits
 from resnet_dist.files import write_file
+from resnet_dist.logs import decoder_warnings
 from resnet_dist.logs.console import Progress
+from resnet_dist.logs.decoder_warnings import DecoderWarnings
 from resnet_dist.text import printable
 
 KINDS = (
     "broken",
     "disagreement",
+    "warned",
     "not_jpeg",
     "cmyk",
     "grayscale",
@@ -42,7 +46,8 @@ KINDS = (
 """Kinds of findings.
 
 "broken": training cannot use the image. "disagreement": only one of DALI and Pillow decodes it, or
-their pixels differ by more than 2 levels. The others describe images that training can use.
+their pixels differ by more than 2 levels. "warned": the decoder of training prints a warning, and
+decodes the image as far as it can. The others describe images that training can use.
 """
 
 _EXIF_ORIENTATION = 0x0112
@@ -60,7 +65,7 @@ Splits = dict[str, Index]
 """train and val."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Job:
     """Some images of a split, which one thread examines."""
 
@@ -70,6 +75,10 @@ class _Job:
     """the images of the split"""
     rows: range
     """rows of the index"""
+
+    def name(self, row: int) -> str:
+        """The name of an image in the report."""
+        return f"{self.split}/{self.index.name(row)}"
 
 
 class _PillowResult(NamedTuple):
@@ -86,8 +95,10 @@ class _PillowResult(NamedTuple):
 class _Examination:
     """Collects the findings of all threads."""
 
-    def __init__(self, tiny: int) -> None:
+    def __init__(self, tiny: int, source: DecoderWarnings | None) -> None:
         self.tiny = tiny
+        self.source = source
+        self.warned: GroupsWithWarnings[_Job] = GroupsWithWarnings(source)
         self.findings: FindingsByKind = {}
         """for each kind, (name of the image, detail)"""
         for kind in KINDS:
@@ -102,26 +113,16 @@ class _Examination:
         Returns:
             The number of images.
         """
-        for row in job.rows:
-            self._examine_image(job.split, job.index, row)
+        with self.warned.watch(job):
+            for row in job.rows:
+                self._examine_image(job, row)
         return len(job.rows)
 
-    def _examine_image(
-        self,
-        split: str,
-        index: Index,
-        row: int,
-    ) -> None:
-        """Examine one image, and add its findings.
-
-        Args:
-            split: train or val.
-            index: The images of the split.
-            row: Row of the image in the index.
-        """
-        name = f"{split}/{index.name(row)}"
+    def _examine_image(self, job: _Job, row: int) -> None:
+        """Examine one image of a job, and add its findings."""
+        name = job.name(row)
         try:
-            data = read_image_bytes(index, row)
+            data = read_image_bytes(job.index, row)
         except OSError as error:
             reason = error.strerror or error
             self.findings["broken"].append((name, f"cannot be read: {reason}"))
@@ -147,8 +148,27 @@ class _Examination:
         decoder: Decoder = self.local.decoder
         return decoder
 
+    def _decode_again(self, image: tuple[_Job, int]) -> None:
+        """Decode an image with the decoder of training."""
+        job, row = image
+        with contextlib.suppress(OSError):
+            encoded = examine(row, read_image_bytes(job.index, row))
+            if not encoded.reason:
+                _decode(encoded, self._decoder())
+
+    def _add_warned(self) -> None:
+        """Find out which images the decoder has warned about."""
+        if self.source is None:
+            return
+        images = []
+        for job in self.warned.found:
+            images += [(job, row) for row in job.rows]
+        for (job, row), text in find_warnings(images, self._decode_again, self.source):
+            self.findings["warned"].append((job.name(row), text))
+
     def finish(self) -> FindingsByKind:
-        """Add the duplicates, and return all findings in sorted order."""
+        """Add the warnings and duplicates, and return all findings in sorted order."""
+        self._add_warned()
         for names in self.names_by_digest.values():
             # The first name is kept. It is a validation image if there is one, because a copy of it
             # in train/ would leak the answer.
@@ -258,18 +278,19 @@ def _examine_all(splits: Splits, args: argparse.Namespace) -> FindingsByKind:
             stop = min(start + _IMAGES_PER_JOB, len(index))
             job = _Job(split, index, range(start, stop))
             jobs.append(job)
-    examination = _Examination(args.tiny)
     num_images = _count_images(splits)
     with (
+        decoder_warnings.collected(),
         Progress(num_images, "verify") as bar,
         ThreadPoolExecutor(args.workers) as pool,
         warnings.catch_warnings(),
     ):
         # Pillow warns about unusual metadata, which is of no importance here.
         warnings.simplefilter("ignore")
+        examination = _Examination(args.tiny, decoder_warnings.current_warnings())
         for num_examined in pool.map(examination.examine, jobs):
             bar.update(num_examined)
-    return examination.finish()
+        return examination.finish()
 
 
 def _excluded_names(findings: FindingsByKind, with_duplicates: bool) -> list[str]:

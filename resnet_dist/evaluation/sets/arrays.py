@@ -1,5 +1,6 @@
 """Images that come as arrays: CIFAR-10, CIFAR-10.1 and CIFAR-10-C in the files of their authors."""
 
+import io
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -192,19 +193,34 @@ def read_cifar10(folder: Path) -> ImageArrays:
         ValueError: There is no such file, or it is damaged.
     """
     for place in (folder, folder / "cifar-10-batches-py", folder / "cifar-10-batches-bin"):
-        if (place / "test_batch").is_file():
-            return _read_pickle(place / "test_batch")
-        if (place / "test_batch.bin").is_file():
-            return _read_binary(place / "test_batch.bin")
+        for name in ("test_batch", "test_batch.bin"):
+            path = place / name
+            if path.is_file():
+                return parse_cifar10(path, path.read_bytes())
     raise ValueError(
         f"{printable(folder)} has neither test_batch (python version of CIFAR-10) nor "
         "test_batch.bin (binary version): name the folder that holds it"
     )
 
 
-def _read_binary(path: Path) -> ImageArrays:
-    """Read a file of records: a byte with the class, and 3,072 bytes of red, green and blue."""
-    raw = np.frombuffer(path.read_bytes(), np.uint8)
+def parse_cifar10(path: Path, content: bytes) -> ImageArrays:
+    """Parse a file of the binary version (`.bin`) or of the python version.
+
+    Args:
+        path: The name of the file, for messages.
+        content: Its bytes.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    if path.suffix == ".bin":
+        return _parse_binary(path, content)
+    return _parse_pickle(path, content)
+
+
+def _parse_binary(path: Path, content: bytes) -> ImageArrays:
+    """Parse records: a byte with the class, and 3,072 bytes of red, green and blue."""
+    raw = np.frombuffer(content, np.uint8)
     length = 1 + 3 * _CIFAR_SIDE**2
     if len(raw) == 0 or len(raw) % length:
         raise ValueError(
@@ -226,18 +242,17 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it needs {module}.{name}")
 
 
-def _read_pickle(path: Path) -> ImageArrays:
-    """Read a file of the python version."""
+def _parse_pickle(path: Path, content: bytes) -> ImageArrays:
+    """Parse a dictionary of pixels and labels."""
     try:
-        with open(path, "rb") as file:
-            content = _PlainUnpickler(file, encoding="bytes").load()
-        pixels = np.asarray(content[b"data"], dtype=np.uint8)
-        labels = np.asarray(content[b"labels"])
+        arrays_by_name = _PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
+        pixels = np.asarray(arrays_by_name[b"data"], dtype=np.uint8)
+        labels = np.asarray(arrays_by_name[b"labels"])
         arrays = _to_arrays(pixels, labels)
     # A damaged pickle raises many types.
     except Exception as problem:
         raise ValueError(
-            f"{printable(path)} is damaged, or no test_batch of CIFAR-10: {printable(problem)}"
+            f"{printable(path)} is damaged, or no file of CIFAR-10: {printable(problem)}"
         ) from problem
     _check_labels(labels, path)
     return arrays
