@@ -35,6 +35,7 @@ from resnet_dist.data.pixels.probe import describe_jpeg_decoder
 from resnet_dist.data.sampling.crops import train_side
 from resnet_dist.data.sampling.order import BatchLayout
 from resnet_dist.data.sources.index import check_num_classes
+from resnet_dist.data.stores.client import give_up_soon, keep_trying
 from resnet_dist.data.types import TrainLoader
 from resnet_dist.distributed.process import report_failure
 from resnet_dist.distributed.runtime import Runtime, StopSignal
@@ -251,7 +252,8 @@ def train_and_summarize(
     Raises:
         FloatingPointError: If too many updates in a row were not finite.
     """
-    stop_signal = StopSignal(runtime.cpu_group, runtime.watchdog)
+    # A store that does not answer must not keep a rank for the time of all attempts.
+    stop_signal = StopSignal(runtime.cpu_group, runtime.watchdog, on_stop=give_up_soon)
     exhibits = Exhibits(config, parts.train_loader.class_names, log, runtime)
 
     def explain(problem: Exception) -> Exception:
@@ -301,6 +303,7 @@ def run_loop(parts: Training, services: Services, should_continue: ShouldContinu
         if not ask_main(should_continue, ended_by, runtime):
             break
         services.stop_signal.forget()
+        keep_trying()
     services.stop_signal.finish()
     # From here on no rank waits for another.
     assert runtime.watchdog is not None

@@ -4,13 +4,14 @@ sentences where a store cannot be read.
 
 import os
 import signal
+import threading
 import time
 
 import boto3  # noqa: F401 - forked clients have it then
 import numpy as np
 import obstore.store  # noqa: F401
 import pytest
-from dist_utils import run_app
+from dist_utils import run_app, start_app, wait_app
 from image_files import OneProcess, encode, picture, train_loader, val_loader, write_split
 from store_server import SECRETS, Store, in_child, start_child
 
@@ -199,6 +200,64 @@ def test_a_shard_that_changes_is_noticed(store, shards):
     assert "has changed since this run made its list of images" in text
 
 
+def train_arguments(data_dir, output_dir):
+    """A small training on an object store."""
+    options = {
+        "--config": "configs/quickstart.yaml",
+        "--data.kind": "folder",
+        "--data.data_dir": data_dir,
+        "--output_dir": str(output_dir),
+        "--data.train_crop_size": "16",
+        "--data.val_resize_size": "18",
+        "--data.val_crop_size": "16",
+        "--train.global_batch_size": "8",
+        "--train.epochs": "9",
+        "--train.eval_interval_epochs": "0",
+        "--schedule.warmup_epochs": "0",
+        "--distributed.threads": "1",
+        "--log.wandb": "disabled",
+    }
+    return ["train", *(text for pair in options.items() for text in pair)]
+
+
+def interrupt_when_it_hangs(store, only, seconds):
+    """Let requests whose path matches hang, and press Ctrl-C a while later."""
+    store.trouble(hang=True, only=only)
+    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+
+@pytest.mark.parametrize("place", ["start", "training"])
+def test_ctrl_c_ends_a_run_whose_store_hangs(store, tmp_path, monkeypatch, place):
+    """Long before data.read_timeout_s, 300 s, is over; here a request times out after a second."""
+    monkeypatch.setattr(client, "_REQUEST_SECONDS", (0.5, 1.0))
+    monkeypatch.setattr(client, "_SECONDS_AFTER_A_STOP", 0.5)
+    monkeypatch.setattr(client, "LIST_TIMEOUT_S", 300.0)
+
+    def entry(arguments):
+        from resnet_dist import engine
+
+        real = engine.train_step
+
+        def train_step(model, state, *rest):
+            if state.step == 1:
+                interrupt_when_it_hangs(store, "", 2.0)
+            return real(model, state, *rest)
+
+        engine.train_step = train_step
+        if place == "start":
+            interrupt_when_it_hangs(store, "idx", 3.0)
+        return main(arguments)
+
+    arguments = train_arguments("s3://bucket/set", tmp_path / "run")
+    processes = start_app(1, arguments, str(tmp_path / "log"), entry)
+    codes = wait_app(processes, timeout=90)
+    log = (tmp_path / "log").read_text()
+    if place == "start":
+        assert codes == [1] and "KeyboardInterrupt" in log, log
+    else:
+        assert codes == [2] and "it has not answered in time" in log, log
+
+
 def test_all_ranks_stop_when_a_shard_changes(store, shards, tmp_path):
     """Exit code 2 on each of them, and the sentence in place of a traceback."""
     store.upload(shards, "moving")
@@ -217,22 +276,7 @@ def test_all_ranks_stop_when_a_shard_changes(store, shards, tmp_path):
         engine.train_step = train_step
         return main(arguments)
 
-    options = {
-        "--config": "configs/quickstart.yaml",
-        "--data.kind": "folder",
-        "--data.data_dir": "s3://moving/",
-        "--output_dir": str(tmp_path / "run"),
-        "--data.train_crop_size": "16",
-        "--data.val_resize_size": "18",
-        "--data.val_crop_size": "16",
-        "--train.global_batch_size": "8",
-        "--train.epochs": "9",
-        "--train.eval_interval_epochs": "0",
-        "--schedule.warmup_epochs": "0",
-        "--distributed.threads": "1",
-        "--log.wandb": "disabled",
-    }
-    arguments = ["train", *(text for pair in options.items() for text in pair)]
+    arguments = train_arguments("s3://moving/", tmp_path / "run")
     codes = run_app(2, arguments, str(tmp_path / "log"), entry)
     log = (tmp_path / "log").read_text()
     assert codes == [2, 2], log

@@ -143,13 +143,17 @@ class Runtime:
 
         It runs in a thread, and every second the main process tells the others that it continues.
         """
-        with ThreadPoolExecutor(1) as pool:
-            work = None
+        pool = ThreadPoolExecutor(1)
+        work = None
+        try:
             if self.is_main:
                 work = pool.submit(function)
             while self.on_main(lambda: _still_runs(work)):
                 pass
             return self.on_main(lambda: _result(work))
+        finally:
+            # An interrupt reaches the caller at once, who may know how to end the work.
+            pool.shutdown(wait=False)
 
     def bytes_from_main(self, function: Callable[[], bytes]) -> bytes:
         """Like `long_on_main`, for a large result, such as a file that is read once for all ranks.
@@ -390,6 +394,8 @@ class StopSignal:
     Args:
         group: A CPU group of all ranks.
         watchdog: Asks for a stop like SIGTERM, once the launcher is lost.
+        on_stop: Is called at once, also inside of the signal handler, when this rank is asked to
+            stop.
     """
 
     SIGNALS = (
@@ -405,9 +411,15 @@ class StopSignal:
     A cluster may send SIGTERM together with SIGUSR2, which says why.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, watchdog: Watchdog | None = None) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        watchdog: Watchdog | None = None,
+        on_stop: Callable[[], None] | None = None,
+    ) -> None:
         self.group = group
         self.watchdog = watchdog
+        self.on_stop = on_stop
         self.noted = 0
         self.agreed = 0
         self.interrupted_at: float | None = None
@@ -433,13 +445,17 @@ class StopSignal:
                 self.interrupted_at = now
             elif now - self.interrupted_at > _SECOND_INTERRUPT_SECONDS:
                 os._exit(128 + number)
-        priority = self.SIGNALS.index(number)
-        self.noted = max(self.noted, priority)
+        self._ask_to_stop(number)
 
     def _stop_for_lost_launcher(self) -> None:
         """Save and leave as after SIGTERM; the watchdog's thread calls this."""
-        priority = self.SIGNALS.index(signal.SIGTERM)
+        self._ask_to_stop(signal.SIGTERM)
+
+    def _ask_to_stop(self, number: int) -> None:
+        priority = self.SIGNALS.index(number)
         self.noted = max(self.noted, priority)
+        if self.on_stop is not None:
+            self.on_stop()
 
     def poll(self) -> int:
         """Return the signal that any rank had recorded at the call before, on all ranks.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from resnet_dist.data.pixels.finish import disable_openmp_in_thread
+from resnet_dist.data.stores.client import give_up_soon
 from resnet_dist.data.types import Batch
 
 
@@ -81,6 +82,10 @@ def run_ahead(
             if isinstance(item, _BackgroundError):
                 raise item.error
             yield item
+    except KeyboardInterrupt:
+        # The thread may be waiting for an object store that does not answer.
+        give_up_soon()
+        raise
     finally:
         stopped.set()
         thread.join()

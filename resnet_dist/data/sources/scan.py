@@ -44,6 +44,7 @@ from resnet_dist.data.sources.index_file import (
 )
 from resnet_dist.data.sources.scan_progress import ScanProgress, keeps_folder_times
 from resnet_dist.data.sources.shards import Shard, index_shards, read_headers
+from resnet_dist.data.stores.client import give_up_soon, keep_trying
 from resnet_dist.data.stores.remote_index import read_remote_index
 from resnet_dist.files import write_file
 from resnet_dist.text import printable
@@ -136,7 +137,13 @@ def build_index(
             return _prepare_remote(data_dir, split, built)
         return _prepare(data_dir, split, rescan, built)
 
-    path, facts = runtime.long_on_main(prepare)
+    keep_trying()
+    try:
+        path, facts = runtime.long_on_main(prepare)
+    except KeyboardInterrupt:
+        # A thread may be waiting for an object store that does not answer.
+        give_up_soon()
+        raise
     # One process of each machine checks the contents.
     index = _open_same(path, root, facts, check=runtime.local_rank == 0)
 

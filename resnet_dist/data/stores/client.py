@@ -8,6 +8,7 @@ that uses them, and a process whose parent has made one is refused, since it wou
 """
 
 import functools
+import math
 import netrc
 import os
 import random
@@ -35,6 +36,10 @@ _FRACTION_OF_A_REQUEST = 5
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 10.0
 
+# A failed request is tried again for this time after the run was asked to stop: a store that works
+# then still lets the training save.
+_SECONDS_AFTER_A_STOP = 5.0
+
 _SIGN_INS = 3
 # Credentials are asked for again after this time; the library does so five minutes before.
 _CREDENTIALS_LIFE = timedelta(minutes=10)
@@ -49,6 +54,8 @@ _process_with_clients = 0
 # By host: how often its credentials were refused because they had expired. Each number has a client
 # of its own, which reads the credentials anew.
 _sign_ins: dict[str, int] = {}
+# By time.monotonic(): no request is tried again after it.
+_last_attempt_at = math.inf
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,21 @@ class Patience:
             time.sleep(seconds)
             return True
         return not self.stopped.wait(seconds)
+
+
+def give_up_soon() -> None:
+    """Soon stop to try failed requests of this process again, since the run was asked to stop.
+
+    A request that is under way ends by its own time-out. A signal handler may call this.
+    """
+    global _last_attempt_at
+    _last_attempt_at = min(_last_attempt_at, time.monotonic() + _SECONDS_AFTER_A_STOP)
+
+
+def keep_trying() -> None:
+    """Take `give_up_soon` back, since the run goes on."""
+    global _last_attempt_at
+    _last_attempt_at = math.inf
 
 
 def list_folder(url: str) -> Listing:
@@ -220,9 +242,10 @@ def _attempt(url: str, request: Callable[[Any, str], Result], patience: Patience
         wait = _wait_before(attempts)
         seconds = time.monotonic() - started
         too_late = seconds + wait > patience.timeout_s
-        if failure.remedy == "none" or expired >= _SIGN_INS or too_late:
+        stops = time.monotonic() + wait > _last_attempt_at
+        if failure.remedy == "none" or expired >= _SIGN_INS or too_late or stops:
             raise StoreError(_message(url, failure, attempts, seconds)) from None
-        if not patience.wait(wait):
+        if not patience.wait(wait) or time.monotonic() > _last_attempt_at:
             raise StoreError(f"{url}: the reading was stopped")
 
 
