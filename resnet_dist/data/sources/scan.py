@@ -137,13 +137,7 @@ def build_index(
             return _prepare_remote(data_dir, split, built)
         return _prepare(data_dir, split, rescan, built)
 
-    keep_trying()
-    try:
-        path, facts = runtime.long_on_main(prepare)
-    except KeyboardInterrupt:
-        # A thread may be waiting for an object store that does not answer.
-        give_up_soon()
-        raise
+    path, facts = _on_main_until_interrupted(runtime, prepare)
     # One process of each machine checks the contents.
     index = _open_same(path, root, facts, check=runtime.local_rank == 0)
 
@@ -164,6 +158,18 @@ def build_index(
 
 # The properties by which ranks compare their indices: fingerprint, names of the shards, stamps.
 Facts = tuple[str, tuple[str, ...], tuple[tuple[int, ...], ...]]
+
+
+def _on_main_until_interrupted(
+    runtime: Ranks, prepare: Callable[[], tuple[str, Facts]]
+) -> tuple[str, Facts]:
+    """Prepare the index in the main process. Ctrl-C ends it also if an object store hangs."""
+    keep_trying()
+    try:
+        return runtime.long_on_main(prepare)
+    except KeyboardInterrupt:
+        give_up_soon()
+        raise
 
 
 def _root(data_dir: str, split: str) -> str:
