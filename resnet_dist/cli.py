@@ -10,7 +10,6 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, TypeAlias
 
 from resnet_dist import __version__, weights_options
 from resnet_dist.config import Config
@@ -25,13 +24,12 @@ from resnet_dist.settings.options import (
     print_error,
     program_name,
 )
-from resnet_dist.settings.rules import AtLeast
+from resnet_dist.settings.rules import NonNegativeFloat, NonNegativeInt, PositiveInt
 from resnet_dist.text import did_you_mean, print_warnings_plainly, printable
 
 # torch prints pages of warnings about a lost rank; our own message is one line.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-_Count: TypeAlias = Annotated[int, AtLeast(1)]
 _CONFIG_USAGE = "[--config FILE ...] [--section.key VALUE ...]"
 
 
@@ -238,23 +236,23 @@ def _doctor(line: CommandLine) -> int:
 
 
 def _add_plan_options(parser: Parser) -> None:
-    parser.add_option("--gpus", type=_Count, default=1, metavar="N", help="number of GPUs")
+    parser.add_option("--gpus", type=PositiveInt, default=1, metavar="N", help="number of GPUs")
     parser.add_option(
         "--memory_gib",
-        type=Annotated[float, AtLeast(0)],
+        type=NonNegativeFloat,
         default=0.0,
         metavar="GIB",
         help="memory of a GPU: prints the largest batch that fits; 0: does not",
     )
     parser.add_option(
         "--hours",
-        type=Annotated[float, AtLeast(0)],
+        type=NonNegativeFloat,
         default=0.0,
         help="wished duration: prints how many images per second it takes; 0: does not",
     )
     parser.add_option(
         "--images",
-        type=Annotated[int, AtLeast(0)],
+        type=NonNegativeInt,
         default=0,
         metavar="N",
         help="number of training images; 0: those of data.data_dir, or ImageNet's",

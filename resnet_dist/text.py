@@ -24,6 +24,12 @@ def printable(text: object) -> str:
     return "".join(characters)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error, safe to print; the name of its type if it has no text."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return printable(lines[0])
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a sentence, "; did you mean resnet50?", or "" if no known word is similar."""
     similar = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

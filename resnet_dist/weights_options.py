@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from jsonargparse import Namespace
 
@@ -24,13 +24,12 @@ from resnet_dist.settings.options import (
     print_error,
 )
 from resnet_dist.settings.reading import build_config
-from resnet_dist.settings.rules import AtLeast
+from resnet_dist.settings.rules import PositiveInt
 from resnet_dist.text import printable
 
 if TYPE_CHECKING:
     from resnet_dist.checkpoints.saved_network import SavedNetwork
 
-_Count: TypeAlias = Annotated[int, AtLeast(1)]
 _Command: TypeAlias = Callable[["SavedNetwork", Config, argparse.Namespace], int]
 
 
@@ -133,7 +132,7 @@ def add_predict_options(parser: Parser) -> None:
         "images", nargs="*", metavar="IMAGE", help="file; folder; - reads paths from stdin"
     )
     parser.add_option(
-        "--top", type=_Count, default=5, metavar="K", help="number of classes to print"
+        "--top", type=PositiveInt, default=5, metavar="K", help="number of classes to print"
     )
     parser.add_option(
         "--json", action="store_true", help="print one JSON object per image, also for errors"

@@ -39,6 +39,11 @@ def recorded(transform, monkeypatch, count):
     )
     monkeypatch.setattr(autoaugment.F, "get_dimensions", lambda _: [3, SIDE, SIDE])
     torch.manual_seed(0)
+    return applied_to_each(transform, done, count)
+
+
+def applied_to_each(transform, done, count):
+    """What a transform adds to the list `done`, for each of `count` images."""
     images = []
     for _ in range(count):
         transform(None)
@@ -312,12 +317,7 @@ def timm_draws(count, monkeypatch):
     transform = auto_augment.rand_augment_transform("rand-m7-mstd0.5-inc1", {})
     random.seed(0)
     np.random.seed(0)
-    images = []
-    for _ in range(count):
-        transform(None)
-        images.append(list(done))
-        done.clear()
-    return images
+    return applied_to_each(transform, done, count)
 
 
 TIMM_NAMES = {

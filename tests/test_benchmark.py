@@ -142,6 +142,20 @@ SMALL = [
 ]
 
 
+def test_profile_of_a_step(tmp_path):
+    folder = tmp_path / "profile"
+    arguments = ["benchmark", "--profile", str(folder), *SMALL, "--output_dir", str(tmp_path)]
+    output = tmp_path / "printed"
+    assert run_app(1, arguments, str(output)) == [0], output.read_text()
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"trace.json", "kernels.txt", "kernels.json", "kernels.png"}
+    rows = {row["name"]: row for row in json.loads((folder / "kernels.json").read_text())["kinds"]}
+    # 19 convolutions forward and as many backward, of which each has up to two operators.
+    assert 38 <= rows["convolution"]["count"] <= 5 * 38
+    assert rows["communication"]["count"] > 0
+    assert (folder / "kernels.txt").read_text() in output.read_text()
+
+
 def test_price_of_determinism(tmp_path):
     """On the CPU both modes are the same, and trainings repeat bit for bit."""
     output = tmp_path / "printed"

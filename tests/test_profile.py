@@ -1,9 +1,5 @@
 """The kinds of kernels and the table of a profile, with names from real traces."""
 
-import json
-
-from dist_utils import run_app
-
 from resnet_dist.commands import kernel_kinds as kinds
 from resnet_dist.commands.kernel_kinds import KINDS, kind_of_kernel, kind_of_operator
 from resnet_dist.commands.trace_table import build_table, format_table
@@ -157,31 +153,3 @@ def test_table_of_cpu_operators_counts_each_microsecond_once():
     assert table.device == "cpu"
     found = {row.name: round(row.milliseconds, 9) for row in table.kinds}
     assert found == {"convolution": 0.8, "copy": 0.2, "pointwise": 0.5, "idle": 0.5}
-
-
-def test_profile_of_a_step(tmp_path):
-    folder = tmp_path / "profile"
-    arguments = [
-        "benchmark",
-        "--profile",
-        str(folder),
-        "--model.name",
-        "resnet20",
-        "--data.kind",
-        "synthetic",
-        "--data.train_crop_size",
-        "8",
-        "--train.global_batch_size",
-        "8",
-        "--output_dir",
-        str(tmp_path),
-    ]
-    output = tmp_path / "printed"
-    assert run_app(1, arguments, str(output)) == [0], output.read_text()
-    names = {path.name for path in folder.iterdir()}
-    assert names == {"trace.json", "kernels.txt", "kernels.json", "kernels.png"}
-    rows = {row["name"]: row for row in json.loads((folder / "kernels.json").read_text())["kinds"]}
-    # 19 convolutions forward and as many backward, of which each has up to two operators.
-    assert 38 <= rows["convolution"]["count"] <= 5 * 38
-    assert rows["communication"]["count"] > 0
-    assert (folder / "kernels.txt").read_text() in output.read_text()

@@ -20,7 +20,7 @@ from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.files import write_file
 from resnet_dist.precision import resolve_precision, set_arithmetic
 from resnet_dist.resources.step_cost import count_step
-from resnet_dist.text import printable
+from resnet_dist.text import first_line, printable
 
 _COLUMNS = (
     "network",
@@ -61,6 +61,21 @@ class Measured:
     """why there are no figures"""
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """What all variants are measured with."""
+
+    config: Config
+    """the batch size, the size of the images and the optimizer"""
+    runtime: Runtime
+    windows: int
+    """number of measurements; their median counts"""
+    steps: int
+    """updates of a measurement"""
+    matrix_flops: float
+    """the measured matrix rate of the device, in floating-point operations per second"""
+
+
 def compare_models(config: Config, runtime: Runtime, options: argparse.Namespace) -> int:
     """Measure `engine.train_step` of each variant on random pixels, and print a table.
 
@@ -79,17 +94,19 @@ def compare_models(config: Config, runtime: Runtime, options: argparse.Namespace
         ValueError: If a precision is unknown.
     """
     networks = _split(options.models)
-    precisions = choose_precisions(_split(options.precisions), runtime.device)
-    matrix_flops = matrix_rate(runtime.device, matrix_dtype(runtime.device))
+    device = runtime.device
+    precisions = choose_precisions(_split(options.precisions), device)
+    matrix_flops = matrix_rate(device, matrix_dtype(device))
+    conditions = Conditions(config, runtime, options.windows, options.steps, matrix_flops)
     rows = []
-    for variant in list_variants(networks, precisions, runtime.device):
-        row = _measure_or_fail(variant, config, runtime, options, matrix_flops)
+    for variant in list_variants(networks, precisions, device):
+        row = _measure_or_fail(variant, conditions)
         rows.append(row)
         if runtime.is_main and not options.json:
             # A table of many networks takes its time.
             print(_progress(row), flush=True)
     if runtime.is_main:
-        _print_table(rows, config, runtime, options)
+        _print_table(rows, conditions, options)
     return 0
 
 
@@ -128,54 +145,42 @@ def _split(text: str) -> list[str]:
     return [word for word in words if word]
 
 
-def _measure_or_fail(
-    variant: Variant,
-    config: Config,
-    runtime: Runtime,
-    options: argparse.Namespace,
-    matrix_flops: float,
-) -> Measured:
+def _measure_or_fail(variant: Variant, conditions: Conditions) -> Measured:
     """Measure a variant; in a single process an error is its result."""
+    runtime = conditions.runtime
     try:
-        return measure_variant(variant, config, runtime, options, matrix_flops)
+        return measure_variant(variant, conditions)
     except Exception as problem:
         if runtime.world_size > 1:
             raise
-        lines = str(problem).splitlines() or [""]
-        return Measured(variant, error=f"{type(problem).__name__}: {lines[0]}")
+        kind = type(problem).__name__
+        return Measured(variant, error=f"{kind}: {first_line(problem)}")
     finally:
         _free_memory(runtime.device)
 
 
-def measure_variant(
-    variant: Variant,
-    config: Config,
-    runtime: Runtime,
-    options: argparse.Namespace,
-    matrix_flops: float,
-) -> Measured:
+def measure_variant(variant: Variant, conditions: Conditions) -> Measured:
     """Train a variant for some steps.
 
     Args:
         variant: The network, its precision, and whether it is compiled.
-        config: The rest of the run.
-        runtime: The ranks and the device of this one.
-        options: `windows` and `steps` of the command line.
-        matrix_flops: The measured matrix rate of the device.
+        conditions: The rest of the run, and how long to measure.
     """
-    config = config_of(variant, config)
-    set_arithmetic(config.train, runtime.device)
-    if runtime.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(runtime.device)
+    config = config_of(variant, conditions.config)
+    runtime = conditions.runtime
+    device = runtime.device
+    set_arithmetic(config.train, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
-    parts = build_training(config, runtime, options.steps)
+    parts = build_training(config, runtime, conditions.steps)
     step = step_on_one_batch(parts)
-    time_steps(step, runtime.device, 1)
+    time_steps(step, device, 1)
     first_step_s = time.perf_counter() - start
 
     seconds = []
-    for _ in range(options.windows):
-        seconds.append(time_steps(step, runtime.device, options.steps))
+    for _ in range(conditions.windows):
+        seconds.append(time_steps(step, device, conditions.steps))
     parts.train_loader.close()
     step_s = statistics.median(seconds)
     images_per_second = config.train.global_batch_size / step_s
@@ -185,7 +190,7 @@ def measure_variant(
         images_per_second=images_per_second,
         step_ms=1e3 * step_s,
         peak_memory_gib=peak_memory_gib(runtime),
-        mfu=flops / matrix_flops,
+        mfu=flops / conditions.matrix_flops,
         first_step_s=first_step_s,
     )
 
@@ -219,21 +224,21 @@ def _progress(row: Measured) -> str:
     return f"{variant.network}, {variant.precision}, {mode}: {printable(figures)}"
 
 
-def _print_table(
-    rows: list[Measured], config: Config, runtime: Runtime, options: argparse.Namespace
-) -> None:
+def _print_table(rows: list[Measured], conditions: Conditions, options: argparse.Namespace) -> None:
     """Print the table as Markdown or JSON, and write both if a file name is given."""
-    conditions = {
+    config = conditions.config
+    runtime = conditions.runtime
+    plain = {
         "device": runtime.device.type,
         "gpu": _gpu_name(runtime.device),
         "torch": torch.__version__,
         "ranks": runtime.world_size,
         "global_batch_size": config.train.global_batch_size,
         "crop": config.data.train_crop_size,
-        "windows": options.windows,
-        "steps": options.steps,
+        "windows": conditions.windows,
+        "steps": conditions.steps,
+        "rows": [asdict(row) for row in rows],
     }
-    plain = {**conditions, "rows": [asdict(row) for row in rows]}
     table = markdown_table(rows)
     if options.json:
         print(json.dumps(plain))

@@ -4,14 +4,11 @@ What a benchmark needs is imported when it is chosen: the help comes before torc
 """
 
 from collections.abc import Callable
-from typing import Annotated, TypeAlias
 
 from jsonargparse import Namespace
 
 from resnet_dist.settings.options import Parser
-from resnet_dist.settings.rules import AtLeast
-
-_Count: TypeAlias = Annotated[int, AtLeast(1)]
+from resnet_dist.settings.rules import NonNegativeFloat, PositiveInt
 
 
 def add_benchmark_options(parser: Parser) -> None:
@@ -24,12 +21,14 @@ def add_benchmark_options(parser: Parser) -> None:
         help="loop: the whole training loop against a bare one; loader: the data loader against "
         "others",
     )
-    parser.add_option("--windows", type=_Count, default=5, help="number of measurements")
-    parser.add_option("--steps", type=_Count, default=40, help="loop: steps per measurement")
-    parser.add_option("--images", type=_Count, default=2000, help="loader: images per measurement")
+    parser.add_option("--windows", type=PositiveInt, default=5, help="number of measurements")
+    parser.add_option("--steps", type=PositiveInt, default=40, help="loop: steps per measurement")
+    parser.add_option(
+        "--images", type=PositiveInt, default=2000, help="loader: images per measurement"
+    )
     parser.add_option(
         "--read_delay_ms",
-        type=Annotated[float, AtLeast(0)],
+        type=NonNegativeFloat,
         default=0.0,
         help="loader: measure also with this delay added to each read",
     )

@@ -8,6 +8,7 @@ from typing import Any
 from resnet_dist.commands.import_parquet import import_folder
 from resnet_dist.data.sources.index import some
 from resnet_dist.data.sources.parquet import SUFFIX
+from resnet_dist.text import first_line
 
 _FOLDER = ".download"
 _MAIN = "main"
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     # Errors of a connection are OSError, or those of requests or httpx: it depends on the version.
     except Exception as error:
         raise ConnectionError(
-            f"{args.name} cannot be downloaded ({_first_line(error)}): run this again, with a "
+            f"{args.name} cannot be downloaded ({first_line(error)}): run this again, with a "
             f"network; what was downloaded is kept in {cache}"
         ) from error
     import_folder(os.path.join(cache, folder), args)
@@ -118,8 +119,3 @@ def _folder_of(file: str) -> str:
     while os.path.basename(folder) in ("data", "train", "validation", "val", "valid", "test"):
         folder = os.path.dirname(folder)
     return folder
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__

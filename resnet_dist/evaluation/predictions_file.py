@@ -17,7 +17,7 @@ from resnet_dist.data.arrays import BoolArray
 from resnet_dist.evaluation.evaluation_file import EvaluatedNetwork, digest_of_images
 from resnet_dist.evaluation.image_collector import Collected
 from resnet_dist.files import write_file
-from resnet_dist.text import printable
+from resnet_dist.text import first_line, printable
 
 if TYPE_CHECKING:
     import pyarrow
@@ -110,19 +110,13 @@ def read_predictions(path: Path) -> Predictions:
         table = pyarrow.parquet.read_table(io.BytesIO(path.read_bytes()))
         return _unpack(table)
     except OSError as error:
-        reason = error.strerror or _first_line(error)
+        reason = error.strerror or first_line(error)
         raise ValueError(f"{printable(path)} cannot be read: {reason}") from error
     except (pyarrow.ArrowException, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{printable(path)} holds no predictions of `resnet-dist evaluate`, or it is damaged "
-            f"({_first_line(error)}): write it again with `resnet-dist evaluate --predictions FILE`"
+            f"({first_line(error)}): write it again with `resnet-dist evaluate --predictions FILE`"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of the message of an error."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return printable(lines[0])
 
 
 def _unpack(table: "pyarrow.Table") -> Predictions:

@@ -73,6 +73,12 @@ class AtLeast(Rule):
         return f"be at least {self.low:g}"
 
 
+# Types of options of the command line.
+PositiveInt: TypeAlias = Annotated[int, AtLeast(1)]
+NonNegativeInt: TypeAlias = Annotated[int, AtLeast(0)]
+NonNegativeFloat: TypeAlias = Annotated[float, AtLeast(0)]
+
+
 @dataclass(frozen=True)
 class Above(Rule):
     """The rule low < number."""

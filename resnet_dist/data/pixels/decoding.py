@@ -225,19 +225,20 @@ class ImageDecoding(PortionQueue):
             for job in jobs:
                 reading.append((job, self.reader.request(job.rows)))
                 if len(reading) > _READ_AHEAD:
-                    oldest, requested = reading.popleft()
-                    loaded = self.load(oldest, requested)
-                    yield from self.submit(loaded)
+                    yield from self.submit(self._load_oldest(reading))
             while reading:
-                oldest, requested = reading.popleft()
-                loaded = self.load(oldest, requested)
-                yield from self.submit(loaded)
+                yield from self.submit(self._load_oldest(reading))
             yield from self.finish()
         finally:
             for _, requested in reading:
                 for share in requested:
                     share.cancel()
             self.decoder.drop_pending()
+
+    def _load_oldest(self, reading: deque[tuple[Job, list[Share]]]) -> LoadedJob:
+        """Remove the oldest job from those that are being read, and wait for its files."""
+        job, requested = reading.popleft()
+        return self.load(job, requested)
 
     def load(self, job: Job, requested: list[Share] | None = None) -> LoadedJob:
         """Read the files of a job.

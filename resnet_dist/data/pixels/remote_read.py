@@ -15,7 +15,6 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from types import TracebackType
 
 import numpy as np
 
@@ -94,12 +93,7 @@ class Gate:
             self.inside += 1
             self.most = max(self.most, self.inside)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         with self.changed:
             self.inside -= 1
             self.changed.notify()

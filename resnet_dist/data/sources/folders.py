@@ -17,7 +17,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from resnet_dist.data.sources.index import SUFFIXES, some
 
@@ -83,19 +83,14 @@ class LeftOut:
         return f"{total} entries are no images and are left out: {listed}{advice}"
 
 
-@dataclass
-class ClassListing:
-    """What one class folder holds."""
+Part = TypeVar("Part", bound="ScanPart")
 
-    files: list[str] = field(default_factory=list)
-    """relative to the class folder, in ImageFolder's order"""
-    folders: list[str] = field(default_factory=list)
-    """the class folder and all folders below it that were listed, relative to the split's folder"""
-    stamps: list[list[int]] = field(default_factory=list)
-    """of each of `folders`, from before it was listed"""
+
+@dataclass
+class ScanPart:
+    """What a part of a data set holds, in a form that `ScanProgress` can keep."""
+
     left_out: LeftOut = field(default_factory=LeftOut)
-    hidden: list[str] = field(default_factory=list)
-    """images whose own name, or folder, begins with a dot"""
 
     def to_plain(self) -> dict[str, Any]:
         """As a dictionary for JSON."""
@@ -105,11 +100,25 @@ class ClassListing:
         return plain
 
     @classmethod
-    def from_plain(cls, plain: dict[str, Any]) -> "ClassListing":
+    def from_plain(cls: type[Part], plain: dict[str, Any]) -> Part:
         """From what `to_plain` has returned."""
         fields = dict(plain)
         fields["left_out"] = LeftOut.from_plain(plain["left_out"])
         return cls(**fields)
+
+
+@dataclass
+class ClassListing(ScanPart):
+    """What one class folder holds."""
+
+    files: list[str] = field(default_factory=list)
+    """relative to the class folder, in ImageFolder's order"""
+    folders: list[str] = field(default_factory=list)
+    """the class folder and all folders below it that were listed, relative to the split's folder"""
+    stamps: list[list[int]] = field(default_factory=list)
+    """of each of `folders`, from before it was listed"""
+    hidden: list[str] = field(default_factory=list)
+    """images whose own name, or folder, begins with a dot"""
 
     def is_current(self, root: str) -> bool:
         """Whether all its folders are as they were when they were listed.

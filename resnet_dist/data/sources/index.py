@@ -286,8 +286,7 @@ class Index:
         stop = starts.item(stored + 1)
         name = self.arrays["names"][start:stop].tobytes()
         label: int = self.arrays["labels"].item(stored)
-        if not 0 <= label < len(self.class_names):
-            raise self._damaged("a class id is out of range")
+        self._check_label(label)
         return label, name
 
     def _order(self, stored: int) -> tuple[int, str, str]:

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
@@ -105,6 +105,11 @@ class WrittenShard:
     kept: list[list[str]] = field(default_factory=list)
     """[name, reason] of each image that could not be encoded and keeps its original bytes"""
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all its images together."""
+        return sum(length for _, length in self.places)
+
 
 def inner_name(name: str) -> str:
     """The name of an image inside of its class folder."""
@@ -189,34 +194,31 @@ def pack(images: Iterable[ImageSource], split: str, options: PackOptions) -> str
     shard_bytes = max(1, options.shard_mb << 20)
     lengths = [sources[row].length for row in order]
     pieces = _split_into_shards(shuffled, lengths, shard_bytes)
-    paths = []
-    for number in range(len(pieces)):
-        paths.append(folder / f"{split}-{number:06d}.tar")
-
-    plan = _plan(sources, options, len(paths))
-    check_same_plan(folder / PACK_PLAN, plan)
+    paths = shard_paths(folder, split, len(pieces))
+    names_and_lengths = [(source.name, source.length) for source in sources]
+    begin_pack(folder, options, len(paths), repr(names_and_lengths))
     shards = _write_shards(paths, pieces, split, options)
-
-    places = []
-    for number, shard in enumerate(shards):
-        for offset, length in shard.places:
-            places.append((number, offset, length))
     write_indexes(
         folder,
         classes,
         labels=[sample.label for sample in shuffled],
         names=[sample.source.name for sample in shuffled],
-        shards=[path.name for path in paths],
-        places=places,
+        paths=paths,
+        shards=shards,
     )
 
-    bytes_before = sum(source.length for source in sources)
-    bytes_after = sum(length for _, _, length in places)
-    lines = [
+    mb_before = sum(lengths) / 1e6
+    mb_after = sum(shard.num_bytes for shard in shards) / 1e6
+    summary = (
         f"{split}: {len(sources)} images of {len(classes)} classes in {len(paths)} shards, "
-        f"{bytes_before / 1e6:.2f} MB before, {bytes_after / 1e6:.2f} MB after"
-    ]
-    return "\n".join([*lines, *describe_kept(shards, split)])
+        f"{mb_before:.2f} MB before, {mb_after:.2f} MB after"
+    )
+    return "\n".join([summary, *describe_kept(shards, split)])
+
+
+def shard_paths(folder: Path, split: str, count: int) -> list[Path]:
+    """The files of the shards of a split, which are in `folder`."""
+    return [folder / f"{split}-{number:06d}.tar" for number in range(count)]
 
 
 def describe_kept(shards: list[WrittenShard], split: str) -> list[str]:
@@ -235,8 +237,8 @@ def write_indexes(
     *,
     labels: list[int],
     names: list[str],
-    shards: list[str],
-    places: list[tuple[int, int, int]],
+    paths: list[Path],
+    shards: list[WrittenShard],
 ) -> None:
     """Write the index of a split, and one beside each shard, which an object store needs.
 
@@ -245,19 +247,23 @@ def write_indexes(
         classes: the class names.
         labels: the class id of each image, in the order of the shards.
         names: `<class>/<file>` of each image, in the same order.
-        shards: the file names of the shards.
-        places: (number of the shard, offset, length) of each image.
+        paths: the files of the shards.
+        shards: what they contain.
     """
-    path = str(folder / SHARD_INDEX)
+    places = []
+    for number, shard in enumerate(shards):
+        for offset, length in shard.places:
+            places.append((number, offset, length))
+    index_path = str(folder / SHARD_INDEX)
     write_index(
-        path,
+        index_path,
         classes,
         labels=labels,
         names=[os.fsencode(inner_name(name)) for name in names],
-        shards=shards,
+        shards=[path.name for path in paths],
         places=places,
     )
-    write_shard_indexes(open_index(path, str(folder)))
+    write_shard_indexes(open_index(index_path, str(folder)))
 
 
 def _make_samples(sources: list[ImageSource], classes: list[str]) -> list[Sample]:
@@ -333,32 +339,33 @@ def _write_shards(
         return list(pool.map(write, paths, pieces))
 
 
-def _plan(sources: list[ImageSource], options: PackOptions, shards: int) -> dict[str, Any]:
-    """All that determines the contents of the shards: the options and a hash of the images."""
-    names_and_lengths = [(source.name, source.length) for source in sources]
-    text = repr(names_and_lengths).encode("utf-8", "replace")
-    digest = hashlib.blake2b(text, digest_size=8)
-    return {
+def begin_pack(folder: Path, options: PackOptions, num_shards: int, images: str) -> None:
+    """Write all that determines the contents of the shards to a file.
+
+    Args:
+        folder: the folder of the split.
+        options: how the shards are written.
+        num_shards: how many there will be.
+        images: a text that identifies the images; its hash is written.
+
+    Raises:
+        ValueError: if the folder has such a file with other contents.
+    """
+    digest = hashlib.blake2b(images.encode("utf-8", "replace"), digest_size=8)
+    plan = {
         "resize": options.resize,
         "quality": options.quality,
         "shard_mb": options.shard_mb,
         "images": digest.hexdigest(),
-        "shards": shards,
+        "shards": num_shards,
     }
-
-
-def check_same_plan(path: Path, plan: dict[str, Any]) -> None:
-    """Write the plan to a file.
-
-    Raises:
-        ValueError: if the file exists with another plan.
-    """
+    path = folder / PACK_PLAN
     if path.exists():
         begun = json.loads(path.read_text())
         if begun != plan:
             raise ValueError(
-                f"{path.parent} was begun with {begun}, and this is {plan}: repeat the arguments "
-                f"and the images, or name another folder"
+                f"{folder} was begun with {begun}, and this is {plan}: repeat the arguments and "
+                f"the images, or name another folder"
             )
     write_file(path, json.dumps(plan))
 

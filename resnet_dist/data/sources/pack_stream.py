@@ -5,7 +5,6 @@ The shards, their index and the way to go on after a kill are those of `resnet-d
 """
 
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from resnet_dist.data.sources.index import PACK_PLAN
 from resnet_dist.data.sources.pack import (
     PackOptions,
     Sample,
     WrittenShard,
-    check_same_plan,
+    begin_pack,
     describe_kept,
     sample_keys,
+    shard_paths,
     write_indexes,
     write_shard,
 )
@@ -78,44 +77,17 @@ def pack_streamed(
         names += shard.names
         labels += shard.labels
     keys = sample_keys(names)
-    check_same_plan(folder / PACK_PLAN, _plan(names, len(shards), options, origin))
-
-    paths = [folder / f"{split}-{number:06d}.tar" for number in range(len(shards))]
+    paths = shard_paths(folder, split, len(shards))
+    begin_pack(folder, options, len(paths), json.dumps([origin, names]))
     written = _write_all(paths, shards, keys, split, options)
-    places = []
-    for number, contents in enumerate(written):
-        for offset, length in contents.places:
-            places.append((number, offset, length))
-    write_indexes(
-        folder,
-        classes,
-        labels=labels,
-        names=names,
-        shards=[path.name for path in paths],
-        places=places,
-    )
+    write_indexes(folder, classes, labels=labels, names=names, paths=paths, shards=written)
 
-    num_bytes = sum(length for _, _, length in places)
-    lines = [
+    megabytes = sum(contents.num_bytes for contents in written) / 1e6
+    summary = (
         f"{split}: {len(names)} images of {len(classes)} classes in {len(paths)} shards, "
-        f"{num_bytes / 1e6:.2f} MB"
-    ]
-    return "\n".join([*lines, *describe_kept(written, split)])
-
-
-def _plan(
-    names: list[str], num_shards: int, options: PackOptions, origin: str
-) -> dict[str, object]:
-    """All that determines the contents of the shards."""
-    text = json.dumps([origin, names])
-    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8)
-    return {
-        "resize": options.resize,
-        "quality": options.quality,
-        "shard_mb": options.shard_mb,
-        "images": digest.hexdigest(),
-        "shards": num_shards,
-    }
+        f"{megabytes:.2f} MB"
+    )
+    return "\n".join([summary, *describe_kept(written, split)])
 
 
 def _write_all(

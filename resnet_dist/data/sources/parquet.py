@@ -23,7 +23,7 @@ from resnet_dist.checkpoints.torchvision_weights import imagenet_words
 from resnet_dist.data.arrays import IntArray
 from resnet_dist.data.sources.index import some
 from resnet_dist.models.class_names import imagenet_ids
-from resnet_dist.text import printable
+from resnet_dist.text import first_line, printable
 
 SUFFIX = ".parquet"
 
@@ -257,14 +257,8 @@ def _open_file(path: str) -> Any:  # noqa: ANN401 - pyarrow.parquet.ParquetFile
     # pyarrow's errors are ValueError or OSError, too.
     except (ValueError, OSError) as error:
         raise ValueError(
-            f"{path} is no complete parquet file ({_first_line(error)}): {_DOWNLOAD_AGAIN}"
+            f"{path} is no complete parquet file ({first_line(error)}): {_DOWNLOAD_AGAIN}"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of an error, safe to print. Arrow's errors may have several."""
-    lines = str(error).splitlines()
-    return printable(lines[0] if lines else type(error).__name__)
 
 
 def _groups_of(path: str) -> list[RowGroup]:
@@ -292,7 +286,7 @@ def _read_batches(group: RowGroup, columns: list[str]) -> Iterator[Any]:
                 num_rows += batch.num_rows
                 yield batch
         except (ValueError, OSError) as error:
-            raise group.fault(f"it is damaged ({_first_line(error)})") from None
+            raise group.fault(f"it is damaged ({first_line(error)})") from None
     if num_rows != group.num_rows:
         raise group.fault(f"it has {num_rows} rows, and its header says {group.num_rows}")
 

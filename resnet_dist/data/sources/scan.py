@@ -452,14 +452,15 @@ def _scan_folders(contents: Contents) -> bytes:
     root = contents.root
     listings = []
     started = time.time_ns()
-    with ScanProgress(contents.index_path, root, len(contents.classes)) as progress:
-        for name in contents.classes:
-            known = progress.known(name)
-            listing = ClassListing.from_plain(known) if known else None
-            if listing is None or not listing.is_current(root):
-                listing = list_class(root, name)
-            progress.add(name, listing.to_plain)
-            listings.append(listing)
+    progress = ScanProgress(contents.index_path, root, len(contents.classes))
+    for name in contents.classes:
+        known = progress.known(name)
+        listing = ClassListing.from_plain(known) if known else None
+        if listing is None or not listing.is_current(root):
+            listing = list_class(root, name)
+        progress.add(name, listing.to_plain)
+        listings.append(listing)
+    progress.finish()
     return _encode_folders(contents, listings, started)
 
 
@@ -525,15 +526,14 @@ def _scan_shards(contents: Contents) -> bytes:
     """
     root = contents.root
     shards = []
-    with ScanProgress(contents.index_path, root, len(contents.shards)) as progress:
-        for name in contents.shards:
-            path = os.path.join(root, name)
-            stat = os.stat(path)
-            stamp = [stat.st_size, stat.st_mtime_ns]
-            known = progress.known(name)
-            shard = Shard.from_plain(known) if known else None
-            if shard is None or shard.stamp != stamp:
-                shard = read_headers(path)
-            progress.add(name, shard.to_plain)
-            shards.append(shard)
+    progress = ScanProgress(contents.index_path, root, len(contents.shards))
+    for name in contents.shards:
+        path = os.path.join(root, name)
+        known = progress.known(name)
+        shard = Shard.from_plain(known) if known else None
+        if shard is None or not shard.is_current(path):
+            shard = read_headers(path)
+        progress.add(name, shard.to_plain)
+        shards.append(shard)
+    progress.finish()
     return index_shards(root, contents.shards, shards)

@@ -8,7 +8,6 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from resnet_dist.text import printable
@@ -46,19 +45,10 @@ class ScanProgress:
         self.waiting: list[tuple[str, Callable[[], Any]]] = []
         self.parts = self._read()
 
-    def __enter__(self) -> "ScanProgress":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Remove the file if the listing is complete."""
-        if kind is None:
-            with contextlib.suppress(OSError):
-                self.path.unlink()
+    def finish(self) -> None:
+        """Remove the file, since the listing is complete."""
+        with contextlib.suppress(OSError):
+            self.path.unlink()
 
     def known(self, name: str) -> Any | None:  # noqa: ANN401 - what JSON has made of a part
         """What an earlier process has found of a part; None if nothing."""
@@ -79,16 +69,20 @@ class ScanProgress:
             print(printable(text), file=sys.stderr, flush=True)
 
     def _write(self) -> None:
-        if not self.waiting:
+        """Append the parts that wait to the file."""
+        lines = []
+        for name, to_plain in self.waiting:
+            lines.append(_encode(name, to_plain()))
+        self.waiting.clear()
+        if not lines:
             return
-        lines = [_encode(name, to_plain()) for name, to_plain in self.waiting]
         # Without the file the listing goes on; only a restart would begin again.
         with contextlib.suppress(OSError), open(self.path, "a", encoding="ascii") as file:
             # One write of whole lines: two processes that list the same folder do not mix theirs.
             file.write("".join(lines))
-        self.waiting.clear()
 
     def _read(self) -> dict[str, Any]:
+        """The parts in the file, by name."""
         parts: dict[str, Any] = {}
         try:
             lines = self.path.read_bytes().split(b"\n")
@@ -104,8 +98,10 @@ class ScanProgress:
 
 
 def _encode(name: str, part: Any) -> str:  # noqa: ANN401 - whatever JSON can write
+    """The line of a part: the CRC-32 of its JSON text, and the text."""
     text = json.dumps([name, part], separators=(",", ":"))
-    return f"{zlib.crc32(text.encode()):08x} {text}\n"
+    checksum = zlib.crc32(text.encode())
+    return f"{checksum:08x} {text}\n"
 
 
 def keeps_folder_times(folder: str, table: str = "/proc/self/mountinfo") -> bool:
@@ -119,31 +115,26 @@ def keeps_folder_times(folder: str, table: str = "/proc/self/mountinfo") -> bool
     except OSError:
         return True
     place = os.path.realpath(folder)
-    best = ("", "")
+    longest_mount = ""
+    kind = ""
     for line in lines:
+        # The kind of the file system follows the dash.
         fields, _, system = line.partition(" - ")
         mount = fields.split(" ")[4].replace("\\040", " ")
         inside = place == mount or place.startswith(mount.rstrip("/") + "/")
-        if inside and len(mount) >= len(best[0]):
-            best = (mount, system.split(" ")[0])
-    return best[1] in _KEEPS_TIMES
+        # A later mount at the same place hides the earlier one.
+        if inside and len(mount) >= len(longest_mount):
+            longest_mount = mount
+            kind = system.split(" ")[0]
+    return kind in _KEEPS_TIMES
 
 
-_KEEPS_TIMES = {
-    *("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "jfs", "reiserfs", "bcachefs"),
-    *("tmpfs", "ramfs", "overlay", "aufs", "squashfs", "erofs", "iso9660", "udf"),
-    *("vfat", "exfat", "ntfs", "ntfs3", "fuseblk", "hfsplus", "apfs"),
-    *(
-        "nfs",
-        "nfs4",
-        "lustre",
-        "gpfs",
-        "ceph",
-        "beegfs",
-        "beegfs_nodev",
-        "pvfs2",
-        "wekafs",
-        "panfs",
-    ),
-    *("9p", "virtiofs", "cifs", "smb3"),
-}
+_LOCAL_FILE_SYSTEMS = (
+    "ext2 ext3 ext4 xfs btrfs zfs f2fs jfs reiserfs bcachefs "
+    "tmpfs ramfs overlay aufs squashfs erofs iso9660 udf "
+    "vfat exfat ntfs ntfs3 fuseblk hfsplus apfs"
+)
+_NETWORK_FILE_SYSTEMS = (
+    "nfs nfs4 lustre gpfs ceph beegfs beegfs_nodev pvfs2 wekafs panfs 9p virtiofs cifs smb3"
+)
+_KEEPS_TIMES = {*_LOCAL_FILE_SYSTEMS.split(), *_NETWORK_FILE_SYSTEMS.split()}

@@ -12,12 +12,13 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from stat import S_ISREG
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
 from resnet_dist.data.sources.folders import (
     LeftOut,
+    ScanPart,
     formats_remark,
     is_image_name,
     kind_of_name,
@@ -36,7 +37,7 @@ _MAX_CLS_BYTES = 32
 
 
 @dataclass
-class Shard:
+class Shard(ScanPart):
     """The images of one shard."""
 
     folders: list[str] = field(default_factory=list)
@@ -46,23 +47,17 @@ class Shard:
     lengths: list[int] = field(default_factory=list)
     class_ids: dict[str, int] = field(default_factory=dict)
     """from the .cls members: by the stem of the image's name"""
-    left_out: LeftOut = field(default_factory=LeftOut)
     stamp: list[int] = field(default_factory=list)
-    """[size in bytes, time of modification in ns]"""
+    """of the file, from before it was read"""
 
-    def to_plain(self) -> dict[str, Any]:
-        """As a dictionary for JSON."""
-        # dataclasses.asdict would copy each name.
-        plain = dict(vars(self))
-        plain["left_out"] = vars(self.left_out)
-        return plain
+    def is_current(self, path: str) -> bool:
+        """Whether the file is as it was when it was read. Raises OSError."""
+        return self.stamp == _shard_stamp(os.stat(path))
 
-    @classmethod
-    def from_plain(cls, plain: dict[str, Any]) -> "Shard":
-        """From what `to_plain` has returned."""
-        fields = dict(plain)
-        fields["left_out"] = LeftOut.from_plain(plain["left_out"])
-        return cls(**fields)
+
+def _shard_stamp(stat: os.stat_result) -> list[int]:
+    """[size in bytes, time of modification in ns]."""
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def read_headers(path: str) -> Shard:
@@ -78,7 +73,7 @@ def read_headers(path: str) -> Shard:
     if not S_ISREG(stat.st_mode):
         raise ValueError(f"the shard {path} is no regular file: replace it by a tar file")
     shard = Shard()
-    shard.stamp = [stat.st_size, stat.st_mtime_ns]
+    shard.stamp = _shard_stamp(stat)
     try:
         with tarfile.open(path, "r:") as tar:
             member = tar.next()
