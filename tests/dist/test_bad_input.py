@@ -450,3 +450,20 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_steps(tmp_path, digits):
         rows = [row for share in shares for row in share]
         assert rows == rows_at(0, 0, 1442, np.arange(120 * step, 120 * (step + 1))).tolist()
         assert all(os.path.isfile(replay["files"][str(row)]) for row in rows)
+
+
+def test_a_batch_of_one_names_the_key(tmp_path, data):
+    """A rank that has one image, whose last feature map is one pixel, has one value per channel."""
+    size = 4
+    result = train(
+        tmp_path,
+        *options(
+            data__data_dir=data,
+            data__train_crop_size=size,
+            data__val_resize_size=size,
+            data__val_crop_size=size,
+            model__sync_batch_norm=False,
+            train__global_batch_size=2,
+        ),
+    )
+    assert_refused(result, "train.global_batch_size", "make it at least 2")
