@@ -5,6 +5,8 @@
 # make lint: format, style and types.
 # make gpu: checks and figures on one GPU, in 8 minutes; PHOTOGRAPHS=DIR names a folder of real JPEG
 # files, and PYTHON=python3 takes an environment that has torch and DALI already.
+# make gpu-cifar10, gpu-tiny-imagenet, gpu-throughput: trainings and a table on one GPU; DATA=PLACE is
+# the published archive, or a folder that `resnet-dist data` has written. PYTHON as above.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -12,7 +14,8 @@ BIN = $(VENV)/bin
 WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test-fast test test-long chaos results results-page gpu lint fmt
+.PHONY: quickstart test-fast test test-long chaos results results-page lint fmt
+.PHONY: gpu gpu-cifar10 gpu-tiny-imagenet gpu-throughput
 
 quickstart: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 train.py
@@ -45,12 +48,38 @@ results-page: $(VENV)/installed
 
 REPORT = tests/gpu/report.py $(if $(PHOTOGRAPHS),--photographs $(PHOTOGRAPHS))
 ifeq ($(origin PYTHON),file)
-gpu: $(VENV)/installed
-	$(BIN)/python $(REPORT)
+GPU_PYTHON = $(BIN)/python
+gpu gpu-cifar10 gpu-tiny-imagenet gpu-throughput: $(VENV)/installed
 else
-gpu:
-	$(PYTHON) $(REPORT)
+GPU_PYTHON = $(PYTHON)
 endif
+
+gpu:
+	$(GPU_PYTHON) $(REPORT)
+
+# What is published is imported first, once. Class folders are used where they are.
+IS_RAW_TINY = $(wildcard $(DATA)/val/val_annotations.txt)
+IS_READY = $(if $(IS_RAW_TINY),,$(wildcard $(DATA)/train))
+DATA_DIR = $(if $(IS_READY),$(DATA),runs/data/$@)
+
+define IMPORT
+$(if $(DATA),,$(error DATA names no data: see the top of the Makefile))
+$(if $(IS_READY),,$(GPU_PYTHON) -m resnet_dist.cli data $(1) $(DATA) $(DATA_DIR))
+endef
+
+TRAIN = -m torch.distributed.run --standalone --nproc_per_node 1 train.py
+
+gpu-cifar10:
+	$(call IMPORT,import-cifar10)
+	$(GPU_PYTHON) $(TRAIN) --config configs/gpu/cifar10_resnet20.yaml --data.data_dir $(DATA_DIR)
+
+gpu-tiny-imagenet:
+	$(call IMPORT,import-tiny-imagenet)
+	$(GPU_PYTHON) $(TRAIN) --config configs/gpu/tiny_imagenet_resnet18.yaml --data.data_dir $(DATA_DIR)
+
+gpu-throughput:
+	$(GPU_PYTHON) -m resnet_dist.cli benchmark --config configs/gpu/throughput.yaml \
+		--models resnet18,resnet50 --precisions bf16,fp16 --windows 3 --steps 20 --out runs/gpu_throughput
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
