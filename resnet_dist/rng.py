@@ -146,3 +146,18 @@ def uniform(
     bits = high_bits | low_bits
     numbers: np.ndarray = bits.astype(np.float64) * _FLOAT64_SCALE
     return numbers[:, :count]
+
+
+def integers_below(numbers: np.ndarray, limits: int | np.ndarray) -> np.ndarray:
+    """Turn uniform numbers into integers of equal probability.
+
+    Args:
+        numbers: Numbers in [0, 1), of any shape.
+        limits: The integers are 0 to `limits` - 1; one number, or an array that is broadcast.
+
+    Returns:
+        int64, of the shape of `numbers`.
+    """
+    scaled = numbers * limits
+    integers: np.ndarray = np.floor(scaled).astype(np.int64)
+    return integers

@@ -17,6 +17,7 @@ from store_server import SECRETS, Store, in_child, start_child
 
 from resnet_dist.addresses import check_url, is_url
 from resnet_dist.cli import main
+from resnet_dist.commands import doctor_bench
 from resnet_dist.config import Config, DataConfig
 from resnet_dist.data.pixels import remote_read
 from resnet_dist.data.pixels.read import load
@@ -97,6 +98,8 @@ def facts(url, folder):
     data = [load(index, row).data for row in range(len(index))]
     loader = val_loader(open_remote(url, "val"), folder, val_resize_size=32, val_crop_size=32)
     val = [batch.images.double().sum().item() for batch in loader]
+    # What `doctor --bench` measures.
+    assert doctor_bench._read_some(loader, OneProcess()) > 0
     loader.close()
     names = [index.name(row) for row in range(len(index))]
     return index.fingerprint(), names, places, data, show(index, folder), val

@@ -141,16 +141,17 @@ def _result(config: Config, runtime: Runtime, seconds: dict[str, list[float]]) -
     }
 
 
+_HEADING = """\
+{model} at {crop}, {precision}, {ranks} {device} ranks, batch {global_batch_size}; \
+medians of {windows} windows:"""
+
+
 def _print_price(result: dict[str, Any], as_json: bool) -> None:
     """Print the result as text, or as one line of JSON."""
     if as_json:
         print(json.dumps(result))
         return
-    print(
-        f"{result['model']} at {result['crop']}, {result['precision']}, {result['ranks']} "
-        f"{result['device']} ranks, batch {result['global_batch_size']}; medians of "
-        f"{result['windows']} windows:"
-    )
+    print(_HEADING.format(**result))
     for name, speed in result["images_per_second"].items():
         weights = "equal" if result["equal_weights"][name] else "different"
         print(f"  {name:14}{speed:9.1f} images/s, two trainings end with {weights} weights")

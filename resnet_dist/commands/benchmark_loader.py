@@ -277,7 +277,10 @@ def _print_results(
         content = {**conditions, "loaders": medians, "turns": _rounded(turns)}
         print(json.dumps(content))
         return
-    print(", ".join(f"{key} {value}" for key, value in conditions.items()))
+    words = []
+    for key, value in conditions.items():
+        words.append(f"{key} {value}")
+    print(", ".join(words))
     print(f"{'':18}{'CPU us/image':>15}{'ours/it':>10}{'images/s':>15}{'ours/it':>10}")
     for name, found in medians.items():
         print(

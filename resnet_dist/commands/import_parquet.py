@@ -36,9 +36,16 @@ def import_folder(folder: str, args: argparse.Namespace) -> None:
     options = ParquetOptions(args.image_column, args.label_column, class_names)
     files = _find_splits(folder, args.val_split)
     # All labels and names are checked before the first shard is written.
-    splits = {split: open_parquet(paths, options) for split, paths in files.items()}
+    splits = {}
+    for split, paths in files.items():
+        splits[split] = open_parquet(paths, options)
     packing = PackOptions(
-        args.out, args.shard_mb, args.workers, args.resize, args.quality, check=True
+        out=args.out,
+        shard_mb=args.shard_mb,
+        workers=args.workers,
+        resize=args.resize,
+        quality=args.quality,
+        check=True,
     )
     for split, parquet in splits.items():
         print(import_split(parquet, split, packing))
@@ -79,11 +86,16 @@ def _find_splits(folder: str, val_split: str) -> dict[str, list[str]]:
 
 def import_split(parquet: ParquetSplit, split: str, options: PackOptions) -> str:
     """Write shards of the rows of a split. Returns a summary of several lines."""
+    # A dictionary removes repeated paths and keeps their order.
+    paths = dict.fromkeys(group.path for group in parquet.groups)
     origin = []
-    for path in dict.fromkeys(group.path for group in parquet.groups):
-        origin.append(f"{os.path.basename(path)}: {os.path.getsize(path)} bytes")
+    for path in paths:
+        name = os.path.basename(path)
+        size = os.path.getsize(path)
+        origin.append(f"{name}: {size} bytes")
     shards = divide(parquet, options.shard_mb << 20)
-    return pack_streamed(shards, list(parquet.class_names), split, options, "\n".join(origin))
+    classes = list(parquet.class_names)
+    return pack_streamed(shards, classes, split, options, "\n".join(origin))
 
 
 def divide(parquet: ParquetSplit, shard_bytes: int) -> list[StreamedShard]:

@@ -31,7 +31,10 @@ class OperationPlan:
 
     def part(self, places: slice) -> "OperationPlan":
         """The plan of some images of the batch."""
-        return OperationPlan(self.ops[places], self.params[places], self.matrices[places])
+        ops = self.ops[places]
+        params = self.params[places]
+        matrices = self.matrices[places]
+        return OperationPlan(ops, params, matrices)
 
 
 @dataclass(frozen=True)

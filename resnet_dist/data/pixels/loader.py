@@ -205,9 +205,11 @@ class DaliLoader:
         unfinished.squares = []
         for view in loaded.geometry.views:
             shape = (num_images, view.side, view.side, 3)
-            unfinished.views.append(torch.empty(shape, dtype=self.dtype, device=self.device))
+            images = torch.empty(shape, dtype=self.dtype, device=self.device)
+            unfinished.views.append(images)
             if self.keeps_squares:
-                unfinished.squares.append(torch.empty(shape, dtype=torch.uint8))
+                squares = torch.empty(shape, dtype=torch.uint8)
+                unfinished.squares.append(squares)
 
     def _finish(self, decoded: DecodedPortion, number: int, unfinished: _UnfinishedBatch) -> None:
         """Make one view of a portion.

@@ -14,12 +14,16 @@ _KEPT_GROUPS = 4
 """Row groups in memory: consecutive rows share one, and batches are read ahead."""
 
 
+# Path of the file, and number of the row group in it.
+_GroupKey = tuple[str, int]
+
+
 class RowGroups:
     """The images of the row groups that were read last."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.kept: OrderedDict[tuple[str, int], list[bytes]] = OrderedDict()
+        self.kept: OrderedDict[_GroupKey, list[bytes]] = OrderedDict()
 
     def load(self, index: Index, row: int, limits: ReadLimits) -> Encoded:
         """Read and check the image of one row. It has the arguments of `read.load`.

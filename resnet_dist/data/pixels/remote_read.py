@@ -76,6 +76,15 @@ class RemoteShare(Share):
     """of each row: its position in the request"""
 
 
+@dataclass(frozen=True)
+class _Request:
+    """A batch that was asked for."""
+
+    time: float
+    """in seconds, of the monotonic clock"""
+    num_images: int
+
+
 class Gate:
     """Lets at most `limit` threads in at a time. The limit may change."""
 
@@ -167,24 +176,26 @@ class RemoteReader(Reader):
         self.stopped = threading.Event()
         self.failure: BaseException | None = None
         self.patience = Patience(limits.timeout_s, self.stopped)
-        self.requested_at: deque[tuple[float, int]] = deque(maxlen=_RATE_BATCHES)
+        self.latest: deque[_Request] = deque(maxlen=_RATE_BATCHES)
 
     def request(self, rows: np.ndarray) -> list[Share]:
         """Begin to read `rows`; `collect` has the result."""
-        self._adapt(len(rows))
+        num_rows = len(rows)
+        self._adapt(num_rows)
         places = [self._place(row) for row in rows.tolist()]
 
-        def key(number: int) -> tuple[str, int]:
+        def by_place(number: int) -> tuple[str, int]:
             place = places[number]
             return place.shard, place.offset
 
-        order = sorted(range(len(places)), key=key)
+        order = sorted(range(num_rows), key=by_place)
         # Neighbours stay in one share, so that one request can read them.
-        num_shares = max(1, min(self.gate.limit, len(order)))
+        num_shares = max(1, min(self.gate.limit, num_rows))
         shares: list[Share] = []
-        for numbers in np.array_split(np.array(order), num_shares):
-            listed = numbers.tolist()
-            share = RemoteShare([places[number].row for number in listed], numbers=listed)
+        for part in np.array_split(np.array(order, np.int64), num_shares):
+            numbers = part.tolist()
+            rows_of_share = rows[part].tolist()
+            share = RemoteShare(rows_of_share, numbers=numbers)
             share.future = self.pool.submit(self._load_all, share)
             shares.append(share)
         return shares
@@ -217,12 +228,12 @@ class RemoteReader(Reader):
     def _adapt(self, num_images: int) -> None:
         """Set the number of requests in flight, before `num_images` images are requested."""
         now = time.monotonic()
-        if len(self.requested_at) > 1 and self.seconds_per_file > 0:
-            images = sum(number for _, number in self.requested_at)
-            seconds = now - self.requested_at[0][0]
+        if len(self.latest) > 1 and self.seconds_per_file > 0:
+            images = sum(request.num_images for request in self.latest)
+            seconds = now - self.latest[0].time
             limit = requests_in_flight(images / seconds, self.seconds_per_file)
             self.gate.set_limit(limit)
-        self.requested_at.append((now, num_images))
+        self.latest.append(_Request(now, num_images))
 
     def _wait(self, share: Share) -> list[Encoded]:
         """The images of a share.

@@ -13,7 +13,7 @@ from resnet_dist.config import AugmentConfig
 from resnet_dist.data import operations
 from resnet_dist.data.arrays import FloatArray, IntArray
 from resnet_dist.data.types import OperationPlan
-from resnet_dist.rng import uniform
+from resnet_dist.rng import integers_below, uniform
 
 _NUM_STRENGTHS = 31
 """Number of strengths of RandAugment and TrivialAugment, which are 0 to 30."""
@@ -174,7 +174,7 @@ def _draw_policy(
         ops, levels = _draw_timm(config, pick, numbers[..., 3:])
     else:
         choices = _CHOICES[config.policy]
-        places = np.floor(pick * len(choices)).astype(np.int64)
+        places = integers_below(pick, len(choices))
         ops = choices[places]
         levels = _draw_levels(config, strength)
     params = operations.parameters(config.policy, ops, levels, signs, side)
@@ -191,7 +191,7 @@ def _draw_autoaugment(pick: FloatArray, strength: FloatArray) -> tuple[IntArray,
     Returns:
         Operation ids and levels, both [n, 2].
     """
-    pairs = np.floor(pick[:, 0] * len(_PAIRS)).astype(np.int64)
+    pairs = integers_below(pick[:, 0], len(_PAIRS))
     is_applied = strength < _PAIR_PROBABILITIES[pairs]
     ops = np.where(is_applied, _PAIR_OPS[pairs], _IDENTITY)
     levels = _PAIR_LEVELS[pairs]
@@ -215,11 +215,12 @@ def _draw_timm(
         Operation ids and levels, both [n, K].
     """
     choices = _CHOICES["randaugment_increasing"]
-    places = np.floor(pick * len(choices)).astype(np.int64)
+    places = integers_below(pick, len(choices))
     is_applied = numbers[..., 0] < _TIMM_PROBABILITY
     ops = np.where(is_applied, choices[places], _IDENTITY)
 
-    deviations = config.magnitude_std * _normal(numbers[..., 1], numbers[..., 2])
+    normal = _normal(numbers[..., 1], numbers[..., 2])
+    deviations = config.magnitude_std * normal
     magnitudes = np.clip(config.magnitude + deviations, 0, _TIMM_LARGEST_MAGNITUDE)
     levels: FloatArray = magnitudes / _TIMM_LARGEST_MAGNITUDE
     return ops, levels
@@ -240,7 +241,8 @@ def _draw_levels(config: AugmentConfig, strength: FloatArray) -> FloatArray:
     """
     largest = _NUM_STRENGTHS - 1
     if config.policy == "trivialaugment":
-        levels: FloatArray = np.floor(strength * _NUM_STRENGTHS) / largest
+        strengths = integers_below(strength, _NUM_STRENGTHS)
+        levels: FloatArray = strengths / largest
         return levels
     return np.full(strength.shape, config.magnitude / largest)
 
@@ -332,16 +334,19 @@ def erasing_boxes(
     areas = side**2 * (_ERASING_SMALLEST_AREA + area_range * area_numbers)
     ratio_factor = _ERASING_LARGEST_RATIO / _ERASING_SMALLEST_RATIO
     ratios = _ERASING_SMALLEST_RATIO * ratio_factor**ratio_numbers
+    heights = np.sqrt(areas * ratios)
+    widths = np.sqrt(areas / ratios)
     # [n, tries, 2]
-    tries = np.rint(np.sqrt(np.stack([areas * ratios, areas / ratios], axis=2)))
+    tries = np.rint(np.stack([heights, widths], axis=2))
 
     fits = np.all(tries < side, axis=2)
     any_fits = np.any(fits, axis=1, keepdims=True)
     first_fit = fits.argmax(axis=1)
     sides = tries[np.arange(len(tries)), first_fit]
     room = side - sides
-    corners = np.floor(position_numbers * (room + 1))
+    corners = integers_below(position_numbers, room + 1)
 
     is_erased = is_wanted & any_fits
-    boxes: FloatArray = np.hstack([corners, sides]) * is_erased
+    rectangles = np.hstack([corners, sides])
+    boxes: FloatArray = rectangles * is_erased
     return boxes.astype(np.int64)

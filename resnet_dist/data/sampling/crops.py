@@ -13,7 +13,7 @@ import numpy as np
 
 from resnet_dist.config import DataConfig
 from resnet_dist.data.arrays import BoolArray, FloatArray, IntArray, StringArray
-from resnet_dist.rng import uniform
+from resnet_dist.rng import integers_below, uniform
 
 TRIES = 10
 """Number of windows that torchvision's RandomResizedCrop tries before it takes the central one."""
@@ -143,11 +143,12 @@ def _random_squares(
         border = config.pad
 
     num_lengths = high - low + 1
-    shorter = low + np.floor(numbers[:, 0] * num_lengths).astype(np.int64)
+    shorter = low + integers_below(numbers[:, 0], num_lengths)
     sizes = resized_sides(heights, widths, shorter)
 
-    num_places = sizes - side + 2 * border + 1
-    offsets = np.floor(numbers[:, 1:] * num_places).astype(np.int64) - border
+    padded_sizes = sizes + 2 * border
+    num_places = padded_sizes - side + 1
+    offsets = integers_below(numbers[:, 1:], num_places) - border
     return View(sizes, offsets, side)
 
 
@@ -180,8 +181,10 @@ def val_geometry(heights: IntArray, widths: IntArray, config: DataConfig) -> Geo
         # corners.
         last = sizes - side
         middle = last / 2
-        center = np.where(last >= 0, np.rint(middle), np.trunc(middle)).astype(np.int64)
-        views.append(View(sizes, center, side))
+        rounded = np.rint(middle)
+        truncated = np.trunc(middle)
+        center = np.where(last >= 0, rounded, truncated)
+        views.append(View(sizes, center.astype(np.int64), side))
         if config.val_crops == "ten":
             for corner in ((0, 0), (0, 1), (1, 0), (1, 1)):
                 offsets = last * np.array(corner)
@@ -267,11 +270,15 @@ def windows_from_uniforms(
 
     images = np.stack([heights, widths], axis=1).astype(np.int64)
     image_areas = images.prod(axis=1, keepdims=True)
-    areas = image_areas * (scale[0] + (scale[1] - scale[0]) * area_numbers)
+    smallest, largest = scale
+    fractions = smallest + (largest - smallest) * area_numbers
+    areas = image_areas * fractions
     low, high = np.log(ratio)
     ratios = np.exp(low + (high - low) * ratio_numbers)
-    # (height, width) of each try: [n, TRIES, 2].
-    tries = np.rint(np.sqrt(np.stack([areas / ratios, areas * ratios], axis=2)))
+    heights_of_tries = np.sqrt(areas / ratios)
+    widths_of_tries = np.sqrt(areas * ratios)
+    # [n, TRIES, 2]
+    tries = np.rint(np.stack([heights_of_tries, widths_of_tries], axis=2))
 
     side_fits = (tries > 0) & (tries <= images[:, None])
     fits = side_fits.all(axis=2)
@@ -281,7 +288,7 @@ def windows_from_uniforms(
     sides = np.where(any_fits, first_fit, _largest_central(images, ratio))
 
     room = images - sides
-    random_corners = np.floor(position_numbers * (room + 1))
+    random_corners = integers_below(position_numbers, room + 1)
     central_corners = room // 2
     corners = np.where(any_fits, random_corners, central_corners)
     return np.hstack([corners, sides]).astype(np.int64)

@@ -147,8 +147,22 @@ def folder_stamp(path: str) -> list[int]:
 
     Programs that restore times (`touch -d`, rsync, tar) cannot set ctime. Raises OSError.
     """
-    stat = os.stat(path)
+    return _folder_times(os.stat(path))
+
+
+def _folder_times(stat: os.stat_result) -> list[int]:
+    """[mtime, ctime] in ns."""
     return [stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+@dataclass(frozen=True)
+class _WaitingFolder:
+    """A folder that is still to be listed."""
+
+    path: str
+    """relative to the class folder"""
+    above: frozenset[tuple[int, int]]
+    """(device, inode) of the folders that it is in"""
 
 
 def list_class(root: str, name: str) -> ClassListing:
@@ -163,30 +177,28 @@ def list_class(root: str, name: str) -> ClassListing:
     """
     listing = ClassListing()
     found: list[tuple[str, str]] = []
-    # Folders still to list, relative to the class folder, each with the identities of its parents.
-    waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
+    waiting = [_WaitingFolder("", frozenset())]
     while waiting:
-        folder, above = waiting.pop()
-        relative = _join(name, folder)
-        path = os.path.join(root, relative)
-        stat = os.stat(path)
+        folder = waiting.pop()
+        relative = _join(name, folder.path)
+        stat = os.stat(os.path.join(root, relative))
         identity = (stat.st_dev, stat.st_ino)
-        if identity in above:
+        if identity in folder.above:
             listing.left_out.add(_LOOP, relative)
             continue
-        stamp = [stat.st_mtime_ns, stat.st_ctime_ns]
         listing.folders.append(relative)
-        listing.stamps.append(stamp)
+        listing.stamps.append(_folder_times(stat))
         images, below = _list_folder(root, relative, listing.left_out)
         for image in images:
-            found.append((folder, image))
+            found.append((folder.path, image))
+        above = folder.above | {identity}
         for inner in below:
-            inside = _join(folder, inner)
-            waiting.append((inside, (*above, identity)))
+            inside = _join(folder.path, inner)
+            waiting.append(_WaitingFolder(inside, above))
     # This is the order of `sorted(os.walk(...))` with the files of each folder sorted.
     found.sort()
-    for folder, file in found:
-        inner_path = _join(folder, file)
+    for parent, file in found:
+        inner_path = _join(parent, file)
         full_path = _join(name, inner_path)
         listing.files.append(inner_path)
         if full_path.startswith(".") or "/." in full_path:

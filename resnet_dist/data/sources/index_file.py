@@ -121,7 +121,8 @@ def sort_rows(
 
     rows = sorted(range(len(names)), key=order)
     for row, following in pairwise(rows):
-        if names[row] == names[following] and labels[row] == labels[following]:
+        has_same_name = names[row] == names[following]
+        if has_same_name and labels[row] == labels[following]:
             class_name = class_names[labels[row]]
             file = os.fsdecode(names[row])
             raise ValueError(

@@ -14,7 +14,7 @@ import os
 import tarfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -427,14 +427,15 @@ def _write_sample(
     tar: tarfile.TarFile, sample: Sample, options: PackOptions, written: WrittenShard
 ) -> None:
     """Append an image and its label to a shard, and add them to `written`."""
-    data, suffix, reason = _make_smaller(sample.source, options)
-    if reason:
-        written.kept.append([sample.source.name, reason])
+    image = _make_smaller(sample.source, options)
+    if image.problem is not None:
+        written.kept.append([sample.source.name, image.problem])
     # The header comes before the image.
     offset = tar.offset + tarfile.BLOCKSIZE
-    written.places.append([offset, len(data)])
-    _add_member(tar, f"{sample.key}.{suffix}", data)
-    _add_member(tar, f"{sample.key}.cls", str(sample.label).encode())
+    written.places.append([offset, len(image.data)])
+    label = str(sample.label).encode()
+    _add_member(tar, f"{sample.key}.{image.suffix}", image.data)
+    _add_member(tar, f"{sample.key}.cls", label)
 
 
 def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -444,36 +445,43 @@ def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(member, io.BytesIO(content))
 
 
-def _make_smaller(source: Source, options: PackOptions) -> tuple[bytes, str, str | None]:
-    """Resize and encode an image, as far as the options ask for it.
+@dataclass(frozen=True)
+class _PackedImage:
+    """An image as it is written to a shard."""
 
-    Returns:
-        (bytes of the image, suffix of its file name, reason). If the image cannot be encoded, the
-        bytes are the original ones, and the reason says why; otherwise it is None.
-    """
+    data: bytes
+    suffix: str
+    """of its file name, without the dot"""
+    problem: str | None = None
+    """why it has its original bytes, if it could not be encoded"""
+
+
+def _make_smaller(source: Source, options: PackOptions) -> _PackedImage:
+    """Resize and encode an image, as far as the options ask for it."""
     data = source.read()
-    suffix = os.path.splitext(source.name)[1][1:].lower()
+    _, suffix = os.path.splitext(source.name)
+    original = _PackedImage(data, suffix[1:].lower())
     is_encoded = options.resize > 0 or options.quality > 0
     if not is_encoded and not options.check:
-        return data, suffix, None
-    reason = find_fault(data)
-    if reason:
-        return data, suffix, reason
+        return original
+    fault = find_fault(data)
+    if fault is not None:
+        return replace(original, problem=fault)
     if not is_encoded:
-        return data, suffix, None
+        return original
     resized = 0 < options.resize < min(image_size(data))
     if not options.quality and not resized:
-        return data, suffix, None
+        return original
     try:
         smaller = _encode_jpeg(data, options, resized)
     except ValueError as error:
-        return data, suffix, str(error)
+        return replace(original, problem=str(error))
     # Pillow raises exceptions of many types.
     except Exception as error:
-        return data, suffix, f"{type(error).__name__}: {error}"
+        return replace(original, problem=f"{type(error).__name__}: {error}")
     if resized or len(smaller) < len(data):
-        return smaller, "jpg", None
-    return data, suffix, None
+        return _PackedImage(smaller, "jpg")
+    return original
 
 
 def _encode_jpeg(data: bytes, options: PackOptions, resized: bool) -> bytes:

@@ -112,10 +112,11 @@ def find_parquet_files(data_dir: str, split: str) -> list[str]:
     """
     names = _VAL_NAMES if split == "val" else (split,)
     for name in names:
-        for folder in (os.path.join(data_dir, name), data_dir, os.path.join(data_dir, "data")):
-            inside_split = folder != data_dir and os.path.basename(folder) == name
-            prefix = "" if inside_split else f"{name}-"
-            found = _files_in(folder, prefix)
+        found = _files_in(os.path.join(data_dir, name), prefix="")
+        if found:
+            return found
+        for folder in (data_dir, os.path.join(data_dir, "data")):
+            found = _files_in(folder, prefix=f"{name}-")
             if found:
                 return found
     return []
@@ -376,7 +377,8 @@ def _find_column(
         return wanted
     found = []
     for name, feature in features.items():
-        if name in names and isinstance(feature, dict) and feature.get("_type") == kind:
+        is_described = name in names and isinstance(feature, dict)
+        if is_described and feature.get("_type") == kind:
             found.append(name)
     if len(found) == 1:
         return found[0]
@@ -461,7 +463,9 @@ def _different_names(classes: list[str], files: list[str | None]) -> list[str]:
     """
     names: dict[str, None] = {}
     for row, (class_name, file) in enumerate(zip(classes, files, strict=True)):
-        base = os.path.basename(file or "").replace("\0", "_").lstrip(".")
+        plain = (file or "").replace("\0", "_")
+        # A name with a dot in front would be hidden.
+        base = os.path.basename(plain).lstrip(".")
         stem, suffix = os.path.splitext(base)
         name = f"{class_name}/{base}"
         if not stem:

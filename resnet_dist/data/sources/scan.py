@@ -156,8 +156,13 @@ def build_index(
     return index
 
 
-# The properties by which ranks compare their indices: fingerprint, names of the shards, stamps.
-Facts = tuple[str, tuple[str, ...], tuple[tuple[int, ...], ...]]
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """The properties by which ranks compare their indices: the images and their origin."""
+
+    fingerprint: str
+    shards: tuple[str, ...]
+    stamps: tuple[tuple[int, ...], ...]
 
 
 def _on_main_until_interrupted(
@@ -299,9 +304,9 @@ def _keep(path: str, payload: bytes) -> None:
 
 
 def _facts(index: Index) -> Facts:
-    """The properties by which two indices are compared: the images and their origin."""
+    """The properties by which an index is compared with that of another rank."""
     origin = index.origin
-    return index.stored_fingerprint, origin.shards, origin.stamps
+    return Facts(index.stored_fingerprint, origin.shards, origin.stamps)
 
 
 def _open_same(path: str, root: str, facts: Facts, check: bool) -> Index | None:

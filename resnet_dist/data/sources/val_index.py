@@ -38,15 +38,23 @@ def build_val_index(data_dir: str, split: str, runtime: Ranks, rescan: Rescan = 
     """
 
     def find() -> list[str]:
-        if not data_dir or is_url(data_dir) or has_folders_or_shards(os.path.join(data_dir, split)):
-            return []
-        return find_parquet_files(os.path.abspath(data_dir), split)
+        return _parquet_files(data_dir, split)
 
     paths = runtime.on_main(find)
     if not paths:
         return build_index(data_dir, split, runtime, rescan=rescan)
     payload = runtime.bytes_from_main(lambda: encode_parquet_index(paths))
     return read_index(payload, os.path.dirname(paths[0]))
+
+
+def _parquet_files(data_dir: str, split: str) -> list[str]:
+    """The parquet files that are evaluated in place; none if there are other images."""
+    if not data_dir or is_url(data_dir):
+        return []
+    folder = os.path.abspath(data_dir)
+    if has_folders_or_shards(os.path.join(folder, split)):
+        return []
+    return find_parquet_files(folder, split)
 
 
 def encode_parquet_index(paths: Sequence[str]) -> bytes:

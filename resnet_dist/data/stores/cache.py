@@ -180,8 +180,10 @@ class ImageCache:
 
     def _others(self) -> list[str]:
         """The folders of other splits, the least recently used first."""
-        paths = [path for path in _folders(self.folder) if path != self.path]
-        return sorted(paths, key=os.path.getmtime)
+        paths = _folders(self.folder)
+        # The folder of this split may not be there yet.
+        others = [path for path in paths if path != self.path]
+        return sorted(others, key=os.path.getmtime)
 
     def _empty(self) -> None:
         """Remove the images of this split, unless another process uses them."""
@@ -220,7 +222,8 @@ def _open_file(path: str) -> int:
 
 def _key(index: Index) -> str:
     """The name of the folder of a split: another one if a shard or the list of images differs."""
-    facts = (index.root, index.stored_fingerprint, index.origin.shards, index.origin.pins)
+    origin = index.origin
+    facts = (index.root, index.stored_fingerprint, origin.shards, origin.pins)
     digest = hashlib.blake2b(repr(facts).encode(), digest_size=12)
     return f"images_{digest.hexdigest()}"
 

@@ -269,9 +269,11 @@ def _message(url: str, failure: RequestFailure, attempts: int, seconds: float) -
     text = f"{url} cannot be read: {failure.reason}"
     if attempts > 1:
         text = f"{text}, after {attempts} attempts in {seconds:.1f} s"
-    if failure.way_out:
-        return f"{text}. {failure.way_out[0].upper()}{failure.way_out[1:]}"
-    return text
+    if not failure.way_out:
+        return text
+    first_letter = failure.way_out[0].upper()
+    way_out = first_letter + failure.way_out[1:]
+    return f"{text}. {way_out}"
 
 
 def _describe(meta: Any) -> RemoteObject:  # noqa: ANN401 - a dictionary of the library

@@ -103,7 +103,11 @@ def _shards_of_bucket(data_dir: str, split: str) -> list[RemoteObject]:
     if not shards:
         raise ValueError(_no_shards(data_dir, split, listing))
     names = {found.name for found in listing.objects}
-    without = [shard.name for shard in shards if f"{shard.name}{INDEX_SUFFIX}" not in names]
+    without = []
+    for shard in shards:
+        index_name = f"{shard.name}{INDEX_SUFFIX}"
+        if index_name not in names:
+            without.append(shard.name)
     if without:
         raise ValueError(
             f"data.data_dir {data_dir!r}: {len(without)} of the {len(shards)} shards in {split}/ "
