@@ -108,7 +108,6 @@ def test_cached_batches_are_the_uncached_ones(equal, unequal, tmp_path):
     policy = AugmentConfig(policy="trivialaugment")
     cases = {
         "window": {"train_crop": "random_resized"},
-        "bicubic window": {"train_interpolation": "bicubic"},
         "random window": {"train_interpolation": "random"},
         "pad": {"train_crop": "pad"},
         "jitter": {"train_crop": "scale_jitter", "scale_jitter": (33, 40)},

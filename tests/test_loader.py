@@ -172,6 +172,20 @@ def test_flips_are_those_of_the_plan(good, tmp_path):
     )
 
 
+def test_filters_are_those_of_the_plan(good, tmp_path):
+    """With a random interpolation, each image is either the bilinear or the bicubic one."""
+    shown = {}
+    for interpolation in ("bilinear", "bicubic", "random"):
+        options = {"train_interpolation": interpolation, "global_batch_size": N}
+        rows, _, shown[interpolation] = steps(good, tmp_path, 0, 1, **options)[0]
+    is_bicubic = crops.interpolations(5, 0, rows, "random") == "bicubic"
+    assert 5 < is_bicubic.sum() < N - 5
+    for place in range(N):
+        name = "bicubic" if is_bicubic[place] else "bilinear"
+        assert torch.equal(shown["random"][place], shown[name][place])
+        assert not torch.equal(shown["bilinear"][place], shown["bicubic"][place])
+
+
 EVERYTHING = AugmentConfig(
     policy="randaugment",
     color_jitter=(0.4, 0.4, 0.4, 0.1),
@@ -187,6 +201,7 @@ def test_augmentation_does_not_depend_on_the_layout(good, tmp_path, train_crop):
     options = {
         "augment": EVERYTHING,
         "train_crop": train_crop,
+        "train_interpolation": "random",
         "scale_jitter": (64, 80),
         "train_crop_size": 64,
         "progressive_start_size": 32,

@@ -43,9 +43,11 @@ def test_training_caches_show_what_the_cpu_shows(tmp_path):
         shown = train_images(tmp_path, "cuda:0", train_crop="pad", train_cache=kind)
         assert (shown - expected).abs().max() <= ROUNDING, kind
     # Resized by DALI on the GPU, by torch on the CPU.
-    expected = train_images(tmp_path, "cpu", train_cache="off")
-    shown = train_images(tmp_path, "cuda:0", train_cache="host")
-    assert (shown - expected).abs().mean() <= LEVEL
+    for interpolation in ("bilinear", "random"):
+        data = {"train_interpolation": interpolation}
+        expected = train_images(tmp_path, "cpu", train_cache="off", **data)
+        shown = train_images(tmp_path, "cuda:0", train_cache="host", **data)
+        assert (shown - expected).abs().mean() <= LEVEL, interpolation
     with pytest.raises(ValueError, match="--data.train_cache host"):
         train_images(tmp_path, "cuda:0", train_cache="device")
 
