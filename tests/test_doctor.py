@@ -52,6 +52,7 @@ def test_a_good_run_on_two_ranks(digits, tmp_path):
         "cpus": "CPUs for 2 ranks of this machine",
         "decoder": "JPEG: CPU decoder",
         "data": "1442 + 355 images, 10 classes",
+        "caches": "the validation images fit into memory (data.val_cache)",
         "software": "torch ",
     }
     lines = printed.splitlines()
@@ -91,6 +92,30 @@ def test_a_disk_that_is_too_small(digits, tmp_path):
     codes, printed = examine(tmp_path, "--data.data_dir", digits, "--json", entry=entry)
     level, text = levels(printed)["folder"]
     assert codes == [2] and level == "error" and "0.0 GB are free" in text
+
+
+def test_caches_that_do_not_fit(digits, tmp_path):
+    """The training set takes 12 x 12 x 3 x 1,442 bytes or so: more than half of a megabyte."""
+
+    def no_memory(arguments):
+        host_memory._free_in_control_groups = lambda: [2**20]
+        return cli.main(arguments)
+
+    def no_disk(arguments):
+        shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**5, 10**5)
+        return cli.main(arguments)
+
+    cases = (
+        ("auto", None, "ok", "(TMPDIR)"),
+        ("auto", no_memory, "warning", "it will be off"),
+        ("host", no_disk, "error", "take --data.train_cache off"),
+    )
+    for mode, entry, expected, words in cases:
+        more = ("--data.data_dir", digits, "--data.train_cache", mode, "--json")
+        _, printed = examine(tmp_path, *more, entry=entry)
+        level, text = levels(printed)["caches"]
+        assert (level, words in text) == (expected, True), text
+        assert f"data.train_cache {mode}: the training images take about" in text
 
 
 def test_a_step_that_does_not_fit_memory(digits, tmp_path):

@@ -23,6 +23,7 @@ from resnet_dist.commands.doctor_bench import (
     check_memory_rate,
     check_reading,
 )
+from resnet_dist.commands.doctor_caches import check_caches
 from resnet_dist.config import Config
 from resnet_dist.data.build import build_loaders
 from resnet_dist.data.pixels.probe import describe_dali_wheels, describe_jpeg_decoder
@@ -396,5 +397,6 @@ _ALL_CHECKS: dict[str, Check] = {
     "cpus": _cpus,
     "decoder": _decoder,
     "data": _data,
+    "caches": check_caches,
     "software": _software,
 }

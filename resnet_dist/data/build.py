@@ -70,7 +70,7 @@ def build_train_loader(config: Config, runtime: Runtime, *, cached: bool = False
         return SyntheticTrainLoader(
             data, seed=config.seed, layout=layout, device=settings.device, dtype=settings.dtype
         )
-    index = _build_index(data, runtime, "train", data.exclude)
+    index = build_train_index(data, runtime)
     cache = None
     remarks = []
     if cached and data.train_cache != "off":
@@ -144,6 +144,11 @@ def _loader_settings(config: Config, runtime: Runtime) -> LoaderSettings:
         output_dir=config.output_dir,
         decoder=config.decoder,
     )
+
+
+def build_train_index(data: DataConfig, runtime: Runtime) -> Index:
+    """The training images. Raises ValueError on every rank if the data folder cannot be used."""
+    return _build_index(data, runtime, "train", data.exclude)
 
 
 def _build_index(data: DataConfig, runtime: Runtime, split: str, exclude: str = "") -> Index:

@@ -27,6 +27,7 @@ from resnet_dist.data.pixels.cached import needs_dali
 from resnet_dist.data.pixels.decoded_images import DecodedImages
 from resnet_dist.data.pixels.decoding import DecodedPortion, ImageDecoding, LoaderSettings
 from resnet_dist.data.pixels.quarantine import Quarantine
+from resnet_dist.data.pixels.read import Reader
 from resnet_dist.data.pixels.remote_read import build_reader
 from resnet_dist.data.sampling.jobs import val_job
 from resnet_dist.data.sources.index import Index
@@ -120,6 +121,34 @@ def fill_cache(
     return cache, f"training cache: {num_images} images, {size}, decoded in {seconds:.0f} s"
 
 
+def estimate_cache_bytes(index: Index, config: DataConfig) -> int:
+    """Estimate how many bytes the decoded images of a split take, from the sizes of a few."""
+    num_images = len(index)
+    spread = np.linspace(0, num_images - 1, _SAMPLE)
+    rows = np.unique(spread.astype(np.int64))
+    reader = build_reader(index, config)
+    try:
+        sizes = _read_sizes(reader, rows)
+    finally:
+        reader.close()
+    num_pixels = sizes.astype(np.int64).prod(axis=1)
+    return int(3 * num_pixels.mean() * num_images)
+
+
+def cache_budget() -> int:
+    """Number of bytes of this machine's memory that the training cache may take."""
+    return int(_SHARE_OF_HOST * free_host_memory())
+
+
+def _read_sizes(reader: Reader, rows: IntArray) -> np.ndarray:
+    """The sizes of images: int32 [n, 2], zeros for broken ones."""
+    requested = reader.request(rows)
+    sizes = []
+    for image in reader.collect(requested):
+        sizes.append((image.height, image.width))
+    return np.array(sizes, np.int32)
+
+
 class _Filling:
     """The steps of `fill_cache`. If one fails on some rank, it raises `_CacheError` on all."""
 
@@ -131,7 +160,7 @@ class _Filling:
         self.runtime = runtime
         self.machine = Machine.of(runtime)
         self.settings = replace(settings, device=torch.device("cpu"))
-        self.budget = int(_SHARE_OF_HOST * free_host_memory())
+        self.budget = cache_budget()
         self.file = CacheFile(len(index))
         self.stopped = threading.Event()
 
@@ -207,15 +236,9 @@ class _Filling:
 
     def _check_sample(self) -> None:
         """Estimate the size of the cache from a few images."""
-        if not self.machine.is_first:
-            return
-        num_images = len(self.index)
-        spread = np.linspace(0, num_images - 1, _SAMPLE)
-        rows = np.unique(spread.astype(np.int64))
-        sizes = np.concatenate(list(self._sizes_of(rows)))
-        num_pixels = sizes.astype(np.int64).prod(axis=1)
-        num_bytes = 3 * num_pixels.mean() * num_images
-        self._check_budget(int(num_bytes))
+        if self.machine.is_first:
+            num_bytes = estimate_cache_bytes(self.index, self.config)
+            self._check_budget(num_bytes)
 
     def _check_budget(self, num_bytes: int) -> None:
         """Raise `_CacheError` if the decoded images do not fit."""
@@ -249,11 +272,7 @@ class _Filling:
         reader = build_reader(self.index, self.config)
         try:
             for batch in self._batches(rows):
-                requested = reader.request(batch)
-                sizes = []
-                for image in reader.collect(requested):
-                    sizes.append((image.height, image.width))
-                yield np.array(sizes, np.int32)
+                yield _read_sizes(reader, batch)
         finally:
             reader.close()
 
