@@ -1,8 +1,8 @@
-"""Text from outside (file names, messages of other programs) in a form that is safe to print."""
+"""Text that is printed: words from outside in a form that is safe, and tables in Markdown."""
 
 import difflib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
@@ -70,3 +70,22 @@ def _format_warning(
     if is_ours:
         return f"warning: {printable(message)}\n"
     return _format_as_python(message, category, filename, lineno, line)
+
+
+def markdown_row(cells: Iterable[str]) -> str:
+    """Format one row of a table in Markdown."""
+    escaped = [cell.replace("|", "\\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
+
+
+def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Format a table in Markdown.
+
+    Args:
+        titles: The titles of the columns.
+        rows: The cells of each row.
+    """
+    lines = [markdown_row(titles), markdown_row("---" for _ in titles)]
+    for row in rows:
+        lines.append(markdown_row(row))
+    return "\n".join(lines)

@@ -48,7 +48,7 @@ LAYERS = [
         "logs.metrics_file",
         "evaluation.intervals",
         "logs.history",
-        "study",
+        "studies.*",
         "evaluation.calibration",
         "evaluation.comparison",
         "evaluation.confusion",

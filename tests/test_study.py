@@ -12,9 +12,11 @@ import pytest
 from dist_utils import run_app
 
 from resnet_dist import cli
-from resnet_dist.commands import study as study_command
+from resnet_dist.commands import study_forecast, study_trials
+from resnet_dist.launch import status
 from resnet_dist.models.build import MODELS
-from resnet_dist.study import read_study, read_study_results
+from resnet_dist.studies.results import read_study_results
+from resnet_dist.studies.study_file import read_study
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDY = """
@@ -67,7 +69,7 @@ def trained(monkeypatch):
         write_metrics(folder, top1=50 + seed + 3 * is_zero_init)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(study_command.subprocess, "run", run)
+    monkeypatch.setattr(study_trials.subprocess, "run", run)
     return commands
 
 
@@ -91,6 +93,7 @@ def test_what_is_missing_is_run_and_the_page_has_every_training(
     assert cli.main([*words, "--dry_run"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("missing, 0.5 epochs left") == 4
+    assert "4 trainings of unknown speed" in printed and "in all" not in printed
     assert trained == []
 
     assert cli.main([*words, "--collect", str(collected)]) == 0
@@ -104,7 +107,7 @@ def test_what_is_missing_is_run_and_the_page_has_every_training(
     study = read_study(study_file, {"data.data_dir": digits})
 
     # A finished study runs nothing; one that was cut short resumes.
-    metrics = study.trainings[0].folder / "metrics.jsonl"
+    metrics = study.trials[0].folder / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text("".join(lines[:2]))
     trained.clear()
@@ -124,6 +127,53 @@ def test_what_is_missing_is_run_and_the_page_has_every_training(
     assert origin["command"][:3] == ["resnet-dist", "train", "--config"]
 
 
+def test_the_time_that_is_missing_is_measured(study_file, monkeypatch, capsys):
+    """A tenth of an epoch is one step: it is measured again with ten, of which the last five
+    count. An epoch of 12 steps of 2 s takes 24 s.
+    """
+    commands = []
+
+    def run(command, **details):
+        words = command[3:]
+        commands.append(words)
+        epochs = float(words[words.index("--train.epochs", words.index("--log.wandb")) + 1])
+        lines = []
+        for step in range(1, max(1, round(12 * epochs)) + 1):
+            seconds = 2.0 if step > 5 else 50.0
+            epoch = {"train/epoch": step / 12, "train/step_seconds": seconds}
+            lines.append(json.dumps({"step": step, "time": 100.0 * step, "elapsed": step} | epoch))
+        folder = Path(words[-1])
+        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(study_forecast.subprocess, "run", run)
+    words = ["study", str(study_file), "--dry_run", "--measure", "--ranks", "2"]
+    assert cli.main(words) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("missing, 0.5 epochs left, about 0.2 min") == 4
+    assert "in all: about 0.8 min" in printed and "unknown" not in printed
+    # Each of the two runs is measured for all of its seeds.
+    assert len(commands) == 4 and commands[0][0] == "launch"
+
+
+def test_what_is_queued_is_not_submitted_again(study_file, monkeypatch, capsys):
+    commands = []
+
+    def run(command, **details):
+        commands.append(command[3:])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    states = {"7": "PENDING", "8": "COMPLETED"}
+    monkeypatch.setattr(study_trials.subprocess, "run", run)
+    monkeypatch.setattr(status, "show_job", lambda job_id: {"JobState": states[job_id]})
+    for trial, job_id in zip(read_study(study_file).trials, states, strict=False):
+        (trial.folder / "job_1").mkdir(parents=True)
+        (trial.folder / "job_1" / f"{job_id}_submitted.pkl").touch()
+    assert cli.main(["study", str(study_file), "--submit", "cluster.yaml"]) == 0
+    assert "plain, seed 0: job 7 has not ended" in capsys.readouterr().out
+    assert [words[:3] for words in commands] == [["submit", "--config", "cluster.yaml"]] * 3
+
+
 @pytest.mark.slow
 def test_a_real_training(study_file, digits, tmp_path, monkeypatch):
     def run(command, **details):
@@ -132,7 +182,7 @@ def test_a_real_training(study_file, digits, tmp_path, monkeypatch):
             codes = run_app(1, command[3:], str(tmp_path / "log"))
         return subprocess.CompletedProcess(command, codes[0], "", "")
 
-    monkeypatch.setattr(study_command.subprocess, "run", run)
+    monkeypatch.setattr(study_trials.subprocess, "run", run)
     text = study_file.read_text().replace("seeds: [0, 1]", "seeds: [3]")
     text = text.replace("  zero init: {model.zero_init_residual: true}\n", "")
     text = text.replace("compare: [[plain, zero init]]", "")
@@ -145,7 +195,7 @@ def test_a_real_training(study_file, digits, tmp_path, monkeypatch):
 
 
 def test_a_failed_training_does_not_stop_the_others(study_file, monkeypatch, capsys):
-    monkeypatch.setattr(study_command.subprocess, "run", ending_with(2))
+    monkeypatch.setattr(study_trials.subprocess, "run", ending_with(2))
     assert cli.main(["study", str(study_file)]) == 1
     printed = capsys.readouterr().out
     assert printed.count("exit code 2") == 4
@@ -173,8 +223,8 @@ def test_an_interrupted_training_saves_and_ends_the_study(study_file, monkeypatc
 
     real_run = subprocess.run
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(study_command, "_write_origin", lambda *parts: None)
-    monkeypatch.setattr(study_command.subprocess, "run", interrupted)
+    monkeypatch.setattr(study_trials, "_write_origin", lambda *parts: None)
+    monkeypatch.setattr(study_trials.subprocess, "run", interrupted)
     assert cli.main(["study", str(study_file)]) == 130
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -209,7 +259,7 @@ def test_the_studies_of_the_project_are_right():
     for path in files:
         study = read_study(path)
         assert study.compare or study.targets, path
-        for training in study.trainings:
+        for training in study.trials:
             assert training.config.model.name in MODELS, path
 
 

@@ -20,7 +20,7 @@ from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.files import write_file
 from resnet_dist.precision import resolve_precision, set_arithmetic
 from resnet_dist.resources.step_cost import count_step
-from resnet_dist.text import first_line, printable
+from resnet_dist.text import first_line, markdown_table, printable
 
 _COLUMNS = (
     "network",
@@ -239,7 +239,7 @@ def _print_table(rows: list[Measured], conditions: Conditions, options: argparse
         "steps": conditions.steps,
         "rows": [asdict(row) for row in rows],
     }
-    table = markdown_table(rows)
+    table = table_of_models(rows)
     if options.json:
         print(json.dumps(plain))
     else:
@@ -257,27 +257,28 @@ def _gpu_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device)
 
 
-def markdown_table(rows: Sequence[Measured]) -> str:
+def table_of_models(rows: Sequence[Measured]) -> str:
     """The rows as a table of Markdown."""
-    lines = [_markdown_row(_COLUMNS), _markdown_row(["---"] * len(_COLUMNS))]
+    cells = []
     for row in rows:
-        variant = row.variant
-        mode = "on" if variant.compiled else "off"
-        cells = [variant.network, variant.precision, mode]
-        if row.error:
-            cells.append(printable(row.error).replace("|", "/"))
-            cells += [""] * (len(_COLUMNS) - len(cells))
-        else:
-            cells += [
-                f"{row.images_per_second:,.1f}",
-                f"{row.step_ms:.2f}",
-                f"{row.peak_memory_gib:.2f}",
-                f"{row.mfu:.1%}",
-                f"{row.first_step_s:.1f}",
-            ]
-        lines.append(_markdown_row(cells))
-    return "\n".join(lines)
+        cells.append(_cells(row))
+    return markdown_table(_COLUMNS, cells)
 
 
-def _markdown_row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _cells(row: Measured) -> list[str]:
+    """The cells of one row; after an error, its message and empty ones."""
+    variant = row.variant
+    mode = "on" if variant.compiled else "off"
+    cells = [variant.network, variant.precision, mode]
+    if row.error:
+        cells.append(printable(row.error))
+        num_empty = len(_COLUMNS) - len(cells)
+        return [*cells, *[""] * num_empty]
+    return [
+        *cells,
+        f"{row.images_per_second:,.1f}",
+        f"{row.step_ms:.2f}",
+        f"{row.peak_memory_gib:.2f}",
+        f"{row.mfu:.1%}",
+        f"{row.first_step_s:.1f}",
+    ]

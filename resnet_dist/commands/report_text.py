@@ -13,7 +13,7 @@ from resnet_dist.commands.report_input import (
     group_by_recipe,
 )
 from resnet_dist.commands.report_plots import SPLITS
-from resnet_dist.evaluation.comparison import difference_of_means, summarize_seeds
+from resnet_dist.evaluation.comparison import difference_of_means, summarize_accuracies
 from resnet_dist.evaluation.intervals import Interval, difference_interval
 from resnet_dist.logs.history import Evaluation, RunHistory
 from resnet_dist.text import printable
@@ -162,13 +162,12 @@ def _describe_seeds(group: Sequence[ReportedRun]) -> str:
     names = ", ".join(run.name for run in group)
     if len(values) < 2:
         return ""
-    summary = summarize_seeds(values)
-    low = max(0.0, summary.interval.low)
-    high = min(100.0, summary.interval.high)
+    summary = summarize_accuracies(values)
+    interval = summary.interval
     return (
         f"{names}: {summary.num} seeds of one recipe, final val top-1 {summary.mean:.2f} %, "
         f"standard deviation {summary.deviation:.2f}, 95 % interval of the mean "
-        f"{low:.2f} to {high:.2f} %"
+        f"{interval.low:.2f} to {interval.high:.2f} %"
     )
 
 

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from resnet_dist.evaluation.comparison import SeedSummary
 from resnet_dist.files import write_file
-from resnet_dist.study import (
+from resnet_dist.studies.results import (
     Result,
     Results,
-    Study,
-    Trial,
     paired_difference,
     read_study_results,
     summarize,
 )
+from resnet_dist.studies.study import Study, Trial
+from resnet_dist.text import markdown_table
 
 _HEADER = """# Results
 
@@ -27,21 +27,26 @@ This page is written by `make results-page` from the study files in
 `resnet-dist study FILE --dry_run --measure` says before how long it takes.
 
 Each row is the mean over the seeds that have finished. The deviation is that of one training, the
-interval contains the mean over all seeds with 95 % confidence (Student's t). Two runs are compared
-seed by seed; a difference counts only if its interval does not contain zero.
+interval contains the mean over all seeds with 95 % confidence (Student's t, cut to 0 and 100 %).
+Two runs are compared seed by seed; a difference counts only if its interval does not contain zero.
 """
 
 
 def describe_study(study: Study, results: Results) -> str:
     """The table of a study and its comparisons, in Markdown."""
-    lines = [_table_head(study)]
+    titles = ["run", "seeds", study.metric, "deviation", "95 % interval", "time", "images/s"]
+    for target in study.targets:
+        titles.append(f"time to {target:g} %")
+    rows = []
     for run in study.run_names():
-        lines.append(_table_row(study, run, results[run]))
-    comparisons = [_compare(results, first, second) for first, second in study.compare]
-    if comparisons:
-        lines.append("")
-        lines += [f"- {sentence}" for sentence in comparisons]
-    return "\n".join(lines)
+        rows.append(_run_row(study, run, results[run]))
+    table = markdown_table(titles, rows)
+    if not study.compare:
+        return table
+    sentences = []
+    for first, second in study.compare:
+        sentences.append(f"- {_compare(results, first, second)}")
+    return "\n".join([table, "", *sentences])
 
 
 def write_page(studies: Sequence[Study], path: Path) -> None:
@@ -59,46 +64,38 @@ def write_page(studies: Sequence[Study], path: Path) -> None:
         else:
             waiting.append(f"- **{study.title}** (`{study.name}`): {study.question}")
     if waiting:
-        sections += ["## Not run yet", "", *waiting, ""]
+        sections.extend(["## Not run yet", "", *waiting, ""])
     write_file(path, "\n".join(sections))
 
 
 def _section(study: Study, results: Results, page: Path) -> str:
     """One study on the page."""
-    lines = [f"## {study.title}", "", study.question, "", describe_study(study, results), ""]
+    paragraphs = [f"## {study.title}", study.question, describe_study(study, results)]
     picture = _draw(study, results, page)
     if picture:
-        lines += [f"![{study.metric} of {study.title}]({picture})", ""]
+        paragraphs.append(f"![{study.metric} of {study.title}]({picture})")
     if study.notes:
-        lines += [study.notes.strip(), ""]
-    lines += ["<details><summary>Every training</summary>", ""]
-    lines += ["| run | seed | accuracy | commit | machine | metrics |", "|---|---|---|---|---|---|"]
-    for of_run in results.values():
-        for result in of_run:
-            lines.append(_training_row(result, page))
-    lines += ["", *_commands(study), "</details>", ""]
-    return "\n".join(lines)
+        paragraphs.append(study.notes.strip())
+    paragraphs.append("<details><summary>Every training</summary>")
+    paragraphs.append(_table_of_trainings(results, page))
+    paragraphs.append(f"{_commands(study)}\n</details>\n")
+    return "\n\n".join(paragraphs)
 
 
-def _table_head(study: Study) -> str:
-    """The first two lines of the table."""
-    columns = ["run", "seeds", study.metric, "deviation", "95 % interval", "time", "images/s"]
-    columns += [f"time to {target:g} %" for target in study.targets]
-    return f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
-
-
-def _table_row(study: Study, run: str, results: Sequence[Result]) -> str:
-    """The row of one run."""
+def _run_row(study: Study, run: str, results: Sequence[Result]) -> list[str]:
+    """The cells of one run."""
     num_seeds = len(study.of_run(run))
     cells = [run, _seeds_cell(len(results), num_seeds)]
-    if results:
-        cells += _accuracy_cells(results)
-        cells.append(_duration(statistics.fmean(result.seconds for result in results)))
-        cells.append(_speed_cell(results))
-        cells += [_target_cell(results, target) for target in study.targets]
-    else:
-        cells += ["not run", *[""] * (4 + len(study.targets))]
-    return f"| {' | '.join(cells)} |"
+    if not results:
+        num_empty = 4 + len(study.targets)
+        return [*cells, "not run", *[""] * num_empty]
+    mean_seconds = statistics.fmean(result.seconds for result in results)
+    cells.extend(_accuracy_cells(results))
+    cells.append(_duration(mean_seconds))
+    cells.append(_speed_cell(results))
+    for target in study.targets:
+        cells.append(_target_cell(results, target))
+    return cells
 
 
 def _seeds_cell(num_finished: int, num_seeds: int) -> str:
@@ -135,8 +132,9 @@ def _target_cell(results: Sequence[Result], target: float) -> str:
     """The mean time to a target, if every seed has reached it."""
     times = []
     for result in results:
-        if target in result.seconds_to_target:
-            times.append(result.seconds_to_target[target])
+        seconds = result.seconds_to_target.get(target)
+        if seconds is not None:
+            times.append(seconds)
     if len(times) < len(results):
         return f"{len(times)} of {len(results)} reached it"
     return _duration(statistics.fmean(times))
@@ -163,39 +161,48 @@ def _describe_difference(difference: SeedSummary) -> str:
     return f"{numbers}."
 
 
-def _training_row(result: Result, page: Path) -> str:
-    """The row of one training, with its origin."""
-    training = result.training
-    origin = _read_origin(training)
-    metrics = _relative(training.folder / "metrics.jsonl", page)
-    cells = [
-        training.run,
-        str(training.seed),
+def _table_of_trainings(results: Results, page: Path) -> str:
+    """The accuracy of each training, with its origin."""
+    titles = ["run", "seed", "accuracy", "commit", "machine", "metrics"]
+    rows = []
+    for of_run in results.values():
+        for result in of_run:
+            rows.append(_training_row(result, page))
+    return markdown_table(titles, rows)
+
+
+def _training_row(result: Result, page: Path) -> list[str]:
+    """The cells of one training."""
+    trial = result.trial
+    origin = _read_origin(trial)
+    metrics = _relative(trial.folder / "metrics.jsonl", page)
+    return [
+        trial.run,
+        str(trial.seed),
         f"{result.accuracy:.2f} %",
         origin.get("commit", ""),
         origin.get("machine", ""),
         f"[metrics.jsonl]({metrics})",
     ]
-    return f"| {' | '.join(cells)} |"
 
 
-def _read_origin(training: Trial) -> dict[str, str]:
+def _read_origin(trial: Trial) -> dict[str, str]:
     """The content of study.json; empty if there is none."""
-    path = training.folder / "study.json"
+    path = trial.folder / "study.json"
     if not path.exists():
         return {}
     origin: dict[str, str] = json.loads(path.read_text())
     return origin
 
 
-def _commands(study: Study) -> list[str]:
+def _commands(study: Study) -> str:
     """The command of the first seed of each run."""
-    lines = ["```text"]
+    lines = []
     for run in study.run_names():
-        words = study.of_run(run)[0].words
-        lines.append(f"resnet-dist train {shlex.join(words)}")
-    lines.append("```")
-    return lines
+        first = study.of_run(run)[0]
+        lines.append(f"resnet-dist train {shlex.join(first.words)}")
+    commands = "\n".join(lines)
+    return f"```text\n{commands}\n```"
 
 
 def _draw(study: Study, results: Results, page: Path) -> str:
@@ -212,7 +219,7 @@ def _draw(study: Study, results: Results, page: Path) -> str:
             histories.append(of_run[0].history)
     if not histories:
         return ""
-    folder = study.trainings[0].folder.parent
+    folder = study.trials[0].folder.parent
     picture = folder / "curves.png"
     plot_runs(histories, picture)
     return _relative(picture, page)

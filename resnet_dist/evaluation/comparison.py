@@ -11,7 +11,7 @@ References:
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -111,6 +111,15 @@ def summarize_seeds(values: Sequence[float]) -> SeedSummary:
     half_width = student_quantile(num - 1) * deviation / math.sqrt(num)
     interval = Interval(mean, mean - half_width, mean + half_width)
     return SeedSummary(num, mean, deviation, interval)
+
+
+def summarize_accuracies(values: Sequence[float]) -> SeedSummary:
+    """As `summarize_seeds`, for percentages: the interval is cut to what is possible, 0 to 100."""
+    summary = summarize_seeds(values)
+    interval = summary.interval
+    low = max(0.0, interval.low)
+    high = min(100.0, interval.high)
+    return replace(summary, interval=Interval(interval.value, low, high))
 
 
 def student_quantile(freedom: int) -> float:

@@ -67,6 +67,19 @@ def show_job(job_id: str) -> dict[str, str]:
     return dict(fields)
 
 
+def find_queued_job(output_dir: Path) -> str:
+    """The id of a job of `resnet-dist submit` that SLURM still has for this output_dir; "" if none.
+
+    Jobs of an array keep their files in the folder that their trainings share: they are not found.
+    """
+    for path in sorted(output_dir.glob("job_*/*_submitted.pkl")):
+        job_id = path.name.removesuffix("_submitted.pkl")
+        state = show_job(job_id).get("JobState", "")
+        if state and state in NOT_ENDED:
+            return job_id
+    return ""
+
+
 def state_of(job: BatchJob) -> str:
     """Return the state of a submitit job, in SLURM's terms.
 

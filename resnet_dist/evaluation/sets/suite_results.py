@@ -14,6 +14,7 @@ from resnet_dist.evaluation.sets.corruptions import (
     missing_corruptions,
 )
 from resnet_dist.evaluation.sets.suite_file import SuiteEntry
+from resnet_dist.text import markdown_row
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,20 @@ class PartCounts:
     loss_sum: float
     num_bad: int
     """images that could not be decoded, which are misses"""
+
+
+def _add_counts(first: PartCounts, second: PartCounts) -> PartCounts:
+    """The counts of two parts together."""
+    correct5 = None
+    if first.correct5 is not None and second.correct5 is not None:
+        correct5 = first.correct5 + second.correct5
+    return PartCounts(
+        num=first.num + second.num,
+        correct1=first.correct1 + second.correct1,
+        correct5=correct5,
+        loss_sum=first.loss_sum + second.loss_sum,
+        num_bad=first.num_bad + second.num_bad,
+    )
 
 
 @dataclass
@@ -47,17 +62,10 @@ class SetResult:
         counts = list(self.parts.values())
         if not counts:
             return None
-        correct5 = None
-        known5 = [one.correct5 for one in counts if one.correct5 is not None]
-        if len(known5) == len(counts):
-            correct5 = sum(known5)
-        return PartCounts(
-            num=sum(one.num for one in counts),
-            correct1=sum(one.correct1 for one in counts),
-            correct5=correct5,
-            loss_sum=sum(one.loss_sum for one in counts),
-            num_bad=sum(one.num_bad for one in counts),
-        )
+        total = counts[0]
+        for further in counts[1:]:
+            total = _add_counts(total, further)
+        return total
 
     def figures(self) -> dict[str, float | int]:
         """The figures of the table, in percent: top1 with its interval, top5, loss, mce, ..."""
@@ -100,54 +108,73 @@ class SetResult:
 
     def as_plain(self) -> dict[str, Any]:
         """The results as plain types, for JSON."""
-        return {
-            **{key: value for key, value in asdict(self.entry).items() if value},
-            "problem": self.problem,
-            "remarks": self.remarks,
-            "figures": self.figures(),
-            "parts": {name: asdict(counts) for name, counts in self.parts.items()},
-        }
+        plain = {}
+        for key, value in asdict(self.entry).items():
+            if value:
+                plain[key] = value
+        plain["problem"] = self.problem
+        plain["remarks"] = self.remarks
+        plain["figures"] = self.figures()
+        parts = {}
+        for name, counts in self.parts.items():
+            parts[name] = asdict(counts)
+        plain["parts"] = parts
+        return plain
 
 
 def parts_from_plain(plain: Mapping[str, Any]) -> dict[str, PartCounts]:
     """The counts in the JSON of an earlier run. Raises KeyError or TypeError if it is damaged."""
-    return {str(name): PartCounts(**counts) for name, counts in plain["parts"].items()}
+    parts = {}
+    for name, counts in plain["parts"].items():
+        parts[str(name)] = PartCounts(**counts)
+    return parts
 
 
 _TITLES = ("set", "images", "top-1 %", "95 % interval", "top-5 %", "loss", "further")
+_ALIGNMENTS = ("---", "---:", "---:", "---:", "---:", "---:", "---")
 
 
 def _cells(result: SetResult) -> list[str]:
     """One row of the table as texts."""
     figures = result.figures()
-    cells = [result.entry.name]
     if not figures:
-        return [*cells, "", "", "", "", "", result.problem]
-    cells.append(str(figures["num"]))
-    cells.append(f"{figures['top1']:.2f}")
-    cells.append(f"{figures['top1_low']:.2f} to {figures['top1_high']:.2f}")
-    cells.append(f"{figures['top5']:.2f}" if "top5" in figures else "")
-    cells.append(f"{figures['loss']:.3f}" if "loss" in figures else "")
-    further = []
+        return [result.entry.name, "", "", "", "", "", result.problem]
+    top5 = ""
+    if "top5" in figures:
+        top5 = f"{figures['top5']:.2f}"
+    loss = ""
+    if "loss" in figures:
+        loss = f"{figures['loss']:.3f}"
+    return [
+        result.entry.name,
+        str(figures["num"]),
+        f"{figures['top1']:.2f}",
+        f"{figures['top1_low']:.2f} to {figures['top1_high']:.2f}",
+        top5,
+        loss,
+        _further_cell(result, figures),
+    ]
+
+
+def _further_cell(result: SetResult, figures: Mapping[str, float | int]) -> str:
+    """What only some sets have, and what went wrong."""
+    parts = []
     if "mce" in figures:
-        further.append(f"mCE {figures['mce']:.2f} %")
+        parts.append(f"mCE {figures['mce']:.2f} %")
     if "mean_error" in figures:
-        further.append(f"mean error {figures['mean_error']:.2f} %")
+        parts.append(f"mean error {figures['mean_error']:.2f} %")
     if "bad_images" in figures:
-        further.append(f"{figures['bad_images']} images cannot be decoded")
+        parts.append(f"{figures['bad_images']} images cannot be decoded")
     if result.problem:
-        further.append(result.problem)
-    return [*cells, "; ".join(further)]
+        parts.append(result.problem)
+    return "; ".join(parts)
 
 
 def format_markdown(results: list[SetResult]) -> str:
     """The table of a suite in Markdown."""
-    rows = [list(_TITLES), ["---", "---:", "---:", "---:", "---:", "---:", "---"]]
-    rows.extend(_cells(result) for result in results)
-    lines = []
-    for row in rows:
-        escaped = [cell.replace("|", "\\|") for cell in row]
-        lines.append(f"| {' | '.join(escaped)} |")
+    lines = [markdown_row(_TITLES), markdown_row(_ALIGNMENTS)]
+    for result in results:
+        lines.append(markdown_row(_cells(result)))
     return "\n".join(lines) + "\n"
 
 

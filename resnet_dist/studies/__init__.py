@@ -1,0 +1,1 @@
+"""Studies: several runs, with several seeds each, that answer one question."""
