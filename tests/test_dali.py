@@ -307,6 +307,14 @@ def test_gpu_form_places_what_touches_pixels_on_the_gpu(slots):
         *["WarpAffine", "Equalize", "Filter", "_conditional__Merge"] * slots,
     } <= operators.keys()
     assert all(devices == {"gpu"} for devices in operators.values()), operators
+    (resize,) = [
+        operator
+        for number, operator in protobuf_fields(pipeline.serialize())
+        if number == 5 and dict(protobuf_fields(operator))[1] == b"Resize"
+    ]
+    assert b"antialias" in resize
+    inputs = [dict(protobuf_fields(value)) for key, value in protobuf_fields(resize) if key == 2]
+    assert any(b"interp_type" in found.values() for found in inputs), inputs
 
 
 def test_cpu_form_ends_after_the_window():
