@@ -79,6 +79,7 @@ def network_of(config: Config) -> torch.nn.Module:
             "zero_init_residual": False,
             "stride_in_1x1": False,
             "stochastic_depth": 0.0,
+            "dropout": 0.0,
             "blur_pool": False,
         }
     return network(dataclasses.replace(config.model, **same), data_of(config)[1])
@@ -268,8 +269,14 @@ MILLIONS = {
 }
 
 
+# Millions of parameters of timm's networks, from its results/results-imagenet.csv.
+TIMM_MILLIONS = {"resnet50d": 25.58, "resnetrs50": 35.69}
+
+
 def test_sizes_are_those_of_torchvision_and_the_papers():
-    """Numbers of parameters that others publish: torchvision's, and the papers' in millions."""
+    """Numbers of parameters that others publish: torchvision's, timm's, and the papers' in
+    millions.
+    """
     from torchvision.models import get_model_weights, list_models
 
     def check(name):
@@ -284,6 +291,8 @@ def test_sizes_are_those_of_torchvision_and_the_papers():
         elif model in MILLIONS:
             tolerance = 0.05 if size > 1e6 else 0.005
             assert size / 1e6 == pytest.approx(MILLIONS[model], abs=tolerance)
+        elif model in TIMM_MILLIONS:
+            assert round(size / 1e6, 2) == TIMM_MILLIONS[model]
         elif model == "densenet264":
             # There are no published weights; it has about 33 million.
             assert 33e6 < size < 34e6

@@ -33,7 +33,7 @@ class Options:
     """imagenet: 7x7 convolution of stride 2, 3x3 max pool of stride 2; cifar: 3x3 convolution, no
     pool; deep: three 3x3 convolutions in place of the 7x7 (ResNet-C, He et al. 2018, "Bag of
     Tricks", figure 2); deep_strided: as deep, with a fourth 3x3 convolution, of stride 2, in place
-    of the pool (Bello et al. 2021, table 6)"""
+    of the pool (Bello et al. 2021)"""
     stem_channels: int = 64
     """channels of the stem; stage i, from 0, has stem_channels * widen * 2**i"""
     widen: int = 1
