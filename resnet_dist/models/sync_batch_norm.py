@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as functional_collectives
+
+# Tells `torch.compile` the shapes of what the collectives return.
+import torch.distributed._functional_collectives
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -24,9 +26,14 @@ SYNC_IN_GROUP_OF_ONE = False
 
 
 def _all_reduce_sum(numbers: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum over all ranks, as an operation that `torch.compile` can trace."""
-    total = functional_collectives.all_reduce(numbers, "sum", group)
-    waited: Tensor = functional_collectives.wait_tensor(total)  # type: ignore[no-untyped-call]
+    """The sum over all ranks, as operations that `torch.compile` can trace.
+
+    `functional_collectives.all_reduce` calls the same two, but wraps the result until it is used.
+    In eager mode that took the CPU three times as long (one rank: 0.24 instead of 0.07 ms).
+    """
+    operations = torch.ops._c10d_functional
+    total = operations.all_reduce(numbers, "sum", group.group_name)
+    waited: Tensor = operations.wait_tensor(total)
     return waited
 
 

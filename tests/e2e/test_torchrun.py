@@ -13,7 +13,8 @@ import pytest
 from dist_utils import options
 
 ROOT = Path(__file__).resolve().parents[2]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+TWO_RANKS = [*TORCHRUN, "2", str(ROOT / "train.py")]
 SMALL = options(
     data__train_crop_size=8,
     data__val_resize_size=8,
@@ -21,6 +22,8 @@ SMALL = options(
     train__epochs=2,
     log__interval_steps=1,
 )
+QUICKSTART_STEPS = 308
+QUICKSTART_LOG_INTERVAL = 22
 
 
 @pytest.fixture
@@ -43,37 +46,35 @@ def logged_steps(folder):
     return [line["step"] for line in lines if "train/loss" in line]
 
 
-def test_interrupt_and_run_again(tmp_path, environment):
-    """Ctrl-C (SIGINT to torchrun), then the command that the run itself printed: it goes on and
-    finishes.
+def wait_until_logged(step, folder, process, printed=lambda: ""):
+    """Until the run in `folder` has logged `step`; `process` may not end before."""
+    deadline = time.monotonic() + 300
+    while max(logged_steps(folder), default=-1) < step:
+        assert process.poll() is None, printed()
+        assert time.monotonic() < deadline, printed()
+        time.sleep(0.05)
+
+
+def test_the_quickstart_is_interrupted_and_reaches_its_accuracy(tmp_path, environment):
+    """No arguments at all: it says what it runs. Ctrl-C (SIGINT to torchrun), then the command that
+    the run itself printed: it goes on, and ends above 97 %.
     """
-    command = [
-        *TORCHRUN,
-        str(ROOT / "train.py"),
-        "--config",
-        str(ROOT / "configs/quickstart.yaml"),
-        *SMALL,
-        "--output_dir",
-        "run",
-    ]
     first = subprocess.Popen(
-        command,
+        TWO_RANKS,
         cwd=tmp_path,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    deadline = time.monotonic() + 300
-    while not (steps := logged_steps(tmp_path / "run")) or steps[-1] < 4:
-        assert first.poll() is None, first.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    run = tmp_path / "runs" / "quickstart"
+    wait_until_logged(QUICKSTART_LOG_INTERVAL, run, first)
     first.send_signal(signal.SIGINT)
     printed, _ = first.communicate(timeout=180)
     assert first.returncode != 0
-    stopped = int(re.search(r"stopped at step (\d+) of 44", printed).group(1))
-    assert logged_steps(tmp_path / "run")[-1] == stopped
+    assert printed.startswith("no arguments: running the quickstart, --config quickstart\n")
+    stopped = int(re.search(rf"stopped at step (\d+) of {QUICKSTART_STEPS}", printed).group(1))
+    assert logged_steps(run)[-1] == stopped
     assert printed.count("W&B is offline") == 1
     assert "wandb sync" in printed
 
@@ -85,32 +86,36 @@ def test_interrupt_and_run_again(tmp_path, environment):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert again.returncode == 0, again.stdout + again.stderr
-    assert f"step {stopped}, from run/checkpoints/step_{stopped:08d}.pt" in again.stdout
-    assert logged_steps(tmp_path / "run") == list(range(1, 45))
+    saved = f"runs/quickstart/checkpoints/step_{stopped:08d}.pt"
+    assert f"step {stopped}, from {saved}" in again.stdout
+    regular = range(QUICKSTART_LOG_INTERVAL, QUICKSTART_STEPS + 1, QUICKSTART_LOG_INTERVAL)
+    assert logged_steps(run) == sorted({*regular, stopped})
     assert "finished; best val top-1" in again.stdout
     assert "resume  " not in again.stdout  # a finished run offers what comes next
-    for command in ("evaluate --checkpoint", "predict --checkpoint", "report run"):
-        assert f"resnet-dist {command}" in again.stdout
-    for label, path in (
-        ("checkpoints", "run/checkpoints/last.pt"),
-        ("config", "run/config.yaml"),
-        ("metrics", "run/metrics.jsonl"),
+    for command in (
+        "evaluate --checkpoint",
+        "predict --checkpoint",
+        "report runs/quickstart",
     ):
-        assert re.search(rf"{label} +{path}", again.stdout)
-        assert (tmp_path / path).exists()
-    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 2
-    assert (
-        len(
-            {
-                path.name.rsplit("-", 1)[1]
-                for path in (tmp_path / "run" / "wandb").glob("offline-run-*")
-            }
-        )
-        == 1
-    )
+        assert f"resnet-dist {command}" in again.stdout
+    for label, name in (
+        ("checkpoints", "checkpoints/last.pt"),
+        ("config", "config.yaml"),
+        ("metrics", "metrics.jsonl"),
+    ):
+        assert re.search(rf"{label} +runs/quickstart/{name}", again.stdout)
+        assert (run / name).exists()
+    sessions = list((run / "wandb").glob("offline-run-*"))
+    assert len(sessions) == 2
+    assert len({session.name.rsplit("-", 1)[1] for session in sessions}) == 1
+
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["val/num"] == 355
+    assert last["val/top1"] >= 97
+    print(f"quickstart: top-1 {last['val/top1']:.2f} % after {last['elapsed']:.0f} s")
 
 
 def test_sigkill_of_torchrun(tmp_path, environment):
@@ -118,8 +123,7 @@ def test_sigkill_of_torchrun(tmp_path, environment):
     the same command goes on from that very step.
     """
     command = [
-        *TORCHRUN,
-        str(ROOT / "train.py"),
+        *TWO_RANKS,
         "--config",
         str(ROOT / "configs/quickstart.yaml"),
         *SMALL,
@@ -129,16 +133,12 @@ def test_sigkill_of_torchrun(tmp_path, environment):
         first = subprocess.Popen(
             command, cwd=tmp_path, env=environment, stdout=printed, stderr=printed
         )
-        deadline = time.monotonic() + 300
-        while not (steps := logged_steps(tmp_path / "run")) or steps[-1] < 4:
-            assert first.poll() is None and time.monotonic() < deadline, (
-                tmp_path / "printed"
-            ).read_text()
-            time.sleep(0.05)
+        wait_until_logged(4, tmp_path / "run", first, (tmp_path / "printed").read_text)
         workers = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
         assert len(workers) == 2
         first.kill()
         first.wait()
+    deadline = time.monotonic() + 300
     while any(
         Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes()
         for pid in workers
@@ -164,7 +164,7 @@ def test_launch_ends_with_our_words_and_our_code(tmp_path, environment):
     environment["PYTHONPATH"] = str(ROOT)
     refused = ["--config", str(ROOT / "configs/quickstart.yaml"), "--data.kind", "folder"]
     refused += ["--data.data_dir", "/nowhere"]
-    plain = [*TORCHRUN, str(ROOT / "train.py")]
+    plain = [*TORCHRUN, "1", str(ROOT / "train.py")]
     ended = [
         subprocess.run(
             [*command, *refused],
@@ -193,10 +193,7 @@ def test_a_closed_session_saves(tmp_path, environment):
         started = subprocess.Popen(
             ["nohup", *command], cwd=tmp_path, env=environment, stdout=printed, stderr=printed
         )
-        deadline = time.monotonic() + 300
-        while not (steps := logged_steps(tmp_path / "run")) or steps[-1] < 4:
-            assert started.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until_logged(4, tmp_path / "run", started, (tmp_path / "printed").read_text)
         started.send_signal(signal.SIGHUP)
         assert started.wait(180) == 128 + signal.SIGHUP
     text = (tmp_path / "printed").read_text()
@@ -204,25 +201,3 @@ def test_a_closed_session_saves(tmp_path, environment):
     assert (tmp_path / "run" / "checkpoints" / f"step_{stopped:08d}.pt").exists()
     assert re.search(r"resume +resnet-dist launch --standalone .* train --config", text)
     assert "Traceback" not in text
-
-
-def test_the_quickstart_reaches_its_accuracy(tmp_path, environment):
-    """No arguments at all: it says what it runs, and ends above 97 %."""
-    done = subprocess.run(
-        [*TORCHRUN, str(ROOT / "train.py")],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout
-    assert done.stdout.startswith("no arguments: running the quickstart, --config quickstart\n")
-    lines = [
-        json.loads(line)
-        for line in (tmp_path / "runs/quickstart/metrics.jsonl").read_text().splitlines()
-    ]
-    assert lines[-1]["val/num"] == 355
-    assert lines[-1]["val/top1"] >= 97
-    print(f"quickstart: top-1 {lines[-1]['val/top1']:.2f} % after {lines[-1]['elapsed']:.0f} s")

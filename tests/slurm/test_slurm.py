@@ -53,12 +53,16 @@ def digits(tmp_path_factory):
 
 
 def training(digits, output_dir):
-    """Twelve steps an epoch on small images, each step logged, a checkpoint every five steps and at
-    each epoch.
+    """Twelve steps an epoch, each step logged, a checkpoint every five steps and at each epoch. The
+    network is small: many ranks share the machine, and SLURM does not see which one they train.
     """
     return small_run(
         data__data_dir=digits,
         output_dir=output_dir,
+        model__name="lenet5",
+        data__train_crop_size=32,
+        data__val_resize_size=32,
+        data__val_crop_size=32,
         train__epochs=2,
         train__ema_decay=0.9,
         checkpoint__interval_steps=5,
