@@ -558,7 +558,7 @@ def test_the_local_executor_trains(tmp_path):
                 data__train_crop_size=8,
                 data__val_resize_size=8,
                 data__val_crop_size=8,
-                train__epochs=1,
+                train__epochs=0.2,
                 schedule__warmup_epochs=0,
                 cluster__executor="local",
                 cluster__gpus_per_node=0,
