@@ -16,8 +16,8 @@ import re
 import zipfile
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from resnet_dist.commands.class_folders import NewFile, write_class_folders
 from resnet_dist.files import write_file
@@ -34,7 +34,8 @@ _TRAIN_IMAGE = re.compile(f"train/({_NAME})/images/({_NAME}[.]jpe?g)", re.IGNORE
 _VAL_IMAGE = re.compile(f"val/images/({_NAME}[.]jpe?g)", re.IGNORECASE)
 
 
-class _Source(NamedTuple):
+@dataclass(frozen=True)
+class _Source:
     """The files of Tiny-ImageNet, in a folder or in a zip file."""
 
     place: str
@@ -43,6 +44,10 @@ class _Source(NamedTuple):
     """the number of bytes of each file, by its path below the top folder"""
     read: Callable[[str], bytes]
     """gives the content of one of these files"""
+
+    def fault(self, problem: str) -> ValueError:
+        """The error for a data set that is not complete."""
+        return ValueError(f"{printable(self.place)}: {problem}: unpack it again")
 
     def lines(self, name: str) -> list[str]:
         """The lines of a text file. Raises ValueError if it is not text."""
@@ -55,8 +60,9 @@ class _Source(NamedTuple):
 
     def image(self, wnid: str, path: str) -> NewFile:
         """An image and the name that it gets."""
-        name = f"{wnid}/{os.path.basename(path)}"
-        return NewFile(name, functools.partial(self.read, path), self.sizes[path])
+        file = os.path.basename(path)
+        read = functools.partial(self.read, path)
+        return NewFile(f"{wnid}/{file}", read, self.sizes[path])
 
 
 def run(args: argparse.Namespace) -> int:
@@ -107,13 +113,15 @@ def _find_root(folder: str) -> Path:
 def _open_folder(root: Path) -> _Source:
     """List train/ and val/ of a folder."""
     sizes = {}
-    if (root / _WORDS).is_file():
-        sizes[_WORDS] = (root / _WORDS).stat().st_size
+    words = root / _WORDS
+    if words.is_file():
+        sizes[_WORDS] = words.stat().st_size
     for split in ("train", "val"):
         for folder, _, names in os.walk(root / split):
             inner = os.path.relpath(folder, root)
             for name in names:
-                sizes[f"{inner}/{name}"] = os.path.getsize(os.path.join(folder, name))
+                size = os.path.getsize(os.path.join(folder, name))
+                sizes[f"{inner}/{name}"] = size
 
     def read(name: str) -> bytes:
         return (root / name).read_bytes()
@@ -123,15 +131,15 @@ def _open_folder(root: Path) -> _Source:
 
 def _open_zip(path: str, archive: zipfile.ZipFile) -> _Source:
     """List a zip file, whose top folder may have any name."""
-    names = archive.namelist()
-    places = [name for name in names if f"/{name}".endswith(f"/{_ANNOTATIONS}")]
-    if not places:
+    top = _find_top_folder(archive.namelist())
+    if top is None:
         raise _not_tiny_imagenet(path)
-    top = min(places, key=len).removesuffix(_ANNOTATIONS)
     sizes = {}
     for member in archive.infolist():
-        if member.filename.startswith(top) and not member.is_dir():
-            sizes[member.filename.removeprefix(top)] = member.file_size
+        is_inside = member.filename.startswith(top)
+        if is_inside and not member.is_dir():
+            name = member.filename.removeprefix(top)
+            sizes[name] = member.file_size
 
     def read(name: str) -> bytes:
         try:
@@ -142,12 +150,27 @@ def _open_zip(path: str, archive: zipfile.ZipFile) -> _Source:
     return _Source(path, sizes, read)
 
 
+def _find_top_folder(names: list[str]) -> str | None:
+    """What the names in a zip file have before train/ and val/; None if it has no annotations."""
+    places = []
+    for name in names:
+        if f"/{name}".endswith(f"/{_ANNOTATIONS}"):
+            places.append(name)
+    if not places:
+        return None
+    shortest = min(places, key=len)
+    return shortest.removesuffix(_ANNOTATIONS)
+
+
 def _import(source: _Source, out: str) -> None:
     """Check everything, then write both splits and the words of the classes."""
     train = _find_train(source)
-    classes = sorted({image.name.partition("/")[0] for image in train})
-    val = _find_val(source, set(classes))
-    words = _read_words(source, set(classes))
+    classes = set()
+    for image in train:
+        wnid, _, _ = image.name.partition("/")
+        classes.add(wnid)
+    val = _find_val(source, classes)
+    words = _read_words(source, classes)
     write_class_folders(out, "train", train)
     write_class_folders(out, "val", val)
     if words:
@@ -162,18 +185,16 @@ def _find_train(source: _Source) -> list[NewFile]:
     wnids = set()
     with_images = set()
     for path in sorted(source.sizes):
-        folder = _CLASS.fullmatch(path)
-        if folder:
-            wnids.add(folder[1])
-        found = _TRAIN_IMAGE.fullmatch(path)
-        if found:
-            with_images.add(found[1])
-            images.append(source.image(found[1], path))
+        in_class = _CLASS.fullmatch(path)
+        if in_class:
+            wnids.add(in_class[1])
+        of_class = _TRAIN_IMAGE.fullmatch(path)
+        if of_class:
+            wnid = of_class[1]
+            with_images.add(wnid)
+            images.append(source.image(wnid, path))
     if not images:
-        raise ValueError(
-            f"{printable(source.place)} has no training images in train/<wnid>/images/: unpack "
-            f"it again"
-        )
+        raise source.fault("it has no training images in train/<wnid>/images/")
     for wnid in sorted(wnids):
         _check_class(source, wnid, wnid in with_images)
     return images
@@ -182,21 +203,16 @@ def _find_train(source: _Source) -> list[NewFile]:
 def _check_class(source: _Source, wnid: str, has_images: bool) -> None:
     """Raise ValueError if a class lacks images; the file of its boxes names all of them."""
     if not has_images:
-        raise ValueError(
-            f"{printable(source.place)}: the class train/{printable(wnid)} has no images: unpack "
-            f"it again"
-        )
+        raise source.fault(f"the class train/{printable(wnid)} has no images")
     list_of_images = f"train/{wnid}/{wnid}_boxes.txt"
     if list_of_images not in source.sizes:
         return
     for line in source.lines(list_of_images):
-        name = line.partition("\t")[0]
+        name, _, _ = line.partition("\t")
         path = f"train/{wnid}/images/{name}"
         if path not in source.sizes:
-            raise ValueError(
-                f"{printable(source.place)}: {printable(path)} is missing, which "
-                f"{printable(list_of_images)} names: unpack it again"
-            )
+            named_by = printable(list_of_images)
+            raise source.fault(f"{printable(path)} is missing, which {named_by} names")
 
 
 def _find_val(source: _Source, classes: set[str]) -> list[NewFile]:
@@ -209,7 +225,7 @@ def _find_val(source: _Source, classes: set[str]) -> list[NewFile]:
     images = []
     for number, line in enumerate(source.lines(_ANNOTATIONS), 1):
         name, _, rest = line.partition("\t")
-        wnid = rest.partition("\t")[0]
+        wnid, _, _ = rest.partition("\t")
         path = f"val/images/{name}"
         problem = ""
         if wnid not in classes:
@@ -217,17 +233,15 @@ def _find_val(source: _Source, classes: set[str]) -> list[NewFile]:
         elif path not in missing:
             problem = f"val/images/ has no image {name!r}, or an earlier line names it too"
         if problem:
-            raise ValueError(
-                f"{printable(source.place)}: {_ANNOTATIONS}, line {number}: {printable(problem)}; "
-                f"a line is <image>, <wnid> and a box, with tabs between them: unpack it again"
+            raise source.fault(
+                f"{_ANNOTATIONS}, line {number}: {printable(problem)}; a line is <image>, <wnid> "
+                f"and a box, with tabs between them"
             )
         missing.remove(path)
         images.append(source.image(wnid, path))
     if missing:
-        raise ValueError(
-            f"{printable(source.place)}: {_ANNOTATIONS} has no line for "
-            f"{printable(min(missing))}: unpack it again"
-        )
+        first = printable(min(missing))
+        raise source.fault(f"{_ANNOTATIONS} has no line for {first}")
     return images
 
 
@@ -238,6 +252,7 @@ def _read_words(source: _Source, classes: set[str]) -> dict[str, str]:
     words = {}
     for line in source.lines(_WORDS):
         wnid, _, meaning = line.partition("\t")
-        if wnid in classes and meaning.strip():
+        has_words = meaning.strip() != ""
+        if wnid in classes and has_words:
             words[wnid] = meaning
     return dict(sorted(words.items()))

@@ -133,7 +133,8 @@ class CachedWindows(_CachedSource):
         """The portion with the function that makes its squares."""
         equal = self._equal_images(portion)
         if equal is None:
-            return _with_one_view(portion, self._crop_one_by_one(portion), GROUP_VALUES)
+            crop = self._crop_one_by_one(portion)
+            return _with_one_view(portion, crop, GROUP_VALUES)
         crop = equal.resize_and_cut
         if equal.resized == equal.size:
             crop = equal.cut

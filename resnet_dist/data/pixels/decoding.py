@@ -24,7 +24,7 @@ from resnet_dist.data.pixels.dali import (
 from resnet_dist.data.pixels.finish import EXACT_RESIZES, FAST_RESIZES
 from resnet_dist.data.pixels.parquet_read import open_reader
 from resnet_dist.data.pixels.quarantine import Quarantine, Wanted, blank, next_good
-from resnet_dist.data.pixels.read import Encoded, Share
+from resnet_dist.data.pixels.read import Encoded, Share, broken_image
 from resnet_dist.data.pixels.squares import GROUP_VALUES, CropGroup, crop_windows
 from resnet_dist.data.pixels.warned_images import WarnedImages
 from resnet_dist.data.sampling.crops import Geometry
@@ -270,13 +270,7 @@ class ImageDecoding(PortionQueue):
                 continue
             for place in found:
                 row = loaded.images[place].row
-                broken = Encoded(
-                    row=row,
-                    data=b"",
-                    height=0,
-                    width=0,
-                    reason=REFUSED,
-                )
+                broken = broken_image(row, REFUSED)
                 loaded.images[place] = self._replace_if_bad(loaded.job, place, broken)
             loaded.geometry = self._geometry(loaded.job, loaded.images)
             return True
@@ -296,13 +290,7 @@ class ImageDecoding(PortionQueue):
             return image
         if job.training:
             wanted = Wanted(int(job.rows[place]), job.epoch, job.step)
-            return next_good(
-                self.index,
-                image,
-                self.quarantine,
-                wanted,
-                self.reader.limits,
-            )
+            return next_good(self.index, image, self.quarantine, wanted, self.reader.limits)
         path = self.index.path(image.row)
         self.quarantine.add(path, image.reason)
         return blank(image)

@@ -228,10 +228,12 @@ class RemoteReader(Reader):
     def _adapt(self, num_images: int) -> None:
         """Set the number of requests in flight, before `num_images` images are requested."""
         now = time.monotonic()
-        if len(self.latest) > 1 and self.seconds_per_file > 0:
+        is_measured = len(self.latest) > 1 and self.seconds_per_file > 0
+        if is_measured:
             images = sum(request.num_images for request in self.latest)
             seconds = now - self.latest[0].time
-            limit = requests_in_flight(images / seconds, self.seconds_per_file)
+            images_per_second = images / seconds
+            limit = requests_in_flight(images_per_second, self.seconds_per_file)
             self.gate.set_limit(limit)
         self.latest.append(_Request(now, num_images))
 
@@ -293,9 +295,11 @@ class RemoteReader(Reader):
         if self.cache is None:
             return None
         started = time.perf_counter()
-        data = self.cache.get(self.index.position(place.row), place.length)
+        position = self.index.position(place.row)
+        data = self.cache.get(position, place.length)
         if data is not None:
-            self._measure(time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            self._measure(seconds)
         return data
 
     def _fetch(self, group: list[ImagePlace]) -> dict[int, bytes]:
@@ -318,12 +322,19 @@ class RemoteReader(Reader):
         images = {}
         for place in group:
             begin = place.offset - first.offset
-            image = data[begin : begin + place.length]
-            if self.cache is not None and place.row not in images:
-                self.cache.put(self.index.position(place.row), image)
-            images[place.row] = image
+            end = begin + place.length
+            images[place.row] = data[begin:end]
             self._measure(seconds / len(group))
+        self._keep(images)
         return images
+
+    def _keep(self, images: dict[int, bytes]) -> None:
+        """Put images, by row, into the cache."""
+        if self.cache is None:
+            return
+        for row, data in images.items():
+            position = self.index.position(row)
+            self.cache.put(position, data)
 
     def _examine(self, row: int, known: dict[int, bytes]) -> Encoded:
         """Check the bytes of an image; one that was not read is too large."""
@@ -339,7 +350,8 @@ class RemoteReader(Reader):
         """Add the time of an image to the running average."""
         if self.seconds_per_file == 0:
             self.seconds_per_file = seconds
-        self.seconds_per_file += _WEIGHT * (seconds - self.seconds_per_file)
+        change = seconds - self.seconds_per_file
+        self.seconds_per_file += _WEIGHT * change
 
 
 def build_reader(index: Index, config: DataConfig) -> Reader:

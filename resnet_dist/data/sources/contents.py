@@ -11,6 +11,8 @@ from resnet_dist.data.sources.index import SHARD_INDEX, SUFFIXES, some
 from resnet_dist.data.sources.parquet import find_parquet_files
 from resnet_dist.data.sources.shards import ARCHIVE_SUFFIXES
 
+_SHARD_SUFFIXES = (".tar",)
+
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
@@ -31,7 +33,8 @@ class Contents:
         if self.shards:
             return os.path.join(self.root, SHARD_INDEX)
         folder, split = os.path.split(self.root)
-        return os.path.join(folder, f".resnet_dist_{split}_index.bin")
+        name = f".resnet_dist_{split}_index.bin"
+        return os.path.join(folder, name)
 
 
 def find_contents(data_dir: str, split: str) -> Contents:
@@ -55,7 +58,7 @@ def find_contents(data_dir: str, split: str) -> Contents:
     root = _split_folder(data_dir, split)
     classes = class_folders(root)
     loose = _plain_files(root, SUFFIXES)
-    shards = _plain_files(root, (".tar",))
+    shards = _plain_files(root, _SHARD_SUFFIXES)
     archives = _plain_files(root, ARCHIVE_SUFFIXES)
     rule = f"data.data_dir {data_dir!r}"
     if archives and not shards and not _any_image(root, classes):
@@ -83,7 +86,8 @@ def has_folders_or_shards(folder: str) -> bool:
     """Whether the folder of a split exists and holds class folders or tar shards."""
     if not os.path.isdir(folder):
         return False
-    return bool(class_folders(folder) or _plain_files(folder, (".tar",)))
+    shards = _plain_files(folder, _SHARD_SUFFIXES)
+    return bool(shards) or bool(class_folders(folder))
 
 
 def _split_folder(data_dir: str, split: str) -> str:
@@ -96,7 +100,8 @@ def _split_folder(data_dir: str, split: str) -> str:
     rule = f"data.data_dir {data_dir!r}"
     if not os.path.isdir(data_dir):
         raise ValueError(f"{rule} {_absent(data_dir)}: name the folder that holds train/ and val/")
-    root = os.path.abspath(os.path.join(data_dir, split))
+    folder = os.path.join(data_dir, split)
+    root = os.path.abspath(folder)
     if not os.path.isdir(root):
         raise ValueError(f"{rule} has no folder {split}/; {_instead(data_dir, split)}")
     return root
@@ -151,10 +156,12 @@ def _any_image(root: str, classes: list[str]) -> bool:
 
 def _instead(data_dir: str, split: str) -> str:
     """What `data_dir` contains if it has no folder `split`, and how to correct that."""
-    folders = [name for name in class_folders(data_dir) if not name.startswith(".")]
+    names = class_folders(data_dir)
+    folders = [name for name in names if not name.startswith(".")]
     if not folders:
         return "it has no folders at all. It must hold train/<class>/ and val/<class>/"
-    return f"found: {some(folders)}. {_advice(data_dir, folders, split)}"
+    advice = _advice(data_dir, folders, split)
+    return f"found: {some(folders)}. {advice}"
 
 
 def _advice(data_dir: str, folders: list[str], split: str) -> str:

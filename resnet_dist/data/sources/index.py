@@ -116,8 +116,9 @@ class Index:
             ValueError: if the index is damaged.
         """
         stored = self._stored(rows)
-        labels: np.ndarray = self.arrays["labels"][stored].astype(np.int64)
-        if labels.size:
+        narrow = self.arrays["labels"][stored]
+        labels: np.ndarray = narrow.astype(np.int64)
+        if labels.size > 0:
             self._check_label(labels.min())
             self._check_label(labels.max())
         return labels
@@ -134,12 +135,14 @@ class Index:
         """
         stored = self._stored(row)
         if not self.shards:
-            return os.path.join(self.root, self._name(stored)), 0, -1
+            name = self._name(stored)
+            return os.path.join(self.root, name), 0, -1
         number: int = self.arrays["shard"].item(stored)
         offset: int = self.arrays["offset"].item(stored)
         length: int = self.arrays["length"].item(stored)
-        known_shard = 0 <= number < len(self.shards)
-        if not known_shard or offset < 0 or length < 0:
+        is_known_shard = 0 <= number < len(self.shards)
+        is_place = offset >= 0 and length >= 0
+        if not is_known_shard or not is_place:
             raise self._damaged("a place in a shard is out of range")
         path = os.path.join(self.root, self.shards[number])
         return path, offset, length
@@ -150,8 +153,12 @@ class Index:
 
         It is empty for files on a disk.
         """
-        addresses = [os.path.join(self.root, shard) for shard in self.shards]
-        return dict(zip(addresses, self.origin.pins, strict=False))
+        pins = {}
+        # There are no pins for files on a disk.
+        for shard, pin in zip(self.shards, self.origin.pins, strict=False):
+            address = os.path.join(self.root, shard)
+            pins[address] = pin
+        return pins
 
     def name(self, row: int) -> str:
         """The name of an image, which is unique in the split.
@@ -223,9 +230,12 @@ class Index:
         """Check that no file name is empty or leads outside of the folder of the split."""
         starts = np.ascontiguousarray(self.arrays["starts"])
         names = self.arrays["names"]
-        if starts[0] != 0 or starts[-1] != len(names):
+        first = starts[0]
+        last = starts[-1]
+        if first != 0 or last != len(names):
             raise self._damaged("the file names have another length")
-        if np.any(starts[1:] <= starts[:-1]):
+        lengths_of_names = np.diff(starts)
+        if np.any(lengths_of_names <= 0):
             raise self._damaged("a file name has no length")
         if np.any(names == 0):
             raise self._damaged("a file name holds a null byte")
@@ -247,14 +257,15 @@ class Index:
         length = self.arrays["length"]
         if len(number) == 0:
             return
-        if number.min() < 0 or number.max() >= len(self.shards):
+        num_shards = len(self.shards)
+        if number.min() < 0 or number.max() >= num_shards:
             raise self._damaged("a shard's number is out of range")
         if offset.min() < 0 or length.min() < 0:
             raise self._damaged("an image has a negative place")
         stamps = self.origin.stamps
-        if len(stamps) != len(self.shards):
+        if len(stamps) != num_shards:
             raise self._damaged("the sizes of the shards are missing")
-        sizes = np.array(stamps, dtype=np.int64)[:, 0]
+        sizes = np.array([size for (size,) in stamps], dtype=np.int64)
         room = sizes[number] - offset
         if np.any(length > room):
             raise self._damaged("an image reaches beyond the end of its shard")
@@ -365,19 +376,30 @@ def check_same_classes(train_names: tuple[str, ...], val_names: tuple[str, ...])
     """
     if train_names == val_names:
         return
-    parts = []
-    for split, names, others in (
-        ("train", train_names, val_names),
-        ("val", val_names, train_names),
-    ):
-        only = sorted(set(names) - set(others))
-        if only:
-            parts.append(f"{len(only)} only in {split}/ ({some(only)})")
+    differences = [
+        *_only_in("train", train_names, val_names),
+        *_only_in("val", val_names, train_names),
+    ]
+    listed = ", ".join(differences)
     raise ValueError(
-        f"data.data_dir: the classes of train/ and val/ differ: {', '.join(parts)}. A class id is "
-        f"the position of the class folder in the sorted list: add or remove folders until both "
-        f"splits have the same ones"
+        f"data.data_dir: the classes of train/ and val/ differ: {listed}. A class id is the "
+        f"position of the class folder in the sorted list: add or remove folders until both splits "
+        f"have the same ones"
     )
+
+
+def _only_in(split: str, names: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Name the classes that only one split has; an empty list if there are none.
+
+    Args:
+        split: the split.
+        names: its classes.
+        others: the classes of the other split.
+    """
+    only = sorted(set(names) - set(others))
+    if not only:
+        return []
+    return [f"{len(only)} only in {split}/ ({some(only)})"]
 
 
 def check_num_classes(num_classes: int | None, found: int) -> int:
@@ -436,7 +458,8 @@ def _check_plain_names(names: Sequence[str], what: str) -> None:
         ValueError: if a name is a path or not allowed in a folder, or occurs twice.
     """
     for name in names:
-        if name in ("", ".", "..") or "/" in name or "\0" in name:
+        is_path = name in ("", ".", "..") or "/" in name
+        if is_path or "\0" in name:
             raise ValueError(f"the index is damaged: {name!r} is no name of a {what}")
     if len(set(names)) != len(names):
         raise ValueError(f"the index is damaged: the name of a {what} is there twice")
