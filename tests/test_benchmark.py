@@ -3,12 +3,15 @@
 import json
 import multiprocessing
 import re
+import sys
 
 import pytest
 from dist_utils import run_app
 from image_files import encode, picture, write_split
 
 from resnet_dist import cli
+from resnet_dist.commands.rival_formats import build_rival
+from resnet_dist.config import DataConfig
 from resnet_dist.data.pixels.read import READ_THREADS
 
 
@@ -105,6 +108,28 @@ def test_benchmark_of_the_loader(tmp_path):
     *_, last_loader, remark = output.read_text().splitlines()
     assert last_loader.startswith("memory cache")
     assert re.match(r"training cache: 12 images, \d+\.\d MiB, decoded in ", remark)
+
+
+@pytest.mark.long
+def test_loaders_with_a_format_of_their_own(tmp_path):
+    """Each gives all images of an epoch with their labels, and begins anew for more."""
+    write_split(tmp_path, [encode(picture(60, 80, i)) for i in range(12)])
+    for name in ("webdataset", "litdata"):
+        folder = str(tmp_path / "train")
+        batches = build_rival(name, folder, DataConfig(train_crop_size=32), 4, 1)
+        labels = []
+        for images, classes in batches(0, 6):
+            assert tuple(images.shape) == (4, 3, 32, 32), name
+            labels += [int(label) for label in classes]
+        assert sorted(labels[:12]) == sorted(labels[12:]) == [0] * 4 + [1] * 4 + [2] * 4, name
+
+
+def test_rivals_that_cannot_be_used(tmp_path, monkeypatch):
+    write_split(tmp_path, [encode(picture(60, 80, i)) for i in range(3)])
+    monkeypatch.setitem(sys.modules, "streaming", None)
+    for name, words in (("ffcv", "choose from webdataset"), ("mosaicml", "mosaicml-streaming")):
+        with pytest.raises(ValueError, match=words):
+            build_rival(name, str(tmp_path / "train"), DataConfig(), 4, 1)
 
 
 def test_benchmark_of_the_loader_needs_files_and_one_process(tmp_path):

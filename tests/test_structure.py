@@ -108,6 +108,7 @@ FENCES = {
         "commands.import_cifar10",
         "commands.import_imagenet",
         "commands.rivals",
+        "commands.rival_formats",
         "commands.export",
         "commands.bare_loop",
     },
@@ -119,6 +120,9 @@ FENCES = {
     "pynvml": {"commands.energy"},
     "obstore": {"data.stores.client"},
     "boto3": {"data.stores.client"},
+    "webdataset": {"commands.rival_formats"},
+    "litdata": {"commands.rival_formats"},
+    "streaming": {"commands.rival_formats"},
     "submitit": {"launch.submission", "launch.script", "launch.rank"},
 }
 

@@ -1,11 +1,12 @@
 """`resnet-dist benchmark loader`: what a training image costs, compared with other loaders.
 
-The other loaders are a plain DALI pipeline and torchvision's data set in a PyTorch DataLoader. The
-loaders take turns. Ratios are computed from turns of the same round, since the load of the machine
-may change. "memory cache" is our loader with the training images decoded in memory
-(`data.train_cache auto`), if they fit; filling it does not count. The most reliable figure is the
-CPU time per image, which hardly depends on other programs. A turn produces a fixed number of
-images, and includes the start and end of its workers.
+The other loaders are a plain DALI pipeline and torchvision's data set in a PyTorch DataLoader, and
+on demand those with a format of their own (rival_formats.py). The loaders take turns. Ratios are
+computed from turns of the same round, since the load of the machine may change. "memory cache" is
+our loader with the training images decoded in memory (`data.train_cache auto`), if they fit;
+filling it does not count. The most reliable figure is the CPU time per image, which hardly depends
+on other programs. A turn produces a fixed number of images, and includes the start and end of its
+workers.
 """
 
 import argparse
@@ -20,6 +21,8 @@ from typing import Any, Literal
 
 import torch
 
+from resnet_dist.commands.benchmark_parts import split_names
+from resnet_dist.commands.rival_formats import build_rival
 from resnet_dist.commands.rivals import MakeBatches, plain_dali, plain_torchvision
 from resnet_dist.config import Config
 from resnet_dist.data.build import build_train_loader
@@ -196,6 +199,8 @@ def _makers(
     torchvision = plain_torchvision(folder, data, local, ours.threads)
     if torchvision is not None:
         makers["torchvision"] = torchvision
+    for name in split_names(options.rivals):
+        makers[name] = build_rival(name, folder, data, local, ours.threads)
     return makers
 
 

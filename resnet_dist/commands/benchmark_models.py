@@ -13,7 +13,12 @@ from pathlib import Path
 import torch
 
 from resnet_dist.commands.benchmark import peak_memory_gib
-from resnet_dist.commands.benchmark_parts import build_training, step_on_one_batch, time_steps
+from resnet_dist.commands.benchmark_parts import (
+    build_training,
+    split_names,
+    step_on_one_batch,
+    time_steps,
+)
 from resnet_dist.commands.device_rates import matrix_dtype, matrix_rate
 from resnet_dist.config import Config
 from resnet_dist.distributed.runtime import Runtime
@@ -93,9 +98,9 @@ def compare_models(config: Config, runtime: Runtime, options: argparse.Namespace
     Raises:
         ValueError: If a precision is unknown.
     """
-    networks = _split(options.models)
+    networks = split_names(options.models)
     device = runtime.device
-    precisions = choose_precisions(_split(options.precisions), device)
+    precisions = choose_precisions(split_names(options.precisions), device)
     matrix_flops = matrix_rate(device, matrix_dtype(device))
     conditions = Conditions(config, runtime, options.windows, options.steps, matrix_flops)
     rows = []
@@ -137,12 +142,6 @@ def choose_precisions(names: Sequence[str], device: torch.device) -> list[str]:
     if device.type == "cuda" and fastest == "bf16":
         return ["bf16", "fp16", "fp32"]
     return list(dict.fromkeys((fastest, "fp32")))
-
-
-def _split(text: str) -> list[str]:
-    """The words between the commas of a text."""
-    words = [word.strip() for word in text.split(",")]
-    return [word for word in words if word]
 
 
 def _measure_or_fail(variant: Variant, conditions: Conditions) -> Measured:

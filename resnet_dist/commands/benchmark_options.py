@@ -23,20 +23,7 @@ def add_benchmark_options(parser: Parser) -> None:
     )
     parser.add_option("--windows", type=PositiveInt, default=5, help="number of measurements")
     parser.add_option("--steps", type=PositiveInt, default=40, help="loop: steps per measurement")
-    parser.add_option(
-        "--images", type=PositiveInt, default=2000, help="loader: images per measurement"
-    )
-    parser.add_option(
-        "--read_delay_ms",
-        type=NonNegativeFloat,
-        default=0.0,
-        help="loader: measure also with this delay added to each read",
-    )
-    parser.add_path(
-        "--originals",
-        default="",
-        help="loader: data folder for the other loaders; empty: data_dir",
-    )
+    _add_loader_options(parser)
     parser.add_path(
         "--profile",
         default="",
@@ -67,6 +54,31 @@ def add_benchmark_options(parser: Parser) -> None:
         "--determinism",
         action="store_true",
         help="measure what train.deterministic costs",
+    )
+
+
+def _add_loader_options(parser: Parser) -> None:
+    """Add the options of the comparison of loaders."""
+    parser.add_option(
+        "--images", type=PositiveInt, default=2000, help="loader: images per measurement"
+    )
+    parser.add_option(
+        "--read_delay_ms",
+        type=NonNegativeFloat,
+        default=0.0,
+        help="loader: measure also with this delay added to each read",
+    )
+    parser.add_path(
+        "--originals",
+        default="",
+        help="loader: data folder for the other loaders; empty: data_dir",
+    )
+    parser.add_option(
+        "--rivals",
+        type=str,
+        default="",
+        metavar="NAME,...",
+        help="loader: compare also with webdataset, litdata and mosaicml, where installed",
     )
 
 

@@ -152,3 +152,9 @@ def host_seconds(step: Step, device: torch.device, repeats: int = 10) -> float |
         seconds.append(time.perf_counter() - start)
     synchronize(device)
     return statistics.median(seconds)
+
+
+def split_names(text: str) -> list[str]:
+    """The words between the commas of a text."""
+    words = [word.strip() for word in text.split(",")]
+    return [word for word in words if word]

@@ -94,6 +94,20 @@ def _take_in_turn(pipeline: Any) -> MakeBatches:  # noqa: ANN401
     return batches
 
 
+def torchvision_transform(config: DataConfig) -> Callable[[Any], torch.Tensor]:
+    """Random crop, mirror and normalisation of a PIL image by torchvision: float32 [3, h, w]."""
+    from torchvision import transforms
+
+    steps = [
+        transforms.RandomResizedCrop(config.train_crop_size, config.crop_scale, config.crop_ratio),
+        transforms.RandomHorizontalFlip(config.flip_probability),
+        transforms.ToTensor(),
+        transforms.Normalize(config.mean, config.std),
+    ]
+    transform: Callable[[Any], torch.Tensor] = transforms.Compose(steps)
+    return transform
+
+
 def plain_torchvision(
     folder: str, config: DataConfig, local_batch_size: int, threads: int
 ) -> MakeBatches | None:
@@ -103,15 +117,9 @@ def plain_torchvision(
     """
     if importlib.util.find_spec("torchvision") is None:
         return None
-    from torchvision import datasets, transforms
+    from torchvision import datasets
 
-    steps = [
-        transforms.RandomResizedCrop(config.train_crop_size, config.crop_scale, config.crop_ratio),
-        transforms.RandomHorizontalFlip(config.flip_probability),
-        transforms.ToTensor(),
-        transforms.Normalize(config.mean, config.std),
-    ]
-    images = datasets.ImageFolder(folder, transforms.Compose(steps))
+    images = datasets.ImageFolder(folder, torchvision_transform(config))
 
     def batches(start: int, stop: int) -> Iterator[Any]:
         num_samples = (stop - start) * local_batch_size
