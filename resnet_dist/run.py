@@ -446,8 +446,7 @@ def load_and_report_teacher(
     teacher = load_teacher(config, train_loader.class_names, runtime)
     if teacher is None:
         return None
-    for remark in teacher.remarks:
-        log.say(remark)
+    log.say(f"teacher: {teacher.description}")
     for warning in teacher.warnings:
         log.warn(warning)
     return teacher

@@ -41,8 +41,8 @@ class Teacher:
     """in evaluation mode; images [B, 3, H, W] to logits [B, num_classes]"""
     sha256: str
     """digest of the file of its weights"""
-    remarks: tuple[str, ...]
-    """what it is, in a sentence, and what was assumed about it"""
+    description: str
+    """what it is and where it is from"""
     warnings: tuple[str, ...]
     """how its training differs from this run in what it sees"""
 
@@ -79,11 +79,10 @@ def load_teacher(config: Config, class_names: Sequence[str], runtime: Runtime) -
     model_config = replace(own.model, sync_batch_norm=False)
     network, _ = load_network(saved, replace(own, model=model_config), runtime.device)
     network.requires_grad_(False)
-    title = f"teacher: {own.model.name} of {name} ({saved.origin}, sha256 {saved.sha256[:12]})"
     return Teacher(
         network=network,
         sha256=saved.sha256,
-        remarks=(title, *saved.remarks),
+        description=f"{own.model.name} of {printable(saved.path)} (sha256 {saved.sha256[:12]})",
         warnings=tuple(_differences(saved, own, config, class_names)),
     )
 
@@ -164,8 +163,6 @@ def _pack(saved: SavedNetwork) -> bytes:
         "sha256": saved.sha256,
         "class_names": saved.class_names,
         "num_classes": saved.num_classes,
-        "is_foreign": saved.is_foreign,
-        "remarks": saved.remarks,
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -182,8 +179,6 @@ def _unpack(payload: bytes) -> SavedNetwork:
         sha256=content["sha256"],
         class_names=content["class_names"],
         num_classes=content["num_classes"],
-        is_foreign=content["is_foreign"],
-        remarks=content["remarks"],
     )
 
 

@@ -33,6 +33,7 @@ from resnet_dist.config import AugmentConfig, Config, DataConfig, OptimConfig, t
 from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.engine import Training
 from resnet_dist.models import sync_batch_norm
+from resnet_dist.models.build import build_model
 from resnet_dist.nonfinite import NonFinite
 from resnet_dist.optim import build_optimizer
 from resnet_dist.precision import set_arithmetic
@@ -94,15 +95,20 @@ def losses_of(parts: Training, num_steps: int, lr: float) -> list[float]:
 
 
 def no_host_sync(place: Place, folder: Path) -> str:
-    """`train_step` never waits for the device: DDP, SyncBatchNorm's collective, EMA, mixup, fp16.
+    """`train_step` never waits for the device: DDP, SyncBatchNorm's collective, EMA, mixup, fp16,
+    a teacher.
 
     Eager, and on a GPU compiled.
     """
     config = training_config(place, folder)
     train = replace(config.train, ema_decay=0.999, label_smoothing=0.1, clip_grad_norm=1.0)
     config = replace(config, train=train, augment=AugmentConfig(mixup_alpha=0.2))
-    fp16 = replace(config, train=replace(train, precision="fp16"))
-    variants = {"eager": config, "eager fp16": fp16}
+    teacher = folder / "teacher.pth"
+    network = build_model(config.model, config.data.synthetic_classes)
+    torch.save(network.state_dict(), teacher)
+    taught = replace(train, teacher=str(teacher), teacher_model=config.model.name)
+    fp16 = replace(config, train=replace(taught, precision="fp16"))
+    variants = {"eager": config, "eager fp16 with a teacher": fp16}
     variants = {name: with_compile(one, False) for name, one in variants.items()}
     if place.is_cuda:
         # Sooner compiled than ResNet-50.
