@@ -38,11 +38,13 @@ class GroupsWithWarnings(Generic[Group]):
             return
         with self._lock:
             self._under_way.append(group)
-        yield
-        with self._lock:
-            if self._source.take_all():
-                self.found += [one for one in self._under_way if one not in self.found]
-            self._under_way.remove(group)
+        try:
+            yield
+        finally:
+            with self._lock:
+                if self._source.take_all():
+                    self.found += [one for one in self._under_way if one not in self.found]
+                self._under_way.remove(group)
 
 
 def find_warnings(

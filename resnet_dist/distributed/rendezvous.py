@@ -18,6 +18,8 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from resnet_dist.text import first_line
+
 # Every launcher sets all of these variables.
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -264,8 +266,7 @@ def meet(launcher: Launcher, timeout_s: float) -> Meeting:
         raise
     except (dist.DistError, RuntimeError) as problem:
         gone = _store_is_gone(launcher)
-        reason = str(problem).splitlines()[0]
-        raise LostRankError(f"lost at the start: {gone}; {reason}") from problem
+        raise LostRankError(f"lost at the start: {gone}; {first_line(problem)}") from problem
     return Meeting(launcher, here, peers)
 
 

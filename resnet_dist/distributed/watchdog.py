@@ -20,7 +20,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from resnet_dist.distributed.error_file import write_error_file
 from resnet_dist.distributed.rendezvous import Meeting, process_state
 from resnet_dist.distributed.stacks import stack_of_main_thread
-from resnet_dist.text import printable_lines
+from resnet_dist.text import first_line, printable_lines
 
 EXIT_LOST_RANK = 75
 """Exit code (EX_TEMPFAIL) when another rank or the launcher was lost: the same command resumes."""
@@ -221,8 +221,7 @@ class Watchdog:
             gone = self._behind(begun + 1)
         if not gone:
             gone = "no rank seems to be gone"
-        reason = str(problem).splitlines()[0]
-        text = f"lost at step {self.step} ({self.phase}): {gone}; {reason}"
+        text = f"lost at step {self.step} ({self.phase}): {gone}; {first_line(problem)}"
         return self.own(text, EXIT_LOST_RANK)
 
     def _wait_for_news(self, deadline: float) -> None:
