@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -16,12 +15,6 @@ from resnet_dist.models.build import build_model
 from resnet_dist.resources.step_memory import _Storages, measure_batch_memory, measure_step_memory
 
 GIB = 2**30
-
-
-def plan(capsys, *words):
-    settings = ("--config", "quickstart", "--data.train_crop_size", "32")
-    assert cli.main(["plan", "--json", *settings, *words]) == 0
-    return json.loads(capsys.readouterr().out)
 
 
 def test_storages_are_counted_from_their_operation_until_they_are_freed():
@@ -42,7 +35,10 @@ def test_storages_are_counted_from_their_operation_until_they_are_freed():
 
 
 def test_the_plan_of_the_quickstart(capsys):
-    found = plan(capsys, "--gpus", "2", "--hours", "0.1")
+    words = ["plan", "--json", "--config", "quickstart", "--data.train_crop_size", "32"]
+    words += ["--gpus", "2", "--hours", "0.1", "--memory_gib", "1"]
+    assert cli.main(words) == 0
+    found = json.loads(capsys.readouterr().out)
     assert (found["local_batch_size"], found["steps_per_epoch"], found["total_steps"]) == (
         32,
         22,
@@ -52,13 +48,12 @@ def test_the_plan_of_the_quickstart(capsys):
     memory = found["memory"]
     assert memory["num_parameters"] == 269_722
     assert memory["optimizer"] == 4 * 269_722
+    changes = {"data.train_crop_size": 32, "train.precision": "bf16", "model.num_classes": 10}
+    config = Config.from_yaml("quickstart", changes=changes)
     # Twice the images take twice the memory, but for the gradients.
-    double = plan(capsys, "--gpus", "1", "--memory_gib", "1")
-    assert 1.8 < double["memory"]["step"] / memory["step"] < 2.01
-    fitting = double["most_local_batch"]
-    at_the_limit = plan(capsys, "--train.global_batch_size", str(fitting), "--images", "100000")
-    total = at_the_limit["memory"]["total"]
-    assert 0.97 * GIB < total < 1.02 * GIB
+    assert 1.8 < measure_step_memory(config, 64).step / memory["step"] < 2.01
+    at_the_limit = measure_step_memory(config, found["most_local_batch"])
+    assert 0.97 * GIB < at_the_limit.total < 1.02 * GIB
 
 
 def test_what_does_not_fit_together_is_refused(capsys):
@@ -80,14 +75,22 @@ def test_the_memory_is_near_that_of_an_h100():
     """
     model = ModelConfig(name="resnet50", num_classes=1000)
     train = TrainConfig(precision="bf16")
-    memory = measure_batch_memory(Config(model=model, train=train), 256)
-    assert memory.step.total / GIB == pytest.approx(10.9, rel=0.05)
+    config = Config(model=model, train=train)
+    step = measure_step_memory(config, 256)
+    assert step.total / GIB == pytest.approx(10.9, rel=0.05)
+    memory = measure_batch_memory(config, 256, step)
     assert memory.most_images(43.0 * GIB) == pytest.approx(1024, rel=0.05)
-    averaged = replace(train, ema_decay=0.9)
-    lamb = Config(model=model, optim=OptimConfig("lamb"), train=averaged)
-    state = measure_step_memory(lamb, 2)
-    assert state.optimizer == 2 * memory.step.optimizer
-    assert state.average == memory.step.weights
+
+
+def test_the_memory_of_the_state():
+    """SGD has one value for each weight, LAMB two; an average has the buffers, too."""
+    model = ModelConfig(name="resnet18", num_classes=10)
+    data = DataConfig(train_crop_size=32)
+    averaged = TrainConfig(precision="fp32", ema_decay=0.9)
+    lamb = Config(model=model, data=data, optim=OptimConfig("lamb"), train=averaged)
+    memory = measure_step_memory(lamb, 2)
+    assert memory.optimizer == 2 * 4 * memory.num_parameters
+    assert memory.average == memory.weights > 4 * memory.num_parameters
 
 
 NETWORKS = {

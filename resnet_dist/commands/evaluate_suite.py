@@ -82,13 +82,21 @@ def run(saved: SavedNetwork, config: Config, options: argparse.Namespace) -> int
             evaluation = _prepare(saved, replace(config, output_dir=scratch), runtime, folder)
             results = _evaluate_all(evaluation, entries)
         if runtime.is_main:
-            content = _as_plain(evaluation, results)
-            print(json.dumps(content) if options.json else format_markdown(results), flush=True)
+            _print_results(evaluation, results, options.json)
             _print_problems(results, folder)
         runtime.on_main(lambda: _write(evaluation, results))
-        return 2 if any(result.problem for result in results) else 0
+        has_problem = any(result.problem for result in results)
+        return 2 if has_problem else 0
 
     return run_process(config, body)
+
+
+def _print_results(evaluation: _Evaluation, results: list[SetResult], as_json: bool) -> None:
+    """Print the table, or all results as JSON."""
+    text = format_markdown(results)
+    if as_json:
+        text = json.dumps(_as_plain(evaluation, results))
+    print(text, flush=True)
 
 
 def _prepare(saved: SavedNetwork, config: Config, runtime: Runtime, folder: Path) -> _Evaluation:
@@ -102,8 +110,16 @@ def _prepare(saved: SavedNetwork, config: Config, runtime: Runtime, folder: Path
     kind = preferred_kind(saved)
     model = build_network(saved, config, runtime.device)
     load_into(model, saved, kind)
+    identity = _identify(saved, kind, config)
+    if runtime.is_main:
+        print_remarks(saved.remarks)
+    return _Evaluation(saved, model, config, runtime, folder, identity)
+
+
+def _identify(saved: SavedNetwork, kind: str, config: Config) -> dict[str, Any]:
+    """What the counts depend on beside the data: the weights and how they are evaluated."""
     data = config.data
-    identity = {
+    return {
         "sha256": saved.sha256,
         "kind": kind,
         "model": asdict(config.model),
@@ -117,9 +133,6 @@ def _prepare(saved: SavedNetwork, config: Config, runtime: Runtime, folder: Path
         "mean": list(data.mean),
         "std": list(data.std),
     }
-    if runtime.is_main:
-        print_remarks(saved.remarks)
-    return _Evaluation(saved, model, config, runtime, folder, identity)
 
 
 def _make_folder(folder: Path) -> None:
@@ -136,14 +149,16 @@ def _evaluate_all(evaluation: _Evaluation, entries: list[SuiteEntry]) -> list[Se
     """Evaluate all sets, and write the tables after each part. Call it on every rank."""
     runtime = evaluation.runtime
     earlier = runtime.on_main(lambda: _read_earlier(evaluation))
-    results = [SetResult(entry) for entry in entries]
-    for result in results:
-        result.parts.update(_finished_parts(result.entry, earlier))
+    results = []
+    for entry in entries:
+        result = SetResult(entry)
+        result.parts.update(_finished_parts(entry, earlier))
         if result.parts:
             result.remarks.append(
                 f"{len(result.parts)} finished parts are taken from "
                 f"{evaluation.folder / _STEM}.json; remove it to evaluate them again"
             )
+        results.append(result)
     for result in results:
         _evaluate_set(evaluation, result, results)
         if runtime.is_main:
@@ -154,9 +169,11 @@ def _evaluate_all(evaluation: _Evaluation, entries: list[SuiteEntry]) -> list[Se
 def _finished_parts(entry: SuiteEntry, earlier: dict[str, Any]) -> dict[str, PartCounts]:
     """The parts of a set in the file of an earlier run, if they were counted in the same way."""
     plain = earlier.get(entry.name)
-    own = {key: value for key, value in asdict(entry).items() if value}
-    if not isinstance(plain, dict) or any(plain.get(key) != own[key] for key in own):
+    if not isinstance(plain, dict):
         return {}
+    for key, value in asdict(entry).items():
+        if value and plain.get(key) != value:
+            return {}
     try:
         return parts_from_plain(plain)
     except (KeyError, TypeError, AttributeError):
@@ -173,7 +190,9 @@ def _read_earlier(evaluation: _Evaluation) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("identity") != evaluation.identity:
         return {}
     sets = content.get("sets")
-    return sets if isinstance(sets, dict) else {}
+    if not isinstance(sets, dict):
+        return {}
+    return sets
 
 
 def _evaluate_set(evaluation: _Evaluation, result: SetResult, results: list[SetResult]) -> None:
@@ -223,25 +242,39 @@ def _evaluate_part(evaluation: _Evaluation, result: SetResult, part: Part) -> Pa
     entry = result.entry
     loader = part.open(config, runtime)
     with closing(loader):
-        names = evaluation.saved.names_or(loader.class_names)
-        place = f"sets.{entry.name}: {entry.data}"
-        class_map = map_classes(loader.class_names, names, entry.classes, place, "classes: ")
-        for remark in class_map.remarks:
-            if remark not in result.remarks:
-                result.remarks.append(remark)
+        class_map = _map_classes(evaluation, loader, result)
         counter = _label_set_counter(entry, loader, class_map, runtime)
         counts = count_mapped(evaluation.model, loader, class_map, config, runtime, counter)
         num_bad = runtime.sum_integer(loader.num_bad)
-    plain = counts.result(class_map.num_competing)
+    figures = counts.result(class_map.num_competing)
     if entry.kind == "imagenet":
-        hint = hint_at_guessing(plain["top1"], class_map, evaluation.saved.reported_top1)
+        hint = hint_at_guessing(figures["top1"], class_map, evaluation.saved.reported_top1)
         result.remarks.extend(hint)
     if counter is not None:
         hits, num = counter.reduce(runtime)
-        return PartCounts(num, hits, None, 0.0, num_bad)
-    correct5 = int(plain["correct5"]) if "correct5" in plain else None
-    loss_sum = float(counts.loss_sum)
-    return PartCounts(int(plain["num"]), int(plain["correct1"]), correct5, loss_sum, num_bad)
+        return PartCounts(num, correct1=hits, correct5=None, loss_sum=0.0, num_bad=num_bad)
+    correct5 = None
+    if "correct5" in figures:
+        correct5 = int(figures["correct5"])
+    return PartCounts(
+        num=int(figures["num"]),
+        correct1=int(figures["correct1"]),
+        correct5=correct5,
+        loss_sum=float(counts.loss_sum),
+        num_bad=num_bad,
+    )
+
+
+def _map_classes(evaluation: _Evaluation, loader: ValLoader, result: SetResult) -> ClassMap:
+    """Find the output of each class of a part, and keep what is to be remarked, once for a set."""
+    entry = result.entry
+    names = evaluation.saved.names_or(loader.class_names)
+    place = f"sets.{entry.name}: {entry.data}"
+    class_map = map_classes(loader.class_names, names, entry.classes, place, "classes: ")
+    for remark in class_map.remarks:
+        if remark not in result.remarks:
+            result.remarks.append(remark)
+    return class_map
 
 
 def _label_set_counter(
@@ -258,11 +291,14 @@ def _label_set_counter(
 def _as_plain(evaluation: _Evaluation, results: list[SetResult]) -> dict[str, Any]:
     """All results as plain types."""
     saved = evaluation.saved
+    sets = {}
+    for result in results:
+        sets[result.entry.name] = result.as_plain()
     return {
         "weights": str(saved.path),
         "step": None if saved.is_foreign else saved.step,
         "identity": evaluation.identity,
-        "sets": {result.entry.name: result.as_plain() for result in results},
+        "sets": sets,
     }
 
 

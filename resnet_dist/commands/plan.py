@@ -14,7 +14,11 @@ from resnet_dist.data.sources.digits import NUM_TRAIN_DIGITS
 from resnet_dist.data.sources.scan import SingleProcess, build_index
 from resnet_dist.layout import check_layout
 from resnet_dist.resources.step_cost import count_step
-from resnet_dist.resources.step_memory import StepMemory, measure_batch_memory
+from resnet_dist.resources.step_memory import (
+    StepMemory,
+    measure_batch_memory,
+    measure_step_memory,
+)
 from resnet_dist.schedule import epochs_to_steps, peak_lr
 from resnet_dist.settings.options import print_error
 
@@ -92,10 +96,11 @@ def make_plan(config: Config, options: argparse.Namespace) -> Plan:
             f"{num_images} images: an epoch must have at least one step"
         )
     total_steps = max(1, epochs_to_steps(train.epochs, steps_per_epoch))
-    memory = measure_batch_memory(config, local_batch_size)
+    memory = measure_step_memory(config, local_batch_size)
     most_local_batch = None
     if options.memory_gib:
-        most_local_batch = memory.most_images(options.memory_gib * _GIB)
+        growing = measure_batch_memory(config, local_batch_size, memory)
+        most_local_batch = growing.most_images(options.memory_gib * _GIB)
     images_per_second = None
     if options.hours:
         images_per_second = total_steps * train.global_batch_size / (3600 * options.hours)
@@ -110,7 +115,7 @@ def make_plan(config: Config, options: argparse.Namespace) -> Plan:
         peak_lr=peak_lr(
             config.optim.base_lr, config.optim.base_batch_size, train.global_batch_size
         ),
-        memory=memory.step,
+        memory=memory,
         flops_per_image=count_step(config).flops_per_image,
         num_images=num_images,
         source_of_images=source,

@@ -9,7 +9,11 @@ from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.precision import resolve_settings
 from resnet_dist.resources.gpu_usage import read_gpu_memory
 from resnet_dist.resources.memory import available_memory
-from resnet_dist.resources.step_memory import BatchMemory, measure_batch_memory
+from resnet_dist.resources.step_memory import (
+    BatchMemory,
+    measure_batch_memory,
+    measure_step_memory,
+)
 
 _GIB = 2**30
 
@@ -65,7 +69,8 @@ def out_of_memory_error(config: Config, runtime: Runtime) -> ValueError:
     train = config.train
     micro_batches = runtime.world_size * train.grad_accum_steps
     local_batch_size = train.global_batch_size // micro_batches
-    need = measure_batch_memory(config, local_batch_size)
+    step_memory = measure_step_memory(config, local_batch_size)
+    need = measure_batch_memory(config, local_batch_size, step_memory)
     most = most_images(MemoryFacts(need, peak, capacity))
     ways = _ways_out(config, runtime.world_size, most)
     return ValueError(

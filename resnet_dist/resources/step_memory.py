@@ -76,9 +76,14 @@ class BatchMemory:
         return max(0, int(self.local_batch_size + further))
 
 
-def measure_batch_memory(config: Config, local_batch_size: int) -> BatchMemory:
-    """Find the memory of a training step and of a further image; see `measure_step_memory`."""
-    step = measure_step_memory(config, local_batch_size)
+def measure_batch_memory(config: Config, local_batch_size: int, step: StepMemory) -> BatchMemory:
+    """Find the memory that a further image takes.
+
+    Args:
+        config: The config of the run.
+        local_batch_size: Number of images of a micro-step.
+        step: The result of `measure_step_memory` for them.
+    """
     larger = measure_step_memory(config, local_batch_size + _FURTHER_IMAGES)
     bytes_per_image = (larger.total - step.total) / _FURTHER_IMAGES
     return BatchMemory(step, local_batch_size, max(1.0, bytes_per_image))

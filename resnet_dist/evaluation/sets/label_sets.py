@@ -38,20 +38,26 @@ def read_label_sets(path: Path) -> list[list[int]]:
         raise ValueError(
             f"labels: {printable(path)} cannot be read as JSON: {printable(problem)}"
         ) from problem
-    num_classes = len(imagenet_ids())
+    title = f"labels: {printable(path)}"
     if not isinstance(content, list) or not content:
-        raise ValueError(f"labels: {printable(path)} is not a list with an entry for each image")
+        raise ValueError(f"{title} is not a list with an entry for each image")
     for number, entry in enumerate(content):
-        if not isinstance(entry, list):
-            raise ValueError(f"labels: {printable(path)}: entry {number} is not a list of classes")
-        for label in entry:
-            is_id = isinstance(label, int) and not isinstance(label, bool)
-            if not is_id or not 0 <= label < num_classes:
-                raise ValueError(
-                    f"labels: {printable(path)}: entry {number} has the unknown class "
-                    f"{printable(label)}: class ids go from 0 to {num_classes - 1}"
-                )
+        _check_labels_of_image(entry, f"{title}: entry {number}")
     return content
+
+
+def _check_labels_of_image(entry: object, place: str) -> None:
+    """Raise ValueError if an entry of real.json is no list of class ids."""
+    if not isinstance(entry, list):
+        raise ValueError(f"{place} is not a list of classes")
+    num_classes = len(imagenet_ids())
+    for label in entry:
+        is_number = isinstance(label, int) and not isinstance(label, bool)
+        if not is_number or not 0 <= label < num_classes:
+            raise ValueError(
+                f"{place} has the unknown class {printable(label)}: class ids go from 0 to "
+                f"{num_classes - 1}"
+            )
 
 
 def sets_of_rows(index: Index, label_sets: list[list[int]], names: Sequence[str]) -> IntArray:
@@ -68,26 +74,43 @@ def sets_of_rows(index: Index, label_sets: list[list[int]], names: Sequence[str]
     Raises:
         ValueError: The network does not have ImageNet's classes, or a file name has no number.
     """
-    number_of = {name: number for number, name in enumerate(names)}
-    if not all(wnid in number_of for wnid in imagenet_ids()):
-        raise ValueError(
-            "labels: they are those of ImageNet, and the network does not have ImageNet's 1,000 "
-            "classes by their WordNet ids"
-        )
-    outputs = np.array([number_of[wnid] for wnid in imagenet_ids()])
+    outputs = _outputs_of_imagenet(names)
     longest = max(map(len, label_sets))
     rows = np.full((len(index), max(longest, 1)), _NO_LABEL, dtype=np.int64)
     for row in range(len(index)):
-        name = index.name(row)
-        found = _FILE_NAME.fullmatch(name)
-        if found is None or not 1 <= int(found[1]) <= len(label_sets):
-            raise ValueError(
-                f"labels: the image {printable(name)} is not named as ILSVRC2012_val_00000001.JPEG "
-                f"with a number from 1 to {len(label_sets)}: name ImageNet's validation set"
-            )
-        labels = label_sets[int(found[1]) - 1]
+        number = _number_of_image(index.name(row), len(label_sets))
+        labels = label_sets[number - 1]
         rows[row, : len(labels)] = outputs[labels]
     return rows
+
+
+def _outputs_of_imagenet(names: Sequence[str]) -> IntArray:
+    """The output of each of ImageNet's classes, int64 [1000]."""
+    output_of = {}
+    for output, name in enumerate(names):
+        output_of[name] = output
+    outputs = []
+    for wnid in imagenet_ids():
+        if wnid not in output_of:
+            raise ValueError(
+                "labels: they are those of ImageNet, and the network does not have ImageNet's "
+                "1,000 classes by their WordNet ids"
+            )
+        outputs.append(output_of[wnid])
+    return np.array(outputs)
+
+
+def _number_of_image(name: str, num_images: int) -> int:
+    """The number in the name of a file of ImageNet's validation set, from 1 to `num_images`."""
+    found = _FILE_NAME.fullmatch(name)
+    if found is not None:
+        number = int(found[1])
+        if 1 <= number <= num_images:
+            return number
+    raise ValueError(
+        f"labels: the image {printable(name)} is not named as ILSVRC2012_val_00000001.JPEG "
+        f"with a number from 1 to {num_images}: name ImageNet's validation set"
+    )
 
 
 class LabelSetCounter:
