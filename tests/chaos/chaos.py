@@ -479,6 +479,8 @@ def parse_options() -> argparse.Namespace:
 def main() -> int:
     """The long form: many rounds, and one run whose number of ranks changes."""
     options = parse_options()
+    # A run that nohup starts ignores SIGHUP, which is one of the faults.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     torch.set_num_threads(1)
     place = options.folder or Path(tempfile.mkdtemp(prefix="chaos."))
     shutil.rmtree(place / "rounds", ignore_errors=True)
