@@ -73,7 +73,7 @@ def test_a_flood_with_pythons_lock_held_passes(capfd):
 def test_the_last_words_of_a_crash_arrive():
     program = (
         "import ctypes, os\n"
-        "from resnet_dist import decoder_warnings\n"
+        "from resnet_dist.logs import decoder_warnings\n"
         "with decoder_warnings.collected():\n"
         "    libc = ctypes.CDLL(None)\n"
         "    stream = ctypes.c_void_p(ctypes.c_void_p.in_dll(libc, 'stderr').value)\n"

@@ -226,7 +226,7 @@ def in_process(tmp_path, code, **environment):
     head = (
         "import os, sys, time\n"
         "from pathlib import Path\n"
-        "from resnet_dist import log as m\n"
+        "from resnet_dist.logs import log as m\n"
         "from resnet_dist.logs.sinks import wandb as w\n"
         "from resnet_dist.config import LogConfig\n"
     )
