@@ -139,7 +139,8 @@ def _machine() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     num_cores = len(os.sched_getaffinity(0))
-    return f"{num_cores} cores of {_processor()}"
+    cores = "core" if num_cores == 1 else "cores"
+    return f"{num_cores} {cores} of {_processor()}"
 
 
 def _processor() -> str:
