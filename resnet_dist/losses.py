@@ -87,8 +87,8 @@ def distillation_loss(
     """KL divergence of the predictions from those of a teacher, times the squared temperature.
 
     The logits of both are divided by the temperature before the softmax. The factor keeps the size
-    of the gradient (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2;
-    as KL divergence in Beyer et al. 2021, section 3).
+    of the gradient (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2).
+    Beyer et al. 2021 write the loss as a KL divergence.
 
     Args:
         logits: [B, C].

@@ -186,11 +186,18 @@ def test_training_cut_is_pillows(interpolation, levels):
         ours = resize_and_crop(
             pixels[y : y + h, x : x + w].contiguous(), (96, 96), (0, 0), flip, 96, resize
         )
-        # Pillow 13 begins with the columns of some windows, earlier versions always with the rows.
-        rows_first = source.crop((x, y, x + w, y + h)).resize((96, h), method)
-        theirs = rows_first.resize((96, 96), method)
-        theirs = np.asarray(theirs.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else theirs)
-        assert np.abs(ours.numpy().astype(int) - theirs).max() <= levels
+        window = source.crop((x, y, x + w, y + h))
+        rows_first = window.resize((96, h), method).resize((96, 96), method)
+        references = [rows_first]
+        if interpolation == "bilinear":
+            # Pillow 13 begins with the columns of some windows. With the bicubic filter that can
+            # make a difference of 21 (docs/data.md).
+            references.append(window.resize((96, 96), method))
+        for reference in references:
+            if flip:
+                reference = reference.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            difference = np.abs(ours.numpy().astype(int) - np.asarray(reference))
+            assert difference.max() <= levels
 
 
 def test_graph_that_finishes_has_the_same_geometry():

@@ -84,6 +84,7 @@ LAYERS = [
         "evaluation.loop",
         "resources.step_cost",
         "resources.step_memory",
+        "resources.operations",
         "resources.out_of_memory",
         "evaluation.image_collector",
         "evaluation.evaluation_file",

@@ -72,7 +72,7 @@ def build_rival(
 
         return transform(Image.open(io.BytesIO(data)).convert("RGB"))
 
-    # Removed when the last reference to it is gone, or at the end of the process.
+    # Removed when the last reference to it is gone. `batches` has one.
     place = tempfile.TemporaryDirectory(prefix="resnet_dist_rival_")
     try:
         open_loader = write_and_open(
@@ -84,7 +84,7 @@ def build_rival(
         ) from problem
 
     def batches(start: int, stop: int) -> Iterator[Any]:
-        assert os.path.isdir(place.name)
+        assert os.path.isdir(place.name), "the folder of the rival is gone"
         yield from _take(open_loader(), stop - start)
         # The workers end with the loader, which may be part of a cycle. The CPU time of a worker
         # counts once it has ended.

@@ -1,18 +1,16 @@
 """The arithmetic and the memory traffic of a training step, counted on the meta device."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_dist.config import Config
 from resnet_dist.forward import all_logits
 from resnet_dist.models.build import build_model
+from resnet_dist.resources.operations import OperationWatch, Tensors
 
 
 @dataclass(frozen=True)
@@ -67,25 +65,16 @@ def _count(model: nn.Module, num_images: int, side: int) -> tuple[int, int]:
     return counter.get_total_flops(), traffic.num_bytes
 
 
-class _Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Traffic(OperationWatch):  # type: ignore[no-untyped-call]
     """Adds up the bytes of the tensors that each operation reads and writes."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.num_bytes = 0
 
-    def __torch_dispatch__(
-        self,
-        func: Any,  # noqa: ANN401
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
-        """Run an operation and count its tensors."""
-        result = func(*args, **(kwargs or {}))
-        if getattr(func, "is_view", False):
-            return result
-        for tensor in tree_leaves((args, kwargs, result)):
-            if isinstance(tensor, torch.Tensor):
-                self.num_bytes += tensor.numel() * tensor.element_size()
-        return result
+    def see(self, operation: Any, inputs: Tensors, results: Tensors) -> None:  # noqa: ANN401
+        """Count the tensors of an operation."""
+        if getattr(operation, "is_view", False):
+            return
+        for tensor in (*inputs, *results):
+            self.num_bytes += tensor.numel() * tensor.element_size()

@@ -5,21 +5,19 @@ types and nothing else. Each storage counts from the operation that makes it unt
 """
 
 import weakref
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from resnet_dist.config import Config
 from resnet_dist.forward import all_logits, at_least_fp32, train_mode
 from resnet_dist.losses import build_loss
 from resnet_dist.models.build import build_model
 from resnet_dist.models.weights import freeze
+from resnet_dist.resources.operations import OperationWatch, Tensors
 
 _BYTES_OF_FP32 = 4
 
@@ -162,7 +160,7 @@ def _bytes_of_state(model: nn.Module) -> int:
     return total
 
 
-class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Storages(OperationWatch):  # type: ignore[no-untyped-call]
     """Follows the bytes of all storages that operations make.
 
     Attributes:
@@ -170,7 +168,7 @@ class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.peak = 0
         self._alive = 0
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
@@ -193,16 +191,7 @@ class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _free(self, num_bytes: int) -> None:
         self._alive -= num_bytes
 
-    def __torch_dispatch__(
-        self,
-        func: Any,  # noqa: ANN401
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
-        """Run an operation and count the storages of its results."""
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.count(tensor)
-        return result
+    def see(self, operation: Any, inputs: Tensors, results: Tensors) -> None:  # noqa: ANN401
+        """Count the storages of the results of an operation."""
+        for tensor in results:
+            self.count(tensor)

@@ -24,7 +24,7 @@ from resnet_dist.config import DataConfig
 from resnet_dist.data.arrays import IntArray
 from resnet_dist.data.pixels.cache_file import CacheFile
 from resnet_dist.data.pixels.cached import needs_dali
-from resnet_dist.data.pixels.decoded_images import DecodedImages
+from resnet_dist.data.pixels.decoded_images import CHANNELS, DecodedImages
 from resnet_dist.data.pixels.decoding import DecodedPortion, ImageDecoding, LoaderSettings
 from resnet_dist.data.pixels.quarantine import Quarantine
 from resnet_dist.data.pixels.read import Reader
@@ -132,7 +132,7 @@ def estimate_cache_bytes(index: Index, config: DataConfig) -> int:
     finally:
         reader.close()
     num_pixels = sizes.astype(np.int64).prod(axis=1)
-    return int(3 * num_pixels.mean() * num_images)
+    return int(CHANNELS * num_pixels.mean() * num_images)
 
 
 def cache_budget() -> int:

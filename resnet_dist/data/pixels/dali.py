@@ -67,10 +67,9 @@ def build_pipeline(spec: GraphSpec) -> DaliPipeline:
 
     Inputs by name: encoded (uint8 bytes), or pixels (uint8 HWC) if `is_decoded`; anchor and extent
     ((y, x) and (height, width) of the window); flip; interpolation (a number of DALI's
-    DALIInterpType); for each view size0, offset0 and square0
-    ((height, width) of the square, an input so that it can change without a new pipeline); and
-    those of `feed_operations`. Outputs: the window, uint8 HWC; or
-    the views.
+    DALIInterpType); for each view size0, offset0 and square0 ((height, width) of the square, an
+    input so that it can change without a new pipeline); and those of `feed_operations`. Outputs:
+    the window, uint8 HWC; or the views.
     """
     from nvidia import dali
     from nvidia.dali import fn, types

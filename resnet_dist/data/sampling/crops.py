@@ -49,7 +49,7 @@ class Geometry:
     flips: IntArray
     """int64 [n]: 1 if the squares of an image are mirrored horizontally, otherwise 0"""
     interpolations: StringArray
-    """[n]: the filter that resizes the window of each image, "bilinear" or "bicubic\""""
+    """[n]: the filter, bilinear or bicubic, that resizes the window of each image"""
 
 
 def train_side(epoch: int, config: DataConfig) -> int:

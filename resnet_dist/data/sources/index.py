@@ -265,7 +265,7 @@ class Index:
         stamps = self.origin.stamps
         if len(stamps) != num_shards:
             raise self._damaged("the sizes of the shards are missing")
-        sizes = np.array([size for (size,) in stamps], dtype=np.int64)
+        sizes = np.array([stamp[0] for stamp in stamps], dtype=np.int64)
         room = sizes[number] - offset
         if np.any(length > room):
             raise self._damaged("an image reaches beyond the end of its shard")
