@@ -10,9 +10,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-# Four workers also on two cores, since much of a test is waiting. Each takes whole files, those of
+# Three workers also on two cores, since much of a test is waiting. Each takes whole files, those of
 # whole processes first.
-WORKERS ?= 4
+WORKERS ?= 3
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart test-fast test test-long chaos results results-page lint fmt

@@ -6,6 +6,8 @@ long as the parent has run no parallel region before: OpenMP's threads do not su
 """
 
 import contextlib
+import faulthandler
+import gc
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -77,8 +79,20 @@ def _collect(receivers: list) -> list:
     return [results[rank] for rank in range(len(receivers))]
 
 
+def _begin_forked_rank() -> None:
+    """Call it first in a forked process.
+
+    What the parent has made stays: a DALI pipeline that is collected here waits for threads that do
+    not survive a fork, or aborts. A rank that hangs prints where, before it is ended.
+    """
+    gc.freeze()
+    stderr = 2
+    faulthandler.dump_traceback_later(TIMEOUT_SECONDS - 10, file=stderr)
+
+
 def _child(sender, fn, rank: int, world_size: int, store_path: str, args: tuple) -> None:
     """The life of one rank: join the group, call, answer (failure, result), leave."""
+    _begin_forked_rank()
     torch.set_num_threads(1)
     if sys.platform == "linux":
         # Gloo looks up the host's name otherwise, which need not resolve.
@@ -321,6 +335,7 @@ def _app(rank: int, world_size: int, port: int, arguments: list[str], output: st
     sys.stdout, sys.stderr = (
         os.fdopen(os.dup(descriptor), "w", buffering=1) for _ in range(2)
     )  # not pytest's
+    _begin_forked_rank()
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
