@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from dist_utils import equal_trees, run_app, run_ranks
-from test_engine import FP32, NoSync, make_batch, rule_of
+from engine_utils import FP32, NoSync, make_batch, rule_of
 from torch import nn
 
 from resnet_dist import compilation, engine

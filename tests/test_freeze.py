@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torchvision
-from test_engine import CPU, FP32, Alone, NoSync, make_batch, rule_of
+from engine_utils import CPU, FP32, Alone, NoSync, make_batch, rule_of
 from torch import nn
 
 from resnet_dist import engine

@@ -1,4 +1,4 @@
-"""Mixup and CutMix: laws, purity, and the loss of a mixed target."""
+"""Mixup and CutMix: distributions, purity, and the loss of a mixed target."""
 
 import copy
 from dataclasses import replace
@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_engine import CONFIG, CPU, NoSync, make_batch, rule_of
+from engine_utils import CONFIG, CPU, do_step, make_batch
+from statistics_utils import same_distribution
 from torchvision.transforms import v2
 
 from resnet_dist import mix
@@ -15,10 +16,8 @@ from resnet_dist.checkpoints.state import build_state
 from resnet_dist.config import AugmentConfig, Config, DataConfig, RecipeConfig, TrainConfig
 from resnet_dist.data.sampling.jobs import TrainSampling, train_job
 from resnet_dist.data.sampling.order import BatchLayout
-from resnet_dist.engine import train_step
 from resnet_dist.layout import check_layout
 from resnet_dist.losses import mixed_binary_cross_entropy, mixed_cross_entropy
-from resnet_dist.nonfinite import NonFinite
 
 ONE_BLOCK = np.array([0])
 # From the version that had one factor for each step and no blocks.
@@ -29,104 +28,125 @@ GOLDEN = {
 }
 
 
-def drawn(seed, step, mixup_alpha, cutmix_alpha, images=1):
+def draw_one_block(seed, step, mixup_alpha, cutmix_alpha, num_images=1):
     """The mixing of some images of one block."""
-    one = mix.draw_mix(seed, step, ONE_BLOCK, mixup_alpha, cutmix_alpha)
-    return one.part(np.zeros(images, np.int64))
+    block = mix.draw_mix(seed, step, ONE_BLOCK, mixup_alpha, cutmix_alpha)
+    return block.part(np.zeros(num_images, np.int64))
 
 
-def draws_of(seed, mixup_alpha, cutmix_alpha, steps=30):
+def draw_blocks(seed, mixup_alpha, cutmix_alpha, steps=30):
     """A hundred blocks of each step: (shares, is_cutmix)."""
-    draws = [
-        mix.draw_mix(seed, step, np.arange(100), mixup_alpha, cutmix_alpha) for step in range(steps)
-    ]
-    shares = np.concatenate([one.shares for one in draws])
-    return shares, np.concatenate([one.is_cutmix for one in draws])
+    blocks = np.arange(100)
+    draws = [mix.draw_mix(seed, step, blocks, mixup_alpha, cutmix_alpha) for step in range(steps)]
+    shares = np.concatenate([draw.shares for draw in draws])
+    is_cutmix = np.concatenate([draw.is_cutmix for draw in draws])
+    return shares, is_cutmix
 
 
 def test_nothing_is_mixed_unless_asked():
     images = torch.randn(3, 3, 8, 8)
-    assert mix.build_mixing(AugmentConfig(), 0, BatchLayout(8))(5, 0) is None
+    mixing = mix.build_mixing(AugmentConfig(), 0, BatchLayout(8))
+    assert mixing(5, 0) is None
     assert mix.mix_images(images, None) == (images, None)
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 2.0])
-def test_share_is_beta(alpha):
-    """Two-sample Kolmogorov-Smirnov against torch's Beta; threshold at p = 0.001."""
-    n = 3000
-    ours = np.sort(draws_of(0, alpha, 0.0)[0])
+def test_shares_have_the_beta_distribution(alpha):
+    ours, _ = draw_blocks(0, mixup_alpha=alpha, cutmix_alpha=0.0)
     torch.manual_seed(0)
-    theirs = np.sort(torch.distributions.Beta(alpha, alpha).sample((n,)).double().numpy())
-    grid = np.concatenate([ours, theirs])
-    assert (
-        np.abs(np.searchsorted(ours, grid, "right") - np.searchsorted(theirs, grid, "right")).max()
-        / n
-        < 1.95 * (2 / n) ** 0.5
-    )
+    theirs = torch.distributions.Beta(alpha, alpha).sample((len(ours),))
+    assert same_distribution(ours, theirs.double().numpy())
 
 
-def test_choice_is_even_and_a_function_of_seed_and_step():
-    shares, is_cutmix = draws_of(3, 0.2, 1.0, steps=10)
+def test_mixup_or_cutmix_is_an_even_choice_by_seed_and_step():
+    shares, is_cutmix = draw_blocks(3, 0.2, 1.0, steps=10)
+    again, _ = draw_blocks(3, 0.2, 1.0, steps=10)
+    other_seed, _ = draw_blocks(4, 0.2, 1.0, steps=10)
     assert 430 < is_cutmix.sum() < 570
-    assert np.array_equal(shares, draws_of(3, 0.2, 1.0, steps=10)[0])
-    assert not np.array_equal(shares, draws_of(4, 0.2, 1.0, steps=10)[0])
+    assert np.array_equal(shares, again)
+    assert not np.array_equal(shares, other_seed)
     # With alpha 0.2 many are 0 or 1 to the last bit.
     assert len(np.unique(shares)) > 950
 
 
 def test_golden_values():
     """A run that is resumed by a later version must go on with the same numbers."""
-    one = drawn(3, 6, 0.2, 1.0)
-    other = drawn(3, 7, 0.2, 1.0)
-    assert [one.is_cutmix[0], other.is_cutmix[0]] == GOLDEN["is_cutmix"]
-    assert np.allclose([one.shares[0], other.shares[0]], GOLDEN["shares"], rtol=1e-12)
-    assert np.allclose([one.boxes[0], other.boxes[0]], GOLDEN["boxes"], rtol=1e-12)
+    draws = [draw_one_block(3, step, 0.2, 1.0) for step in (6, 7)]
+    assert [draw.is_cutmix[0] for draw in draws] == GOLDEN["is_cutmix"]
+    assert np.allclose([draw.shares[0] for draw in draws], GOLDEN["shares"], rtol=1e-12)
+    assert np.allclose([draw.boxes[0] for draw in draws], GOLDEN["boxes"], rtol=1e-12)
 
 
 def test_cutmix_shows_the_neighbour_in_a_box_of_that_area():
     """As torchvision's CutMix: mean area of the box, cut off at the edge, included."""
+    num_steps = 500
     images = torch.zeros(4, 3, 50, 60)
     images[1::2] = 1
     shares = []
-    for step in range(500):
-        mixed, weights = mix.mix_images(images, drawn(0, step, 0.0, 1.0, 4))
+    for step in range(num_steps):
+        draw = draw_one_block(0, step, mixup_alpha=0.0, cutmix_alpha=1.0, num_images=4)
+        mixed, weights = mix.mix_images(images, draw)
         share = weights[0].item()
+        shares.append(share)
         assert mixed[0].mean().item() == pytest.approx(1 - share, abs=1e-6)
         assert torch.equal(mixed[0], mixed[2])
         assert torch.equal(mixed[1], 1 - mixed[0])
-        assert share > 1 - 1e-9 or (mixed[0] == 1).nonzero().diff(dim=0).abs().sum() > 0
-        shares.append(share)
+        assert torch.equal(mixed[0], box_around(mixed[0]))
+
     torch.manual_seed(0)
-    theirs = [
-        v2.CutMix(num_classes=2)(images, torch.tensor([0, 1, 0, 1]))[1][0, 0].item()
-        for _ in range(500)
-    ]
-    assert np.mean(shares) == pytest.approx(np.mean(theirs), abs=0.05)
-    assert np.std(shares) == pytest.approx(np.std(theirs), abs=0.05)
+    cutmix = v2.CutMix(num_classes=2)
+    labels = torch.tensor([0, 1, 0, 1])
+    their_shares = []
+    for _ in range(num_steps):
+        _, targets = cutmix(images, labels)
+        their_shares.append(targets[0, 0].item())
+    assert np.mean(shares) == pytest.approx(np.mean(their_shares), abs=0.05)
+    assert np.std(shares) == pytest.approx(np.std(their_shares), abs=0.05)
+
+
+def box_around(mask):
+    """The smallest box of ones around all that is not zero in `mask`."""
+    box = torch.zeros_like(mask)
+    places = mask.nonzero()
+    if len(places):
+        _, top, left = places.amin(0)
+        _, bottom, right = places.amax(0)
+        box[:, top : bottom + 1, left : right + 1] = 1
+    return box
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mixup_is_the_weighted_mean_of_neighbours(dtype):
-    images = torch.randn(4, 3, 8, 9).to(dtype).contiguous(memory_format=torch.channels_last)
-    mixed, shares = mix.mix_images(images, drawn(0, 2, 0.5, 0.0, 4))
+    images = torch.randn(4, 3, 8, 9).to(dtype)
+    images = images.contiguous(memory_format=torch.channels_last)
+    draw = draw_one_block(0, 2, mixup_alpha=0.5, cutmix_alpha=0.0, num_images=4)
+
+    mixed, shares = mix.mix_images(images, draw)
+
     share = shares[0].item()
-    expected = share * images.double() + (1 - share) * images[[1, 0, 3, 2]].double()
-    assert (mixed.double() - expected).abs().max() < 3 * torch.finfo(dtype).eps * 4
+    neighbours = images[[1, 0, 3, 2]]
+    expected = share * images.double() + (1 - share) * neighbours.double()
+    assert (mixed.double() - expected).abs().max() < 12 * torch.finfo(dtype).eps
     assert mixed.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_loss_is_that_of_the_mixed_target():
-    logits, labels, share = (
-        torch.randn(6, 10, dtype=torch.float64),
-        torch.tensor([1, 2, 3, 3, 9, 0]),
-        0.3,
-    )
-    targets = F.one_hot(labels, 10).double()
-    targets = share * targets + (1 - share) * targets[[1, 0, 3, 2, 5, 4]]
+    share = 0.3
+    logits = torch.randn(6, 10, dtype=torch.float64)
+    labels = torch.tensor([1, 2, 3, 3, 9, 0])
+
+    found = mixed_cross_entropy(logits, labels, torch.full((6,), share), 0.1)
+
+    own = F.one_hot(labels, 10).double()
+    of_neighbours = own[[1, 0, 3, 2, 5, 4]]
+    targets = share * own + (1 - share) * of_neighbours
     expected = F.cross_entropy(logits, targets, reduction="none", label_smoothing=0.1)
-    shares = torch.full((6,), share)
-    found = mixed_cross_entropy(logits, labels, shares, 0.1)
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
+
+
+def literal_bce(logit, target):
+    p = 1 / (1 + np.exp(-logit))
+    return -(target * np.log(p) + (1 - target) * np.log(1 - p))
 
 
 @pytest.mark.parametrize(
@@ -142,53 +162,63 @@ def test_loss_is_that_of_the_mixed_target():
 )
 def test_bce_is_the_literal_formula(share, smoothing, threshold):
     """-(t log p + (1 - t) log(1 - p)), mean over the classes, for targets made one by one."""
+    num_classes = 5
     torch.manual_seed(0)
-    logits, labels = torch.randn(4, 5, dtype=torch.float64), [1, 4, 2, 2]
-    shares = None if share == 1.0 else torch.full((4,), share, dtype=torch.float64)
+    logits = torch.randn(4, num_classes, dtype=torch.float64)
+    labels = [1, 4, 2, 2]
+    labels_of_neighbours = [4, 1, 2, 2]
+    shares = torch.full((4,), share, dtype=torch.float64)
+    if share == 1.0:
+        shares = None
+
     found = mixed_binary_cross_entropy(logits, torch.tensor(labels), shares, smoothing, threshold)
+
+    def smoothed(is_label):
+        return smoothing / num_classes + (1 - smoothing) * is_label
+
     for i in range(4):
-        total = 0.0
-        for c in range(5):
-            own, other = (
-                smoothing / 5 + (1 - smoothing) * (c == label)
-                for label in (labels[i], labels[i ^ 1])
-            )
-            target = share * own + (1 - share) * other
-            target = float(target > threshold) if threshold else target
-            p = 1 / (1 + np.exp(-logits[i, c].item()))
-            total -= target * np.log(p) + (1 - target) * np.log(1 - p)
-        assert found[i].item() == pytest.approx(total / 5, rel=1e-12)
+        losses = []
+        for c in range(num_classes):
+            own = smoothed(c == labels[i])
+            of_neighbour = smoothed(c == labels_of_neighbours[i])
+            target = share * own + (1 - share) * of_neighbour
+            if threshold:
+                target = float(target > threshold)
+            losses.append(literal_bce(logits[i, c].item(), target))
+        assert found[i].item() == pytest.approx(np.mean(losses), rel=1e-12)
+
+
+def weights_after_a_step(config, batch, num_pieces=1):
+    """Of one update, with the batch in equal micro-batches; batch norm as in evaluation, since its
+    statistics would depend on the pieces.
+    """
+    state = build_state(config, 10, CPU)
+    state.model.eval()
+    micro_batches = []
+    pieces = zip(batch.images.chunk(num_pieces), batch.labels.chunk(num_pieces), strict=True)
+    for images, labels in pieces:
+        micro_batches.append(replace(batch, images=images, labels=labels))
+    do_step(state, micro_batches, 0.1, config)
+    return copy.deepcopy(state.model.state_dict())
 
 
 @pytest.mark.parametrize(
     "alphas", [{"mixup_alpha": 0.4}, {"cutmix_alpha": 1.0}, {"mixup_alpha": 0.4, "mix_block": 2}]
 )
 def test_a_step_does_not_depend_on_how_the_batch_is_cut(alphas):
-    """Four images at once, or two micro-steps of two (without batch norm's statistics)."""
-    whole, results = make_batch(4), []
-    for pieces in (1, 2):
+    """Four images at once, or two micro-steps of two."""
+    batch = make_batch(4)
+    weights = {}
+    for num_pieces in (1, 2):
         config = replace(
             CONFIG,
             augment=replace(CONFIG.augment, **alphas),
-            train=replace(CONFIG.train, global_batch_size=4, grad_accum_steps=pieces),
+            train=replace(CONFIG.train, global_batch_size=4, grad_accum_steps=num_pieces),
         )
-        state = build_state(config, 10, CPU)
-        state.model.eval()
-        parts = [
-            replace(whole, images=images, labels=labels)
-            for images, labels in zip(
-                whole.images.chunk(pieces), whole.labels.chunk(pieces), strict=True
-            )
-        ]
-        train_step(
-            NoSync(state.model), state, parts, 0.1, rule_of(config), NonFinite(state.model, 0)
-        )
-        results.append(copy.deepcopy(state.model.state_dict()))
-    plain = build_state(CONFIG, 10, CPU)
-    plain.model.eval()
-    train_step(NoSync(plain.model), plain, [whole], 0.1, rule_of(CONFIG), NonFinite(plain.model, 0))
-    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
-    assert not torch.equal(results[0]["fc.weight"], plain.model.state_dict()["fc.weight"])
+        weights[num_pieces] = weights_after_a_step(config, batch, num_pieces)
+    torch.testing.assert_close(weights[1], weights[2], rtol=1e-4, atol=1e-6)
+    unmixed = weights_after_a_step(CONFIG, batch)
+    assert not torch.equal(weights[1]["fc.weight"], unmixed["fc.weight"])
 
 
 def test_pairs_stay_on_their_rank():
@@ -197,12 +227,9 @@ def test_pairs_stay_on_their_rank():
         check_layout(12, 2, 2, pairs=True)
 
 
-# All layouts of 24 images: (ranks, micro-steps).
-LAYOUTS = [(1, 1), (2, 1), (1, 3), (3, 2), (4, 3)]
-
-
 def test_a_block_is_mixed_alike_on_any_layout():
     """Every block of 8 has one factor and one box, on any ranks and micro-steps."""
+    layouts_of_24_images = ((1, 1), (2, 1), (1, 3), (3, 2), (4, 3))
     config = AugmentConfig(mixup_alpha=0.4, cutmix_alpha=1.0, mix_block=8)
     torch.manual_seed(0)
     images = torch.randn(24, 3, 20, 24)
@@ -210,7 +237,7 @@ def test_a_block_is_mixed_alike_on_any_layout():
     assert len(np.unique(whole.shares)) == 3
     assert (whole.shares.reshape(3, 8) == whole.shares[::8, None]).all()
     expected, shares = mix.mix_images(images, whole)
-    for world_size, micro_steps in LAYOUTS:
+    for world_size, micro_steps in layouts_of_24_images:
         for rank in range(world_size):
             layout = BatchLayout(24, micro_steps, rank, world_size)
             mixing = mix.build_mixing(config, 3, layout)
@@ -222,7 +249,7 @@ def test_a_block_is_mixed_alike_on_any_layout():
 
 
 def test_blocks_of_a_step_are_independent():
-    """Shares of the pairs of many steps: Beta again, without correlation between the blocks."""
+    """Shares of the pairs of many steps: uniform, which is Beta(1, 1), and not correlated."""
     config = AugmentConfig(mixup_alpha=1.0, mix_block=2)
     mixing = mix.build_mixing(config, 0, BatchLayout(128))
     shares = np.stack([mixing(step, 0).shares[::2] for step in range(60)])
@@ -237,18 +264,18 @@ def test_blocks_of_a_step_are_independent():
 
 def test_each_repetition_is_mixed_with_another_image():
     """The same images as without blocks, each with as many partners as repetitions."""
-    partners = {}
+    shown = {}
+    num_different_pairs = {0: 8, 8: 24}
     for block in (0, 8):
         config = AugmentConfig(mixup_alpha=0.2, repeats=3, mix_block=block)
         sampling = TrainSampling(1000, BatchLayout(48), DataConfig(), config)
         job = train_job(1, 4, 0, sampling)
-        drawn_rows = list(zip(job.rows.tolist(), job.draws.tolist(), strict=True))
-        partners[block] = drawn_rows
+        shown[block] = sorted(zip(job.rows.tolist(), job.draws.tolist(), strict=True))
+
         pairs = np.sort(job.rows.reshape(-1, 2), axis=1)
-        different = len(np.unique(pairs, axis=0))
-        assert different == (8 if block == 0 else 24)
+        assert len(np.unique(pairs, axis=0)) == num_different_pairs[block]
         assert (pairs[:, 0] != pairs[:, 1]).all()
-    assert sorted(partners[0]) == sorted(partners[8])
+    assert shown[0] == shown[8]
 
 
 def test_mixing_can_be_compiled():
@@ -274,7 +301,6 @@ def test_the_block_is_the_recipes_unless_it_is_set():
         Config(augment=mixed)
     with pytest.raises(ValueError, match="augment.mix_block is 3: it must be even"):
         Config(augment=replace(mixed, mix_block=3))
+    repeated = replace(mixed, mix_block=4, repeats=2)
     with pytest.raises(ValueError, match="must be even, but it is 3"):
-        Config(
-            augment=replace(mixed, mix_block=4, repeats=2), train=TrainConfig(global_batch_size=6)
-        )
+        Config(augment=repeated, train=TrainConfig(global_batch_size=6))

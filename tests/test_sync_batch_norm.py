@@ -15,6 +15,7 @@ from resnet_dist.models import resnet, sync_batch_norm
 from resnet_dist.models.build import MODELS
 from resnet_dist.models.sync_batch_norm import SyncBatchNorm, convert_sync_batch_norm
 
+CHANNELS = 6
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 OPTIONS = (
     {},
@@ -30,10 +31,15 @@ def make_batch(images, dtype, channels_last=True, shift=2.0):
     differ.
     """
     generator = torch.Generator().manual_seed(images)
-    x = torch.randn(images, 6, 5, 7, generator=generator, dtype=torch.float64)
-    x = x + shift + torch.randn(images, 6, 1, 1, generator=generator, dtype=torch.float64)
-    dy = torch.randn(images, 6, 5, 7, generator=generator, dtype=torch.float64) + 0.5
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x = draw(images, CHANNELS, 5, 7) + shift + draw(images, CHANNELS, 1, 1)
+    dy = draw(images, CHANNELS, 5, 7) + 0.5
+    layout = torch.contiguous_format
+    if channels_last:
+        layout = torch.channels_last
     return x.to(dtype, memory_format=layout), dy.to(dtype, memory_format=layout)
 
 
@@ -43,10 +49,14 @@ def set_weights(norm):
     """
     if norm.affine:
         with torch.no_grad():
-            norm.weight.copy_(torch.linspace(-1, 2, 6))
+            norm.weight.copy_(torch.linspace(-1, 2, CHANNELS))
             norm.weight[2] = 0
-            norm.bias.copy_(torch.linspace(1, -1, 6))
+            norm.bias.copy_(torch.linspace(1, -1, CHANNELS))
     return norm
+
+
+def make_norm(kind, **options):
+    return set_weights(kind(CHANNELS, **options))
 
 
 def step(norm, x, dy, repeats=2):
@@ -55,11 +65,13 @@ def step(norm, x, dy, repeats=2):
         x = x.detach().requires_grad_()
         norm.zero_grad()
         y = norm(x)
-        assert y.dtype == x.dtype and y.stride() == x.stride()
+        assert y.dtype == x.dtype
+        assert y.stride() == x.stride()
         y.backward(dy)
         assert x.grad.stride() == x.stride()
     result = {"y": y.detach(), "dx": x.grad, **norm.state_dict()}
-    result.update({f"d{name}": p.grad for name, p in norm.named_parameters()})
+    for name, parameter in norm.named_parameters():
+        result[f"d{name}"] = parameter.grad
     return {key: value.double().numpy() for key, value in result.items()}
 
 
@@ -82,27 +94,28 @@ def rank_steps(rank, world_size, images):
     results = []
     for dtype, options, batch_options in cases():
         x, dy = share(rank, world_size, make_batch(images, dtype, **batch_options))
-        results.append(step(set_weights(SyncBatchNorm(6, dtype=dtype, **options)), x, dy))
+        norm = make_norm(SyncBatchNorm, dtype=dtype, **options)
+        results.append(step(norm, x, dy))
     return results
 
 
 def assert_ranks_equal_whole(ranks, whole, tolerance):
-    values_per_channel = whole["y"].size / 6
+    """The result of `step` of each rank against that of one process on the whole batch."""
+    values_per_channel = whole["y"].size / CHANNELS
     for key, expected in whole.items():
+        of_ranks = [result[key] for result in ranks]
+        scale = max(1, np.abs(expected).max())
         if key in ("y", "dx"):
-            actual = np.concatenate([r[key] for r in ranks])
+            actual = np.concatenate(of_ranks)
         elif key in ("dweight", "dbias"):
-            actual = sum(r[key] for r in ranks)
+            actual = sum(of_ranks)
+            # Sums over the batch carry the rounding of all their terms; compared as means they need
+            # no other tolerance.
+            scale = values_per_channel
         else:
-            actual = ranks[0][key]
-            assert all(np.array_equal(r[key], actual) for r in ranks), (
-                f"{key} differs between ranks"
-            )
-        # Sums over the batch carry the rounding of all their terms; compared as means they need no
-        # other tolerance.
-        scale = (
-            values_per_channel if key in ("dweight", "dbias") else max(1, np.abs(expected).max())
-        )
+            actual = of_ranks[0]
+            for other in of_ranks[1:]:
+                assert np.array_equal(actual, other), f"{key} differs between ranks"
         np.testing.assert_allclose(
             actual / scale, expected / scale, rtol=0, atol=tolerance, err_msg=key
         )
@@ -114,109 +127,118 @@ def test_ranks_equal_one_process(world_size):
     is double precision there, since a float32 input near 1e4 carries an error of 5e-4 itself.
     """
     images = 2 * world_size
-    ranks = run_ranks(rank_steps, world_size, images)
-    for number, (dtype, options, batch_options) in enumerate(cases()):
-        of_case = [results[number] for results in ranks]
+    results_of_ranks = run_ranks(rank_steps, world_size, images)
+    # One list for each case, with the result of each rank.
+    results_of_cases = zip(*results_of_ranks, strict=True)
+    for case, results in zip(cases(), results_of_cases, strict=True):
+        dtype, options, batch_options = case
+        x, dy = make_batch(images, dtype, **batch_options)
+        tolerance = TOLERANCE[dtype]
         if "shift" in batch_options:
-            x, dy = make_batch(images, torch.float32, **batch_options)
-            norm = nn.BatchNorm2d(6, dtype=torch.float64, **options)
-            whole = step(set_weights(norm), x.double(), dy.double())
-            assert_ranks_equal_whole(of_case, whole, 1e-3)
-        else:
-            x, dy = make_batch(images, dtype, **batch_options)
-            whole = step(set_weights(nn.BatchNorm2d(6, dtype=dtype, **options)), x, dy)
-            assert_ranks_equal_whole(of_case, whole, TOLERANCE[dtype])
+            dtype = torch.float64
+            tolerance = 1e-3
+        norm = make_norm(nn.BatchNorm2d, dtype=dtype, **options)
+        whole = step(norm, x.to(dtype), dy.to(dtype))
+        assert_ranks_equal_whole(results, whole, tolerance)
 
 
 def rank_autocast(rank, world_size, shift):
-    norm = set_weights(SyncBatchNorm(6))
+    norm = make_norm(SyncBatchNorm)
     x, dy = share(rank, world_size, make_batch(32, torch.bfloat16, shift=shift))
     with torch.autocast("cpu", torch.bfloat16):
         result = step(norm, x, dy, repeats=1)
-    dtypes = {
-        str(t.dtype)
-        for t in (norm.running_mean, norm.running_var, norm.weight.grad, norm.bias.grad)
-    }
-    return result, dtypes
+    for tensor in (norm.running_mean, norm.running_var, norm.weight.grad, norm.bias.grad):
+        assert tensor.dtype == torch.float32
+    return result
 
 
 @pytest.mark.parametrize("shift", [0.0, 3.0])
 def test_bf16_autocast_is_as_exact_as_batch_norm(shift):
     x, dy = make_batch(32, torch.bfloat16, shift=shift)
-    exact = step(
-        set_weights(nn.BatchNorm2d(6, dtype=torch.float64)), x.double(), dy.double(), repeats=1
-    )
-    plain = step(set_weights(nn.BatchNorm2d(6)), x, dy, repeats=1)
-    ranks = run_ranks(rank_autocast, 2, shift)
-    assert all(dtypes == {"torch.float32"} for _, dtypes in ranks)
+    norm_in_double = make_norm(nn.BatchNorm2d, dtype=torch.float64)
+    exact = step(norm_in_double, x.double(), dy.double(), repeats=1)
+    plain = step(make_norm(nn.BatchNorm2d), x, dy, repeats=1)
+
+    first, second = run_ranks(rank_autocast, 2, shift)
+
     for key in ("y", "dx"):
-        ours = np.concatenate([r[key] for r, _ in ranks])
-        error, plain_error = (np.abs(a - exact[key]).mean() for a in (ours, plain[key]))
+        ours = np.concatenate([first[key], second[key]])
+        error = np.abs(ours - exact[key]).mean()
+        plain_error = np.abs(plain[key] - exact[key]).mean()
         assert error < 1.5 * plain_error, key
     for key in ("running_mean", "running_var"):
-        np.testing.assert_allclose(ranks[0][0][key], exact[key], rtol=1e-6)
+        np.testing.assert_allclose(first[key], exact[key], rtol=1e-6)
     for key in ("dweight", "dbias"):
-        np.testing.assert_allclose(sum(r[key] for r, _ in ranks), exact[key], rtol=1e-4, atol=1e-3)
+        total = first[key] + second[key]
+        np.testing.assert_allclose(total, exact[key], rtol=1e-4, atol=1e-3)
 
 
 def rank_counts_collectives(rank, world_size):
-    """Collectives after forward, after backward, and after all else that needs none."""
     x, dy = make_batch(4, torch.float32)
     x.requires_grad_()
-    norm, plain = set_weights(SyncBatchNorm(6)), set_weights(nn.BatchNorm2d(6))
+    norm = make_norm(SyncBatchNorm)
     with CommDebugMode() as forward:
         y = norm(x)
+    kinds = [str(kind) for kind in forward.get_comm_counts()]
+    assert kinds == ["c10d_functional.all_reduce"]
+    assert forward.get_total_counts() == 1
+
     with CommDebugMode() as backward:
         y.backward(dy)
-    plain(x)
-    # Every rank holds the same batch, so only the unbiased factor of the variance may differ.
+    assert backward.get_total_counts() == 1
+
+    plain = make_norm(nn.BatchNorm2d)
     plain.load_state_dict(norm.state_dict())
     norm.eval()
     plain.eval()
     with CommDebugMode() as evaluation:
-        is_same = torch.equal(norm(x), plain(x))
-        norm(x).sum().backward()
-    totals = [mode.get_total_counts() for mode in (forward, backward, evaluation)]
-    return totals, [str(kind) for kind in forward.get_comm_counts()], is_same
+        y = norm(x)
+        y.sum().backward()
+    assert evaluation.get_total_counts() == 0
+    assert torch.equal(y, plain(x))
 
 
 def test_one_collective_each_way_and_none_in_eval():
-    for totals, kinds, is_same in run_ranks(rank_counts_collectives, 2):
-        assert totals == [1, 1, 0] and is_same
-        assert kinds == ["c10d_functional.all_reduce"]
+    run_ranks(rank_counts_collectives, 2)
 
 
 def group_of_one(rank, world_size):
     """Plain batch norm in a group of one, and with the switch the same numbers by a collective."""
-    results, counts = [], []
-    for switch in (False, True):
-        sync_batch_norm.SYNC_IN_GROUP_OF_ONE = switch
-        norm = set_weights(SyncBatchNorm(6, dtype=torch.float64))
+    num_steps = 2
+    results = []
+    for sync, num_collectives in ((False, 0), (True, 2 * num_steps)):
+        sync_batch_norm.SYNC_IN_GROUP_OF_ONE = sync
+        norm = make_norm(SyncBatchNorm, dtype=torch.float64)
+        x, dy = make_batch(4, torch.float64)
         with CommDebugMode() as mode:
-            results.append(step(norm, *make_batch(4, torch.float64)))
-        counts.append(mode.get_total_counts())
-    return results, counts
+            results.append(step(norm, x, dy, num_steps))
+        assert mode.get_total_counts() == num_collectives
+    return results
 
 
 def test_the_switch_runs_the_collectives_of_a_single_rank():
-    [(results, counts)] = run_ranks(group_of_one, 1)
-    assert counts == [0, 4]  # two steps, forward and backward
-    for key, expected in results[0].items():
-        np.testing.assert_allclose(results[1][key], expected, rtol=1e-12, atol=1e-12, err_msg=key)
+    [[plain, synced]] = run_ranks(group_of_one, 1)
+    for key, expected in plain.items():
+        np.testing.assert_allclose(synced[key], expected, rtol=1e-12, atol=1e-12, err_msg=key)
 
 
 def rank_subgroup(rank, world_size):
-    groups = [dist.new_group([0, 1]), dist.new_group([2])]
-    norm = set_weights(SyncBatchNorm(6, dtype=torch.float64, process_group=groups[rank // 2]))
-    x, dy = (t.split((2, 2, 4))[rank] for t in make_batch(8, torch.float64))
-    return step(norm, x, dy)
+    """Ranks 0 and 1 share a group, and rank 2 has one of its own with half of the batch."""
+    pair = dist.new_group([0, 1])
+    single = dist.new_group([2])
+    group = [pair, pair, single][rank]
+    norm = make_norm(SyncBatchNorm, dtype=torch.float64, process_group=group)
+    x, dy = make_batch(8, torch.float64)
+    own = [slice(0, 2), slice(2, 4), slice(4, 8)][rank]
+    return step(norm, x[own], dy[own])
 
 
 def test_process_group_limits_the_batch():
     x, dy = make_batch(8, torch.float64)
-    ranks = run_ranks(rank_subgroup, 3)
-    for part, members in ((slice(0, 4), ranks[:2]), (slice(4, 8), ranks[2:])):
-        whole = step(set_weights(nn.BatchNorm2d(6, dtype=torch.float64)), x[part], dy[part])
+    first, second, third = run_ranks(rank_subgroup, 3)
+    for part, members in ((slice(0, 4), [first, second]), (slice(4, 8), [third])):
+        norm = make_norm(nn.BatchNorm2d, dtype=torch.float64)
+        whole = step(norm, x[part], dy[part])
         assert_ranks_equal_whole(members, whole, 1e-12)
 
 
@@ -231,12 +253,13 @@ def test_one_value_per_channel_is_refused():
 
 
 def test_without_process_group_it_is_batch_norm():
+    x, dy = make_batch(8, torch.float32)
     for training in (True, False):
-        plain = set_weights(nn.BatchNorm2d(6)).train(training)
-        ours = set_weights(SyncBatchNorm(6)).train(training)
-        expected, actual = (step(norm, *make_batch(8, torch.float32)) for norm in (plain, ours))
+        expected = step(make_norm(nn.BatchNorm2d).train(training), x, dy)
+        actual = step(make_norm(SyncBatchNorm).train(training), x, dy)
         assert expected.keys() == actual.keys()
-        assert all(np.array_equal(expected[key], actual[key]) for key in expected)
+        for key, value in expected.items():
+            assert np.array_equal(actual[key], value), key
 
 
 def make_network():
@@ -253,10 +276,10 @@ def make_images():
 
 
 def network_result(network):
-    tensors = {
-        **network.state_dict(),
-        **{f"grad {name}": p.grad for name, p in network.named_parameters()},
-    }
+    """State and gradients, as arrays."""
+    tensors = dict(network.state_dict())
+    for name, parameter in network.named_parameters():
+        tensors[f"grad {name}"] = parameter.grad
     return {key: value.double().numpy() for key, value in tensors.items()}
 
 
@@ -265,7 +288,7 @@ def rank_network(rank, world_size):
     loop.
     """
     network = DistributedDataParallel(convert_sync_batch_norm(make_network()))
-    first, second = (micro_batch.split(4)[rank] for micro_batch in make_images())
+    first, second = share(rank, world_size, make_images())
     with network.no_sync():
         network(first).square().mean().backward()
     network(second).square().mean().backward()
@@ -287,27 +310,39 @@ def test_network_with_ddp_and_accumulation_equals_one_process():
 
 def test_convert_keeps_tensors_flags_and_options():
     network = make_network()
-    network.bn1.eps, network.bn1.momentum = 0.25, None
+    network.bn1.eps = 0.25
+    network.bn1.momentum = None
     network.bn1.weight.requires_grad_(False)
     network.layer1[0].bn2.eval()
     before = copy.copy(network.state_dict(keep_vars=True))
+
     converted = convert_sync_batch_norm(network)
+
     assert converted is network
     after = network.state_dict(keep_vars=True)
     assert list(before) == list(after)
-    assert all(before[key] is after[key] for key in before)
+    for key, tensor in before.items():
+        assert after[key] is tensor, key
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    assert len(norms) == 5 and all(isinstance(m, SyncBatchNorm) for m in norms)
-    assert (network.bn1.eps, network.bn1.momentum) == (0.25, None)
-    assert not network.bn1.weight.requires_grad and network.bn1.bias.requires_grad
-    assert not network.layer1[0].bn2.training and network.layer1[0].bn1.training
-    assert network.layer1[0].last_norm is network.layer1[0].bn2
+    assert len(norms) == 5
+    for norm in norms:
+        assert isinstance(norm, SyncBatchNorm)
+
+    assert network.bn1.eps == 0.25
+    assert network.bn1.momentum is None
+    assert not network.bn1.weight.requires_grad
+    assert network.bn1.bias.requires_grad
+    block = network.layer1[0]
+    assert block.bn1.training
+    assert not block.bn2.training
+    assert block.last_norm is block.bn2
 
 
 def test_convert_takes_a_bare_norm_and_norms_without_tensors():
     norm = convert_sync_batch_norm(nn.BatchNorm2d(6, affine=False, track_running_stats=False))
     assert isinstance(norm, SyncBatchNorm)
-    assert not norm.state_dict() and not list(norm.parameters())
+    assert not norm.state_dict()
+    assert not list(norm.parameters())
     assert norm(torch.randn(4, 6, 2, 2)).shape == (4, 6, 2, 2)
 
 
@@ -315,14 +350,16 @@ def compiled_step(rank, world_size, backend):
     """Norm, ReLU and addition as one graph; eager and compiled."""
     results = []
     for is_compiled in (False, True):
-        norm = set_weights(SyncBatchNorm(6))
+        norm = make_norm(SyncBatchNorm)
 
         def block(x, norm=norm):
             return torch.relu(norm(x)) + x
 
+        run = block
+        if is_compiled:
+            run = torch.compile(block, fullgraph=True, backend=backend)
         x, dy = share(rank, world_size, make_batch(8, torch.float32))
         x = x.detach().requires_grad_()
-        run = torch.compile(block, fullgraph=True, backend=backend) if is_compiled else block
         y = run(x)
         y.backward(dy)
         tensors = [y.detach(), x.grad, norm.weight.grad, norm.running_mean, norm.running_var]
@@ -347,7 +384,7 @@ def test_it_compiles_with_inductor(monkeypatch):
     assert_compiled_equals_eager("inductor")
 
 
-def test_meta():
+def test_a_converted_network_runs_on_meta():
     with torch.device("meta"):
         network = convert_sync_batch_norm(MODELS["resnet50"](10))
         images = torch.empty(2, 3, 64, 64)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from dist_utils import equal_trees, in_double, run_app, small_run
-from test_engine import CPU, Alone, NoSync, make_batch
+from engine_utils import CPU, Alone, NoSync, make_batch
 from torch import nn
 
 from resnet_dist import cli

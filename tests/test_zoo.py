@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from dist_utils import equal_trees, run_app, run_ranks, small_run
-from test_engine import FP32, Alone, ListLoader, NoSync, rule_of
+from engine_utils import FP32, Alone, ListLoader, NoSync, rule_of
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 

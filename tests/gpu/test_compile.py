@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from dist_utils import equal_trees
-from test_engine import NoSync, make_batch, rule_of
+from engine_utils import NoSync, make_batch, rule_of
 
 from resnet_dist.checkpoints.checkpoint_file import read_checkpoint, unpack_checkpoint
 from resnet_dist.checkpoints.state import build_state
