@@ -8,6 +8,8 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -27,15 +29,17 @@ from test_suite import (
 
 import resnet_dist
 from resnet_dist.api import EvaluationTransform
+from resnet_dist.checkpoints.checkpoint import Saver
 from resnet_dist.checkpoints.checkpoint_file import (
     read_checkpoint,
     unpack_checkpoint,
     write_checkpoint,
 )
+from resnet_dist.checkpoints.restore import StartPoint, restore
 from resnet_dist.checkpoints.saved_network import open_weights
 from resnet_dist.checkpoints.torchvision_weights import describe_weights, imagenet_words
 from resnet_dist.commands.evaluate import hint_at_guessing
-from resnet_dist.config import ModelConfig
+from resnet_dist.config import ModelConfig, to_dict
 from resnet_dist.evaluation.sets.classes import ClassMap, map_classes
 from resnet_dist.models.build import build_model
 from resnet_dist.models.class_names import BACKGROUND, assumed_names, words_of
@@ -321,6 +325,42 @@ def test_both_layouts_of_shortcut_a(tmp_path):
         else:
             remarks = " ".join(open_weights(path).fit(config).remarks)
             assert "two layouts" in remarks and "model.shortcut A_symmetric" in remarks
+
+
+class LoneRank:
+    """The runtime of a single rank."""
+
+    @staticmethod
+    def on_main(make):
+        return make()
+
+    bytes_from_main = on_main
+
+
+def test_init_from_warns_of_the_two_layouts_of_shortcut_a(tmp_path):
+    """Unless the network pads no channels, or the config in the file tells which layout it is."""
+    path = tmp_path / "w.pt"
+    for shortcut, has_config, warns in (
+        ("default", False, True),
+        ("A_symmetric", False, True),
+        ("B", False, False),
+        ("A", True, False),
+    ):
+        model_settings = {"name": "resnet20", "shortcut": shortcut, "num_classes": 2}
+        config = config_from_dict({"output_dir": str(tmp_path), "model": model_settings})
+        state = SimpleNamespace(model=build_model(config.model, 2), ema=None)
+        content = {"model": state.model.state_dict()}
+        if has_config:
+            content["config"] = to_dict(config)
+        torch.save(content, path)
+        saver = Saver(tmp_path, 1, {"class_names": ["a", "b"]}, print, is_main=True)
+        log = Mock()
+        restore(state, StartPoint(weights_path=str(path)), config, saver, LoneRank(), log)
+        texts = [call.args[0] for call in log.warn.call_args_list]
+        warnings = [text for text in texts if "two layouts" in text]
+        assert len(warnings) == warns, (shortcut, has_config, texts)
+        if warns:
+            assert "set model.shortcut A_symmetric" in warnings[0]
 
 
 def test_words_beside_the_data(tmp_path):

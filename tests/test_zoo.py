@@ -311,6 +311,8 @@ def test_published_weights_of_auxiliary_heads():
         }
     assert [getattr(model, "auxiliary_weight", 0.0) for model in models.values()] == [0.3, 0.4, 0.0]
     assert not models["googlenet"].transform_input and not models["inception_v3"].transform_input
+    # Szegedy et al. 2014, table 1; TF-slim's dropout_keep_prob of 0.8.
+    assert [models[name].dropout.p for name in ("googlenet", "inception_v3")] == [0.4, 0.2]
 
 
 @pytest.fixture

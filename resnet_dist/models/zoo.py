@@ -123,6 +123,10 @@ _AUXILIARY = {"googlenet": 0.3, "inception_v3": 0.4}
 """Weight of the loss of an auxiliary head: Szegedy et al. 2014, section 5. The paper of Inception
 v3 gives none: 0.4 is that of TF-slim and of torchvision's training script."""
 
+_DROPOUT = {"googlenet": 0.4, "inception_v3": 0.2}
+"""Share of the features before the classifier that are dropped in training, where torchvision's
+default, 0.2 and 0.5, is another: Szegedy et al. 2014, table 1, and TF-slim's Inception v3"""
+
 
 def _torchvision(name: str, num_classes: int) -> nn.Module:
     """Build a network of torchvision.
@@ -131,14 +135,15 @@ def _torchvision(name: str, num_classes: int) -> nn.Module:
     """
     from torchvision.models import get_model
 
-    heads: dict[str, bool] = {}
+    options: dict[str, bool | float] = {}
     if name in _AUXILIARY:
-        heads = {
+        options = {
             "aux_logits": True,
             "transform_input": False,
             "init_weights": True,
+            "dropout": _DROPOUT[name],
         }
-    model: nn.Module = get_model(name, weights=None, num_classes=num_classes, **heads)
+    model: nn.Module = get_model(name, weights=None, num_classes=num_classes, **options)
     model.auxiliary_weight = _AUXILIARY.get(name, 0.0)  # type: ignore[assignment]
     return model
 
