@@ -13,6 +13,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import random
+import signal
 import socket
 import sys
 import tempfile
@@ -83,10 +84,12 @@ def _begin_forked_rank() -> None:
     """Call it first in a forked process.
 
     What the parent has made stays: a DALI pipeline that is collected here waits for threads that do
-    not survive a fork, or aborts. A rank that hangs prints where, before it is ended.
+    not survive a fork, or aborts. A rank that hangs prints where, before it is ended: after a time,
+    and at SIGABRT.
     """
     gc.freeze()
     stderr = 2
+    faulthandler.enable(file=stderr)
     faulthandler.dump_traceback_later(TIMEOUT_SECONDS - 10, file=stderr)
 
 
@@ -163,6 +166,7 @@ def start_app(world_size: int, arguments: list[str], output: str, entry=None) ->
             target=_app, args=(rank, world_size, port, arguments, output, entry), daemon=True
         )
         process.start()
+        process.output = output
         processes.append(process)
     return processes
 
@@ -176,20 +180,29 @@ def run_app(
 
 
 def wait_app(processes: list, timeout: float = TIMEOUT_SECONDS) -> list[int]:
-    """The exit codes (negative: killed by that signal). Ends processes that take longer than
-    `timeout` seconds.
+    """The exit codes of what `start_app` returned (negative: killed by that signal).
+
+    Raises RuntimeError if processes take longer than `timeout` seconds, with what they have printed
+    and where they are. They are ended.
     """
     deadline = time.monotonic() + timeout
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
     late = [rank for rank, process in enumerate(processes) if process.is_alive()]
-    for process in processes:
-        if process.is_alive():
-            process.kill()
-            process.join()
+    for rank in late:
+        _abort(processes[rank])
     if late:
-        raise RuntimeError(f"ranks {late} were still running after {timeout} s")
+        printed = Path(processes[0].output).read_text()
+        raise RuntimeError(f"ranks {late} were still running after {timeout} s:\n{printed[-8000:]}")
     return [process.exitcode for process in processes]
+
+
+def _abort(process) -> None:
+    """End a process; it prints where all its threads are."""
+    os.kill(process.pid, signal.SIGABRT)
+    process.join(5)
+    process.kill()
+    process.join()
 
 
 def wait_for_step(output_dir, step, processes, saved=-1):

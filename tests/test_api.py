@@ -84,6 +84,7 @@ def test_load_and_transform(folder, network):
                 assert (ours - theirs(shown.convert("RGB"))).abs().max() < 1e-6
 
 
+@pytest.mark.slow
 def test_predict_is_the_command_and_the_network(folder, network, tmp_path, capsys):
     """Named classes, with the probabilities of the command line and of the network itself."""
     paths = images_of(folder)
@@ -108,6 +109,7 @@ def test_predict_is_the_command_and_the_network(folder, network, tmp_path, capsy
             assert share == pytest.approx(best[name], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluate_is_the_command(folder, network, capsys):
     counts = resnet_dist.evaluate(network)
     again = resnet_dist.evaluate(network, folder.parent / "digits")
@@ -117,6 +119,7 @@ def test_evaluate_is_the_command(folder, network, capsys):
     assert counts["num"] == 355
 
 
+@pytest.mark.slow
 def test_calls_follow_each_other_on_two_ranks(folder, tmp_path):
     """Rank 0 serves the store of all calls, however late a rank comes to the next one."""
     config = resnet_dist.Config.from_yaml(
@@ -163,6 +166,7 @@ def test_train_says_how_it_failed(tmp_path):
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.slow
 def test_create_model(folder, network):
     """Weights of a run; the classifier stays random if the classes differ in number."""
     path = network.saved.path

@@ -106,6 +106,7 @@ def magnitudes_by_name(images):
     return {name: np.array(magnitudes) for name, magnitudes in found.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_policy_draws_as_torchvisions(policy, monkeypatch):
     """Frequencies of (place, operation), and the magnitudes with their signs, of each operation."""
@@ -179,6 +180,7 @@ def test_autoaugments_table_is_torchvisions():
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_color_jitter_draws_as_torchvisions():
     ranges = (0.4, 1.5, 0.3, 0.1)
     plan = augment.plan_operations(AugmentConfig(color_jitter=ranges), 0, 0, ROWS, SIDE)
@@ -209,6 +211,7 @@ def test_color_jitter_leaves_out_what_has_no_range():
     assert found == {(brightness, color), (color, brightness)}
 
 
+@pytest.mark.slow
 def test_erasing_draws_as_torchvisions():
     boxes = augment.erasing_boxes(AugmentConfig(random_erasing=0.25), 0, 0, ROWS, SIDE)
     erased = boxes[boxes.any(axis=1)]
@@ -368,6 +371,7 @@ def params_by_name(plan):
     return {str(name): plan.params[names == name] for name in np.unique(names)}
 
 
+@pytest.mark.slow
 def test_the_increasing_policy_draws_as_timms(monkeypatch):
     """Frequencies of the operations, and the distribution of the argument of each."""
     config = AugmentConfig(policy="randaugment_increasing", magnitude=7, magnitude_std=0.5)

@@ -15,6 +15,7 @@ from resnet_dist.config import DataConfig
 from resnet_dist.data.pixels.read import READ_THREADS
 
 
+@pytest.mark.slow
 def test_benchmark_of_the_loop(tmp_path):
     output = tmp_path / "printed"
     arguments = [
@@ -50,6 +51,7 @@ def test_benchmark_of_the_loop(tmp_path):
     assert result["ratio"] == result["whole_images_per_second"] / result["bare_images_per_second"]
 
 
+@pytest.mark.slow
 def test_benchmark_of_the_loader(tmp_path):
     """Every contender makes the same number of images; the workers' processor time is counted."""
     write_split(tmp_path / "data", [encode(picture(60, 80, i)) for i in range(12)])
@@ -132,6 +134,7 @@ def test_rivals_that_cannot_be_used(tmp_path, monkeypatch):
             build_rival(name, str(tmp_path / "train"), DataConfig(), 4, 1)
 
 
+@pytest.mark.slow
 def test_benchmark_of_the_loader_needs_files_and_one_process(tmp_path):
     write_split(tmp_path, [encode(picture(60, 80, i)) for i in range(12)])
     folder = ["--data.data_dir", str(tmp_path), "--train.global_batch_size", "6"]
@@ -167,6 +170,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.slow
 def test_profile_of_a_step(tmp_path):
     folder = tmp_path / "profile"
     arguments = ["benchmark", "--profile", str(folder), *SMALL, "--output_dir", str(tmp_path)]
@@ -181,6 +185,7 @@ def test_profile_of_a_step(tmp_path):
     assert (folder / "kernels.txt").read_text() in output.read_text()
 
 
+@pytest.mark.slow
 def test_price_of_determinism(tmp_path):
     """On the CPU both modes are the same, and trainings repeat bit for bit."""
     output = tmp_path / "printed"
@@ -192,6 +197,7 @@ def test_price_of_determinism(tmp_path):
     assert result["price"] == 1 - speeds["deterministic"] / speeds["default"]
 
 
+@pytest.mark.slow
 def test_table_of_networks(tmp_path):
     """A network that cannot be trained is a row with its error."""
     output = tmp_path / "printed"
@@ -210,6 +216,7 @@ def test_table_of_networks(tmp_path):
     assert table in output.read_text() and len(table.splitlines()) == 4
 
 
+@pytest.mark.slow
 def test_one_benchmark_at_a_time(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["benchmark", "loader", "--determinism"])

@@ -97,6 +97,7 @@ def assert_equal(one, other, what):
         assert images_2.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.slow
 def test_cached_batches_are_the_uncached_ones(equal, unequal, tmp_path):
     """Bit for bit: crops, a policy, progressive sizes, ranks, a start in the middle of an epoch."""
     progressive = {
@@ -219,6 +220,7 @@ def test_ranks_of_a_machine_share_the_work_and_the_file(unequal):
     assert Machine.of(runtime) == Machine(0, 1)
 
 
+@pytest.mark.slow
 def test_evaluations_with_and_without_the_cache(equal, unequal, tmp_path):
     """The same images, labels and rows in every evaluation, on 1 to 4 ranks and for many views."""
     center = {"val_resize_size": 40, "val_crop_size": 32, "val_batch_size": 5}
@@ -321,6 +323,7 @@ def test_the_graph_for_decoded_images_is_that_for_files(unequal):
     assert torch.equal(*shown)
 
 
+@pytest.mark.slow
 def test_dali_holds_the_files_that_it_reads_without_a_copy():
     """Their memory is not reused while a batch is under way, and is free afterwards."""
     pipeline = build_pipeline(GraphSpec(4, 1))

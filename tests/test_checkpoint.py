@@ -279,6 +279,7 @@ def limit_the_disk(monkeypatch, folder, size):
     monkeypatch.setattr(files.os, "fsync", fsync)
 
 
+@pytest.mark.slow
 def test_links_are_mended_at_every_start_and_save(tmp_path):
     """After a kill between writing the file and moving the links, and after any damage to them."""
     save_steps(tmp_path, (1, 2, 3), best=(2,))

@@ -35,6 +35,7 @@ def places_in(whole):
     return sorted(fixed | {*range(0, len(whole), len(whole) // 150)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lone", [False, True])
 def test_a_bit_flipped_anywhere_is_found(tmp_path, lone):
     """Also in a lone file, whose only digest is the one inside."""
@@ -99,6 +100,7 @@ def test_a_file_without_a_digest_is_said_to_be_unchecked(tmp_path):
     read_checkpoint(tmp_path / "last.pt", pytest.fail)
 
 
+@pytest.mark.slow
 def test_every_part_is_there_and_of_its_kind(tmp_path):
     """Each part missing or of a wrong type is one sentence that names it."""
     save_steps(tmp_path, (1,))

@@ -57,6 +57,7 @@ def files(tmp_path):
     return ["--config", str(first), "--config", str(second)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_options_override_files_wherever_they_stand(command, files):
     options = ["--train.epochs", "7", "--output_dir", "typed", "--checkpoint.keep", "9"]
@@ -99,6 +100,7 @@ def test_a_switch_needs_no_value():
     assert settings_of("train", "--optim.nesterov", "--seed", "4").seed == 4
 
 
+@pytest.mark.slow
 def test_errors_name_what_is_wrong_and_what_was_meant(capsys, tmp_path):
     (tmp_path / "wide.yaml").write_text("seed: 1\n")
     for arguments, words in (
@@ -134,6 +136,7 @@ def test_errors_name_what_is_wrong_and_what_was_meant(capsys, tmp_path):
         assert f"usage: resnet-dist {arguments[0] if arguments[0] != 'tran' else 'COMMAND'}" in said
 
 
+@pytest.mark.slow
 def test_errors_in_files_name_file_and_line(capsys, tmp_path):
     path = tmp_path / "a.yaml"
     for text, line, words in (
@@ -222,6 +225,7 @@ def test_a_config_survives_its_dict_and_every_line_of_help_its_words():
     assert field_meanings(Config).keys() == {"output_dir", "seed"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [[], ["train"], ["submit"], ["predict"], ["data", "show"]])
 def test_help_is_quick_and_in_words(command):
     """At most a second of CPU time (torch alone takes several), without torch and numpy."""
@@ -280,6 +284,7 @@ def test_print_config_shows_files_and_options_together(files, capsys):
     assert (tree["seed"], tree["train"]["epochs"], tree["output_dir"]) == (8, 20, "first")
 
 
+@pytest.mark.slow
 def test_the_home_folder_in_paths(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     config = settings_of(
@@ -306,6 +311,7 @@ def test_the_home_folder_in_paths(monkeypatch):
         assert line.options()[name] == path
 
 
+@pytest.mark.slow
 def test_environment_variables_in_paths_are_expanded(monkeypatch, tmp_path):
     monkeypatch.setenv("SCRATCH", "/scratch/me")
     monkeypatch.delenv("NOWHERE", raising=False)
@@ -377,6 +383,7 @@ def configs(draw):
         assume(False)
 
 
+@pytest.mark.slow
 @hypothesis.settings(
     max_examples=10,
     deadline=None,

@@ -34,6 +34,7 @@ def content_of(checkpoint):
     return content
 
 
+@pytest.mark.slow
 def test_a_foreign_checkpoint_leads_nowhere(checkpoint, digits, tmp_path):
     """Nothing is written into the folders that it names, also for bad images and the digits."""
     content = content_of(checkpoint)
@@ -60,6 +61,7 @@ def test_a_foreign_checkpoint_leads_nowhere(checkpoint, digits, tmp_path):
     assert not named.exists() and not list(tmp_path.rglob("quarantine.jsonl"))
 
 
+@pytest.mark.slow
 def test_a_run_folder_is_taken_everywhere(checkpoint, digits, tmp_path):
     """By evaluate, predict, export, checkpoint.resume and checkpoint.init_from."""
     folder = Path(checkpoint).parents[1]
@@ -121,6 +123,7 @@ def changed(config, key, value):
     return {**config, section: {**config[section], name: value}}
 
 
+@pytest.mark.slow
 def test_parts_that_are_missing_or_wrong_are_one_sentence(checkpoint, digits, tmp_path, capfd):
     """Exit code 2 and no traceback, for each command in turn."""
     content = content_of(checkpoint)
@@ -154,6 +157,7 @@ def exit_code(words):
         return ending.code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["flip", "cut off"])
 def test_a_damaged_lone_file_is_refused_by_every_command(
     checkpoint, digits, tmp_path, damage, capfd

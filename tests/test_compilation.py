@@ -94,6 +94,7 @@ def steps(state, config, batches, lr=0.1):
     return losses
 
 
+@pytest.mark.slow
 def test_a_compiled_network_does_what_it_does_uncompiled():
     """Parts, state-dict keys, weights after three updates with an average; nothing is compiled
     again, neither by an update nor by an evaluation.
@@ -183,6 +184,7 @@ def test_new_sizes_are_compiled_and_evaluation_is_not():
     assert compiler.num_graphs == 6
 
 
+@pytest.mark.slow
 def test_other_precisions_heads_and_frozen_parts():
     """Nothing is compiled again by the updates, and the losses fall as they do uncompiled."""
     for name in ("fp16", "bf16"):
@@ -241,6 +243,7 @@ def failing_backend(graph, inputs, train):
 FAILURE = "LoweringException: ValueError: no such kernel (operator aten.a.b)"
 
 
+@pytest.mark.slow
 def test_one_rank_that_cannot_compile_stops_or_turns_back_all():
     """SyncBatchNorm's collective is in the first part: the other rank must not be left in it."""
     results = run_ranks(compile_where_rank_1_fails, 2)
@@ -275,6 +278,7 @@ def compile_where_rank_1_fails(rank, world_size):
     return problem, is_compiled(state.model), losses
 
 
+@pytest.mark.slow
 def test_ranks_wait_for_a_slow_compiler_longer_than_a_collective_may_take():
     assert run_ranks(compile_slowly_on_rank_1, 2) == ["done", "done"]
 
@@ -293,6 +297,7 @@ def compile_slowly_on_rank_1(rank, world_size):
     return run_together(work, runtime)
 
 
+@pytest.mark.slow
 def test_ddp_reduces_a_stage_while_the_one_before_it_computes():
     """With a graph for each part, gradients are reduced after each backward graph. With one graph
     for the network all are reduced after it, where no communication can hide.

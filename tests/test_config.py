@@ -61,6 +61,7 @@ def test_unknown_keys_and_wrong_types_are_refused_by_name(capsys, tmp_path):
     assert "nowhere.yaml" in refusal(capsys, "--config", str(tmp_path / "nowhere.yaml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -126,6 +127,7 @@ def test_defaults_are_valid_and_without_remarks():
     assert remarks(Config(), "cuda") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
@@ -247,6 +249,7 @@ def test_help_is_quick_and_complete():
         assert len(meaning) > 10 and meaning in help_text, f"{key} has no meaning"
 
 
+@pytest.mark.slow
 def test_print_config_prints_the_tree():
     done = subprocess.run(
         [sys.executable, "train.py", "--optim.base_lr", "0.2", "--print_config"],

@@ -40,6 +40,7 @@ class Terminal:
 FIGURES = ["loss 0.412", "1234 img/s", "top1 98.2 %", "wait 0 %", "epoch 2.00", "lr 0.1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("columns", "shown"), [(80, 3), (200, len(FIGURES))])
 def test_the_bar_and_its_figures_fit_the_terminal(columns, shown, monkeypatch):
     terminal = Terminal(columns)

@@ -211,6 +211,13 @@ def test_progressive_side_grows_to_the_full_side_in_multiples_of_32():
     assert crops.train_side(0, DataConfig(train_crop_size=200)) == 200
 
 
+def test_progressive_side_of_small_images():
+    """Sizes of CIFAR are multiples of 8 pixels: in steps of 32 they would not grow at all."""
+    config = DataConfig(train_crop_size=32, progressive_start_size=16, progressive_epochs=(1, 5))
+    sides = [crops.train_side(epoch, config) for epoch in range(6)]
+    assert sides == [16, 16, 16, 24, 32, 32]
+
+
 def test_ten_crops_are_torchvisions():
     """Corners and centre of TenCrop. Its other five are mirror images, which evaluation.evaluate
     makes.

@@ -121,6 +121,7 @@ def test_decoded_windows_are_pillows_pixels():
         assert np.array_equal(pixels, np.asarray(pil(data))[y : y + h, x : x + w])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("resize_size", "crop_size", "interpolation"),
     [
@@ -292,6 +293,7 @@ def placement(pipeline) -> dict[str, set]:
     return operators
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [0, 1])
 def test_gpu_form_places_what_touches_pixels_on_the_gpu(slots):
     """Defined and serialized without a GPU: DALI checks operators, arguments and devices on the
@@ -496,6 +498,7 @@ def test_operations_are_torchvisions(gpu_form, monkeypatch):
             assert difference.float().mean() < 0.8, (name, value)
 
 
+@pytest.mark.slow
 def test_augmentation_does_not_depend_on_the_batch():
     """Nor on threads, on what came before, on an error in between; a graph serves every side and
     batch size.
@@ -521,6 +524,7 @@ def test_augmentation_does_not_depend_on_the_batch():
     assert not torch.equal(together, images)
 
 
+@pytest.mark.slow
 def test_slots_in_the_graph_of_the_decoder_come_after_the_flip():
     """The GPU graph's form, run on the CPU: what the second stage makes of the same squares."""
     config, side, rows = (

@@ -29,6 +29,7 @@ def test_the_embedded_set():
     )
 
 
+@pytest.mark.slow
 def test_written_once_and_complete(tmp_path):
     folder = tmp_path / "data" / "digits"
     write_digits(str(folder))

@@ -61,6 +61,7 @@ def folder(digits, checkpoint, tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_recipes_and_options_of_training_commands_exist(folder):
     failures = []
     for page, command in commands():

@@ -7,6 +7,7 @@ import shutil
 import socket
 from types import SimpleNamespace
 
+import pytest
 import torch
 from dist_utils import run_app
 
@@ -41,6 +42,7 @@ def levels(printed):
     }
 
 
+@pytest.mark.slow
 def test_a_good_run_on_two_ranks(digits, tmp_path):
     codes, printed = examine(tmp_path, "--data.data_dir", digits, world_size=2)
     assert codes == [0, 0], printed
@@ -64,6 +66,7 @@ def test_a_good_run_on_two_ranks(digits, tmp_path):
     assert not (tmp_path / "run").exists()  # it leaves nothing behind
 
 
+@pytest.mark.slow
 def test_warnings_and_errors(digits, tmp_path):
     codes, printed = examine(tmp_path, "--data.data_dir", digits, "--optim.base_lr", "3", "--json")
     level, text = levels(printed)["layout"]
@@ -84,6 +87,7 @@ def test_warnings_and_errors(digits, tmp_path):
         assert codes == [2] and level == "error" and words in text, printed
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_too_small(digits, tmp_path):
     def entry(arguments):
         shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)
@@ -94,6 +98,7 @@ def test_a_disk_that_is_too_small(digits, tmp_path):
     assert codes == [2] and level == "error" and "0.0 GB are free" in text
 
 
+@pytest.mark.slow
 def test_caches_that_do_not_fit(digits, tmp_path):
     """The training set takes 12 x 12 x 3 x 1,442 bytes or so: more than half of a megabyte."""
 
@@ -118,6 +123,7 @@ def test_caches_that_do_not_fit(digits, tmp_path):
         assert f"data.train_cache {mode}: the training images take about" in text
 
 
+@pytest.mark.slow
 def test_a_step_that_does_not_fit_memory(digits, tmp_path):
     arguments = ("--data.data_dir", digits, "--json")
 
@@ -168,6 +174,7 @@ def test_cpus_of_a_rank(monkeypatch):
         assert doctor._cpus(Config(), runtime)[0] == level
 
 
+@pytest.mark.slow
 def test_bench_names_the_slow_rank(digits, tmp_path):
     def entry(arguments):
         is_slow = os.environ["RANK"] == "1"
@@ -201,6 +208,7 @@ def test_bench_names_the_slow_rank(digits, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_bench_of_one_rank_measures(digits, tmp_path):
     codes, printed = examine(tmp_path, "--data.data_dir", digits, "--bench", "--json")
     found = levels(printed)

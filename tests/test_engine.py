@@ -46,6 +46,7 @@ def assert_equal_tensors(first, second):
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_a_step_equals_plain_torch_with_torchvision():
     """Three steps, so that momentum counts; weights, statistics and loss to 1e-6."""
     state = build_state(CONFIG, 10, CPU)
@@ -122,6 +123,7 @@ def test_clipping_bounds_the_update():
     assert torch.cat(moves).norm().item() == pytest.approx(max_norm, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_an_update_that_is_not_finite_leaves_no_trace_and_is_counted():
     """Not in weights, momentum, running statistics or average; also when it is the very first
     update, where a fused kernel would create its momentum from uninitialised memory.
@@ -210,6 +212,7 @@ def test_every_optimizer_learns_skips_and_scales(kind, precision):
     assert int(nonfinite.total) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind", "loss"),
     [

@@ -69,6 +69,7 @@ def picture(path, size=(300, 260)):
     return path
 
 
+@pytest.mark.slow
 def test_weights_of_torchvision(tmp_path, monkeypatch):
     """Their logits are those of torchvision's network and transform, and the words are theirs."""
     torch.manual_seed(0)
@@ -129,6 +130,7 @@ def test_the_wordnet_ids_are_those_of_timm():
     assert len(words) == 1000 and sum(agreeing) > 900, sum(agreeing)
 
 
+@pytest.mark.slow
 def test_heads_of_other_names_are_recognised_and_listed(tmp_path):
     content = torch.load(write_weights(tmp_path / "w.pth", 10, (7, 0)), weights_only=True)
     config = config_from_dict({"model": {"name": "resnet20"}})
@@ -145,6 +147,7 @@ def test_heads_of_other_names_are_recognised_and_listed(tmp_path):
         assert f"{head}.bias -> fc.bias" in " ".join(saved.remarks), head
 
 
+@pytest.mark.slow
 def test_a_plain_file_needs_a_name_and_fitting_weights(tmp_path):
     path = write_weights(tmp_path / "w.pth", 1000, ORDER)
     for model, message in (
@@ -174,6 +177,7 @@ def test_a_plain_file_needs_a_name_and_fitting_weights(tmp_path):
     assert (first["class"], first["words"]) == (WNIDS[3], "tiger shark")
 
 
+@pytest.mark.slow
 def test_part_of_the_classes(tmp_path):
     """Masked or kept; refused without a choice, as the next test has it."""
     path = write_weights(tmp_path / "w.pth", 1000, ORDER)
@@ -249,6 +253,7 @@ def test_layout_traps():
     assert map_classes(["0", "1", "10", "2"], ["0", "1", "10", "2"], "", "val").remarks == ()
 
 
+@pytest.mark.slow
 def test_an_accuracy_of_guessing_is_explained(checkpoint, digits, tmp_path):
     names = tuple(str(number) for number in range(100))
     class_map = ClassMap(tuple(range(100)), names, False)
@@ -284,6 +289,7 @@ def test_an_accuracy_of_guessing_is_explained(checkpoint, digits, tmp_path):
     assert code == 2 and "values that are not finite in fc.bias" in printed
 
 
+@pytest.mark.slow
 def test_our_own_export_says_all(checkpoint, tmp_path):
     """Network, pixels and classes are in the .safetensors file."""
     output = tmp_path / "x.safetensors"
@@ -309,6 +315,7 @@ def test_our_own_export_says_all(checkpoint, tmp_path):
     assert again.fit(build_config(again.settings)).class_names == []
 
 
+@pytest.mark.slow
 def test_both_layouts_of_shortcut_a(tmp_path):
     """A_symmetric is that of the public CIFAR networks; init_from says that there are two."""
     images = torch.randn(2, 16, 6, 6)
@@ -373,6 +380,7 @@ def test_words_beside_the_data(tmp_path):
         words_of(names, str(tmp_path))
 
 
+@pytest.mark.slow
 def test_names_of_a_network_that_has_none(tmp_path):
     """They are those of the data set, if there are as many; otherwise numbers."""
     path = write_weights(tmp_path / "w.pth", 3, (1,))

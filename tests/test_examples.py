@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import pytest
 from nbclient import NotebookClient
 
 from resnet_dist import cli
@@ -47,6 +48,7 @@ def our_losses(digits, folder):
     return np.array(losses), top1
 
 
+@pytest.mark.slow
 def test_minimal_has_our_loss_curve(tmp_path):
     digits = tmp_path / "digits"
     write_digits(str(digits))
@@ -63,6 +65,7 @@ def test_minimal_has_our_loss_curve(tmp_path):
     assert abs(top1 - minimal.evaluate(model, digits)) < 1.0
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path):
     """Every cell, in an empty folder; the fine-tuned network is better than chance (20 %)."""
     notebook = nbformat.read(ROOT / "examples/finetune.ipynb", as_version=4)

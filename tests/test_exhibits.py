@@ -36,6 +36,7 @@ def test_a_run_leaves_a_contact_sheet_and_the_details_of_its_last_evaluation(che
     assert 0.05 < trained[-1]["train/memory_gib"] == max(trained[-1]["ranks/memory_gib"]) < 10
 
 
+@pytest.mark.slow
 def test_evaluate_writes_what_report_reads(checkpoint, tmp_path, capsys):
     """Files of two ranks; the same weights are not called different; the page has all sections."""
     details = tmp_path / "details.json"
@@ -81,6 +82,7 @@ def test_evaluate_writes_what_report_reads(checkpoint, tmp_path, capsys):
     assert printed.count("error:") == 2 and "cannot be mixed" in printed
 
 
+@pytest.mark.slow
 def test_files_that_cannot_be_written_are_refused_before_the_evaluation(checkpoint, tmp_path):
     problems = {
         ("--predictions", f"{tmp_path}/none/p.parquet"): "a folder that exists",

@@ -65,6 +65,7 @@ def check_metadata(facts, checkpoint):
     ]
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_onnx(checkpoint, run):
     import onnxruntime
@@ -86,6 +87,7 @@ def test_onnx(checkpoint, run):
     check_metadata(session.get_modelmeta().custom_metadata_map, checkpoint)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_torch_export(checkpoint, run):
     code, output, out, err = run(
@@ -141,6 +143,7 @@ def fresh(path, **options):
     return path, model.eval()
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_torchvision(tmp_path, run, checkpoint):
     import torchvision
@@ -173,6 +176,7 @@ def test_torchvision(tmp_path, run, checkpoint):
     assert code == 2 and "it has no resnet18 {'stem': 'deep'}" in err and not output.exists()
 
 
+@pytest.mark.slow
 def test_failures_leave_nothing(checkpoint, run, monkeypatch):
     for difference in (1.1e-4, float("nan")):
         with monkeypatch.context() as patch:

@@ -63,6 +63,7 @@ def test_a_frozen_backbone_is_bit_identical():
     assert len(moved(*trained())) == len(before)
 
 
+@pytest.mark.slow
 def test_unfrozen_from_a_stage_on():
     state, before = trained(unfreeze_from="layer3")
     assert moved(state, before) == {key for key in before if key.startswith(("layer3.", "fc."))}

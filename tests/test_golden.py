@@ -34,6 +34,7 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_it_is_resumed_and_ends_as_it_would_have(folder, digits):
     """With its old config.yaml; losses and learning rates of every later step are the same."""
     log = folder / "log"
@@ -51,6 +52,7 @@ def test_it_is_resumed_and_ends_as_it_would_have(folder, digits):
     assert unpack_checkpoint(payload, "last.pt")["step"] == 48
 
 
+@pytest.mark.slow
 def test_it_is_evaluated_predicted_and_reported(folder, digits):
     """By its folder; the evaluation is the one that it logged."""
     log = folder / "log"

@@ -30,6 +30,7 @@ def run_checks(arguments):
     return checks.main(arguments)
 
 
+@pytest.mark.slow
 def test_cheap_checks_pass_on_the_cpu(tmp_path):
     """In a process of its own, where the checks may start process groups."""
     names = [name for name, check in checks.CHECKS.items() if check.cheap]

@@ -75,12 +75,14 @@ def run_training(folder, target, data, more):
     return json.loads(metrics.read_text().splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_cifar10(folder):
     (folder / "cifar.tar.gz").write_bytes(tar_bytes(cifar_binary(), "w:gz"))
     more = {"--train.global_batch_size": "5"}
     assert run_training(folder, "gpu-cifar10", folder / "cifar.tar.gz", more)["step"] == 2
 
 
+@pytest.mark.slow
 def test_tiny_imagenet(folder):
     archive = write_zip(folder / "tiny.zip", TINY)
     smaller = {"--data.val_resize_size": "32", "--data.val_crop_size": "32"}
@@ -91,6 +93,7 @@ def test_tiny_imagenet(folder):
     assert len(commands_of("gpu-tiny-imagenet", unpacked)) == 2
 
 
+@pytest.mark.slow
 def test_throughput(folder):
     [words] = commands_of("gpu-throughput", "")
     arguments = with_options(arguments_of(words), SMALL_TABLE)

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pytest
 import torch
 from dist_utils import run_app
 
@@ -49,6 +50,7 @@ def test_figures_of_a_gpu():
     }
 
 
+@pytest.mark.slow
 def test_out_of_memory_on_one_of_two_ranks_ends_both(digits, tmp_path):
     """The log line of a GPU comes before; then one sentence, and exit code 2 on both."""
 

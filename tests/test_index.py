@@ -707,6 +707,7 @@ def test_ranks_agree_also_on_an_error(tmp_path):
     assert "does not exist" in first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("blind", "copies"), [((-1,), [0, 1]), ((1,), [1])])
 def test_ranks_share_a_copy_where_they_cannot_see_the_file(tmp_path, blind, copies):
     """A read-only data folder, or one that the second of two machines does not see; nothing is left
@@ -799,6 +800,7 @@ def create(root, paths, links):
                 os.symlink(target, source)
 
 
+@pytest.mark.slow
 @hypothesis.settings(
     max_examples=120, deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
 )
@@ -939,6 +941,7 @@ def test_progress_of_folders_that_have_changed_is_not_used(folder, tmp_path, mon
     assert not progress.path.exists()
 
 
+@pytest.mark.slow
 def test_class_ids_above_the_limit_are_refused(folder, tmp_path):
     """A class list of that length would fill the memory."""
     root = tmp_path / "shards" / "train"
@@ -1012,6 +1015,7 @@ def _slow_scan(rank, world_size, data_dir):
     return paths(build_index(data_dir, "train", runtime))
 
 
+@pytest.mark.slow
 def test_a_scan_may_take_longer_than_the_time_out_of_a_collective(tmp_path):
     data_dir = make(tmp_path, ["train/a/1.jpg"])
     first, second = run_ranks(_slow_scan, 2, data_dir)

@@ -98,6 +98,7 @@ def test_dry_run_prints_the_batch_script_and_what_it_trains(capsys, monkeypatch,
     subprocess.run(["/bin/bash", "-n"], input=said[: command + 1] + srun, text=True, check=True)
 
 
+@pytest.mark.slow
 def test_dry_run_of_an_array_and_of_data_that_is_not_here(capsys, tmp_path):
     for name in "ab":
         rate = {"a": 0.1, "b": 0.2}[name]
@@ -137,6 +138,7 @@ def test_dry_run_of_an_array_and_of_data_that_is_not_here(capsys, tmp_path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -193,6 +195,7 @@ ENTERS_THE_SCRIPT = [
 ]
 
 
+@pytest.mark.slow
 def test_no_text_breaks_out_of_its_line_of_the_script(capsys):
     """Whatever enters the batch script is refused with a newline in it."""
     wrong = []
@@ -215,6 +218,7 @@ def test_every_control_character_is_refused_and_shown_harmlessly():
     check_text("cluster.setup", "if true; then\n\tmodule load cuda\nfi", allowed="\n\t")
 
 
+@pytest.mark.slow
 def test_names_of_directives_are_names(capsys, tmp_path):
     profile = tmp_path / "profile.yaml"
     for name in ("a b", "-x", "comment\ntouch INTRUDER", "", "exclude=n1 --uid", "größe"):
@@ -544,6 +548,7 @@ def test_one_gpu_of_its_own_or_all_of_them(monkeypatch, visible, environment, in
         assert device == torch.device("cuda", index) and chosen == [index]
 
 
+@pytest.mark.slow
 def test_the_local_executor_trains(tmp_path):
     """Two ranks on this machine, without SLURM, from a copy of the code; as a user who waits."""
     done = subprocess.run(

@@ -195,6 +195,7 @@ EVERYTHING = AugmentConfig(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train_crop", ["random_resized", "scale_jitter", "pad"])
 def test_augmentation_does_not_depend_on_the_layout(good, tmp_path, train_crop):
     """With all of it on, and over an epoch's edge where the side of the crop changes."""
@@ -294,6 +295,7 @@ def test_stopping_early_and_starting_in_the_middle(good, tmp_path):
     assert not loader_threads()
 
 
+@pytest.mark.slow
 def test_bad_files_are_replaced_the_same_way_on_every_layout(mixed, tmp_path):
     """Each by the next good file, with its label; everything else as if nothing had happened."""
     one = steps(mixed, tmp_path / "one", 0, 10)
@@ -450,6 +452,7 @@ def test_training_leaves_out_the_listed_images_and_evaluation_does_not(tmp_path)
     val.close()
 
 
+@pytest.mark.slow
 def test_build(tmp_path):
     """Each kind of data gives loaders that agree on the classes and deliver."""
     good = {

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from image_files import encode, picture, train_loader, val_loader, write_split
 from PIL import Image
@@ -67,6 +68,7 @@ def peak_mebibytes(folder, limit):
     return result["mebibytes"]
 
 
+@pytest.mark.slow
 def test_tiny_files_that_declare_many_pixels_do_not_eat_the_memory(tmp_path):
     """40 images of 9 million pixels, 26 MiB each, in a batch: at most a few are in memory at once.
 
@@ -100,6 +102,7 @@ def test_portions_cover_a_batch_in_order():
     assert [portion.num_pixels for portion in whole] == [2000] * 4
 
 
+@pytest.mark.slow
 def test_pixels_do_not_depend_on_the_portions(tmp_path, monkeypatch):
     """Also with bad files, augmentation, lighting and erasing, and in evaluation."""
     files = [encode(picture(40 + i % 7, 60 - i % 5, i)) for i in range(24)]

@@ -141,6 +141,7 @@ def test_repeated_lines_are_removed_at_the_next_start_and_by_readers(tmp_path):
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
+@pytest.mark.slow
 def test_any_sequence_of_faults(tmp_path):
     """Random kills, full disks and resumes: at the end of a run without faults, each step once.
 

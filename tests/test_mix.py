@@ -202,6 +202,7 @@ def weights_after_a_step(config, batch, num_pieces=1):
     return copy.deepcopy(state.model.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "alphas", [{"mixup_alpha": 0.4}, {"cutmix_alpha": 1.0}, {"mixup_alpha": 0.4, "mix_block": 2}]
 )

@@ -18,6 +18,7 @@ from resnet_dist.models.figures import measure_network
 from resnet_dist.models.resnet import FAMILY
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_size_and_cost(name):
     """The printed figures are the measured ones, and those of torchvision's weights (five

@@ -100,6 +100,7 @@ def test_order_never_changes():
     assert of_many.tolist() == [322786475, 770257251, 580768410]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "epochs"), [(2, 2000), (3, 3000), (4, 6000), (5, 12000)])
 def test_every_permutation_is_as_likely(n, epochs):
     counts = dict.fromkeys(itertools.permutations(range(n)), 0)
@@ -109,6 +110,7 @@ def test_every_permutation_is_as_likely(n, epochs):
     assert deviation_from_uniform(np.array(list(counts.values()))) < MAX_DEVIATION
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [8, 9, 12, 16, 25])
 def test_positions_pairs_parity_and_fixed_points_are_those_of_random_permutations(n):
     """n of every kind: a power of two, odd squares, and one that needs cycle walking."""

@@ -16,6 +16,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("resnet_dist", "configs", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+# Building and installing a wheel takes seconds.
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -120,6 +120,7 @@ def test_import_is_what_pack_makes_of_the_same_folders(source, tmp_path, capsys)
 
 # Each shard is synced and renamed, and so is the file beside it. Plan and index are the first and
 # the last file.
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [3, 6, 9, 12])
 def test_a_killed_import_goes_on(tmp_path, count):
     rows = rows_of(0, 230)
@@ -285,6 +286,7 @@ def test_a_damaged_group_ends_an_evaluation(source, tmp_path):
     loader.close()
 
 
+@pytest.mark.slow
 def test_the_command_evaluates_parquet(checkpoint, digits, tmp_path):
     rows = []
     for image in sorted(Path(digits, "val").glob("*/*")):
@@ -371,6 +373,7 @@ def local_hub(root):
         server.server_close()
 
 
+@pytest.mark.slow
 def test_import_from_a_local_hub(source, tmp_path, monkeypatch, capsys):
     with local_hub(source) as server:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")

@@ -217,6 +217,7 @@ def evaluate_images(rank, world_size, folder, options):
     return counts.result(CLASSES)
 
 
+@pytest.mark.slow
 def test_files_are_the_same_on_any_number_of_ranks(tmp_path):
     """With one view and with several. One image is broken."""
     files = [encode(picture(24 + i % 5, 30, i)) for i in range(43)]

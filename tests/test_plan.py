@@ -34,6 +34,7 @@ def test_storages_are_counted_from_their_operation_until_they_are_freed():
     assert fourth.shape == ()
 
 
+@pytest.mark.slow
 def test_the_plan_of_the_quickstart(capsys):
     words = ["plan", "--json", "--config", "quickstart", "--data.train_crop_size", "32"]
     words += ["--gpus", "2", "--hours", "0.1", "--memory_gib", "1"]
@@ -69,6 +70,7 @@ def test_what_does_not_fit_together_is_refused(capsys):
         cli.main(["plan", "--gpus", "0"])
 
 
+@pytest.mark.slow
 def test_the_memory_is_near_that_of_an_h100():
     """ResNet-50, bf16, eager, one GPU, as docs/gpu.md has it: 10.9 GiB with 256 images, 43.0 GiB
     with 1,024.

@@ -83,6 +83,7 @@ def test_switches_of_a_gpu(switches, monkeypatch):
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_precision_on_another_kind_of_node(digits, tmp_path):
     """Started in bf16, resumed with `auto` on a CPU for which `auto` is fp32, then with another
     one.

@@ -47,6 +47,7 @@ def objects(text):
     return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
 
+@pytest.mark.slow
 def test_a_validation_folder_gets_what_evaluation_gives_it(checkpoint, digits, tmp_path):
     """The same top-1 and top-5 counts, of views with their mirror images; the very probabilities of
     these batches.
@@ -95,6 +96,7 @@ def test_a_validation_folder_gets_what_evaluation_gives_it(checkpoint, digits, t
         )
 
 
+@pytest.mark.slow
 def test_what_cannot_be_used_is_named_and_the_others_go_on(checkpoint, digits, tmp_path):
     good = f"{digits}/val/3/0004.jpg"
     (tmp_path / "text.jpg").write_text("no image")
@@ -145,6 +147,7 @@ def test_what_cannot_be_used_is_named_and_the_others_go_on(checkpoint, digits, t
     assert code == 2 and "Traceback" not in text and "neither JPEG nor PNG" in text
 
 
+@pytest.mark.slow
 def test_interrupts_and_closed_pipes_are_quiet(checkpoint, digits, tmp_path):
     def closed(arguments):
         reader, writer = os.pipe()
@@ -212,6 +215,7 @@ def test_what_is_named(tmp_path, monkeypatch):
         find_images(["b"])
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said(checkpoint, digits, tmp_path):
     def entry(arguments):
         sys.stdout = open("/dev/full", "w")  # noqa: SIM115  closing it would fail
@@ -223,6 +227,7 @@ def test_a_full_disk_is_said(checkpoint, digits, tmp_path):
     assert code == 2 and "standard output cannot be written" in text and "Traceback" not in text
 
 
+@pytest.mark.slow
 def test_bytes_from_a_pipe(checkpoint, digits, tmp_path):
     def entry(arguments):
         reader, writer = os.pipe()
@@ -238,6 +243,7 @@ def test_bytes_from_a_pipe(checkpoint, digits, tmp_path):
     assert code == 0 and text.splitlines()[1].startswith("/dev/stdin  ")
 
 
+@pytest.mark.slow
 def test_refusals(checkpoint, digits, tmp_path, monkeypatch, capsys):
     image = f"{digits}/val/3/0004.jpg"
     for arguments, said in (

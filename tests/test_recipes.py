@@ -172,6 +172,7 @@ def write() -> None:
     README.write_text(f"{before}<!-- table -->\n{table()}<!-- table -->\n{after}")
 
 
+@pytest.mark.slow
 def test_numbers_equal_the_golden_file():
     """Curve, groups and size, to 1e-9; the file holds every config and no other."""
     golden = json.loads(GOLDEN.read_text())
@@ -215,6 +216,7 @@ def test_every_recipe_says_how_where_and_what():
     check_all(check)
 
 
+@pytest.mark.slow
 def test_the_facts_of_a_recipe_are_those_of_its_settings():
     """Updates, batch, peak, ranks and local batch, which the facts have from the source."""
 

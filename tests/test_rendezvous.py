@@ -94,6 +94,7 @@ def test_a_host_and_a_port_that_cannot_be_used():
     del taken
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_come(monkeypatch):
     """The first rank names who is missing; the others that the first is."""
     with pytest.raises(LostRankError, match="ranks 1, 2 of 3 have not come"):
@@ -114,6 +115,7 @@ def test_a_launcher_that_is_gone_is_not_waited_for():
     assert time.monotonic() - begun < 60
 
 
+@pytest.mark.slow
 def test_keys_of_an_earlier_start_do_no_harm():
     """Torchrun keeps one store over restarts: here a start that failed comes before a good one."""
     from multiprocessing import get_context
@@ -165,6 +167,7 @@ def test_a_network_interface_that_does_not_exist(digits, tmp_path, monkeypatch):
     assert printed.count("error") == 1 and "Traceback" not in printed
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_before_the_loop(digits, tmp_path):
     """While the others build their state: they name it, and end with 75 instead of a traceback."""
 

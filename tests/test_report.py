@@ -61,6 +61,7 @@ def call(*arguments):
     return report.run(parser.parse_args([str(argument) for argument in arguments]))
 
 
+@pytest.mark.slow
 def test_table_and_picture(folder, capsys):
     pytest.importorskip("matplotlib")
     assert call(folder) == 0
@@ -133,6 +134,7 @@ def run_folder(folder, name, correct, num=10000):
     return place
 
 
+@pytest.mark.slow
 def test_a_difference_inside_its_interval_is_not_called_one(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     base = run_folder(tmp_path, "base", 9000)
@@ -146,6 +148,7 @@ def test_a_difference_inside_its_interval_is_not_called_one(tmp_path, capsys):
     assert "top-1  90.00 % (95 %: 89.40 to 90.57)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_few_classes_have_no_top5(tmp_path, capsys):
     folder = run_folder(tmp_path, "few", 90, 100)
     assert call(folder, "--out", tmp_path / "p.png") == 0
@@ -158,6 +161,7 @@ def test_a_folder_name_cannot_forge_lines(tmp_path, capsys):
     assert out.count("\n") == 1 and "\x1b" not in out
 
 
+@pytest.mark.slow
 def test_the_slow_rank_is_named(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     for slow, expected in ((0.2, True), (0.012, False)):
@@ -177,6 +181,7 @@ def test_the_slow_rank_is_named(tmp_path, capsys):
         assert (sentence in out) == expected and ("slow rank" in out) == expected
 
 
+@pytest.mark.slow
 def test_html_page(tmp_path, capsys):
     """One file without references to others; foreign text is escaped; settings that differ."""
     base = run_folder(tmp_path, "base <b>", 9000)
@@ -204,6 +209,7 @@ def with_settings(folder, seed, lr, data_dir="a"):
     return folder
 
 
+@pytest.mark.slow
 def test_seeds_of_a_recipe_are_one_group(tmp_path, capsys):
     low = [with_settings(run_folder(tmp_path, f"low{i}", 9000 + 10 * i), i, 0.1) for i in range(3)]
     high = [with_settings(run_folder(tmp_path, f"high{i}", 9300 + 9 * i), i, 0.2) for i in range(3)]
@@ -240,6 +246,7 @@ def test_the_same_images_are_compared_in_pairs():
     assert "cannot be compared" in describe_pair(first, other)
 
 
+@pytest.mark.slow
 def test_a_link_to_wandb(tmp_path):
     folder = run_folder(tmp_path, "run", 900, 1000)
     page = tmp_path / "page.html"

@@ -82,6 +82,7 @@ def draw_weights(model):
         norm.num_batches_tracked.zero_()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TORCHVISION_NAMES)
 def test_logits_equal_torchvision(name):
     torch.manual_seed(1)
@@ -103,6 +104,7 @@ def test_logits_equal_torchvision(name):
     torch.testing.assert_close(logits / scale, expected / scale, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_training_step_equals_torchvision(name):
     torch.manual_seed(2)
@@ -118,6 +120,7 @@ def test_training_step_equals_torchvision(name):
         torch.testing.assert_close(our_buffer, their_buffer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TORCHVISION_NAMES)
 def test_keys_shapes_and_order_equal_torchvision(name):
     with torch.device("meta"):
@@ -167,6 +170,7 @@ def test_shortcut_a_subsamples_and_pads():
     assert not out[:, 3:].any()
 
 
+@pytest.mark.slow
 def test_stride_in_1x1_moves_the_stride():
     original = build_on_meta("resnet50", stride_in_1x1=True).layer2[0]
     assert original.conv1.stride == (2, 2)
@@ -297,6 +301,7 @@ def test_shortcut_c_projects_everywhere():
     assert b == 21_797_672
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet50c", "resnet50d", "seresnet50", "resnetrs50"])
 def test_logits_equal_timm(name):
     # Takes seconds.

@@ -263,6 +263,7 @@ log.close(0)
 """
 
 
+@pytest.mark.slow
 def test_offline_run_goes_on_after_a_resume(tmp_path):
     pytest.importorskip("wandb")
     first = in_process(tmp_path, SESSION.replace("START", "0").replace("STEPS", "(10, 20, 30)"))
@@ -324,6 +325,7 @@ def inspect(folder, home):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode",
     ["auto", "online"],

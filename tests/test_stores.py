@@ -105,6 +105,7 @@ def facts(url, folder):
     return index.fingerprint(), names, places, data, show(index, folder), val
 
 
+@pytest.mark.slow
 def test_a_run_on_a_store_is_a_run_on_the_disk(store, shards, tmp_path):
     """The index, the bytes and the batches, through latency, errors and answers cut off."""
     local = facts(str(shards), tmp_path)
@@ -132,6 +133,7 @@ def sentences(store, cases):
     return found
 
 
+@pytest.mark.slow
 def test_a_store_that_cannot_be_read_is_explained(store, shards, monkeypatch):
     store.put("empty")
     store.put("loose")
@@ -189,6 +191,7 @@ def hangs(store, timeout_s):
     return text, time.monotonic() - started
 
 
+@pytest.mark.slow
 def test_a_store_that_stops_answering_ends_the_run(store):
     text, closing = in_child(hangs, store, 2.0)
     assert "cannot be read: it has not answered in time, after" in text
@@ -229,6 +232,7 @@ def interrupt_when_it_hangs(store, only, seconds):
     threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["start", "training"])
 def test_ctrl_c_ends_a_run_whose_store_hangs(store, tmp_path, monkeypatch, place):
     """Long before data.read_timeout_s, 300 s, is over; here a request times out after a second."""
@@ -261,6 +265,7 @@ def test_ctrl_c_ends_a_run_whose_store_hangs(store, tmp_path, monkeypatch, place
         assert codes == [2] and "it has not answered in time" in log, log
 
 
+@pytest.mark.slow
 def test_all_ranks_stop_when_a_shard_changes(store, shards, tmp_path):
     """Exit code 2 on each of them, and the sentence in place of a traceback."""
     store.upload(shards, "moving")
@@ -301,6 +306,7 @@ def size_of(folder):
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 def test_the_cache_saves_requests_and_never_lies(store, shards, tmp_path):
     """Warm, damaged, too small and shared with another data set."""
     local = show(build_index(str(shards), "train", OneProcess()), tmp_path)

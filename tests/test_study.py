@@ -127,6 +127,32 @@ def test_what_is_missing_is_run_and_the_page_has_every_training(
     assert origin["command"][:3] == ["resnet-dist", "train", "--config"]
 
 
+def test_times_by_the_cpu_clock(study_file):
+    """Of two sessions, 7 and 9 s of CPU time; earlier versions did not log it."""
+    study_file.write_text(f"{study_file.read_text()}clock: cpu\n")
+    study = read_study(study_file)
+    folder = study.trials[0].folder
+    folder.mkdir(parents=True)
+    lines = [
+        {"step": 3, "time": 100.0, "elapsed": 10.0, "elapsed_cpu": 7.0, "train/epoch": 0.25},
+        {"step": 6, "time": 225.0, "elapsed": 25.0, "elapsed_cpu": 9.0, "train/epoch": 0.5},
+    ]
+    for line, top1 in zip(lines, (1.0, 50.0), strict=True):
+        line["val/top1"] = top1
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text("\n".join(map(json.dumps, lines)))
+    [result] = read_study_results(study)["plain"]
+    assert result.seconds == 16.0
+    assert result.seconds_to_target == {1: 7.0, 50: 16.0}
+
+    metrics.write_text(metrics.read_text().replace("elapsed_cpu", "other"))
+    with pytest.raises(ValueError, match="metrics.jsonl has no elapsed_cpu"):
+        read_study_results(study)
+    study_file.write_text(study_file.read_text().replace("clock: cpu", "clock: gpu"))
+    with pytest.raises(ValueError, match="clock is gpu: it must be wall, or cpu"):
+        read_study(study_file)
+
+
 def test_the_time_that_is_missing_is_measured(study_file, monkeypatch, capsys):
     """A tenth of an epoch is one step: it is measured again with ten, of which the last five
     count. An epoch of 12 steps of 2 s takes 24 s.
@@ -253,6 +279,7 @@ def test_mistakes_name_file_and_key(study_file, tmp_path, capsys):
     assert cli.main(["study", str(study_file), "--page", "x.md"]) == 2
 
 
+@pytest.mark.slow
 def test_the_studies_of_the_project_are_right():
     files = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
     assert len(files) >= 10
@@ -263,6 +290,7 @@ def test_the_studies_of_the_project_are_right():
             assert training.config.model.name in MODELS, path
 
 
+@pytest.mark.slow
 def test_the_page_of_results_is_written_by_the_studies(tmp_path):
     shutil.copytree(ROOT / "docs" / "results", tmp_path / "results")
     files = [str(path) for path in sorted((ROOT / "configs" / "studies").glob("*.yaml"))]

@@ -133,6 +133,7 @@ EXPECTED = {
 MCE = 100 * (0.375 / 0.866816 + 0.25 / 0.819324) / 2
 
 
+@pytest.mark.slow
 def test_imagenet_and_its_variants(imagenets, tmp_path, monkeypatch):
     few_corruptions(monkeypatch)
     output = tmp_path / "out"
@@ -177,6 +178,7 @@ def test_imagenet_and_its_variants(imagenets, tmp_path, monkeypatch):
     assert "10 finished parts are taken from" in printed
 
 
+@pytest.mark.slow
 def test_what_cannot_be_evaluated_does_not_stop_the_others(imagenets, tmp_path, monkeypatch):
     """Missing and damaged sets are a sentence each; the others are in the table; exit code 2."""
     few_corruptions(monkeypatch, ("fog", "frost"))
@@ -240,6 +242,7 @@ def write_cifar(place):
     return pixels, labels
 
 
+@pytest.mark.slow
 def test_cifar_and_its_variants(tmp_path, monkeypatch):
     few_corruptions(monkeypatch)
     pixels, labels = write_cifar(tmp_path)

@@ -121,6 +121,7 @@ def assert_ranks_equal_whole(ranks, whole, tolerance):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_ranks_equal_one_process(world_size):
     """Every dtype, layout and option. A mean of 1e4 beside a variance of 1 survives: the reference
@@ -373,6 +374,7 @@ def assert_compiled_equals_eager(backend):
             np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_its_graph_has_no_break():
     """Forward and backward are traced as a whole, on two ranks; as eager, but for rounding."""
     assert_compiled_equals_eager("aot_eager")

@@ -94,6 +94,7 @@ def test_an_update_is_that_of_the_formula():
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
+@pytest.mark.slow
 def test_the_whole_step_runs_on_meta():
     """Nothing waits for the device."""
     config = Config(
@@ -155,6 +156,7 @@ def terminated_at_step_3(arguments):
     return in_double(cli.main)(arguments)
 
 
+@pytest.mark.slow
 def test_runs_resume_exactly_and_do_not_depend_on_the_ranks(digits, checkpoint, tmp_path):
     """A resume with another teacher is refused; the same file at another place is the same one."""
     whole, parts, ranks = (tmp_path / name for name in ("whole", "parts", "ranks"))
@@ -181,12 +183,14 @@ def test_runs_resume_exactly_and_do_not_depend_on_the_ranks(digits, checkpoint, 
         torch.testing.assert_close(weights_of(ranks)[key], expected[key], rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_a_missing_teacher_stops_every_rank(digits, tmp_path):
     codes, printed = distilled(digits, tmp_path, "nowhere.pt", world_size=2, entry=cli.main)
     assert codes == [2, 2]
     assert printed.count("error") == 1 and "train.teacher is 'nowhere.pt', which does" in printed
 
 
+@pytest.mark.slow
 def test_teachers_that_do_not_fit(checkpoint, tmp_path):
     """Every message names the setting, and what to do."""
     file = str(tmp_path / "five.pth")

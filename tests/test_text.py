@@ -6,6 +6,8 @@ import sys
 import warnings
 from pathlib import Path
 
+import pytest
+
 from resnet_dist import text
 from resnet_dist.text import printable, printable_lines
 
@@ -45,6 +47,7 @@ def test_no_foreign_text_is_printed_raw():
     assert raw == []
 
 
+@pytest.mark.slow
 def test_a_name_cannot_forge_an_error_line(tmp_path):
     """Through the real command line: a folder, a missing file and a class with newlines."""
     evil = "x\nerror (rank 0): forged \x1b[2J"

@@ -128,6 +128,7 @@ def lose(tmp_path, server):
     assert len(server.runs[run_id(tmp_path)]["history"]) <= 20
 
 
+@pytest.mark.slow
 def test_lost_in_the_middle_and_back_again(tmp_path, server):
     """Nothing is missing and nothing is there twice; then a second attempt goes on with the same
     run.
@@ -146,6 +147,7 @@ def test_lost_in_the_middle_and_back_again(tmp_path, server):
     assert len(server.runs) == 1
 
 
+@pytest.mark.slow
 def test_lost_for_good_and_synced_later(tmp_path, server):
     (tmp_path / "hold").touch()
     process = train(tmp_path, server, 0, 40, finish_seconds=2)
@@ -163,6 +165,7 @@ def test_lost_for_good_and_synced_later(tmp_path, server):
     assert server.steps(run_id(tmp_path)) == list(range(1, 41))
 
 
+@pytest.mark.slow
 def test_unreachable_at_the_start_and_synced_later(tmp_path, server):
     server.stop()
     printed = finish(train(tmp_path, server, 0, 20))

@@ -59,6 +59,7 @@ def renamed(state, **names):
 NVIDIA = {f"layer{i + 1}.": f"layers.{i}." for i in range(3)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "number"),
     [
@@ -116,6 +117,7 @@ def test_nesting(keys):
     assert find_weights({"epoch": 3}) == find_weights([1]) == ([], {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["resnet18", "resnet50d", "seresnet50", "vgg11_bn", "densenet121", "inception_v3"]
 )

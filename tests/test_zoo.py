@@ -141,6 +141,7 @@ def narrow(monkeypatch):
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*ZOO, *FAMILY_TOO])
 def test_trains_averages_and_evaluates(name, narrow, tmp_path):
     """A few updates by the engine's step: the loss falls with a margin, and the network and its
@@ -187,6 +188,7 @@ def saved_and_read(state, path):
     return unpack_checkpoint(read_checkpoint(path), str(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ZOO)
 def test_parameters_figures_and_conversion(name):
     """On meta, with 1000 classes. Conversion to SyncBatchNorm leaves no other norm, and the same
@@ -239,6 +241,7 @@ def test_densenets_count_as_the_others():
     assert densenet_parameters(32, (6, 12, 24, 16), 64) == 7978856
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["lenet5", "alexnet", "googlenet", "inception_v4", "efficientnet_b0"]
 )
@@ -348,6 +351,7 @@ def one_update(rank, world_size):
     return {name: value.numpy() for name, value in state.model.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_auxiliary_heads_on_two_ranks_equal_one_process(double):
     """DDP, SyncBatchNorm and the buckets' settling, with heads that only training uses: as the
     whole batch at once.
@@ -358,6 +362,7 @@ def test_auxiliary_heads_on_two_ranks_equal_one_process(double):
         np.testing.assert_allclose(first[name], value, rtol=1e-6, atol=1e-9, err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_warm_up_needs_no_more_than_two_values_a_channel():
     """The least side, where the last map is a single pixel."""
     for name in ("googlenet", "efficientnet_b0", "vgg11_bn"):
@@ -389,6 +394,7 @@ def test_lenet_sees_what_table_1_says():
         ZOO["lenet5"].make(num_classes=10)(torch.empty(1, 3, 48, 48))
 
 
+@pytest.mark.slow
 def test_timm_networks_keep_their_function():
     """The activation that is moved out of timm's norm stays where it was, and survives the
     conversion.
@@ -461,6 +467,7 @@ def test_sides_that_it_can_take_are_not(name, data):
     check_image_size(name, DataConfig(**data))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -486,6 +493,7 @@ def test_the_least_side_is_the_least(name):
             model.eval()(torch.empty(2, 3, entry.min_size, entry.min_size))
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_lenet_and_refuses_a_side(digits, tmp_path):
     """On two ranks, through JPEG files and DALI; a side that does not fit ends both before the
     first step.

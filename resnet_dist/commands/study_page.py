@@ -34,9 +34,10 @@ Two runs are compared seed by seed; a difference counts only if its interval doe
 
 def describe_study(study: Study, results: Results) -> str:
     """The table of a study and its comparisons, in Markdown."""
-    titles = ["run", "seeds", study.metric, "deviation", "95 % interval", "time", "images/s"]
+    time = "CPU time" if study.clock == "cpu" else "time"
+    titles = ["run", "seeds", study.metric, "deviation", "95 % interval", time, "images/s"]
     for target in study.targets:
-        titles.append(f"time to {target:g} %")
+        titles.append(f"{time} to {target:g} %")
     rows = []
     for run in study.run_names():
         rows.append(_run_row(study, run, results[run]))

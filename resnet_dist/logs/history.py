@@ -3,6 +3,7 @@
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from resnet_dist.evaluation.intervals import Interval, wilson_interval
 from resnet_dist.logs.metrics_file import Record, read_metrics
@@ -11,6 +12,9 @@ from resnet_dist.text import printable
 # Two lines come from the same process if their start times, computed from time and elapsed seconds,
 # differ by less than this. Clocks drift.
 _SAME_START_SECONDS = 2.0
+
+Clock = Literal["wall", "cpu"]
+_CLOCK_KEYS = {"wall": "elapsed", "cpu": "elapsed_cpu"}
 
 # A rank is slow if it needs longer than the others, by at least this fraction of the time of a
 # step.
@@ -168,19 +172,29 @@ class RunHistory:
         others = seconds[:rank] + seconds[rank + 1 :]
         return SlowRank(rank, phase, longest, statistics.median(others))
 
-    def seconds_so_far(self) -> list[float]:
-        """For each line, the seconds of its session and of all sessions before it."""
+    def seconds_so_far(self, clock: Clock = "wall") -> list[float]:
+        """For each line, the seconds of its session and of all sessions before it.
+
+        Args:
+            clock: "wall" for the time that passed, "cpu" for the CPU time of the main process.
+
+        Raises:
+            ValueError: A line has no CPU time: an earlier version wrote it.
+        """
+        key = _CLOCK_KEYS[clock]
         seconds = []
         earlier_sessions = 0.0
         last_timed: Record | None = None
         for record in self.records:
             if "elapsed" in record:
+                if key not in record:
+                    raise ValueError(f"{printable(self.folder)}/metrics.jsonl has no {key}")
                 if last_timed is not None and not _same_session(last_timed, record):
-                    earlier_sessions += last_timed["elapsed"]
+                    earlier_sessions += last_timed[key]
                 last_timed = record
             elapsed = 0.0
             if last_timed is not None:
-                elapsed = last_timed["elapsed"]
+                elapsed = last_timed[key]
             seconds.append(earlier_sessions + elapsed)
         return seconds
 

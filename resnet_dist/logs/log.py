@@ -51,6 +51,7 @@ class Log:
         self.start_step = 0
         self.total_steps = 0
         self.started = time.monotonic()
+        self.cpu_at_start = time.process_time()
         self._warned_about_file = False
 
     def start(
@@ -76,6 +77,7 @@ class Log:
         self.start_step = start_step
         self.total_steps = total_steps
         self.started = time.monotonic()
+        self.cpu_at_start = time.process_time()
         path = self.folder / "metrics.jsonl"
         self.file = MetricsFile(path, check_claim, evaluated)
         try:
@@ -197,10 +199,12 @@ class Log:
         """Append a line to metrics.jsonl."""
         assert self.file is not None, "Log.start comes before Log.metrics"
         elapsed = time.monotonic() - self.started
+        elapsed_cpu = time.process_time() - self.cpu_at_start
         record: Record = {
             "step": step,
             "time": round(time.time(), 3),
             "elapsed": round(elapsed, 3),
+            "elapsed_cpu": round(elapsed_cpu, 3),
         }
         for key, value in values.items():
             record[key] = _as_json(value)

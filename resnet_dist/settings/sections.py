@@ -146,7 +146,7 @@ class DataConfig:
     epochs"""
     progressive_epochs: Annotated[tuple[float, float], AtLeast(0), Range()] = (0.0, 0.0)
     """first and last epoch of the growth from progressive_start_size to train_crop_size. The size
-    is a multiple of 32 and changes between epochs"""
+    changes between epochs. It is a multiple of 32, or of 8 if train_crop_size is at most 32"""
     val_resize_size: Annotated[int, AtLeast(1)] = 256
     """size of the shorter side in pixels after resizing, before the center crop, in evaluation"""
     val_crop_size: Annotated[int, AtLeast(1)] = 224

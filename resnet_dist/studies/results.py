@@ -39,7 +39,7 @@ class Result:
     accuracy: float
     """the study's metric at the end, in percent"""
     seconds: float
-    """time of training and evaluation"""
+    """time of training and evaluation, by the study's clock"""
     seconds_to_target: dict[float, float]
     """for each target that was reached, the seconds until the first evaluation at or above it"""
 
@@ -97,7 +97,7 @@ def _result(study: Study, trial: Trial, history: RunHistory) -> Result:
         trial=trial,
         history=history,
         accuracy=values[-1],
-        seconds=history.seconds_so_far()[-1],
+        seconds=history.seconds_so_far(study.clock)[-1],
         seconds_to_target=_times_to_targets(study, history),
     )
 
@@ -105,7 +105,8 @@ def _result(study: Study, trial: Trial, history: RunHistory) -> Result:
 def _times_to_targets(study: Study, history: RunHistory) -> dict[float, float]:
     """The seconds until the accuracy first reached each target, over all sessions of a run."""
     times: dict[float, float] = {}
-    for record, seconds in zip(history.records, history.seconds_so_far(), strict=True):
+    all_seconds = history.seconds_so_far(study.clock)
+    for record, seconds in zip(history.records, all_seconds, strict=True):
         accuracy = record.get(study.metric)
         if accuracy is None:
             continue

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from resnet_dist.config import Config
+from resnet_dist.logs.history import Clock
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Study:
     """what to know about the result, in Markdown; may be empty"""
     metric: str
     """accuracy in percent that is compared, for instance val/top1"""
+    clock: Clock
+    """what times mean: "wall", or "cpu" for the CPU time of the main process"""
     targets: tuple[float, ...]
     """accuracies in percent whose time is reported"""
     trials: tuple[Trial, ...]

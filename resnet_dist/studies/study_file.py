@@ -18,11 +18,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import yaml
 
 from resnet_dist.files import expand_path
+from resnet_dist.logs.history import Clock
 from resnet_dist.settings.options import as_yaml
 from resnet_dist.settings.reading import SettingsLoader, config_from_files
 from resnet_dist.settings.recipes import find_recipe
@@ -54,6 +55,7 @@ _FIELDS = {
     "settings": _Field(dict, {}, "settings of all runs"),
     "compare": _Field(list, [], "a list of pairs of runs"),
     "targets": _Field(list, [], "a list of accuracies in percent"),
+    "clock": _Field(str, "wall", "wall, or cpu for the CPU time of the main process"),
     "metric": _Field(str, "val/top1", "a key of metrics.jsonl"),
     "notes": _Field(str, "", "text in Markdown"),
 }
@@ -114,6 +116,7 @@ def _build_study(path: Path, fields: Mapping[str, Any], changes: Settings) -> St
         question=fields["question"],
         notes=fields["notes"],
         metric=fields["metric"],
+        clock=_clock(fields["clock"]),
         targets=tuple(_numbers("targets", fields["targets"])),
         trials=tuple(_build_trials(fields, changes)),
         compare=tuple(_pairs(fields["compare"], list(map(str, fields["runs"])))),
@@ -174,6 +177,13 @@ def _numbers(key: str, values: Sequence[object]) -> list[float]:
             raise ValueError(f"{key} holds {value!r}: it must be a number")
         numbers.append(value)
     return numbers
+
+
+def _clock(name: str) -> Clock:
+    """The clock that times are read from."""
+    if name not in get_args(Clock):
+        raise ValueError(f"clock is {printable(name)}: it must be {_FIELDS['clock'].meaning}")
+    return cast("Clock", name)
 
 
 def _pairs(compare: Sequence[object], known: Sequence[str]) -> list[tuple[str, str]]:

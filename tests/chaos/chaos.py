@@ -65,6 +65,7 @@ STOP_TIMEOUT_SECONDS = 12.0
 CLOCK_KEYS = {
     "time",
     "elapsed",
+    "elapsed_cpu",
     "train/images_per_second",
     "train/data_wait_fraction",
     "train/step_seconds",

@@ -68,6 +68,7 @@ def comparable(lines):
     clock = {
         "time",
         "elapsed",
+        "elapsed_cpu",
         "train/images_per_second",
         "train/data_wait_fraction",
         "train/step_seconds",

@@ -35,6 +35,7 @@ SUBMITTING = threading.Lock()
 CLOCK = {
     "time",
     "elapsed",
+    "elapsed_cpu",
     "train/images_per_second",
     "train/data_wait_fraction",
     "train/step_seconds",

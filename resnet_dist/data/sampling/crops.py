@@ -21,8 +21,10 @@ TRIES = 10
 # Two numbers for each try (area and ratio), then two for the position.
 _NUMBERS_PER_SAMPLE = 2 * TRIES + 2
 
-# With progressive resizing, all crop sides are multiples of this many pixels.
+# With progressive resizing, all crop sides are multiples of this many pixels. Networks for images
+# of at most 32 pixels reduce them by a factor of 4 or 8.
 _SIDE_STEP = 32
+_SIDE_STEP_OF_SMALL_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ def train_side(epoch: int, config: DataConfig) -> int:
 
     Without progressive resizing this is `train_crop_size`. With it, the side grows linearly from
     `progressive_start_size` to `train_crop_size` between the two `progressive_epochs`, rounded to a
-    multiple of 32 (Leclerc et al. 2023, FFCV).
+    multiple of 32 (Leclerc et al. 2023, FFCV). If `train_crop_size` is at most 32, it is rounded to
+    a multiple of 8.
 
     Args:
         epoch: the epoch, counted from 0.
@@ -75,8 +78,11 @@ def train_side(epoch: int, config: DataConfig) -> int:
     progress = max(0.0, (epoch - begin) / num_epochs)
     exact_side = start + (config.train_crop_size - start) * progress
 
-    side = round(exact_side / _SIDE_STEP) * _SIDE_STEP
-    side = max(side, _SIDE_STEP)
+    step = _SIDE_STEP
+    if config.train_crop_size <= _SIDE_STEP:
+        step = _SIDE_STEP_OF_SMALL_IMAGES
+    side = round(exact_side / step) * step
+    side = max(side, step)
     return min(side, config.train_crop_size)
 
 

@@ -85,7 +85,7 @@ def _numbers_of(record: Row) -> Row:
     """
     numbers = {}
     for key, value in record.items():
-        if key in ("time", "elapsed"):
+        if key in ("time", "elapsed", "elapsed_cpu"):
             continue
         if isinstance(value, (int, float)):
             numbers[key] = value
