@@ -21,7 +21,7 @@ import page  # noqa: E402
 import report  # noqa: E402
 
 # What only a GPU has.
-SKIPPED = {"jpeg_decoder", "out_of_memory_is_explained", "other_tests"}
+SKIPPED = {"jpeg_decoder", "out_of_memory_is_explained"}
 
 
 def run_checks(arguments):
@@ -138,7 +138,7 @@ def test_dry_run_of_the_report(tmp_path):
     content = json.loads((tmp_path / "gpu_report.json").read_text())
     assert {one["name"] for one in content["checks"]} == set(checks.CHECKS)
     outcomes = {one["name"]: one["outcome"] for one in content["figures"]}
-    assert set(outcomes.values()) == {"passed"} and len(outcomes) == 8
+    assert set(outcomes.values()) == {"passed"} and len(outcomes) == 11
     for one in content["figures"]:
         # Figures of JPEG files are those of real photographs, or there are none.
         is_of_photographs = one["name"] in ("loaders", "decoders", "jpeg_loop")

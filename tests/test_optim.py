@@ -14,7 +14,9 @@ from resnet_dist.config import OptimConfig
 from resnet_dist.ema import Ema
 from resnet_dist.models.build import MODELS
 from resnet_dist.models.sync_batch_norm import convert_sync_batch_norm
+from resnet_dist.nonfinite import NonFinite
 from resnet_dist.optim import assign_if, build_optimizer, parameter_groups
+from resnet_dist.resources.operations import OperationWatch
 
 
 @pytest.mark.parametrize("sync", [False, True])
@@ -329,6 +331,43 @@ def test_assign_if_sets_all_tensors_or_none_exactly(dtype, condition):
 
     for found, tensor in zip(old, expected, strict=True):
         assert torch.equal(bits_of(found), bits_of(tensor))
+
+
+class OperationCount(OperationWatch):
+    """Counts operations that are no views: each takes at least one kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def see(self, operation, inputs, results):
+        if not getattr(operation, "is_view", False):
+            self.count += 1
+
+
+@pytest.mark.slow
+def test_an_update_of_resnet50_takes_few_operations():
+    """One operation for the list of all tensors, not one for each: launching thousands of small
+    kernels would take longer than running them. SGD and AdamW have torch's fused kernels.
+    """
+    with torch.device("meta"):
+        model = MODELS["resnet50"](1000)
+        nonfinite = NonFinite(model, 0)
+        skipped = torch.zeros((), dtype=torch.bool)
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter)
+    with OperationCount() as of_nonfinite:
+        nonfinite.snapshot_statistics()
+        nonfinite.restore_if_skipped(skipped)
+    counts = {"NonFinite": of_nonfinite.count}
+    for kind in ("lars", "lamb", "rmsprop"):
+        optimizer = build_optimizer(OptimConfig(kind), model)
+        optimizer.found_inf = torch.zeros((), device="meta")
+        with OperationCount() as of_optimizer:
+            optimizer.step()
+        counts[kind] = of_optimizer.count
+    most = {"NonFinite": 12, "lars": 60, "lamb": 125, "rmsprop": 70}
+    assert all(counts[name] <= most[name] for name in most), counts
 
 
 def test_ema_is_the_recursion_and_copies_counts():

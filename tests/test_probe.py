@@ -6,6 +6,8 @@ import sys
 import pytest
 import torch
 
+from resnet_dist.data.pixels import dali
+from resnet_dist.data.pixels.dali import LOG_LEVEL
 from resnet_dist.data.pixels.probe import (
     BACKENDS,
     _NvImageCodec,
@@ -82,6 +84,26 @@ def test_warnings_are_counted_and_the_rest_is_printed(capfd):
     assert capfd.readouterr().err == "our own line\n"
     os.write(2, b"[WARNING] later\n")
     assert capfd.readouterr().err == "[WARNING] later\n"
+
+
+def test_decoders_warn_only_while_warnings_are_counted(monkeypatch, capfd):
+    """The installed DALI obeys the variable; training on a GPU sets it to errors."""
+    printed = {}
+    for level in ("1", "5"):
+        monkeypatch.setenv(LOG_LEVEL, level)
+        decode_probe_batch(torch.device("cpu"))
+        printed[level] = capfd.readouterr().err
+    assert printed["1"] == "" and "[INFO]" in printed["5"]
+    with count_library_warnings():
+        assert os.environ[LOG_LEVEL] == "2"
+    assert os.environ[LOG_LEVEL] == "5"
+    monkeypatch.delenv(LOG_LEVEL)
+    with count_library_warnings():
+        assert os.environ[LOG_LEVEL] == "2"
+    assert LOG_LEVEL not in os.environ
+    monkeypatch.setattr(dali, "build_pipeline", lambda spec: None)
+    dali.Decoder(local_batch_size=1, threads=1, device=GPU)
+    assert os.environ.pop(LOG_LEVEL) == "1"
 
 
 def test_any_build_of_dali_is_found():

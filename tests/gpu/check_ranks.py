@@ -1,6 +1,5 @@
 """Checks that need several processes: two ranks on one GPU, a lost rank, the quickstart."""
 
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -201,17 +200,3 @@ def quickstart(place: Place, folder: Path) -> str:
     top1 = json.loads(lines[-1])["val/top1"]
     assert top1 >= place.size(97, 5)
     return f"top-1 {top1:.2f} %"
-
-
-def other_tests(place: Place, folder: Path) -> str:
-    """The other files of tests/gpu, by pytest."""
-    if not place.is_cuda:
-        raise SkippedCheckError("needs a GPU: these tests name the device themselves")
-    if importlib.util.find_spec("pytest") is None:
-        raise SkippedCheckError("pytest is missing")
-    here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here)]
-    command += ["--ignore", str(here / "test_gpu.py"), "--basetemp", str(folder / "pytest")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stdout[-3000:]
-    return done.stdout.splitlines()[-1]

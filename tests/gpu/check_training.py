@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from places import (
@@ -30,8 +30,10 @@ from torch import nn
 from resnet_dist import compilation, engine
 from resnet_dist.commands.benchmark_parts import build_training, step_on_one_batch
 from resnet_dist.config import AugmentConfig, Config, DataConfig, OptimConfig, to_dict
+from resnet_dist.data.types import Batch
 from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.engine import Training
+from resnet_dist.metrics import Counts
 from resnet_dist.models import sync_batch_norm
 from resnet_dist.models.build import build_model
 from resnet_dist.nonfinite import NonFinite
@@ -84,6 +86,11 @@ def no_synchronization(place: Place) -> Iterator[None]:
 def losses_of(parts: Training, num_steps: int, lr: float) -> list[float]:
     """Train on the first batch; returns the loss of each update. Waits only at the end."""
     micro_batches = list(parts.train_loader.batches(0, 1))
+    return [loss(counts) for counts in train(parts, micro_batches, num_steps, lr)]
+
+
+def train(parts: Training, micro_batches: list[Batch], num_steps: int, lr: float) -> list[Counts]:
+    """Train on the micro-batches again and again; returns the counts of each update."""
     nonfinite = NonFinite(parts.state.model, parts.state.step)
     all_counts = []
     for _ in range(num_steps):
@@ -91,7 +98,12 @@ def losses_of(parts: Training, num_steps: int, lr: float) -> list[float]:
             parts.model, parts.state, micro_batches, lr, parts.rule, nonfinite
         )
         all_counts.append(counts)
-    return [float(counts.result()["loss"]) for counts in all_counts]
+    return all_counts
+
+
+def loss(counts: Counts) -> float:
+    """The mean loss of an update. Waits for the device."""
+    return float(counts.result()["loss"])
 
 
 def no_host_sync(place: Place, folder: Path) -> str:
@@ -191,12 +203,8 @@ def compile_equals_eager(place: Place, folder: Path) -> str:
     config = training_config(place, folder, "fp32")
     model = replace(config.model, name="resnet18" if place.is_full else "resnet20")
     config = replace(config, model=model)
-    backend = compilation.BACKEND
-    if not place.is_cuda:
-        # Inductor takes minutes on a small CPU.
-        compilation.BACKEND = "aot_eager"
     found = {}
-    try:
+    with quick_compilation(place):
         for is_compiled in (False, True):
             variant = with_compile(config, is_compiled)
             with single_rank(place) as runtime, collective_in_group_of_one():
@@ -204,12 +212,98 @@ def compile_equals_eager(place: Place, folder: Path) -> str:
                 parts = build_training(variant, runtime, 10)
                 found[is_compiled] = losses_of(parts, 3, lr=0.01)
                 parts.train_loader.close()
-    finally:
-        compilation.BACKEND = backend
-        torch._dynamo.reset()
     for eager, compiled in zip(found[False], found[True], strict=True):
         assert math.isclose(eager, compiled, rel_tol=2e-3), found
     return f"losses {found[False]} and {found[True]}"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A mode of torch.compile, and what runs in it."""
+
+    name: str
+    """train.compile_mode"""
+    precision: str
+    has_collective: bool
+    """whether the graphs hold SyncBatchNorm's collective"""
+
+
+# With reduce-overhead, a CUDA graph holds NCCL's kernels or none.
+MODES = (
+    Mode("default", "fp16", False),
+    Mode("reduce-overhead", "bf16", False),
+    Mode("reduce-overhead", "bf16", True),
+)
+
+# The largest relative difference of two losses: a guess for 16 bits. It has not run on a GPU.
+MODES_TOLERANCE = 0.05
+
+
+def compile_modes(place: Place, folder: Path) -> str:
+    """20 updates of ResNet-20 in each mode of torch.compile have the losses of eager ones, and do
+    not wait for the device.
+    """
+    config = training_config(place, folder)
+    batch_size = place.size(128, 4)
+    config = replace(
+        config,
+        model=replace(config.model, name="resnet20"),
+        data=replace(
+            config.data,
+            train_crop_size=place.size(32, 8),
+            synthetic_images=batch_size,
+            synthetic_classes=10,
+        ),
+    )
+    found = []
+    with quick_compilation(place):
+        for mode in MODES:
+            train_config = replace(
+                config.train,
+                precision=mode.precision,
+                compile_mode=mode.name,
+                global_batch_size=batch_size,
+            )
+            own = replace(config, train=train_config)
+            eager = losses_in_mode(place, with_compile(own, False), mode)
+            compiled = losses_in_mode(place, with_compile(own, True), mode)
+            worst = max(abs(a / b - 1) for a, b in zip(compiled, eager, strict=True))
+            text = f"{mode.name} {mode.precision}"
+            if mode.has_collective:
+                text += " with the collective"
+            assert worst <= MODES_TOLERANCE, f"{text}: {compiled}, eager {eager}"
+            found.append(f"{text}: at most {worst:.2%} from eager")
+    return "; ".join(found)
+
+
+def losses_in_mode(place: Place, config: Config, mode: Mode) -> list[float]:
+    """The losses of 20 updates; the host must not wait in the last 15."""
+    switch = contextlib.nullcontext()
+    if mode.has_collective:
+        switch = collective_in_group_of_one()
+    with single_rank(place) as runtime, switch:
+        set_arithmetic(config.train, place.device)
+        parts = build_training(config, runtime, 10)
+        micro_batches = list(parts.train_loader.batches(0, 1))
+        # They find kernels by timing, and record CUDA graphs.
+        counts = train(parts, micro_batches, place.size(5, 1), 0.05)
+        with no_synchronization(place):
+            counts += train(parts, micro_batches, place.size(15, 1), 0.05)
+        parts.train_loader.close()
+        return [loss(one) for one in counts]
+
+
+@contextlib.contextmanager
+def quick_compilation(place: Place) -> Iterator[None]:
+    """Compile with inductor on a GPU. On a small CPU it takes minutes: only trace there."""
+    backend = compilation.BACKEND
+    if not place.is_cuda:
+        compilation.BACKEND = "aot_eager"
+    try:
+        yield
+    finally:
+        compilation.BACKEND = backend
+        torch._dynamo.reset()
 
 
 def out_of_memory_is_explained(place: Place, folder: Path) -> str:
@@ -280,39 +374,61 @@ sys.exit(process.run_process(config, run.train, resolve_auto=False))
 def deterministic_and_resumed(place: Place, folder: Path) -> str:
     """With `train.deterministic` two processes, and one that is stopped and resumed, end equal.
 
-    JPEG files, augmentation, SyncBatchNorm, bf16 or fp16 on a GPU, compiled there.
+    JPEG files, augmentation, SyncBatchNorm, bf16 or fp16 on a GPU, there compiled and eager.
     """
     data = folder / "data"
     for split in ("train", "val"):
         files = [encode(picture(60 + i % 9, 80 - i % 7, i)) for i in range(48)]
         write_split(str(data), files, split=split)
+    kinds = {"eager": False}
+    if place.is_cuda:
+        kinds["compiled"] = True
     runs = {}
-    for name in ("one", "two", "stopped"):
-        runs[name] = _deterministic_config(place, data, folder / name)
-    first = [_start_child(runs[name], -1) for name in ("one", "two")]
-    first.append(_start_child(runs["stopped"], 4))
-    codes = [_end_child(child) for child in first]
-    assert codes == [0, 0, 143], codes
-    assert _end_child(_start_child(runs["stopped"], -1)) == 0
-    weights = {name: _last_weights(Path(config.output_dir)) for name, config in runs.items()}
-    for name in ("two", "stopped"):
-        different = []
-        for key, tensor in weights["one"].items():
-            if not torch.equal(tensor, weights[name][key]):
-                different.append(key)
-        assert not different, f"run {name} differs in {len(different)} tensors: {different[:3]}"
-    lines = (folder / "one" / "metrics.jsonl").read_text().splitlines()
+    for kind, compiles in kinds.items():
+        for name in ("one", "two", "stopped"):
+            run = f"{kind}_{name}"
+            runs[run] = _deterministic_config(place, data, folder / run, compiles)
+    # All at the same time: most of it is imports and compilation.
+    children = {}
+    for run, config in runs.items():
+        children[run] = _start_child(config, 4 if run.endswith("stopped") else -1)
+    codes = {run: _end_child(child) for run, child in children.items()}
+    expected = {run: 143 if run.endswith("stopped") else 0 for run in runs}
+    assert codes == expected, codes
+    resumed = [_start_child(runs[f"{kind}_stopped"], -1) for kind in kinds]
+    assert {_end_child(child) for child in resumed} == {0}
+    for kind in kinds:
+        _compare_weights(runs, kind)
+    lines = (folder / "eager_one" / "metrics.jsonl").read_text().splitlines()
     logged = [json.loads(line) for line in lines]
     has_memory = any("gpu/peak_memory_gib" in line for line in logged)
     assert has_memory == place.is_cuda
-    return "3 runs, equal weights"
+    return f"{', '.join(kinds)}: 3 runs each, equal weights"
 
 
-def _deterministic_config(place: Place, data: Path, folder: Path) -> Config:
+def _compare_weights(runs: dict[str, Config], kind: str) -> None:
+    """Fail unless the three runs of a kind ended with the same weights."""
+    first = _last_weights(Path(runs[f"{kind}_one"].output_dir))
+    for name in ("two", "stopped"):
+        other = _last_weights(Path(runs[f"{kind}_{name}"].output_dir))
+        different = []
+        for key, tensor in first.items():
+            if not torch.equal(tensor, other[key]):
+                different.append(key)
+        text = f"{kind}, run {name}: {len(different)} tensors differ: {different[:3]}"
+        assert not different, text
+
+
+def _deterministic_config(place: Place, data: Path, folder: Path, compiles: bool) -> Config:
     """A short run of ResNet-20 on JPEG files."""
     config = Config()
     train = replace(
-        config.train, epochs=8.0, global_batch_size=32, deterministic=True, max_nonfinite_steps=99
+        config.train,
+        epochs=8.0,
+        global_batch_size=32,
+        deterministic=True,
+        compile=compiles,
+        max_nonfinite_steps=99,
     )
     return replace(
         config,
@@ -340,7 +456,8 @@ def _start_child(config: Config, stop_at: int) -> subprocess.Popen:
     path = folder / "child.yaml"
     # JSON is YAML.
     path.write_text(json.dumps(to_dict(config)))
-    environment = {**os.environ, "WANDB_MODE": "disabled"}
+    # Several of them compile at the same time.
+    environment = {**os.environ, "WANDB_MODE": "disabled", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
     with open(folder / "log", "a") as log:
         return subprocess.Popen(
             [sys.executable, "-c", CHILD, str(ROOT), str(path), str(stop_at)],

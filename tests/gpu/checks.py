@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import check_caches
 import check_data
 import check_evaluation
 import check_ranks
@@ -44,15 +45,17 @@ CHECKS = {
     "training_pixels": Check(check_data.training_pixels, 20),
     "no_host_sync": Check(check_training.no_host_sync, 90),
     "compile_equals_eager": Check(check_training.compile_equals_eager, 60, cheap=False),
-    "deterministic_and_resumed": Check(check_training.deterministic_and_resumed, 120, cheap=False),
+    "deterministic_and_resumed": Check(check_training.deterministic_and_resumed, 150, cheap=False),
+    "compile_modes": Check(check_training.compile_modes, 120, cheap=False),
     "batches_under_load": Check(check_data.batches_under_load, 30),
     "augmentation_pixels": Check(check_data.augmentation_pixels, 30),
     "fp16_with_scaler": Check(check_training.fp16_with_scaler, 60),
     "optimizers_equal_the_cpu": Check(check_training.optimizers_equal_the_cpu, 10),
     "norm_on_two_ranks": Check(check_ranks.norm_on_two_ranks, 60),
     "out_of_memory_is_explained": Check(check_training.out_of_memory_is_explained, 40),
+    "training_caches": Check(check_caches.training_caches, 30),
+    "evaluation_cache": Check(check_caches.evaluation_cache, 20),
     "memory_stays_flat": Check(check_data.memory_stays_flat, 60),
-    "other_tests": Check(check_ranks.other_tests, 100),
     "lost_rank_over_nccl": Check(check_ranks.lost_rank_over_nccl, 150, cheap=False),
     "quickstart": Check(check_ranks.quickstart, 150, cheap=False),
 }

@@ -18,10 +18,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from places import Place, single_rank, synchronize, training_config, with_compile
+from places import Place, of_network, resnet50, single_rank, synchronize, with_compile
 
 # isort: split
+import numpy as np
 import torch
+from check_data import runtime_on
+from more_figures import Figures, evaluation, first_convolution, norm
+from PIL import Image
 
 from resnet_dist.commands.bare_loop import BareSettings, build_bare_step
 from resnet_dist.commands.benchmark import compare_loops
@@ -46,8 +50,6 @@ from resnet_dist.data.build import build_train_loader
 from resnet_dist.data.pixels.probe import describe_jpeg_decoder
 from resnet_dist.precision import Precision, resolve_precision, set_arithmetic
 
-Figures = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Part:
@@ -59,25 +61,6 @@ class Part:
     """its limit on a GPU"""
     title: str
     needs_photographs: bool = False
-
-
-def of_network(place: Place, folder: Path, name: str, side: int, batch_size: int) -> Config:
-    """A training on random pixels, eager."""
-    config = training_config(place, folder)
-    config = replace(
-        config,
-        model=replace(config.model, name=name),
-        data=replace(config.data, train_crop_size=side, synthetic_images=2 * batch_size),
-        train=replace(config.train, global_batch_size=batch_size),
-    )
-    return with_compile(config, False)
-
-
-def resnet50(place: Place, folder: Path) -> Config:
-    """ResNet-50 at 224 pixels with batch 256, or something small."""
-    if place.is_full:
-        return of_network(place, folder, "resnet50", 224, 256)
-    return of_network(place, folder, "resnet18", 32, 4)
 
 
 def device(place: Place, photographs: Path | None, folder: Path) -> Figures:
@@ -159,7 +142,7 @@ def loaders(place: Place, photographs: Path | None, folder: Path) -> Figures:
     assert photographs is not None
     batch_size = place.size(256, 4)
     config = jpeg_config(place, photographs, folder, batch_size)
-    ours = build_train_loader(config, one_process(place))
+    ours = build_train_loader(config, runtime_on(place.device))
     train = str(photographs / "train")
     threads = ours.threads
     contenders: dict[str, MakeBatches] = {"ours": ours.batches}
@@ -200,15 +183,6 @@ def time_batches(make: MakeBatches, start: int, length: int, place: Place) -> fl
     return time.perf_counter() - begun
 
 
-def one_process(place: Place) -> Any:
-    """As much of a runtime as a loader needs."""
-    from image_files import OneProcess
-
-    runtime = OneProcess()
-    runtime.device = place.device
-    return runtime
-
-
 def jpeg_config(place: Place, photographs: Path, folder: Path, batch_size: int) -> Config:
     """ResNet-50 on the photographs."""
     config = resnet50(place, folder)
@@ -235,31 +209,80 @@ def decoders(place: Place, photographs: Path | None, folder: Path) -> Figures:
                 pipeline.run()
             synchronize(place)
             speeds[name].append(runs * batch_size / (time.perf_counter() - start))
-    rows = {name: {"images/s": statistics.median(of)} for name, of in speeds.items()}
-    rows["whole image"]["difference from Pillow"] = "mean 0.002, at most 3 levels"
-    rows["window"]["difference from Pillow"] = "mean 0.14, at most 57 levels"
+    rows = {}
+    for name, of_decoder in speeds.items():
+        rows[name] = {
+            "images/s": statistics.median(of_decoder),
+            **difference_from_pillow(place, photographs / "train", name),
+        }
     return {"rows": rows, "batch": batch_size}
 
 
 def decoder_pipeline(place: Place, train: Path, batch_size: int, name: str) -> Any:
-    """Decode and resize to 224 pixels, with one of the two decoders."""
-    from nvidia import dali
+    """Decode a random window and resize it to 224 pixels, with one of the two decoders."""
+    from nvidia.dali import fn
+
+    def define() -> tuple[Any, ...]:
+        encoded, _ = fn.readers.file(file_root=str(train), random_shuffle=True)
+        pixels, _, _ = decoded_window(encoded, name, place)
+        return (fn.resize(pixels, size=[224, 224]),)
+
+    return built_pipeline(place, batch_size, define)
+
+
+def decoded_window(encoded: Any, name: str, place: Place) -> tuple[Any, Any, Any]:
+    """A random window, with its anchor and extent, in the DALI graph that is being defined."""
     from nvidia.dali import fn
 
     decoder = "mixed" if place.is_cuda else "cpu"
+    options = {"device": decoder, "adjust_orientation": False}
+    anchor, extent = fn.random_crop_generator(fn.peek_image_shape(encoded))
+    if name == "whole image":
+        pixels = fn.decoders.image(encoded, jpeg_fancy_upsampling=True, **options)
+        pixels = fn.slice(pixels, start=anchor, shape=extent, axes=(0, 1))
+    else:
+        pixels = fn.decoders.image_slice(encoded, anchor, extent, axes=(0, 1), **options)
+    return pixels, anchor, extent
+
+
+def built_pipeline(place: Place, batch_size: int, define: Callable[[], tuple[Any, ...]]) -> Any:
+    """A DALI pipeline, ready to run."""
+    from nvidia import dali
+
     device_id = place.device.index if place.is_cuda else None
     pipeline = dali.Pipeline(batch_size, place.size(8, 1), device_id, seed=1)
     with pipeline:
-        encoded, _ = fn.readers.file(file_root=str(train), random_shuffle=True)
-        anchor, extent = fn.random_crop_generator(fn.peek_image_shape(encoded))
-        if name == "whole image":
-            pixels = fn.decoders.image(encoded, device=decoder, jpeg_fancy_upsampling=True)
-            pixels = fn.slice(pixels, start=anchor, shape=extent, axes=(0, 1))
-        else:
-            pixels = fn.decoders.image_slice(encoded, anchor, extent, axes=(0, 1), device=decoder)
-        pipeline.set_outputs(fn.resize(pixels, size=[224, 224]))
+        pipeline.set_outputs(*define())
     pipeline.build()
     return pipeline
+
+
+def difference_from_pillow(place: Place, train: Path, name: str) -> Figures:
+    """How far the windows of some photographs are from Pillow's pixels, in levels of 0 to 255."""
+    from nvidia.dali import fn
+
+    paths = sorted(train.rglob("*.jpg"))[: place.size(64, 4)]
+
+    def define() -> tuple[Any, ...]:
+        encoded, _ = fn.readers.file(files=[str(path) for path in paths])
+        return decoded_window(encoded, name, place)
+
+    outputs = built_pipeline(place, len(paths), define).run()
+    if place.is_cuda:
+        outputs = (outputs[0].as_cpu(), *outputs[1:])
+    means = []
+    worst = 0
+    for path, pixels, anchor, extent in zip(paths, *outputs, strict=True):
+        y, x = np.array(anchor).tolist()
+        height, width = np.array(extent).tolist()
+        whole = np.asarray(Image.open(path).convert("RGB"), np.int16)
+        difference = np.abs(whole[y : y + height, x : x + width] - np.array(pixels))
+        means.append(float(difference.mean()))
+        worst = max(worst, int(difference.max()))
+    return {
+        "mean difference from Pillow, levels": statistics.mean(means),
+        "largest": worst,
+    }
 
 
 def jpeg_loop(place: Place, photographs: Path | None, folder: Path) -> Figures:
@@ -333,12 +356,15 @@ def host_time(place: Place, photographs: Path | None, folder: Path) -> Figures:
 # The most important first, since the time may run out.
 PARTS = {
     "device": Part(device, 40, "The device"),
+    "decoders": Part(decoders, 50, "JPEG decoders alone", needs_photographs=True),
     "synthetic": Part(synthetic, 170, "ResNet-50 on random pixels"),
     "loaders": Part(loaders, 70, "Loaders", needs_photographs=True),
-    "decoders": Part(decoders, 50, "JPEG decoders alone", needs_photographs=True),
     "jpeg_loop": Part(jpeg_loop, 110, "ResNet-50 on photographs", needs_photographs=True),
+    "evaluation": Part(evaluation, 90, "Evaluation of 50,000 images"),
+    "norm": Part(norm, 110, "SyncBatchNorm's collectives in a group of one rank"),
     "determinism": Part(determinism, 110, "The price of train.deterministic"),
     "kernels": Part(kernels, 60, "Where a step goes"),
+    "first_convolution": Part(first_convolution, 40, "The first convolution, with 3 or 4 channels"),
     "host_time": Part(host_time, 90, "Host time of a small network"),
 }
 

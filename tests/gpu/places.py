@@ -77,6 +77,25 @@ def with_compile(config: Config, is_on: bool) -> Config:
     return replace(config, train=replace(config.train, compile=is_on))
 
 
+def of_network(place: Place, folder: Path, name: str, side: int, batch_size: int) -> Config:
+    """A training on random pixels, eager."""
+    config = training_config(place, folder)
+    config = replace(
+        config,
+        model=replace(config.model, name=name),
+        data=replace(config.data, train_crop_size=side, synthetic_images=2 * batch_size),
+        train=replace(config.train, global_batch_size=batch_size),
+    )
+    return with_compile(config, False)
+
+
+def resnet50(place: Place, folder: Path) -> Config:
+    """ResNet-50 at 224 pixels with batch 256, or something small."""
+    if place.is_full:
+        return of_network(place, folder, "resnet50", 224, 256)
+    return of_network(place, folder, "resnet18", 32, 4)
+
+
 def synchronize(place: Place) -> None:
     """Wait for the GPU."""
     if place.is_cuda:

@@ -1,7 +1,7 @@
 """Prove and measure the project on one GPU, in at most 8 minutes and without a network.
 
-    python tests/gpu/report.py --photographs DIR [--out FOLDER] make gpu PYTHON=python3
-    PHOTOGRAPHS=DIR
+    python tests/gpu/report.py --photographs DIR [--out FOLDER]
+    make gpu PYTHON=python3 PHOTOGRAPHS=DIR
 
 It runs the checks of tests/gpu, then measures what docs/gpu.md lists, and writes gpu_report.md and
 gpu_report.json. The most important come first; what finds no time is recorded as such, and `--only

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from resnet_dist.config import DecoderConfig
-from resnet_dist.data.pixels.dali import Decoder, LoadedJob, Portion
+from resnet_dist.data.pixels.dali import LOG_LEVEL, Decoder, LoadedJob, Portion
 from resnet_dist.data.pixels.image_header import image_size
 from resnet_dist.data.pixels.read import Encoded
 from resnet_dist.data.sampling.crops import Geometry, View, whole_windows
@@ -176,13 +176,15 @@ class LibraryWarnings:
 def count_library_warnings() -> Iterator[LibraryWarnings]:
     """Count the warnings that libraries print on the standard error stream, and hide them.
 
+    DALI's decoders that start meanwhile print their warnings, which they do not do in training.
+
     Everything else that was printed there is printed at the end. Only for a short piece of work:
     meanwhile nothing of this process appears on that stream.
     """
     warnings = LibraryWarnings()
     sys.stderr.flush()
     kept = os.dup(2)
-    with tempfile.TemporaryFile() as captured:
+    with _log_level("2"), tempfile.TemporaryFile() as captured:
         os.dup2(captured.fileno(), 2)
         try:
             yield warnings
@@ -196,6 +198,19 @@ def count_library_warnings() -> Iterator[LibraryWarnings]:
                     warnings.count += 1
                 else:
                     os.write(2, line)
+
+
+@contextlib.contextmanager
+def _log_level(level: str) -> Iterator[None]:
+    """Set what DALI's decoders print that start inside the block."""
+    before = os.environ.get(LOG_LEVEL)
+    os.environ[LOG_LEVEL] = level
+    try:
+        yield
+    finally:
+        del os.environ[LOG_LEVEL]
+        if before is not None:
+            os.environ[LOG_LEVEL] = before
 
 
 def describe_dali_wheels(installed: list[str] | None = None) -> tuple[str, str]:
