@@ -235,7 +235,8 @@ MODES = (
     Mode("reduce-overhead", "bf16", True),
 )
 
-# The largest relative difference of two losses: a guess for 16 bits. It has not run on a GPU.
+# The largest relative difference of two losses: a guess, which has not run on a GPU. Weights and
+# images that are rounded to bf16 change the losses of these updates by 0.3 % on a CPU.
 MODES_TOLERANCE = 0.05
 
 
