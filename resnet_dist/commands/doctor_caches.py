@@ -11,7 +11,11 @@ from resnet_dist.text import memory_size
 
 
 def check_caches(config: Config, runtime: Runtime) -> tuple[str, str]:
-    """Whether the images that `data.train_cache` and `data.val_cache` keep have room."""
+    """Whether the images that `data.train_cache` and `data.val_cache` keep have room.
+
+    Returns:
+        "ok", "warning" or "error", and a sentence.
+    """
     data = config.data
     if data.kind == "synthetic":
         return "ok", "synthetic data: nothing to keep in memory"
@@ -21,7 +25,8 @@ def check_caches(config: Config, runtime: Runtime) -> tuple[str, str]:
         level, text = _check_train_cache(data, runtime)
         texts.append(text)
     if data.val_cache != "off":
-        texts.append(_describe_val_cache(config, runtime))
+        text = _describe_val_cache(config, runtime)
+        texts.append(text)
     if not texts:
         return "ok", "data.train_cache and data.val_cache are off"
     return level, "; ".join(texts)
@@ -33,13 +38,14 @@ def _check_train_cache(data: DataConfig, runtime: Runtime) -> tuple[str, str]:
     needed = estimate_cache_bytes(index, data)
     memory = cache_budget()
     folder = tempfile.gettempdir()
-    disk = shutil.disk_usage(folder).free
-    text = (
-        f"data.train_cache {data.train_cache}: the training images take about "
-        f"{memory_size(needed)}; the cache may take {memory_size(memory)} of memory, and "
-        f"{memory_size(disk)} are free in {folder} (TMPDIR)"
-    )
-    if needed <= memory and needed <= disk:
+    disk = shutil.disk_usage(folder)
+    sizes = [
+        f"the training images take about {memory_size(needed)}",
+        f"the cache may take {memory_size(memory)} of memory, and "
+        f"{memory_size(disk.free)} are free in {folder} (TMPDIR)",
+    ]
+    text = f"data.train_cache {data.train_cache}: {'; '.join(sizes)}"
+    if needed <= min(memory, disk.free):
         return "ok", text
     if data.train_cache == "auto":
         return "warning", f"{text}: it will be off"

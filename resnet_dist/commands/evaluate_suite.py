@@ -58,6 +58,11 @@ class _Evaluation:
     identity: dict[str, Any]
     """what the counts depend on beside the data"""
 
+    @property
+    def stem(self) -> Path:
+        """The path of the tables without a suffix."""
+        return self.folder / _STEM
+
 
 def run(saved: SavedNetwork, config: Config, options: argparse.Namespace) -> int:
     """Evaluate a network on the data sets of a suite, and print and write the table.
@@ -74,19 +79,25 @@ def run(saved: SavedNetwork, config: Config, options: argparse.Namespace) -> int
     Returns:
         The exit code: 0, or 2 if something could not be evaluated.
     """
+    suite = Path(options.suite)
+    folder = Path(f"{suite.stem}_results")
+    if options.output:
+        folder = Path(options.output)
 
     def body(config: Config, runtime: Runtime) -> int:
-        entries = runtime.on_main(lambda: read_suite(Path(options.suite)))
-        folder = Path(options.output or f"{Path(options.suite).stem}_results")
+        entries = runtime.on_main(lambda: read_suite(suite))
         with tempfile.TemporaryDirectory() as scratch:
-            evaluation = _prepare(saved, replace(config, output_dir=scratch), runtime, folder)
+            config = replace(config, output_dir=scratch)
+            evaluation = _prepare(saved, config, runtime, folder)
             results = _evaluate_all(evaluation, entries)
         if runtime.is_main:
             _print_results(evaluation, results, options.json)
             _print_problems(results, folder)
         runtime.on_main(lambda: _write(evaluation, results))
         has_problem = any(result.problem for result in results)
-        return 2 if has_problem else 0
+        if has_problem:
+            return 2
+        return 0
 
     return run_process(config, body)
 
@@ -95,12 +106,19 @@ def _print_results(evaluation: _Evaluation, results: list[SetResult], as_json: b
     """Print the table, or all results as JSON."""
     text = format_markdown(results)
     if as_json:
-        text = json.dumps(_as_plain(evaluation, results))
+        content = _as_plain(evaluation, results)
+        text = json.dumps(content)
     print(text, flush=True)
 
 
 def _prepare(saved: SavedNetwork, config: Config, runtime: Runtime, folder: Path) -> _Evaluation:
     """Build the network once for all sets.
+
+    Args:
+        saved: The weights.
+        config: The settings.
+        runtime: The process group.
+        folder: The folder for the tables.
 
     Raises:
         ValueError: The weights do not fit, or the folder for the tables cannot be made.
@@ -113,7 +131,14 @@ def _prepare(saved: SavedNetwork, config: Config, runtime: Runtime, folder: Path
     identity = _identify(saved, kind, config)
     if runtime.is_main:
         print_remarks(saved.remarks)
-    return _Evaluation(saved, model, config, runtime, folder, identity)
+    return _Evaluation(
+        saved=saved,
+        model=model,
+        config=config,
+        runtime=runtime,
+        folder=folder,
+        identity=identity,
+    )
 
 
 def _identify(saved: SavedNetwork, kind: str, config: Config) -> dict[str, Any]:
@@ -152,17 +177,21 @@ def _evaluate_all(evaluation: _Evaluation, entries: list[SuiteEntry]) -> list[Se
     results = []
     for entry in entries:
         result = SetResult(entry)
-        result.parts.update(_finished_parts(entry, earlier))
-        if result.parts:
+        result.parts = _finished_parts(entry, earlier)
+        num_finished = len(result.parts)
+        if num_finished:
+            path = evaluation.stem.with_suffix(".json")
             result.remarks.append(
-                f"{len(result.parts)} finished parts are taken from "
-                f"{evaluation.folder / _STEM}.json; remove it to evaluate them again"
+                f"{num_finished} finished parts are taken from {path}; remove it to evaluate them "
+                "again"
             )
         results.append(result)
     for result in results:
         _evaluate_set(evaluation, result, results)
         if runtime.is_main:
-            print_remarks([f"{result.entry.name}: {remark}" for remark in result.remarks])
+            name = result.entry.name
+            remarks = [f"{name}: {remark}" for remark in result.remarks]
+            print_remarks(remarks)
     return results
 
 
@@ -171,7 +200,9 @@ def _finished_parts(entry: SuiteEntry, earlier: dict[str, Any]) -> dict[str, Par
     plain = earlier.get(entry.name)
     if not isinstance(plain, dict):
         return {}
-    for key, value in asdict(entry).items():
+    options = asdict(entry)
+    for key, value in options.items():
+        # Options without a value are not in the file.
         if value and plain.get(key) != value:
             return {}
     try:
@@ -182,12 +213,15 @@ def _finished_parts(entry: SuiteEntry, earlier: dict[str, Any]) -> dict[str, Par
 
 def _read_earlier(evaluation: _Evaluation) -> dict[str, Any]:
     """The sets in the JSON file of an earlier run with the same weights and settings."""
-    path = evaluation.folder / f"{_STEM}.json"
+    path = evaluation.stem.with_suffix(".json")
     try:
-        content = json.loads(path.read_text())
+        text = path.read_text()
+        content = json.loads(text)
     except (OSError, ValueError):
         return {}
-    if not isinstance(content, dict) or content.get("identity") != evaluation.identity:
+    if not isinstance(content, dict):
+        return {}
+    if content.get("identity") != evaluation.identity:
         return {}
     sets = content.get("sets")
     if not isinstance(sets, dict):
@@ -196,7 +230,14 @@ def _read_earlier(evaluation: _Evaluation) -> dict[str, Any]:
 
 
 def _evaluate_set(evaluation: _Evaluation, result: SetResult, results: list[SetResult]) -> None:
-    """Evaluate the parts of one set that are not finished."""
+    """Evaluate the parts of one set that are not finished.
+
+    Args:
+        evaluation: What all sets have in common.
+        result: The results of the set, to which the parts are added.
+        results: The results of all sets, which are written after each part.
+    """
+    is_main = evaluation.runtime.is_main
     problems = []
     parts = parts_of(result.entry)
     for part in parts:
@@ -205,20 +246,20 @@ def _evaluate_set(evaluation: _Evaluation, result: SetResult, results: list[SetR
         try:
             counts = _evaluate_part(evaluation, result, part)
             result.parts[part.name] = counts
-            if evaluation.runtime.is_main:
+            if is_main:
                 _print_progress(result.entry, part, counts)
         except ValueError as problem:
             problems.append(str(problem))
         result.problem = _summary(problems, len(parts))
-        if evaluation.runtime.is_main:
+        if is_main:
             _keep(evaluation, results)
 
 
 def _print_progress(entry: SuiteEntry, part: Part, counts: PartCounts) -> None:
     """Print one line to standard error: a suite may take hours."""
     title = printable(f"{entry.name} {part.name}").strip()
-    share = f"{counts.correct1} of {counts.num} images"
-    print(f"{title}: {share}", file=sys.stderr, flush=True)
+    line = f"{title}: {counts.correct1} of {counts.num} images"
+    print(line, file=sys.stderr, flush=True)
 
 
 def _summary(problems: list[str], num_parts: int) -> str:
@@ -228,11 +269,17 @@ def _summary(problems: list[str], num_parts: int) -> str:
     first = printable(problems[0])
     if num_parts == 1:
         return first
-    return f"{len(problems)} of {num_parts} parts cannot be evaluated: {first}"
+    num_problems = len(problems)
+    return f"{num_problems} of {num_parts} parts cannot be evaluated: {first}"
 
 
 def _evaluate_part(evaluation: _Evaluation, result: SetResult, part: Part) -> PartCounts:
     """Evaluate one part of a set. Call it on every rank.
+
+    Args:
+        evaluation: What all sets have in common.
+        result: The results of the set, to which remarks are added.
+        part: The part.
 
     Raises:
         ValueError: On every rank, if it cannot be evaluated.
@@ -269,8 +316,13 @@ def _map_classes(evaluation: _Evaluation, loader: ValLoader, result: SetResult) 
     """Find the output of each class of a part, and keep what is to be remarked, once for a set."""
     entry = result.entry
     names = evaluation.saved.names_or(loader.class_names)
-    place = f"sets.{entry.name}: {entry.data}"
-    class_map = map_classes(loader.class_names, names, entry.classes, place, "classes: ")
+    class_map = map_classes(
+        loader.class_names,
+        names,
+        entry.classes,
+        place=f"sets.{entry.name}: {entry.data}",
+        option="classes: ",
+    )
     for remark in class_map.remarks:
         if remark not in result.remarks:
             result.remarks.append(remark)
@@ -278,37 +330,50 @@ def _map_classes(evaluation: _Evaluation, loader: ValLoader, result: SetResult) 
 
 
 def _label_set_counter(
-    entry: SuiteEntry, loader: ValLoader, class_map: ClassMap, runtime: Runtime
+    entry: SuiteEntry,
+    loader: ValLoader,
+    class_map: ClassMap,
+    runtime: Runtime,
 ) -> LabelSetCounter | None:
     """The counter for a data set whose images have several labels; None for another."""
     if entry.kind != "real":
         return None
-    label_sets = runtime.on_main(lambda: read_label_sets(Path(entry.labels)))
-    rows = sets_of_rows(index_of(loader), label_sets, class_map.names)
+    path = Path(entry.labels)
+    label_sets = runtime.on_main(lambda: read_label_sets(path))
+    index = index_of(loader)
+    rows = sets_of_rows(index, label_sets, class_map.names)
     return LabelSetCounter(rows, runtime.device)
 
 
 def _as_plain(evaluation: _Evaluation, results: list[SetResult]) -> dict[str, Any]:
     """All results as plain types."""
     saved = evaluation.saved
+    step = None
+    if not saved.is_foreign:
+        step = saved.step
     sets = {}
     for result in results:
-        sets[result.entry.name] = result.as_plain()
+        name = result.entry.name
+        sets[name] = result.as_plain()
     return {
         "weights": str(saved.path),
-        "step": None if saved.is_foreign else saved.step,
+        "step": step,
         "identity": evaluation.identity,
         "sets": sets,
     }
 
 
 def _write(evaluation: _Evaluation, results: list[SetResult]) -> None:
-    """Write the three tables."""
-    stem = evaluation.folder / _STEM
+    """Write the three tables. Raises OSError."""
     content = _as_plain(evaluation, results)
-    write_file(stem.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
-    write_file(stem.with_suffix(".md"), format_markdown(results))
-    write_file(stem.with_suffix(".csv"), format_csv(results))
+    texts = {
+        ".json": json.dumps(content, indent=1) + "\n",
+        ".md": format_markdown(results),
+        ".csv": format_csv(results),
+    }
+    for suffix, text in texts.items():
+        path = evaluation.stem.with_suffix(suffix)
+        write_file(path, text)
 
 
 def _keep(evaluation: _Evaluation, results: list[SetResult]) -> None:
@@ -316,13 +381,15 @@ def _keep(evaluation: _Evaluation, results: list[SetResult]) -> None:
     try:
         _write(evaluation, results)
     except OSError as problem:
-        print(f"warning: the tables cannot be written: {printable(problem)}", file=sys.stderr)
+        reason = printable(problem)
+        print(f"warning: the tables cannot be written: {reason}", file=sys.stderr)
 
 
 def _print_problems(results: list[SetResult], folder: Path) -> None:
     """Say where the tables are, and which sets are missing in them."""
     for result in results:
         if result.problem:
-            text = f"{result.entry.name}: {result.problem}"
-            print(f"error: {printable(text)}", file=sys.stderr)
-    print(f"tables: {printable(folder / _STEM)}.json, .md and .csv", file=sys.stderr, flush=True)
+            text = printable(f"{result.entry.name}: {result.problem}")
+            print(f"error: {text}", file=sys.stderr)
+    stem = printable(folder / _STEM)
+    print(f"tables: {stem}.json, .md and .csv", file=sys.stderr, flush=True)

@@ -51,18 +51,25 @@ class _Source:
 
     def lines(self, name: str) -> list[str]:
         """The lines of a text file. Raises ValueError if it is not text."""
+        content = self.read(name)
         try:
-            return self.read(name).decode().splitlines()
+            return content.decode().splitlines()
         except UnicodeDecodeError as problem:
             raise ValueError(
                 f"{printable(self.place)}: {name} is not text in UTF-8 ({problem}): get it again"
             ) from problem
 
     def image(self, wnid: str, path: str) -> NewFile:
-        """An image and the name that it gets."""
+        """An image and the name that it gets.
+
+        Args:
+            wnid: its class.
+            path: its path below the top folder.
+        """
         file = os.path.basename(path)
         read = functools.partial(self.read, path)
-        return NewFile(f"{wnid}/{file}", read, self.sizes[path])
+        num_bytes = self.sizes[path]
+        return NewFile(f"{wnid}/{file}", read, num_bytes)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -78,24 +85,37 @@ def run(args: argparse.Namespace) -> int:
         ValueError: if it is not Tiny-ImageNet, or not all of it.
     """
     if os.path.isdir(args.src):
-        root = _find_root(args.src)
-        if root.resolve() == Path(args.out).resolve():
-            raise ValueError(f"{args.out} is the folder to read: name another folder to write")
-        _import(_open_folder(root), args.out)
-        return 0
-    try:
-        with zipfile.ZipFile(args.src) as archive:
-            _import(_open_zip(args.src, archive), args.out)
-    except FileNotFoundError as problem:
-        raise ValueError(f"{printable(args.src)} does not exist") from problem
-    except zipfile.BadZipFile as problem:
-        raise ValueError(
-            f"{printable(args.src)} is damaged, or no zip file ({problem}): get it again"
-        ) from problem
+        _import_folder(args.src, args.out)
+    else:
+        _import_zip(args.src, args.out)
     return 0
 
 
+def _import_folder(folder: str, out: str) -> None:
+    """Import a folder. Raises ValueError if it is not Tiny-ImageNet, or is `out`."""
+    root = _find_root(folder)
+    if root.resolve() == Path(out).resolve():
+        raise ValueError(f"{out} is the folder to read: name another folder to write")
+    source = _open_folder(root)
+    _import(source, out)
+
+
+def _import_zip(path: str, out: str) -> None:
+    """Import a zip file. Raises ValueError if it is not Tiny-ImageNet, or cannot be read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            source = _open_zip(path, archive)
+            _import(source, out)
+    except FileNotFoundError as problem:
+        raise ValueError(f"{printable(path)} does not exist") from problem
+    except zipfile.BadZipFile as problem:
+        raise ValueError(
+            f"{printable(path)} is damaged, or no zip file ({problem}): get it again"
+        ) from problem
+
+
 def _not_tiny_imagenet(place: str) -> ValueError:
+    """The error for a folder or a zip file that holds something else."""
     return ValueError(
         f"{printable(place)} is not Tiny-ImageNet as it is published, since it has no "
         f"{_ANNOTATIONS}: name tiny-imagenet-200.zip, or the folder that it unpacks to"
@@ -103,25 +123,29 @@ def _not_tiny_imagenet(place: str) -> ValueError:
 
 
 def _find_root(folder: str) -> Path:
-    """The folder that holds train/ and val/: `folder`, or the usual one in it."""
+    """The folder that holds train/ and val/: `folder`, or the usual one in it.
+
+    Raises:
+        ValueError: if neither of them does.
+    """
     for root in (Path(folder), Path(folder, _TOP_FOLDER)):
-        if (root / _ANNOTATIONS).is_file():
+        annotations = root / _ANNOTATIONS
+        if annotations.is_file():
             return root
     raise _not_tiny_imagenet(folder)
 
 
 def _open_folder(root: Path) -> _Source:
-    """List train/ and val/ of a folder."""
-    sizes = {}
-    words = root / _WORDS
-    if words.is_file():
-        sizes[_WORDS] = words.stat().st_size
+    """List the words, train/ and val/ of a folder."""
+    paths = [root / _WORDS]
     for split in ("train", "val"):
-        for folder, _, names in os.walk(root / split):
-            inner = os.path.relpath(folder, root)
-            for name in names:
-                size = os.path.getsize(os.path.join(folder, name))
-                sizes[f"{inner}/{name}"] = size
+        folder = root / split
+        paths.extend(folder.rglob("*"))
+    sizes = {}
+    for path in paths:
+        if path.is_file():
+            name = path.relative_to(root).as_posix()
+            sizes[name] = path.stat().st_size
 
     def read(name: str) -> bytes:
         return (root / name).read_bytes()
@@ -130,7 +154,11 @@ def _open_folder(root: Path) -> _Source:
 
 
 def _open_zip(path: str, archive: zipfile.ZipFile) -> _Source:
-    """List a zip file, whose top folder may have any name."""
+    """List a zip file, whose top folder may have any name.
+
+    Raises:
+        ValueError: if it has no annotations.
+    """
     top = _find_top_folder(archive.namelist())
     if top is None:
         raise _not_tiny_imagenet(path)
@@ -154,7 +182,8 @@ def _find_top_folder(names: list[str]) -> str | None:
     """What the names in a zip file have before train/ and val/; None if it has no annotations."""
     places = []
     for name in names:
-        if f"/{name}".endswith(f"/{_ANNOTATIONS}"):
+        is_annotations = f"/{name}".endswith(f"/{_ANNOTATIONS}")
+        if is_annotations:
             places.append(name)
     if not places:
         return None
@@ -164,44 +193,56 @@ def _find_top_folder(names: list[str]) -> str | None:
 
 def _import(source: _Source, out: str) -> None:
     """Check everything, then write both splits and the words of the classes."""
-    train = _find_train(source)
-    classes = set()
-    for image in train:
-        wnid, _, _ = image.name.partition("/")
-        classes.add(wnid)
+    train, classes = _find_train(source)
     val = _find_val(source, classes)
     words = _read_words(source, classes)
     write_class_folders(out, "train", train)
     write_class_folders(out, "val", val)
     if words:
-        write_file(Path(out, WORDS_FILE), format_words(words))
+        path = Path(out, WORDS_FILE)
+        write_file(path, format_words(words))
     else:
         print(f"{printable(source.place)} has no {_WORDS}: the classes keep their WordNet ids")
 
 
-def _find_train(source: _Source) -> list[NewFile]:
-    """The training images. Raises ValueError if some are missing."""
+def _find_train(source: _Source) -> tuple[list[NewFile], set[str]]:
+    """The training images, and the WordNet ids of their classes.
+
+    Raises:
+        ValueError: if some are missing.
+    """
     images = []
     wnids = set()
-    with_images = set()
+    wnids_with_images = set()
     for path in sorted(source.sizes):
-        in_class = _CLASS.fullmatch(path)
-        if in_class:
-            wnids.add(in_class[1])
-        of_class = _TRAIN_IMAGE.fullmatch(path)
-        if of_class:
-            wnid = of_class[1]
-            with_images.add(wnid)
-            images.append(source.image(wnid, path))
+        class_match = _CLASS.fullmatch(path)
+        if class_match:
+            wnids.add(class_match[1])
+        image_match = _TRAIN_IMAGE.fullmatch(path)
+        if image_match:
+            wnid = image_match[1]
+            wnids_with_images.add(wnid)
+            image = source.image(wnid, path)
+            images.append(image)
     if not images:
         raise source.fault("it has no training images in train/<wnid>/images/")
     for wnid in sorted(wnids):
-        _check_class(source, wnid, wnid in with_images)
-    return images
+        has_images = wnid in wnids_with_images
+        _check_class(source, wnid, has_images)
+    return images, wnids
 
 
 def _check_class(source: _Source, wnid: str, has_images: bool) -> None:
-    """Raise ValueError if a class lacks images; the file of its boxes names all of them."""
+    """Check that a class is complete; the file of its boxes names all of its images.
+
+    Args:
+        source: where its files are.
+        wnid: the class.
+        has_images: whether it has any.
+
+    Raises:
+        ValueError: if an image is missing.
+    """
     if not has_images:
         raise source.fault(f"the class train/{printable(wnid)} has no images")
     list_of_images = f"train/{wnid}/{wnid}_boxes.txt"
@@ -223,7 +264,8 @@ def _find_val(source: _Source, classes: set[str]) -> list[NewFile]:
     """
     missing = {path for path in source.sizes if _VAL_IMAGE.fullmatch(path)}
     images = []
-    for number, line in enumerate(source.lines(_ANNOTATIONS), 1):
+    lines = source.lines(_ANNOTATIONS)
+    for number, line in enumerate(lines, 1):
         name, _, rest = line.partition("\t")
         wnid, _, _ = rest.partition("\t")
         path = f"val/images/{name}"
@@ -233,12 +275,14 @@ def _find_val(source: _Source, classes: set[str]) -> list[NewFile]:
         elif path not in missing:
             problem = f"val/images/ has no image {name!r}, or an earlier line names it too"
         if problem:
+            place = f"{_ANNOTATIONS}, line {number}"
             raise source.fault(
-                f"{_ANNOTATIONS}, line {number}: {printable(problem)}; a line is <image>, <wnid> "
-                f"and a box, with tabs between them"
+                f"{place}: {printable(problem)}; a line is <image>, <wnid> and a box, with tabs "
+                "between them"
             )
         missing.remove(path)
-        images.append(source.image(wnid, path))
+        image = source.image(wnid, path)
+        images.append(image)
     if missing:
         first = printable(min(missing))
         raise source.fault(f"{_ANNOTATIONS} has no line for {first}")
@@ -246,7 +290,7 @@ def _find_val(source: _Source, classes: set[str]) -> list[NewFile]:
 
 
 def _read_words(source: _Source, classes: set[str]) -> dict[str, str]:
-    """The words of the classes; empty if there is no file of them."""
+    """The words of the classes, by WordNet id; empty if there is no file of them."""
     if _WORDS not in source.sizes:
         return {}
     words = {}
@@ -255,4 +299,5 @@ def _read_words(source: _Source, classes: set[str]) -> dict[str, str]:
         has_words = meaning.strip() != ""
         if wnid in classes and has_words:
             words[wnid] = meaning
-    return dict(sorted(words.items()))
+    by_wnid = sorted(words.items())
+    return dict(by_wnid)

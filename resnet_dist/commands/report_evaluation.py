@@ -37,15 +37,25 @@ def evaluation_section(
         text("p", _describe(evaluated)),
         element("div", _cards(evaluated), class_="cards"),
     ]
-    details = evaluated.details
-    if details is not None:
-        if details.calibration is not None:
-            parts.append(_calibration(details.calibration))
-        parts.append(_classes(details))
-        parts.append(_confusions(details))
-        parts.append(_gallery("Most confident mistakes", details.mistakes, details))
-        parts.append(_gallery("Least confident hits", details.hits, details))
+    if evaluated.details is not None:
+        parts.extend(_detail_parts(evaluated.details))
     return element("section", "".join(parts))
+
+
+def _detail_parts(details: EvaluationDetails) -> list[str]:
+    """What only an evaluation.json has: calibration, classes, confusions and images."""
+    parts = []
+    if details.calibration is not None:
+        parts.append(_calibration(details.calibration))
+    parts.extend(
+        [
+            _classes(details),
+            _confusions(details),
+            _gallery("Most confident mistakes", details.mistakes, details),
+            _gallery("Least confident hits", details.hits, details),
+        ]
+    )
+    return parts
 
 
 def _describe(evaluated: Evaluated) -> str:
@@ -67,10 +77,14 @@ def _describe(evaluated: Evaluated) -> str:
 
 def _cards(evaluated: Evaluated) -> str:
     """The most important figures."""
-    cards = [_accuracy_card("top-1", evaluated.interval)]
-    if len(evaluated.network.class_names) >= FIRST_TOP5_CLASSES:
-        top5 = wilson_interval(evaluated.num_top5_hits, len(evaluated.is_hit))
-        cards.append(_accuracy_card("top-5", top5))
+    top1_card = _accuracy_card("top-1", evaluated.interval)
+    cards = [top1_card]
+    num_classes = len(evaluated.network.class_names)
+    if num_classes >= FIRST_TOP5_CLASSES:
+        num_images = len(evaluated.is_hit)
+        top5 = wilson_interval(evaluated.num_top5_hits, num_images)
+        top5_card = _accuracy_card("top-5", top5)
+        cards.append(top5_card)
     details = evaluated.details
     if details is not None and details.calibration is not None:
         cards.extend(_calibration_cards(details.calibration))
@@ -107,12 +121,11 @@ def _calibration_cards(calibration: Calibration) -> list[str]:
 
 def _temperature_card(scaling: TemperatureScaling) -> str:
     """The best temperature, and what it changes."""
-    before = 100 * scaling.ece_before
-    after = 100 * scaling.ece_after
-    note = (
-        f"on the other half: ECE {before:.2f} to {after:.2f} %, "
-        f"NLL {scaling.loss_before:.4f} to {scaling.loss_after:.4f}"
-    )
+    ece_before = 100 * scaling.ece_before
+    ece_after = 100 * scaling.ece_after
+    ece = f"ECE {ece_before:.2f} to {ece_after:.2f} %"
+    loss = f"NLL {scaling.loss_before:.4f} to {scaling.loss_after:.4f}"
+    note = f"on the other half: {ece}, {loss}"
     if scaling.is_at_the_edge:
         note += "; the best one lies outside of what was tried"
     return _card("best temperature", f"{scaling.temperature:.2f}", note)
@@ -134,10 +147,11 @@ def _card(
 
 def _calibration(calibration: Calibration) -> str:
     """The reliability diagram, and how often each confidence occurs."""
+    title = text("h3", "Calibration")
     diagram = reliability_diagram(calibration.bins)
     counts = histogram("images per bin of confidence", calibration.bins)
     panels = element("div", diagram + counts, class_="panels")
-    return text("h3", "Calibration") + panels
+    return title + panels
 
 
 def _classes(details: EvaluationDetails) -> str:
@@ -146,9 +160,11 @@ def _classes(details: EvaluationDetails) -> str:
     rows = [_class_row(each, details) for each in details.classes]
     first = rows[:_FIRST_CLASSES]
     rest = rows[_FIRST_CLASSES:]
-    section = text("h3", "Classes, the worst first") + table(header, first)
+    title = text("h3", "Classes, the worst first")
+    section = title + table(header, first)
     if rest:
-        section += folded(f"{len(rest)} more classes", table(header, rest))
+        summary = f"{len(rest)} more classes"
+        section += folded(summary, table(header, rest))
     return section
 
 
@@ -178,9 +194,12 @@ def _confusions(details: EvaluationDetails) -> str:
     header = ["images of", "are taken for", "images"]
     rows = []
     for each in details.confusions:
-        label = names[each.label]
-        predicted = names[each.predicted]
-        rows.append([label, predicted, str(each.num)])
+        row = [
+            names[each.label],
+            names[each.predicted],
+            str(each.num),
+        ]
+        rows.append(row)
     first = rows[:_FIRST_CONFUSIONS]
     rest = rows[_FIRST_CONFUSIONS:]
     pairs = table(header, first, numeric_from=2)
@@ -188,31 +207,47 @@ def _confusions(details: EvaluationDetails) -> str:
         pairs += _matrix(details)
     section = title + element("div", pairs, class_="side")
     if rest:
-        section += folded(f"{len(rest)} more pairs", table(header, rest, numeric_from=2))
+        summary = f"{len(rest)} more pairs"
+        section += folded(summary, table(header, rest, numeric_from=2))
     return section
 
 
 def _matrix(details: EvaluationDetails) -> str:
     """The confusion matrix: a row for each class, a column for each prediction."""
     names = details.network.class_names
-    counts = [[0] * len(names) for _ in names]
-    for result in details.classes:
-        counts[result.label][result.label] = result.correct1
-    for each in details.confusions:
-        counts[each.label][each.predicted] = each.num
-
     header = [text("th", "class \\ prediction")]
     for name in names:
-        header.append(text("th", name, class_="n"))
-    lines = [element("tr", "".join(header))]
-    for name, row in zip(names, counts, strict=True):
-        total = sum(row)
+        cell = text("th", name, class_="n")
+        header.append(cell)
+    lines = [_matrix_line(header)]
+    for name, counts in zip(names, _count_predictions(details), strict=True):
+        total = sum(counts)
         cells = [text("th", name)]
-        for count in row:
-            cells.append(_matrix_cell(count, total))
-        lines.append(element("tr", "".join(cells)))
+        for count in counts:
+            cell = _matrix_cell(count, total)
+            cells.append(cell)
+        lines.append(_matrix_line(cells))
     matrix = element("table", "".join(lines), class_="matrix")
     return element("div", matrix, class_="scroll")
+
+
+def _count_predictions(details: EvaluationDetails) -> list[list[int]]:
+    """How many images of each class (first index) are taken for each class (second index)."""
+    num_classes = len(details.network.class_names)
+    counts = []
+    for _ in range(num_classes):
+        counts.append([0] * num_classes)
+    for result in details.classes:
+        label = result.label
+        counts[label][label] = result.correct1
+    for each in details.confusions:
+        counts[each.label][each.predicted] = each.num
+    return counts
+
+
+def _matrix_line(cells: Sequence[str]) -> str:
+    """A row of the matrix, of its cells."""
+    return element("tr", "".join(cells))
 
 
 def _matrix_cell(
@@ -232,15 +267,17 @@ def _gallery(
     entries: Sequence[GalleryEntry],
     details: EvaluationDetails,
 ) -> str:
-    """Images with their classes."""
+    """Images with their classes; empty if there are none."""
     if not entries:
         return ""
     names = details.network.class_names
     figures = []
     for entry in entries:
-        figures.append(_gallery_figure(entry, names))
+        figure = _gallery_figure(entry, names)
+        figures.append(figure)
+    heading = text("h3", title)
     gallery = element("div", "".join(figures), class_="gallery")
-    return text("h3", title) + gallery
+    return heading + gallery
 
 
 def _gallery_figure(
@@ -254,9 +291,10 @@ def _gallery_figure(
         alt=entry.path,
         title=entry.path,
     )
+    predicted = names[entry.predicted]
     percent = 100 * entry.confidence
-    caption = f"{names[entry.predicted]}, {percent:.1f} %"
-    lines = [text("figcaption", caption)]
+    content = image + text("figcaption", f"{predicted}, {percent:.1f} %")
     if entry.label != entry.predicted:
-        lines.append(text("figcaption", f"is {names[entry.label]}"))
-    return element("figure", image + "".join(lines))
+        label = names[entry.label]
+        content += text("figcaption", f"is {label}")
+    return element("figure", content)

@@ -13,6 +13,7 @@ from resnet_dist.commands.report_input import (
     group_by_recipe,
 )
 from resnet_dist.commands.report_plots import SPLITS
+from resnet_dist.evaluation.calibration import Calibration
 from resnet_dist.evaluation.comparison import difference_of_means, summarize_accuracies
 from resnet_dist.evaluation.intervals import Interval, difference_interval
 from resnet_dist.logs.history import Evaluation, RunHistory
@@ -32,7 +33,7 @@ def summarize_run(run: ReportedRun) -> str:
         Several lines of text.
     """
     history = run.history
-    duration = _duration(history)
+    duration = _describe_duration(history)
     rows = {
         "run": printable(history.folder),
         "length": f"{history.last_step} steps, {history.last_epoch:.2f} epochs, {duration}",
@@ -40,9 +41,7 @@ def summarize_run(run: ReportedRun) -> str:
     rows.update(_accuracy_rows(history))
     rows.update(_detail_rows(run))
     rows.update(_speed_rows(history))
-    bad_images = history.curve("train/bad_images").values
-    if bad_images and bad_images[-1]:
-        rows["bad images"] = f"{bad_images[-1]:.0f}"
+    rows.update(_bad_image_rows(history))
 
     width = max(map(len, rows))
     lines = []
@@ -56,11 +55,13 @@ def _accuracy_rows(run: RunHistory) -> dict[str, str]:
     rows = {}
     for prefix in ("val", "val_ema"):
         evaluations = run.evaluations(prefix)
-        if evaluations:
-            name = SPLITS[prefix][0]
-            best = max(evaluations, key=_top1)
-            rows[f"{name} final"] = _describe_evaluation(evaluations[-1])
-            rows[f"{name} best"] = _describe_evaluation(best)
+        if not evaluations:
+            continue
+        name, _ = SPLITS[prefix]
+        final = evaluations[-1]
+        best = max(evaluations, key=_top1)
+        rows[f"{name} final"] = _describe_evaluation(final)
+        rows[f"{name} best"] = _describe_evaluation(best)
     return rows
 
 
@@ -70,19 +71,25 @@ def _detail_rows(run: ReportedRun) -> dict[str, str]:
         return {}
     details = run.evaluation.details
     rows = {}
-    calibration = details.calibration
-    if calibration is not None:
-        percent = 100 * calibration.ece
-        figures = [
-            f"ECE {percent:.2f} %",
-            f"NLL {calibration.loss:.4f}",
-            f"Brier {calibration.brier:.4f}",
-        ]
-        rows["calibration"] = ", ".join(figures)
+    if details.calibration is not None:
+        rows["calibration"] = _describe_calibration(details.calibration)
+    # The classes are sorted by accuracy.
     worst = details.classes[0]
-    name = printable(details.network.class_names[worst.label])
+    class_names = details.network.class_names
+    name = printable(class_names[worst.label])
     rows["worst class"] = f"{name}: {worst.correct1} of {worst.num} images"
     return rows
+
+
+def _describe_calibration(calibration: Calibration) -> str:
+    """The measures of calibration, on one line."""
+    percent = 100 * calibration.ece
+    figures = [
+        f"ECE {percent:.2f} %",
+        f"NLL {calibration.loss:.4f}",
+        f"Brier {calibration.brier:.4f}",
+    ]
+    return ", ".join(figures)
 
 
 def _speed_rows(run: RunHistory) -> dict[str, str]:
@@ -92,17 +99,32 @@ def _speed_rows(run: RunHistory) -> dict[str, str]:
     if speeds:
         speed = statistics.median(speeds)
         rows["speed"] = f"{speed:.0f} images/s (median)"
+
     waits = run.curve("train/data_wait_fraction").values
     if waits:
         percent = 100 * statistics.median(waits)
         rows["data wait"] = f"{percent:.1f} % of the time (median)"
+
     memory = run.curve("train/memory_gib").values
     if memory:
-        rows["memory"] = f"{max(memory):.2f} GiB at most on a rank"
+        peak = max(memory)
+        rows["memory"] = f"{peak:.2f} GiB at most on a rank"
+
     slowest = describe_slow_rank(run)
     if slowest:
         rows["slow rank"] = slowest
     return rows
+
+
+def _bad_image_rows(run: RunHistory) -> dict[str, str]:
+    """How many images could not be decoded, if there were any."""
+    numbers = run.curve("train/bad_images").values
+    if not numbers:
+        return {}
+    num_bad = numbers[-1]
+    if not num_bad:
+        return {}
+    return {"bad images": f"{num_bad:.0f}"}
 
 
 def describe_slow_rank(run: RunHistory) -> str:
@@ -114,6 +136,7 @@ def describe_slow_rank(run: RunHistory) -> str:
     found = run.slow_rank()
     if found is None:
         return ""
+    # In milliseconds.
     own = 1000 * found.seconds
     others = 1000 * found.seconds_of_others
     action = "takes"
@@ -132,9 +155,11 @@ def compare_runs(runs: Sequence[ReportedRun]) -> str:
         Several lines of text.
     """
     width = max(len(run.name) for run in runs)
-    lines = [f"{'run':{width}}  epochs      time  train loss  val top-1  val top-5  best top-1"]
+    title = "run".ljust(width)
+    lines = [f"{title}  epochs      time  train loss  val top-1  val top-5  best top-1"]
     for run in runs:
-        lines.append(_comparison_row(run.history, width))
+        row = _comparison_row(run.history, width)
+        lines.append(row)
     lines.extend(describe_differences(runs))
     return "\n".join(lines)
 
@@ -144,31 +169,41 @@ def describe_differences(runs: Sequence[ReportedRun]) -> list[str]:
 
     Runs that differ in their seed alone are one group, of which mean, deviation and interval are
     given. Each later group is compared with the first one.
+
+    Args:
+        runs: The runs, at least one.
     """
     groups = group_by_recipe(runs)
     sentences = []
     for group in groups:
         if len(group) > 1:
-            sentences.append(_describe_seeds(group))
+            sentence = _describe_seeds(group)
+            sentences.append(sentence)
     first = groups[0]
     for group in groups[1:]:
-        sentences.append(_describe_groups(first, group))
+        sentence = _describe_groups(first, group)
+        sentences.append(sentence)
     return [sentence for sentence in sentences if sentence]
 
 
 def _describe_seeds(group: Sequence[ReportedRun]) -> str:
     """Mean, deviation and interval of runs that differ in their seed; "" without evaluations."""
     values = _final_top1(group)
-    names = ", ".join(run.name for run in group)
     if len(values) < 2:
         return ""
+    names = _join_names(group)
     summary = summarize_accuracies(values)
     interval = summary.interval
+    bounds = f"{interval.low:.2f} to {interval.high:.2f} %"
     return (
         f"{names}: {summary.num} seeds of one recipe, final val top-1 {summary.mean:.2f} %, "
-        f"standard deviation {summary.deviation:.2f}, 95 % interval of the mean "
-        f"{interval.low:.2f} to {interval.high:.2f} %"
+        f"standard deviation {summary.deviation:.2f}, 95 % interval of the mean {bounds}"
     )
+
+
+def _join_names(group: Sequence[ReportedRun]) -> str:
+    """The names of several runs."""
+    return ", ".join(run.name for run in group)
 
 
 def _final_top1(group: Sequence[ReportedRun]) -> list[float]:
@@ -177,7 +212,8 @@ def _final_top1(group: Sequence[ReportedRun]) -> list[float]:
     for run in group:
         evaluations = run.history.evaluations("val")
         if evaluations:
-            values.append(evaluations[-1].top1)
+            final = evaluations[-1]
+            values.append(final.top1)
     return values
 
 
@@ -186,16 +222,20 @@ def _describe_groups(
     second: Sequence[ReportedRun],
 ) -> str:
     """Whether two groups of runs differ; a sentence, or "" without evaluations."""
+    name = _join_names(second)
+    other = _join_names(first)
     mismatch = different_images(first[0], second[0])
-    name = ", ".join(run.name for run in second)
-    other = ", ".join(run.name for run in first)
     if mismatch:
         return f"{name} and {other} cannot be compared: {mismatch}"
-    if len(first) == 1 and len(second) == 1:
+
+    are_single_runs = len(first) == 1 and len(second) == 1
+    if are_single_runs:
         return describe_difference(first[0], second[0])
+
     values = _final_top1(second)
     values_of_first = _final_top1(first)
-    if len(values) < 2 or len(values_of_first) < 2:
+    fewest_seeds = min(len(values), len(values_of_first))
+    if fewest_seeds < 2:
         return (
             f"{name} and {other}: no statement, since one of them has a single seed; train at "
             "least two seeds of each"
@@ -221,14 +261,20 @@ def describe_difference(
     """
     if first.evaluation is not None and second.evaluation is not None:
         return describe_pair(first.evaluation, second.evaluation)
-    intervals = []
-    for run in (first, second):
-        evaluations = run.history.evaluations("val")
-        if not evaluations or evaluations[-1].interval is None:
-            return ""
-        intervals.append(evaluations[-1].interval)
-    difference = difference_interval(intervals[0], intervals[1])
+    interval_of_first = _final_interval(first)
+    interval_of_second = _final_interval(second)
+    if interval_of_first is None or interval_of_second is None:
+        return ""
+    difference = difference_interval(interval_of_first, interval_of_second)
     return _verdict(second.name, first.name, difference, "final val top-1")
+
+
+def _final_interval(run: ReportedRun) -> Interval | None:
+    """The accuracy of the last evaluation with its interval; None if it is not known."""
+    evaluations = run.history.evaluations("val")
+    if not evaluations:
+        return None
+    return evaluations[-1].interval
 
 
 def _verdict(
@@ -237,7 +283,14 @@ def _verdict(
     difference: Interval,
     what: str,
 ) -> str:
-    """A sentence about a difference; it is called one only if its interval does not contain 0."""
+    """A sentence about a difference; it is called one only if its interval does not contain 0.
+
+    Args:
+        name: The run, or the group of runs.
+        other: What it is compared with.
+        difference: The accuracy of `name` minus that of `other`.
+        what: The name of this accuracy.
+    """
     bounds = f"{difference.low:+.2f} to {difference.high:+.2f}"
     if difference.contains(0.0):
         return (
@@ -256,14 +309,19 @@ def describe_pair(
 ) -> str:
     """Whether two networks differ on the same images, by McNemar's exact test.
 
+    Args:
+        first: The network to compare with.
+        second: The other network.
+
     Returns:
         A sentence; another one if the images differ.
     """
     test = compare_evaluated(first, second)
     if test is None:
+        numbers = f"{len(second.is_hit)} and {len(first.is_hit)}"
         return (
             f"{second.name} and {first.name} cannot be compared: they were evaluated on different "
-            f"images ({len(second.is_hit)} and {len(first.is_hit)})"
+            f"images ({numbers})"
         )
     counts = (
         f"right where the other is wrong: {test.only_second} and {test.only_first} of "
@@ -275,18 +333,41 @@ def describe_pair(
 
 
 def describe_evaluated(files: Sequence[Evaluated]) -> str:
-    """A table of evaluations, and each later one compared with the first one."""
-    width = max(len(each.name) for each in files)
-    width = max(width, len("evaluation"))
-    lines = [f"{'evaluation':{width}}   images   top-1 (95 % interval)        top-5"]
+    """A table of evaluations, and each later one compared with the first one.
+
+    Args:
+        files: The evaluations, at least one.
+
+    Returns:
+        Several lines of text.
+    """
+    title = "evaluation"
+    names = [each.name for each in files]
+    width = max(map(len, [title, *names]))
+    lines = [f"{title:{width}}   images   top-1 (95 % interval)        top-5"]
     for each in files:
-        interval = each.interval
-        bounds = f"{interval.value:6.2f} % ({interval.low:.2f} to {interval.high:.2f})"
-        top5 = 100 * each.num_top5_hits / len(each.is_hit)
-        lines.append(f"{each.name:{width}}  {len(each.is_hit):7d}  {bounds:<26}  {top5:6.2f} %")
+        row = _evaluated_row(each, width)
+        lines.append(row)
+    first = files[0]
     for other in files[1:]:
-        lines.append(describe_pair(files[0], other))
+        sentence = describe_pair(first, other)
+        lines.append(sentence)
     return "\n".join(lines)
+
+
+def _evaluated_row(evaluated: Evaluated, width: int) -> str:
+    """The line of an evaluation in the table of several, whose first column has `width`."""
+    num_images = len(evaluated.is_hit)
+    interval = evaluated.interval
+    top1 = f"{interval.value:6.2f} % ({interval.low:.2f} to {interval.high:.2f})"
+    top5 = 100 * evaluated.num_top5_hits / num_images
+    cells = [
+        f"{evaluated.name:{width}}",
+        f"{num_images:7d}",
+        f"{top1:<26}",
+        f"{top5:6.2f} %",
+    ]
+    return "  ".join(cells)
 
 
 def _top1(evaluation: Evaluation) -> float:
@@ -296,13 +377,15 @@ def _top1(evaluation: Evaluation) -> float:
 
 def _describe_evaluation(evaluation: Evaluation) -> str:
     """The accuracies of an evaluation in percent, with the confidence interval of the first."""
-    text = f"top-1 {evaluation.top1:6.2f} %"
+    top1 = f"top-1 {evaluation.top1:6.2f} %"
     interval = evaluation.interval
     if interval is not None:
-        text += f" (95 %: {interval.low:.2f} to {interval.high:.2f})"
+        top1 += f" (95 %: {interval.low:.2f} to {interval.high:.2f})"
+    parts = [top1]
     if evaluation.top5 is not None:
-        text += f"   top-5 {evaluation.top5:6.2f} %"
-    return f"{text}   at epoch {evaluation.epoch:.2f}"
+        parts.append(f"top-5 {evaluation.top5:6.2f} %")
+    parts.append(f"at epoch {evaluation.epoch:.2f}")
+    return "   ".join(parts)
 
 
 def _comparison_row(
@@ -327,7 +410,7 @@ def _comparison_row(
             final_top5 = final.top5
         best_top1 = max(map(_top1, evaluations))
 
-    duration = timedelta(seconds=round(sum(run.session_seconds())))
+    duration = _duration(run)
     cells = [
         f"{run.name:{width}}",
         f"{run.last_epoch:6.2f}",
@@ -340,11 +423,16 @@ def _comparison_row(
     return "  ".join(cells)
 
 
-def _duration(run: RunHistory) -> str:
+def _describe_duration(run: RunHistory) -> str:
+    """The time of training, and the number of sessions if there are several."""
+    duration = _duration(run)
+    num_sessions = len(run.session_seconds())
+    if num_sessions > 1:
+        return f"{duration} h in {num_sessions} sessions"
+    return f"{duration} h"
+
+
+def _duration(run: RunHistory) -> timedelta:
     """The time of training, without breaks between sessions and without repeated steps."""
-    seconds = run.session_seconds()
-    total = timedelta(seconds=round(sum(seconds)))
-    text = f"{total} h"
-    if len(seconds) > 1:
-        text += f" in {len(seconds)} sessions"
-    return text
+    seconds = sum(run.session_seconds())
+    return timedelta(seconds=round(seconds))

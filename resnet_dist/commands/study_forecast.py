@@ -41,13 +41,21 @@ def say_what_is_missing(studies: Sequence[Study], measures: bool, num_ranks: int
     """
     seconds_left: list[float | None] = []
     for study in studies:
-        print(f"{printable(study.name)}: {printable(study.title)}")
+        title = printable(f"{study.name}: {study.title}")
+        print(title)
         for run in study.run_names():
-            seconds_left += _say_of_run(study.of_run(run), measures, num_ranks)
+            trials = study.of_run(run)
+            seconds_left += _say_of_run(trials, measures, num_ranks)
+    _say_total(seconds_left)
+
+
+def _say_total(seconds_left: Sequence[float | None]) -> None:
+    """Print the sum of the known times, and the number of unknown ones."""
     known = [seconds for seconds in seconds_left if seconds is not None]
-    num_unknown = len(seconds_left) - len(known)
     if known:
-        print(f"in all: about {_minutes(sum(known))}")
+        total = _minutes(sum(known))
+        print(f"in all: about {total}")
+    num_unknown = len(seconds_left) - len(known)
     if num_unknown:
         print(f"{num_unknown} trainings of unknown speed: --measure measures it")
 
@@ -55,61 +63,86 @@ def say_what_is_missing(studies: Sequence[Study], measures: bool, num_ranks: int
 def _say_of_run(trials: Sequence[Trial], measures: bool, num_ranks: int) -> list[float | None]:
     """Print what is missing of one run.
 
+    Args:
+        trials: The run with each seed.
+        measures: Whether to measure the speed if it is not known.
+        num_ranks: Processes of each training.
+
     Returns:
-        The time that each training still needs, in seconds; None where the speed is not known.
+        The time that each unfinished training still needs, in seconds; None where the speed is not
+        known.
     """
     progresses = [progress_of(trial) for trial in trials]
-    is_missing = any(progress.state != "finished" for progress in progresses)
     rate = _known_rate(progresses)
-    if rate is None and is_missing and measures:
-        rate = _measure(trials[0], num_ranks)
+    if rate is None and measures:
+        is_missing = any(progress.state != "finished" for progress in progresses)
+        if is_missing:
+            rate = _measure(trials[0], num_ranks)
+
     seconds_left: list[float | None] = []
     for trial, progress in zip(trials, progresses, strict=True):
-        line = f"  {printable(trial.run)}, seed {trial.seed}: {progress.state}"
+        run = printable(trial.run)
+        line = f"  {run}, seed {trial.seed}: {progress.state}"
         if progress.state != "finished":
             epochs_left = trial.config.train.epochs - progress.epochs
-            seconds = None if rate is None else rate * epochs_left
-            seconds_left.append(seconds)
             line += f", {epochs_left:g} epochs left"
-            if seconds is not None:
+            seconds = None
+            if rate is not None:
+                seconds = rate * epochs_left
                 line += f", about {_minutes(seconds)}"
+            seconds_left.append(seconds)
         print(line, flush=True)
     return seconds_left
 
 
 def _minutes(seconds: float) -> str:
     """A duration in words."""
-    return f"{seconds / 60:.1f} min"
+    minutes = seconds / 60
+    return f"{minutes:.1f} min"
 
 
 def _known_rate(progresses: Sequence[TrialProgress]) -> float | None:
     """Seconds per epoch, evaluation included, of the first training that has logged something."""
     for progress in progresses:
         if progress.history is not None and progress.epochs:
-            return progress.history.seconds_so_far()[-1] / progress.epochs
+            seconds = progress.history.seconds_so_far()[-1]
+            return seconds / progress.epochs
     return None
 
 
 def _measure(trial: Trial, num_ranks: int) -> float:
-    """Train a part of an epoch, and return the seconds of a whole one without evaluation."""
+    """Train a part of an epoch, and return the seconds of a whole one without evaluation.
+
+    Raises:
+        ValueError: The training fails.
+    """
     history = _train_part(trial, num_ranks, _MEASURED_EPOCHS)
     if history.last_step < _FEWEST_STEPS:
-        steps_per_epoch = history.last_step / history.last_epoch
-        history = _train_part(trial, num_ranks, _FEWEST_STEPS / steps_per_epoch)
+        epochs = _FEWEST_STEPS / _steps_per_epoch(history)
+        history = _train_part(trial, num_ranks, epochs)
     return _rate_of_steps(history)
 
 
 def _train_part(trial: Trial, num_ranks: int, epochs: float) -> RunHistory:
-    """Train a part of an epoch in a temporary folder, and return what was logged."""
+    """Train a part of an epoch in a temporary folder, and return what was logged.
+
+    Raises:
+        ValueError: The training fails.
+    """
     with tempfile.TemporaryDirectory() as folder:
+        settings = {
+            **_MEASURED_SETTINGS,
+            "train.epochs": epochs,
+            "output_dir": folder,
+        }
         words = list(trial.words)
-        settings = {**_MEASURED_SETTINGS, "train.epochs": epochs, "output_dir": folder}
         for key, value in settings.items():
             words += [f"--{key}", str(value)]
         command = train_command(words, num_ranks)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            reason = done.stderr.strip()[-_LAST_CHARACTERS:]
+            printed = done.stderr.strip()
+            reason = printed[-_LAST_CHARACTERS:]
             raise ValueError(f"{trial.run} cannot be measured: {reason}")
         return read_run(Path(folder))
 
@@ -117,6 +150,11 @@ def _train_part(trial: Trial, num_ranks: int, epochs: float) -> RunHistory:
 def _rate_of_steps(history: RunHistory) -> float:
     """Seconds per epoch from the times of the steps, without the first half of them."""
     seconds = history.curve("train/step_seconds").values
-    settled = seconds[len(seconds) // 2 :]
-    steps_per_epoch = history.last_step / history.last_epoch
-    return statistics.fmean(settled) * steps_per_epoch
+    half = len(seconds) // 2
+    seconds_per_step = statistics.fmean(seconds[half:])
+    return seconds_per_step * _steps_per_epoch(history)
+
+
+def _steps_per_epoch(history: RunHistory) -> float:
+    """How many steps an epoch has, by what was logged."""
+    return history.last_step / history.last_epoch

@@ -33,25 +33,47 @@ Two runs are compared seed by seed; a difference counts only if its interval doe
 
 
 def describe_study(study: Study, results: Results) -> str:
-    """The table of a study and its comparisons, in Markdown."""
-    time = "CPU time" if study.clock == "cpu" else "time"
-    titles = ["run", "seeds", study.metric, "deviation", "95 % interval", time, "images/s"]
+    """The table of a study and its comparisons, in Markdown.
+
+    Args:
+        study: The study.
+        results: What `read_study_results` returned for it.
+    """
+    time = "time"
+    if study.clock == "cpu":
+        time = "CPU time"
+    titles = [
+        "run",
+        "seeds",
+        study.metric,
+        "deviation",
+        "95 % interval",
+        time,
+        "images/s",
+    ]
     for target in study.targets:
         titles.append(f"{time} to {target:g} %")
     rows = []
     for run in study.run_names():
-        rows.append(_run_row(study, run, results[run]))
+        row = _run_row(study, run, results[run])
+        rows.append(row)
     table = markdown_table(titles, rows)
     if not study.compare:
         return table
-    sentences = []
+
+    lines = [table, ""]
     for first, second in study.compare:
-        sentences.append(f"- {_compare(results, first, second)}")
-    return "\n".join([table, "", *sentences])
+        sentence = _compare(results, first, second)
+        lines.append(f"- {sentence}")
+    return "\n".join(lines)
 
 
 def write_page(studies: Sequence[Study], path: Path) -> None:
     """Write the page of several studies, and a picture beside the results of each.
+
+    Args:
+        studies: The studies, in the order of the page.
+        path: The file of the page.
 
     Raises:
         OSError: A file cannot be written.
@@ -60,42 +82,72 @@ def write_page(studies: Sequence[Study], path: Path) -> None:
     waiting = []
     for study in studies:
         results = read_study_results(study)
-        if any(results.values()):
-            sections.append(_section(study, results, path))
+        has_results = any(results.values())
+        if has_results:
+            section = _section(study, results, path)
+            sections.append(section)
         else:
             waiting.append(f"- **{study.title}** (`{study.name}`): {study.question}")
     if waiting:
         sections.extend(["## Not run yet", "", *waiting, ""])
-    write_file(path, "\n".join(sections))
+    page = "\n".join(sections)
+    write_file(path, page)
 
 
 def _section(study: Study, results: Results, page: Path) -> str:
-    """One study on the page."""
-    paragraphs = [f"## {study.title}", study.question, describe_study(study, results)]
+    """One study on the page.
+
+    Args:
+        study: The study.
+        results: Its results.
+        page: The file of the page, to which links are relative.
+    """
+    paragraphs = [
+        f"## {study.title}",
+        study.question,
+        describe_study(study, results),
+    ]
     picture = _draw(study, results, page)
     if picture:
         paragraphs.append(f"![{study.metric} of {study.title}]({picture})")
     if study.notes:
         paragraphs.append(study.notes.strip())
-    paragraphs.append("<details><summary>Every training</summary>")
-    paragraphs.append(_table_of_trainings(results, page))
-    paragraphs.append(f"{_commands(study)}\n</details>\n")
+    commands = _commands(study)
+    paragraphs.extend(
+        [
+            "<details><summary>Every training</summary>",
+            _table_of_trainings(results, page),
+            f"{commands}\n</details>\n",
+        ]
+    )
     return "\n\n".join(paragraphs)
 
 
 def _run_row(study: Study, run: str, results: Sequence[Result]) -> list[str]:
-    """The cells of one run."""
+    """The cells of one run.
+
+    Args:
+        study: The study.
+        run: The name of the run.
+        results: Its finished trainings.
+    """
     num_seeds = len(study.of_run(run))
-    cells = [run, _seeds_cell(len(results), num_seeds)]
+    seeds = _seeds_cell(len(results), num_seeds)
+    cells = [run, seeds]
     if not results:
+        # Deviation, interval, time, speed and the time to each target.
         num_empty = 4 + len(study.targets)
-        return [*cells, "not run", *[""] * num_empty]
+        cells.append("not run")
+        cells.extend([""] * num_empty)
+        return cells
+
     mean_seconds = statistics.fmean(result.seconds for result in results)
     cells.extend(_accuracy_cells(results))
     cells.append(_duration(mean_seconds))
     cells.append(_speed_cell(results))
     for target in study.targets:
-        cells.append(_target_cell(results, target))
+        cell = _target_cell(results, target)
+        cells.append(cell)
     return cells
 
 
@@ -110,7 +162,8 @@ def _accuracy_cells(results: Sequence[Result]) -> list[str]:
     """Mean, deviation and interval; for a single seed only its value."""
     summary = summarize(results)
     if summary is None:
-        return [f"{results[0].accuracy:.2f} %", "one seed", "one seed"]
+        accuracy = results[0].accuracy
+        return [f"{accuracy:.2f} %", "one seed", "one seed"]
     interval = summary.interval
     return [
         f"{summary.mean:.2f} %",
@@ -123,10 +176,12 @@ def _speed_cell(results: Sequence[Result]) -> str:
     """The median speed over the lines of all trainings."""
     speeds = []
     for result in results:
-        speeds += result.history.curve("train/images_per_second").values
+        curve = result.history.curve("train/images_per_second")
+        speeds.extend(curve.values)
     if not speeds:
         return ""
-    return f"{statistics.median(speeds):.0f}"
+    median = statistics.median(speeds)
+    return f"{median:.0f}"
 
 
 def _target_cell(results: Sequence[Result], target: float) -> str:
@@ -136,9 +191,12 @@ def _target_cell(results: Sequence[Result], target: float) -> str:
         seconds = result.seconds_to_target.get(target)
         if seconds is not None:
             times.append(seconds)
-    if len(times) < len(results):
-        return f"{len(times)} of {len(results)} reached it"
-    return _duration(statistics.fmean(times))
+    num_reached = len(times)
+    num_results = len(results)
+    if num_reached < num_results:
+        return f"{num_reached} of {num_results} reached it"
+    mean_seconds = statistics.fmean(times)
+    return _duration(mean_seconds)
 
 
 def _compare(results: Results, first: str, second: str) -> str:
@@ -153,10 +211,8 @@ def _compare(results: Results, first: str, second: str) -> str:
 def _describe_difference(difference: SeedSummary) -> str:
     """The difference with its interval, and whether it is one."""
     interval = difference.interval
-    numbers = (
-        f"{difference.mean:+.2f} points, 95 % interval {interval.low:+.2f} to {interval.high:+.2f} "
-        f"over {difference.num} seeds"
-    )
+    bounds = f"{interval.low:+.2f} to {interval.high:+.2f}"
+    numbers = f"{difference.mean:+.2f} points, 95 % interval {bounds} over {difference.num} seeds"
     if interval.contains(0.0):
         return f"{numbers}: no difference is shown."
     return f"{numbers}."
@@ -168,7 +224,8 @@ def _table_of_trainings(results: Results, page: Path) -> str:
     rows = []
     for of_run in results.values():
         for result in of_run:
-            rows.append(_training_row(result, page))
+            row = _training_row(result, page)
+            rows.append(row)
     return markdown_table(titles, rows)
 
 
@@ -201,7 +258,8 @@ def _commands(study: Study) -> str:
     lines = []
     for run in study.run_names():
         first = study.of_run(run)[0]
-        lines.append(f"resnet-dist train {shlex.join(first.words)}")
+        options = shlex.join(first.words)
+        lines.append(f"resnet-dist train {options}")
     commands = "\n".join(lines)
     return f"```text\n{commands}\n```"
 
@@ -217,7 +275,8 @@ def _draw(study: Study, results: Results, page: Path) -> str:
     histories = []
     for of_run in results.values():
         if of_run:
-            histories.append(of_run[0].history)
+            first = of_run[0]
+            histories.append(first.history)
     if not histories:
         return ""
     folder = study.trials[0].folder.parent
@@ -228,7 +287,8 @@ def _draw(study: Study, results: Results, page: Path) -> str:
 
 def _relative(path: Path, page: Path) -> str:
     """A path as the page links to it."""
-    return Path(os.path.relpath(path, page.parent)).as_posix()
+    relative = os.path.relpath(path, page.parent)
+    return Path(relative).as_posix()
 
 
 def _duration(seconds: float) -> str:

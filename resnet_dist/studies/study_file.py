@@ -80,14 +80,12 @@ def read_study(path: Path, changes: Mapping[str, Any] | None = None) -> Study:
 
 
 def _read_fields(path: Path) -> dict[str, Any]:
-    """The keys of a study file, with defaults for those that it leaves out."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.load(text, Loader=SettingsLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
-        raise ValueError(f"cannot read the study: {printable(problem)}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"this is no study: its keys are {', '.join(_FIELDS)}")
+    """The keys of a study file, with defaults for those that it leaves out.
+
+    Raises:
+        ValueError: The file cannot be read, or a key is unknown, missing or of a wrong type.
+    """
+    content = _read_mapping(path)
     _refuse_unknown_keys(content)
     fields = {}
     for key, field in _FIELDS.items():
@@ -100,16 +98,34 @@ def _read_fields(path: Path) -> dict[str, Any]:
     return fields
 
 
+def _read_mapping(path: Path) -> dict[Any, Any]:
+    """The content of a YAML file. Raises ValueError if it is no mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.load(text, Loader=SettingsLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        raise ValueError(f"cannot read the study: {printable(problem)}") from None
+    if not isinstance(content, dict):
+        known = ", ".join(_FIELDS)
+        raise ValueError(f"this is no study: its keys are {known}")
+    return content
+
+
 def _refuse_unknown_keys(content: Mapping[Any, Any]) -> None:
     """Raise ValueError for a key that a study does not have."""
     for key in content:
         if key not in _FIELDS:
+            name = printable(key)
             hint = did_you_mean(str(key), _FIELDS)
-            raise ValueError(f"a study has no key {printable(key)}{hint}")
+            raise ValueError(f"a study has no key {name}{hint}")
 
 
 def _build_study(path: Path, fields: Mapping[str, Any], changes: Settings) -> Study:
     """Build the study of the keys of its file; see `read_study`."""
+    targets = _numbers("targets", fields["targets"])
+    trials = _build_trials(fields, changes)
+    run_names = [str(name) for name in fields["runs"]]
+    pairs = _pairs(fields["compare"], run_names)
     return Study(
         path=path,
         title=fields["title"],
@@ -117,9 +133,9 @@ def _build_study(path: Path, fields: Mapping[str, Any], changes: Settings) -> St
         notes=fields["notes"],
         metric=fields["metric"],
         clock=_clock(fields["clock"]),
-        targets=tuple(_numbers("targets", fields["targets"])),
-        trials=tuple(_build_trials(fields, changes)),
-        compare=tuple(_pairs(fields["compare"], list(map(str, fields["runs"])))),
+        targets=tuple(targets),
+        trials=tuple(trials),
+        compare=tuple(pairs),
     )
 
 
@@ -130,16 +146,26 @@ def _build_trials(fields: Mapping[str, Any], changes: Settings) -> list[Trial]:
         raise ValueError("seeds is empty: give at least one seed")
     if not fields["runs"]:
         raise ValueError("runs is empty: name at least one run")
-    folder = Path(expand_path(fields["output_dir"]))
+    output_dir = expand_path(fields["output_dir"])
     trials = []
     for name, own in fields["runs"].items():
         run = str(name)
-        settings = {**fields["settings"], **changes, **_settings_of_run(run, own)}
+        # A later one overrides the earlier ones.
+        settings_of_run = {
+            **fields["settings"],
+            **changes,
+            **_settings_of_run(run, own),
+        }
         for number in seeds:
             seed = int(number)
-            output_dir = str(folder / folder_name(run, seed))
-            all_settings = {**settings, "output_dir": output_dir, "seed": seed}
-            trials.append(_build_trial(run, seed, fields["config"], all_settings))
+            folder = Path(output_dir, folder_name(run, seed))
+            settings = {
+                **settings_of_run,
+                "output_dir": str(folder),
+                "seed": seed,
+            }
+            trial = _build_trial(run, seed, fields["config"], settings)
+            trials.append(trial)
     return trials
 
 
@@ -156,23 +182,40 @@ def _settings_of_run(run: str, own: object) -> Settings:
 
 
 def _build_trial(run: str, seed: int, recipe: str, settings: Settings) -> Trial:
-    """Check the config of one training."""
+    """Check the config of one training.
+
+    Args:
+        run: The name of the run.
+        seed: The seed.
+        recipe: The name of a recipe, or a YAML file.
+        settings: Changes of the recipe.
+
+    Raises:
+        ValueError: A setting is unknown or wrong.
+    """
     try:
-        config = config_from_files([str(find_recipe(recipe))], settings)
+        path = find_recipe(recipe)
+        config = config_from_files([str(path)], settings)
     except ValueError as problem:
         raise ValueError(f"run {printable(run)}: {problem}") from None
     words = ["--config", recipe]
     for key, value in settings.items():
-        # Text is taken as it is written on a command line, without quotes.
-        word = value if isinstance(value, str) else as_yaml(value)
-        words += [f"--{key}", word]
+        words += [f"--{key}", _as_word(value)]
     return Trial(run, seed, config, words)
 
 
+def _as_word(value: object) -> str:
+    """A value as it is written on a command line, where text has no quotes."""
+    if isinstance(value, str):
+        return value
+    return as_yaml(value)
+
+
 def _numbers(key: str, values: Sequence[object]) -> list[float]:
-    """A list of numbers of a study file."""
+    """A list of numbers of a study file. Raises ValueError if something else is in it."""
     numbers = []
     for value in values:
+        # To Python, True is a number.
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"{key} holds {value!r}: it must be a number")
         numbers.append(value)
@@ -192,6 +235,9 @@ def _pairs(compare: Sequence[object], known: Sequence[str]) -> list[tuple[str, s
     Args:
         compare: The value of the key.
         known: The names of all runs.
+
+    Raises:
+        ValueError: Something is not a pair of runs of this study.
     """
     pairs = []
     for pair in compare:
@@ -208,7 +254,6 @@ def _refuse_unknown_run(name: str, known: Sequence[str]) -> None:
     """Raise ValueError for a name that is no run of the study."""
     if name in known:
         return
-    raise ValueError(
-        f"compare names {printable(name)!r}, which is no run of this study"
-        f"{did_you_mean(name, known)}"
-    )
+    shown = printable(name)
+    hint = did_you_mean(name, known)
+    raise ValueError(f"compare names {shown!r}, which is no run of this study{hint}")

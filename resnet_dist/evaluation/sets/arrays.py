@@ -36,6 +36,9 @@ CIFAR10_CLASSES = (
 
 _CIFAR_SIDE = 32
 
+# Of the binary version: the class, and a byte for each of three colors of each pixel.
+_RECORD_BYTES = 1 + 3 * _CIFAR_SIDE**2
+
 
 @dataclass(frozen=True, eq=False)
 class ImageArrays:
@@ -69,18 +72,22 @@ class ArrayLoader:
         runtime: Runtime,
     ) -> None:
         data = config.data
+        precision = resolve_precision(config.train.precision, runtime.device)
+        cpu = torch.device("cpu")
         self.class_names = class_names
         self.num_samples = len(images.labels)
         self.mirrored = data.val_flip or data.val_crops == "ten"
         self._images = images
         self._data = data
         self._device = runtime.device
-        precision = resolve_precision(config.train.precision, runtime.device)
         self._dtype = DTYPES[precision]
-        self._normalize = Normalizer(data, self._dtype, torch.device("cpu"))
+        self._normalize = Normalizer(data, self._dtype, cpu)
         self._resize = EXACT_RESIZES[data.val_interpolation]
         self._shares = val_batches(
-            self.num_samples, data.val_batch_size, runtime.rank, runtime.world_size
+            self.num_samples,
+            data.val_batch_size,
+            runtime.rank,
+            runtime.world_size,
         )
         self.rounds = len(self._shares)
 
@@ -97,30 +104,52 @@ class ArrayLoader:
             if share is None:
                 yield None
             else:
-                yield self._batch(np.array(share, dtype=np.int64))
+                rows = np.array(share, dtype=np.int64)
+                yield self._batch(rows)
 
     def _batch(self, rows: IntArray) -> Batch:
-        """The batch of the rows, int64 [n]."""
-        pixels = torch.from_numpy(np.array(self._images.pixels[rows]))
-        heights = np.full(len(rows), pixels.shape[1])
-        widths = np.full(len(rows), pixels.shape[2])
-        geometry = val_geometry(heights, widths, self._data)
-        views = [self._cut(pixels, view) for view in geometry.views]
-        labels = torch.from_numpy(self._images.labels[rows])
-        return Batch(views[0], to_device(labels, self._device), rows, tuple(views[1:]))
+        """The batch of some images.
 
-    def _cut(self, pixels: torch.Tensor, view: View) -> torch.Tensor:
-        """One view of images, uint8 [n, h, w, 3]: [n, 3, side, side] on the device."""
+        Args:
+            rows: int64 [n], the numbers of the images.
+        """
+        pixels = np.array(self._images.pixels[rows])
+        num_images, height, width, _ = pixels.shape
+        heights = np.full(num_images, height)
+        widths = np.full(num_images, width)
+        geometry = val_geometry(heights, widths, self._data)
+        images = torch.from_numpy(pixels)
+        views = [self._cut(images, view) for view in geometry.views]
+        labels = torch.from_numpy(self._images.labels[rows])
+        return Batch(
+            images=views[0],
+            labels=to_device(labels, self._device),
+            indices=rows,
+            other_views=tuple(views[1:]),
+        )
+
+    def _cut(self, images: torch.Tensor, view: View) -> torch.Tensor:
+        """Resize, crop and normalise images.
+
+        Args:
+            images: uint8 [n, height, width, 3].
+            view: The window of each image.
+
+        Returns:
+            [n, 3, side, side] on the device.
+        """
+        side = view.side
         squares = []
-        for number, image in enumerate(pixels):
+        for number, image in enumerate(images):
             height, width = view.sizes[number].tolist()
             offset = view.offsets[number].tolist()
-            square = resize_and_crop(image, (height, width), offset, 0, view.side, self._resize)
+            square = resize_and_crop(image, (height, width), offset, 0, side, self._resize)
             squares.append(square)
-        self._normalize.prepare(view.side)
-        out = torch.empty(len(squares), view.side, view.side, 3, dtype=self._dtype)
-        self._normalize(torch.stack(squares), out)
-        return to_device(out, self._device).permute(0, 3, 1, 2)
+        self._normalize.prepare(side)
+        channels_last = torch.empty(len(squares), side, side, 3, dtype=self._dtype)
+        self._normalize(torch.stack(squares), channels_last)
+        on_device = to_device(channels_last, self._device)
+        return on_device.permute(0, 3, 1, 2)
 
 
 def read_arrays(pixels_path: Path, labels_path: Path, part: int = 0, parts: int = 1) -> ImageArrays:
@@ -138,25 +167,26 @@ def read_arrays(pixels_path: Path, labels_path: Path, part: int = 0, parts: int 
     """
     pixels = _load(pixels_path)
     labels = _load(labels_path)
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
-        raise ValueError(
-            f"{printable(pixels_path)} holds {pixels.dtype} {list(pixels.shape)}, and not images "
-            "uint8 [n, height, width, 3]: take the file of the authors"
-        )
+    _check_pixels(pixels, pixels_path)
     _check_labels(labels, labels_path)
-    if len(pixels) != len(labels):
+    num_images = len(pixels)
+    num_labels = len(labels)
+    place = printable(pixels_path)
+    if num_images != num_labels:
         raise ValueError(
-            f"{printable(pixels_path)} holds {len(pixels)} images, and "
-            f"{printable(labels_path.name)} {len(labels)} labels: take both from the same source"
+            f"{place} holds {num_images} images, and {printable(labels_path.name)} {num_labels} "
+            "labels: take both from the same source"
         )
-    if len(labels) == 0 or len(labels) % parts:
+    size, rest = divmod(num_images, parts)
+    if num_images == 0 or rest > 0:
         raise ValueError(
-            f"{printable(pixels_path)} holds {len(pixels)} images, which do not divide into "
-            f"{parts} parts: take the file of the authors"
+            f"{place} holds {num_images} images, which do not divide into {parts} parts: take the "
+            "file of the authors"
         )
-    size = len(labels) // parts
-    rows = slice(part * size, (part + 1) * size)
-    return ImageArrays(pixels[rows], labels[rows].astype(np.int64))
+    start = part * size
+    rows = slice(start, start + size)
+    labels_of_part = labels[rows].astype(np.int64)
+    return ImageArrays(pixels[rows], labels_of_part)
 
 
 def _load(path: Path) -> np.ndarray[Any, Any]:
@@ -173,14 +203,29 @@ def _load(path: Path) -> np.ndarray[Any, Any]:
     return array
 
 
+def _check_pixels(pixels: np.ndarray[Any, Any], path: Path) -> None:
+    """Raise ValueError if an array does not hold images."""
+    has_channels = pixels.ndim == 4 and pixels.shape[3] == 3
+    if has_channels and pixels.dtype == np.uint8:
+        return
+    shape = list(pixels.shape)
+    raise ValueError(
+        f"{printable(path)} holds {pixels.dtype} {shape}, and not images uint8 "
+        "[n, height, width, 3]: take the file of the authors"
+    )
+
+
 def _check_labels(labels: np.ndarray[Any, Any], path: Path) -> None:
-    """Raise ValueError if labels are not integers from 0 to 9."""
+    """Raise ValueError if an array does not hold class ids of CIFAR-10."""
     is_list = labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer)
-    if not is_list or (len(labels) and (labels.min() < 0 or labels.max() > 9)):
-        raise ValueError(
-            f"{printable(path)} does not hold a list of class numbers from 0 to 9: take the file "
-            "of the authors"
-        )
+    if is_list:
+        is_known = (labels >= 0) & (labels < len(CIFAR10_CLASSES))
+        if is_known.all():
+            return
+    raise ValueError(
+        f"{printable(path)} does not hold a list of class numbers from 0 to 9: take the file of "
+        "the authors"
+    )
 
 
 def read_cifar10(folder: Path) -> ImageArrays:
@@ -192,11 +237,12 @@ def read_cifar10(folder: Path) -> ImageArrays:
     Raises:
         ValueError: There is no such file, or it is damaged.
     """
-    for place in (folder, folder / "cifar-10-batches-py", folder / "cifar-10-batches-bin"):
+    for inner in ("", "cifar-10-batches-py", "cifar-10-batches-bin"):
         for name in ("test_batch", "test_batch.bin"):
-            path = place / name
+            path = folder / inner / name
             if path.is_file():
-                return parse_cifar10(path, path.read_bytes())
+                content = path.read_bytes()
+                return parse_cifar10(path, content)
     raise ValueError(
         f"{printable(folder)} has neither test_batch (python version of CIFAR-10) nor "
         "test_batch.bin (binary version): name the folder that holds it"
@@ -220,24 +266,31 @@ def parse_cifar10(path: Path, content: bytes) -> ImageArrays:
 
 def _parse_binary(path: Path, content: bytes) -> ImageArrays:
     """Parse records: a byte with the class, and 3,072 bytes of red, green and blue."""
-    raw = np.frombuffer(content, np.uint8)
-    length = 1 + 3 * _CIFAR_SIDE**2
-    if len(raw) == 0 or len(raw) % length:
+    num_bytes = len(content)
+    if num_bytes == 0 or num_bytes % _RECORD_BYTES:
         raise ValueError(
-            f"{printable(path)} is damaged: its size is no multiple of {length}: get it again"
+            f"{printable(path)} is damaged: its size is no multiple of {_RECORD_BYTES}: get it "
+            "again"
         )
-    records = raw.reshape(-1, length)
-    _check_labels(records[:, 0], path)
-    return _to_arrays(records[:, 1:], records[:, 0])
+    flat = np.frombuffer(content, np.uint8)
+    records = flat.reshape(-1, _RECORD_BYTES)
+    labels = records[:, 0]
+    pixels = records[:, 1:]
+    _check_labels(labels, path)
+    return _to_arrays(pixels, labels)
 
 
 class _PlainUnpickler(pickle.Unpickler):
     """Reads a pickle of arrays, lists and texts. Anything else, which may run code, is refused."""
 
     def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401  as in the base class
-        """Look up a class or function that a pickle names."""
-        is_of_numpy = module.split(".")[0] == "numpy"
-        if is_of_numpy and name in ("_reconstruct", "ndarray", "dtype"):
+        """Look up a class or function that a pickle names.
+
+        Raises:
+            pickle.UnpicklingError: It is none of those that an array needs.
+        """
+        package = module.split(".")[0]
+        if package == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it needs {module}.{name}")
 
@@ -259,7 +312,14 @@ def _parse_pickle(path: Path, content: bytes) -> ImageArrays:
 
 
 def _to_arrays(pixels: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> ImageArrays:
-    """Arrays of images, uint8 [n, 3072], whose values are ordered by channel, row and column."""
-    channels_first = pixels.reshape(len(labels), 3, _CIFAR_SIDE, _CIFAR_SIDE)
-    images = np.ascontiguousarray(channels_first.transpose(0, 2, 3, 1))
+    """Put images into the usual order.
+
+    Args:
+        pixels: uint8 [n, 3072], ordered by channel, row and column.
+        labels: Integers [n].
+    """
+    num_images = len(labels)
+    channels_first = pixels.reshape(num_images, 3, _CIFAR_SIDE, _CIFAR_SIDE)
+    channels_last = channels_first.transpose(0, 2, 3, 1)
+    images = np.ascontiguousarray(channels_last)
     return ImageArrays(images, labels.astype(np.int64))

@@ -42,30 +42,40 @@ def parts_of(entry: SuiteEntry) -> list[Part]:
         return _corrupted_parts(entry, _open_imagenet_c)
     if entry.kind == "cifar10_c":
         return _corrupted_parts(entry, _open_cifar10_c)
+    open_whole = _open_folder
     if entry.kind == "cifar10_1":
-        return [Part("", partial(_open_cifar10_1, entry))]
-    if entry.kind == "cifar10":
-        return [Part("", partial(_open_cifar10, entry))]
-    return [Part("", partial(open_folder, entry.data, key=f"sets.{entry.name}.data"))]
+        open_whole = _open_cifar10_1
+    elif entry.kind == "cifar10":
+        open_whole = _open_cifar10
+    whole = Part("", partial(open_whole, entry))
+    return [whole]
 
 
 _OpenCorrupted = Callable[[str, str, int, Config, Runtime], ValLoader]
 
 
 def _corrupted_parts(entry: SuiteEntry, open_part: _OpenCorrupted) -> list[Part]:
-    """The 75 parts of a corrupted data set."""
+    """The 75 parts of a corrupted data set.
 
-    def make(corruption: str, severity: int) -> Part:
-        def open_it(config: Config, runtime: Runtime) -> ValLoader:
-            return open_part(entry.data, corruption, severity, config, runtime)
-
-        return Part(part_name(corruption, severity), open_it)
-
+    Args:
+        entry: The data set.
+        open_part: Builds the loader from the folder, the corruption, the severity, the settings
+            and the process group.
+    """
     parts = []
     for corruption in ALEXNET_ERRORS:
         for severity in SEVERITIES:
-            parts.append(make(corruption, severity))
+            part = Part(
+                name=part_name(corruption, severity),
+                open=partial(open_part, entry.data, corruption, severity),
+            )
+            parts.append(part)
     return parts
+
+
+def _open_folder(entry: SuiteEntry, config: Config, runtime: Runtime) -> ValLoader:
+    """A data set of class folders or tar shards."""
+    return open_folder(entry.data, config, runtime, f"sets.{entry.name}.data")
 
 
 def _open_imagenet_c(
@@ -77,9 +87,10 @@ def _open_imagenet_c(
     margin to crop. For a network that takes another size they are resized to it.
     """
     path = runtime.on_main(lambda: find_corruption(folder, corruption))
-    data = replace(config.data, val_resize_size=config.data.val_crop_size)
     place = os.path.join(path, str(severity))
-    return open_folder(place, replace(config, data=data), runtime)
+    data = replace(config.data, val_resize_size=config.data.val_crop_size)
+    config_without_margin = replace(config, data=data)
+    return open_folder(place, config_without_margin, runtime)
 
 
 def _open_cifar10_c(
@@ -100,10 +111,14 @@ def _open_cifar10_c(
 
 def _open_cifar10_1(entry: SuiteEntry, config: Config, runtime: Runtime) -> ValLoader:
     """CIFAR-10.1 (Recht et al. 2018): two .npy files."""
-    stem = Path(entry.data, f"cifar10.1_{entry.version}")
+    folder = Path(entry.data)
+    stem = f"cifar10.1_{entry.version}"
 
     def read() -> ImageArrays:
-        return read_arrays(Path(f"{stem}_data.npy"), Path(f"{stem}_labels.npy"))
+        return read_arrays(
+            folder / f"{stem}_data.npy",
+            folder / f"{stem}_labels.npy",
+        )
 
     return _open_arrays(read, config, runtime)
 
@@ -113,12 +128,17 @@ def _open_cifar10(entry: SuiteEntry, config: Config, runtime: Runtime) -> ValLoa
     folder = Path(entry.data)
     has_folders = runtime.on_main(lambda: (folder / "val").is_dir())
     if has_folders:
-        return open_folder(entry.data, config, runtime, f"sets.{entry.name}.data")
+        return _open_folder(entry, config, runtime)
     return _open_arrays(lambda: read_cifar10(folder), config, runtime)
 
 
 def _open_arrays(read: Callable[[], ImageArrays], config: Config, runtime: Runtime) -> ValLoader:
     """Build the loader of images that each rank reads for itself."""
+
+    def count() -> int:
+        return len(read().labels)
+
     # The main process finds what is wrong with the files, so that all ranks raise the same error.
-    runtime.on_main(lambda: len(read().labels))
-    return ArrayLoader(read(), CIFAR10_CLASSES, config, runtime)
+    runtime.on_main(count)
+    images = read()
+    return ArrayLoader(images, CIFAR10_CLASSES, config, runtime)

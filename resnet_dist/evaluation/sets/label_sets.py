@@ -32,13 +32,12 @@ def read_label_sets(path: Path) -> list[list[int]]:
     Raises:
         ValueError: The file cannot be read, or does not hold lists of class ids.
     """
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as problem:
-        raise ValueError(
-            f"labels: {printable(path)} cannot be read as JSON: {printable(problem)}"
-        ) from problem
     title = f"labels: {printable(path)}"
+    try:
+        text = path.read_text()
+        content = json.loads(text)
+    except (OSError, ValueError) as problem:
+        raise ValueError(f"{title} cannot be read as JSON: {printable(problem)}") from problem
     if not isinstance(content, list) or not content:
         raise ValueError(f"{title} is not a list with an entry for each image")
     for number, entry in enumerate(content):
@@ -53,10 +52,12 @@ def _check_labels_of_image(entry: object, place: str) -> None:
     num_classes = len(imagenet_ids())
     for label in entry:
         is_number = isinstance(label, int) and not isinstance(label, bool)
-        if not is_number or not 0 <= label < num_classes:
+        is_known = is_number and 0 <= label < num_classes
+        if not is_known:
+            unknown = printable(label)
+            last = num_classes - 1
             raise ValueError(
-                f"{place} has the unknown class {printable(label)}: class ids go from 0 to "
-                f"{num_classes - 1}"
+                f"{place} has the unknown class {unknown}: class ids go from 0 to {last}"
             )
 
 
@@ -75,17 +76,27 @@ def sets_of_rows(index: Index, label_sets: list[list[int]], names: Sequence[str]
         ValueError: The network does not have ImageNet's classes, or a file name has no number.
     """
     outputs = _outputs_of_imagenet(names)
-    longest = max(map(len, label_sets))
-    rows = np.full((len(index), max(longest, 1)), _NO_LABEL, dtype=np.int64)
+    most_labels = max(map(len, label_sets))
+    shape = (len(index), max(1, most_labels))
+    rows = np.full(shape, _NO_LABEL, dtype=np.int64)
     for row in range(len(index)):
-        number = _number_of_image(index.name(row), len(label_sets))
+        name = index.name(row)
+        number = _number_of_image(name, len(label_sets))
         labels = label_sets[number - 1]
-        rows[row, : len(labels)] = outputs[labels]
+        num_labels = len(labels)
+        rows[row, :num_labels] = outputs[labels]
     return rows
 
 
 def _outputs_of_imagenet(names: Sequence[str]) -> IntArray:
-    """The output of each of ImageNet's classes, int64 [1000]."""
+    """The output of each of ImageNet's classes, int64 [1000].
+
+    Args:
+        names: The names of the outputs.
+
+    Raises:
+        ValueError: A class has no output.
+    """
     output_of = {}
     for output, name in enumerate(names):
         output_of[name] = output
@@ -129,19 +140,32 @@ class LabelSetCounter:
 
     def __call__(self, batch: Batch, logits: torch.Tensor) -> None:
         """Count a batch with logits [B, C]. An image that cannot be decoded is a miss."""
-        rows = torch.from_numpy(batch.indices).to(logits.device)
+        rows = torch.from_numpy(batch.indices)
+        rows = rows.to(logits.device)
+        # [B, K], filled up with a number that is no class.
         sets = self._sets[rows]
+        is_label = sets != _NO_LABEL
         best = _first_of_highest(logits)
-        has_labels = (sets != _NO_LABEL).any(1)
-        is_in_set = (sets == best[:, None]).any(1)
-        is_hit = has_labels & is_in_set & (batch.labels >= 0)
-        self._counts += torch.stack([is_hit.sum(), has_labels.sum()])
+        is_best = sets == best.unsqueeze(1)
+
+        has_labels = is_label.any(1)
+        is_decoded = batch.labels >= 0
+        is_hit = has_labels & is_best.any(1) & is_decoded
+        counts = torch.stack([is_hit.sum(), has_labels.sum()])
+        self._counts += counts
 
     def reduce(self, runtime: Runtime) -> tuple[int, int]:
-        """(images whose most probable class is one of their labels, images with labels)."""
-        totals = runtime.all_reduce_sum(self._counts.double())
-        hits, num = totals.long().tolist()
-        return hits, num
+        """Add up the counts of all ranks. Call it on every rank.
+
+        Returns:
+            The number of images whose most probable class is one of their labels, and of images
+            with labels.
+        """
+        # The reduction takes floating-point numbers, which are exact up to 2^53.
+        counts = self._counts.double()
+        totals = runtime.all_reduce_sum(counts)
+        num_hits, num_images = totals.long().tolist()
+        return num_hits, num_images
 
 
 def _first_of_highest(logits: torch.Tensor) -> torch.Tensor:

@@ -47,7 +47,14 @@ class SuiteEntry:
 
 
 _OPTIONS = [field.name for field in fields(SuiteEntry) if field.name != "name"]
-_OF_ONE_KIND = {"labels": "real", "version": "cifar10_1"}
+
+# The options that only one kind has.
+_OF_ONE_KIND = {
+    "labels": "real",
+    "version": "cifar10_1",
+}
+
+# The values of the options that are not free.
 _CHOICES = {
     "kind": get_args(Kind),
     "classes": ("present", "all"),
@@ -61,56 +68,96 @@ def read_suite(path: Path) -> list[SuiteEntry]:
     It has one key, `sets`, with an entry for each data set: a name, and below it `kind`, `data` and
     further options.
 
+    Args:
+        path: The YAML file.
+
+    Returns:
+        The data sets in the order of the file.
+
     Raises:
         ValueError: The file cannot be read, or something in it is unknown or missing. The message
             names the key.
     """
     title = f"--suite {printable(path)}"
+    entries = _read_sets(path, title)
+    suite = []
+    for name, entry in entries.items():
+        suite.append(_read_entry(str(name), entry, title))
+    return suite
+
+
+def _read_sets(path: Path, title: str) -> dict[Any, Any]:
+    """Read the file: what it has below its key `sets`, as it is written.
+
+    Args:
+        path: The YAML file.
+        title: The beginning of a message about it.
+
+    Raises:
+        ValueError: It cannot be read, or has not this key alone.
+    """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        text = path.read_text(encoding="utf-8")
+        content = yaml.load(text, Loader=_UniqueKeys)
     except (OSError, UnicodeDecodeError) as problem:
         raise ValueError(f"{title} cannot be read: {printable(problem)}") from problem
     except yaml.YAMLError as problem:
         raise ValueError(f"{title} is not valid YAML: {printable(problem)}") from problem
-    is_suite = isinstance(content, dict) and list(content) == ["sets"]
-    if not is_suite or not isinstance(content["sets"], dict) or not content["sets"]:
-        raise ValueError(
-            f"{title}: it must have the key sets, and below it a name for each data set with its "
-            "kind and data, as in docs/evaluation.md"
-        )
-    return [_read_entry(str(name), entry, title) for name, entry in content["sets"].items()]
+    if isinstance(content, dict) and list(content) == ["sets"]:
+        entries = content["sets"]
+        if isinstance(entries, dict) and entries:
+            return entries
+    raise ValueError(
+        f"{title}: it must have the key sets, and below it a name for each data set with its "
+        "kind and data, as in docs/evaluation.md"
+    )
 
 
 class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
     """Refuses a key that is there twice, where YAML would take the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The dictionary of a node."""
+        """The dictionary of a node.
+
+        Raises:
+            yaml.YAMLError: A key is there twice.
+        """
         seen = set()
         for key_node, _ in node.value:
-            if key_node.value in seen:
+            key = key_node.value
+            if key in seen:
                 line = key_node.start_mark.line + 1
-                raise yaml.YAMLError(f"{key_node.value} is there twice (line {line})")
-            seen.add(key_node.value)
+                raise yaml.YAMLError(f"{key} is there twice (line {line})")
+            seen.add(key)
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         return mapping
 
 
 def _read_entry(name: str, entry: object, title: str) -> SuiteEntry:
-    """Check one data set of the file."""
+    """Check one data set of the file.
+
+    Args:
+        name: Its name in the file.
+        entry: What stands below the name.
+        title: The beginning of a message about the file.
+
+    Raises:
+        ValueError: Something in it is unknown or missing.
+    """
     place = f"{title}: sets.{printable(name)}"
     if not isinstance(entry, dict):
         raise ValueError(f"{place} must have kind and data below it")
     for key, value in entry.items():
         _check_option(place, key, value)
     _check_completeness(place, entry)
-    values = dict(entry)
+
+    options = dict(entry)
     for key in ("data", "labels"):
-        if key in values:
-            values[key] = _expand(values[key], f"{place}.{key}")
-    if values["kind"] in _MASKED_KINDS:
-        values.setdefault("classes", "present")
-    return SuiteEntry(name=name, **values)
+        if key in options:
+            options[key] = _expand(options[key], f"{place}.{key}")
+    if options["kind"] in _MASKED_KINDS:
+        options.setdefault("classes", "present")
+    return SuiteEntry(name=name, **options)
 
 
 def _check_completeness(place: str, entry: dict[str, str]) -> None:
@@ -129,23 +176,18 @@ def _check_completeness(place: str, entry: dict[str, str]) -> None:
 def _check_option(place: str, key: object, value: object) -> None:
     """Raise ValueError if an option of a data set is unknown or has a wrong value."""
     if key not in _OPTIONS:
+        name = printable(key)
         known = ", ".join(_OPTIONS)
         similar = did_you_mean(str(key), _OPTIONS)
-        raise ValueError(
-            f"{place} has the unknown option {printable(key)}; there are {known}{similar}"
-        )
+        raise ValueError(f"{place} has the unknown option {name}; there are {known}{similar}")
     if not isinstance(value, str) or not value:
         raise ValueError(f"{place}.{key} is {printable(value)}: it must be a text")
-    _check_choice(f"{place}.{key}", value, _CHOICES.get(str(key)))
-
-
-def _check_choice(place: str, value: str, choices: tuple[str, ...] | None) -> None:
-    """Raise ValueError if a value is none of its choices."""
-    if choices is None or value in choices:
-        return
-    listed = ", ".join(choices)
-    similar = did_you_mean(value, choices)
-    raise ValueError(f"{place} is {printable(value)}: it must be one of {listed}{similar}")
+    choices = _CHOICES.get(str(key))
+    if choices is not None and value not in choices:
+        given = printable(value)
+        listed = ", ".join(choices)
+        similar = did_you_mean(value, choices)
+        raise ValueError(f"{place}.{key} is {given}: it must be one of {listed}{similar}")
 
 
 def _expand(path: str, place: str) -> str:

@@ -16,6 +16,9 @@ from resnet_dist.evaluation.sets.corruptions import (
 from resnet_dist.evaluation.sets.suite_file import SuiteEntry
 from resnet_dist.text import markdown_row
 
+Figures = dict[str, float | int]
+"""figures of a data set by name, for instance "top1"; what is not known is left out"""
+
 
 @dataclass(frozen=True)
 class PartCounts:
@@ -67,32 +70,35 @@ class SetResult:
             total = _add_counts(total, further)
         return total
 
-    def figures(self) -> dict[str, float | int]:
+    def figures(self) -> Figures:
         """The figures of the table, in percent: top1 with its interval, top5, loss, mce, ..."""
         total = self.total()
         if total is None or total.num == 0:
             return {}
-        interval = wilson_interval(total.correct1, total.num)
-        figures: dict[str, float | int] = {
-            "num": total.num,
-            "top1": 100 * total.correct1 / total.num,
+        num = total.num
+        interval = wilson_interval(total.correct1, num)
+        figures: Figures = {
+            "num": num,
+            "top1": 100 * total.correct1 / num,
             "top1_low": interval.low,
             "top1_high": interval.high,
         }
         if total.correct5 is not None:
-            figures["top5"] = 100 * total.correct5 / total.num
+            figures["top5"] = 100 * total.correct5 / num
         if self.entry.kind != "real":
-            figures["loss"] = total.loss_sum / total.num
+            figures["loss"] = total.loss_sum / num
         if total.num_bad:
             figures["bad_images"] = total.num_bad
-        return {**figures, **self._corruption_figures()}
+        figures.update(self._corruption_figures())
+        return figures
 
     def corruption_errors(self) -> dict[str, float]:
         """The error of each corruption that has all five severities, in [0, 1]."""
         errors = {}
         for name, counts in self.parts.items():
             if counts.num:
-                errors[name] = 1 - counts.correct1 / counts.num
+                accuracy = counts.correct1 / counts.num
+                errors[name] = 1 - accuracy
         return average_errors(errors)
 
     def _corruption_figures(self) -> dict[str, float]:
@@ -108,25 +114,35 @@ class SetResult:
 
     def as_plain(self) -> dict[str, Any]:
         """The results as plain types, for JSON."""
-        plain = {}
+        options = {}
         for key, value in asdict(self.entry).items():
             if value:
-                plain[key] = value
-        plain["problem"] = self.problem
-        plain["remarks"] = self.remarks
-        plain["figures"] = self.figures()
+                options[key] = value
         parts = {}
         for name, counts in self.parts.items():
             parts[name] = asdict(counts)
-        plain["parts"] = parts
-        return plain
+        return {
+            **options,
+            "problem": self.problem,
+            "remarks": self.remarks,
+            "figures": self.figures(),
+            "parts": parts,
+        }
 
 
 def parts_from_plain(plain: Mapping[str, Any]) -> dict[str, PartCounts]:
-    """The counts in the JSON of an earlier run. Raises KeyError or TypeError if it is damaged."""
+    """The counts in the JSON of an earlier run.
+
+    Args:
+        plain: What `SetResult.as_plain` returned.
+
+    Raises:
+        KeyError, TypeError, AttributeError: It is damaged.
+    """
     parts = {}
     for name, counts in plain["parts"].items():
-        parts[str(name)] = PartCounts(**counts)
+        key = str(name)
+        parts[key] = PartCounts(**counts)
     return parts
 
 
@@ -136,35 +152,42 @@ _ALIGNMENTS = ("---", "---:", "---:", "---:", "---:", "---:", "---")
 
 def _cells(result: SetResult) -> list[str]:
     """One row of the table as texts."""
+    name = result.entry.name
     figures = result.figures()
     if not figures:
-        return [result.entry.name, "", "", "", "", "", result.problem]
-    top5 = ""
-    if "top5" in figures:
-        top5 = f"{figures['top5']:.2f}"
-    loss = ""
-    if "loss" in figures:
-        loss = f"{figures['loss']:.3f}"
+        return [name, "", "", "", "", "", result.problem]
+    low = _decimals(figures, "top1_low", 2)
+    high = _decimals(figures, "top1_high", 2)
     return [
-        result.entry.name,
+        name,
         str(figures["num"]),
-        f"{figures['top1']:.2f}",
-        f"{figures['top1_low']:.2f} to {figures['top1_high']:.2f}",
-        top5,
-        loss,
+        _decimals(figures, "top1", 2),
+        f"{low} to {high}",
+        _decimals(figures, "top5", 2),
+        _decimals(figures, "loss", 3),
         _further_cell(result, figures),
     ]
 
 
-def _further_cell(result: SetResult, figures: Mapping[str, float | int]) -> str:
+def _decimals(figures: Figures, name: str, digits: int) -> str:
+    """A figure with some digits behind the point; empty if it is not known."""
+    if name not in figures:
+        return ""
+    return f"{figures[name]:.{digits}f}"
+
+
+def _further_cell(result: SetResult, figures: Figures) -> str:
     """What only some sets have, and what went wrong."""
     parts = []
-    if "mce" in figures:
-        parts.append(f"mCE {figures['mce']:.2f} %")
-    if "mean_error" in figures:
-        parts.append(f"mean error {figures['mean_error']:.2f} %")
-    if "bad_images" in figures:
-        parts.append(f"{figures['bad_images']} images cannot be decoded")
+    mce = _decimals(figures, "mce", 2)
+    if mce:
+        parts.append(f"mCE {mce} %")
+    error = _decimals(figures, "mean_error", 2)
+    if error:
+        parts.append(f"mean error {error} %")
+    num_bad = figures.get("bad_images")
+    if num_bad:
+        parts.append(f"{num_bad} images cannot be decoded")
     if result.problem:
         parts.append(result.problem)
     return "; ".join(parts)
@@ -172,9 +195,13 @@ def _further_cell(result: SetResult, figures: Mapping[str, float | int]) -> str:
 
 def format_markdown(results: list[SetResult]) -> str:
     """The table of a suite in Markdown."""
-    lines = [markdown_row(_TITLES), markdown_row(_ALIGNMENTS)]
+    lines = [
+        markdown_row(_TITLES),
+        markdown_row(_ALIGNMENTS),
+    ]
     for result in results:
-        lines.append(markdown_row(_cells(result)))
+        cells = _cells(result)
+        lines.append(markdown_row(cells))
     return "\n".join(lines) + "\n"
 
 
@@ -195,9 +222,12 @@ def format_csv(results: list[SetResult]) -> str:
     """The table of a suite as CSV, with all digits."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["set", "kind", *_COLUMNS, "problem"])
+    header = ["set", "kind", *_COLUMNS, "problem"]
+    writer.writerow(header)
     for result in results:
+        entry = result.entry
         figures = result.figures()
         values = [figures.get(column, "") for column in _COLUMNS]
-        writer.writerow([result.entry.name, result.entry.kind, *values, result.problem])
+        row = [entry.name, entry.kind, *values, result.problem]
+        writer.writerow(row)
     return buffer.getvalue()
