@@ -37,6 +37,7 @@ OURS = {
     "quickstart",
     "resnet50",
     "cifar10_resnet20",
+    "speed_cifar10",
     "study_cifar10",
     "lecun1998_lenet5",
 }  # no published training
