@@ -88,24 +88,34 @@ class NetworkCompiler:
         model: The network itself, not its DDP wrapper.
         train: The `train` section of the config.
         runtime: The ranks.
+        teacher: A network in evaluation mode that looks at the same images and is not trained; its
+            parts have no backward graph. None for none.
 
     Attributes:
-        parts: The compiled modules by name.
+        parts: The compiled modules of the network by name.
+        teacher_parts: Those of the teacher.
         shapes: The shapes [B, 3, H, W] that are compiled.
         num_graphs: Number of graphs that were compiled (forward and backward count as one).
     """
 
-    def __init__(self, model: nn.Module, train: TrainConfig, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        train: TrainConfig,
+        runtime: Runtime,
+        teacher: nn.Module | None = None,
+    ) -> None:
         self.model = model
         self.precision = Precision(train.precision, runtime.device)
         self.runtime = runtime
         self.parts = compiled_parts(model)
+        self.teacher_parts = {} if teacher is None else compiled_parts(teacher)
         self.shapes: set[Shape] = set()
         self.num_graphs = 0
         self._train = train
         self._only_compiles = False
         set_dynamo_options()
-        for part in self.parts.values():
+        for part in self._all_parts():
             part.compile(backend=self._backend, fullgraph=True, dynamic=False)
 
     def prepare(self, shape: Shape) -> str:
@@ -121,17 +131,30 @@ class NetworkCompiler:
         return first_problem(problem, self.runtime)
 
     def discard(self) -> None:
-        """Make the network as it was before it was compiled."""
-        for part in self.parts.values():
+        """Make the networks as they were before they were compiled."""
+        for part in self._all_parts():
             part._compiled_call_impl = None
+
+    def _all_parts(self) -> list[nn.Module]:
+        """The modules of both networks that are compiled."""
+        return [*self.parts.values(), *self.teacher_parts.values()]
 
     def _compile_all(self, shape: Shape) -> str:
         """Compile every part on this rank; returns the failure, or an empty string."""
         if torch._dynamo.config.disable:
             return "TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE switches it off"
+        train_mode(self.model)
+        problem = self._compile_parts(self.parts, shape)
+        if problem:
+            return problem
+        with torch.no_grad():
+            problem = self._compile_parts(self.teacher_parts, shape)
+        return f"the teacher's {problem}" if problem else ""
+
+    def _compile_parts(self, parts: dict[str, nn.Module], shape: Shape) -> str:
+        """Compile the parts of a network; returns the failure, or an empty string."""
         x = example_images(shape, self.precision)
-        for name, part in self.parts.items():
-            train_mode(self.model)
+        for name, part in parts.items():
             try:
                 self._compile(part, x)
             except Exception as problem:
@@ -299,15 +322,19 @@ def describe_failure(name: str, problem: Exception) -> str:
 
 
 def start_compiler(
-    model: nn.Module, train: TrainConfig, shape: Shape, runtime: Runtime
+    model: nn.Module,
+    train: TrainConfig,
+    shape: Shape,
+    runtime: Runtime,
+    teacher: nn.Module | None = None,
 ) -> tuple[NetworkCompiler | None, str]:
-    """Compile a network for its first shape; every rank must call it.
+    """Compile a network, and its teacher, for their first shape; every rank must call it.
 
     Returns:
-        The compiler, and why it failed on some rank. If it failed, the network is as it was, and
-        there is no compiler.
+        The compiler, and why it failed on some rank. If it failed, the networks are as they were,
+        and there is no compiler.
     """
-    compiler = NetworkCompiler(model, train, runtime)
+    compiler = NetworkCompiler(model, train, runtime, teacher)
     problem = compiler.prepare(shape)
     if problem:
         compiler.discard()
@@ -335,8 +362,8 @@ def describe_compilation(num_graphs: int, shape: Shape, seconds: float) -> str:
     """What was compiled for images of `shape` [B, 3, H, W], and its time."""
     batch_size, _, height, width = shape
     return (
-        f"compiled {num_graphs} parts of the network for {batch_size} images of {height} x {width} "
-        f"pixels in {seconds:.1f} s"
+        f"compiled {num_graphs} parts for {batch_size} images of {height} x {width} pixels in "
+        f"{seconds:.1f} s"
     )
 
 

@@ -119,7 +119,7 @@ def build_and_train(
     origin = restore(state, start, config, saver, runtime, log)
     plan = build_plan(config, train_loader.steps_per_epoch)
     shape = first_shape(config, state.step // plan.steps_per_epoch, runtime)
-    compiler = compile_network(config, state, shape, may_fall_back, runtime, log)
+    compiler = compile_network(config, state, shape, may_fall_back, runtime, log, teacher)
     config = replace(config, train=replace(config.train, compile=compiler is not None))
     claim_folder(start, config, saver, runtime, log)
 
@@ -183,8 +183,9 @@ def compile_network(
     may_fall_back: bool,
     runtime: Runtime,
     log: Log,
+    teacher: Teacher | None = None,
 ) -> NetworkCompiler | None:
-    """Compile the network on all ranks, or on none, if `train.compile` asks for it.
+    """Compile the network and its teacher on all ranks, or on none, as `train.compile` says.
 
     Args:
         config: The resolved config.
@@ -193,6 +194,7 @@ def compile_network(
         may_fall_back: Whether the run may train without it if it fails.
         runtime: The ranks.
         log: Where the time and a failure go.
+        teacher: Of a distillation; None for none.
 
     Returns:
         None if it is not asked for, or if it failed and the run may fall back.
@@ -207,7 +209,8 @@ def compile_network(
     runtime.watchdog.beat(state.step, COMPILE_PHASE)
     start = time.monotonic()
     load_compile_cache(config.output_dir, runtime, log)
-    compiler, problem = start_compiler(state.model, config.train, shape, runtime)
+    teacher_network = None if teacher is None else teacher.network
+    compiler, problem = start_compiler(state.model, config.train, shape, runtime, teacher_network)
     if compiler is not None:
         seconds = time.monotonic() - start
         log.say(describe_compilation(compiler.num_graphs, shape, seconds))

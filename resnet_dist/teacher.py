@@ -20,8 +20,8 @@ from resnet_dist.checkpoints.saved_network import (
     open_weights,
     preferred_kind,
 )
-from resnet_dist.checkpoints.torchvision_weights import is_torchvision_name
-from resnet_dist.config import Config, TrainConfig
+from resnet_dist.checkpoints.torchvision_weights import describe_weights, is_torchvision_name
+from resnet_dist.config import Config, ModelConfig, TrainConfig
 from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.forward import all_logits, at_least_fp32
 from resnet_dist.losses import LossFn, LossFor, build_loss, distillation_loss
@@ -115,6 +115,30 @@ def read_teacher(config: Config) -> SavedNetwork:
             "train.teacher_model, for instance resnet50 (`resnet-dist models` lists all names)"
         )
     return opened.fit(build_config(settings))
+
+
+def find_teacher(config: Config) -> ModelConfig | None:
+    """Which network the teacher is. Nothing is downloaded, but a file is read.
+
+    Args:
+        config: The config of the run.
+
+    Returns:
+        Its settings, with the number of its classes; None if `train.teacher` is empty.
+
+    Raises:
+        ValueError: There are no such weights, or nothing says which network they are of.
+    """
+    name = config.train.teacher
+    if not name:
+        return None
+    if is_torchvision_name(name):
+        published = describe_weights(name, _KEY)
+        num_classes = len(published.categories) or None
+        return ModelConfig(name=published.model, num_classes=num_classes)
+    saved = read_teacher(config)
+    own = build_config(saved.settings)
+    return replace(own.model, num_classes=saved.num_classes)
 
 
 def build_loss_for(train: TrainConfig, precision: Precision, teacher: Teacher | None) -> LossFor:

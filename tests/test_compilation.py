@@ -50,7 +50,8 @@ from resnet_dist.models.sync_batch_norm import convert_sync_batch_norm
 from resnet_dist.nonfinite import NonFinite
 from resnet_dist.optim import build_optimizer
 from resnet_dist.precision import resolve_settings
-from resnet_dist.run import compile_network
+from resnet_dist.run import build_update_rule, compile_network
+from resnet_dist.teacher import Teacher
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -230,6 +231,50 @@ def test_the_compiled_step_runs_on_meta():
     _, norm = train_step(NoSync(model), state, [batch], 0.1, rule, nonfinite)
     assert norm.device == meta
     assert compiler.num_graphs == 2
+
+
+@pytest.mark.slow
+def test_a_teacher_is_compiled_with_the_network(monkeypatch):
+    """Its forward pass alone, for each size. The losses are those without compilation; a part of it
+    that cannot be compiled is named.
+    """
+    config = Config(train=replace(TRAIN, distillation_weight=0.7))
+    losses = []
+    for compiles in (True, False):
+        state = small_state()
+        state.model.body[3].p = 0.0
+        teacher = small_state().model.eval().requires_grad_(False)
+        rule = build_update_rule(config, CPU, teacher=Teacher(teacher, "", "", ()))
+        if compiles:
+            compiler, problem = start_compiler(
+                state.model, TRAIN, (4, 3, 16, 16), runtime_of(), teacher
+            )
+            assert problem == "" and compiler.num_graphs == 4
+            assert compilation.compile_for(compiler, (4, 3, 24, 24)) > 0
+            assert compiler.num_graphs == 8
+        train_mode(state.model)
+        nonfinite = NonFinite(state.model, 0)
+        for side in (16, 24, 16):
+            batch = make_batch(4, side)
+            counts, _ = train_step(NoSync(state.model), state, [batch], 0.1, rule, nonfinite)
+            losses.append(counts.result()["loss"])
+        assert not teacher.training and is_compiled(teacher) is compiles
+    assert compiler.num_graphs == 8
+    assert losses[:3] == pytest.approx(losses[3:], rel=1e-5)
+
+    calls, real = [], compilation.lower
+
+    def lower(graph, inputs, train):
+        calls.append(graph)
+        return (failing_backend if len(calls) == 3 else real)(graph, inputs, train)
+
+    monkeypatch.setattr(compilation, "lower", lower)
+    torch._dynamo.reset()
+    state = small_state()
+    teacher = small_state().model.eval().requires_grad_(False)
+    compiler, problem = start_compiler(state.model, TRAIN, (4, 3, 16, 16), runtime_of(), teacher)
+    assert compiler is None and problem == f"the teacher's body: {FAILURE}"
+    assert not is_compiled(state.model) and not is_compiled(teacher)
 
 
 def failing_backend(graph, inputs, train):

@@ -11,8 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from resnet_dist import cli
 from resnet_dist.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from resnet_dist.forward import all_logits
-from resnet_dist.models.build import build_model
+from resnet_dist.models.build import MODELS, build_model
+from resnet_dist.resources.step_cost import count_step
 from resnet_dist.resources.step_memory import _Storages, measure_batch_memory, measure_step_memory
+from resnet_dist.teacher import find_teacher
 
 GIB = 2**30
 
@@ -93,6 +95,32 @@ def test_the_memory_of_the_state():
     memory = measure_step_memory(lamb, 2)
     assert memory.optimizer == 2 * 4 * memory.num_parameters
     assert memory.average == memory.weights > 4 * memory.num_parameters
+
+
+@pytest.mark.slow
+def test_a_teacher_takes_memory_and_arithmetic(capsys, tmp_path):
+    """Its weights, and its forward pass, which keeps nothing for a backward pass: a third of the
+    arithmetic of a network that is trained.
+    """
+    file = tmp_path / "teacher.pth"
+    torch.save(MODELS["resnet20"](num_classes=10).state_dict(), file)
+    words = ["plan", "--json", "--config", "quickstart", "--train.teacher", str(file)]
+    assert cli.main([*words, "--train.teacher_model", "resnet20"]) == 0
+    taught = json.loads(capsys.readouterr().out)
+    # The teacher is the same network.
+    changes = {"train.precision": "bf16", "model.num_classes": 10}
+    config = Config.from_yaml("quickstart", changes=changes)
+    alone = measure_step_memory(config, 64)
+    assert taught["memory"]["teacher"] == alone.weights
+    # What the teacher computes is gone before the network has as much.
+    assert taught["memory"]["step"] == pytest.approx(alone.step, rel=0.02)
+    flops = count_step(config).flops_per_image
+    assert taught["flops_per_image"] == pytest.approx(4 / 3 * flops, rel=0.02)
+    assert cli.main(["plan", "--config", "quickstart", "--train.teacher", "nowhere.pth"]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    published = TrainConfig(teacher="torchvision:resnet152:IMAGENET1K_V2")
+    assert find_teacher(Config(train=published)) == ModelConfig("resnet152", num_classes=1000)
+    assert find_teacher(Config()) is None
 
 
 NETWORKS = {

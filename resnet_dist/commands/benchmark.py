@@ -34,6 +34,7 @@ from resnet_dist.logs.log import Log
 from resnet_dist.precision import set_arithmetic
 from resnet_dist.resources.memory import peak_memory
 from resnet_dist.resources.step_cost import count_step
+from resnet_dist.teacher import find_teacher
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def shares_of_device(
         memory rate (None for a compiled network).
     """
     rates = measure_device(runtime.device)
-    cost = count_step(config)
+    cost = count_step(config, find_teacher(config))
     images_per_second = result["whole_images_per_second"] / runtime.world_size
     local_batch_size = result["local_batch_size"]
     steps_per_second = images_per_second / local_batch_size

@@ -68,7 +68,10 @@ def build_training(config: Config, runtime: Runtime, interval: int) -> Training:
     shape = first_shape(config, 0, runtime)
     compiler = None
     if config.train.compile is True:
-        compiler, problem = start_compiler(state.model, config.train, shape, runtime)
+        teacher_network = None if teacher is None else teacher.network
+        compiler, problem = start_compiler(
+            state.model, config.train, shape, runtime, teacher_network
+        )
         if problem:
             raise ValueError(refusal(problem))
     model = wrap_ddp(state.model, runtime.device)

@@ -38,6 +38,7 @@ from resnet_dist.precision import has_fast_bf16
 from resnet_dist.resources.memory import available_memory
 from resnet_dist.resources.step_memory import measure_step_memory
 from resnet_dist.schedule import peak_lr
+from resnet_dist.teacher import find_teacher
 from resnet_dist.text import printable
 
 LEVELS = ("ok", "warning", "error")
@@ -278,7 +279,8 @@ def _device_name(device: torch.device) -> str:
 def _memory(config: Config, runtime: Runtime) -> tuple[str, str]:
     """Whether a training step fits into the memory of the device."""
     local_batch_size = _local_batch_size(config, runtime.world_size)
-    need = measure_step_memory(config, local_batch_size)
+    teacher = runtime.on_main(lambda: find_teacher(config))
+    need = measure_step_memory(config, local_batch_size, teacher)
     available = available_memory(runtime.device, runtime.local_world_size)
     total_gib = need.total / _GIB
     step_gib = need.step / _GIB

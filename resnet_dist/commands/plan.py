@@ -21,6 +21,7 @@ from resnet_dist.resources.step_memory import (
 )
 from resnet_dist.schedule import epochs_to_steps, peak_lr
 from resnet_dist.settings.options import print_error
+from resnet_dist.teacher import find_teacher
 
 _GIB = 2**30
 
@@ -41,7 +42,8 @@ class Plan:
     peak_lr: float
     memory: StepMemory
     flops_per_image: int
-    """of forward and backward pass; a multiplication and an addition count as two"""
+    """of forward and backward pass, and the teacher's forward pass; a multiplication and an
+    addition count as two"""
     num_images: int
     """of the training set"""
     source_of_images: str
@@ -96,10 +98,11 @@ def make_plan(config: Config, options: argparse.Namespace) -> Plan:
             f"{num_images} images: an epoch must have at least one step"
         )
     total_steps = max(1, epochs_to_steps(train.epochs, steps_per_epoch))
-    memory = measure_step_memory(config, local_batch_size)
+    teacher = find_teacher(config)
+    memory = measure_step_memory(config, local_batch_size, teacher)
     most_local_batch = None
     if options.memory_gib:
-        growing = measure_batch_memory(config, local_batch_size, memory)
+        growing = measure_batch_memory(config, local_batch_size, memory, teacher)
         most_local_batch = growing.most_images(options.memory_gib * _GIB)
     images_per_second = None
     if options.hours:
@@ -116,7 +119,7 @@ def make_plan(config: Config, options: argparse.Namespace) -> Plan:
             config.optim.base_lr, config.optim.base_batch_size, train.global_batch_size
         ),
         memory=memory,
-        flops_per_image=count_step(config).flops_per_image,
+        flops_per_image=count_step(config, teacher).flops_per_image,
         num_images=num_images,
         source_of_images=source,
         steps_per_epoch=steps_per_epoch,
@@ -164,9 +167,12 @@ def _find_num_images(config: Config, given: int) -> tuple[int, str]:
 def describe_plan(plan: Plan, options: argparse.Namespace) -> str:
     """The plan as lines of text."""
     memory = plan.memory
+    flops = f"{plan.flops_per_image / 1e9:.2f} G per image, forward and backward pass"
+    if memory.teacher:
+        flops += ", with the teacher's forward pass"
     rows = {
         "parameters": f"{memory.num_parameters:,}",
-        "FLOPs": f"{plan.flops_per_image / 1e9:.2f} G per image, forward and backward pass",
+        "FLOPs": flops,
         "batch": f"{plan.global_batch_size} = {plan.num_gpus} GPUs * {plan.grad_accum_steps} "
         f"micro-steps * {plan.local_batch_size}, peak lr {plan.peak_lr:g}",
         "memory": f"{memory.total / _GIB:.2f} GiB on each GPU: {_describe_parts(memory)}",
@@ -204,6 +210,7 @@ def _describe_parts(memory: StepMemory) -> str:
         "weights": memory.weights,
         "optimizer": memory.optimizer,
         "averaged weights": memory.average,
+        "teacher": memory.teacher,
         "activations and gradients at the peak": memory.step,
     }
     texts = []

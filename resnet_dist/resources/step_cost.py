@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from resnet_dist.config import Config
+from resnet_dist.config import Config, ModelConfig
 from resnet_dist.forward import all_logits
 from resnet_dist.models.build import build_model
 from resnet_dist.resources.operations import OperationWatch, Tensors
@@ -15,7 +15,7 @@ from resnet_dist.resources.operations import OperationWatch, Tensors
 
 @dataclass(frozen=True)
 class StepCost:
-    """Forward and backward pass of a training step."""
+    """Forward and backward pass of a training step, and the forward pass of its teacher."""
 
     flops_per_image: int
     """of convolutions and matrix products; a multiplication and an addition count as two"""
@@ -30,21 +30,20 @@ class StepCost:
         return self.bytes_per_step + num_images * self.bytes_per_image
 
 
-def count_step(config: Config) -> StepCost:
+def count_step(config: Config, teacher: ModelConfig | None = None) -> StepCost:
     """Count what a training step costs, without computing anything.
 
     Args:
         config: The config of the run; `train.precision` must be resolved.
+        teacher: The teacher of a distillation; None for none.
     """
-    model_config = replace(config.model, sync_batch_norm=False)
-    num_classes = config.model.num_classes or 1000
-    with torch.device("meta"):
-        model = build_model(model_config, num_classes)
-    model.train()
+    networks = [_build(config.model).train()]
+    if teacher is not None:
+        networks.append(_build(teacher).eval().requires_grad_(False))
     side = config.data.train_crop_size
     # Two are enough for batch norm.
-    flops_of_two, bytes_of_two = _count(model, 2, side)
-    _, bytes_of_four = _count(model, 4, side)
+    flops_of_two, bytes_of_two = _count(networks, 2, side)
+    _, bytes_of_four = _count(networks, 4, side)
     bytes_per_image = (bytes_of_four - bytes_of_two) // 2
     bytes_per_step = bytes_of_two - 2 * bytes_per_image
     if config.train.precision != "fp32":
@@ -53,15 +52,27 @@ def count_step(config: Config) -> StepCost:
     return StepCost(flops_of_two // 2, bytes_per_image, bytes_per_step)
 
 
-def _count(model: nn.Module, num_images: int, side: int) -> tuple[int, int]:
-    """FLOPs and bytes moved of a forward and backward pass of a model on the meta device."""
+def _build(model: ModelConfig) -> nn.Module:
+    """A network on the meta device."""
+    model_config = replace(model, sync_batch_norm=False)
+    with torch.device("meta"):
+        return build_model(model_config, model.num_classes or 1000)
+
+
+def _count(networks: list[nn.Module], num_images: int, side: int) -> tuple[int, int]:
+    """FLOPs and bytes moved by networks on the meta device: the forward pass of each, and the
+    backward pass of those that are trained.
+    """
     images = torch.empty(num_images, 3, side, side, device="meta")
     traffic = _Traffic()
     with FlopCounterMode(display=False) as counter, traffic:
-        totals = []
-        for logits in all_logits(model(images)):
-            totals.append(logits.sum())
-        torch.stack(totals).sum().backward()  # type: ignore[no-untyped-call]
+        for network in networks:
+            totals = []
+            for logits in all_logits(network(images)):
+                totals.append(logits.sum())
+            total = torch.stack(totals).sum()
+            if total.requires_grad:
+                total.backward()  # type: ignore[no-untyped-call]
     return counter.get_total_flops(), traffic.num_bytes
 
 

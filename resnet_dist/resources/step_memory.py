@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from resnet_dist.config import Config
+from resnet_dist.config import Config, ModelConfig
 from resnet_dist.forward import all_logits, at_least_fp32, train_mode
 from resnet_dist.losses import build_loss
 from resnet_dist.models.build import build_model
@@ -51,11 +51,13 @@ class StepMemory:
     """moving average of the weights"""
     step: int
     """at the peak of the step: images, activations, gradients and temporary tensors"""
+    teacher: int = 0
+    """weights and buffers of the teacher, in fp32"""
 
     @property
     def total(self) -> int:
         """The sum."""
-        return self.weights + self.optimizer + self.average + self.step
+        return self.weights + self.optimizer + self.average + self.step + self.teacher
 
 
 @dataclass(frozen=True)
@@ -74,71 +76,106 @@ class BatchMemory:
         return max(0, int(self.local_batch_size + further))
 
 
-def measure_batch_memory(config: Config, local_batch_size: int, step: StepMemory) -> BatchMemory:
+def measure_batch_memory(
+    config: Config, local_batch_size: int, step: StepMemory, teacher: ModelConfig | None = None
+) -> BatchMemory:
     """Find the memory that a further image takes.
 
     Args:
         config: The config of the run.
         local_batch_size: Number of images of a micro-step.
         step: The result of `measure_step_memory` for them.
+        teacher: As for `measure_step_memory`.
     """
-    larger = measure_step_memory(config, local_batch_size + _FURTHER_IMAGES)
+    larger = measure_step_memory(config, local_batch_size + _FURTHER_IMAGES, teacher)
     bytes_per_image = (larger.total - step.total) / _FURTHER_IMAGES
     return BatchMemory(step, local_batch_size, max(1.0, bytes_per_image))
 
 
-def measure_step_memory(config: Config, local_batch_size: int) -> StepMemory:
+def measure_step_memory(
+    config: Config, local_batch_size: int, teacher: ModelConfig | None = None
+) -> StepMemory:
     """Find the memory that a training step needs on one rank.
 
     Args:
         config: The config of the run; `train.precision` must be resolved. Batch norm is taken as
             that of a single rank.
         local_batch_size: Number of images of a micro-step.
+        teacher: The teacher of a distillation; None for none.
     """
-    model_config = replace(config.model, sync_batch_norm=False)
-    num_classes = config.model.num_classes or 1000
-    side = config.data.train_crop_size
-    dtype = torch.float32
-    if config.train.precision != "fp32":
-        # Both types of 16 bits take the same memory.
-        dtype = torch.bfloat16
-    loss_fn = build_loss(config.train)
-    # Initialization may look at values, which fake tensors do not have.
-    with torch.device("meta"):
-        model = build_model(model_config, num_classes)
+    model = _build_on_meta(config.model, config.model.num_classes)
     freeze(model, config.optim.unfreeze_from)
     train_mode(model)
-    with FakeTensorMode():
-        _make_fake(model)
-        images = torch.empty(local_batch_size, 3, side, side, dtype=dtype)
-        images = images.contiguous(memory_format=torch.channels_last)
-        labels = torch.zeros(local_batch_size, dtype=torch.int64)
-        state_bytes = _bytes_of_state(model)
-        with _Storages() as storages:
-            # The weights are counted by themselves.
-            for tensor in (*model.parameters(), *model.buffers()):
-                storages.ignore(tensor)
-            storages.count(images)
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                logits = all_logits(model(images))
-            losses = []
-            for logits_of_head in logits:
-                losses.append(loss_fn(at_least_fp32(logits_of_head), labels, None).mean())
-            del logits, logits_of_head
-            torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+    teacher_network = None
+    if teacher is not None:
+        teacher_network = _build_on_meta(teacher, teacher.num_classes)
+        teacher_network.eval().requires_grad_(False)
+    peak = _peak_of_step(config, local_batch_size, model, teacher_network)
+
     num_parameters = 0
     num_trained = 0
     for parameter in model.parameters():
         num_parameters += parameter.numel()
         if parameter.requires_grad:
             num_trained += parameter.numel()
+    state_bytes = _bytes_of_state(model)
     return StepMemory(
         num_parameters=num_parameters,
         weights=state_bytes,
         optimizer=num_trained * _BYTES_OF_FP32 * _OPTIMIZER_STATES[config.optim.kind],
         average=state_bytes if config.train.ema_decay else 0,
-        step=storages.peak,
+        step=peak,
+        teacher=0 if teacher_network is None else _bytes_of_state(teacher_network),
     )
+
+
+def _build_on_meta(model: ModelConfig, num_classes: int | None) -> nn.Module:
+    """A network without contents. Its initialization may look at values: fake tensors have none."""
+    model_config = replace(model, sync_batch_norm=False)
+    with torch.device("meta"):
+        return build_model(model_config, num_classes or 1000)
+
+
+def _peak_of_step(
+    config: Config, local_batch_size: int, model: nn.Module, teacher: nn.Module | None
+) -> int:
+    """The most memory that the tensors of a step take at the same time, in bytes.
+
+    The weights are not counted. Both networks have fake tensors afterwards.
+    """
+    side = config.data.train_crop_size
+    dtype = torch.float32
+    if config.train.precision != "fp32":
+        # Both types of 16 bits take the same memory.
+        dtype = torch.bfloat16
+    loss_fn = build_loss(config.train)
+    networks = [model] if teacher is None else [model, teacher]
+    with FakeTensorMode():
+        for network in networks:
+            _make_fake(network)
+        images = torch.empty(local_batch_size, 3, side, side, dtype=dtype)
+        images = images.contiguous(memory_format=torch.channels_last)
+        labels = torch.zeros(local_batch_size, dtype=torch.int64)
+        with _Storages() as storages:
+            for network in networks:
+                for tensor in (*network.parameters(), *network.buffers()):
+                    storages.ignore(tensor)
+            storages.count(images)
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                if teacher is not None:
+                    # Its predictions are kept until the loss.
+                    with torch.no_grad():
+                        predictions = all_logits(teacher(images))
+                logits = all_logits(model(images))
+            losses = []
+            for logits_of_head in logits:
+                losses.append(loss_fn(at_least_fp32(logits_of_head), labels, None).mean())
+            del logits, logits_of_head
+            torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+            if teacher is not None:
+                del predictions
+    peak: int = storages.peak
+    return peak
 
 
 def _make_fake(model: nn.Module) -> None:
