@@ -39,7 +39,8 @@ WEIGHT_DECAY = 5e-4
 CROP_SIZE = 32
 CROP_SCALE = (0.6, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
-MEAN, STD = 0.5, 0.5
+MEAN = 0.5
+STD = 0.5
 
 
 class BasicBlock(nn.Module):

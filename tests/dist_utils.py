@@ -60,7 +60,8 @@ def run_ranks(fn, world_size: int, *args) -> list:
 
 def _collect(receivers: list) -> list:
     """The answers of all ranks; raises as soon as one of them is a failure."""
-    results, deadline = {}, time.monotonic() + TIMEOUT_SECONDS
+    results = {}
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     while len(results) < len(receivers):
         waiting = [receiver for rank, receiver in enumerate(receivers) if rank not in results]
         ready = multiprocessing.connection.wait(
@@ -210,7 +211,8 @@ def wait_for_step(output_dir, step, processes, saved=-1):
     later one; none of the `processes` may end before. What is to be killed then should be slowed
     down from there on: see `slow_from`.
     """
-    path, deadline = output_dir / "metrics.jsonl", time.monotonic() + TIMEOUT_SECONDS
+    path = output_dir / "metrics.jsonl"
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < deadline:
         assert all(process.is_alive() for process in processes), (
             "the run ended before it could be killed"
@@ -283,7 +285,8 @@ def record_batches(folder):
     def entry(arguments):
         from resnet_dist import cli, engine
 
-        real, rank = engine.train_step, os.environ["RANK"]
+        real = engine.train_step
+        rank = os.environ["RANK"]
 
         def train_step(model, state, micro_batches, lr, *rest):
             with open(folder / f"batches_{rank}.jsonl", "a") as file:

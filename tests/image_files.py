@@ -19,14 +19,12 @@ from resnet_dist.data.sources.scan import build_index
 class OneProcess:
     """As much of a Runtime as the data path needs, without a process group."""
 
-    is_main, rank, local_rank, world_size, local_world_size, device = (
-        True,
-        0,
-        0,
-        1,
-        1,
-        torch.device("cpu"),
-    )
+    is_main = True
+    rank = 0
+    local_rank = 0
+    world_size = 1
+    local_world_size = 1
+    device = torch.device("cpu")
 
     def on_main(self, function):
         return function()

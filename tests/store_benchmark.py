@@ -52,7 +52,8 @@ def serve(connection, folder, latency):
         elif wanted is None:
             connection.sendall(answer(200, path.read_bytes(), META))
         else:
-            start, stop = int(wanted[1]), min(int(wanted[2]) + 1, size)
+            start = int(wanted[1])
+            stop = min(int(wanted[2]) + 1, size)
             more = META + f"\r\nContent-Range: bytes {start}-{stop - 1}/{size}".encode()
             head = f"HTTP/1.1 206 Partial\r\nContent-Length: {stop - start}\r\n".encode()
             connection.sendall(head + more + b"\r\n\r\n")
@@ -89,7 +90,9 @@ def measure(url, folder, args, step_s, cache_dir):
     for _ in range(warm_up):
         next(batches)
         time.sleep(step_s)
-    waited, cpu, started = 0.0, cpu_seconds(), time.monotonic()
+    waited = 0.0
+    cpu = cpu_seconds()
+    started = time.monotonic()
     for _ in range(args.steps):
         before = time.monotonic()
         next(batches)

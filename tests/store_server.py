@@ -93,7 +93,8 @@ def canned_page(target, keys):
 def serve(connection, port, faults):
     """One connection of a client: each request goes on to the real server, or to trouble."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    upstream, buffer = socket.create_connection(("127.0.0.1", port)), b""
+    upstream = socket.create_connection(("127.0.0.1", port))
+    buffer = b""
     with connection, upstream:
         while True:
             head, buffer = read_head(connection, buffer)
@@ -138,7 +139,8 @@ def run_server(sender):
     real = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     real.start()
     _, port = real.get_host_and_port()
-    listener, faults = socket.create_server(("127.0.0.1", 0), backlog=512), Faults()
+    listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+    faults = Faults()
     sender.send((port, listener.getsockname()[1]))
 
     def quietly(connection):

@@ -80,7 +80,8 @@ def test_load_and_transform(folder, network):
             wide = image.resize((41, 32))
             for shown in (image, wide):
                 ours = network.transform(shown)
-                assert ours.shape == (3, SIDE, SIDE) and ours.dtype == torch.float32
+                assert ours.shape == (3, SIDE, SIDE)
+                assert ours.dtype == torch.float32
                 assert (ours - theirs(shown.convert("RGB"))).abs().max() < 1e-6
 
 
@@ -92,7 +93,8 @@ def test_predict_is_the_command_and_the_network(folder, network, tmp_path, capsy
     broken.write_bytes(b"no image")
     predictions = resnet_dist.predict(network, [*paths, broken], top=3)
     assert [prediction.path for prediction in predictions] == [str(p) for p in [*paths, broken]]
-    assert predictions[-1].problem and predictions[-1].best == ()
+    assert predictions[-1].problem
+    assert predictions[-1].best == ()
     capsys.readouterr()
     words = ["predict", "--checkpoint", str(folder), "--json", "--top", "3", *map(str, paths)]
     assert cli.main(words) == 0
@@ -152,7 +154,8 @@ def test_calls_follow_each_other_on_two_ranks(folder, tmp_path):
     assert run_app(2, [], str(log), calls, timeout=60) == [0, 0], log.read_text()
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
-    assert first[1] == first[2] and first[1]["num"] == 355
+    assert first[1] == first[2]
+    assert first[1]["num"] == 355
 
 
 def test_train_says_how_it_failed(tmp_path):
@@ -190,7 +193,8 @@ def test_config_from_yaml(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("train: {epochs: 3, global_batch_size: 32}\n")
     config = resnet_dist.Config.from_yaml("quickstart", path, changes={"train.epochs": 5})
-    assert (config.train.epochs, config.train.global_batch_size) == (5.0, 32)
+    assert config.train.epochs == 5.0
+    assert config.train.global_batch_size == 32
     assert config.model.name == "resnet20"
     for changes, words in (
         ({"train.epoch": 5}, "train.epoch"),

@@ -87,7 +87,8 @@ def show(index, folder, steps, **options):
 
 
 def assert_equal(one, other, what):
-    (shown, bad), (same, same_bad) = one, other
+    shown, bad = one
+    same, same_bad = other
     assert bad == same_bad, what
     assert len(shown) == len(same) > 0
     for (rows, labels, images), (rows_2, labels_2, images_2) in zip(shown, same, strict=True):
@@ -213,10 +214,14 @@ def test_ranks_of_a_machine_share_the_work_and_the_file(unequal):
         for row, pixels in enumerate(images):
             assert np.array_equal(pixels, alone.image(row).numpy())
     first, second = run_ranks(fill_together, 2, unequal, 1)
-    assert "other ranks" in first and "Input/output error" in second
+    assert "other ranks" in first
+    assert "Input/output error" in second
     # Four ranks of two machines, and a spare process that does not train.
     runtime = OneProcess()
-    runtime.rank, runtime.local_rank, runtime.world_size, runtime.local_world_size = 2, 0, 3, 2
+    runtime.rank = 2
+    runtime.local_rank = 0
+    runtime.world_size = 3
+    runtime.local_world_size = 2
     assert Machine.of(runtime) == Machine(0, 1)
 
 
@@ -243,7 +248,8 @@ def test_evaluations_with_and_without_the_cache(equal, unequal, tmp_path):
                 assert_same_batches(list(kept), expected)
             (remark,) = kept.remarks()
             assert remark.startswith("validation cache: ")
-            assert kept.num_bad == plain.num_bad and kept.remarks() == []
+            assert kept.num_bad == plain.num_bad
+            assert kept.remarks() == []
             num_views = sum(batch is not None for batch in expected)
             assert len(kept.kept.batches) == num_views
             for batch in kept.kept.batches:

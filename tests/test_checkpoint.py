@@ -26,22 +26,27 @@ def test_everything_comes_back(tmp_path):
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.ema.update()
-    state.step, state.evaluated_step, state.best_top1, state.best_step = 7, 5, 42.0, 5
+    state.step = 7
+    state.evaluated_step = 5
+    state.best_top1 = 42.0
+    state.best_step = 5
     saver.save(state)
     saver.wait()
     assert not warnings
     other = make_state(seed=1, precision="fp16")
     other.load_state_dict(unpack_checkpoint(read_checkpoint(tmp_path / "last.pt"), "last.pt"))
     flat = [flatten(s.state_dict()["optimizer"]["state"]) for s in (state, other)]
-    assert flat[0].keys() == flat[1].keys() and all(
-        torch.equal(flat[0][k], flat[1][k]) for k in flat[0]
-    )
+    assert flat[0].keys() == flat[1].keys()
+    assert all(torch.equal(flat[0][k], flat[1][k]) for k in flat[0])
     for a, b in ((state.model, other.model), (state.ema.model, other.ema.model)):
         assert all(
             torch.equal(x, y)
             for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
         )
-    assert (other.step, other.evaluated_step, other.best_top1, other.best_step) == (7, 5, 42.0, 5)
+    assert other.step == 7
+    assert other.evaluated_step == 5
+    assert other.best_top1 == 42.0
+    assert other.best_step == 5
     assert other.scaler.state_dict() == state.scaler.state_dict() != {}
 
 
@@ -95,7 +100,8 @@ def test_the_optimizers_settings_are_the_present_ones():
         )
         state.load_state_dict(content)
         group = state.optimizer.param_groups[0]
-        assert (group["weight_decay"], group["momentum"]) == (5e-4, 0.8)
+        assert group["weight_decay"] == 5e-4
+        assert group["momentum"] == 0.8
         buffer = state.optimizer.state[model.weight]["momentum_buffer"]
         assert buffer.unique().tolist() == ([7.0] if momentum_before else [0.0])
 
@@ -119,18 +125,17 @@ def test_a_full_disk_is_a_warning_and_the_old_file_stays(tmp_path, monkeypatch):
     saver.save(state)
     saver.wait()
     assert len(warnings) == 1
-    assert (
-        "step 2" in warnings[0]
-        and "step 1 stays" in warnings[0]
-        and "No space left on device" in warnings[0]
-    )
+    assert "step 2" in warnings[0]
+    assert "step 1 stays" in warnings[0]
+    assert "No space left on device" in warnings[0]
     assert saver.failure
     assert newest_valid(tmp_path, pytest.fail).name == "step_00000001.pt"
     monkeypatch.undo()
     state.step = 3
     saver.save(state)
     saver.wait()
-    assert not saver.failure and newest_valid(tmp_path, pytest.fail).name == "step_00000003.pt"
+    assert not saver.failure
+    assert newest_valid(tmp_path, pytest.fail).name == "step_00000003.pt"
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
@@ -141,7 +146,8 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
         next(state.model.parameters())[0] = float("nan")
     saver.save(state)
     saver.wait()
-    assert "not finite" in warnings[0] and not (tmp_path / "step_00000002.pt").exists()
+    assert "not finite" in warnings[0]
+    assert not (tmp_path / "step_00000002.pt").exists()
 
 
 def test_a_folder_that_vanishes_is_made_again(tmp_path):
@@ -152,7 +158,8 @@ def test_a_folder_that_vanishes_is_made_again(tmp_path):
     state.step = 2
     saver.save(state)
     saver.wait()
-    assert not warnings and newest_valid(folder, pytest.fail)
+    assert not warnings
+    assert newest_valid(folder, pytest.fail)
 
 
 @pytest.mark.parametrize("newer_attempt", [False, True])
@@ -164,7 +171,9 @@ def test_a_folder_that_vanishes_while_it_is_written_is_made_again(
 
     The folder of a newer attempt in its place stays as it is, and a file that is complete counts.
     """
-    folder, real, calls = tmp_path / "checkpoints", os.replace, []
+    folder = tmp_path / "checkpoints"
+    real = os.replace
+    calls = []
     saver, warnings = save_steps(folder, (1,))
     saver.claim()
     other, _ = make_saver(folder)
@@ -190,7 +199,8 @@ def test_a_folder_that_vanishes_while_it_is_written_is_made_again(
     if newer_attempt and rename == 1:
         assert "newer attempt" in warnings[0]
     elif rename == 1:
-        assert not warnings and newest_valid(folder, pytest.fail).name == "step_00000002.pt"
+        assert not warnings
+        assert newest_valid(folder, pytest.fail).name == "step_00000002.pt"
 
 
 @pytest.mark.parametrize("way", ["real", "simulated"])
@@ -211,11 +221,13 @@ def test_a_disk_with_room_for_two_keeps_the_newest(tmp_path, monkeypatch, way):
         limit_the_disk(monkeypatch, folder, 2 * size + size // 2)
     try:
         saver, warnings = save_steps(folder, range(1, 7), keep=3)
-        assert warnings == [] and saver.failure is None
+        assert warnings == []
+        assert saver.failure is None
         assert steps_in(folder) == [5, 6]
         assert newest_valid(folder, pytest.fail).name == "step_00000006.pt"
         saver, warnings = save_steps(folder, range(7, 10), keep=3, best=range(7, 10))
-        assert warnings == [] and steps_in(folder) == [8, 9]
+        assert warnings == []
+        assert steps_in(folder) == [8, 9]
     finally:
         if mounted:
             subprocess.run(["umount", str(folder)], check=True)
@@ -232,7 +244,8 @@ def test_the_best_one_is_never_removed_for_a_new_one(tmp_path, monkeypatch):
     for state.step in range(3, 7):
         saver.save(state)
         saver.wait()
-        assert not warnings and steps_in(tmp_path) == [1, state.step - 1, state.step]
+        assert not warnings
+        assert steps_in(tmp_path) == [1, state.step - 1, state.step]
 
 
 @pytest.mark.parametrize("best", [-1, 1])
@@ -247,7 +260,8 @@ def test_the_last_good_one_is_never_removed_for_a_new_one(tmp_path, monkeypatch,
     state.best_step = best
     saver.save(state)
     saver.wait()
-    assert "No space left" in saver.failure and "step 2 stays" in saver.failure
+    assert "No space left" in saver.failure
+    assert "step 2 stays" in saver.failure
     assert steps_in(tmp_path) == before
     for path in tmp_path.glob("step_*.pt"):
         read_checkpoint(path)
@@ -304,7 +318,8 @@ def test_links_are_mended_at_every_start_and_save(tmp_path):
         saver.claim()
         assert os.readlink(tmp_path / "last.pt") == "step_00000003.pt", damage
         assert os.readlink(tmp_path / "best.pt") == "step_00000002.pt", damage
-        assert sha256sum_is_content(tmp_path) and not warnings, damage
+        assert sha256sum_is_content(tmp_path), damage
+        assert not warnings, damage
     (tmp_path / "last.pt").unlink()
     (tmp_path / "best.pt").unlink()
     state = resumed(tmp_path)
@@ -348,11 +363,13 @@ def test_what_lies_in_the_folder_fails_no_save(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "step_00000007.pt").symlink_to("step_00000007.pt")
     saver, warnings = save_steps(tmp_path, (2, 3), best=(3,))
-    assert not warnings and saver.failure is None
+    assert not warnings
+    assert saver.failure is None
     assert read_checkpoint(tmp_path / "step_00000003.pt")
     told = []
     assert newest_valid(tmp_path, told.append).name == "step_00000003.pt"
-    assert len(told) == 1 and "step_00000007.pt cannot be read" in told[0]
+    assert len(told) == 1
+    assert "step_00000007.pt cannot be read" in told[0]
 
 
 def test_a_checkpoint_that_does_not_fit_is_one_sentence():

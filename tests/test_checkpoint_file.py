@@ -94,7 +94,9 @@ def test_a_file_without_a_digest_is_said_to_be_unchecked(tmp_path):
     torch.save({"weight": torch.zeros(3)}, path)
     said = []
     read_checkpoint(path, said.append)
-    assert len(said) == 1 and "foreign.pth has no SHA-256" in said[0] and "unchecked" in said[0]
+    assert len(said) == 1
+    assert "foreign.pth has no SHA-256" in said[0]
+    assert "unchecked" in said[0]
     save_steps(tmp_path, (1,))
     read_checkpoint(tmp_path / "step_00000001.pt", pytest.fail)
     read_checkpoint(tmp_path / "last.pt", pytest.fail)

@@ -51,7 +51,8 @@ def error_of(capsys, *arguments):
 @pytest.fixture
 def files(tmp_path):
     """Two YAML files of which the second overrides a setting of the first."""
-    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first = tmp_path / "first.yaml"
+    second = tmp_path / "second.yaml"
     first.write_text("output_dir: first\ntrain: {epochs: 14, precision: fp32}\nseed: 3\n")
     second.write_text("train: {epochs: 20}\n")
     return ["--config", str(first), "--config", str(second)]
@@ -67,11 +68,14 @@ def test_options_override_files_wherever_they_stand(command, files):
         [*options[:2], *files[:2], *options[2:], *files[2:]],
     ):
         config = settings_of(command, *arguments)
-        assert (config.train.epochs, config.output_dir) == (7, "typed"), arguments
+        assert config.train.epochs == 7, arguments
+        assert config.output_dir == "typed", arguments
         assert config.checkpoint == CheckpointConfig(keep=9), arguments
-        assert (config.train.precision, config.seed) == ("fp32", 3), arguments
+        assert config.train.precision == "fp32", arguments
+        assert config.seed == 3, arguments
     config = settings_of(command, *files)
-    assert (config.train.epochs, config.output_dir) == (20, "first")
+    assert config.train.epochs == 20
+    assert config.output_dir == "first"
     config = settings_of(command, *files[2:], *files[:2])
     assert config.train.epochs == 14
 
@@ -79,7 +83,8 @@ def test_options_override_files_wherever_they_stand(command, files):
 def test_a_typed_default_overrides_a_file(files):
     """An option that was typed counts even if its value is the default."""
     config = settings_of("train", "--train.epochs", "90", "--seed", "0", *files)
-    assert (config.train.epochs, config.seed) == (90, 0)
+    assert config.train.epochs == 90
+    assert config.seed == 0
 
 
 def test_cluster_settings_of_files_and_options_are_merged(tmp_path):
@@ -89,7 +94,9 @@ def test_cluster_settings_of_files_and_options_are_merged(tmp_path):
     for order in ([*arguments, "--config", str(profile)], ["--config", str(profile), *arguments]):
         line, _ = cli._prepare(["submit", *order])
         cluster = line.cluster(line.settings()[1])
-        assert (cluster.nodes, cluster.dry_run, cluster.wait) == (2, True, False)
+        assert cluster.nodes == 2
+        assert cluster.dry_run
+        assert not cluster.wait
         assert cluster.setup == ["a", "b"]
         assert cluster.extra == {"hold": True, "exclude": "n3"}
 
@@ -157,11 +164,13 @@ def test_errors_in_files_name_file_and_line(capsys, tmp_path):
         said = error_of(capsys, "train", "--config", str(path))
         assert all(word in said for word in words), (text, said)
         if words:
-            assert f"line {line}" in said and str(path) in said, (text, said)
+            assert f"line {line}" in said, (text, said)
+            assert str(path) in said, (text, said)
     path.write_text("schedule:\n  warmup_epochs: 100\n")
     assert f"({path}, line 2)" in error_of(capsys, "train", "--config", str(path))
     said = error_of(capsys, "train", "--config", str(path), "--schedule.warmup_epochs", "200")
-    assert "200" in said and str(path) not in said
+    assert "200" in said
+    assert str(path) not in said
     path.write_bytes(b"seed: \xff\n")
     assert "cannot read" in error_of(capsys, "train", "--config", str(path))
 
@@ -173,10 +182,12 @@ def test_what_yaml_can_say(tmp_path):
         "data: {crop_scale: [1e-1, 1]}\ntrain:\n  <<: {epochs: 30}\n  loss: bce\n"
     )
     config = settings_of("train", "--config", str(path))
-    assert (config.optim.base_lr, config.optim.eps) == (1e-4, None)
+    assert config.optim.base_lr == 1e-4
+    assert config.optim.eps is None
     assert config.schedule.milestones == (8.0, 9.5, 10.0)
     assert config.data.crop_scale == (0.1, 1.0)
-    assert (config.train.epochs, config.train.loss) == (30.0, "bce")
+    assert config.train.epochs == 30.0
+    assert config.train.loss == "bce"
     assert isinstance(config.train.epochs, float)
     path.write_text("# nothing\n")
     assert settings_of("train", "--config", str(path)) == Config()
@@ -212,7 +223,8 @@ def test_settings_of_earlier_versions_stay_readable(tmp_path, monkeypatch):
     assert settings_of("train", "--config", str(tmp_path / "old.yaml")).train.epochs == 40
     assert config_from_dict({"train": {"passes": 50}}).train.epochs == 50
     for old, new in settings.RENAMED_SETTINGS.items():
-        assert new in setting_hints() and (old not in setting_hints() or old == "train.passes")
+        assert new in setting_hints()
+        assert old not in setting_hints() or old == "train.passes"
 
 
 def test_a_config_survives_its_dict_and_every_line_of_help_its_words():
@@ -221,7 +233,8 @@ def test_a_config_survives_its_dict_and_every_line_of_help_its_words():
     with pytest.raises(ValueError, match="no setting train.epoch; did you mean train.epochs"):
         config_from_dict({"train": {"epoch": 4}})
     for hint in setting_hints().values():
-        assert "<" not in describe_type(hint) and "typing" not in describe_type(hint)
+        assert "<" not in describe_type(hint)
+        assert "typing" not in describe_type(hint)
     assert field_meanings(Config).keys() == {"output_dir", "seed"}
 
 
@@ -250,7 +263,9 @@ def test_help_is_quick_and_in_words(command):
         text, _, figures = done.stdout.partition("FIGURES")
         cpu, _, heavy = figures.strip().partition(" ")
         seconds.append(float(cpu))
-        assert heavy == "[]" and text.startswith("usage: ") and "Annotated" not in text
+        assert heavy == "[]"
+        assert text.startswith("usage: ")
+        assert "Annotated" not in text
         if min(seconds) < 1.0:
             return
     raise AssertionError(f"{seconds} s")
@@ -281,7 +296,9 @@ def test_print_config_shows_files_and_options_together(files, capsys):
         cli.main(["train", "--seed", "8", "--print_config", *files])
     assert ending.value.code == 0
     tree = yaml.safe_load(capsys.readouterr().out)
-    assert (tree["seed"], tree["train"]["epochs"], tree["output_dir"]) == (8, 20, "first")
+    assert tree["seed"] == 8
+    assert tree["train"]["epochs"] == 20
+    assert tree["output_dir"] == "first"
 
 
 @pytest.mark.slow
@@ -295,11 +312,10 @@ def test_the_home_folder_in_paths(monkeypatch):
         "--checkpoint.resume=~/a.pt",
         "--checkpoint.init_from=torchvision:resnet50:IMAGENET1K_V2",
     )
-    assert (config.output_dir, config.data.data_dir) == ("/home/me/run", "/home/me/data")
-    assert (config.data.exclude, config.checkpoint.resume) == (
-        "/home/me/list.txt",
-        "/home/me/a.pt",
-    )
+    assert config.output_dir == "/home/me/run"
+    assert config.data.data_dir == "/home/me/data"
+    assert config.data.exclude == "/home/me/list.txt"
+    assert config.checkpoint.resume == "/home/me/a.pt"
     assert config.checkpoint.init_from == "torchvision:resnet50:IMAGENET1K_V2"
     assert Config(output_dir="~").output_dir == "/home/me"
     for arguments, name, path in (

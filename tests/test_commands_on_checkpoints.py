@@ -48,17 +48,23 @@ def test_a_foreign_checkpoint_leads_nowhere(checkpoint, digits, tmp_path):
     write_checkpoint(path, content)
 
     code, printed = run(tmp_path, "evaluate", "--checkpoint", path, *SETTINGS)
-    assert code == 0 and "top-1" in printed, printed
-    assert "(" in printed and "/355)" in printed and not named.exists()
+    assert code == 0, printed
+    assert "top-1" in printed, printed
+    assert "(" in printed
+    assert "/355)" in printed
+    assert not named.exists()
 
     kind = ("--data.kind", "folder", "--data.data_dir", data)
     code, printed = run(tmp_path, "evaluate", "--checkpoint", path, "--json", *kind, *SETTINGS)
-    assert code == 0 and json.loads(printed.splitlines()[-1])["bad_images"] == 2
+    assert code == 0
+    assert json.loads(printed.splitlines()[-1])["bad_images"] == 2
     code, printed = run(tmp_path, "evaluate", "--checkpoint", path, *kind, *SETTINGS)
-    assert code == 0 and "2 images cannot be decoded and count as misses" in printed
+    assert code == 0
+    assert "2 images cannot be decoded and count as misses" in printed
     image = next(iter((data / "val" / "4").glob("*.jpg")))
     assert run(tmp_path, "predict", image, "--checkpoint", path, *SETTINGS)[0] == 0
-    assert not named.exists() and not list(tmp_path.rglob("quarantine.jsonl"))
+    assert not named.exists()
+    assert not list(tmp_path.rglob("quarantine.jsonl"))
 
 
 @pytest.mark.slow
@@ -69,20 +75,25 @@ def test_a_run_folder_is_taken_everywhere(checkpoint, digits, tmp_path):
     assert run(tmp_path, "predict", image, "--checkpoint", folder, *SETTINGS)[0] == 0
     output = tmp_path / "x.safetensors"
     command = ("export", "--checkpoint", folder, "--to", "safetensors", "--output", output)
-    assert run(tmp_path, *command)[0] == 0 and output.exists()
+    assert run(tmp_path, *command)[0] == 0
+    assert output.exists()
     train = ("train", "--config", folder / "config.yaml", "--data.data_dir", digits)
     code, printed = run(
         tmp_path, *train, "--output_dir", tmp_path / "a", "--checkpoint.init_from", folder
     )
-    assert code == 0 and "step 0, with the weights of" in printed, printed
+    assert code == 0, printed
+    assert "step 0, with the weights of" in printed, printed
     code, printed = run(
         tmp_path, *train, "--output_dir", tmp_path / "b", "--checkpoint.resume", folder
     )
-    assert code == 0 and "step 2, from" in printed, printed
+    assert code == 0, printed
+    assert "step 2, from" in printed, printed
     code, printed = run(
         tmp_path, *train, "--output_dir", tmp_path / "c", "--checkpoint.resume", tmp_path
     )
-    assert code == 2 and "holds no checkpoint" in printed and "Traceback" not in printed
+    assert code == 2
+    assert "holds no checkpoint" in printed
+    assert "Traceback" not in printed
 
 
 def test_a_wrong_image_is_noticed_before_the_network_is_read(tmp_path, monkeypatch, capsys):
@@ -140,7 +151,8 @@ def test_parts_that_are_missing_or_wrong_are_one_sentence(checkpoint, digits, tm
         torch.save(wrong, path)
         words = [*commands[number % len(commands)], "--checkpoint", str(path)]
         if words[0] == "export":
-            code, printed = exit_code(words), capfd.readouterr().err
+            code = exit_code(words)
+            printed = capfd.readouterr().err
         else:
             code, printed = run(tmp_path, *words, *SETTINGS)
         lines = [line for line in printed.splitlines() if line.startswith("error")]
@@ -176,7 +188,8 @@ def test_a_damaged_lone_file_is_refused_by_every_command(
     ):
         assert exit_code([*words, "--checkpoint", str(path)]) == 2
         err = capfd.readouterr().err
-        assert "lone.pt is damaged" in err and err.count("\n") == 1
+        assert "lone.pt is damaged" in err
+        assert err.count("\n") == 1
     for key in ("resume", "init_from"):
         folder = tmp_path / key
         code, printed = run(
@@ -187,5 +200,6 @@ def test_a_damaged_lone_file_is_refused_by_every_command(
             *("--data.data_dir", digits, "--output_dir", folder, f"--checkpoint.{key}", path),
             *("--log.wandb", "disabled", *SETTINGS),
         )
-        assert code == 2 and "lone.pt is damaged" in printed, printed
+        assert code == 2, printed
+        assert "lone.pt is damaged" in printed, printed
         assert not os.path.exists(folder / "checkpoints")

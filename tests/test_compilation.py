@@ -86,8 +86,10 @@ def tiny_network(num_classes=10, depths=(1, 1)):
 
 def steps(state, config, batches, lr=0.1):
     """Train on each batch (a list of micro-batches); returns the loss of each."""
-    model, losses = NoSync(state.model), []
-    nonfinite, rule = NonFinite(state.model, 0), rule_of(config)
+    model = NoSync(state.model)
+    losses = []
+    nonfinite = NonFinite(state.model, 0)
+    rule = rule_of(config)
     train_mode(state.model)
     for micro_batches in batches:
         counts, _ = train_step(model, state, micro_batches, lr, rule, nonfinite)
@@ -227,7 +229,8 @@ def test_the_compiled_step_runs_on_meta():
     model.body[3].p = 0.0
     compiler = compiled(state, runtime=runtime_of(device=meta))
     batch = make_batch(4, 16, device="meta")
-    rule, nonfinite = rule_of(Config(train=TRAIN), meta), NonFinite(model, 0)
+    rule = rule_of(Config(train=TRAIN), meta)
+    nonfinite = NonFinite(model, 0)
     _, norm = train_step(NoSync(model), state, [batch], 0.1, rule, nonfinite)
     assert norm.device == meta
     assert compiler.num_graphs == 2
@@ -300,9 +303,11 @@ def test_one_rank_that_cannot_compile_stops_or_turns_back_all():
 
 
 def compile_where_rank_1_fails(rank, world_size):
-    config, state = Config(train=TRAIN), small_state()
+    config = Config(train=TRAIN)
+    state = small_state()
     convert_sync_batch_norm(state.model)
-    calls, real = [], compilation.lower
+    calls = []
+    real = compilation.lower
 
     def lower(graph, inputs, train):
         calls.append(graph)
@@ -316,7 +321,8 @@ def compile_where_rank_1_fails(rank, world_size):
     assert compiler is None
     model = wrap_ddp(state.model, CPU)
     engine.warm_up_ddp(model, (2, 3, 16, 16), FP32)
-    nonfinite, losses = NonFinite(state.model, 0), []
+    nonfinite = NonFinite(state.model, 0)
+    losses = []
     for _ in range(2):
         counts, _ = train_step(model, state, [make_batch(4, 16)], 0.1, rule_of(config), nonfinite)
         losses.append(counts.result()["loss"])
@@ -435,8 +441,11 @@ class Watched:
     """What `run.compile_network` needs of log and watchdog."""
 
     def __init__(self):
-        self.said, self.warned, self.beats = [], [], []
-        self.say, self.warn = self.said.append, self.warned.append
+        self.said = []
+        self.warned = []
+        self.beats = []
+        self.say = self.said.append
+        self.warn = self.warned.append
 
     def beat(self, step, phase):
         self.beats.append((step, phase))
@@ -446,7 +455,8 @@ def test_auto_falls_back_with_a_warning_and_true_is_an_error(monkeypatch, tmp_pa
     """Both name the part, the error and the operator in one line. The phase and its seconds are
     said.
     """
-    watched, shape = Watched(), (4, 3, 16, 16)
+    watched = Watched()
+    shape = (4, 3, 16, 16)
     runtime = replace(runtime_of(), watchdog=watched)
     config = Config(train=TRAIN, output_dir=str(tmp_path))
     arguments = (config, small_state(), shape)
@@ -484,7 +494,8 @@ def test_what_determinism_and_mode_set_for_inductor():
 
 def test_the_compile_cache_is_read_only_if_it_is_whole_and_of_this_user(tmp_path, monkeypatch):
     """It is executable code."""
-    watched, loaded = Watched(), []
+    watched = Watched()
+    loaded = []
     runtime = runtime_of()
     content = b"\x00compiled"
     monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (content, None))
@@ -552,7 +563,8 @@ def test_inductor_resumes_bit_identically_and_from_the_cache_of_the_run(
 
     def run(name, place, entry):
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / place))
-        folder, log = tmp_path / name, tmp_path / f"{name}_{place}.txt"
+        folder = tmp_path / name
+        log = tmp_path / f"{name}_{place}.txt"
         sizes = {"train_crop_size": 16, "val_resize_size": 16, "val_crop_size": 16}
         words = ["train", "--config", "configs/quickstart.yaml", "--data.data_dir", digits]
         words += ["--output_dir", str(folder), "--train.compile", "true", "--train.epochs", "0.4"]

@@ -228,7 +228,8 @@ def test_help_is_quick_and_complete():
         text=True,
     )
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
-    assert "yaml" in imported and not imported & {
+    assert "yaml" in imported
+    assert not imported & {
         "torch",
         "numpy",
         "nvidia.dali",
@@ -246,7 +247,8 @@ def test_help_is_quick_and_complete():
     for key in setting_hints():
         assert f"--{key} " in help_text
     for key, meaning in meanings.items():
-        assert len(meaning) > 10 and meaning in help_text, f"{key} has no meaning"
+        assert len(meaning) > 10, f"{key} has no meaning"
+        assert meaning in help_text, f"{key} has no meaning"
 
 
 @pytest.mark.slow
@@ -258,4 +260,5 @@ def test_print_config_prints_the_tree():
         check=True,
     )
     tree = yaml.safe_load(done.stdout)
-    assert tree["optim"]["base_lr"] == 0.2 and tree["model"]["name"] == "resnet50"
+    assert tree["optim"]["base_lr"] == 0.2
+    assert tree["model"]["name"] == "resnet50"

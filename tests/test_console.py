@@ -55,7 +55,8 @@ def test_the_bar_and_its_figures_fit_the_terminal(columns, shown, monkeypatch):
     assert "steps/s" in terminal.read()
     view.bar.show(FIGURES)
     line = terminal.read().split("\r")[-1]
-    assert "1000/2000" in line and " 50% |" in line
+    assert "1000/2000" in line
+    assert " 50% |" in line
     for number, figure in enumerate(FIGURES):
         assert (figure in line) == (number < shown)
     assert len(line) <= columns

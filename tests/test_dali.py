@@ -178,12 +178,11 @@ def test_training_cut_is_pillows(interpolation, levels):
     resize = FAST_RESIZES[interpolation]
     method = Image.Resampling[interpolation.upper()]
     for _ in range(60):
-        y, x = int(rng.integers(0, 299)), int(rng.integers(0, 399))
-        h, w, flip = (
-            int(rng.integers(1, 301 - y)),
-            int(rng.integers(1, 401 - x)),
-            bool(rng.integers(2)),
-        )
+        y = int(rng.integers(0, 299))
+        x = int(rng.integers(0, 399))
+        h = int(rng.integers(1, 301 - y))
+        w = int(rng.integers(1, 401 - x))
+        flip = bool(rng.integers(2))
         ours = resize_and_crop(
             pixels[y : y + h, x : x + w].contiguous(), (96, 96), (0, 0), flip, 96, resize
         )
@@ -223,8 +222,11 @@ def test_graph_that_finishes_has_the_same_geometry():
         (4, crops.train_geometry(0, 0, rows, heights, widths, 64, random_filter)),
     ]
     for inner, geometry in geometries:
-        windows, flips, (view,) = geometry.windows, geometry.flips, geometry.views
-        sizes, offsets = view.sizes, view.offsets
+        windows = geometry.windows
+        flips = geometry.flips
+        (view,) = geometry.views
+        sizes = view.sizes
+        offsets = view.offsets
         pipeline.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in files])
         pipeline.feed_input("anchor", windows[:, :2].astype(np.int32).copy())
         pipeline.feed_input("extent", windows[:, 2:].astype(np.int32).copy())
@@ -351,7 +353,8 @@ def test_the_gpu_erases_what_the_cpu_erases():
     boxes = [(0, 0, 3, 4), (7, 0, 3, 12), (0, 9, 10, 3), (4, 5, 1, 1), (0, 0, 10, 12), (0, 0, 0, 0)]
     boxes = np.array(boxes, np.int64)
     images = torch.randn(len(boxes), 10, 12, 3)
-    one, other = images.clone(), images.clone()
+    one = images.clone()
+    other = images.clone()
     erase(one, boxes)
     erase_by_mask(other, torch.from_numpy(boxes))
     assert torch.equal(one, other)
@@ -452,7 +455,8 @@ def squares(count: int, side: int) -> torch.Tensor:
     images = torch.from_numpy(
         np.stack([np.asarray(image.resize((side, side))) for image in pictures])
     )
-    images[0, ..., 1], images[1] = 77, torch.tensor([200, 10, 90], dtype=torch.uint8)
+    images[0, ..., 1] = 77
+    images[1] = torch.tensor([200, 10, 90], dtype=torch.uint8)
     return images
 
 
@@ -475,10 +479,8 @@ def test_operations_are_torchvisions(gpu_form, monkeypatch):
         )
     # Pillow's equalize divides by a whole number, (pixels - brightest) // 255: of small pictures it
     # is another law.
-    side, cases = (
-        224,
-        [case for case in CASES if not gpu_form or case[0] in operations.NAMES[1:6]],
-    )
+    side = 224
+    cases = [case for case in CASES if not gpu_form or case[0] in operations.NAMES[1:6]]
     augmenter = Augmenter(slots=1, local_batch_size=len(cases), threads=1)
     for image in squares(3, side):
         found = augmenter(image.expand(len(cases), -1, -1, -1).contiguous(), plan_of(cases, side))
@@ -509,12 +511,12 @@ def test_augmentation_does_not_depend_on_the_batch():
         Augmenter(slots=slots, local_batch_size=12, threads=threads) for threads in (1, 3)
     )
     for side, count in ((48, 12), (80, 5)):
-        images, plan = (
-            squares(count, side),
-            augment.plan_operations(config, 0, 0, np.arange(count), side),
-        )
-        before, together = images.clone(), one(images, plan)
-        assert torch.equal(together, three(images, plan)) and torch.equal(images, before)
+        images = squares(count, side)
+        plan = augment.plan_operations(config, 0, 0, np.arange(count), side)
+        before = images.clone()
+        together = one(images, plan)
+        assert torch.equal(together, three(images, plan))
+        assert torch.equal(images, before)
         for row in (0, 3):
             alone = augment.plan_operations(config, 0, 0, np.arange(row, row + 1), side)
             assert torch.equal(one(images[row : row + 1], alone)[0], together[row])
@@ -527,11 +529,9 @@ def test_augmentation_does_not_depend_on_the_batch():
 @pytest.mark.slow
 def test_slots_in_the_graph_of_the_decoder_come_after_the_flip():
     """The GPU graph's form, run on the CPU: what the second stage makes of the same squares."""
-    config, side, rows = (
-        AugmentConfig(policy="autoaugment", color_jitter=(0, 0, 0.4, 0)),
-        64,
-        np.arange(8),
-    )
+    config = AugmentConfig(policy="autoaugment", color_jitter=(0, 0, 0.4, 0))
+    side = 64
+    rows = np.arange(8)
     files = [encode(picture(100, 120, seed)) for seed in rows]
     geometry = crops.train_geometry(
         0, 0, rows, np.full(8, 100), np.full(8, 120), side, DataConfig()
@@ -547,4 +547,5 @@ def test_slots_in_the_graph_of_the_decoder_come_after_the_flip():
         decoder.submit(Portion(loaded, 0, 8))
         shown.append(torch.stack(windows_to_torch(decoder.collect()[1][0])))
     augmenter = Augmenter(slots=augment.num_slots(config), local_batch_size=8, threads=1)
-    assert torch.equal(augmenter(shown[0], plan), shown[1]) and not torch.equal(*shown)
+    assert torch.equal(augmenter(shown[0], plan), shown[1])
+    assert not torch.equal(*shown)

@@ -140,7 +140,8 @@ def test_import_to_folders_goes_on_after_a_kill(archives, tmp_path):
     # The record of the checked archives is written three times, with three calls each.
     killed(run_import, 9 + 6, archives, tmp_path / "out")
     half = contents(tmp_path / "out")
-    assert len(half) == 5 and half.items() <= expected.items()
+    assert len(half) == 5
+    assert half.items() <= expected.items()
     times = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in half}
     assert run_import(archives, tmp_path / "out") == 0
     assert contents(tmp_path / "out") == expected
@@ -203,7 +204,8 @@ def test_home_and_variables_in_paths(archives, tmp_path, monkeypatch, capsys):
 
 def special(name, kind, target=""):
     member = tarfile.TarInfo(name)
-    member.type, member.linkname = kind, target
+    member.type = kind
+    member.linkname = target
     return member
 
 
@@ -237,7 +239,8 @@ def test_no_member_leaves_the_target(archives, tmp_path, capsys, evil, where):
 
 
 def test_archives_that_are_not_whole_are_refused(archives, tmp_path, capsys, monkeypatch):
-    train, devkit = archives / "ILSVRC2012_img_train.tar", archives / "ILSVRC2012_devkit_t12.tar.gz"
+    train = archives / "ILSVRC2012_img_train.tar"
+    devkit = archives / "ILSVRC2012_devkit_t12.tar.gz"
     whole = train.read_bytes()
     damaged = bytearray(whole)
     second = whole.index(b"n00000002_1.JPEG")
@@ -441,7 +444,8 @@ def test_verify(odd_set, tmp_path, form, capsys):
     code, report = verify(
         folder, tmp_path / "report.json", "--write_exclude", str(exclude), "--workers", "2"
     )
-    assert code == 1 and report["images"] == 15
+    assert code == 1
+    assert report["images"] == 15
     assert [name for name, _ in report["broken"]] == [f"train/a/{name}" for name in sorted(BAD)]
     for name, (kind, _) in ODD.items():
         assert f"train/a/{name}" in [found for found, _ in report[kind]], kind
@@ -494,13 +498,15 @@ def test_verify_names_the_images_that_the_decoder_warns_about(tmp_path, capfd):
     ]
     assert all("Corrupt JPEG data" in text for _, text in report["warned"])
     said = capfd.readouterr()
-    assert "Corrupt JPEG" not in said.err and said.out.count("Corrupt JPEG") == 3
+    assert "Corrupt JPEG" not in said.err
+    assert said.out.count("Corrupt JPEG") == 3
 
 
 def test_verify_of_a_clean_set_and_of_none(tmp_path, capsys):
     write_split(tmp_path, [encode(picture(50, 50, i)) for i in range(3)], classes=1)
     code, report = verify(tmp_path, tmp_path / "report.json")
-    assert code == 0 and not any(report[kind] for kind in ("broken", "disagreement", "duplicate"))
+    assert code == 0
+    assert not any(report[kind] for kind in ("broken", "disagreement", "duplicate"))
     assert main(["data", "verify", str(tmp_path / "nowhere")]) == 2
     assert "does not exist" in capsys.readouterr().err
 
@@ -508,7 +514,8 @@ def test_verify_of_a_clean_set_and_of_none(tmp_path, capsys):
 def test_show_has_the_pixels_of_training(tmp_path):
     index = write_split(tmp_path, [encode(picture(60, 90, i)) for i in range(5)])
     write_split(tmp_path, [encode(picture(60, 90, i)) for i in range(3)], split="val")
-    out, log = tmp_path / "sheet.png", tmp_path / "log"
+    out = tmp_path / "sheet.png"
+    log = tmp_path / "log"
     codes = run_app(
         1,
         [
@@ -538,17 +545,19 @@ def test_show_has_the_pixels_of_training(tmp_path):
         str(log),
     )
     assert codes == [0], log.read_text()
-    sheet, side = (
-        np.asarray(Image.open(out)),
-        3 * 48,
-    )  # the largest tile three times, so that it has 128 pixels
+    # the largest tile three times, so that it has 128 pixels
+    sheet = np.asarray(Image.open(out))
+    side = 3 * 48
     assert sheet.shape == (2 * (side + 42) + 6, 4 * (side + 6) + 6, 3)
     loader = train_loader(index, tmp_path, global_batch_size=1)
-    mean, std = torch.tensor(loader.config.mean), torch.tensor(loader.config.std)
+    mean = torch.tensor(loader.config.mean)
+    std = torch.tensor(loader.config.std)
     for step, batch in enumerate(loader.batches(0, 3 * 5)):  # three epochs, image by image
-        row, column = {0: 0, 4: 1}.get(int(batch.indices[0])), step // 5
+        row = {0: 0, 4: 1}.get(int(batch.indices[0]))
+        column = step // 5
         if row is not None:
-            top, left = 6 + row * (side + 42) + 18, 6 + column * (side + 6)
+            top = 6 + row * (side + 42) + 18
+            left = 6 + column * (side + 6)
             tile = sheet[top : top + 96 : 3, left : left + 96 : 3]
             pixels = (batch.images[0].permute(1, 2, 0) * std + mean) * 255
             assert np.array_equal(tile, pixels.round().byte().numpy())
@@ -562,7 +571,8 @@ def test_help_imports_nothing_heavy():
         "print(sorted({'torch', 'numpy', 'PIL', 'scipy', 'torchvision'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "--shard_mb" in done.stdout and done.stdout.endswith("[]\n")
+    assert "--shard_mb" in done.stdout
+    assert done.stdout.endswith("[]\n")
 
 
 @pytest.mark.parametrize(

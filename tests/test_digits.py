@@ -22,7 +22,9 @@ def listing(folder):
 def test_the_embedded_set():
     images, labels = load_digits()
     assert images.shape == (1797, 8, 8)
-    assert (images.dtype, images.max(), images.min()) == (np.uint8, 16, 0)
+    assert images.dtype == np.uint8
+    assert images.max() == 16
+    assert images.min() == 0
     assert np.bincount(labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     assert (
         hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()[:16] == "65e5b4619795efb4"
@@ -38,7 +40,9 @@ def test_written_once_and_complete(tmp_path):
     assert len([name for name in files if name.startswith("val/")]) == 355
     assert sorted(os.listdir(folder / "val")) == [str(digit) for digit in range(10)]
     with Image.open(folder / "train/3/0000.jpg") as image:
-        assert (image.size, image.mode, image.format) == ((32, 32), "RGB", "JPEG")
+        assert image.size == (32, 32)
+        assert image.mode == "RGB"
+        assert image.format == "JPEG"
         shrunk = (
             np.asarray(image.convert("L").resize((8, 8), Image.Resampling.BOX), dtype=float)
             / 255

@@ -70,12 +70,15 @@ def test_a_good_run_on_two_ranks(digits, tmp_path):
 def test_warnings_and_errors(digits, tmp_path):
     codes, printed = examine(tmp_path, "--data.data_dir", digits, "--optim.base_lr", "3", "--json")
     level, text = levels(printed)["layout"]
-    assert codes == [1] and level == "warning" and "is 3 for 256" in text
+    assert codes == [1]
+    assert level == "warning"
+    assert "is 3 for 256" in text
     data = shutil.copytree(digits, tmp_path / "data")
     next((data / "val" / "0").glob("*.jpg")).write_bytes(b"")
     more = ("--data.kind", "folder", "--data.data_dir", str(data), "--json")
     codes, printed = examine(tmp_path, *more)
-    assert codes == [1] and "of 192 that were read 1 are broken" in levels(printed)["data"][1]
+    assert codes == [1]
+    assert "of 192 that were read 1 are broken" in levels(printed)["data"][1]
     shutil.rmtree(data / "val" / "7")
     for setting, value, check, words in (
         ("--train.grad_accum_steps", "3", "layout", "63 or 66"),
@@ -84,7 +87,9 @@ def test_warnings_and_errors(digits, tmp_path):
     ):
         codes, printed = examine(tmp_path, *more, setting, value)
         level, text = levels(printed)[check]
-        assert codes == [2] and level == "error" and words in text, printed
+        assert codes == [2], printed
+        assert level == "error", printed
+        assert words in text, printed
 
 
 @pytest.mark.slow
@@ -95,7 +100,9 @@ def test_a_disk_that_is_too_small(digits, tmp_path):
 
     codes, printed = examine(tmp_path, "--data.data_dir", digits, "--json", entry=entry)
     level, text = levels(printed)["folder"]
-    assert codes == [2] and level == "error" and "0.0 GB are free" in text
+    assert codes == [2]
+    assert level == "error"
+    assert "0.0 GB are free" in text
 
 
 @pytest.mark.slow
@@ -119,7 +126,8 @@ def test_caches_that_do_not_fit(digits, tmp_path):
         more = ("--data.data_dir", digits, "--data.train_cache", mode, "--json")
         _, printed = examine(tmp_path, *more, entry=entry)
         level, text = levels(printed)["caches"]
-        assert (level, words in text) == (expected, True), text
+        assert level == expected, text
+        assert words in text, text
         assert f"data.train_cache {mode}: the training images take about" in text
 
 
@@ -133,7 +141,9 @@ def test_a_step_that_does_not_fit_memory(digits, tmp_path):
 
     codes, printed = examine(tmp_path, *arguments, entry=entry)
     level, text = levels(printed)["memory"]
-    assert codes == [2] and level == "error" and "raise train.grad_accum_steps" in text
+    assert codes == [2]
+    assert level == "error"
+    assert "raise train.grad_accum_steps" in text
 
 
 def test_memory_of_a_control_group(tmp_path, monkeypatch):
@@ -161,7 +171,8 @@ def test_precision(monkeypatch):
     runtime = SimpleNamespace(device=torch.device("cpu"))
     monkeypatch.setattr(doctor, "has_fast_bf16", lambda device: False)
     level, text = doctor._precision(Config(train=TrainConfig(precision="bf16")), runtime)
-    assert level == "warning" and "no hardware for bf16: set train.precision auto" in text
+    assert level == "warning"
+    assert "no hardware for bf16: set train.precision auto" in text
     assert doctor._precision(Config(train=TrainConfig(precision="fp32")), runtime)[0] == "ok"
     monkeypatch.setattr(doctor, "has_fast_bf16", lambda device: True)
     assert doctor._precision(Config(train=TrainConfig(precision="bf16")), runtime)[0] == "ok"
@@ -201,7 +212,8 @@ def test_bench_names_the_slow_rank(digits, tmp_path):
     assert level == "warning"
     assert text.endswith(f"lowest 4); slow: rank 1 on {host} with 50% of the median")
     assert found["bandwidth"] == ("error", f"rank 1 on {host} failed")
-    assert found["allreduce"][0] in ("ok", "warning") and "GB/s" in found["allreduce"][1]
+    assert found["allreduce"][0] in ("ok", "warning")
+    assert "GB/s" in found["allreduce"][1]
     assert found["reading"] == ("error", f"rank 1 on {host} failed")
     assert ("reading", "OSError: the disk is on fire") in [
         (one["check"], one["text"]) for one in second
@@ -215,7 +227,8 @@ def test_bench_of_one_rank_measures(digits, tmp_path):
     assert codes[0] in (0, 1), printed
     for check, unit in (("matrix", "TFLOP/s"), ("bandwidth", "GB/s"), ("reading", "MB/s")):
         figure, rest = found[check][1].split(" ", 1)
-        assert float(figure) > 0 and rest.startswith(unit)
+        assert float(figure) > 0
+        assert rest.startswith(unit)
     assert found["allreduce"] == ("ok", "one rank: nothing to reduce")
 
 

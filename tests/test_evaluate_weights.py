@@ -89,7 +89,8 @@ def test_weights_of_torchvision(tmp_path, monkeypatch):
 
     predict = ("predict", image, "--weights", name, *FAST)
     code, printed = run_command(tmp_path, [*predict, "--top", "1"])
-    assert code == 0 and printed.rstrip().endswith(f" %  {best}"), printed
+    assert code == 0, printed
+    assert printed.rstrip().endswith(f" %  {best}"), printed
     assert "resize 256, crop 224, bilinear, mean 0.485, 0.456, 0.406" in printed
     assert "from the weights' metadata" in printed
     assert (tmp_path / "hub/checkpoints").is_dir(), "kept where torchvision keeps it"
@@ -109,7 +110,8 @@ def test_the_transform_is_that_of_the_metadata(tmp_path):
     found = EvaluationTransform(config.data)(image)
     assert torch.allclose(found, expected, atol=1e-5)
     bilinear = describe_weights("torchvision:resnet50:IMAGENET1K_V2", "--weights").pixels
-    assert bilinear["data.val_resize_size"] == 232 and bilinear["data.val_crop_size"] == 224
+    assert bilinear["data.val_resize_size"] == 232
+    assert bilinear["data.val_crop_size"] == 224
     for model in ("googlenet", "inception_v3"):
         pixels = describe_weights(f"torchvision:{model}:IMAGENET1K_V1", "--weights").pixels
         assert pixels["data.mean"] == pixels["data.std"] == (0.5, 0.5, 0.5)
@@ -127,7 +129,8 @@ def test_the_wordnet_ids_are_those_of_timm():
         lemmas[wnid] = lemma.lower()
     words = imagenet_words()
     agreeing = [words[i].lower().split(",")[0] in lemmas[wnid] for i, wnid in enumerate(WNIDS)]
-    assert len(words) == 1000 and sum(agreeing) > 900, sum(agreeing)
+    assert len(words) == 1000, sum(agreeing)
+    assert sum(agreeing) > 900, sum(agreeing)
 
 
 @pytest.mark.slow
@@ -169,12 +172,15 @@ def test_a_plain_file_needs_a_name_and_fitting_weights(tmp_path):
     ):
         code, printed = run_command(tmp_path, words)
         errors = [line for line in printed.splitlines() if line.startswith("error")]
-        assert code == 2 and len(errors) == 1 and message in errors[0], printed
+        assert code == 2, printed
+        assert len(errors) == 1, printed
+        assert message in errors[0], printed
     # ImageNet's words beside the ids.
     code, printed = run_command(tmp_path, [*predict, *SMALL])
     assert code == 0, printed
     first = json.loads(printed.splitlines()[-1])["predictions"][0]
-    assert (first["class"], first["words"]) == (WNIDS[3], "tiger shark")
+    assert first["class"] == WNIDS[3]
+    assert first["words"] == "tiger shark"
 
 
 @pytest.mark.slow
@@ -195,11 +201,14 @@ def test_part_of_the_classes(tmp_path):
     assert run_app(2, [], str(log), evaluate_in_python) == [0, 0], log.read_text()
     code, printed = run_command(tmp_path, [*words, "--classes", "present"])
     found = json.loads(printed.splitlines()[-1])
-    assert found["model"]["correct1"] == 3 and found["num_classes"] == 2 and found["step"] is None
+    assert found["model"]["correct1"] == 3
+    assert found["num_classes"] == 2
+    assert found["step"] is None
     assert "2 of the 1000 classes are present: the logits of the others are masked" in printed
     code, printed = run_command(tmp_path, [*words, "--classes", "all"])
     found = json.loads(printed.splitlines()[-1])
-    assert found["model"]["correct1"] == 0 and found["model"]["correct5"] == 4
+    assert found["model"]["correct1"] == 0
+    assert found["model"]["correct5"] == 4
     assert "the logits of the others are kept" in printed
 
 
@@ -238,11 +247,13 @@ def test_layout_traps():
     background = assumed_names(1001)
     assert background[0] == BACKGROUND
     shifted = map_classes(numbers, background, "present", "v2")
-    assert list(shifted.outputs) == [int(name) + 1 for name in numbers] and shifted.is_masked
+    assert list(shifted.outputs) == [int(name) + 1 for name in numbers]
+    assert shifted.is_masked
     with pytest.raises(ValueError, match="not there: background"):
         map_classes(WNIDS, background, "", "val")
     reverse = map_classes(WNIDS[::-1], WNIDS, "", "val")
-    assert reverse.outputs[0] == 999 and "another order" in reverse.remarks[0]
+    assert reverse.outputs[0] == 999
+    assert "another order" in reverse.remarks[0]
     assert map_classes(WNIDS, WNIDS, "", "val") == ClassMap(tuple(range(1000)), WNIDS, False)
     from_one = [str(number) for number in range(1, 1001)]
     with pytest.raises(ValueError, match="count from 1"):
@@ -276,17 +287,21 @@ def test_an_accuracy_of_guessing_is_explained(checkpoint, digits, tmp_path):
     write_checkpoint(path, content)
     code, printed = run_command(tmp_path, evaluate)
     assert code == 0
-    assert "hardly better than guessing among 10 classes" in printed and "98.00 %" in printed
+    assert "hardly better than guessing among 10 classes" in printed
+    assert "98.00 %" in printed
 
     # Weights that are not finite, and logits that are not.
     content["model"]["fc.weight"].fill_(3e38)
     write_checkpoint(path, content)
     code, printed = run_command(tmp_path, evaluate)
-    assert code == 2 and "logits are NaN or infinite" in printed and "Traceback" not in printed
+    assert code == 2
+    assert "logits are NaN or infinite" in printed
+    assert "Traceback" not in printed
     content["model"]["fc.bias"][0] = torch.nan
     write_checkpoint(path, content)
     code, printed = run_command(tmp_path, evaluate)
-    assert code == 2 and "values that are not finite in fc.bias" in printed
+    assert code == 2
+    assert "values that are not finite in fc.bias" in printed
 
 
 @pytest.mark.slow
@@ -299,8 +314,10 @@ def test_our_own_export_says_all(checkpoint, tmp_path):
     opened = open_weights(str(output))
     config = build_config(opened.settings)
     own = build_config(source.settings)
-    assert (config.model.name, config.data.val_crop_size) == ("resnet20", 16)
-    assert (config.data.mean, config.data.std) == (own.data.mean, own.data.std)
+    assert config.model.name == "resnet20"
+    assert config.data.val_crop_size == 16
+    assert config.data.mean == own.data.mean
+    assert config.data.std == own.data.std
     saved = opened.fit(config)
     assert saved.class_names == source.class_names
     for key, value in source.content["ema"].items():
@@ -310,7 +327,8 @@ def test_our_own_export_says_all(checkpoint, tmp_path):
     foreign = write_weights(tmp_path / "w.pth", 3, (1,))
     words = ("export", "--weights", foreign, "--to", "safetensors", *SMALL)
     code, printed = run_command(tmp_path, [*words, "--output", tmp_path / "y.safetensors"])
-    assert code == 0 and "model weights of w.pth; read back" in printed, printed
+    assert code == 0, printed
+    assert "model weights of w.pth; read back" in printed, printed
     again = open_weights(str(tmp_path / "y.safetensors"))
     assert again.fit(build_config(again.settings)).class_names == []
 
@@ -331,7 +349,8 @@ def test_both_layouts_of_shortcut_a(tmp_path):
                 open_weights(path).fit(config)
         else:
             remarks = " ".join(open_weights(path).fit(config).remarks)
-            assert "two layouts" in remarks and "model.shortcut A_symmetric" in remarks
+            assert "two layouts" in remarks
+            assert "model.shortcut A_symmetric" in remarks
 
 
 class LoneRank:

@@ -21,7 +21,8 @@ def test_a_run_leaves_a_contact_sheet_and_the_details_of_its_last_evaluation(che
     folder = Path(checkpoint).resolve().parents[1]
     with Image.open(folder / "samples.png") as picture:
         # Two rows of eight images of 128 pixels.
-        assert picture.width > 8 * 128 and picture.height > 2 * 128
+        assert picture.width > 8 * 128
+        assert picture.height > 2 * 128
         assert len(picture.convert("L").getcolors()) > 100
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     (evaluated,) = [line for line in lines if "val_ema/top1" in line]
@@ -74,12 +75,14 @@ def test_evaluate_writes_what_report_reads(checkpoint, tmp_path, capsys):
         "all 1",
     ):
         assert part in html, part
-    assert "http" not in html and "<script" not in html
+    assert "http" not in html
+    assert "<script" not in html
     (tmp_path / "broken.json").write_text("{")
     assert cli.main(["report", str(details), str(tmp_path / "broken.json")]) == 2
     assert cli.main(["report", str(details), str(folder)]) == 2
     printed = capsys.readouterr().out
-    assert printed.count("error:") == 2 and "cannot be mixed" in printed
+    assert printed.count("error:") == 2
+    assert "cannot be mixed" in printed
 
 
 @pytest.mark.slow
@@ -93,6 +96,7 @@ def test_files_that_cannot_be_written_are_refused_before_the_evaluation(checkpoi
         log = tmp_path / "log"
         log.unlink(missing_ok=True)
         [code] = run_app(1, ["evaluate", "--weights", checkpoint, *words, *SETTINGS], str(log))
-        assert code == 2 and sentence in log.read_text(), log.read_text()
+        assert code == 2, log.read_text()
+        assert sentence in log.read_text(), log.read_text()
     with pytest.raises(SystemExit):
         cli.main(["evaluate", "--weights", checkpoint, "--suite", "s.yaml", "--details", "d.json"])

@@ -48,12 +48,11 @@ def images(n):
 
 def check_metadata(facts, checkpoint):
     digest = Path(checkpoint).resolve().with_suffix(".pt.sha256").read_text().split()[0]
-    assert (
-        facts["model"] == "resnet20"
-        and facts["weights"] == "ema"
-        and facts["checkpoint_sha256"] == digest
-    )
-    assert json.loads(facts["class_names"]) == list("0123456789") and json.loads(facts["mean"]) == [
+    assert facts["model"] == "resnet20"
+    assert facts["weights"] == "ema"
+    assert facts["checkpoint_sha256"] == digest
+    assert json.loads(facts["class_names"]) == list("0123456789")
+    assert json.loads(facts["mean"]) == [
         0.5,
         0.5,
         0.5,
@@ -71,12 +70,10 @@ def test_onnx(checkpoint, run):
     import onnxruntime
 
     code, output, out, err = run(checkpoint, "onnx")
-    assert (
-        code == 0
-        and err == ""
-        and out.count("\n") == 1
-        and f"{output}: resnet20, ema weights of step 2" in out
-    )
+    assert code == 0
+    assert err == ""
+    assert out.count("\n") == 1
+    assert f"{output}: resnet20, ema weights of step 2" in out
     session = onnxruntime.InferenceSession(output)
     assert session.get_inputs()[0].shape == ["batch", 3, 16, 16]
     assert session.get_outputs()[0].shape == ["batch", 10]
@@ -93,12 +90,16 @@ def test_torch_export(checkpoint, run):
     code, output, out, err = run(
         checkpoint, "torch_export", "--raw_weights", "--data.val_crop_size", "12"
     )
-    assert code == 0 and err == "" and out.count("\n") == 1 and "model weights of step 2" in out
+    assert code == 0
+    assert err == ""
+    assert out.count("\n") == 1
+    assert "model weights of step 2" in out
     facts = {"metadata.json": ""}
     with open(output, "rb") as file:
         program = torch.export.load(file, extra_files=facts)
     facts = json.loads(facts["metadata.json"])
-    assert facts["weights"] == "model" and facts["val_crop_size"] == "12"
+    assert facts["weights"] == "model"
+    assert facts["val_crop_size"] == "12"
     for n in (1, 7):
         given = images(n)[:, :, :12, :12]
         torch.testing.assert_close(
@@ -110,7 +111,9 @@ def test_safetensors(checkpoint, run):
     from safetensors import safe_open
 
     code, output, out, err = run(checkpoint, "safetensors")
-    assert code == 0 and err == "" and out.count("\n") == 1
+    assert code == 0
+    assert err == ""
+    assert out.count("\n") == 1
     weights = unpack_checkpoint(read_checkpoint(checkpoint), "")["ema"]
     with safe_open(output, "pt") as file:
         assert set(file.keys()) == set(weights)
@@ -118,7 +121,9 @@ def test_safetensors(checkpoint, run):
         check_metadata(file.metadata(), checkpoint)
     before = output.read_bytes()
     code, output, _, err = run(checkpoint, "safetensors")  # which would be written over
-    assert code == 2 and "exists" in err and output.read_bytes() == before
+    assert code == 2
+    assert "exists" in err
+    assert output.read_bytes() == before
 
 
 def fresh(path, **options):
@@ -150,30 +155,30 @@ def test_torchvision(tmp_path, run, checkpoint):
 
     path, model = fresh(tmp_path / "resnet18.pt", name="resnet18", zero_init_residual=True)
     code, output, out, err = run(path, "torchvision")
-    assert code == 0 and err == "" and out.count("\n") == 1
+    assert code == 0
+    assert err == ""
+    assert out.count("\n") == 1
     theirs = torchvision.models.resnet18(num_classes=4)
     theirs.load_state_dict(torch.load(output, weights_only=True), strict=True)
     torch.testing.assert_close(theirs.eval()(images(3)), model(images(3)), atol=1e-5, rtol=0)
     output.unlink()
 
     code, output, _, err = run(checkpoint, "torchvision")
-    assert (
-        code == 2
-        and "it has no resnet20: take onnx, torch_export or safetensors" in err
-        and not output.exists()
-    )
+    assert code == 2
+    assert "it has no resnet20: take onnx, torch_export or safetensors" in err
+    assert not output.exists()
     # Of the same keys and shapes, and another network: only the logits tell.
     path, _ = fresh(tmp_path / "resnet50.pt", name="resnet50", stride_in_1x1=True)
     code, output, _, err = run(path, "torchvision")
-    assert (
-        code == 2
-        and "other logits" in err
-        and "{'stride_in_1x1': True}" in err
-        and not output.exists()
-    )
+    assert code == 2
+    assert "other logits" in err
+    assert "{'stride_in_1x1': True}" in err
+    assert not output.exists()
     path, _ = fresh(tmp_path / "resnet18b.pt", name="resnet18", stem="deep")
     code, output, _, err = run(path, "torchvision")
-    assert code == 2 and "it has no resnet18 {'stem': 'deep'}" in err and not output.exists()
+    assert code == 2
+    assert "it has no resnet18 {'stem': 'deep'}" in err
+    assert not output.exists()
 
 
 @pytest.mark.slow
@@ -182,7 +187,9 @@ def test_failures_leave_nothing(checkpoint, run, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(export, "difference", lambda *_, value=difference: value)
             code, output, _, err = run(checkpoint, "safetensors")
-        assert code == 2 and "other logits" in err and not output.exists()
+        assert code == 2
+        assert "other logits" in err
+        assert not output.exists()
     with monkeypatch.context() as patch:
         patch.setattr(
             export,
@@ -190,12 +197,18 @@ def test_failures_leave_nothing(checkpoint, run, monkeypatch):
             lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")),
         )
         code, output, _, err = run(checkpoint, "safetensors")
-    assert code == 2 and "No space left" in err and err.count("\n") == 1 and not output.exists()
+    assert code == 2
+    assert "No space left" in err
+    assert err.count("\n") == 1
+    assert not output.exists()
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     code, output, _, err = run(checkpoint, "safetensors")
-    assert code == 2 and "pip install 'resnet-dist[export]'" in err and not output.exists()
+    assert code == 2
+    assert "pip install 'resnet-dist[export]'" in err
+    assert not output.exists()
     code, _, _, err = run(checkpoint, "safetensors", "--output", str(output / "no" / "folder"))
-    assert code == 2 and err.count("\n") == 1
+    assert code == 2
+    assert err.count("\n") == 1
 
 
 def test_a_difference_is_seen():

@@ -27,7 +27,8 @@ def trained(steps=3, **optim):
     )
     state = build_state(config, 10, CPU)
     before = {key: value.clone() for key, value in state.model.state_dict().items()}
-    model, rule = NoSync(state.model), rule_of(config)
+    model = NoSync(state.model)
+    rule = rule_of(config)
     engine.warm_up_ddp(model, (2, 3, 16, 16), FP32)
     for step in range(steps):
         train_step(
@@ -77,7 +78,8 @@ def test_frozen_norms_stay_in_eval_throughout():
     """Also after an evaluation; then a SyncBatchNorm says nothing to the other ranks."""
 
     class Nothing(list):
-        num_samples, mirrored = 0, False
+        num_samples = 0
+        mirrored = False
 
     state, _ = trained(steps=0, unfreeze_from="layer3")
     evaluation.evaluate(state.model, Nothing(), Alone(), FP32)
@@ -88,7 +90,8 @@ def test_frozen_norms_stay_in_eval_throughout():
     }
     assert len(modes) == 19
     assert modes == {name: name.startswith("layer3") for name in modes}
-    assert state.model.training and state.model.layer1.training
+    assert state.model.training
+    assert state.model.layer1.training
     state.model.eval()
     evaluation.evaluate(state.model, Nothing(), Alone(), FP32)
     assert not any(module.training for module in state.model.modules())
@@ -120,10 +123,8 @@ def test_auxiliary_heads_are_heads():
         if parameter.requires_grad
     }
     assert trains == {"AuxLogits", "Mixed_7b", "Mixed_7c", "fc"}
-    assert (
-        not model.AuxLogits.conv0.conv.weight.requires_grad
-        and model.AuxLogits.fc.weight.requires_grad
-    )
+    assert not model.AuxLogits.conv0.conv.weight.requires_grad
+    assert model.AuxLogits.fc.weight.requires_grad
 
 
 @pytest.mark.parametrize("name", ["layer4", "layer", "relu", "fc.weight", "Head"])
@@ -167,7 +168,8 @@ def test_groups_with_a_head_of_their_own():
     assert [
         (len(group["params"]), group["weight_decay"], group["lr_scale"]) for group in split
     ] == [(19, 1e-4, 0.1), (1, 1e-4, 1.0), (38, 0.0, 0.1), (1, 1e-5, 1.0)]
-    assert split[1]["params"][0] is model.fc.weight and split[3]["params"][0] is model.fc.bias
+    assert split[1]["params"][0] is model.fc.weight
+    assert split[3]["params"][0] is model.fc.bias
     freeze(model, "layer3")
     split = parameter_groups(model, OptimConfig(backbone_lr_scale=0.1))
     assert [(len(group["params"]), group["lr_scale"]) for group in split] == [

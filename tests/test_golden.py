@@ -41,7 +41,8 @@ def test_it_is_resumed_and_ends_as_it_would_have(folder, digits):
     arguments = ["train", "--config", str(folder / "config.yaml"), "--data.data_dir", digits]
     assert run_app(1, [*arguments, "--output_dir", str(folder)], str(log)) == [0], log.read_text()
     printed = log.read_text()
-    assert "step 30, from" in printed and "warning" not in printed, printed
+    assert "step 30, from" in printed, printed
+    assert "warning" not in printed, printed
     found = lines_of(folder / "metrics.jsonl")
     expected = lines_of(EXPECTED)
     assert [line["step"] for line in found] == [line["step"] for line in expected]

@@ -41,7 +41,8 @@ def test_cheap_checks_pass_on_the_cpu(tmp_path):
     results = [json.loads(line) for line in lines]
     done = {one["name"]: one for one in results if one["outcome"] != "started"}
     failed = {name: one["text"] for name, one in done.items() if one["outcome"] == "failed"}
-    assert not failed and codes == [0], output.read_text()
+    assert not failed, output.read_text()
+    assert codes == [0], output.read_text()
     assert set(done) == set(names)
     skipped = {name for name, one in done.items() if one["outcome"] == "skipped"}
     assert skipped == SKIPPED
@@ -71,7 +72,8 @@ def test_a_part_that_dies_or_hangs_is_recorded_and_the_others_go_on(tmp_path):
     results = report.run_items(program, time.monotonic() + 60)
     found = {one.name: one.outcome for one in results}
     assert list(found) == names
-    assert found.pop("dies") == "died" and found.pop("hangs") == "timed out"
+    assert found.pop("dies") == "died"
+    assert found.pop("hangs") == "timed out"
     assert set(found.values()) == {"passed"}
     by_name = {one.name: one for one in results}
     assert by_name["dies"].text == "exit code 9\na last word\n"
@@ -87,7 +89,8 @@ def test_what_is_missing_is_said_at_once(monkeypatch):
     missing.remove("nvidia.dali")
     monkeypatch.setattr(report.metadata, "version", lambda name: "2.8.1+cu126")
     first, second = report.check_environment()
-    assert "jsonargparse is missing" in first and "2.8.1+cu126 is untried" in second
+    assert "jsonargparse is missing" in first
+    assert "2.8.1+cu126 is untried" in second
     monkeypatch.undo()
     assert not report.has_module("no_such_package.module")
 
@@ -99,10 +102,11 @@ def test_photographs_are_arranged_in_class_folders(tmp_path):
         (flat / name).write_bytes(name.encode())
     folder = report.arrange_photographs(flat, tmp_path / "arranged", 10)
     links = sorted(folder.rglob("*.jpg"))
-    assert len(links) == 10 and {link.read_bytes() for link in links} == {
+    assert len(links) == 10
+    assert ({link.read_bytes() for link in links} == {
         b"a.JPEG",
         b"deeper/b.jpg",
-    }
+    })
     (flat / "deeper" / "b.jpg").unlink()
     (flat / "a.JPEG").unlink()
     with pytest.raises(SystemExit, match="holds no"):
@@ -138,7 +142,8 @@ def test_dry_run_of_the_report(tmp_path):
     content = json.loads((tmp_path / "gpu_report.json").read_text())
     assert {one["name"] for one in content["checks"]} == set(checks.CHECKS)
     outcomes = {one["name"]: one["outcome"] for one in content["figures"]}
-    assert set(outcomes.values()) == {"passed"} and len(outcomes) == 11
+    assert set(outcomes.values()) == {"passed"}
+    assert len(outcomes) == 11
     for one in content["figures"]:
         # Figures of JPEG files are those of real photographs, or there are none.
         is_of_photographs = one["name"] in ("loaders", "decoders", "jpeg_loop")

@@ -67,7 +67,8 @@ def run_training(folder, target, data, more):
     assert cli.main(arguments_of(importing)) == 0
     # Class folders are not imported again.
     [again] = commands_of(target, folder / importing[-1])
-    assert again[-1] == str(folder / importing[-1]) and again[:-1] == training[:-1]
+    assert again[-1] == str(folder / importing[-1])
+    assert again[:-1] == training[:-1]
     arguments = with_options(arguments_of(training), TWO_STEPS | more)
     assert run_app(1, arguments, "printed") == [0], Path("printed").read_text()
     assert "training cache: " in Path("printed").read_text()
@@ -122,7 +123,8 @@ def test_the_schedules_are_those_of_the_sources():
     }
     for name, (num_images, updates, rates) in expected.items():
         config = cli.parse_config(["--config", str(ROOT / "configs" / "gpu" / f"{name}.yaml")])
-        train, optim = config.train, config.optim
+        train = config.train
+        optim = config.optim
         per_epoch = steps_per_epoch(num_images, train.global_batch_size)
         total = epochs_to_steps(train.epochs, per_epoch)
         assert total == updates == config.recipe.updates

@@ -73,7 +73,8 @@ def test_out_of_memory_on_one_of_two_ranks_ends_both(digits, tmp_path):
     codes = run_app(2, arguments, str(output), entry)
     printed = output.read_text()
     assert codes == [2, 2], printed
-    assert ", 3.0 GiB (peak 11.0)" in printed and "per GPU" in printed
+    assert ", 3.0 GiB (peak 11.0)" in printed
+    assert "per GPU" in printed
     (line,) = (line for line in printed.splitlines() if line.startswith("error"))
     for words in (
         "(rank 1): rank 1 is out of GPU memory at step 3",
@@ -148,9 +149,12 @@ def test_energy_of_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     gpu = torch.device("cuda", 1)
     meter = EnergyMeter(gpu)
-    assert (asked, meter.problem, meter.joules()) == (["GPU-1234-56"], "", 2.5)
+    assert asked == ["GPU-1234-56"]
+    assert meter.problem == ""
+    assert meter.joules() == 2.5
     nvml.broken = True
     meter = EnergyMeter(gpu)
-    assert meter.problem == "NVML: Not Supported" and meter.joules() is None
+    assert meter.problem == "NVML: Not Supported"
+    assert meter.joules() is None
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert "resnet-dist[gpu]" in EnergyMeter(gpu).problem

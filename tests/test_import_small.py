@@ -82,10 +82,12 @@ def test_tiny_imagenet_from_a_folder_and_from_the_zip_file(tmp_path):
 
 
 def test_an_interrupted_import_goes_on(tmp_path):
-    archive, out = write_zip(tmp_path / "tiny.zip", TINY), tmp_path / "out"
+    archive = write_zip(tmp_path / "tiny.zip", TINY)
+    out = tmp_path / "out"
     killed(import_tiny, 7, archive, out)
     half = contents(out)
-    assert 0 < len(half) < len(EXPECTED) and half.items() <= EXPECTED.items()
+    assert 0 < len(half) < len(EXPECTED)
+    assert half.items() <= EXPECTED.items()
     times = {name: (out / name).stat().st_mtime_ns for name in half}
     # What a crash of the machine may leave.
     (out / "val" / WNIDS[0]).mkdir(parents=True, exist_ok=True)
@@ -154,7 +156,8 @@ def test_other_folders_and_damaged_zip_files(tmp_path, capsys):
     for said, (source, out) in cases.items():
         assert import_tiny(source, out) == 2, said
         lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 1 and said in lines[0], lines
+        assert len(lines) == 1, lines
+        assert said in lines[0], lines
 
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 3072), np.uint8)
@@ -212,14 +215,16 @@ def test_cifar10_from_both_versions_packed_or_not(tmp_path, published, capsys):
         assert import_cifar(source, out) == 0, capsys.readouterr().err
         expected = expected or contents(out)
         assert contents(out) == expected
-    assert len(expected) == 12 and sorted(expected)[-1] == "val/ship/00000.png"
+    assert len(expected) == 12
+    assert sorted(expected)[-1] == "val/ship/00000.png"
     found = np.asarray(Image.open(io.BytesIO(expected["train/cat/00003.png"])))
     assert np.array_equal(found, PIXELS[3].reshape(3, 32, 32).transpose(1, 2, 0))
     # Repeated, after a kill.
     last = tmp_path / "again"
     killed(import_cifar, 5, archive, last)
     assert contents(last).items() < expected.items()
-    assert import_cifar(archive, last) == 0 and contents(last) == expected
+    assert import_cifar(archive, last) == 0
+    assert contents(last) == expected
 
 
 def test_cifar10_that_is_not_the_published_one(tmp_path, published, capsys):
@@ -241,7 +246,8 @@ def test_cifar10_that_is_not_the_published_one(tmp_path, published, capsys):
         (tmp_path / "archive").write_bytes(content)
         assert import_cifar(tmp_path / "archive", tmp_path / "out") == 2
         lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 1 and said in lines[0], lines
+        assert len(lines) == 1, lines
+        assert said in lines[0], lines
         assert not (tmp_path / "out").exists()
     assert import_cifar(tmp_path / "nowhere", tmp_path / "out") == 2
     assert "nowhere does not exist" in capsys.readouterr().err

@@ -115,7 +115,8 @@ def test_rows_are_sorted_by_class_and_name(tmp_path):
 def test_cache_is_used_until_a_folder_changes(tmp_path, scans, settled):
     data_dir = make(tmp_path, ["train/a/1.jpg", "train/b/1.jpg", "train/b/inner/1.jpg"])
     settled()
-    first, again = build_index(data_dir, "train", ALONE), build_index(data_dir, "train", ALONE)
+    first = build_index(data_dir, "train", ALONE)
+    again = build_index(data_dir, "train", ALONE)
     assert len(scans) == 1
     assert paths(first) == paths(again)
     changes = [
@@ -129,7 +130,8 @@ def test_cache_is_used_until_a_folder_changes(tmp_path, scans, settled):
         change()
         settled()
         size = len(build_index(data_dir, "train", ALONE))
-        assert (size, len(scans)) == ([4, 3, 4, 5][number], number + 2)
+        assert size == [4, 3, 4, 5][number]
+        assert len(scans) == number + 2
     assert build_index(data_dir, "train", ALONE).class_names == ("a", "b", "c")
     assert len(scans) == 5
 
@@ -200,7 +202,8 @@ def rewritten(blob, change):
     """An index file with changed facts or arrays, and checksums that fit."""
     facts, start, _ = index_file._read_header(blob)
     body = bytearray(blob[start:])
-    rows, name_bytes = facts.pop("rows"), facts.pop("name_bytes")
+    rows = facts.pop("rows")
+    name_bytes = facts.pop("name_bytes")
     change(facts, body)
     facts["checksum"] = zlib.crc32(body)
     return encode_header(rows, name_bytes, facts) + bytes(body)
@@ -295,7 +298,8 @@ def test_an_index_of_an_older_version(folder, tmp_path, scans, settled):
     cache.write_bytes(old)
     before = len(scans)
     again = build_index(str(tmp_path / "folder"), "train", ALONE)
-    assert (len(scans), paths(again)) == (before + 1, paths(folder))
+    assert len(scans) == before + 1
+    assert paths(again) == paths(folder)
     root = pack_shards(folder, tmp_path / "shards" / "train", order=range(6), shards=2)
     new = build_index(str(tmp_path / "shards"), "train", ALONE)
     old = as_version_3((root / SHARD_INDEX).read_bytes())
@@ -303,11 +307,9 @@ def test_an_index_of_an_older_version(folder, tmp_path, scans, settled):
     (root / SHARD_INDEX).write_bytes(old)
     before = len(scans)
     again = build_index(str(tmp_path / "shards"), "train", ALONE)
-    assert (len(scans), contents(again), again.fingerprint()) == (
-        before,
-        contents(new),
-        new.fingerprint(),
-    )
+    assert len(scans) == before
+    assert contents(again) == contents(new)
+    assert again.fingerprint() == new.fingerprint()
     damaged = old[:-60] + b"X" + old[-59:]
     (root / SHARD_INDEX).unlink()
     (root / SHARD_INDEX).write_bytes(damaged)
@@ -359,7 +361,8 @@ def test_a_damaged_row_of_a_large_index_is_found_when_it_is_used(folder, monkeyp
 
 def test_every_truncation_is_noticed(tmp_path):
     build_index(make(tmp_path, ["val/a/1.jpg", "val/b/1.jpg"]), "val", ALONE)
-    whole, cut = (tmp_path / ".resnet_dist_val_index.bin").read_bytes(), tmp_path / "cut"
+    whole = (tmp_path / ".resnet_dist_val_index.bin").read_bytes()
+    cut = tmp_path / "cut"
     for length in range(len(whole)):
         cut.write_bytes(whole[:length])
         with pytest.raises(ValueError, match="damaged|bytes|empty"):
@@ -507,11 +510,9 @@ def test_shards_give_the_index_of_the_folder(folder, tmp_path, scans, settled):
     """
     root = pack_shards(folder, tmp_path / "shards" / "train", order=[4, 2, 0, 5, 3, 1], shards=2)
     index = build_index(str(tmp_path / "shards"), "train", ALONE)
-    assert (index.class_names, labels(index), index.fingerprint()) == (
-        folder.class_names,
-        labels(folder),
-        folder.fingerprint(),
-    )
+    assert index.class_names == folder.class_names
+    assert labels(index) == labels(folder)
+    assert index.fingerprint() == folder.fingerprint()
     assert contents(index) == contents(folder) == TEXTS
     assert [index.name(row) for row in range(6)] == NAMES
     assert index.path(0) == f"{root}/shard-00000.tar:a/10.jpg"
@@ -624,7 +625,8 @@ def test_exclusions_are_left_out(folder, tmp_path, packed):
     if packed:
         pack_shards(folder, tmp_path / "shards" / "train", order=[4, 2, 0, 5, 3, 1], shards=2)
     data_dir = str(tmp_path / ("shards" if packed else "folder"))
-    whole, listed = build_index(data_dir, "train", ALONE), tmp_path / "exclude.txt"
+    whole = build_index(data_dir, "train", ALONE)
+    listed = tmp_path / "exclude.txt"
     for gone in ([], [0], [5], [0, 1, 2], [1, 3, 4], [0, 2, 3, 5]):
         listed.write_text(
             "".join(f"train/{NAMES[row]}\n" for row in reversed(gone)) + "val/a/10.jpg\n\n"
@@ -670,7 +672,8 @@ def _on_rank(
     """The index of a rank; ranks in `blind` do not see what lies in the data folder."""
     per_node = local_world_size or world_size
     runtime = Runtime(rank, rank % per_node, world_size, per_node, torch.device("cpu"), None)
-    opened, tempfile.tempdir = [], temporary
+    opened = []
+    tempfile.tempdir = temporary
 
     def watched(real):
         def see(path, root):
@@ -732,7 +735,8 @@ def test_an_error_of_one_machine_is_one_of_all(tmp_path):
     data_dir = make(tmp_path / "data", ["train/a/1.jpg"])
     results = run_ranks(_on_rank, 2, data_dir, (1,), 1, "", str(tmp_path / "none"))
     assert results[0] == results[1]
-    assert "for 1 ranks" in results[0] and "TMPDIR" in results[0]
+    assert "for 1 ranks" in results[0]
+    assert "TMPDIR" in results[0]
 
 
 def test_arrays_that_are_damaged_are_made_anew(tmp_path):
@@ -886,7 +890,8 @@ class SlowClock:
     """Each look at it takes some seconds."""
 
     def __init__(self, seconds):
-        self.seconds, self.now = seconds, 0.0
+        self.seconds = seconds
+        self.now = 0.0
 
     def __call__(self):
         self.now += self.seconds
@@ -898,7 +903,8 @@ def test_a_long_scan_keeps_its_progress(folder, tmp_path, monkeypatch, capsys):
     pack_shards(folder, tmp_path / "shards" / "train", order=range(6), shards=3)
     for data_dir, function in (("folder", "list_class"), ("shards", "read_headers")):
         root = str(tmp_path / data_dir)
-        real, calls = getattr(scan_module, function), []
+        real = getattr(scan_module, function)
+        calls = []
 
         def counted(*args, real=real, calls=calls):
             calls.append(args)
@@ -920,7 +926,8 @@ def test_a_long_scan_keeps_its_progress(folder, tmp_path, monkeypatch, capsys):
             file.write(b"0badc0de [cut off")
         index = build_index(root, "train", ALONE, rescan="always")
         assert len(calls) == 4
-        assert (contents(index), index.fingerprint()) == (TEXTS, folder.fingerprint())
+        assert contents(index) == TEXTS
+        assert index.fingerprint() == folder.fingerprint()
         assert not partial[0].exists()
     assert f"listing {tmp_path}/folder/train: 3 of 3" in capsys.readouterr().err
 
@@ -985,7 +992,8 @@ def test_special_files_among_the_shards(tmp_path):
     with tarfile.open(tmp_path / "train/x.tar", "w") as tar:
         add_member(tar, "a/1.jpg", b"x")
         link = tarfile.TarInfo("a/2.jpg")
-        link.type, link.linkname = tarfile.SYMTYPE, "/dev/zero"
+        link.type = tarfile.SYMTYPE
+        link.linkname = "/dev/zero"
         tar.addfile(link)
     with pytest.warns(UserWarning, match="1 links, devices or sparse files"):
         assert len(build_index(str(tmp_path), "train", ALONE)) == 1

@@ -177,7 +177,8 @@ def test_any_layout_reads_the_same_global_batch(layout, more_images, seed, step)
             parts.append(train_job(seed, step, micro_step, sampling).rows)
     assert np.array_equal(np.concatenate(parts), expected.rows)
     assert len(np.unique(expected.rows)) == global_batch_size
-    assert expected.rows.min() >= 0 and expected.rows.max() < num_images
+    assert expected.rows.min() >= 0
+    assert expected.rows.max() < num_images
 
 
 @settings(max_examples=60, deadline=None)
@@ -212,8 +213,12 @@ def test_windows_lie_in_their_images(images, scale, ratio, seed):
     rows = np.arange(len(images))
     windows = crops.random_windows(seed, 3, rows, heights, widths, scale, ratio)
     y, x, height, width = windows.T
-    assert (height >= 1).all() and (width >= 1).all() and (y >= 0).all() and (x >= 0).all()
-    assert (y + height <= heights).all() and (x + width <= widths).all()
+    assert (height >= 1).all()
+    assert (width >= 1).all()
+    assert (y >= 0).all()
+    assert (x >= 0).all()
+    assert (y + height <= heights).all()
+    assert (x + width <= widths).all()
     alone = crops.random_windows(seed, 3, rows[-1:], heights[-1:], widths[-1:], scale, ratio)
     assert np.array_equal(alone[0], windows[-1])
 

@@ -79,7 +79,8 @@ def test_dry_run_prints_the_batch_script_and_what_it_trains(capsys, monkeypatch,
         "--open-mode=append",
     ):
         assert f"#SBATCH {line}\n" in said
-    setup, command = said.index("\nmodule load cuda\n"), said.index("\nsrun ")
+    setup = said.index("\nmodule load cuda\n")
+    command = said.index("\nsrun ")
     assert setup < said.index("export MASTER_PORT=") < command
     srun = said[command:].splitlines()[1]
     for words in (
@@ -123,12 +124,11 @@ def test_dry_run_of_an_array_and_of_data_that_is_not_here(capsys, tmp_path):
     ]
     assert cli.main(arguments) == 0
     said = capsys.readouterr().out
-    assert (
-        "#SBATCH --array=0-5%6\n" in said
-        and "%A_%a_%t_attempt" in said
-        and "#SBATCH --partition=gpu\n" in said
-    )
-    assert "#SBATCH --hold\n" in said and "\nmodule load cuda\n" in said
+    assert "#SBATCH --array=0-5%6\n" in said
+    assert "%A_%a_%t_attempt" in said
+    assert "#SBATCH --partition=gpu\n" in said
+    assert "#SBATCH --hold\n" in said
+    assert "\nmodule load cuda\n" in said
     pattern = (
         rf"{tmp_path}/(\S+): ranks 0 to 3.* peak lr (\S+); "
         "number of steps not known here: data.data_dir"
@@ -225,7 +225,8 @@ def test_names_of_directives_are_names(capsys, tmp_path):
         profile.write_text(json.dumps({"cluster": {"extra": {name: "value"}}}))
         assert cli.main([*RECIPE, "--config", str(profile), "--cluster.dry_run"]) == 2
         said = capsys.readouterr().err
-        assert "cluster.extra has the key" in said and len(said.splitlines()) <= 4, said
+        assert "cluster.extra has the key" in said, said
+        assert len(said.splitlines()) <= 4, said
 
 
 ODD = """it's "a" $(touch INTRUDER) `touch INTRUDER`; touch INTRUDER & #x {} *?"""
@@ -291,7 +292,8 @@ def test_what_is_probably_not_meant_gets_a_warning(capsys, arguments, words):
 def test_without_slurm_it_says_so(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", "")
     assert cli.main([*RECIPE, "--output_dir", str(tmp_path)]) == 2
-    assert "does not take the job" in (said := capsys.readouterr().err) and "srun" in said
+    assert "does not take the job" in (said := capsys.readouterr().err)
+    assert "srun" in said
 
 
 def test_ports():
@@ -313,7 +315,9 @@ class FakePlace:
     """As much of submitit's JobEnvironment as the end of a rank needs."""
 
     def __init__(self, rank, executor="slurm"):
-        self.global_rank, self.job_id, self.executor = rank, "7", executor
+        self.global_rank = rank
+        self.job_id = "7"
+        self.executor = executor
 
     def name(self):
         return self.executor
@@ -419,7 +423,8 @@ class FakeJob:
     """As much of a submitit job as the client needs."""
 
     def __init__(self, job_id, num_tasks):
-        self.job_id, self.num_tasks = job_id, num_tasks
+        self.job_id = job_id
+        self.num_tasks = num_tasks
 
 
 def test_the_client_shows_the_first_real_error(capsys, monkeypatch, tmp_path):
@@ -463,7 +468,8 @@ def test_an_older_attempt_cannot_publish(tmp_path):
     """Split brain: the old writer is refused, at its next save and also in the middle of one, and
     leaves no trace.
     """
-    warnings, model = [], torch.nn.Linear(2, 2)
+    warnings = []
+    model = torch.nn.Linear(2, 2)
     state = TrainState(
         model,
         torch.optim.SGD(model.parameters()),
@@ -509,14 +515,18 @@ def test_blocked_signals_are_let_in_and_blocked_again(group_of_one):
     try:
         signal.pthread_kill(threading.get_ident(), signal.SIGUSR2)
         stop = StopSignal(None)
-        assert (stop.poll(), stop.poll()) == (0, signal.SIGUSR2)
+        assert stop.poll() == 0
+        assert stop.poll() == signal.SIGUSR2
         stop.forget()
-        assert (stop.poll(), stop.poll()) == (0, 0)
+        assert stop.poll() == 0
+        assert stop.poll() == 0
         os.kill(os.getpid(), signal.SIGTERM)
-        assert (stop.poll(), stop.poll()) == (0, signal.SIGTERM)
+        assert stop.poll() == 0
+        assert stop.poll() == signal.SIGTERM
         os.kill(os.getpid(), signal.SIGUSR2)  # while it is decided about SIGTERM
         stop.forget()
-        assert (stop.poll(), stop.poll()) == (0, signal.SIGUSR2)
+        assert stop.poll() == 0
+        assert stop.poll() == signal.SIGUSR2
         stop.finish()
         stop.close()
         signal.pthread_kill(threading.get_ident(), signal.SIGUSR2)  # would end the process
@@ -545,7 +555,8 @@ def test_one_gpu_of_its_own_or_all_of_them(monkeypatch, visible, environment, in
             distributed.start("cuda", watchdog=watchdog)
     else:
         device = distributed.start("cuda", watchdog=watchdog).device
-        assert device == torch.device("cuda", index) and chosen == [index]
+        assert device == torch.device("cuda", index)
+        assert chosen == [index]
 
 
 @pytest.mark.slow

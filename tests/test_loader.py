@@ -138,7 +138,8 @@ def test_batches_are_as_the_model_wants_them(good, tmp_path):
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
         assert batch.labels.dtype == torch.int64
         assert batch.indices.dtype == np.int64
-        assert (loader.num_samples, loader.steps_per_epoch) == (N, 5)
+        assert loader.num_samples == N
+        assert loader.steps_per_epoch == 5
         assert loader.class_names == ("class0", "class1", "class2")
         loader.close()
 
@@ -321,7 +322,8 @@ def test_bad_files_are_replaced_the_same_way_on_every_layout(mixed, tmp_path):
 
 def test_mixed_batch_leaves_the_good_images_alone(good, mixed, tmp_path):
     """The crops of good images are those that they have in a clean set."""
-    dirty, clean = steps(mixed, tmp_path, 0, 5), steps(good, tmp_path, 0, 5)
+    dirty = steps(mixed, tmp_path, 0, 5)
+    clean = steps(good, tmp_path, 0, 5)
     for (rows, _, images), (asked, _, expected) in zip(dirty, clean, strict=True):
         same = (rows == asked) & (asked != 5)
         assert torch.equal(images[same], expected[same])
@@ -440,7 +442,8 @@ def test_training_leaves_out_the_listed_images_and_evaluation_does_not(tmp_path)
     config = Config(data=data, train=train_config, output_dir=str(tmp_path), seed=1)
     train = build_train_loader(config, OneProcess())
     val = build_val_loader(config, OneProcess())
-    assert (train.num_samples, val.num_samples) == (10, 12)
+    assert train.num_samples == 10
+    assert val.num_samples == 12
     (batch,) = train.batches(0, 1)
     assert sorted(train.index.name(row) for row in batch.indices.tolist()) == sorted(
         f"class{i // 4}/{i:04d}.jpg" for i in range(12) if i not in (1, 11)

@@ -35,7 +35,8 @@ def test_hits_are_those_of_topk(classes):
 
 def test_equal_logits_rank_by_class():
     result = of(torch.zeros(8, 8), torch.arange(8))
-    assert (result["correct1"], result["correct5"]) == (1, 5)
+    assert result["correct1"] == 1
+    assert result["correct5"] == 5
 
 
 def test_ignored_labels_and_nan_are_counted_but_never_hits():
@@ -44,13 +45,17 @@ def test_ignored_labels_and_nan_are_counted_but_never_hits():
     logits[2, 0] = math.nan  # another class's logit is as good as none at all
     logits[3] = math.nan
     result = of(logits, labels)
-    assert (result["correct1"], result["correct5"], result["num"]) == (1, 1, 4)
+    assert result["correct1"] == 1
+    assert result["correct5"] == 1
+    assert result["num"] == 4
 
 
 def test_sum_and_nothing():
     one = Counts.of(torch.eye(3), torch.tensor([0, 1, 0]), torch.tensor([1.0, 2.0, 3.0]))
     total = (Counts.zero(torch.device("cpu")) + one + one).result()
-    assert (total["correct1"], total["num"], total["loss"]) == (4, 6, 2.0)
+    assert total["correct1"] == 4
+    assert total["num"] == 6
+    assert total["loss"] == 2.0
     nothing = Counts.zero(torch.device("cpu")).result()
     assert nothing["num"] == 0
     assert math.isnan(nothing["top1"])
@@ -64,7 +69,8 @@ def test_runs_on_meta():
         torch.empty(4, device=device),
     )
     total = Counts.zero(device) + counts
-    assert (total.correct1.dtype, total.loss_sum.dtype) == (torch.int64, torch.float64)
+    assert total.correct1.dtype == torch.int64
+    assert total.loss_sum.dtype == torch.float64
     assert total.num.device == device
 
 
@@ -83,12 +89,10 @@ def _reduce(rank, world_size):
 def test_reduction_over_ranks_is_exact():
     first, second = run_ranks(_reduce, 2)
     assert first == second
-    assert (first["correct1"], first["correct5"], first["num"], first["loss"]) == (
-        2**52 - 2,
-        1,
-        4,
-        0.25,
-    )
+    assert first["correct1"] == 2**52 - 2
+    assert first["correct5"] == 1
+    assert first["num"] == 4
+    assert first["loss"] == 0.25
 
 
 def test_fewer_than_six_classes_have_no_top5():

@@ -59,7 +59,8 @@ def open_index(folder):
 
 def test_a_run_on_shards_is_a_run_on_the_folder(source, tmp_path):
     assert pack(source, tmp_path / "out", "--workers", "2") == 0
-    ours, theirs = open_index(source), open_index(tmp_path / "out")
+    ours = open_index(source)
+    theirs = open_index(tmp_path / "out")
     assert theirs.shards == ("train-000000.tar",)
     assert theirs.fingerprint() == ours.fingerprint()
     assert theirs.class_names == ours.class_names == ("a.cat", "b", "ü")
@@ -114,19 +115,21 @@ def test_resize_brings_large_images_down_and_leaves_the_others(source, tmp_path,
     Image.fromarray(np.full((70, 90), 40000, np.uint16)).save(source / "train/b/deep.png")
     assert pack(source, tmp_path / "out", "--resize", "60") == 0
     said = capsys.readouterr().out
-    assert (
-        "kept as it was: train/b/cut.jpg: " in said
-        and "kept as it was: train/b/deep.png: it has 16 bits" in said
-    )
-    index, resized = open_index(tmp_path / "out"), set()
+    assert "kept as it was: train/b/cut.jpg: " in said
+    assert "kept as it was: train/b/deep.png: it has 16 bits" in said
+    index = open_index(tmp_path / "out")
+    resized = set()
     for row in range(len(index)):
-        data, name = load(index, row).data, index.name(row)
+        data = load(index, row).data
+        name = index.name(row)
         original = (source / "train" / name).read_bytes()
         if data == original:
             continue
         resized.add(name)
-        image, before = Image.open(io.BytesIO(data)), Image.open(io.BytesIO(original))
-        assert image.format == "JPEG" and min(image.size) == 60 < min(before.size)
+        image = Image.open(io.BytesIO(data))
+        before = Image.open(io.BytesIO(original))
+        assert image.format == "JPEG"
+        assert min(image.size) == 60 < min(before.size)
         expected = np.asarray(before.resize(image.size, Image.Resampling.LANCZOS)).astype(int)
         assert np.abs(np.asarray(image) - expected).mean() < 8
     assert resized == {"a.cat/x_y.jpg", *(f"b/{i}.JPG" for i in range(5, 12) if 50 + 5 * i > 60)}
@@ -135,9 +138,11 @@ def test_resize_brings_large_images_down_and_leaves_the_others(source, tmp_path,
 def test_quality_encodes_all_that_it_makes_smaller(source, tmp_path):
     """At the same size; what would grow, or cannot be decoded, keeps its bytes."""
     assert pack(source, tmp_path / "out", "--quality", "50") == 0
-    index, smaller = open_index(tmp_path / "out"), 0
+    index = open_index(tmp_path / "out")
+    smaller = 0
     for row in range(len(index)):
-        data, original = load(index, row).data, (source / "train" / index.name(row)).read_bytes()
+        data = load(index, row).data
+        original = (source / "train" / index.name(row)).read_bytes()
         assert len(data) <= len(original)
         if data != original:
             smaller += 1
@@ -161,7 +166,8 @@ def killed(function, count, *arguments):
 
     def body():
         calls = []
-        os.fsync, os.replace = counted(os.fsync, calls), counted(os.replace, calls)
+        os.fsync = counted(os.fsync, calls)
+        os.replace = counted(os.replace, calls)
         function(*arguments)
         os._exit(0)
 

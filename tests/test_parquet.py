@@ -200,8 +200,11 @@ def test_bad_files_are_one_sentence(source, tmp_path, capsys):
             pq.write_table(content, path)
         assert run_import(path.parent, tmp_path / "out" / name) == 2, name
         said = capsys.readouterr().err
-        assert problem in said and way_out in said and str(path) in said, said
-        assert said.startswith("error: ") and said.count("\n") == 1, said
+        assert problem in said, said
+        assert way_out in said, said
+        assert str(path) in said, said
+        assert said.startswith("error: "), said
+        assert said.count("\n") == 1, said
         assert not list((tmp_path / "out" / name).rglob("*.tar")), name
     assert run_import(tmp_path, tmp_path / "x") == 2
     assert "holds no parquet files of a training or validation set" in capsys.readouterr().err
@@ -263,7 +266,8 @@ def test_evaluation_reads_parquet_in_place(source, tmp_path):
 
     in_place = build_val_index(str(source), "val", OneProcess())
     imported = build_val_index(str(tmp_path / "out"), "val", OneProcess())
-    assert is_parquet(in_place) and not is_parquet(imported)
+    assert is_parquet(in_place)
+    assert not is_parquet(imported)
     assert in_place.class_names == imported.class_names
     expected = shown(imported, 1)
     assert len(expected) == 130

@@ -47,7 +47,8 @@ from resnet_dist.evaluation.predictions_file import read_predictions, write_pred
 from resnet_dist.metrics import Counts
 from resnet_dist.precision import Precision
 
-NUM, CLASSES = 400, 8
+NUM = 400
+CLASSES = 8
 
 
 def random_batch(seed=0, num=NUM, scale=3.0, first_row=0):
@@ -89,7 +90,8 @@ def test_logits_that_are_not_finite_are_no_hits():
     logits[2, 0] = math.inf
     results = results_of_batch(batch, logits)
     assert np.flatnonzero(~results.is_finite).tolist() == [1, 2]
-    assert not results.is_hit[1] and not results.is_top5_hit[2]
+    assert not results.is_hit[1]
+    assert not results.is_top5_hit[2]
 
 
 def test_bins_by_hand():
@@ -97,7 +99,8 @@ def test_bins_by_hand():
     hits = np.array([False, True, True, False, True, True])
     bins = equal_width_bins(confidences, hits)
     assert [each.num for each in bins] == [2, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 1, 1]
-    assert bins[7].accuracy == 0.5 and bins[7].confidence == pytest.approx(0.51)
+    assert bins[7].accuracy == 0.5
+    assert bins[7].confidence == pytest.approx(0.51)
     # |0.5 - 1/30| * 2, |0.5 - 0.51| * 2, |1 - 0.9|, |1 - 1|, divided by 6
     expected = (2 * (0.5 - 1 / 30) + 2 * 0.01 + 0.1) / 6
     assert expected_calibration_error(bins) == pytest.approx(expected)
@@ -115,10 +118,12 @@ def test_the_temperature_undoes_a_scale():
     calibration = measure_calibration(results_of_batch(batch, 2 * logits))
     scaling = calibration.scaling
     assert scaling.temperature == pytest.approx(2, rel=0.08)
-    assert scaling.num == 3000 and not scaling.is_at_the_edge
+    assert scaling.num == 3000
+    assert not scaling.is_at_the_edge
     assert scaling.loss_after < scaling.loss_before
     assert scaling.ece_after < 0.03 < scaling.ece_before
-    assert calibration.ece > 0.05 and calibration.ece_equal_mass > 0.05
+    assert calibration.ece > 0.05
+    assert calibration.ece_equal_mass > 0.05
 
 
 def test_unreadable_images_are_misses_and_have_no_probabilities():
@@ -174,8 +179,11 @@ def test_the_paired_test_is_the_exact_binomial_test():
     first = np.array([True] * 90 + [False] * 10)
     second = np.array([True] * 95 + [False] * 5)
     test = paired_test(first, second)
-    assert (test.only_first, test.only_second, test.points) == (0, 5, 5.0)
-    assert test.p_value == 0.0625 and not test.is_different
+    assert test.only_first == 0
+    assert test.only_second == 5
+    assert test.points == 5.0
+    assert test.p_value == 0.0625
+    assert not test.is_different
 
 
 def test_seeds():
@@ -184,7 +192,8 @@ def test_seeds():
         assert student_quantile(freedom) == pytest.approx(expected, rel=1e-9)
     summary = summarize_seeds([90.0, 91.0, 92.0])
     expected = scipy.stats.t.interval(0.95, 2, 91, 1 / math.sqrt(3))
-    assert (summary.mean, summary.deviation) == (91, 1)
+    assert summary.mean == 91
+    assert summary.deviation == 1
     assert [summary.interval.low, summary.interval.high] == pytest.approx(list(expected))
 
 
@@ -236,10 +245,12 @@ def test_files_are_the_same_on_any_number_of_ranks(tmp_path):
         assert details.is_hit.sum() == counts["correct1"] > 0
         assert details.num_top5_hits == counts["correct5"]
         assert len(details.is_hit) == counts["num"] == 43
-        assert details.num_unreadable == 1 and details.calibration.num == 42
+        assert details.num_unreadable == 1
+        assert details.calibration.num == 42
         assert sum(each.num for each in details.classes) == 43
         confidences = [entry.confidence for entry in details.mistakes]
-        assert confidences == sorted(confidences, reverse=True) and len(confidences) == 12
+        assert confidences == sorted(confidences, reverse=True)
+        assert len(confidences) == 12
         assert base64.b64decode(details.hits[0].png)[:4] == b"\x89PNG"
         predictions = read_predictions(tmp_path / "predictions.parquet")
         assert np.array_equal(predictions.is_hit, details.is_hit)
@@ -249,7 +260,8 @@ def test_files_are_the_same_on_any_number_of_ranks(tmp_path):
     index = build_index(str(tmp_path), "val", OneProcess())
     assert [row["path"] for row in rows] == [index.name(i) for i in range(43)]
     assert [row["label"] for row in rows] == index.labels_of(np.arange(43)).tolist()
-    assert rows[9]["loss"] is None and rows[9]["top_classes"] is None
+    assert rows[9]["loss"] is None
+    assert rows[9]["top_classes"] is None
     assert len(rows[0]["top_probabilities"]) == 5
 
 

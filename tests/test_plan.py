@@ -42,11 +42,9 @@ def test_the_plan_of_the_quickstart(capsys):
     words += ["--gpus", "2", "--hours", "0.1", "--memory_gib", "1"]
     assert cli.main(words) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["local_batch_size"], found["steps_per_epoch"], found["total_steps"]) == (
-        32,
-        22,
-        308,
-    )
+    assert found["local_batch_size"] == 32
+    assert found["steps_per_epoch"] == 22
+    assert found["total_steps"] == 308
     assert found["images_per_second"] == pytest.approx(308 * 64 / 360)
     memory = found["memory"]
     assert memory["num_parameters"] == 269_722

@@ -56,7 +56,8 @@ def test_precision_is_that_of_autocast_and_scaler():
 @pytest.fixture
 def switches():
     """PyTorch's switches, as they were, after the test."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    matmul = torch.backends.cuda.matmul
+    cudnn = torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
     fill = torch.utils.deterministic.fill_uninitialized_memory
     yield
@@ -71,15 +72,20 @@ def test_switches_of_a_gpu(switches, monkeypatch):
     """
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    matmul = torch.backends.cuda.matmul
+    cudnn = torch.backends.cudnn
     cudnn.benchmark = True
     for wanted in (True, False):
         set_arithmetic(TrainConfig(tf32=wanted), torch.device("cuda"))
-        assert (matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark) == (wanted, wanted, True)
+        assert matmul.allow_tf32 == wanted
+        assert cudnn.allow_tf32 == wanted
+        assert cudnn.benchmark
     set_arithmetic(TrainConfig(tf32=True, deterministic=True), CPU)
-    assert not torch.are_deterministic_algorithms_enabled() and not matmul.allow_tf32
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert not matmul.allow_tf32
     set_arithmetic(TrainConfig(deterministic=True), torch.device("cuda"))
-    assert torch.are_deterministic_algorithms_enabled() and not cudnn.benchmark
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not cudnn.benchmark
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
@@ -109,7 +115,8 @@ def test_a_run_keeps_its_precision_on_another_kind_of_node(digits, tmp_path):
     assert train(1, "bf16")[0] == "bf16"
     saved, printed = train(2, "auto")
     assert saved == "bf16"
-    assert "bf16" in printed and "train.precision was" not in printed
+    assert "bf16" in printed
+    assert "train.precision was" not in printed
     saved, printed = train(3, "fp32")
     assert saved == "fp32"
     assert "train.precision was 'bf16', now 'fp32'" in printed

@@ -63,10 +63,14 @@ def test_a_validation_folder_gets_what_evaluation_gives_it(checkpoint, digits, t
     ]
     code, text = run("evaluate", tmp_path, *settings)
     counts = objects(text)[0]["ema"]
-    assert code == 0 and counts["num"] == 355 and 0 < counts["correct1"] < counts["correct5"] < 355
+    assert code == 0
+    assert counts["num"] == 355
+    assert 0 < counts["correct1"] < counts["correct5"] < 355
     code, text = run("predict", tmp_path, *settings, f"{digits}/val")
-    assert code == 0 and "resnet20, ema weights of step 2" in text
-    found, index = objects(text), build_index(digits, "val", OneProcess())
+    assert code == 0
+    assert "resnet20, ema weights of step 2" in text
+    found = objects(text)
+    index = build_index(digits, "val", OneProcess())
     assert [image["path"] for image in found] == [index.path(row) for row in range(355)]
     ranks = [[best["class"] for best in image["predictions"]] for image in found]
     own = [image["path"].split("/")[-2] for image in found]
@@ -87,7 +91,8 @@ def test_a_validation_folder_gets_what_evaluation_gives_it(checkpoint, digits, t
         logits = evaluation.predict_logits(model, batch, loader.mirrored, precision)
         shares += logits.softmax(1).tolist()
     loader.close()
-    assert weights == "ema" and len(shares) == 355
+    assert weights == "ema"
+    assert len(shares) == 355
     for image, row in zip(found, shares, strict=True):
         assert (
             [best["probability"] for best in image["predictions"]]
@@ -121,14 +126,19 @@ def test_what_cannot_be_used_is_named_and_the_others_go_on(checkpoint, digits, t
     ]
     code, text = run("predict", tmp_path, *words, "--json", "--top", "20")
     found = objects(text)
-    assert code == 1 and len(found) == 8 and "Traceback" not in text
+    assert code == 1
+    assert len(found) == 8
+    assert "Traceback" not in text
     errors = {
         os.path.basename(image["path"]): image["error"] for image in found if "error" in image
     }
     assert list(errors) == ["missing.jpg", "text.jpg", "cut.jpg", "damaged.png"]
-    assert "No such file" in errors["missing.jpg"] and "neither JPEG nor PNG" in errors["text.jpg"]
-    assert "end marker" in errors["cut.jpg"] and "the decoder refuses it" in errors["damaged.png"]
-    assert found[1] == found[5] == found[6] | {"path": good} and found[6]["path"] == strange
+    assert "No such file" in errors["missing.jpg"]
+    assert "neither JPEG nor PNG" in errors["text.jpg"]
+    assert "end marker" in errors["cut.jpg"]
+    assert "the decoder refuses it" in errors["damaged.png"]
+    assert found[1] == found[5] == found[6] | {"path": good}
+    assert found[6]["path"] == strange
     predictions = [image["predictions"] for image in found if "error" not in image]
     assert [len({best["class"] for best in ranks}) for ranks in predictions] == [
         10
@@ -138,13 +148,18 @@ def test_what_cannot_be_used_is_named_and_the_others_go_on(checkpoint, digits, t
     code, text = run("predict", tmp_path, *words, "--top", "2")
     lines = text.splitlines()
     rows = [line for line in lines if " % " in line]
-    assert code == 1 and len(rows) == 8
+    assert code == 1
+    assert len(rows) == 8
     assert len({line.index(" % ") for line in rows if "udcff" not in line}) == 1  # aligned
-    assert rows[0].split()[0] == good and not rows[1].split()[0].startswith("/")
-    assert len([line for line in lines if line.startswith("error: ")]) == 4 and "\\udcff" in text
+    assert rows[0].split()[0] == good
+    assert not rows[1].split()[0].startswith("/")
+    assert len([line for line in lines if line.startswith("error: ")]) == 4
+    assert "\\udcff" in text
     assert not list((tmp_path).glob("**/quarantine.jsonl"))
     code, text = run("predict", tmp_path, "--checkpoint", checkpoint, tmp_path / "text.jpg")
-    assert code == 2 and "Traceback" not in text and "neither JPEG nor PNG" in text
+    assert code == 2
+    assert "Traceback" not in text
+    assert "neither JPEG nor PNG" in text
 
 
 @pytest.mark.slow
@@ -172,7 +187,8 @@ def test_interrupts_and_closed_pipes_are_quiet(checkpoint, digits, tmp_path):
         code, text = run(
             "predict", tmp_path, "--checkpoint", checkpoint, f"{digits}/val", entry=entry
         )
-        assert code == expected and text.splitlines() == ["resnet20, ema weights of step 2"]
+        assert code == expected
+        assert text.splitlines() == ["resnet20, ema weights of step 2"]
 
 
 def test_what_is_named(tmp_path, monkeypatch):
@@ -224,7 +240,9 @@ def test_a_full_disk_is_said(checkpoint, digits, tmp_path):
     code, text = run(
         "predict", tmp_path, "--checkpoint", checkpoint, f"{digits}/val/3/0004.jpg", entry=entry
     )
-    assert code == 2 and "standard output cannot be written" in text and "Traceback" not in text
+    assert code == 2
+    assert "standard output cannot be written" in text
+    assert "Traceback" not in text
 
 
 @pytest.mark.slow
@@ -240,7 +258,8 @@ def test_bytes_from_a_pipe(checkpoint, digits, tmp_path):
     code, text = run(
         "predict", tmp_path, "--checkpoint", checkpoint, "/dev/stdin", "--top", "1", entry=entry
     )
-    assert code == 0 and text.splitlines()[1].startswith("/dev/stdin  ")
+    assert code == 0
+    assert text.splitlines()[1].startswith("/dev/stdin  ")
 
 
 @pytest.mark.slow
@@ -254,7 +273,8 @@ def test_refusals(checkpoint, digits, tmp_path, monkeypatch, capsys):
     ):
         with pytest.raises(SystemExit) as ending:
             cli.main(["predict", image, "--checkpoint", checkpoint, *arguments])
-        assert ending.value.code == 2 and said in capsys.readouterr().err
+        assert ending.value.code == 2
+        assert said in capsys.readouterr().err
     assert cli.main(["predict", image, "--checkpoint", str(tmp_path / "gone.pt")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -39,7 +39,8 @@ def test_the_first_decoder_that_works_alone_is_named(kinds, level, text):
 
     found = describe_jpeg_decoder(GPU, decodes=decodes, run_graph=lambda: None)
     assert found[0] == level
-    assert found[1].startswith("JPEG: ") and text in found[1]
+    assert found[1].startswith("JPEG: ")
+    assert text in found[1]
     assert asked == [backend.kind for backend in BACKENDS][: len(asked)]
 
 
@@ -51,17 +52,20 @@ def test_warnings_of_the_training_graph_are_counted(capfd):
             os.write(2, b"[WARNING] nvImageCodec: falls back\n")
 
     level, text = describe_jpeg_decoder(GPU, decodes=lambda _: True, run_graph=run_graph)
-    assert level == "warning" and "printed 3 warnings of its libraries for a batch of 8" in text
+    assert level == "warning"
+    assert "printed 3 warnings of its libraries for a batch of 8" in text
 
     def fail():
         raise RuntimeError("no such device")
 
     level, text = describe_jpeg_decoder(GPU, decodes=lambda _: True, run_graph=fail)
-    assert level == "error" and text.endswith("the graph of training fails: no such device")
+    assert level == "error"
+    assert text.endswith("the graph of training fails: no such device")
     # The real graph, as far as a machine without a GPU has it.
     with count_library_warnings() as warnings:
         decode_probe_batch(torch.device("cpu"))
-    assert warnings.count == 0 and capfd.readouterr().err == ""
+    assert warnings.count == 0
+    assert capfd.readouterr().err == ""
 
 
 def test_the_cpu_decoder_decodes_the_shipped_image():
@@ -72,7 +76,8 @@ def test_the_cpu_decoder_decodes_the_shipped_image():
     assert decodes(by_kind["CPU_ONLY"])
     if not torch.cuda.is_available():
         level, text = describe_jpeg_decoder(GPU)
-        assert level == "warning" and text.startswith("JPEG: CPU decoder")
+        assert level == "warning"
+        assert text.startswith("JPEG: CPU decoder")
 
 
 def test_warnings_are_counted_and_the_rest_is_printed(capfd):
@@ -108,11 +113,13 @@ def test_decoders_warn_only_while_warnings_are_counted(monkeypatch, capfd):
 
 def test_any_build_of_dali_is_found():
     level, text = describe_dali_wheels()
-    assert level == "ok" and text.startswith("nvidia-dali-cuda")
+    assert level == "ok"
+    assert text.startswith("nvidia-dali-cuda")
     assert describe_dali_wheels(["nvidia-dali-cuda130 2.4.0"]) == (
         "ok",
         "nvidia-dali-cuda130 2.4.0",
     )
     level, text = describe_dali_wheels(["nvidia-dali-cuda120 2.4.0", "nvidia-dali-cuda130 2.4.0"])
-    assert level == "warning" and "uninstall all of them, then install one" in text
+    assert level == "warning"
+    assert "uninstall all of them, then install one" in text
     assert describe_dali_wheels([])[0] == "error"

@@ -128,7 +128,8 @@ def test_table_of_gpu_kernels():
             event("Memset (Device)", start + 8000, 2000, "gpu_memset"),
         ]
     table = build_table(events, 2)
-    assert (table.device, table.step_milliseconds) == ("cuda", 10.0)
+    assert table.device == "cuda"
+    assert table.step_milliseconds == 10.0
     found = {row.name: (row.milliseconds, row.count) for row in table.kinds}
     assert found == {
         "convolution": (4.0, 1.0),

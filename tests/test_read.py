@@ -136,7 +136,8 @@ def test_every_cut_is_noticed():
 def test_missing_file_is_a_bad_image(tmp_path):
     index = write_split(tmp_path, [encode(picture(20, 30))] * 2)
     assert load(index, 0).reason is None
-    assert (load(index, 0).height, load(index, 0).width) == (20, 30)
+    assert load(index, 0).height == 20
+    assert load(index, 0).width == 30
     (tmp_path / "train" / "class0" / "0000.jpg").unlink()
     assert "cannot be read: No such file" in load(index, 0).reason
 
@@ -211,7 +212,10 @@ def test_record_that_cannot_be_written_does_not_stop_the_run(tmp_path):
 
 def test_blank_is_a_good_image_of_the_same_row():
     image = blank(Encoded(7, b"", 0, 0, "the file is empty"))
-    assert (image.row, image.height, image.width, image.reason) == (7, 1, 1, "the file is empty")
+    assert image.row == 7
+    assert image.height == 1
+    assert image.width == 1
+    assert image.reason == "the file is empty"
     assert find_fault(image.data) is None
     assert image_size(image.data) == (1, 1)
 
@@ -247,7 +251,9 @@ def test_slow_storage_is_read_by_all_threads_and_fast_by_one(
     index = write_split(tmp_path, [encode(picture(20, 20, seed=i)) for i in range(16)])
     index = packed(index, tmp_path) if in_shards else index
     reader = Reader(index, threads=4)
-    rows, real, together = np.arange(16), read._read, threading.Barrier(4)
+    rows = np.arange(16)
+    real = read._read
+    together = threading.Barrier(4)
 
     def fast(*place):
         clock.now += 1e-5
@@ -294,13 +300,15 @@ def test_shards_are_read_by_place(tmp_path, monkeypatch):
     """
     monkeypatch.setattr(read, "_open_shard", functools.lru_cache(maxsize=2)(read._Shard))
     folder = write_split(tmp_path, [encode(picture(20 + i, 20, seed=i)) for i in range(40)])
-    index, before = packed(folder, tmp_path, shards=7), set(os.listdir("/proc/self/fd"))
+    index = packed(folder, tmp_path, shards=7)
+    before = set(os.listdir("/proc/self/fd"))
     reader = Reader(index, threads=8)
     reader.seconds_per_file = 1.0  # as if it were slow: all threads
     requests = [reader.request(np.random.default_rng(seed).permutation(40)) for seed in range(20)]
     for request in requests:
         for image in reader.collect(request):
-            assert (image.reason, image.data) == (None, load(folder, image.row).data)
+            assert image.reason is None
+            assert image.data == load(folder, image.row).data
     assert len(set(os.listdir("/proc/self/fd")) - before) == 2
     reader.close()
     read._open_shard.cache_clear()
@@ -344,8 +352,11 @@ def test_what_may_pass_is_tried_again(
     """With growing pauses, and from a new descriptor; what will not pass is a bad image at once."""
     index = write_split(tmp_path, [encode(picture(20, 20))])
     index = packed(index, tmp_path, shards=1) if in_shards else index
-    slept, tries, opened = [], [], []
-    pread, os_open = os.pread, os.open
+    slept = []
+    tries = []
+    opened = []
+    pread = os.pread
+    os_open = os.open
     read._open_shard.cache_clear()
 
     def failing(*args):
@@ -376,7 +387,9 @@ def test_formats_that_only_pillow_reads_are_decoded_by_it():
         data = encode(image, form, **options)
         expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
         read_back = examine(3, data)
-        assert (read_back.row, read_back.height, read_back.width) == (3, 37, 53)
+        assert read_back.row == 3
+        assert read_back.height == 37
+        assert read_back.width == 53
         assert read_back.reason is None
         assert image_size(data) == (37, 53)
         assert find_fault(data) is None
@@ -391,7 +404,9 @@ def test_a_missing_end_marker_is_a_suspicion_that_pillow_decides():
     whole = np.asarray(Image.open(io.BytesIO(data)))
     assert inspect(zeros, 64 * 48).suspicion == "the file is cut off: its end marker is missing"
     good = examine(0, zeros)
-    assert (good.reason, good.height, good.width) == (None, 64, 48)
+    assert good.reason is None
+    assert good.height == 64
+    assert good.width == 48
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(good.data))), whole)
     broken = examine(0, data[: len(data) * 3 // 4])
     assert re.search(r"end marker is missing; Pillow: .*truncated", broken.reason)

@@ -93,7 +93,8 @@ def count(module: torch.nn.Module, without: str = " ") -> int:
 def numbers(name: str) -> dict:
     """What the golden file holds of a config; a group is [parameters, weight decay, lr_scale]."""
     config = load(name)
-    model, train = network_of(config), config.train
+    model = network_of(config)
+    train = config.train
     per_epoch = steps_per_epoch(data_of(config)[0], train.global_batch_size, config.augment.repeats)
     total = epochs_to_steps(train.epochs, per_epoch)
     peak = peak_lr(config.optim.base_lr, config.optim.base_batch_size, train.global_batch_size)
@@ -180,7 +181,8 @@ def test_numbers_equal_the_golden_file():
     assert list(golden) == NAMES
 
     def check(name):
-        want, have = golden[name], numbers(name)
+        want = golden[name]
+        have = numbers(name)
         assert have["lr_at_epoch"] == pytest.approx(want.pop("lr_at_epoch"), rel=1e-9, abs=1e-15)
         assert have["peak_lr"] == pytest.approx(want.pop("peak_lr"), rel=1e-9)
         assert {key: have[key] for key in want} == want
@@ -222,7 +224,8 @@ def test_the_facts_of_a_recipe_are_those_of_its_settings():
     """Updates, batch, peak, ranks and local batch, which the facts have from the source."""
 
     def check(name):
-        config, have = load(name), numbers(name)
+        config = load(name)
+        have = numbers(name)
         recipe = config.recipe
         assert recipe.updates == have["updates"]
         assert have["peak_lr"] == pytest.approx(recipe.peak_lr, rel=1e-9)
@@ -316,10 +319,8 @@ def test_the_average_of_torchvision_per_step():
     assert len(names) == 8
     for name in names:
         assert load(name).train.ema_decay == pytest.approx(per_update ** (1 / 32), abs=1e-9)
-        assert (
-            f"{per_update:.8f}" in load(name).recipe.source
-            and str(load(name).train.ema_decay) in load(name).recipe.source
-        )
+        assert f"{per_update:.8f}" in load(name).recipe.source
+        assert str(load(name).train.ema_decay) in load(name).recipe.source
 
 
 def test_the_table_is_that_of_the_recipes():

@@ -32,7 +32,8 @@ def test_a_whole_environment_and_none():
     assert read_launcher(WHOLE) == expected
     one = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
     assert read_launcher(one) == Launcher(address="localhost", port=29500)
-    assert not expected.serves_store and read_launcher(one).serves_store
+    assert not expected.serves_store
+    assert read_launcher(one).serves_store
 
 
 def test_torchrun_is_recognised():
@@ -42,7 +43,9 @@ def test_torchrun_is_recognised():
         "TORCHELASTIC_MAX_RESTARTS": "3",
     }
     launcher = read_launcher({**WHOLE, "RANK": "0", "LOCAL_RANK": "0", **elastic})
-    assert launcher.agent == os.getppid() and launcher.agent_store and launcher.restarts
+    assert launcher.agent == os.getppid()
+    assert launcher.agent_store
+    assert launcher.restarts
     assert not launcher.serves_store
 
 
@@ -163,8 +166,10 @@ def test_a_network_interface_that_does_not_exist(digits, tmp_path, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
     assert wait_app(start_small(tmp_path, digits)) == [2, 2]
     printed = (tmp_path / "log").read_text()
-    assert "GLOO_SOCKET_IFNAME is 'nosuch0'" in printed and re.search(r"up: .*\blo\b", printed)
-    assert printed.count("error") == 1 and "Traceback" not in printed
+    assert "GLOO_SOCKET_IFNAME is 'nosuch0'" in printed
+    assert re.search(r"up: .*\blo\b", printed)
+    assert printed.count("error") == 1
+    assert "Traceback" not in printed
 
 
 @pytest.mark.slow

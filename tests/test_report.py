@@ -158,7 +158,8 @@ def test_few_classes_have_no_top5(tmp_path, capsys):
 def test_a_folder_name_cannot_forge_lines(tmp_path, capsys):
     assert call(tmp_path / "a\nerror: \x1b[31m") == 2
     out = capsys.readouterr().out
-    assert out.count("\n") == 1 and "\x1b" not in out
+    assert out.count("\n") == 1
+    assert "\x1b" not in out
 
 
 @pytest.mark.slow
@@ -178,7 +179,8 @@ def test_the_slow_rank_is_named(tmp_path, capsys):
         assert call(tmp_path) == 0
         out = capsys.readouterr().out
         sentence = "rank 2 waits for data for 200 ms per step, the others 10 ms (medians)"
-        assert (sentence in out) == expected and ("slow rank" in out) == expected
+        assert (sentence in out) == expected
+        assert ("slow rank" in out) == expected
 
 
 @pytest.mark.slow
@@ -194,10 +196,14 @@ def test_html_page(tmp_path, capsys):
     xml.etree.ElementTree.fromstring(
         re.search("<body>.*</body>", html, re.S)[0].replace("&nbsp;", " ")
     )
-    assert "base &lt;b&gt;" in html and "<b>" not in html
-    assert html.count("<td>optim.base_lr<") == 2 and html.count("<td>seed<") == 1
-    assert "89.40 to 90.57" in html and "+1.10 points" in html
-    assert "http" not in html and "<script" not in html
+    assert "base &lt;b&gt;" in html
+    assert "<b>" not in html
+    assert html.count("<td>optim.base_lr<") == 2
+    assert html.count("<td>seed<") == 1
+    assert "89.40 to 90.57" in html
+    assert "+1.10 points" in html
+    assert "http" not in html
+    assert "<script" not in html
     assert call(base, "--html", tmp_path / "none" / "page.html") == 2
     (base / "config.yaml").write_text("[")
     assert call(base, "--html", page) == 0

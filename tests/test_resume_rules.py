@@ -40,7 +40,8 @@ def test_what_may_change_between_attempts():
     saved = {**facts(), "step": 5}
     assert resume_rules.check_resumable(saved, facts(data__threads=7, log__interval_steps=1)) == []
     changed = resume_rules.check_resumable(saved, facts(optim__base_lr=0.2))
-    assert len(changed) == 1 and "optim.base_lr" in changed[0]
+    assert len(changed) == 1
+    assert "optim.base_lr" in changed[0]
     with pytest.raises(ValueError, match=r"another model: model\.name"):
         resume_rules.check_resumable(saved, facts(model__name="resnet18"))
     with pytest.raises(

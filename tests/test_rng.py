@@ -42,7 +42,8 @@ def test_uniform_differs_in_every_argument():
 
 def test_uniform_is_uniform():
     values = uniform(0, "test", 0, np.arange(50_000), 4)
-    assert values.min() >= 0 and values.max() < 1
+    assert values.min() >= 0
+    assert values.max() < 1
     histogram = np.histogram(values, bins=20, range=(0, 1))[0]
     chi2 = ((histogram - 10_000.0) ** 2 / 10_000).sum()
     assert chi2 < 45  # 19 degrees of freedom: above 43.8 once in a thousand
@@ -57,4 +58,5 @@ def test_seeds_are_stable_and_distinct():
         for purpose in "ab"
         for number in range(100)
     }
-    assert len(seeds) == 1000 and all(0 <= seed < 2**63 for seed in seeds)
+    assert len(seeds) == 1000
+    assert all(0 <= seed < 2**63 for seed in seeds)

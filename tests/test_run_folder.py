@@ -37,9 +37,9 @@ def test_a_damaged_newest_falls_back_and_says_so(tmp_path, damage):
     path.write_bytes(content)
     warnings = []
     assert newest_valid(tmp_path, warnings.append) == tmp_path / "step_00000001.pt"
-    assert (
-        len(warnings) == 1 and "step_00000002.pt" in warnings[0] and "the one before" in warnings[0]
-    )
+    assert len(warnings) == 1
+    assert "step_00000002.pt" in warnings[0]
+    assert "the one before" in warnings[0]
 
 
 def test_nothing_valid_is_an_error_and_nothing_at_all_is_not(tmp_path):
@@ -59,10 +59,8 @@ def test_a_newer_format_is_not_loaded_and_the_one_before_is(tmp_path, monkeypatc
     monkeypatch.undo()
     warnings = []
     assert newest_valid(tmp_path, warnings.append).name == "step_00000001.pt"
-    assert (
-        "has format 2, this version reads up to 1" in warnings[0]
-        and "the one before" in warnings[0]
-    )
+    assert "has format 2, this version reads up to 1" in warnings[0]
+    assert "the one before" in warnings[0]
 
 
 def test_a_folder_of_set_aside_ones_is_no_start_from_scratch(tmp_path):
@@ -182,7 +180,8 @@ def test_a_run_goes_on_from_a_file_under_a_wrong_name(tmp_path):
     state.step = 3
     saver.save(state)
     saver.wait()
-    assert not warnings and find_step(tmp_path, 2).name == "step_zzz.pt"
+    assert not warnings
+    assert find_step(tmp_path, 2).name == "step_zzz.pt"
     assert os.readlink(tmp_path / "best.pt") == "step_zzz.pt"
 
 
@@ -199,11 +198,13 @@ def test_a_run_folder_stands_for_one_of_its_checkpoints(tmp_path):
     step_path(folder, 2).write_bytes(b"damaged")
     before = sorted(os.listdir(folder))
     assert find_checkpoint(run, told.append) == step_path(folder, 3)
-    assert len(told) == 1 and "taking the newest instead, step 3" in told[0]
+    assert len(told) == 1
+    assert "taking the newest instead, step 3" in told[0]
     step_path(folder, 3).write_bytes(b"damaged")
     told.clear()
     assert find_checkpoint(run, told.append, best=False) == step_path(folder, 1)
-    assert len(told) == 2 and sorted(os.listdir(folder)) == before
+    assert len(told) == 2
+    assert sorted(os.listdir(folder)) == before
     step_path(folder, 1).write_bytes(b"damaged")
     with pytest.raises(ValueError, match="none of the 3 checkpoints"):
         find_checkpoint(run, told.append)
@@ -229,15 +230,19 @@ def test_a_damaged_attempt_is_named_and_mended(tmp_path):
         path.write_bytes(damage)
         claim = Claim(tmp_path, told.append)
         claim.take()
-        assert len(told) == 1 and f"{path} is damaged" in told[0] and "written anew" in told[0]
-        assert "\0" not in told[0] and "\n" not in told[0]
+        assert len(told) == 1
+        assert f"{path} is damaged" in told[0]
+        assert "written anew" in told[0]
+        assert "\0" not in told[0]
+        assert "\n" not in told[0]
         claim.check()
         path.write_bytes(damage)  # in place, while its owner is alive
         with pytest.raises(ValueError, match=rf"{path} is damaged.*still alive: stop that run"):
             Claim(tmp_path, told.append).take()
         assert path.read_bytes() == damage
         claim.check()
-        assert path.read_text() == claim.text and len(told) == 2
+        assert path.read_text() == claim.text
+        assert len(told) == 2
         os.close(claim.lock)  # as its end does
         claim.lock = -1
     Claim(tmp_path, pytest.fail).take()

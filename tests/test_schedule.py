@@ -40,7 +40,8 @@ def torch_curve(make_main, warmup_steps, start_factor, peak, total_steps, warmup
 @pytest.mark.parametrize("warmup_kind", ["linear", "constant"])
 @pytest.mark.parametrize("kind", ["cosine", "step", "polynomial"])
 def test_curve_equals_torch(kind, warmup_kind, warmup_epochs):
-    steps_per_epoch, total = 7, 10 * 7
+    steps_per_epoch = 7
+    total = 10 * 7
     config = ScheduleConfig(
         kind=kind,
         warmup_epochs=warmup_epochs,
@@ -93,7 +94,8 @@ def test_exponential_is_a_staircase_that_counts_from_the_start():
     assert [warm.lr(step) for step in range(50, 400)] == [
         schedule.lr(step) for step in range(50, 400)
     ]
-    assert warm.lr(49) < 0.256 and warm.lr(50) == pytest.approx(0.256 * 0.97**2)
+    assert warm.lr(49) < 0.256
+    assert warm.lr(50) == pytest.approx(0.256 * 0.97**2)
 
 
 def test_warm_up_of_resnet110():
@@ -117,7 +119,8 @@ def test_first_step_is_above_zero_and_the_peak_is_reached():
     schedule = build_schedule(ScheduleConfig(warmup_epochs=5), 0.8, 100, 9000)
     assert schedule.lr(0) == pytest.approx(0.008)
     assert max(map(schedule.lr, range(9000))) == schedule.lr(500) == pytest.approx(0.8)
-    assert schedule.lr(8999) > 0 and schedule.lr(9000) == 0
+    assert schedule.lr(8999) > 0
+    assert schedule.lr(9000) == 0
 
 
 def test_linear_scaling_and_durations():

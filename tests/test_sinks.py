@@ -158,7 +158,9 @@ def test_tensorboard_has_each_step_once(tmp_path, monkeypatch):
     assert loss == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
     assert [event.step for event in events.Scalars("val/top1")] == [2, 4]
     (image,) = events.Images("samples")
-    assert (image.step, image.width, image.height) == (4, 6, 4)
+    assert image.step == 4
+    assert image.width == 6
+    assert image.height == 4
 
 
 @pytest.mark.parametrize(
@@ -176,7 +178,8 @@ def test_a_library_that_is_not_installed_gets_one_clear_warning(
     monkeypatch.setattr(log_module, "CLOSE_SECONDS", 300.0)
     session(tmp_path, 0, 3, (sink,))
     printed = capsys.readouterr().err
-    assert printed.count("warning:") == 1 and advice in printed
+    assert printed.count("warning:") == 1
+    assert advice in printed
     assert len(lines(tmp_path)) == 4
 
 
@@ -342,5 +345,6 @@ def test_server_that_does_not_answer_falls_back_to_offline(tmp_path, mode):
             WANDB_API_KEY="a" * 40,
             WANDB_BASE_URL=f"http://127.0.0.1:{server.getsockname()[1]}",
         )
-    assert done.stdout.count("W&B is offline") == 1 and "going online failed" in done.stdout
+    assert done.stdout.count("W&B is offline") == 1
+    assert "going online failed" in done.stdout
     assert len(list((tmp_path / "run/wandb").glob("offline-run-*"))) == 1

@@ -260,9 +260,11 @@ def test_ctrl_c_ends_a_run_whose_store_hangs(store, tmp_path, monkeypatch, place
     codes = wait_app(processes, timeout=90)
     log = (tmp_path / "log").read_text()
     if place == "start":
-        assert codes == [1] and "KeyboardInterrupt" in log, log
+        assert codes == [1], log
+        assert "KeyboardInterrupt" in log, log
     else:
-        assert codes == [2] and "it has not answered in time" in log, log
+        assert codes == [2], log
+        assert "it has not answered in time" in log, log
 
 
 @pytest.mark.slow

@@ -214,7 +214,8 @@ def test_imports_run_downward():
 
 def test_there_are_no_cycles():
     edges = {name: {target for target, _ in own_imports(name)} for name in MODULES}
-    done, trail = set(), []
+    done = set()
+    trail = []
 
     def visit(name):
         assert name not in trail, f"a cycle of imports: {' -> '.join([*trail, name])}"

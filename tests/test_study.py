@@ -93,7 +93,8 @@ def test_what_is_missing_is_run_and_the_page_has_every_training(
     assert cli.main([*words, "--dry_run"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("missing, 0.5 epochs left") == 4
-    assert "4 trainings of unknown speed" in printed and "in all" not in printed
+    assert "4 trainings of unknown speed" in printed
+    assert "in all" not in printed
     assert trained == []
 
     assert cli.main([*words, "--collect", str(collected)]) == 0
@@ -177,9 +178,11 @@ def test_the_time_that_is_missing_is_measured(study_file, monkeypatch, capsys):
     assert cli.main(words) == 0
     printed = capsys.readouterr().out
     assert printed.count("missing, 0.5 epochs left, about 0.2 min") == 4
-    assert "in all: about 0.8 min" in printed and "unknown" not in printed
+    assert "in all: about 0.8 min" in printed
+    assert "unknown" not in printed
     # Each of the two runs is measured for all of its seeds.
-    assert len(commands) == 4 and commands[0][0] == "launch"
+    assert len(commands) == 4
+    assert commands[0][0] == "launch"
 
 
 def test_what_is_queued_is_not_submitted_again(study_file, monkeypatch, capsys):
@@ -272,7 +275,8 @@ def test_mistakes_name_file_and_key(study_file, tmp_path, capsys):
         study_file.write_text(text.replace(old, new))
         assert cli.main(["study", str(study_file)]) == 2
         error = capsys.readouterr().err
-        assert str(study_file) in error and words in error, error
+        assert str(study_file) in error, error
+        assert words in error, error
     assert cli.main(["study", str(tmp_path / "none.yaml")]) == 2
     study_file.write_text(text)
     assert cli.main(["study", str(study_file), "--set", "train.epochs"]) == 2

@@ -137,24 +137,29 @@ MCE = 100 * (0.375 / 0.866816 + 0.25 / 0.819324) / 2
 def test_imagenet_and_its_variants(imagenets, tmp_path, monkeypatch):
     few_corruptions(monkeypatch)
     output = tmp_path / "out"
-    weights, suite = imagenets / "w.pth", imagenets / "all.yaml"
+    weights = imagenets / "w.pth"
+    suite = imagenets / "all.yaml"
     code, printed = run_suite(weights, suite, output)
     assert code == 0, printed
     figures = figures_of(output)
     for name, (num, top1) in EXPECTED.items():
-        assert (figures[name]["num"], figures[name]["top1"]) == (num, pytest.approx(top1)), name
+        assert figures[name]["num"] == num, name
+        assert figures[name]["top1"] == pytest.approx(top1), name
     assert figures["C"]["mce"] == pytest.approx(MCE, rel=1e-12)
     assert figures["C"]["num"] == 60
     # Of the classes 3, 1, 8, 2, 9 that come first, all images of this set have one.
     assert figures["ImageNet"]["top5"] == 100
     assert "top5" not in figures["A"], "two classes compete"
-    assert "| ReaL | 4 | 50.00 |" in printed and f"mCE {MCE:.2f} %" in printed
+    assert "| ReaL | 4 | 50.00 |" in printed
+    assert f"mCE {MCE:.2f} %" in printed
     assert (output / "suite.md").read_text() in printed
     rows = (output / "suite.csv").read_text().splitlines()
-    assert len(rows) == 9 and rows[0].startswith("set,kind,num,top1,")
+    assert len(rows) == 9
+    assert rows[0].startswith("set,kind,num,top1,")
     assert "names its classes by numbers" in printed
     assert "logits of the others are masked" in printed
-    assert "taken for ImageNet's" in printed and "resize 8, crop 8, bilinear" in printed
+    assert "taken for ImageNet's" in printed
+    assert "resize 8, crop 8, bilinear" in printed
 
     # The counts do not depend on the number of ranks, nor on the batches.
     few = imagenets / "few.yaml"
@@ -174,7 +179,8 @@ def test_imagenet_and_its_variants(imagenets, tmp_path, monkeypatch):
     # A finished part is not evaluated again.
     monkeypatch.setattr("resnet_dist.commands.evaluate_suite.count_mapped", None)
     code, printed = run_suite(weights, suite, output)
-    assert code == 0 and figures_of(output) == figures
+    assert code == 0
+    assert figures_of(output) == figures
     assert "10 finished parts are taken from" in printed
 
 
@@ -199,8 +205,10 @@ sets:
     code, printed = run_suite(imagenets / "w.pth", suite, output)
     assert code == 2
     figures = figures_of(output)
-    assert figures["part"]["top1"] == 75 and figures["last"]["top1"] == 50
-    assert figures["C"]["num"] == 20 and "mce" not in figures["C"]
+    assert figures["part"]["top1"] == 75
+    assert figures["last"]["top1"] == 50
+    assert figures["C"]["num"] == 20
+    assert "mce" not in figures["C"]
     errors = [line for line in printed.splitlines() if line.startswith("error: ")]
     expected = (
         ("gone: sets.gone.data", "does not exist"),
@@ -275,9 +283,11 @@ sets:
     # Both files give the pixels in their places, as the evaluation of image files shows them.
     for folder in ("py", "bin"):
         read = arrays.read_cifar10(tmp_path / folder)
-        assert np.array_equal(read.pixels, pixels) and np.array_equal(read.labels, labels)
+        assert np.array_equal(read.pixels, pixels)
+        assert np.array_equal(read.labels, labels)
     part = arrays.read_arrays(tmp_path / "c" / "fog.npy", tmp_path / "c" / "labels.npy", 3, 5)
-    assert np.array_equal(part.pixels, pixels[12:16]) and part.labels.tolist() == [7, 7, 7, 1]
+    assert np.array_equal(part.pixels, pixels[12:16])
+    assert part.labels.tolist() == [7, 7, 7, 1]
 
 
 def test_arrays_pass_through_the_geometry_of_files(tmp_path):
@@ -293,7 +303,8 @@ def test_arrays_pass_through_the_geometry_of_files(tmp_path):
     seen = {}
     for rank in range(2):
         runtime = OneProcess()
-        runtime.rank, runtime.world_size = rank, 2
+        runtime.rank = rank
+        runtime.world_size = 2
         images = arrays.ImageArrays(pixels, labels)
         loader = arrays.ArrayLoader(images, arrays.CIFAR10_CLASSES, config, runtime)
         batches = list(loader)
@@ -334,7 +345,8 @@ class Evil:
 def test_damaged_files_are_one_sentence(tmp_path, capsys):
     pixels, labels = write_cifar(tmp_path)
     batch = tmp_path / "py" / "cifar-10-batches-py" / "test_batch"
-    data, classes = tmp_path / "c" / "fog.npy", tmp_path / "c" / "labels.npy"
+    data = tmp_path / "c" / "fog.npy"
+    classes = tmp_path / "c" / "labels.npy"
     batch.write_bytes(pickle.dumps({b"data": Evil()}))
     with pytest.raises(ValueError, match=r"test_batch is damaged.*builtins.print"):
         arrays.read_cifar10(tmp_path / "py")
@@ -384,7 +396,8 @@ def test_wrong_suites_are_one_sentence(tmp_path, monkeypatch):
         path.write_text(text)
         with pytest.raises(ValueError, match=message) as caught:
             read_suite(path)
-        assert "\n" not in str(caught.value) and "--suite" in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert "--suite" in str(caught.value)
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="cannot be read"):
         read_suite(path)
@@ -398,4 +411,5 @@ def test_the_suite_of_the_documentation_is_read(tmp_path):
     path = tmp_path / "suite.yaml"
     path.write_text(suite)
     entries = {entry.name: entry for entry in read_suite(path)}
-    assert len(entries) == 8 and entries["A"].classes == "present"
+    assert len(entries) == 8
+    assert entries["A"].classes == "present"

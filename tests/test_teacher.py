@@ -60,7 +60,8 @@ def as_teacher(network):
 def test_an_update_is_that_of_the_formula():
     """In double, with mixup and two micro-batches. The teacher stays as it is."""
     config = Config(train=TRAIN, augment=AugmentConfig(mixup_alpha=0.4))
-    network, teacher = small_network(0).double(), small_network(1).double()
+    network = small_network(0).double()
+    teacher = small_network(1).double()
     network[5].p = 0.0
     before = copy.deepcopy(teacher.state_dict())
     reference = copy.deepcopy(network)
@@ -167,18 +168,21 @@ def test_runs_resume_exactly_and_do_not_depend_on_the_ranks(digits, checkpoint, 
     assert distilled(digits, parts, checkpoint, entry=terminated_at_step_3)[0] == [143]
     other = whole / "run" / "checkpoints" / "last.pt"
     codes, printed = distilled(digits, parts, other)
-    assert codes == [2] and "train.teacher_sha256 was" in printed, printed
+    assert codes == [2], printed
+    assert "train.teacher_sha256 was" in printed, printed
     moved = tmp_path / "moved.pt"
     shutil.copyfile(checkpoint, moved)
     codes, printed = distilled(digits, parts, moved)
-    assert codes == [0] and re.search("; step [1-5], from ", printed), printed
+    assert codes == [0], printed
+    assert re.search("; step [1-5], from ", printed), printed
     expected = weights_of(whole)
     resumed = weights_of(parts)
     for key in ("model", "ema", "optimizer", "best_top1"):
         assert equal_trees(expected[key], resumed[key]), key
 
     codes, printed = distilled(digits, ranks, checkpoint, world_size=2)
-    assert codes == [0, 0] and printed.count("teacher: ") == 1, printed
+    assert codes == [0, 0], printed
+    assert printed.count("teacher: ") == 1, printed
     for key in ("model", "ema"):
         torch.testing.assert_close(weights_of(ranks)[key], expected[key], rtol=1e-9, atol=1e-11)
 
@@ -187,7 +191,8 @@ def test_runs_resume_exactly_and_do_not_depend_on_the_ranks(digits, checkpoint, 
 def test_a_missing_teacher_stops_every_rank(digits, tmp_path):
     codes, printed = distilled(digits, tmp_path, "nowhere.pt", world_size=2, entry=cli.main)
     assert codes == [2, 2]
-    assert printed.count("error") == 1 and "train.teacher is 'nowhere.pt', which does" in printed
+    assert printed.count("error") == 1
+    assert "train.teacher is 'nowhere.pt', which does" in printed
 
 
 @pytest.mark.slow
@@ -223,4 +228,5 @@ def test_teachers_that_do_not_fit(checkpoint, tmp_path):
     teacher = loaded(["x", *names[1:]], teacher=str(checkpoint))
     assert not teacher.network.training
     first, second = teacher.warnings
-    assert "data.mean (0.5, 0.5, 0.5)" in first and "other names" in second
+    assert "data.mean (0.5, 0.5, 0.5)" in first
+    assert "other names" in second

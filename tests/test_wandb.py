@@ -169,7 +169,8 @@ def test_lost_for_good_and_synced_later(tmp_path, server):
 def test_unreachable_at_the_start_and_synced_later(tmp_path, server):
     server.stop()
     printed = finish(train(tmp_path, server, 0, 20))
-    assert "W&B is offline" in printed and "going online failed" in printed
+    assert "W&B is offline" in printed
+    assert "going online failed" in printed
     server.start()
     (folder,) = (tmp_path / "run" / "wandb").glob(f"offline-run-*-{run_id(tmp_path)}")
     sync(tmp_path, server, folder)

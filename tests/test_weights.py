@@ -84,7 +84,8 @@ def test_names_of_other_layouts(names, number):
     model = MODELS["resnet20"](num_classes=5)
     rows, whole = load_weights(model, {"state_dict": renamed(source, **names)}, "x.pth")
     assert_equal(model, source)
-    assert whole and counts(rows) == [len(source) - number, number, 0, 0, 0]
+    assert whole
+    assert counts(rows) == [len(source) - number, number, 0, 0, 0]
     assert number == 0 or all(" -> " in text for text in rows["renamed"])
 
 
@@ -113,7 +114,8 @@ def test_nesting(keys):
     else:
         content = {**content, "ema": None, "model_ema": {"decay": 0.9}}
     found, state = find_weights(content)
-    assert found == list(keys) and all(state[key] is source[key] for key in source)
+    assert found == list(keys)
+    assert all(state[key] is source[key] for key in source)
     assert find_weights({"epoch": 3}) == find_weights([1]) == ([], {})
 
 
@@ -127,7 +129,8 @@ def test_every_tensor_of_timm_has_its_place(name):
     with torch.device("meta"):
         own = MODELS[name]() if name in FAMILY else torchvision.models.get_model(name, **options)
         file = timm.create_model(name).state_dict()
-    head, own = next(reversed(head_modules(own))), own.state_dict()
+    head = next(reversed(head_modules(own)))
+    own = own.state_dict()
     places = [
         next(
             name
@@ -141,12 +144,11 @@ def test_every_tensor_of_timm_has_its_place(name):
 
 
 def test_the_torchvision_layout_is_ours():
-    source, model = (
-        torchvision.models.resnet18(num_classes=3).state_dict(),
-        MODELS["resnet18"](num_classes=3),
-    )
+    source = torchvision.models.resnet18(num_classes=3).state_dict()
+    model = MODELS["resnet18"](num_classes=3)
     rows, whole = load_weights(model, source, "x.pth")
-    assert whole and counts(rows) == [122, 0, 0, 0, 0]
+    assert whole
+    assert counts(rows) == [122, 0, 0, 0, 0]
     assert_equal(model, source)
 
 
@@ -164,7 +166,8 @@ def test_layers_in_their_other_form():
         model = nn.Sequential(nn.Module(), nn.Linear(8, 3))
         model[0].se = nn.Module()
         model[0].se.fc1, model[0].se.fc2 = layers(True)
-        (squeeze, expand), head = layers(conv), nn.Linear(8, 3)
+        squeeze, expand = layers(conv)
+        head = nn.Linear(8, 3)
         file = {
             "0.squeeze.squeeze.weight": squeeze.weight,
             "0.squeeze.squeeze.bias": squeeze.bias,
@@ -174,7 +177,8 @@ def test_layers_in_their_other_form():
             "1.bias": head.bias,
         }
         rows, whole = load_weights(model, file, "x.pth")
-        assert whole and counts(rows) == ([2, 4, 0, 0, 0] if conv else [2, 2, 2, 0, 0])
+        assert whole
+        assert counts(rows) == ([2, 4, 0, 0, 0] if conv else [2, 2, 2, 0, 0])
         assert torch.equal(model[0].se.fc2.weight.flatten(1), expand.weight.flatten(1))
         assert conv or "0.squeeze.squeeze.weight -> 0.se.fc1.weight" in rows["reshaped"]
     model = nn.Module()
@@ -220,7 +224,9 @@ def test_old_densenet_names():
     }
     assert old.keys() != source.keys()
     rows, whole = load_weights(model, old, "x.pth")
-    assert whole and counts(rows)[2:4] == [0, 0] and len(rows["renamed"]) == 40
+    assert whole
+    assert counts(rows)[2:4] == [0, 0]
+    assert len(rows["renamed"]) == 40
     assert all(text.endswith("num_batches_tracked (without effect)") for text in rows["missing"])
     assert_equal(
         model,
@@ -232,20 +238,24 @@ def test_a_head_is_recognised_by_position_and_shape_alone():
     """With other classes it is known to be the head; another layer is not taken for it."""
     source = renamed(network(10).state_dict(), **{"fc.": "linear."})
     rows, whole = load_weights(MODELS["resnet20"](num_classes=2), source, "x.pth")
-    assert whole and rows["skipped"] == [
+    assert whole
+    assert rows["skipped"] == [
         "linear.weight [10, 64] instead of [2, 64]",
         "linear.bias [10] instead of [2]",
     ]
     source["projection.weight"] = torch.zeros(10, 7)
     rows, whole = load_weights(MODELS["resnet20"](num_classes=10), source, "x.pth")
-    assert not whole and "projection.weight [10, 7]" in rows["skipped"]
+    assert not whole
+    assert "projection.weight [10, 7]" in rows["skipped"]
 
 
 def test_another_number_of_classes_means_a_fresh_head():
-    source, model = network(10).state_dict(), MODELS["resnet20"](num_classes=2)
+    source = network(10).state_dict()
+    model = MODELS["resnet20"](num_classes=2)
     fresh = model.fc.weight.detach().clone(), model.fc.bias.detach().clone()
     rows, whole = load_weights(model, source, "x.pth")
-    assert whole and counts(rows) == [114, 0, 0, 2, 2]
+    assert whole
+    assert counts(rows) == [114, 0, 0, 2, 2]
     assert rows["skipped"] == [
         "fc.weight [10, 64] instead of [2, 64]",
         "fc.bias [10] instead of [2]",
@@ -253,7 +263,8 @@ def test_another_number_of_classes_means_a_fresh_head():
     assert rows["missing"] == [
         f"fc.{kind} (head, freshly initialised)" for kind in ("weight", "bias")
     ]
-    assert torch.equal(model.fc.weight, fresh[0]) and torch.equal(model.fc.bias, fresh[1])
+    assert torch.equal(model.fc.weight, fresh[0])
+    assert torch.equal(model.fc.bias, fresh[1])
     assert_equal(model, source | {"fc.weight": fresh[0], "fc.bias": fresh[1]})
 
 
@@ -264,7 +275,8 @@ def test_some_tensors_that_do_not_fit_are_told():
     source["extra"] = 3
     del source["layer3.2.bn2.running_var"], source["layer3.2.bn2.num_batches_tracked"]
     rows, whole = load_weights(MODELS["resnet20"](num_classes=5), source, "x.pth")
-    assert not whole and counts(rows) == [112, 0, 0, 3, 4]
+    assert not whole
+    assert counts(rows) == [112, 0, 0, 3, 4]
     assert rows["skipped"] == [
         "bn1.bias [16] instead of [16]",
         "layer1.0.conv1.weight [1, 2, 3] instead of [16, 16, 3, 3]",
@@ -287,7 +299,8 @@ def test_half_of_the_backbone_is_the_least():
     """By the tensors of the network that is to be trained, without its head and the counts of its
     norms.
     """
-    source, model = network().state_dict(), MODELS["resnet20"](num_classes=5)
+    source = network().state_dict()
+    model = MODELS["resnet20"](num_classes=5)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for content in ({}, {"model": {}}, {"a.b": torch.zeros(3)}, {"fc.weight": source["fc.weight"]}):
         with pytest.raises(
@@ -302,7 +315,8 @@ def test_half_of_the_backbone_is_the_least():
 
 
 def test_values_that_are_not_finite_are_refused():
-    source, model = network().state_dict(), MODELS["resnet20"](num_classes=5)
+    source = network().state_dict()
+    model = MODELS["resnet20"](num_classes=5)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     source["layer2.0.bn1.running_var"][3] = float("inf")
     with pytest.raises(ValueError, match=r"not finite in layer2\.0\.bn1\.running_var"):
@@ -322,7 +336,8 @@ def test_files(tmp_path, suffix):
         torch.save({"epoch": 1, "args": argparse.Namespace(lr=0.1), "state_dict": source}, path)
     else:
         safetensors.torch.save_file(source, path)
-    model, payload = MODELS["resnet20"](num_classes=5), read_checkpoint(path)
+    model = MODELS["resnet20"](num_classes=5)
+    payload = read_checkpoint(path)
     assert load_weights(model, unpack_weights(payload, str(path)), str(path))[1]
     assert model.fc.weight.dtype == torch.float32
     assert_equal(model, {key: value.float() for key, value in source.items()})
@@ -377,11 +392,9 @@ def test_downloads_that_cannot_be_had(tmp_path, monkeypatch):
     network.
     """
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    name, path, url = (
-        "torchvision:resnet50:IMAGENET1K_V2",
-        tmp_path / "hub/checkpoints/resnet50-11ad3fa6.pth",
-        "file:///",
-    )
+    name = "torchvision:resnet50:IMAGENET1K_V2"
+    path = tmp_path / "hub/checkpoints/resnet50-11ad3fa6.pth"
+    url = "file:///"
     monkeypatch.setattr(
         torchvision.models._api.WeightsEnum, "url", property(lambda weights: url + path.name)
     )

@@ -155,7 +155,8 @@ def test_trains_averages_and_evaluates(name, narrow, tmp_path):
         train=TrainConfig(precision="fp32", ema_decay=0.9, clip_grad_norm=own.clip),
     )
     state = build_state(config, 10, CPU)
-    rule, batch = rule_of(config), batch_of(own.size, own.count)
+    rule = rule_of(config)
+    batch = batch_of(own.size, own.count)
     assert all(
         isinstance(m, SyncBatchNorm) for m in state.model.modules() if isinstance(m, _BatchNorm)
     )
@@ -170,7 +171,8 @@ def test_trains_averages_and_evaluates(name, narrow, tmp_path):
     losses = [step(state) for _ in range(own.updates)]
     saved = saved_and_read(state, tmp_path / "a.pt") if name in WITH_RESUME else None
     losses.append(step(state))
-    assert losses[-1] < 0.9 * losses[0] and losses[0] < 10, losses
+    assert losses[-1] < 0.9 * losses[0], losses
+    assert losses[0] < 10, losses
     if saved is not None:
         resumed = build_state(config, 10, CPU)
         resumed.load_state_dict(saved)
@@ -178,7 +180,8 @@ def test_trains_averages_and_evaluates(name, narrow, tmp_path):
         assert equal_trees(state.state_dict(), resumed.state_dict())
     for model in (state.model, state.ema.model):
         result = evaluate(model, ListLoader([batch], own.count), Alone(), FP32).result()
-        assert result["num"] == own.count and np.isfinite(result["loss"])
+        assert result["num"] == own.count
+        assert np.isfinite(result["loss"])
 
 
 def saved_and_read(state, path):
@@ -210,13 +213,15 @@ def test_parameters_figures_and_conversion(name):
             count - sum(p.numel() for head in heads for p in head.parameters())
             == weights.meta["num_params"]
         )
-        assert (entry.top1, entry.top5) == (published["acc@1"], published["acc@5"])
+        assert entry.top1 == published["acc@1"]
+        assert entry.top5 == published["acc@5"]
         assert [entry.size] == weights.transforms().crop_size
     elif name == "densenet264":
         assert count == densenet_parameters(32, (6, 12, 64, 48), 64)
     else:
         assert count == COUNTS[name]
-    keys, norms = list(model.state_dict()), sum(isinstance(m, _BatchNorm) for m in model.modules())
+    keys = list(model.state_dict())
+    norms = sum(isinstance(m, _BatchNorm) for m in model.modules())
     model = convert_sync_batch_norm(model)
     assert list(model.state_dict()) == keys
     assert sum(isinstance(m, SyncBatchNorm) for m in model.modules()) == norms
@@ -252,7 +257,8 @@ def test_the_whole_step_runs_on_meta(name):
     )
     with torch.device("meta"):
         state = build_state(config, 1000, torch.device("meta"))
-        images, labels = torch.empty(2, 3, *[ZOO[name].size] * 2), torch.zeros(2, dtype=torch.int64)
+        images = torch.empty(2, 3, *[ZOO[name].size] * 2)
+        labels = torch.zeros(2, dtype=torch.int64)
     counts, norm = train_step(
         NoSync(state.model.train()),
         state,
@@ -287,7 +293,9 @@ def test_auxiliary_losses_count_their_weight():
         augment=AugmentConfig(mixup_alpha=1.0),
     )
     torch.manual_seed(0)
-    model, batch, rule = TwoHeads(), batch_of(2, 4), rule_of(config)
+    model = TwoHeads()
+    batch = batch_of(2, 4)
+    rule = rule_of(config)
     before = copy.deepcopy(model)
     state = TrainState(
         model, build_optimizer(config.optim, model), torch.amp.GradScaler("cpu", enabled=False)
@@ -295,7 +303,8 @@ def test_auxiliary_losses_count_their_weight():
     counts, _ = train_step(NoSync(model), state, [batch], 0.5, rule, NonFinite(model, 0))
     images, shares = mix_images(batch.images, rule.mixing(0, 0))
     share = shares[0].item()
-    own, other = F.one_hot(batch.labels, 10), F.one_hot(batch.labels[[1, 0, 3, 2]], 10)
+    own = F.one_hot(batch.labels, 10)
+    other = F.one_hot(batch.labels[[1, 0, 3, 2]], 10)
     losses = [
         F.cross_entropy(logits, share * own + (1 - share) * other, label_smoothing=0.1)
         for logits in before(images)
@@ -313,7 +322,8 @@ def test_published_weights_of_auxiliary_heads():
             name: ZOO[name].make(num_classes=10) for name in ("googlenet", "inception_v3", "vgg11")
         }
     assert [getattr(model, "auxiliary_weight", 0.0) for model in models.values()] == [0.3, 0.4, 0.0]
-    assert not models["googlenet"].transform_input and not models["inception_v3"].transform_input
+    assert not models["googlenet"].transform_input
+    assert not models["inception_v3"].transform_input
     # Szegedy et al. 2014, table 1; TF-slim's dropout_keep_prob of 0.8.
     assert [models[name].dropout.p for name in ("googlenet", "inception_v3")] == [0.4, 0.2]
 
@@ -336,7 +346,8 @@ def one_update(rank, world_size):
         model=ModelConfig(name="googlenet"),
         train=TrainConfig(precision="fp32", global_batch_size=4),
     )
-    state, batch = build_state(config, 10, CPU), batch_of(32, 4)
+    state = build_state(config, 10, CPU)
+    batch = batch_of(32, 4)
     for module in state.model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -346,7 +357,8 @@ def one_update(rank, world_size):
     model = NoSync(state.model) if world_size == 1 else wrap_ddp(state.model, CPU)
     before = copy.deepcopy(state.model.state_dict())
     engine.warm_up_ddp(model, (2, 3, 32, 32), FP32)
-    assert equal_trees(before, state.model.state_dict()) and state.model.training
+    assert equal_trees(before, state.model.state_dict())
+    assert state.model.training
     train_step(model, state, [batch], 0.01, rule_of(config), NonFinite(state.model, 0))
     return {name: value.numpy() for name, value in state.model.state_dict().items()}
 
@@ -378,7 +390,8 @@ def test_lenet_sees_what_table_1_says():
     kernels.
     """
     torch.manual_seed(0)
-    model, seen = ZOO["lenet5"].make(num_classes=10), []
+    model = ZOO["lenet5"].make(num_classes=10)
+    seen = []
     model.s2.register_forward_hook(lambda module, inputs, out: seen.append(out))
     model.s4.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     model(batch_of(32, 1).images)
@@ -411,11 +424,13 @@ def test_timm_networks_keep_their_function():
     with torch.device("meta"):
         zoo = ZOO["inception_v4"].make(num_classes=10)
     zoo.load_state_dict(theirs.state_dict(), strict=True, assign=True)
-    zoo, images = convert_sync_batch_norm(zoo).eval(), batch_of(75, 1).images
+    zoo = convert_sync_batch_norm(zoo).eval()
+    images = batch_of(75, 1).images
     with torch.inference_mode():
         expected = theirs(images)
         torch.testing.assert_close(zoo(images), expected)
-        assert expected.std() > 0.01 and not torch.allclose(ours(images), expected, rtol=1e-2)
+        assert expected.std() > 0.01
+        assert not torch.allclose(ours(images), expected, rtol=1e-2)
 
 
 def test_without_timm_the_error_names_the_extra(monkeypatch):
@@ -485,7 +500,8 @@ def test_the_least_side_is_the_least(name):
     """One pixel less fails in a convolution or a pool, on meta."""
     entry = ZOO[name]
     with torch.device("meta"):
-        model, least = entry.make(num_classes=10), entry.min_train_size or entry.min_size
+        model = entry.make(num_classes=10)
+        least = entry.min_train_size or entry.min_size
         model.train()(torch.empty(2, 3, least, least))
         with pytest.raises((RuntimeError, ValueError)):
             model.eval()(torch.empty(2, 3, entry.min_size - 1, entry.min_size - 1))

@@ -85,7 +85,8 @@ class Server:
         if stream := re.match(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", path):
             return self.stream(self.runs[stream[1]], body)
         name = re.search(r"(?:query|mutation)\s+(\w+)", body.get("query", ""))
-        name, variables = name[1] if name else path, body.get("variables") or {}
+        name = name[1] if name else path
+        variables = body.get("variables") or {}
         self.requests.append(name)
         bucket = {}
         if name == "UpsertBucket":
