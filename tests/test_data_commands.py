@@ -10,48 +10,46 @@ import subprocess
 import sys
 import tarfile
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from dist_utils import free_port, run_app
+from data_files import contents, modification_times, run_and_kill, tar_bytes, write_tree
+from dist_utils import free_port, options, run_app
 from image_files import OneProcess, encode, picture, train_loader, write_split
 from PIL import Image
+from published_sets import cifar_image
 from scipy.io import savemat
-from test_pack import killed
 from torchvision.datasets import imagenet
 
 from resnet_dist.cli import main
 from resnet_dist.data.sources.scan import build_index
 
-WNIDS = {
-    7: "n00000002",
-    3: "n00000001",
-    12: "n00000003",
-}  # by ILSVRC2012_ID, which is in another order
-TRAIN = {
-    f"{wnid}/{wnid}_{i}.JPEG": encode(picture(40, 50, i))
-    for wnid in WNIDS.values()
-    for i in range(4)
-}
+# By ILSVRC2012_ID, which is in another order.
+WNIDS = {7: "n00000002", 3: "n00000001", 12: "n00000003"}
+# The ILSVRC2012_ID of each validation image.
 TRUTH = [12, 3, 3, 7, 12]
-VAL = {
-    f"{WNIDS[key]}/ILSVRC2012_val_{i:08d}.JPEG": encode(picture(50, 40, i))
-    for i, key in enumerate(TRUTH, 1)
-}
 
 
-def tar_bytes(files, mode="w"):
-    """A tar of {name: bytes or a TarInfo without content}."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=mode) as tar:
-        for name, content in files.items():
-            member = content if isinstance(content, tarfile.TarInfo) else tarfile.TarInfo(name)
-            if content is not member:
-                member.size = len(content)
-            tar.addfile(member, None if content is member else io.BytesIO(content))
-    return buffer.getvalue()
+def train_images():
+    """Four of each class: {name: bytes}."""
+    files = {}
+    for wnid in WNIDS.values():
+        for i in range(4):
+            files[f"{wnid}/{wnid}_{i}.JPEG"] = encode(picture(40, 50, i))
+    return files
+
+
+def val_images():
+    files = {}
+    for number, key in enumerate(TRUTH, 1):
+        name = f"{WNIDS[key]}/ILSVRC2012_val_{number:08d}.JPEG"
+        files[name] = encode(picture(50, 40, number))
+    return files
+
+
+TRAIN = train_images()
+VAL = val_images()
 
 
 def synsets():
@@ -68,61 +66,56 @@ def synsets():
         ("wordnet_height", "O"),
         ("num_train_images", "O"),
     ]
-    rows = [
-        (key, wnid, "a word, another", "a gloss", 0, np.empty(0), 0, 4)
-        for key, wnid in WNIDS.items()
-    ]
+    rows = []
+    for key, wnid in WNIDS.items():
+        rows.append((key, wnid, "a word, another", "a gloss", 0, np.empty(0), 0, 4))
     rows.append((1001, "n00009999", "group", "a group", 3, np.array([7, 3, 12]), 1, 0))
+    return mat_bytes(synsets=np.array(rows, dtype=fields)[:, None])
+
+
+def mat_bytes(**arrays):
     buffer = io.BytesIO()
-    savemat(buffer, {"synsets": np.array(rows, dtype=fields)[:, None]})
+    savemat(buffer, arrays)
     return buffer.getvalue()
+
+
+def md5(data):
+    return hashlib.md5(data).hexdigest()
 
 
 def publish(monkeypatch, folder):
     """Let the sums of the archives in `folder` be the published ones."""
-    published = {
-        key: (name, hashlib.md5((folder / name).read_bytes()).hexdigest())
-        for key, (name, _) in imagenet.ARCHIVE_META.items()
-    }
+    published = {}
+    for key, (name, _) in imagenet.ARCHIVE_META.items():
+        published[key] = (name, md5((folder / name).read_bytes()))
     monkeypatch.setattr(imagenet, "ARCHIVE_META", published)
+
+
+def by_file_name(files):
+    return {os.path.basename(name): data for name, data in files.items()}
 
 
 @pytest.fixture
 def archives(tmp_path, monkeypatch):
+    """A folder with the three archives of ImageNet."""
     folder = tmp_path / "archives"
     folder.mkdir()
-    inner = {
-        f"{wnid}.tar": tar_bytes(
-            {os.path.basename(name): data for name, data in TRAIN.items() if wnid in name}
-        )
-        for wnid in WNIDS.values()
-    }
+    inner = {}
+    for wnid in WNIDS.values():
+        of_class = {name: data for name, data in TRAIN.items() if wnid in name}
+        inner[f"{wnid}.tar"] = tar_bytes(by_file_name(of_class))
     (folder / "ILSVRC2012_img_train.tar").write_bytes(tar_bytes(inner))
-    shuffled = sorted(VAL, key=lambda name: hashlib.md5(name.encode()).digest())
-    (folder / "ILSVRC2012_img_val.tar").write_bytes(
-        tar_bytes({os.path.basename(name): VAL[name] for name in shuffled})
-    )
-    (folder / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(
-        tar_bytes(
-            {
-                "ILSVRC2012_devkit_t12/data/meta.mat": synsets(),
-                "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt": "\n".join(
-                    map(str, TRUTH)
-                ).encode(),
-            },
-            "w:gz",
-        )
-    )
+    # The published archive is not sorted.
+    shuffled = {name: VAL[name] for name in sorted(VAL, key=lambda name: md5(name.encode()))}
+    (folder / "ILSVRC2012_img_val.tar").write_bytes(tar_bytes(by_file_name(shuffled)))
+    truth = "\n".join(str(key) for key in TRUTH)
+    devkit = {
+        "ILSVRC2012_devkit_t12/data/meta.mat": synsets(),
+        "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt": truth.encode(),
+    }
+    (folder / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(tar_bytes(devkit, "w:gz"))
     publish(monkeypatch, folder)
     return folder
-
-
-def contents(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in Path(folder).rglob("*")
-        if path.is_file() and not path.name.startswith(".")
-    }
 
 
 def run_import(archives, out, *options):
@@ -130,39 +123,43 @@ def run_import(archives, out, *options):
 
 
 def test_import_to_folders_goes_on_after_a_kill(archives, tmp_path):
-    expected = {
-        f"{split}/{name}": data
-        for split, files in (("train", TRAIN), ("val", VAL))
-        for name, data in files.items()
-    }
     lines = [f"{wnid}\ta word, another\n" for wnid in WNIDS.values()]
-    expected["class_words.tsv"] = "".join(lines).encode()
+    expected = {"class_words.tsv": "".join(lines).encode()}
+    for name, data in TRAIN.items():
+        expected[f"train/{name}"] = data
+    for name, data in VAL.items():
+        expected[f"val/{name}"] = data
+    out = tmp_path / "out"
+
     # The record of the checked archives is written three times, with three calls each.
-    killed(run_import, 9 + 6, archives, tmp_path / "out")
-    half = contents(tmp_path / "out")
+    run_and_kill(run_import, 9 + 6, archives, out)
+
+    half = contents(out)
     assert len(half) == 5
     assert half.items() <= expected.items()
-    times = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in half}
-    assert run_import(archives, tmp_path / "out") == 0
-    assert contents(tmp_path / "out") == expected
-    assert all((tmp_path / "out" / name).stat().st_mtime_ns == time for name, time in times.items())
+    times = modification_times(out, half)
+    assert run_import(archives, out) == 0
+    assert contents(out) == expected
+    assert modification_times(out, half) == times, "written once"
 
 
 def test_import_to_shards_is_the_import_packed(archives, tmp_path):
     assert run_import(archives, tmp_path / "folders") == 0
     assert main(["data", "pack", str(tmp_path / "folders"), str(tmp_path / "packed")]) == 0
     assert run_import(archives, tmp_path / "shards", "--shards", "--workers", "1") == 0
-    assert contents(tmp_path / "shards") == contents(tmp_path / "packed")
-    assert set(contents(tmp_path / "shards")) == {
-        f"{split}/{file}"
-        for split in ("train", "val")
-        for file in (
-            "index.bin",
-            "shards.json",
-            f"{split}-000000.tar",
-            f"{split}-000000.tar.idx",
-        )
-    } | {"class_words.tsv"}
+    found = contents(tmp_path / "shards")
+    assert found == contents(tmp_path / "packed")
+    assert sorted(found) == [
+        "class_words.tsv",
+        "train/index.bin",
+        "train/shards.json",
+        "train/train-000000.tar",
+        "train/train-000000.tar.idx",
+        "val/index.bin",
+        "val/shards.json",
+        "val/val-000000.tar",
+        "val/val-000000.tar.idx",
+    ]
 
 
 def test_archives_of_another_content_are_refused(archives, tmp_path, capsys):
@@ -209,33 +206,37 @@ def special(name, kind, target=""):
     return member
 
 
-@pytest.mark.parametrize(
-    "evil",
-    [
-        {"../n1_0.JPEG": b"x"},
-        {"/tmp/n1_0.JPEG": b"x"},
-        {"a/n1_0.JPEG": b"x"},
-        {"..": b"x"},
-        {".hidden.JPEG": b"x"},
-        {"link.JPEG": special("link.JPEG", tarfile.SYMTYPE, "/etc/passwd")},
-        {"hard.JPEG": special("hard.JPEG", tarfile.LNKTYPE, "n1_0.JPEG")},
-        {"device.JPEG": special("device.JPEG", tarfile.CHRTYPE)},
-        {"folder": special("folder", tarfile.DIRTYPE)},
-    ],
-    ids=lambda evil: next(iter(evil)),
-)
+EVIL_MEMBERS = {
+    "../n1_0.JPEG": b"x",
+    "/tmp/n1_0.JPEG": b"x",
+    "a/n1_0.JPEG": b"x",
+    "..": b"x",
+    ".hidden.JPEG": b"x",
+    "link.JPEG": special("link.JPEG", tarfile.SYMTYPE, "/etc/passwd"),
+    "hard.JPEG": special("hard.JPEG", tarfile.LNKTYPE, "n1_0.JPEG"),
+    "device.JPEG": special("device.JPEG", tarfile.CHRTYPE),
+    "folder": special("folder", tarfile.DIRTYPE),
+}
+
+
 @pytest.mark.parametrize("where", ["train", "inner", "val"])
-def test_no_member_leaves_the_target(archives, tmp_path, capsys, evil, where):
-    inner = {f"{wnid}.tar": tar_bytes(evil if where == "inner" else {}) for wnid in WNIDS.values()}
-    if where != "val":
-        (archives / "ILSVRC2012_img_train.tar").write_bytes(
-            tar_bytes(evil if where == "train" else inner)
-        )
-    else:
-        (archives / "ILSVRC2012_img_val.tar").write_bytes(tar_bytes(evil))
-    assert run_import(archives, tmp_path / "out") == 2
-    assert f"{next(iter(evil))!r} is refused" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+def test_no_member_leaves_the_target(archives, tmp_path, capsys, where):
+    train = archives / "ILSVRC2012_img_train.tar"
+    val = archives / "ILSVRC2012_img_val.tar"
+    problems = []
+    for name, content in EVIL_MEMBERS.items():
+        evil = tar_bytes({name: content})
+        if where == "train":
+            train.write_bytes(evil)
+        elif where == "inner":
+            train.write_bytes(tar_bytes({f"{wnid}.tar": evil for wnid in WNIDS.values()}))
+        else:
+            val.write_bytes(evil)
+        code = run_import(archives, tmp_path / "out")
+        said = capsys.readouterr().err
+        if code != 2 or f"{name!r} is refused" not in said or (tmp_path / "out").exists():
+            problems.append((name, code, said))
+    assert problems == []
 
 
 def test_archives_that_are_not_whole_are_refused(archives, tmp_path, capsys, monkeypatch):
@@ -286,41 +287,31 @@ def web(tmp_path):
     server.server_close()
 
 
-def md5(data):
-    return hashlib.md5(data).hexdigest()
-
-
-def mat(**arrays):
-    buffer = io.BytesIO()
-    savemat(buffer, arrays)
-    return buffer.getvalue()
-
-
 def test_download_cifar10(tmp_path, web, monkeypatch, capsys):
     from torchvision.datasets import CIFAR10
 
     pixels = np.random.default_rng(0).integers(0, 256, (6, 3072), np.uint8)
-    names = {
-        "a": pickle.dumps({"data": pixels[:4], "labels": [1, 0, 1, 1]}),
-        "meta": pickle.dumps({"label_names": ["airplane", "bird"]}),
-        "t": pickle.dumps({"data": pixels[4:], "labels": [0, 1]}),
+    train = pickle.dumps({"data": pixels[:4], "labels": [1, 0, 1, 1]})
+    test = pickle.dumps({"data": pixels[4:], "labels": [0, 1]})
+    meta = pickle.dumps({"label_names": ["airplane", "bird"]})
+    members = {
+        "cifar-10-batches-py/a": train,
+        "cifar-10-batches-py/t": test,
+        "cifar-10-batches-py/meta": meta,
     }
-    archive = tar_bytes(
-        {f"cifar-10-batches-py/{name}": data for name, data in names.items()}, "w:gz"
-    )
+    archive = tar_bytes(members, "w:gz")
     (tmp_path / "web/cifar-10-python.tar.gz").write_bytes(archive)
-    monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{free_port()}/cifar-10-python.tar.gz")
+    published_meta = {"filename": "meta", "key": "label_names", "md5": md5(meta)}
+    nobody = f"http://127.0.0.1:{free_port()}/cifar-10-python.tar.gz"
     monkeypatch.setattr(CIFAR10, "tgz_md5", md5(archive))
-    monkeypatch.setattr(CIFAR10, "train_list", [["a", md5(names["a"])]])
-    monkeypatch.setattr(CIFAR10, "test_list", [["t", md5(names["t"])]])
-    monkeypatch.setattr(
-        CIFAR10, "meta", {"filename": "meta", "key": "label_names", "md5": md5(names["meta"])}
-    )
+    monkeypatch.setattr(CIFAR10, "train_list", [["a", md5(train)]])
+    monkeypatch.setattr(CIFAR10, "test_list", [["t", md5(test)]])
+    monkeypatch.setattr(CIFAR10, "meta", published_meta)
+    monkeypatch.setattr(CIFAR10, "url", nobody)
     assert main(["data", "download", "cifar10", str(tmp_path / "out")]) == 1
-    errors = capsys.readouterr().err.splitlines()
-    assert [
-        line for line in errors if line.startswith("error: cifar10 cannot be downloaded: ")
-    ] == errors[-1:]
+    printed = capsys.readouterr().err
+    assert printed.splitlines()[-1].startswith("error: cifar10 cannot be downloaded: ")
+    assert printed.count("error: ") == 1
     monkeypatch.setattr(CIFAR10, "url", f"{web}cifar-10-python.tar.gz")
     assert main(["data", "download", "cifar10", str(tmp_path / "out")]) == 0
     found = contents(tmp_path / "out")
@@ -333,49 +324,51 @@ def test_download_cifar10(tmp_path, web, monkeypatch, capsys):
         "val/bird/00001.png",
     }
     image = np.asarray(Image.open(tmp_path / "out/train/bird/00002.png"))
-    assert np.array_equal(image, pixels[2].reshape(3, 32, 32).transpose(1, 2, 0))
+    assert np.array_equal(image, cifar_image(pixels[2]))
     assert not (tmp_path / "out/.download").exists()
     assert main(["data", "download", "cifar10", str(tmp_path / "out")]) == 2
     assert "has a train/ already" in capsys.readouterr().err
     assert main(["data", "download", "mnist", str(tmp_path / "other")]) == 2
 
 
-def test_download_imagenette_and_flowers(tmp_path, web, monkeypatch):
-    from torchvision.datasets import Flowers102, Imagenette
+def test_download_imagenette(tmp_path, web, monkeypatch):
+    from torchvision.datasets import Imagenette
 
     files = {
-        f"{split}/n01440764/{i}.JPEG": encode(picture(20, 20, i))
-        for i, split in enumerate(("train", "val"))
+        "train/n01440764/0.JPEG": encode(picture(20, 20, 0)),
+        "val/n01440764/1.JPEG": encode(picture(20, 20, 1)),
     }
-    archive = tar_bytes({f"imagenette2-160/{name}": data for name, data in files.items()}, "w:gz")
+    members = {f"imagenette2-160/{name}": data for name, data in files.items()}
+    archive = tar_bytes(members, "w:gz")
     (tmp_path / "web/imagenette2-160.tgz").write_bytes(archive)
-    monkeypatch.setattr(
-        Imagenette, "_ARCHIVES", {"160px": (f"{web}imagenette2-160.tgz", md5(archive))}
-    )
-    (tmp_path / "nette/.download/imagenette2-160/train/n01440764").mkdir(
-        parents=True
-    )  # of a run that was killed
-    assert main(["data", "download", "imagenette", str(tmp_path / "nette"), "--size", "160px"]) == 0
-    assert contents(tmp_path / "nette") == files
+    published = {"160px": (f"{web}imagenette2-160.tgz", md5(archive))}
+    monkeypatch.setattr(Imagenette, "_ARCHIVES", published)
+    out = tmp_path / "out"
+    # Left by a run that was killed.
+    (out / ".download/imagenette2-160/train/n01440764").mkdir(parents=True)
+    assert main(["data", "download", "imagenette", str(out), "--size", "160px"]) == 0
+    assert contents(out) == files
+
+
+def test_download_flowers102(tmp_path, web, monkeypatch):
+    """With the 102 published names. Their training and validation sets are for training here."""
+    from torchvision.datasets import Flowers102
 
     images = {f"jpg/image_{i:05d}.jpg": encode(picture(20, 20, i)) for i in range(1, 7)}
     served = {
         "102flowers.tgz": tar_bytes(images, "w:gz"),
-        "imagelabels.mat": mat(labels=[2, 1, 100, 2, 1, 3]),
-        "setid.mat": mat(trnid=[3, 1], valid=[2, 6], tstid=[4, 5]),
+        "imagelabels.mat": mat_bytes(labels=[2, 1, 100, 2, 1, 3]),
+        "setid.mat": mat_bytes(trnid=[3, 1], valid=[2, 6], tstid=[4, 5]),
     }
-    for name, data in served.items():
-        (tmp_path / "web" / name).write_bytes(data)
+    write_tree(tmp_path / "web", served)
+    published = {}
+    for key, name in zip(("image", "label", "setid"), served, strict=True):
+        published[key] = (name, md5(served[name]))
     monkeypatch.setattr(Flowers102, "_download_url_prefix", web)
-    monkeypatch.setattr(
-        Flowers102,
-        "_file_dict",
-        {
-            key: (name, md5(data))
-            for key, (name, data) in zip(("image", "label", "setid"), served.items(), strict=True)
-        },
-    )
-    assert main(["data", "download", "flowers102", str(tmp_path / "flowers")]) == 0
+    monkeypatch.setattr(Flowers102, "_file_dict", published)
+
+    assert main(["data", "download", "flowers102", str(tmp_path / "out")]) == 0
+
     folders = {
         3: "train/100_blanket_flower",
         1: "train/002_hard_leaved_pocket_orchid",
@@ -384,54 +377,60 @@ def test_download_imagenette_and_flowers(tmp_path, web, monkeypatch):
         4: "val/002_hard_leaved_pocket_orchid",
         5: "val/001_pink_primrose",
     }
-    assert contents(tmp_path / "flowers") == {
-        f"{folder}/image_{i:05d}.jpg": images[f"jpg/image_{i:05d}.jpg"]
-        for i, folder in folders.items()
-    }
+    expected = {}
+    for i, folder in folders.items():
+        expected[f"{folder}/image_{i:05d}.jpg"] = images[f"jpg/image_{i:05d}.jpg"]
+    assert contents(tmp_path / "out") == expected
 
 
+# Files that cannot be read.
 BAD = {
     "cut.jpg": encode(picture(60, 60, 1))[:900],
     "empty.jpg": b"",
     "text.jpg": b"not an image at all",
 }
-ODD = {
-    "cmyk.jpg": ("cmyk", encode(picture(60, 60, 2).convert("CMYK"))),
-    "grey.jpg": ("grayscale", encode(picture(60, 60, 3).convert("L"))),
-    "turned.jpg": ("rotated", None),
-    "tiny.jpg": ("tiny", encode(picture(20, 60, 5))),
-    "png.jpg": ("not_jpeg", encode(picture(60, 60, 6), "PNG")),
-    "deep.png": ("disagreement", None),
-    "twin.jpg": ("duplicate", encode(picture(60, 60, 100))),
+# What `data verify` says of the others that are not plain.
+KINDS = {
+    "cmyk.jpg": "cmyk",
+    "grey.jpg": "grayscale",
+    "turned.jpg": "rotated",
+    "tiny.jpg": "tiny",
+    "png.jpg": "not_jpeg",
+    "deep.png": "disagreement",
+    "twin.jpg": "duplicate",
 }
 
 
 @pytest.fixture
 def odd_set(tmp_path):
+    orientation = 0x0112
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[orientation] = 6
     deep = Image.fromarray((np.arange(3600, dtype=np.uint16) * 18).reshape(60, 60))
-    files = (
-        {name: data for name, (_, data) in ODD.items()}
-        | BAD
-        | {
-            "turned.jpg": encode(picture(60, 60, 4), exif=exif),
-            "deep.png": encode(deep, "PNG"),
-            **{f"good{i}.jpg": encode(picture(60, 60, 100 + i)) for i in range(4)},
-        }
-    )
-    for name, data in files.items():
-        path = tmp_path / "set/train/a" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    (tmp_path / "set/val/a").mkdir(parents=True)
-    (tmp_path / "set/val/a/v.jpg").write_bytes(encode(picture(60, 60, 101)))
+    files = {
+        "cmyk.jpg": encode(picture(60, 60, 2).convert("CMYK")),
+        "grey.jpg": encode(picture(60, 60, 3).convert("L")),
+        "turned.jpg": encode(picture(60, 60, 4), exif=exif),
+        "tiny.jpg": encode(picture(20, 60, 5)),
+        "png.jpg": encode(picture(60, 60, 6), "PNG"),
+        "deep.png": encode(deep, "PNG"),
+        "twin.jpg": encode(picture(60, 60, 100)),
+    }
+    for i in range(4):
+        files[f"good{i}.jpg"] = encode(picture(60, 60, 100 + i))
+    write_tree(tmp_path / "set/train/a", files | BAD)
+    write_tree(tmp_path / "set/val/a", {"v.jpg": encode(picture(60, 60, 101))})
     return tmp_path / "set"
 
 
 def verify(folder, report, *options):
     code = main(["data", "verify", str(folder), "--report", str(report), *options])
     return code, json.loads(report.read_text())
+
+
+def names_in(entries):
+    """The names of the images in a part of the report."""
+    return [name for name, _ in entries]
 
 
 @pytest.mark.parametrize("form", ["folders", "shards"])
@@ -441,26 +440,27 @@ def test_verify(odd_set, tmp_path, form, capsys):
         folder = tmp_path / "shards"
         assert main(["data", "pack", str(odd_set), str(folder)]) == 0
     exclude = tmp_path / "exclude.txt"
-    code, report = verify(
-        folder, tmp_path / "report.json", "--write_exclude", str(exclude), "--workers", "2"
-    )
+    write_exclude = ("--write_exclude", str(exclude))
+
+    code, report = verify(folder, tmp_path / "report.json", *write_exclude, "--workers", "2")
+
     assert code == 1
     assert report["images"] == 15
-    assert [name for name, _ in report["broken"]] == [f"train/a/{name}" for name in sorted(BAD)]
-    for name, (kind, _) in ODD.items():
-        assert f"train/a/{name}" in [found for found, _ in report[kind]], kind
+    bad_names = [f"train/a/{name}" for name in sorted(BAD)]
+    assert names_in(report["broken"]) == bad_names
+    for name, kind in KINDS.items():
+        assert f"train/a/{name}" in names_in(report[kind]), kind
     assert report["duplicate"] == [
         ["train/a/good1.jpg", "as val/a/v.jpg"],
         ["train/a/twin.jpg", "as train/a/good0.jpg"],
     ]
-    assert [name for name, _ in report["disagreement"]] == ["train/a/deep.png"]
+    assert names_in(report["disagreement"]) == ["train/a/deep.png"]
     assert "3 broken\n  train/a/cut.jpg: " in capsys.readouterr().out
     assert "  train/a/tiny.jpg: 60 x 20\n" in (tmp_path / "report.txt").read_text()
-    assert exclude.read_text().splitlines() == [f"train/a/{name}" for name in sorted(BAD)]
+    assert exclude.read_text().splitlines() == bad_names
     assert len(build_index(str(folder), "train", OneProcess(), str(exclude))) == 11
-    verify(
-        folder, tmp_path / "report.json", "--write_exclude", str(exclude), "--exclude_duplicates"
-    )
+
+    verify(folder, tmp_path / "report.json", *write_exclude, "--exclude_duplicates")
     left_out = sorted([*BAD, "good1.jpg", "twin.jpg"])
     assert exclude.read_text().splitlines() == [f"train/a/{name}" for name in left_out]
 
@@ -471,32 +471,35 @@ def test_verify_survives_what_kills_a_batch(tmp_path):
     """
     good = encode(picture(64, 64, 1), "PNG")
     body = good.index(b"IDAT") + 4
-    write_split(
-        tmp_path,
-        [
-            encode(picture(50, 50, 0)),
-            good[: body + 20] + b"\xff" * 40 + good[body + 60 :],
-            encode(picture(50, 50, 2)),
-            encode(picture(50, 50, 3).convert("L")),
-        ],
-        classes=1,
-    )
+    damaged = good[: body + 20] + b"\xff" * 40 + good[body + 60 :]
+    files = [
+        encode(picture(50, 50, 0)),
+        damaged,
+        encode(picture(50, 50, 2)),
+        encode(picture(50, 50, 3).convert("L")),
+    ]
+    write_split(tmp_path, files, classes=1)
     code, report = verify(tmp_path, tmp_path / "report.json", "--workers", "1")
     assert code == 1
-    assert [entry[0] for entry in report["broken"]] == ["train/class0/0001.jpg"]
-    assert [entry[0] for entry in report["grayscale"]] == ["train/class0/0003.jpg"]
+    assert names_in(report["broken"]) == ["train/class0/0001.jpg"]
+    assert names_in(report["grayscale"]) == ["train/class0/0003.jpg"]
 
 
 def test_verify_names_the_images_that_the_decoder_warns_about(tmp_path, capfd):
+    """In the report, and not on stderr."""
     files = [encode(picture(60, 60, number)) for number in range(140)]
     for row in (3, 70, 139):
+        # Without the last part of the image, but with the end marker.
         files[row] = files[row][:-400] + files[row][-2:]
     write_split(tmp_path, files, classes=1)
     _, report = verify(tmp_path, tmp_path / "report.json", "--workers", "2")
-    assert [name for name, _ in report["warned"]] == [
-        f"train/class0/{row:04d}.jpg" for row in (3, 70, 139)
+    assert names_in(report["warned"]) == [
+        "train/class0/0003.jpg",
+        "train/class0/0070.jpg",
+        "train/class0/0139.jpg",
     ]
-    assert all("Corrupt JPEG data" in text for _, text in report["warned"])
+    for _, text in report["warned"]:
+        assert "Corrupt JPEG data" in text
     said = capfd.readouterr()
     assert "Corrupt JPEG" not in said.err
     assert said.out.count("Corrupt JPEG") == 3
@@ -506,7 +509,9 @@ def test_verify_of_a_clean_set_and_of_none(tmp_path, capsys):
     write_split(tmp_path, [encode(picture(50, 50, i)) for i in range(3)], classes=1)
     code, report = verify(tmp_path, tmp_path / "report.json")
     assert code == 0
-    assert not any(report[kind] for kind in ("broken", "disagreement", "duplicate"))
+    assert report["broken"] == []
+    assert report["disagreement"] == []
+    assert report["duplicate"] == []
     assert main(["data", "verify", str(tmp_path / "nowhere")]) == 2
     assert "does not exist" in capsys.readouterr().err
 
@@ -516,61 +521,62 @@ def test_show_has_the_pixels_of_training(tmp_path):
     write_split(tmp_path, [encode(picture(60, 90, i)) for i in range(3)], split="val")
     out = tmp_path / "sheet.png"
     log = tmp_path / "log"
-    codes = run_app(
-        1,
-        [
-            "data",
-            "show",
-            "--seed",
-            "5",
-            "--data.data_dir",
-            str(tmp_path),
-            "--data.train_crop_size",
-            "32",
-            "--data.val_resize_size",
-            "64",
-            "--data.val_crop_size",
-            "48",
-            "--distributed.device",
-            "cpu",
-            "--augment.repeats",
-            "2",
-            "--images",
-            "2",
-            "--epochs",
-            "3",
-            "--out",
-            str(out),
-        ],
-        str(log),
+    settings = options(
+        seed=5,
+        data__data_dir=tmp_path,
+        data__train_crop_size=32,
+        data__val_resize_size=64,
+        data__val_crop_size=48,
+        distributed__device="cpu",
+        augment__repeats=2,
+        images=2,
+        epochs=3,
+        out=out,
     )
+    codes = run_app(1, ["data", "show", *settings], str(log))
     assert codes == [0], log.read_text()
-    # the largest tile three times, so that it has 128 pixels
+
     sheet = np.asarray(Image.open(out))
-    side = 3 * 48
-    assert sheet.shape == (2 * (side + 42) + 6, 4 * (side + 6) + 6, 3)
+    # Each pixel is shown three times, so that the largest tile, of validation, has 128 or more.
+    zoom = 3
+    side = zoom * 48
+    margin = 6
+    height_of_row = side + 42
+    width_of_column = side + margin
+    assert sheet.shape == (2 * height_of_row + margin, 4 * width_of_column + margin, 3)
+
     loader = train_loader(index, tmp_path, global_batch_size=1)
     mean = torch.tensor(loader.config.mean)
     std = torch.tensor(loader.config.std)
-    for step, batch in enumerate(loader.batches(0, 3 * 5)):  # three epochs, image by image
-        row = {0: 0, 4: 1}.get(int(batch.indices[0]))
-        column = step // 5
-        if row is not None:
-            top = 6 + row * (side + 42) + 18
-            left = 6 + column * (side + 6)
-            tile = sheet[top : top + 96 : 3, left : left + 96 : 3]
-            pixels = (batch.images[0].permute(1, 2, 0) * std + mean) * 255
-            assert np.array_equal(tile, pixels.round().byte().numpy())
+    rows_of_images = {0: 0, 4: 1}
+    shown_side = zoom * 32
+    steps_per_epoch = 5
+    for step, batch in enumerate(loader.batches(0, 3 * steps_per_epoch)):
+        image = int(batch.indices[0])
+        if image not in rows_of_images:
+            continue
+        top = margin + rows_of_images[image] * height_of_row + 18
+        left = margin + (step // steps_per_epoch) * width_of_column
+        tile = sheet[top : top + shown_side : zoom, left : left + shown_side : zoom]
+        pixels = (batch.images[0].permute(1, 2, 0) * std + mean) * 255
+        assert np.array_equal(tile, pixels.round().byte().numpy())
     loader.close()
 
 
+PRINT_HELP = """
+import sys
+from resnet_dist.cli import main
+try:
+    main(["data", "pack", "--help"])
+except SystemExit:
+    heavy = {"torch", "numpy", "PIL", "scipy", "torchvision"}
+    print(sorted(heavy & set(sys.modules)))
+"""
+
+
 def test_help_imports_nothing_heavy():
-    code = (
-        "import sys; from resnet_dist.cli import main\n"
-        "try: main(['data', 'pack', '--help'])\nexcept SystemExit: "
-        "print(sorted({'torch', 'numpy', 'PIL', 'scipy', 'torchvision'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", PRINT_HELP]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "--shard_mb" in done.stdout
     assert done.stdout.endswith("[]\n")
 

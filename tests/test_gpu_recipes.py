@@ -7,9 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from data_files import tar_bytes, write_tree
 from dist_utils import run_app
-from test_data_commands import tar_bytes
-from test_import_small import TINY, cifar_binary, write_tree, write_zip
+from published_sets import TINY, cifar_binary, write_tiny_zip
 
 from resnet_dist import cli
 from resnet_dist.data.sampling.order import steps_per_epoch
@@ -85,7 +85,7 @@ def test_cifar10(folder):
 
 @pytest.mark.slow
 def test_tiny_imagenet(folder):
-    archive = write_zip(folder / "tiny.zip", TINY)
+    archive = write_tiny_zip(folder / "tiny.zip", TINY)
     smaller = {"--data.val_resize_size": "32", "--data.val_crop_size": "32"}
     more = {"--train.global_batch_size": "3", **smaller}
     assert run_training(folder, "gpu-tiny-imagenet", archive, more)["step"] == 2

@@ -4,15 +4,19 @@ folder.
 
 import io
 import json
-import multiprocessing
 import os
-import signal
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from data_files import (
+    contents,
+    members_of_shards,
+    modification_times,
+    run_and_kill,
+    write_tree,
+)
 from image_files import OneProcess, encode, picture, train_loader
 from PIL import Image
 
@@ -33,24 +37,12 @@ FILES = {
 
 @pytest.fixture
 def source(tmp_path):
-    for name, data in FILES.items():
-        path = tmp_path / "source" / "train" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+    write_tree(tmp_path / "source" / "train", FILES)
     return tmp_path / "source"
 
 
 def pack(source, out, *options):
     return main(["data", "pack", str(source), str(out), *options])
-
-
-def members(folder):
-    """{name: bytes} of all shards, in order."""
-    found = {}
-    for path in sorted(folder.glob("*.tar")):
-        with tarfile.open(path) as tar:
-            found.update({member.name: tar.extractfile(member).read() for member in tar})
-    return found
 
 
 def open_index(folder):
@@ -64,34 +56,46 @@ def test_a_run_on_shards_is_a_run_on_the_folder(source, tmp_path):
     assert theirs.shards == ("train-000000.tar",)
     assert theirs.fingerprint() == ours.fingerprint()
     assert theirs.class_names == ours.class_names == ("a.cat", "b", "ü")
-    rows = np.arange(len(FILES))
-    assert [theirs.name(row) for row in rows] == [ours.name(row) for row in rows] == sorted(FILES)
-    assert [load(theirs, row).data for row in rows] == [FILES[ours.name(row)] for row in rows]
-    loaders = [train_loader(index, tmp_path) for index in (ours, theirs)]
-    for one, other in zip(*(list(loader.batches(0, 3)) for loader in loaders), strict=True):
+    names = [ours.name(row) for row in range(len(FILES))]
+    assert names == sorted(FILES)
+    for row, name in enumerate(names):
+        assert theirs.name(row) == name
+        assert load(theirs, row).data == FILES[name]
+
+    our_loader = train_loader(ours, tmp_path)
+    their_loader = train_loader(theirs, tmp_path)
+    our_batches = list(our_loader.batches(0, 3))
+    their_batches = list(their_loader.batches(0, 3))
+    our_loader.close()
+    their_loader.close()
+    for one, other in zip(our_batches, their_batches, strict=True):
         assert torch.equal(one.images, other.images)
         assert torch.equal(one.labels, other.labels)
         assert one.indices.tolist() == other.indices.tolist()
-    for loader in loaders:
-        loader.close()
 
 
 def test_samples_in_the_tar(source, tmp_path):
+    """An image and its class id, in an order that is not sorted. Names have one dot, as
+    webdataset's keys must, and stay different.
+    """
     assert pack(source, tmp_path / "out") == 0
-    found = list(members(tmp_path / "out" / "train").items())
-    assert {name for name, _ in found[::2]} >= {
+    members = members_of_shards(tmp_path / "out" / "train")
+    names = list(members)
+    image_names = names[::2]
+    label_names = names[1::2]
+    assert names != sorted(names)
+    assert set(image_names) >= {
         "a.cat/x.jpeg",
         "a.cat/x_.png",
         "a.cat/x_y.jpg",
         "a.cat/x_y_.jpg",
         "b/5.jpg",
     }
-    labels = {"a.cat": b"0", "b": b"1", "ü": b"2"}
-    for (image, _), (label, content) in zip(found[::2], found[1::2], strict=True):
-        assert label == f"{os.path.splitext(image)[0]}.cls"
-        assert content == labels[os.path.dirname(image)]
-    assert sorted(data for _, data in found[::2]) == sorted(FILES.values())
-    assert [name for name, _ in found] != sorted(name for name, _ in found)
+    class_ids = {"a.cat": b"0", "b": b"1", "ü": b"2"}
+    for image_name, label_name in zip(image_names, label_names, strict=True):
+        assert label_name == f"{os.path.splitext(image_name)[0]}.cls"
+        assert members[label_name] == class_ids[os.path.dirname(image_name)]
+    assert sorted(members[name] for name in image_names) == sorted(FILES.values())
 
 
 def test_dali_reads_the_shards(source, tmp_path):
@@ -106,7 +110,7 @@ def test_dali_reads_the_shards(source, tmp_path):
         )
         pipeline.set_outputs(images, labels)
     images, labels = pipeline.run()
-    expected = list(members(tmp_path / "out" / "train").values())
+    expected = list(members_of_shards(tmp_path / "out" / "train").values())
     assert [np.asarray(image).tobytes() for image in images] == expected[::2]
     assert [np.asarray(label).tobytes() for label in labels] == expected[1::2]
 
@@ -117,6 +121,7 @@ def test_resize_brings_large_images_down_and_leaves_the_others(source, tmp_path,
     said = capsys.readouterr().out
     assert "kept as it was: train/b/cut.jpg: " in said
     assert "kept as it was: train/b/deep.png: it has 16 bits" in said
+
     index = open_index(tmp_path / "out")
     resized = set()
     for row in range(len(index)):
@@ -132,84 +137,64 @@ def test_resize_brings_large_images_down_and_leaves_the_others(source, tmp_path,
         assert min(image.size) == 60 < min(before.size)
         expected = np.asarray(before.resize(image.size, Image.Resampling.LANCZOS)).astype(int)
         assert np.abs(np.asarray(image) - expected).mean() < 8
-    assert resized == {"a.cat/x_y.jpg", *(f"b/{i}.JPG" for i in range(5, 12) if 50 + 5 * i > 60)}
+    # Of FILES, those whose shorter side has more than 60 pixels.
+    assert resized == {"a.cat/x_y.jpg", *(f"b/{i}.JPG" for i in range(5, 12))}
 
 
 def test_quality_encodes_all_that_it_makes_smaller(source, tmp_path):
     """At the same size; what would grow, or cannot be decoded, keeps its bytes."""
     assert pack(source, tmp_path / "out", "--quality", "50") == 0
     index = open_index(tmp_path / "out")
-    smaller = 0
+    num_smaller = 0
     for row in range(len(index)):
         data = load(index, row).data
         original = (source / "train" / index.name(row)).read_bytes()
-        assert len(data) <= len(original)
-        if data != original:
-            smaller += 1
-            assert Image.open(io.BytesIO(data)).size == Image.open(io.BytesIO(original)).size
-    assert smaller > len(index) // 2
+        if data == original:
+            continue
+        num_smaller += 1
+        assert len(data) < len(original)
+        assert Image.open(io.BytesIO(data)).size == Image.open(io.BytesIO(original)).size
+    assert num_smaller > len(index) // 2
 
 
-def killed(function, count, *arguments):
-    """Run `function` in a process that gets SIGKILL at its `count`-th flush to the disk or
-    rename.
-    """
-
-    def counted(original, calls):
-        def call(*args):
-            calls.append(1)
-            if len(calls) == count:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args)
-
-        return call
-
-    def body():
-        calls = []
-        os.fsync = counted(os.fsync, calls)
-        os.replace = counted(os.replace, calls)
-        function(*arguments)
-        os._exit(0)
-
-    process = multiprocessing.get_context("fork").Process(target=body)
-    process.start()
-    process.join(300)
-    assert process.exitcode == -signal.SIGKILL
+def add_large_images(source, count):
+    """Noise, which PNG does not compress: half a megabyte each."""
+    for i in range(count):
+        noise = np.random.default_rng(i).integers(0, 256, (400, 400, 3), np.uint8)
+        Image.fromarray(noise).save(source / f"train/b/large{i}.png")
 
 
 # Before the second shard is complete; between its sidecar and it. Each small file takes three
 # calls, the index of the source and the plan come first.
 @pytest.mark.parametrize("count", [12, 16])
 def test_a_killed_pack_goes_on(source, tmp_path, count):
-    for i in range(6):
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (400, 400, 3), np.uint8)).save(
-            source / f"train/b/large{i}.png"
-        )
+    add_large_images(source, 6)
     options = ("--shard_mb", "1", "--workers", "1")
     assert pack(source, tmp_path / "whole", *options) == 0
-    killed(pack, count, source, tmp_path / "out", *options)
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/train").glob("*.tar")}
-    expected = {path.name: path.read_bytes() for path in (tmp_path / "whole/train").iterdir()}
-    assert 0 < len(before) < len([name for name in expected if name.endswith(".tar")])
-    assert not (tmp_path / "out/train/index.bin").exists()
+    expected = contents(tmp_path / "whole/train")
+    out = tmp_path / "out/train"
+
+    run_and_kill(pack, count, source, tmp_path / "out", *options)
+
+    finished = [path.name for path in out.glob("*.tar")]
+    times = modification_times(out, finished)
+    assert 0 < len(finished) < len([name for name in expected if name.endswith(".tar")])
+    assert not (out / "index.bin").exists()
     assert pack(source, tmp_path / "out", *options) == 0
-    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    assert {name: (tmp_path / "out/train" / name).read_bytes() for name in expected} == expected
+    assert modification_times(out, finished) == times, "not written again"
+    assert contents(out) == expected
 
 
 def test_what_is_not_all_there_is_no_data_set(source, tmp_path):
     """A shard that was not copied, or not written before a kill: an error, not a smaller data
     set.
     """
-    for i in range(3):
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (400, 400, 3), np.uint8)).save(
-            source / f"train/b/large{i}.png"
-        )
+    add_large_images(source, 3)
     assert pack(source, tmp_path / "out", "--shard_mb", "1") == 0
-    sorted((tmp_path / "out/train").glob("*.tar"))[-1].unlink()
-    with pytest.raises(
-        ValueError, match=r"train/ has \d of \d shards: run `resnet-dist data pack` again"
-    ):
+    last_shard = max((tmp_path / "out/train").glob("*.tar"))
+    last_shard.unlink()
+    message = r"train/ has \d of \d shards: run `resnet-dist data pack` again"
+    with pytest.raises(ValueError, match=message):
         open_index(tmp_path / "out")
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from data_files import members_of_shards, modification_times, run_and_kill
 from dist_utils import run_app
 from image_files import OneProcess, encode, picture, val_loader
-from test_pack import killed, members
 
 from resnet_dist.cli import main
 from resnet_dist.data.pixels.read import load
@@ -129,13 +129,14 @@ def test_a_killed_import_goes_on(tmp_path, count):
     write_parquet(tmp_path / "data/train-0.parquet", rows)
     options = ("--shard_mb", "1", "--workers", "1")
     assert run_import(tmp_path, tmp_path / "whole", *options) == 0
-    expected = members(tmp_path / "whole/train")
-    killed(run_import, count, tmp_path, tmp_path / "out", *options)
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/train").glob("*.tar")}
+    expected = members_of_shards(tmp_path / "whole/train")
+    run_and_kill(run_import, count, tmp_path, tmp_path / "out", *options)
+    finished = list((tmp_path / "out/train").glob("*.tar"))
+    times = modification_times(tmp_path / "out", finished)
     assert not (tmp_path / "out/train/index.bin").exists()
     assert run_import(tmp_path, tmp_path / "out", *options) == 0
-    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    assert list(members(tmp_path / "out/train").items()) == list(expected.items())
+    assert modification_times(tmp_path / "out", finished) == times, "not written again"
+    assert list(members_of_shards(tmp_path / "out/train").items()) == list(expected.items())
     assert len(expected) == 2 * 230
     assert len(list((tmp_path / "out/train").glob("*.tar"))) == 2
 
@@ -256,11 +257,11 @@ def test_evaluation_reads_parquet_in_place(source, tmp_path):
         for rank in range(world_size):
             loader = val_loader(index, tmp_path, rank=rank, world_size=world_size, **sizes)
             for batch in loader:
-                if batch is not None:
-                    for row, label, image in zip(
-                        batch.indices, batch.labels, batch.images, strict=True
-                    ):
-                        found.append((index.name(int(row)), int(label), image.sum().item()))
+                if batch is None:
+                    continue
+                names = [index.name(row) for row in batch.indices.tolist()]
+                sums = batch.images.sum((1, 2, 3)).tolist()
+                found += zip(names, batch.labels.tolist(), sums, strict=True)
             loader.close()
         return sorted(found)
 
