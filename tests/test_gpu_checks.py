@@ -103,10 +103,10 @@ def test_photographs_are_arranged_in_class_folders(tmp_path):
     folder = report.arrange_photographs(flat, tmp_path / "arranged", 10)
     links = sorted(folder.rglob("*.jpg"))
     assert len(links) == 10
-    assert ({link.read_bytes() for link in links} == {
+    assert {link.read_bytes() for link in links} == {
         b"a.JPEG",
         b"deeper/b.jpg",
-    })
+    }
     (flat / "deeper" / "b.jpg").unlink()
     (flat / "a.JPEG").unlink()
     with pytest.raises(SystemExit, match="holds no"):
