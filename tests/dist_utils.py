@@ -113,6 +113,22 @@ def _child(sender, fn, rank: int, world_size: int, store_path: str, args: tuple)
         sender.send((traceback.format_exc(), None))
 
 
+def cpu_runtime(rank=0, world_size=1, cpu_group=None, local_world_size=None):
+    """The runtime of a rank in the process group of `run_ranks`."""
+    from resnet_dist.distributed.runtime import Runtime
+
+    if local_world_size is None:
+        local_world_size = world_size
+    return Runtime(
+        rank=rank,
+        local_rank=rank % local_world_size,
+        world_size=world_size,
+        local_world_size=local_world_size,
+        device=torch.device("cpu"),
+        cpu_group=cpu_group,
+    )
+
+
 def options(**settings: object) -> list[str]:
     """Settings as words of a command line, with `__` for the dot: `options(train__epochs=2)` gives
     `["--train.epochs", "2"]`.

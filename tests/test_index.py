@@ -17,9 +17,9 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pytest
-import torch
 import torch.distributed as dist
-from dist_utils import run_ranks
+from data_files import write_tree
+from dist_utils import cpu_runtime, run_ranks
 from hypothesis import strategies as st
 from image_files import OneProcess, add_member, pack_shards, simulated_index
 from torchvision.datasets import ImageFolder
@@ -37,7 +37,6 @@ from resnet_dist.data.sources.index import (
 from resnet_dist.data.sources.index_file import encode_header, open_index, write_index
 from resnet_dist.data.sources.scan import build_index
 from resnet_dist.data.sources.scan_progress import ScanProgress, keeps_folder_times
-from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.files import write_file
 
 ALONE = OneProcess()
@@ -45,10 +44,7 @@ ALONE = OneProcess()
 
 def make(folder, names):
     """Empty files, in the given folders."""
-    for name in names:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"")
+    write_tree(folder, dict.fromkeys(names, b""))
     return str(folder)
 
 
@@ -68,16 +64,25 @@ def settled(monkeypatch):
 def scans(monkeypatch):
     """How often the storage was listed."""
     calls = []
+
+    def counted(scan):
+        def call(*args):
+            calls.append(scan)
+            return scan(*args)
+
+        return call
+
     for name in ("_scan_folders", "_scan_shards"):
-        scan = getattr(scan_module, name)
-        monkeypatch.setattr(
-            scan_module, name, lambda *args, scan=scan: calls.append(1) or scan(*args)
-        )
+        monkeypatch.setattr(scan_module, name, counted(getattr(scan_module, name)))
     return calls
 
 
 def paths(index):
     return [index.path(row) for row in range(len(index))]
+
+
+def names(index):
+    return [index.name(row) for row in range(len(index))]
 
 
 def labels(index):
@@ -103,13 +108,9 @@ def test_rows_are_sorted_by_class_and_name(tmp_path):
     assert index.labels_of(np.arange(4)).dtype == np.int64
     assert labels(index) == [0, 1, 1, 2]
     assert len(index) == 4
-    assert [index.name(row) for row in (0, 3)] == ["a/x.PNG", "ä/1.jpg"]
-    expected = [
-        os.path.join(data_dir, "train", name)
-        for name in ("a/x.PNG", "b/10.JPEG", "b/2.jpg", "ä/1.jpg")
-    ]
-    assert paths(index) == expected
-    assert index.place(2) == (expected[2], 0, -1)
+    assert names(index) == ["a/x.PNG", "b/10.JPEG", "b/2.jpg", "ä/1.jpg"]
+    assert paths(index) == [f"{data_dir}/train/{name}" for name in names(index)]
+    assert index.place(2) == (f"{data_dir}/train/b/2.jpg", 0, -1)
 
 
 def test_cache_is_used_until_a_folder_changes(tmp_path, scans, settled):
@@ -119,19 +120,19 @@ def test_cache_is_used_until_a_folder_changes(tmp_path, scans, settled):
     again = build_index(data_dir, "train", ALONE)
     assert len(scans) == 1
     assert paths(first) == paths(again)
-    changes = [
-        lambda: make(tmp_path, ["train/b/2.jpg"]),
-        lambda: os.unlink(tmp_path / "train/b/1.jpg"),
-        lambda: make(tmp_path, ["train/b/inner/2.jpg"]),
-        lambda: make(tmp_path, ["train/c/1.jpg"]),
-    ]
-    for number, change in enumerate(changes):
+    # Each change, and the number of images after it.
+    changes = (
+        (lambda: make(tmp_path, ["train/b/2.jpg"]), 4),
+        (lambda: os.unlink(tmp_path / "train/b/1.jpg"), 3),
+        (lambda: make(tmp_path, ["train/b/inner/2.jpg"]), 4),
+        (lambda: make(tmp_path, ["train/c/1.jpg"]), 5),
+    )
+    for number, (change, num_images) in enumerate(changes, 2):
         settled()
         change()
         settled()
-        size = len(build_index(data_dir, "train", ALONE))
-        assert size == [4, 3, 4, 5][number]
-        assert len(scans) == number + 2
+        assert len(build_index(data_dir, "train", ALONE)) == num_images
+        assert len(scans) == number
     assert build_index(data_dir, "train", ALONE).class_names == ("a", "b", "c")
     assert len(scans) == 5
 
@@ -147,7 +148,7 @@ def test_a_restored_folder_time_is_noticed(tmp_path, scans, settled):
     os.utime(tmp_path / "train/a", ns=(before.st_atime_ns, before.st_mtime_ns))
     assert os.stat(tmp_path / "train/a").st_mtime_ns == before.st_mtime_ns
     index = build_index(data_dir, "train", ALONE)
-    assert [index.name(row) for row in range(2)] == ["a/2.jpg", "a/3.jpg"]
+    assert names(index) == ["a/2.jpg", "a/3.jpg"]
     assert len(scans) == 2
 
 
@@ -171,7 +172,8 @@ def test_a_file_system_without_folder_times_is_listed_at_every_start(
     assert len(scans) == 3
 
 
-def test_file_systems_that_keep_times(tmp_path):
+def test_file_systems_that_keep_the_times_of_folders(tmp_path):
+    """By their types in /proc/self/mountinfo."""
     table = tmp_path / "mountinfo"
     table.write_text(
         "1 0 8:1 / / rw - ext4 /dev/sda rw\n"
@@ -179,13 +181,14 @@ def test_file_systems_that_keep_times(tmp_path):
         "3 1 0:51 / /mnt/bucket/with\\040space rw - lustre x rw\n"
         "4 1 0:52 / /mnt/odd rw - somethingfs x rw\n"
     )
-    for folder, keeps in {
+    expected = {
         "/data": True,
         "/mnt/bucket/data": False,
         "/mnt/bucketless": True,
         "/mnt/bucket/with space/data": True,
         "/mnt/odd": False,
-    }.items():
+    }
+    for folder, keeps in expected.items():
         assert keeps_folder_times(folder, str(table)) == keeps
     assert keeps_folder_times("/data", str(tmp_path / "none"))
 
@@ -226,6 +229,8 @@ DAMAGES = {
     "empty": lambda blob: b"",
     "cut off in the header": lambda blob: blob[:200],
     "something else": lambda blob: b"no index" * 1000,
+    # As a power cut may leave a file. Labels, starts and names are 64 bytes each.
+    "zeros in place of the arrays": lambda blob: blob[: -3 * 64] + bytes(3 * 64),
     "zeros in the header": lambda blob: blob[:100] + bytes(10) + blob[110:],
     "a block less": lambda blob: blob[:-64],
     "a byte less": lambda blob: blob[:-1],
@@ -252,6 +257,12 @@ DAMAGES = {
 }
 
 
+def replace_file(path, content):
+    """By a new file, since the old one may be mapped."""
+    path.unlink()
+    path.write_bytes(content)
+
+
 def test_damaged_cache_is_made_anew(tmp_path, scans, settled):
     """Also where all checksums are right: what it says is checked."""
     data_dir = make(tmp_path, ["val/a/1.jpg", "val/b/1.jpg", "val/b/2.jpg"])
@@ -261,17 +272,16 @@ def test_damaged_cache_is_made_anew(tmp_path, scans, settled):
     good = cache.read_bytes()
     failures = []
     for name, damage in DAMAGES.items():
-        # Replaced, and not changed in place, under a mapping.
-        cache.unlink()
-        cache.write_bytes(damage(good))
+        replace_file(cache, damage(good))
         before = len(scans)
         index = build_index(data_dir, "val", ALONE)
-        same = (index.class_names, labels(index), paths(index)) == (
-            expected.class_names,
-            labels(expected),
-            paths(expected),
+        same = (
+            index.class_names == expected.class_names
+            and labels(index) == labels(expected)
+            and paths(index) == paths(expected)
         )
-        if not same or len(scans) != before + 1 or cache.read_bytes() != good:
+        is_new = len(scans) == before + 1 and cache.read_bytes() == good
+        if not same or not is_new:
             failures.append(name)
     assert failures == []
     cache.write_bytes(rewritten(good, lambda facts, body: None))
@@ -280,39 +290,44 @@ def test_damaged_cache_is_made_anew(tmp_path, scans, settled):
     assert len(scans) == before
 
 
-def test_an_index_of_an_older_version(folder, tmp_path, scans, settled):
-    """Beside class folders it is made anew; beside shards, whose names only it has, it is read."""
+def as_version_3(blob):
+    """The index file as an older version wrote it."""
+    facts, start, _ = index_file._read_header(blob)
+    for key in ("folders", "remarks", "checksum"):
+        facts.pop(key)
+    facts["stamps"] = [stamp[0] if stamp else -1 for stamp in facts["stamps"]]
+    text = json.dumps(facts).encode()
+    prefix = index_file._PREFIX.pack(b"resndist", 3, zlib.crc32(text), len(text))
+    return index_file._padded(prefix + text) + blob[start:]
 
-    def as_version_3(blob):
-        facts, start, _ = index_file._read_header(blob)
-        for key in ("folders", "remarks", "checksum"):
-            facts.pop(key)
-        facts["stamps"] = [stamp[0] if stamp else -1 for stamp in facts["stamps"]]
-        text = json.dumps(facts).encode()
-        prefix = index_file._PREFIX.pack(b"resndist", 3, zlib.crc32(text), len(text))
-        return index_file._padded(prefix + text) + blob[start:]
 
-    cache = tmp_path / "folder" / ".resnet_dist_train_index.bin"
-    old = as_version_3(cache.read_bytes())
-    cache.unlink()
-    cache.write_bytes(old)
-    before = len(scans)
-    again = build_index(str(tmp_path / "folder"), "train", ALONE)
-    assert len(scans) == before + 1
-    assert paths(again) == paths(folder)
+def test_an_index_of_an_older_version_beside_class_folders_is_made_anew(tmp_path, scans, settled):
+    data_dir = make(tmp_path, ["train/a/1.jpg", "train/b/1.jpg"])
+    settled()
+    new = build_index(data_dir, "train", ALONE)
+    build_index(data_dir, "train", ALONE)
+    assert len(scans) == 1, "the present version is used"
+
+    cache = tmp_path / ".resnet_dist_train_index.bin"
+    replace_file(cache, as_version_3(cache.read_bytes()))
+    again = build_index(data_dir, "train", ALONE)
+    assert len(scans) == 2
+    assert paths(again) == paths(new)
+
+
+def test_an_index_of_an_older_version_beside_shards_is_read(folder, tmp_path, scans, settled):
+    """It alone has their names."""
     root = pack_shards(folder, tmp_path / "shards" / "train", order=range(6), shards=2)
     new = build_index(str(tmp_path / "shards"), "train", ALONE)
     old = as_version_3((root / SHARD_INDEX).read_bytes())
-    (root / SHARD_INDEX).unlink()
-    (root / SHARD_INDEX).write_bytes(old)
+    replace_file(root / SHARD_INDEX, old)
     before = len(scans)
     again = build_index(str(tmp_path / "shards"), "train", ALONE)
     assert len(scans) == before
     assert contents(again) == contents(new)
     assert again.fingerprint() == new.fingerprint()
-    damaged = old[:-60] + b"X" + old[-59:]
-    (root / SHARD_INDEX).unlink()
-    (root / SHARD_INDEX).write_bytes(damaged)
+
+    replace_file(root / SHARD_INDEX, old[:-60] + b"X" + old[-59:])
     build_index(str(tmp_path / "shards"), "train", ALONE)
     assert len(scans) == before + 1
 
@@ -322,17 +337,20 @@ def test_places_outside_of_a_shard_are_refused(folder, tmp_path, scans, settled)
     build_index(str(tmp_path / "shards"), "train", ALONE)
     good = (root / SHARD_INDEX).read_bytes()
     # A record is (start int64, label int32, shard int32, offset int64, length int64).
-    for place, value in (
-        (16, 10**9),
-        (24, 2**42),
-        (24, -5),
-        (16, -1),
-        (12, 7),
-        (12, -1),
-    ):
-        payload = value.to_bytes(4 if place == 12 else 8, "little", signed=True)
-        (root / SHARD_INDEX).unlink()
-        (root / SHARD_INDEX).write_bytes(set_bytes(place, payload)(good))
+    shard = (12, 4)
+    offset = (16, 8)
+    length = (24, 8)
+    wrong = (
+        (offset, 10**9),
+        (length, 2**42),
+        (length, -5),
+        (offset, -1),
+        (shard, 7),
+        (shard, -1),
+    )
+    for (place, num_bytes), value in wrong:
+        damage = set_bytes(place, value.to_bytes(num_bytes, "little", signed=True))
+        replace_file(root / SHARD_INDEX, damage(good))
         before = len(scans)
         assert contents(build_index(str(tmp_path / "shards"), "train", ALONE)) == TEXTS
         assert len(scans) == before + 1
@@ -342,19 +360,20 @@ def test_a_damaged_row_of_a_large_index_is_found_when_it_is_used(folder, monkeyp
     """Its arrays are too large to be checked when it is opened."""
     monkeypatch.setattr(index_module, "READ_WHOLE", 0)
     monkeypatch.setattr(index_file, "READ_WHOLE", 0)
-    path = os.path.join(os.path.dirname(folder.root), ".resnet_dist_train_index.bin")
-    good = Path(path).read_bytes()
-    names = 128  # six rows and one more of 12 bytes, then padding
-    for damage, use in (
+    path = Path(folder.root).parent / ".resnet_dist_train_index.bin"
+    good = path.read_bytes()
+    # Six rows and one more of 12 bytes, then padding.
+    names_start = 128
+    cases = (
         (set_bytes(8, b"\7\0\0\0"), lambda index: index.labels_of(np.arange(2))),
         (set_bytes(8, b"\xff\xff\xff\xff"), lambda index: index.place(0)),
-        (set_bytes(names, b"../.."), lambda index: index.place(0)),
-        (set_bytes(names, b"/etc/"), lambda index: index.name(0)),
-        (set_bytes(names, b"a/../"), lambda index: index.path(0)),
-    ):
-        os.unlink(path)
-        Path(path).write_bytes(damage(good))
-        index = index_file.open_checked(path, folder.root)
+        (set_bytes(names_start, b"../.."), lambda index: index.place(0)),
+        (set_bytes(names_start, b"/etc/"), lambda index: index.name(0)),
+        (set_bytes(names_start, b"a/../"), lambda index: index.path(0)),
+    )
+    for damage, use in cases:
+        replace_file(path, damage(good))
+        index = index_file.open_checked(str(path), folder.root)
         with pytest.raises(ValueError, match=r"is damaged: .*--data.rescan always"):
             use(index)
 
@@ -415,9 +434,8 @@ def test_moved_data_keeps_its_cache(tmp_path, scans, settled):
     settled()
     build_index(str(tmp_path / "old"), "train", ALONE)
     os.rename(tmp_path / "old", tmp_path / "new")
-    assert build_index(str(tmp_path / "new"), "train", ALONE).path(0) == str(
-        tmp_path / "new/train/a/1.jpg"
-    )
+    moved = build_index(str(tmp_path / "new"), "train", ALONE)
+    assert paths(moved) == [str(tmp_path / "new/train/a/1.jpg")]
     assert len(scans) == 1
 
 
@@ -468,15 +486,17 @@ def test_loose_images_are_warned_about(tmp_path):
 
 def test_classes_must_agree():
     check_same_classes(("a", "b"), ("a", "b"))
-    with pytest.raises(
-        ValueError,
-        match=r"1 only in train/ \(b\), 7 only in val/ \(c0, c1, c2, c3, c4 and 2 more\)",
-    ):
-        check_same_classes(("a", "b"), ("a", *(f"c{i}" for i in range(7))))
-    assert check_num_classes(None, 10) == check_num_classes(10, 10) == 10
-    with pytest.raises(
-        ValueError, match=r"model\.num_classes is 1000, but the data has 10 classes"
-    ):
+    many = tuple(f"c{i}" for i in range(7))
+    message = r"1 only in train/ \(b\), 7 only in val/ \(c0, c1, c2, c3, c4 and 2 more\)"
+    with pytest.raises(ValueError, match=message):
+        check_same_classes(("a", "b"), ("a", *many))
+
+
+def test_the_number_of_classes_is_that_of_the_data():
+    assert check_num_classes(None, 10) == 10
+    assert check_num_classes(10, 10) == 10
+    message = r"model\.num_classes is 1000, but the data has 10 classes"
+    with pytest.raises(ValueError, match=message):
         check_num_classes(1000, 10)
 
 
@@ -487,11 +507,9 @@ TEXTS = [name * 500 * (row + 1) for row, name in enumerate(NAMES)]
 @pytest.fixture
 def folder(tmp_path):
     """Files that hold their own names."""
-    data_dir = make(tmp_path / "folder", [f"train/{name}" for name in NAMES])
     for name, text in zip(NAMES, TEXTS, strict=True):
-        (tmp_path / "folder" / "train" / name).write_text(text)
-    make(tmp_path / "folder", [])
-    return build_index(data_dir, "train", ALONE)
+        write_tree(tmp_path / "folder" / "train", {name: text.encode()})
+    return build_index(str(tmp_path / "folder"), "train", ALONE)
 
 
 def contents(index):
@@ -514,12 +532,11 @@ def test_shards_give_the_index_of_the_folder(folder, tmp_path, scans, settled):
     assert labels(index) == labels(folder)
     assert index.fingerprint() == folder.fingerprint()
     assert contents(index) == contents(folder) == TEXTS
-    assert [index.name(row) for row in range(6)] == NAMES
+    assert names(index) == NAMES
     assert index.path(0) == f"{root}/shard-00000.tar:a/10.jpg"
     assert len(build_index(str(tmp_path / "shards"), "train", ALONE)) == 6
     assert len(scans) == 1
-    (root / SHARD_INDEX).unlink()
-    (root / SHARD_INDEX).write_bytes(b"damaged")
+    replace_file(root / SHARD_INDEX, b"damaged")
     assert contents(build_index(str(tmp_path / "shards"), "train", ALONE)) == contents(folder)
     os.unlink(root / "shard-00001.tar")
     assert len(build_index(str(tmp_path / "shards"), "train", ALONE)) == 3
@@ -530,29 +547,34 @@ def test_written_index_is_that_of_the_headers(folder, tmp_path, scans):
     """What `data pack` writes is what a scan finds, and is used."""
     root = pack_shards(folder, tmp_path / "shards" / "train", order=[4, 2, 0, 5, 3, 1], shards=2)
     scanned = build_index(str(tmp_path / "shards"), "train", ALONE)
-    rows = [3, 1, 5, 0, 4, 2]
-    names = [os.fsencode(NAMES[row].split("/")[1]) for row in rows]
-    shards = ["shard-00000.tar", "shard-00001.tar"]
-    places = [
-        (shards.index(os.path.basename(scanned.place(row)[0])), *scanned.place(row)[1:])
-        for row in rows
-    ]
     expected = (root / SHARD_INDEX).read_bytes()
+    rows = [3, 1, 5, 0, 4, 2]
+    file_names = [os.fsencode(NAMES[row].split("/")[1]) for row in rows]
+    shards = ["shard-00000.tar", "shard-00001.tar"]
+    places = []
+    for row in rows:
+        path, offset, length = scanned.place(row)
+        places.append((shards.index(os.path.basename(path)), offset, length))
     write_index(
         str(root / SHARD_INDEX),
         scanned.class_names,
         scanned.labels_of(np.array(rows)).tolist(),
-        names,
+        file_names,
         shards=shards,
         places=places,
     )
     assert (root / SHARD_INDEX).read_bytes() == expected
+
+
+def test_an_index_with_a_name_twice_is_not_written(tmp_path):
+    shards = ["shard-00000.tar", "shard-00001.tar"]
+    make(tmp_path, shards)
     with pytest.raises(ValueError, match="image a/2.jpg is there twice"):
         write_index(
-            str(root / "other"),
+            str(tmp_path / "index"),
             ["a"],
             [0, 0],
-            [b"2.jpg"] * 2,
+            [b"2.jpg", b"2.jpg"],
             shards=shards,
             places=[(0, 0, 1), (1, 0, 1)],
         )
@@ -591,16 +613,9 @@ def test_wrong_shards_are_named(folder, tmp_path):
 
     last = contents(build_index(str(tmp_path / "shards"), "train", ALONE))[-1]
     end = whole.rindex(last.encode()) // 512 * 512
-    for length in (
-        0,
-        100,
-        700,
-        5000,
-        end,
-        end + 100,
-        end + 3000,
-        len(whole.rstrip(b"\0")),
-    ):  # data and headers
+    # In headers and in data.
+    lengths = (0, 100, 700, 5000, end, end + 100, end + 3000, len(whole.rstrip(b"\0")))
+    for length in lengths:
         assert_refused(whole[:length], "shard-00000.tar is no complete")
     assert_refused(whole[: 512 * 9] + b"x" * 512 + whole[512 * 10 :], "no complete")
     shard.unlink()
@@ -622,30 +637,34 @@ def test_class_folders_come_before_tar_files(tmp_path):
 @pytest.mark.parametrize("packed", [False, True])
 def test_exclusions_are_left_out(folder, tmp_path, packed):
     """By class and file name, in folders and shards; every other row keeps its image and label."""
+    data_dir = str(tmp_path / "folder")
     if packed:
         pack_shards(folder, tmp_path / "shards" / "train", order=[4, 2, 0, 5, 3, 1], shards=2)
-    data_dir = str(tmp_path / ("shards" if packed else "folder"))
+        data_dir = str(tmp_path / "shards")
     whole = build_index(data_dir, "train", ALONE)
     listed = tmp_path / "exclude.txt"
     for gone in ([], [0], [5], [0, 1, 2], [1, 3, 4], [0, 2, 3, 5]):
-        listed.write_text(
-            "".join(f"train/{NAMES[row]}\n" for row in reversed(gone)) + "val/a/10.jpg\n\n"
-        )
+        lines = [f"train/{NAMES[row]}" for row in reversed(gone)]
+        # A line of the other split and an empty one say nothing.
+        listed.write_text("\n".join([*lines, "val/a/10.jpg", "", ""]))
         index = build_index(data_dir, "train", ALONE, str(listed))
         kept = [row for row in range(6) if row not in gone]
-        assert len(index) == len(kept)
-        assert [index.name(row) for row in range(len(index))] == [NAMES[row] for row in kept]
+        assert names(index) == [NAMES[row] for row in kept]
         assert labels(index) == whole.labels_of(np.array(kept)).tolist()
         assert contents(index) == [contents(whole)[row] for row in kept]
-        assert (index.fingerprint() == whole.fingerprint()) == (not gone)
+        is_whole = not gone
+        assert (index.fingerprint() == whole.fingerprint()) == is_whole
+
+
+def test_exclusions_that_name_no_image_are_said(folder, tmp_path):
+    data_dir = str(tmp_path / "folder")
+    listed = tmp_path / "exclude.txt"
     listed.write_text("train/a/2.jpg\ntrain/a/3.jpg\ntrain/c/2.jpg\nnonsense\ntrain/a/1\n")
-    with pytest.warns(
-        UserWarning, match=r"data\.exclude.*4 of 5 lines name no image .*\(train/a/3\.jpg, train/c"
-    ):
+    message = r"data\.exclude.*4 of 5 lines name no image .*\(train/a/3\.jpg, train/c"
+    with pytest.warns(UserWarning, match=message):
         assert len(build_index(data_dir, "train", ALONE, str(listed))) == 5
-    with pytest.raises(
-        ValueError, match=r"data\.exclude '.*none' cannot be read .*train/<class>/<file> a line"
-    ):
+    message = r"data\.exclude '.*none' cannot be read .*train/<class>/<file> a line"
+    with pytest.raises(ValueError, match=message):
         build_index(data_dir, "train", ALONE, str(tmp_path / "none"))
 
 
@@ -666,14 +685,18 @@ def test_a_billion_rows_cost_what_a_million_do(tmp_path):
         tracemalloc.stop()
 
 
+# In place of a rank: nobody can write beside the data.
+READ_ONLY = -1
+
+
 def _on_rank(
     rank, world_size, data_dir, blind=(), local_world_size=None, exclude="", temporary=None
 ):
     """The index of a rank; ranks in `blind` do not see what lies in the data folder."""
     per_node = local_world_size or world_size
-    runtime = Runtime(rank, rank % per_node, world_size, per_node, torch.device("cpu"), None)
-    opened = []
+    runtime = cpu_runtime(rank, world_size, local_world_size=per_node)
     tempfile.tempdir = temporary
+    opened = []
 
     def watched(real):
         def see(path, root):
@@ -686,10 +709,12 @@ def _on_rank(
 
     scan_module.open_index = watched(scan_module.open_index)
     scan_module.open_checked = watched(scan_module.open_checked)
-    if -1 in blind:  # nobody can write there
-        scan_module.write_file = lambda path, payload: write_file(
-            Path(str(path).replace(data_dir, f"{data_dir}/none")), payload
-        )
+
+    def write_elsewhere(path, payload):
+        write_file(Path(str(path).replace(data_dir, f"{data_dir}/none")), payload)
+
+    if READ_ONLY in blind:
+        scan_module.write_file = write_elsewhere
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -711,7 +736,7 @@ def test_ranks_agree_also_on_an_error(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("blind", "copies"), [((-1,), [0, 1]), ((1,), [1])])
+@pytest.mark.parametrize(("blind", "copies"), [((READ_ONLY,), [0, 1]), ((1,), [1])])
 def test_ranks_share_a_copy_where_they_cannot_see_the_file(tmp_path, blind, copies):
     """A read-only data folder, or one that the second of two machines does not see; nothing is left
     behind.
@@ -739,26 +764,6 @@ def test_an_error_of_one_machine_is_one_of_all(tmp_path):
     assert "TMPDIR" in results[0]
 
 
-def test_arrays_that_are_damaged_are_made_anew(tmp_path):
-    """The right size and a good header, and zeros behind it, as a power cut may leave a file."""
-    data_dir = make(tmp_path, ["train/a/1.jpg", "train/b/1.jpg", "train/b/2.jpg"])
-    os.utime(tmp_path / "train/a", (1, 1)), os.utime(tmp_path / "train/b", (1, 1))
-    assert build_index(data_dir, "train", OneProcess()).labels_of(np.arange(3)).tolist() == [
-        0,
-        1,
-        1,
-    ]
-    path = tmp_path / ".resnet_dist_train_index.bin"
-    whole = path.read_bytes()
-    path.write_bytes(whole[: -3 * 64] + bytes(3 * 64))  # labels, starts and names are 64 bytes each
-    assert build_index(data_dir, "train", OneProcess()).labels_of(np.arange(3)).tolist() == [
-        0,
-        1,
-        1,
-    ]
-    assert path.read_bytes() == whole
-
-
 NAME = st.text(st.sampled_from("ab.-_ é\udce4\uffff~"), min_size=1, max_size=4).filter(
     lambda name: name not in (".", "..")
 )
@@ -777,20 +782,19 @@ def torchvision_index(root):
         folder = ImageFolder(str(root), allow_empty=True)
     except FileNotFoundError:
         return [], []
-    samples = [
-        (os.path.relpath(path, root), folder.classes[label])
-        for path, label in folder.samples
-        if not os.path.basename(path).startswith("._")
-    ]
-    classes = sorted({name for _, name in samples})
-    return classes, [(path, classes.index(name)) for path, name in samples]
+    paths_and_classes = []
+    for path, label in folder.samples:
+        if not os.path.basename(path).startswith("._"):
+            paths_and_classes.append((os.path.relpath(path, root), folder.classes[label]))
+    classes = sorted({name for _, name in paths_and_classes})
+    return classes, [(path, classes.index(name)) for path, name in paths_and_classes]
 
 
-def create(root, paths, links):
+def create(root, files, links):
     """The files of a tree, and links to its folders; what the file system refuses is left out."""
-    for path in paths:
+    for file in files:
         with contextlib.suppress(OSError):
-            target = os.path.join(root, path)
+            target = os.path.join(root, file)
             os.makedirs(os.path.dirname(target), exist_ok=True)
             Path(target).touch()
     folders = sorted(name for name, _, _ in os.walk(root))
@@ -809,19 +813,19 @@ def create(root, paths, links):
     max_examples=120, deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
 )
 @hypothesis.given(
-    paths=st.lists(PATH, max_size=12),
+    files=st.lists(PATH, max_size=12),
     links=st.lists(
         st.tuples(st.integers(0, 20), st.builds("/".join, st.lists(NAME, min_size=1, max_size=2))),
         max_size=2,
     ),
 )
-def test_the_index_holds_what_imagefolder_holds(paths, links):
+def test_the_index_holds_what_imagefolder_holds(files, links):
     """Random trees: classes, files, sub-folders, links, hidden files, undecodable names."""
     with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         root = Path(temporary, "train")
         root.mkdir()
-        create(root, paths, links)
+        create(root, files, links)
         classes, samples = torchvision_index(root)
         if not samples:
             with pytest.raises(ValueError, match="data.data_dir"):
@@ -829,12 +833,10 @@ def test_the_index_holds_what_imagefolder_holds(paths, links):
             return
         index = build_index(temporary, "train", ALONE)
         assert list(index.class_names) == classes
-        assert [os.path.relpath(path, root) for path in map(index.path, range(len(index)))] == [
-            path for path, _ in samples
-        ]
-        assert labels(index) == [label for _, label in samples]
-        for stored in range(len(index)):
-            assert index.find(index.name(stored)) == stored
+        found = [os.path.relpath(path, root) for path in paths(index)]
+        assert list(zip(found, labels(index), strict=True)) == samples
+        for row, name in enumerate(names(index)):
+            assert index.find(name) == row
 
 
 def test_a_link_to_a_folder_above_is_left_out(tmp_path):
@@ -844,7 +846,7 @@ def test_a_link_to_a_folder_above_is_left_out(tmp_path):
     os.symlink("nowhere", tmp_path / "train/a/c")
     with pytest.warns(UserWarning) as caught:
         index = build_index(data_dir, "train", ALONE)
-    assert [index.name(row) for row in range(len(index))] == ["a/1.jpg", "a/inner/2.jpg"]
+    assert names(index) == ["a/1.jpg", "a/inner/2.jpg"]
     said = "\n".join(str(warning.message) for warning in caught)
     assert "1 links to a folder above them (a/inner/loop)" in said
     assert "1 broken links (a/c)" in said
@@ -942,9 +944,7 @@ def test_progress_of_folders_that_have_changed_is_not_used(folder, tmp_path, mon
     assert progress.path.exists()
     os.rename(root / "train/b/1.jpg", root / "train/b/2.jpg")
     index = build_index(str(root), "train", ALONE, rescan="always")
-    assert [index.name(row) for row in range(6)] == [
-        name.replace("b/1.jpg", "b/2.jpg") for name in NAMES
-    ]
+    assert names(index) == [name.replace("b/1.jpg", "b/2.jpg") for name in NAMES]
     assert not progress.path.exists()
 
 
@@ -972,14 +972,20 @@ def test_class_ids_above_the_limit_are_refused(folder, tmp_path):
 def test_members_in_sub_folders_and_below_common_folders(tmp_path):
     root = tmp_path / "train"
     root.mkdir()
-    names = ["./imagenet/train/a/1.jpg", "/imagenet/train/a/in/2.jpg", "imagenet/train/b/1.webp"]
+    members = (
+        "./imagenet/train/a/1.jpg",
+        "/imagenet/train/a/in/2.jpg",
+        "imagenet/train/b/1.webp",
+        "imagenet/train/b/notes.txt",
+        "imagenet/train/a/._1.jpg",
+    )
     with tarfile.open(root / "x.tar", "w") as tar:
-        for name in (*names, "imagenet/train/b/notes.txt", "imagenet/train/a/._1.jpg"):
+        for name in members:
             add_member(tar, name, b"x")
     with pytest.warns(UserWarning, match="2 entries are no images and are left out.*1 .txt"):
         index = build_index(str(tmp_path), "train", ALONE)
     assert index.class_names == ("a", "b")
-    assert [index.name(row) for row in range(3)] == ["a/1.jpg", "a/in/2.jpg", "b/1.webp"]
+    assert names(index) == ["a/1.jpg", "a/in/2.jpg", "b/1.webp"]
 
 
 def test_special_files_among_the_shards(tmp_path):
@@ -1012,7 +1018,7 @@ def test_special_files_among_the_shards(tmp_path):
 def _slow_scan(rank, world_size, data_dir):
     """The index of a rank, where the listing takes longer than a collective may wait."""
     group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=6))
-    runtime = Runtime(rank, rank, world_size, world_size, torch.device("cpu"), group)
+    runtime = cpu_runtime(rank, world_size, group)
     real = scan_module.list_class
 
     def slow(root, name):
