@@ -28,7 +28,7 @@ test: $(VENV)/installed
 	$(PYTEST)
 
 test-long: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --editable '.[rivals]'
+	$(BIN)/python -m pip install --quiet --requirement benchmarks/requirements.txt
 	$(BIN)/python -m pytest -m long
 	$(BIN)/python tests/chaos/chaos.py
 

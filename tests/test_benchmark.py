@@ -4,13 +4,14 @@ import json
 import multiprocessing
 import re
 import sys
+from pathlib import Path
 
 import pytest
 from dist_utils import run_app
 from image_files import encode, picture, write_split
 
 from resnet_dist import cli
-from resnet_dist.commands.rival_formats import build_rival
+from resnet_dist.commands.rival_file import build_rivals
 from resnet_dist.config import DataConfig
 from resnet_dist.data.pixels.read import READ_THREADS
 
@@ -52,6 +53,17 @@ def test_benchmark_of_the_loop(tmp_path):
     assert result["joules_per_image"] is None
     assert result["host_ms_per_step"] is None
     assert result["ratio"] == result["whole_images_per_second"] / result["bare_images_per_second"]
+
+
+RIVAL_FILE = """
+def theirs(folder, config, local_batch_size, threads):
+    return lambda start, stop: iter([sum(range(10**5))] * (stop - start))
+
+def other(*_):
+    raise ImportError("it is not there")
+
+RIVALS = {"theirs": theirs, "other": other}
+"""
 
 
 @pytest.mark.slow
@@ -111,19 +123,29 @@ def test_benchmark_of_the_loader(tmp_path):
         loaders["slow storage"]["images_per_second"] < READ_THREADS / 0.02
     )  # each waits 20 ms for a file
     arguments.remove("--json")
+    rivals = tmp_path / "rivals.py"
+    rivals.write_text(RIVAL_FILE)
+    arguments += ["--rivals", str(rivals)]
     assert run_app(1, arguments, str(output), entry) == [0], output.read_text()
-    *_, last_loader, remark = output.read_text().splitlines()
+    *_, rival, last_loader, remark = output.read_text().splitlines()
+    assert re.match(r"theirs +\d", rival)
     assert last_loader.startswith("memory cache")
+    assert "without other: it is not there" in output.read_text().splitlines()
     assert re.match(r"training cache: 12 images, \d+\.\d MiB, decoded in ", remark)
+
+
+RIVALS = str(Path(__file__).resolve().parents[1] / "benchmarks" / "rivals.py")
 
 
 @pytest.mark.long
 def test_loaders_with_a_format_of_their_own(tmp_path):
     """Each gives all images of an epoch with their labels, and begins anew for more."""
     write_split(tmp_path, [encode(picture(60, 80, i)) for i in range(12)])
-    for name in ("webdataset", "litdata"):
-        folder = str(tmp_path / "train")
-        batches = build_rival(name, folder, DataConfig(train_crop_size=32), 4, 1)
+    text = f"{RIVALS}:webdataset,litdata"
+    config = DataConfig(train_crop_size=32)
+    rivals = build_rivals(text, str(tmp_path / "train"), config, 4, 1)
+    assert list(rivals.makers) == ["webdataset", "litdata"]
+    for name, batches in rivals.makers.items():
         labels = []
         for images, classes in batches(0, 6):
             assert tuple(images.shape) == (4, 3, 32, 32), name
@@ -132,11 +154,23 @@ def test_loaders_with_a_format_of_their_own(tmp_path):
 
 
 def test_rivals_that_cannot_be_used(tmp_path, monkeypatch):
+    """Those that are not installed are left out; what was asked for by name is an error."""
     write_split(tmp_path, [encode(picture(60, 80, i)) for i in range(3)])
-    monkeypatch.setitem(sys.modules, "streaming", None)
-    for name, words in (("ffcv", "choose from webdataset"), ("mosaicml", "mosaicml-streaming")):
+    folder = str(tmp_path / "train")
+    empty = tmp_path / "empty.py"
+    empty.write_text("")
+    for name in ("webdataset", "litdata", "streaming"):
+        monkeypatch.setitem(sys.modules, name, None)
+    rivals = build_rivals(RIVALS, folder, DataConfig(), 4, 1)
+    assert rivals.makers == {} and set(rivals.left_out) == {"webdataset", "litdata", "mosaicml"}
+    for text, words in (
+        (f"{RIVALS}:ffcv", "has webdataset, litdata, mosaicml"),
+        (f"{RIVALS}:mosaicml", "mosaicml cannot be imported"),
+        (str(empty), "does not define RIVALS"),
+        (str(tmp_path), "is no file"),
+    ):
         with pytest.raises(ValueError, match=words):
-            build_rival(name, str(tmp_path / "train"), DataConfig(), 4, 1)
+            build_rivals(text, folder, DataConfig(), 4, 1)
 
 
 @pytest.mark.slow

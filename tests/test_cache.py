@@ -28,9 +28,16 @@ from resnet_dist.data.pixels.dali import (
     windows_to_torch,
 )
 from resnet_dist.data.pixels.decoding import REFUSED, LoaderSettings
+from resnet_dist.data.pixels.finish import FAST_RESIZES, resize_and_crop
 from resnet_dist.data.pixels.kept_batches import KeptBatches
 from resnet_dist.data.pixels.quarantine import Quarantine
 from resnet_dist.data.pixels.read import Encoded
+from resnet_dist.data.pixels.small_resize import (
+    FILTERS,
+    ResizedWindows,
+    fits_products,
+    resize_windows,
+)
 from resnet_dist.data.sampling.jobs import job_geometry
 from resnet_dist.distributed.runtime import Runtime
 
@@ -133,6 +140,40 @@ def test_cached_batches_are_the_uncached_ones(equal, unequal, tmp_path):
             without = show(index, tmp_path / "a", steps, **cases[name])
             with_cache = show(index, tmp_path / "b", steps, cache=cache, **cases[name])
             assert_equal(without, with_cache, name)
+
+
+def test_products_resize_as_torch_does():
+    """Bit for bit, windows of every height and width, both filters, mirrored or not."""
+    rng = np.random.default_rng(0)
+    for (height, width), side in (((32, 32), 32), ((21, 40), 40), ((8, 5), 9)):
+        assert fits_products((height, width), side)
+        num_images = 2 * 40
+        heights = 1 + np.arange(num_images) % height
+        widths = 1 + np.arange(num_images) * 7 % width
+        y = rng.integers(0, height - heights + 1)
+        x = rng.integers(0, width - widths + 1)
+        windows = np.stack([y, x, heights, widths], axis=1)
+        filters = rng.integers(0, 2, num_images)
+        flips = rng.integers(0, 2, num_images)
+        # Black and white pixels make the bicubic filter leave the range.
+        shape = (num_images, height, width, 3)
+        images = rng.choice(np.array([0, 100, 201, 255], np.uint8), shape)
+        squares = resize_windows(
+            torch.from_numpy(images), ResizedWindows(windows, filters, flips, side)
+        )
+        for number, (top, left, rows, columns) in enumerate(windows.tolist()):
+            window = images[number, top : top + rows, left : left + columns]
+            resize = FAST_RESIZES[FILTERS[filters[number]]]
+            expected = resize_and_crop(
+                torch.from_numpy(window.copy()),
+                (side, side),
+                (0, 0),
+                int(flips[number]),
+                side,
+                resize,
+            )
+            assert torch.equal(squares[number], expected), (height, width, number)
+    assert not fits_products((33, 8), 32) and not fits_products((32, 32), 64)
 
 
 def test_bad_images_are_handled_as_without_the_cache(equal, tmp_path):

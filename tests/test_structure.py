@@ -101,15 +101,19 @@ LAYERS = [
 
 # The modules that may import a heavy library, each inside the function that needs it.
 FENCES = {
-    "nvidia": {"data.pixels.dali", "data.dali_operations", "data.pixels.probe", "commands.rivals"},
+    "nvidia": {
+        "data.pixels.dali",
+        "data.dali_operations",
+        "data.pixels.probe",
+        "commands.plain_loaders",
+    },
     "torchvision": {
         "models.zoo",
         "checkpoints.torchvision_weights",
         "commands.download",
         "commands.import_cifar10",
         "commands.import_imagenet",
-        "commands.rivals",
-        "commands.rival_formats",
+        "commands.plain_loaders",
         "commands.export",
         "commands.bare_loop",
     },
@@ -121,9 +125,6 @@ FENCES = {
     "pynvml": {"commands.energy"},
     "obstore": {"data.stores.client"},
     "boto3": {"data.stores.client"},
-    "webdataset": {"commands.rival_formats"},
-    "litdata": {"commands.rival_formats"},
-    "streaming": {"commands.rival_formats"},
     "submitit": {"launch.submission", "launch.script", "launch.rank"},
 }
 

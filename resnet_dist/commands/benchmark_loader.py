@@ -1,7 +1,7 @@
 """`resnet-dist benchmark loader`: what a training image costs, compared with other loaders.
 
 The other loaders are a plain DALI pipeline and torchvision's data set in a PyTorch DataLoader, and
-on demand those with a format of their own (rival_formats.py). The loaders take turns. Ratios are
+on demand those of a file outside of the package (rival_file.py). The loaders take turns. Ratios are
 computed from turns of the same round, since the load of the machine may change. "memory cache" is
 our loader with the training images decoded in memory (`data.train_cache auto`), if they fit;
 filling it does not count. The most reliable figure is the CPU time per image, which hardly depends
@@ -14,6 +14,7 @@ import json
 import os
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,9 +22,8 @@ from typing import Any, Literal
 
 import torch
 
-from resnet_dist.commands.benchmark_parts import split_names
-from resnet_dist.commands.rival_formats import build_rival
-from resnet_dist.commands.rivals import MakeBatches, plain_dali, plain_torchvision
+from resnet_dist.commands.plain_loaders import MakeBatches, plain_dali, plain_torchvision
+from resnet_dist.commands.rival_file import build_rivals
 from resnet_dist.config import Config
 from resnet_dist.data.build import build_train_loader
 from resnet_dist.data.pixels.decoding import ImageDecoding
@@ -31,6 +31,7 @@ from resnet_dist.data.pixels.loader import DaliTrainLoader
 from resnet_dist.data.pixels.read import Encoded, ReadLimits
 from resnet_dist.data.sources.index import Index
 from resnet_dist.distributed.runtime import Runtime
+from resnet_dist.text import printable
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def compare_loaders(config: Config, runtime: Runtime, options: argparse.Namespac
     _slow_down_reading(slow, options.read_delay_ms / 1e3)
     cached = _build_ours(config, runtime, train_cache="auto")
     makers = _makers(config, runtime, options, ours, slow)
+    makers.update(_build_rivals(config, options, ours.threads))
     if not isinstance(cached.source, ImageDecoding):
         makers["memory cache"] = cached.batches
 
@@ -199,9 +201,21 @@ def _makers(
     torchvision = plain_torchvision(folder, data, local, ours.threads)
     if torchvision is not None:
         makers["torchvision"] = torchvision
-    for name in split_names(options.rivals):
-        makers[name] = build_rival(name, folder, data, local, ours.threads)
     return makers
+
+
+def _build_rivals(
+    config: Config, options: argparse.Namespace, threads: int
+) -> dict[str, MakeBatches]:
+    """The loaders of the file that `--rivals` names; says which cannot be used, and why."""
+    if not options.rivals:
+        return {}
+    folder = _class_folders(options.originals or config.data.data_dir)
+    local_batch_size = config.train.global_batch_size
+    rivals = build_rivals(options.rivals, folder, config.data, local_batch_size, threads)
+    for name, reason in rivals.left_out.items():
+        print(printable(f"without {name}: {reason}"), file=sys.stderr)
+    return rivals.makers
 
 
 def _class_folders(root: str) -> str:

@@ -73,12 +73,12 @@ def _add_loader_options(parser: Parser) -> None:
         default="",
         help="loader: data folder for the other loaders; empty: data_dir",
     )
-    parser.add_option(
+    parser.add_path(
         "--rivals",
-        type=str,
         default="",
-        metavar="NAME,...",
-        help="loader: compare also with webdataset, litdata and mosaicml, where installed",
+        metavar="FILE[:NAME,...]",
+        help="loader: compare also with the loaders of a Python file: benchmarks/rivals.py has "
+        "webdataset, litdata and mosaicml",
     )
 
 

@@ -39,7 +39,7 @@ from resnet_dist.commands.benchmark_parts import (
 from resnet_dist.commands.benchmark_profile import profile_steps
 from resnet_dist.commands.device_rates import measure_device
 from resnet_dist.commands.energy import EnergyMeter
-from resnet_dist.commands.rivals import (
+from resnet_dist.commands.plain_loaders import (
     MakeBatches,
     plain_dali,
     plain_dali_whole_image,

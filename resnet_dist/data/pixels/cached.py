@@ -32,6 +32,12 @@ from resnet_dist.data.pixels.decoding import (
 from resnet_dist.data.pixels.finish import FAST_RESIZES, to_device
 from resnet_dist.data.pixels.quarantine import Quarantine
 from resnet_dist.data.pixels.read import Encoded, load, read_limits
+from resnet_dist.data.pixels.small_resize import (
+    ResizedWindows,
+    filter_numbers,
+    fits_products,
+    resize_windows,
+)
 from resnet_dist.data.pixels.squares import GROUP_VALUES, CropGroup, crop_windows
 from resnet_dist.data.sampling.crops import Geometry
 from resnet_dist.data.sampling.jobs import job_geometry
@@ -41,6 +47,9 @@ from resnet_dist.data.types import Job
 # Values of images of one size that are cropped together: 64 images of 32 pixels, whose cost is that
 # of a few calls.
 _GROUP_VALUES_OF_EQUAL = 2**18
+
+# The same where windows of them are resized, which takes more memory.
+_GROUP_VALUES_OF_WINDOWS = 2**18
 
 
 @dataclass(frozen=True)
@@ -131,6 +140,9 @@ class CachedWindows(_CachedSource):
 
     def decode_portion(self, portion: Portion) -> DecodedPortion:
         """The portion with the function that makes its squares."""
+        small = self._small_windows(portion)
+        if small is not None:
+            return _with_one_view(portion, small.resize, _GROUP_VALUES_OF_WINDOWS)
         equal = self._equal_images(portion)
         if equal is None:
             crop = self._crop_one_by_one(portion)
@@ -152,6 +164,25 @@ class CachedWindows(_CachedSource):
             # The fast kernel of torch wants it so.
             windows.append(pixels.contiguous())
         return crop_windows(windows, portion, 0, FAST_RESIZES)
+
+    def _small_windows(self, portion: Portion) -> "_SmallWindows | None":
+        """The windows of a portion, if whole groups of them can be resized at once.
+
+        Returns:
+            None also if the squares are not the whole windows.
+        """
+        cache = self.rows.cache
+        geometry = portion.loaded.geometry
+        (view,) = geometry.views
+        size = cache.common_size
+        if size is None or not fits_products(size, view.side):
+            return None
+        if np.any(view.sizes != view.side) or np.any(view.offsets):
+            return None
+        rows = portion.loaded.shown_rows()
+        filters = filter_numbers(geometry.interpolations)
+        wanted = ResizedWindows(geometry.windows, filters, geometry.flips, view.side)
+        return _SmallWindows(cache, rows, size, wanted)
 
     def _equal_images(self, portion: Portion) -> "_EqualImages | None":
         """The images of a portion, if whole groups of them can be handled at once.
@@ -193,6 +224,23 @@ def _with_one_view(portion: Portion, crop_group: CropGroup, group_values: int) -
         return crop_group
 
     return DecodedPortion(portion, crop=crop, group_values=group_values)
+
+
+@dataclass(frozen=True)
+class _SmallWindows:
+    """Images of one small size, and the windows in them that are resized to squares."""
+
+    cache: DecodedImages
+    rows: IntArray
+    """int64 [n]: the images"""
+    size: tuple[int, int]
+    """(height, width) of each image"""
+    wanted: ResizedWindows
+
+    def resize(self, group: slice) -> torch.Tensor:
+        """The squares of a group of images."""
+        images = self.cache.equal_images(self.rows[group], self.size)
+        return resize_windows(images, self.wanted.part(group))
 
 
 @dataclass(frozen=True)

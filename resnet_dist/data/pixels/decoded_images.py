@@ -78,7 +78,7 @@ class DecodedImages:
         height, width = size
         starts = self.starts[rows]
         values_per_image = CHANNELS * height * width
-        copied = _gather_runs(self.pixels, starts, values_per_image)
+        copied = gather_runs(self.pixels, starts, values_per_image)
         return torch.from_numpy(copied.reshape(-1, height, width, CHANNELS))
 
 
@@ -148,7 +148,7 @@ def cut_squares(
     inside_y = np.clip(y, 0, height - 1)
     first_pixels = inside_y * width + first_columns
     run_starts = starts[:, None] + CHANNELS * first_pixels
-    runs = _gather_runs(pixels, run_starts.ravel(), CHANNELS * side)
+    runs = gather_runs(pixels, run_starts.ravel(), CHANNELS * side)
     squares = runs.reshape(-1, side, CHANNELS * side)
     _blacken_outside(squares, y, x, size)
 
@@ -194,7 +194,7 @@ def _mirror(squares: torch.Tensor, flips: IntArray) -> None:
     squares[mirrored] = flipped.permute(0, 2, 3, 1)
 
 
-def _gather_runs(pixels: ByteArray, starts: IntArray, length: int) -> ByteArray:
+def gather_runs(pixels: ByteArray, starts: IntArray, length: int) -> ByteArray:
     """Copy runs of bytes: uint8 [n, length].
 
     Args:
@@ -224,6 +224,7 @@ def resize_equal(images: torch.Tensor, size: tuple[int, int], mode: str) -> torc
     """
     if size == tuple(images.shape[1:3]):
         return images
+    # The fast kernel needs the memory format channels_last, [n, 3, h, w].
     channels_last = images.permute(0, 3, 1, 2)
     resized = functional.interpolate(
         channels_last,

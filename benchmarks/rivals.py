@@ -1,9 +1,16 @@
-"""Loaders with a format of their own, for `resnet-dist benchmark loader --rivals`.
+"""Data loaders with a format of their own, to compare with that of resnet_dist.
+
+How to run it:
+
+    pip install -r benchmarks/requirements.txt
+    resnet-dist benchmark loader --data.data_dir DIR --rivals benchmarks/rivals.py
 
 Each gets the bytes of the same images, in a temporary folder that is removed at the end, and the
 transforms of torchvision on PIL images, as in its own examples. Writing the format does not count.
+`RIVALS` is what the command reads; its type is explained in resnet_dist/commands/rival_file.py.
 """
 
+import functools
 import gc
 import io
 import os
@@ -11,13 +18,13 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from resnet_dist.commands.rivals import MakeBatches, torchvision_transform
+from resnet_dist.commands.plain_loaders import MakeBatches, torchvision_transform
 from resnet_dist.config import DataConfig
 
-_SHARD_IMAGES = 64
+SHARD_IMAGES = 64
 """Images of a tar shard: each worker needs a shard of its own."""
 
-_CHUNK_BYTES = "64MB"
+CHUNK_BYTES = "64MB"
 
 
 class LabelledFile(NamedTuple):
@@ -43,28 +50,32 @@ class Reading(NamedTuple):
     """number of worker processes"""
 
 
-Rival = Callable[[list[LabelledFile], str, Reading], Callable[[], Iterable[Any]]]
-"""From the images, a folder and how to read to a function that opens a loader of one epoch."""
+OpenLoader = Callable[[], Iterable[Any]]
+"""Opens a loader of one epoch."""
+
+WriteAndOpen = Callable[[list[LabelledFile], str, Reading], OpenLoader]
+"""Writes images into a folder in the format of a rival, and says how to open it."""
 
 
 def build_rival(
-    name: str, folder: str, config: DataConfig, local_batch_size: int, threads: int
+    write_and_open: WriteAndOpen,
+    folder: str,
+    config: DataConfig,
+    local_batch_size: int,
+    threads: int,
 ) -> MakeBatches:
     """Write the images of class folders in the format of a rival, and open its loader.
 
     Args:
-        name: One of `RIVALS`.
+        write_and_open: The rival.
         folder: The folder with the class folders.
         config: The random crop and its size.
         local_batch_size: Images of a batch.
         threads: Number of worker processes.
 
     Raises:
-        ValueError: The rival is unknown or not installed.
+        ImportError: The rival is not installed.
     """
-    if name not in RIVALS:
-        raise ValueError(f"--rivals has {name!r}: choose from {', '.join(RIVALS)}")
-    package, write_and_open = RIVALS[name]
     transform = torchvision_transform(config)
 
     def decode(data: bytes) -> Any:  # noqa: ANN401 - the transform's result
@@ -74,18 +85,12 @@ def build_rival(
 
     # Removed when the last reference to it is gone. `batches` has one.
     place = tempfile.TemporaryDirectory(prefix="resnet_dist_rival_")
-    try:
-        open_loader = write_and_open(
-            _samples(folder), place.name, Reading(decode, local_batch_size, threads)
-        )
-    except ImportError as problem:
-        raise ValueError(
-            f"--rivals {name}: it cannot be imported ({problem}): pip install {package}"
-        ) from problem
+    reading = Reading(decode, local_batch_size, threads)
+    open_loader = write_and_open(list_images(folder), place.name, reading)
 
     def batches(start: int, stop: int) -> Iterator[Any]:
         assert os.path.isdir(place.name), "the folder of the rival is gone"
-        yield from _take(open_loader(), stop - start)
+        yield from take_batches(open_loader(), stop - start)
         # The workers end with the loader, which may be part of a cycle. The CPU time of a worker
         # counts once it has ended.
         gc.collect()
@@ -93,14 +98,14 @@ def build_rival(
     return batches
 
 
-def _samples(folder: str) -> list[LabelledFile]:
+def list_images(folder: str) -> list[LabelledFile]:
     """All images of class folders, with the class ids of torchvision."""
     from torchvision.datasets import ImageFolder
 
     return [LabelledFile(path, label) for path, label in ImageFolder(folder).samples]
 
 
-def _take(loader: Iterable[Any], num_batches: int) -> Iterator[Any]:
+def take_batches(loader: Iterable[Any], num_batches: int) -> Iterator[Any]:
     """Some batches of a loader, for as many epochs as they take."""
     left = num_batches
     while left > 0:
@@ -111,14 +116,12 @@ def _take(loader: Iterable[Any], num_batches: int) -> Iterator[Any]:
                 return
 
 
-def _webdataset(
-    samples: list[LabelledFile], folder: str, reading: Reading
-) -> Callable[[], Iterable[Any]]:
+def write_webdataset(samples: list[LabelledFile], folder: str, reading: Reading) -> OpenLoader:
     """Tar shards; the images are shuffled in a buffer."""
     import webdataset
 
     pattern = os.path.join(folder, "%04d.tar")
-    with webdataset.ShardWriter(pattern, maxcount=_SHARD_IMAGES, verbose=0) as writer:
+    with webdataset.ShardWriter(pattern, maxcount=SHARD_IMAGES, verbose=0) as writer:
         for number, sample in enumerate(samples):
             entry = {"__key__": f"{number:06d}", "jpg": sample.read(), "cls": sample.label}
             writer.write(entry)
@@ -136,14 +139,12 @@ def _webdataset(
     return open_loader
 
 
-def _litdata(
-    samples: list[LabelledFile], folder: str, reading: Reading
-) -> Callable[[], Iterable[Any]]:
+def write_litdata(samples: list[LabelledFile], folder: str, reading: Reading) -> OpenLoader:
     """Chunks of serialized samples."""
     import litdata
     from litdata.streaming.cache import Cache
 
-    cache = Cache(folder, chunk_bytes=_CHUNK_BYTES)
+    cache = Cache(folder, chunk_bytes=CHUNK_BYTES)
     for number, sample in enumerate(samples):
         cache[number] = {"image": sample.read(), "label": sample.label}
     cache.done()
@@ -165,19 +166,17 @@ def _litdata(
     return open_loader
 
 
-def _mosaicml(
-    samples: list[LabelledFile], folder: str, reading: Reading
-) -> Callable[[], Iterable[Any]]:
+def write_mosaicml(samples: list[LabelledFile], folder: str, reading: Reading) -> OpenLoader:
     """MDS shards."""
     import streaming
     import torch
 
     columns = {"image": "bytes", "label": "int"}
-    with streaming.MDSWriter(out=folder, columns=columns, size_limit=_CHUNK_BYTES) as writer:
+    with streaming.MDSWriter(out=folder, columns=columns, size_limit=CHUNK_BYTES) as writer:
         for sample in samples:
             writer.write({"image": sample.read(), "label": sample.label})
 
-    class Decoded(streaming.StreamingDataset):  # type: ignore[misc]
+    class Decoded(streaming.StreamingDataset):
         def __getitem__(self, at: Any) -> tuple[Any, int]:  # noqa: ANN401 - as in the base class
             entry = super().__getitem__(at)
             return reading.decode(entry["image"]), entry["label"]
@@ -196,9 +195,8 @@ def _mosaicml(
     return open_loader
 
 
-RIVALS: dict[str, tuple[str, Rival]] = {
-    "webdataset": ("webdataset", _webdataset),
-    "litdata": ("litdata", _litdata),
-    "mosaicml": ("mosaicml-streaming", _mosaicml),
+RIVALS = {
+    "webdataset": functools.partial(build_rival, write_webdataset),
+    "litdata": functools.partial(build_rival, write_litdata),
+    "mosaicml": functools.partial(build_rival, write_mosaicml),
 }
-"""By name: the package to install, and what writes and opens it."""
