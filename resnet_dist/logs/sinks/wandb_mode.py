@@ -4,15 +4,22 @@ import os
 from netrc import NetrcParseError, netrc
 from urllib.parse import urlsplit
 
-# From the strictest to the most permissive; WANDB_MODE can only restrict the config.
-_MODES = ("disabled", "offline", "online")
-_OLD_NAMES_OF_MODES = {"dryrun": "offline", "run": "online", "shared": "online"}
+# From the strictest to the most permissive.
+_MODES = ("disabled", "offline", "online", "auto")
+
+# The values of WANDB_MODE. "dryrun" and "run" are wandb's old names.
+_MODES_OF_VARIABLE = {
+    "disabled": "disabled",
+    "offline": "offline",
+    "dryrun": "offline",
+    "online": "online",
+    "run": "online",
+    "shared": "online",
+}
 
 
 def wandb_mode(configured: str) -> str:
-    """Combine the key `log.wandb` with the environment variable WANDB_MODE.
-
-    WANDB_MODE decides if the config says auto. Otherwise it can only restrict the config.
+    """Combine the key `log.wandb` with the environment variable WANDB_MODE: the stricter counts.
 
     Args:
         configured: The value of `log.wandb`.
@@ -21,16 +28,14 @@ def wandb_mode(configured: str) -> str:
         "auto", "online", "offline" or "disabled".
     """
     variable = os.environ.get("WANDB_MODE", "")
-    named = _OLD_NAMES_OF_MODES.get(variable, variable)
-    if named not in _MODES:
-        return configured
-    if configured == "auto":
-        return named
+    named = _MODES_OF_VARIABLE.get(variable, "auto")
     return min(configured, named, key=_MODES.index)
 
 
 def why_offline(mode: str) -> str:
     """Find out why a run need not try to be online. The server is not asked.
+
+    Without a key, wandb would ask the user for one.
 
     Args:
         mode: A result of `wandb_mode`.
@@ -48,8 +53,7 @@ def why_offline(mode: str) -> str:
     # From the environment and wandb's settings files.
     settings = wandb.setup().settings
     url = settings.base_url
-    has_key = settings.api_key or settings.identity_token_file or _has_netrc_key(url)
-    if has_key:
+    if settings.api_key or settings.identity_token_file or _has_netrc_key(url):
         return ""
     return f"no API key for {url}; `wandb login` stores one"
 
@@ -62,7 +66,4 @@ def _has_netrc_key(base_url: str) -> bool:
         entry = netrc(os.path.expanduser(path)).authenticators(host)
     except (OSError, NetrcParseError):
         return False
-    if entry is None:
-        return False
-    _, _, password = entry
-    return bool(password)
+    return entry is not None and bool(entry[2])
