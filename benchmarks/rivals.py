@@ -26,6 +26,9 @@ SHARD_IMAGES = 64
 
 CHUNK_BYTES = "64MB"
 
+SHUFFLE_IMAGES = 1000
+"""Images of the buffer that WebDataset shuffles in."""
+
 
 class LabelledFile(NamedTuple):
     """The file of an image in a class folder."""
@@ -81,12 +84,14 @@ def build_rival(
     def decode(data: bytes) -> Any:  # noqa: ANN401 - the transform's result
         from PIL import Image
 
-        return transform(Image.open(io.BytesIO(data)).convert("RGB"))
+        image = Image.open(io.BytesIO(data))
+        return transform(image.convert("RGB"))
 
+    samples = list_images(folder)
+    reading = Reading(decode, local_batch_size, threads)
     # Removed when the last reference to it is gone. `batches` has one.
     place = tempfile.TemporaryDirectory(prefix="resnet_dist_rival_")
-    reading = Reading(decode, local_batch_size, threads)
-    open_loader = write_and_open(list_images(folder), place.name, reading)
+    open_loader = write_and_open(samples, place.name, reading)
 
     def batches(start: int, stop: int) -> Iterator[Any]:
         assert os.path.isdir(place.name), "the folder of the rival is gone"
@@ -102,7 +107,8 @@ def list_images(folder: str) -> list[LabelledFile]:
     """All images of class folders, with the class ids of torchvision."""
     from torchvision.datasets import ImageFolder
 
-    return [LabelledFile(path, label) for path, label in ImageFolder(folder).samples]
+    images = ImageFolder(folder)
+    return [LabelledFile(path, label) for path, label in images.samples]
 
 
 def take_batches(loader: Iterable[Any], num_batches: int) -> Iterator[Any]:
@@ -123,16 +129,28 @@ def write_webdataset(samples: list[LabelledFile], folder: str, reading: Reading)
     pattern = os.path.join(folder, "%04d.tar")
     with webdataset.ShardWriter(pattern, maxcount=SHARD_IMAGES, verbose=0) as writer:
         for number, sample in enumerate(samples):
-            entry = {"__key__": f"{number:06d}", "jpg": sample.read(), "cls": sample.label}
+            entry = {
+                "__key__": f"{number:06d}",
+                "jpg": sample.read(),
+                "cls": sample.label,
+            }
             writer.write(entry)
-    shards = sorted(os.path.join(folder, name) for name in os.listdir(folder))
+    shards = []
+    for name in sorted(os.listdir(folder)):
+        shards.append(os.path.join(folder, name))
 
     def open_loader() -> Iterable[Any]:
         dataset = webdataset.WebDataset(shards, shardshuffle=len(shards))
-        dataset = dataset.shuffle(1000).to_tuple("jpg", "cls")
-        dataset = dataset.map_tuple(reading.decode, int).batched(reading.local_batch_size)
+        dataset = dataset.shuffle(SHUFFLE_IMAGES)
+        dataset = dataset.to_tuple("jpg", "cls")
+        dataset = dataset.map_tuple(reading.decode, int)
+        dataset = dataset.batched(reading.local_batch_size)
         loader: Iterable[Any] = webdataset.WebLoader(
-            dataset, batch_size=None, num_workers=reading.threads, persistent_workers=True
+            dataset,
+            # The data set makes the batches.
+            batch_size=None,
+            num_workers=reading.threads,
+            persistent_workers=True,
         )
         return loader
 
@@ -146,12 +164,13 @@ def write_litdata(samples: list[LabelledFile], folder: str, reading: Reading) ->
 
     cache = Cache(folder, chunk_bytes=CHUNK_BYTES)
     for number, sample in enumerate(samples):
-        cache[number] = {"image": sample.read(), "label": sample.label}
+        cache[number] = _entry(sample)
     cache.done()
     cache.merge()
 
     def to_pair(entry: dict[str, Any]) -> tuple[Any, int]:
-        return reading.decode(entry["image"]), entry["label"]
+        image = reading.decode(entry["image"])
+        return image, entry["label"]
 
     def open_loader() -> Iterable[Any]:
         dataset = litdata.StreamingDataset(folder, shuffle=True, transform=to_pair)
@@ -166,6 +185,14 @@ def write_litdata(samples: list[LabelledFile], folder: str, reading: Reading) ->
     return open_loader
 
 
+def _entry(sample: LabelledFile) -> dict[str, Any]:
+    """An image as it is stored."""
+    return {
+        "image": sample.read(),
+        "label": sample.label,
+    }
+
+
 def write_mosaicml(samples: list[LabelledFile], folder: str, reading: Reading) -> OpenLoader:
     """MDS shards."""
     import streaming
@@ -174,13 +201,15 @@ def write_mosaicml(samples: list[LabelledFile], folder: str, reading: Reading) -
     columns = {"image": "bytes", "label": "int"}
     with streaming.MDSWriter(out=folder, columns=columns, size_limit=CHUNK_BYTES) as writer:
         for sample in samples:
-            writer.write({"image": sample.read(), "label": sample.label})
+            writer.write(_entry(sample))
 
     class Decoded(streaming.StreamingDataset):
         def __getitem__(self, at: Any) -> tuple[Any, int]:  # noqa: ANN401 - as in the base class
             entry = super().__getitem__(at)
-            return reading.decode(entry["image"]), entry["label"]
+            image = reading.decode(entry["image"])
+            return image, entry["label"]
 
+    # What a process that was killed has left.
     streaming.base.util.clean_stale_shared_memory()
     dataset = Decoded(local=folder, shuffle=True, batch_size=reading.local_batch_size)
 

@@ -5,6 +5,9 @@ import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+_MIB = 2**20
+_GIB = 2**30
+
 _PACKAGE = Path(__file__).parent
 _format_as_python = warnings.formatwarning
 
@@ -26,13 +29,16 @@ def printable(text: object) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error, safe to print; the name of its type if it has no text."""
-    lines = str(error).splitlines() or [type(error).__name__]
+    lines = str(error).splitlines()
+    if not lines:
+        return type(error).__name__
     return printable(lines[0])
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a sentence, "; did you mean resnet50?", or "" if no known word is similar."""
-    similar = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    words = list(known)
+    similar = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
     if not similar:
         return ""
     return f"; did you mean {similar[0]}?"
@@ -49,9 +55,11 @@ def printable_lines(text: object) -> str:
 
 def memory_size(num_bytes: float) -> str:
     """A number of bytes in MiB or GiB, as "1.5 MiB" or "3.20 GiB"."""
-    if num_bytes < 2**30:
-        return f"{num_bytes / 2**20:.1f} MiB"
-    return f"{num_bytes / 2**30:.2f} GiB"
+    if num_bytes < _GIB:
+        mib = num_bytes / _MIB
+        return f"{mib:.1f} MiB"
+    gib = num_bytes / _GIB
+    return f"{gib:.2f} GiB"
 
 
 def print_warnings_plainly() -> None:
@@ -66,8 +74,8 @@ def _format_warning(
     lineno: int,
     line: str | None = None,
 ) -> str:
-    is_ours = category is UserWarning and Path(filename).is_relative_to(_PACKAGE)
-    if is_ours:
+    is_of_package = Path(filename).is_relative_to(_PACKAGE)
+    if is_of_package and category is UserWarning:
         return f"warning: {printable(message)}\n"
     return _format_as_python(message, category, filename, lineno, line)
 
@@ -75,7 +83,8 @@ def _format_warning(
 def markdown_row(cells: Iterable[str]) -> str:
     """Format one row of a table in Markdown."""
     escaped = [cell.replace("|", "\\|") for cell in cells]
-    return f"| {' | '.join(escaped)} |"
+    row = " | ".join(escaped)
+    return f"| {row} |"
 
 
 def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -85,7 +94,8 @@ def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         titles: The titles of the columns.
         rows: The cells of each row.
     """
-    lines = [markdown_row(titles), markdown_row("---" for _ in titles)]
+    line = ["---"] * len(titles)
+    lines = [markdown_row(titles), markdown_row(line)]
     for row in rows:
         lines.append(markdown_row(row))
     return "\n".join(lines)

@@ -20,19 +20,18 @@ def plain_dali(
     """DALI's pipeline for class folders: random window, resize, mirror and normalise; float NCHW on
     `device`.
     """
-    from nvidia import dali
     from nvidia.dali import fn
 
-    on_gpu = device.type == "cuda"
-    with dali.Pipeline(local_batch_size, threads, device.index if on_gpu else None) as pipeline:
+    with _new_pipeline(local_batch_size, threads, device) as pipeline:
         encoded, labels = fn.readers.file(file_root=folder, random_shuffle=True)
         pixels = fn.decoders.image_random_crop(
             encoded,
             random_area=config.crop_scale,
             random_aspect_ratio=config.crop_ratio,
-            device="mixed" if on_gpu else "cpu",
+            device=_decoder(device),
         )
-        pipeline.set_outputs(_resize_and_normalize(pixels, config), labels)
+        images = _resize_and_normalize(pixels, config)
+        pipeline.set_outputs(images, labels)
     return _take_in_turn(pipeline)
 
 
@@ -42,11 +41,9 @@ def plain_dali_whole_image(
     """DALI's pipeline for the work that our loader does on a GPU: the whole image is decoded, with
     Pillow's chroma upsampling, and then a random window of it is taken.
     """
-    from nvidia import dali
     from nvidia.dali import fn
 
-    on_gpu = device.type == "cuda"
-    with dali.Pipeline(local_batch_size, threads, device.index if on_gpu else None) as pipeline:
+    with _new_pipeline(local_batch_size, threads, device) as pipeline:
         encoded, labels = fn.readers.file(file_root=folder, random_shuffle=True)
         shapes = fn.peek_image_shape(encoded)
         anchor, extent = fn.random_crop_generator(
@@ -54,12 +51,29 @@ def plain_dali_whole_image(
             random_area=config.crop_scale,
             random_aspect_ratio=config.crop_ratio,
         )
-        pixels = fn.decoders.image(
-            encoded, device="mixed" if on_gpu else "cpu", jpeg_fancy_upsampling=True
-        )
-        pixels = fn.slice(pixels, start=anchor, shape=extent, axes=(0, 1))
-        pipeline.set_outputs(_resize_and_normalize(pixels, config), labels)
+        whole = fn.decoders.image(encoded, device=_decoder(device), jpeg_fancy_upsampling=True)
+        pixels = fn.slice(whole, start=anchor, shape=extent, axes=(0, 1))
+        images = _resize_and_normalize(pixels, config)
+        pipeline.set_outputs(images, labels)
     return _take_in_turn(pipeline)
+
+
+def _new_pipeline(local_batch_size: int, threads: int, device: torch.device) -> Any:  # noqa: ANN401
+    """A pipeline of DALI without operations."""
+    from nvidia import dali
+
+    # DALI takes None for a pipeline without a GPU.
+    device_id = None
+    if device.type == "cuda":
+        device_id = device.index
+    return dali.Pipeline(local_batch_size, threads, device_id)
+
+
+def _decoder(device: torch.device) -> str:
+    """DALI's name of the decoder for a device."""
+    if device.type == "cuda":
+        return "mixed"
+    return "cpu"
 
 
 def _resize_and_normalize(pixels: Any, config: DataConfig) -> Any:  # noqa: ANN401
@@ -98,8 +112,13 @@ def torchvision_transform(config: DataConfig) -> Callable[[Any], torch.Tensor]:
     """Random crop, mirror and normalisation of a PIL image by torchvision: float32 [3, h, w]."""
     from torchvision import transforms
 
+    crop = transforms.RandomResizedCrop(
+        config.train_crop_size,
+        config.crop_scale,
+        config.crop_ratio,
+    )
     steps = [
-        transforms.RandomResizedCrop(config.train_crop_size, config.crop_scale, config.crop_ratio),
+        crop,
         transforms.RandomHorizontalFlip(config.flip_probability),
         transforms.ToTensor(),
         transforms.Normalize(config.mean, config.std),

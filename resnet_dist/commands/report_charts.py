@@ -21,6 +21,8 @@ _LEFT = 52
 _RIGHT = _WIDTH - 10
 _TOP = 10
 _BOTTOM = _HEIGHT - 28
+_CHART_WIDTH = _RIGHT - _LEFT
+_CHART_HEIGHT = _BOTTOM - _TOP
 
 # More points than this get no mark of their own.
 _MOST_MARKS = 60
@@ -48,13 +50,15 @@ class _Scale:
 
     def x(self, value: float) -> float:
         """The horizontal coordinate of a value."""
-        share = (value - self.left) / (self.right - self.left)
-        return _LEFT + share * (_RIGHT - _LEFT)
+        extent = self.right - self.left
+        share = (value - self.left) / extent
+        return _LEFT + share * _CHART_WIDTH
 
     def y(self, value: float) -> float:
         """The vertical coordinate of a value; it grows downward."""
-        share = (value - self.low) / (self.high - self.low)
-        return _BOTTOM - share * (_BOTTOM - _TOP)
+        extent = self.high - self.low
+        share = (value - self.low) / extent
+        return _BOTTOM - share * _CHART_HEIGHT
 
 
 def line_chart(
@@ -96,12 +100,10 @@ def reliability_diagram(bins: Sequence[Bin]) -> str:
     for number, each in enumerate(bins):
         if not each.num:
             continue
-        confidence = 100 * each.confidence
-        accuracy = 100 * each.accuracy
-        tip = f"{each.num} images, confidence {confidence:.1f} %, accuracy {accuracy:.1f} %"
-        place = (number / len(bins), (number + 1) / len(bins))
-        share = math.sqrt(each.num / largest)
-        bar = _bar(scale, place, each.accuracy, tip, opacity=0.35 + 0.65 * share)
+        place = _place(number, len(bins))
+        share = each.num / largest
+        opacity = 0.35 + 0.65 * math.sqrt(share)
+        bar = _bar(scale, place, each.accuracy, _describe_bin(each), opacity)
         mark = element(
             "circle",
             class_="mark",
@@ -112,8 +114,23 @@ def reliability_diagram(bins: Sequence[Bin]) -> str:
         parts.append(bar + mark)
     start = f"M{scale.x(0):.1f} {scale.y(0):.1f}"
     end = f"L{scale.x(1):.1f} {scale.y(1):.1f}"
-    parts.append(element("path", class_="diagonal", d=start + end))
+    diagonal = element("path", class_="diagonal", d=start + end)
+    parts.append(diagonal)
     return _figure("accuracy against confidence", parts)
+
+
+def _place(number: int, num_bins: int) -> tuple[float, float]:
+    """The left and right end of a bin of equal width, from 0 to 1."""
+    left = number / num_bins
+    right = (number + 1) / num_bins
+    return left, right
+
+
+def _describe_bin(each: Bin) -> str:
+    """The tool tip of a bin."""
+    confidence = 100 * each.confidence
+    accuracy = 100 * each.accuracy
+    return f"{each.num} images, confidence {confidence:.1f} %, accuracy {accuracy:.1f} %"
 
 
 def histogram(
@@ -127,11 +144,13 @@ def histogram(
         bins: Bins of equal width, from 0 to 1.
     """
     largest = max(each.num for each in bins)
-    scale = _Scale(0.0, 1.0, 0.0, float(max(1, largest)))
+    high = float(max(1, largest))
+    scale = _Scale(0.0, 1.0, 0.0, high)
     parts = [_axes(scale, "confidence")]
     for number, each in enumerate(bins):
-        place = (number / len(bins), (number + 1) / len(bins))
-        parts.append(_bar(scale, place, each.num, f"{each.num} images"))
+        place = _place(number, len(bins))
+        bar = _bar(scale, place, each.num, f"{each.num} images")
+        parts.append(bar)
     return _figure(title, parts)
 
 
@@ -209,13 +228,14 @@ def ticks(
     high: float,
 ) -> list[float]:
     """Four to six round numbers between `low` and `high`, which differ."""
-    raw_step = (high - low) / _NUM_TICKS
-    exponent = math.floor(math.log10(raw_step))
+    smallest_step = (high - low) / _NUM_TICKS
+    exponent = math.floor(math.log10(smallest_step))
     power = 10.0**exponent
     step = 10 * power
     for factor in (5, 2, 1):
-        if factor * power >= raw_step:
-            step = factor * power
+        rounder_step = factor * power
+        if rounder_step >= smallest_step:
+            step = rounder_step
     # Rounding must not lose a tick at the ends.
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
@@ -230,22 +250,26 @@ def _axes(
     parts = []
     for value in ticks(scale.low, scale.high):
         y = scale.y(value)
-        line = f"M{_LEFT} {y:.1f}H{_RIGHT}"
-        parts.append(element("path", class_="grid", d=line))
-        parts.append(_label(value, _LEFT - 6, y + 4, "end"))
+        line = element("path", class_="grid", d=f"M{_LEFT} {y:.1f}H{_RIGHT}")
+        number = _label(value, _LEFT - 6, y + 4, "end")
+        parts.append(line + number)
     for value in ticks(scale.left, scale.right):
         x = scale.x(value)
-        parts.append(_label(value, x, _BOTTOM + 14, "middle"))
+        number = _label(value, x, _BOTTOM + 14, "middle")
+        parts.append(number)
+    center = (_LEFT + _RIGHT) / 2
     name = text(
         "text",
         horizontal,
-        x=(_LEFT + _RIGHT) / 2,
+        x=center,
         y=_HEIGHT - 2,
         text_anchor="middle",
     )
+    parts.append(name)
     frame = f"M{_LEFT} {_TOP}V{_BOTTOM}H{_RIGHT}"
     axis = element("path", class_="axis", d=frame)
-    return "".join([*parts, name, axis])
+    parts.append(axis)
+    return "".join(parts)
 
 
 def _label(

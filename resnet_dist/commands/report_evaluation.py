@@ -128,7 +128,8 @@ def _temperature_card(scaling: TemperatureScaling) -> str:
     note = f"on the other half: {ece}, {loss}"
     if scaling.is_at_the_edge:
         note += "; the best one lies outside of what was tried"
-    return _card("best temperature", f"{scaling.temperature:.2f}", note)
+    temperature = f"{scaling.temperature:.2f}"
+    return _card("best temperature", temperature, note)
 
 
 def _card(
@@ -215,19 +216,17 @@ def _confusions(details: EvaluationDetails) -> str:
 def _matrix(details: EvaluationDetails) -> str:
     """The confusion matrix: a row for each class, a column for each prediction."""
     names = details.network.class_names
-    header = [text("th", "class \\ prediction")]
+    header = text("th", "class \\ prediction")
     for name in names:
-        cell = text("th", name, class_="n")
-        header.append(cell)
-    lines = [_matrix_line(header)]
+        header += text("th", name, class_="n")
+    rows = element("tr", header)
     for name, counts in zip(names, _count_predictions(details), strict=True):
         total = sum(counts)
-        cells = [text("th", name)]
+        cells = text("th", name)
         for count in counts:
-            cell = _matrix_cell(count, total)
-            cells.append(cell)
-        lines.append(_matrix_line(cells))
-    matrix = element("table", "".join(lines), class_="matrix")
+            cells += _matrix_cell(count, total)
+        rows += element("tr", cells)
+    matrix = element("table", rows, class_="matrix")
     return element("div", matrix, class_="scroll")
 
 
@@ -243,11 +242,6 @@ def _count_predictions(details: EvaluationDetails) -> list[list[int]]:
     for each in details.confusions:
         counts[each.label][each.predicted] = each.num
     return counts
-
-
-def _matrix_line(cells: Sequence[str]) -> str:
-    """A row of the matrix, of its cells."""
-    return element("tr", "".join(cells))
 
 
 def _matrix_cell(

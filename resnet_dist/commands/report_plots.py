@@ -1,6 +1,7 @@
 """The pictures of `resnet-dist report`. matplotlib is imported when a picture is drawn."""
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,19 +39,26 @@ _MOST_MARKERS = 40
 def plot_run(run: RunHistory, out: Path) -> None:
     """Draw loss, top-1, learning rate and speed against the epoch.
 
-    Raises ImportError without matplotlib, OSError or ValueError if `out` cannot be written.
+    Args:
+        run: The run.
+        out: The file of the picture.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError, ValueError: `out` cannot be written.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
-    for axis, (metric, label) in zip(axes.flat, _PANELS_OF_A_RUN.items(), strict=True):
+    panels = _PANELS_OF_A_RUN.items()
+    for axis, (metric, label) in zip(axes.flat, panels, strict=True):
         for prefix, (name, color) in SPLITS.items():
-            _draw(axis, run.curve(f"{prefix}/{metric}"), name, color)
+            curve = run.curve(f"{prefix}/{metric}")
+            _draw(axis, curve, name, color)
         axis.set_ylabel(label)
-        if axis.lines:
-            axis.legend(frameon=False, fontsize=9)
-    for axis in axes[1]:
+    lower_row = axes[1]
+    for axis in lower_row:
         axis.set_ylim(bottom=0)
         axis.set_xlabel("epoch")
     figure.suptitle(run.name, fontsize=12)
@@ -58,38 +66,55 @@ def plot_run(run: RunHistory, out: Path) -> None:
 
 
 def plot_runs(runs: Sequence[RunHistory], out: Path) -> None:
-    """Draw training loss and validation top-1 of each run; raises as `plot_run`."""
+    """Draw training loss and validation top-1 of each run.
+
+    Args:
+        runs: The runs.
+        out: The file of the picture.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError, ValueError: `out` cannot be written.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     axes = figure.subplots(1, 2)
-    for axis, (key, label) in zip(axes, _PANELS_OF_SEVERAL_RUNS.items(), strict=True):
-        for number, run in enumerate(runs):
-            color = _RUN_COLORS[number % len(_RUN_COLORS)]
-            _draw(axis, run.curve(key), run.name, color)
+    panels = _PANELS_OF_SEVERAL_RUNS.items()
+    for axis, (key, label) in zip(axes, panels, strict=True):
+        for run, color in zip(runs, cycle(_RUN_COLORS), strict=False):
+            curve = run.curve(key)
+            _draw(axis, curve, run.name, color)
         axis.set_ylabel(label)
         axis.set_xlabel("epoch")
-        if axis.lines:
-            axis.legend(frameon=False, fontsize=9)
     _save(figure, out)
 
 
 def _draw(axis: "Axes", curve: Curve, name: str, color: str) -> None:
+    """Draw a curve, unless it is empty. Its last value is in the legend."""
     if not curve.values:
         return
+    marker = None
+    if len(curve.values) <= _MOST_MARKERS:
+        marker = "o"
+    last = curve.values[-1]
     axis.plot(
         curve.epochs,
         curve.values,
         color=color,
         linewidth=1.5,
-        marker="o" if len(curve.values) <= _MOST_MARKERS else None,
+        marker=marker,
         markersize=3,
-        label=f"{name}: {curve.values[-1]:.4g} at the end",
+        label=f"{name}: {last:.4g} at the end",
     )
 
 
 def _save(figure: "Figure", out: Path) -> None:
+    """Give all panels their grid and their legend, and write the picture."""
     for axis in figure.axes:
         axis.grid(color="#e4e4e4", linewidth=0.7)
-        axis.spines[["top", "right"]].set_visible(False)
+        outer_lines = axis.spines[["top", "right"]]
+        outer_lines.set_visible(False)
+        if axis.lines:
+            axis.legend(frameon=False, fontsize=9)
     figure.savefig(out, dpi=120)

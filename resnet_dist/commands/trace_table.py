@@ -93,11 +93,10 @@ class ProfileTable:
 
 def read_trace(path: Path) -> list[dict[str, Any]]:
     """Read the events of a Chrome trace, .json or .json.gz."""
+    data = path.read_bytes()
     if path.suffix == ".gz":
-        with gzip.open(path, "rt") as file:
-            content = json.load(file)
-    else:
-        content = json.loads(path.read_text())
+        data = gzip.decompress(data)
+    content = json.loads(data)
     events: list[dict[str, Any]] = content["traceEvents"]
     return events
 
@@ -138,11 +137,14 @@ def build_table(events: Iterable[dict[str, Any]], num_steps: int) -> ProfileTabl
 
 def _read_event(event: dict[str, Any]) -> TraceEvent:
     """One event of a Chrome trace."""
-    start = float(event["ts"])
-    duration = float(event.get("dur", 0.0))
     process = event.get("pid")
     thread = event.get("tid")
-    return TraceEvent(event["name"], start, duration, lane=(process, thread))
+    return TraceEvent(
+        name=event["name"],
+        start=float(event["ts"]),
+        duration=float(event.get("dur", 0.0)),
+        lane=(process, thread),
+    )
 
 
 def _times_of_kernels(kernels: Sequence[TraceEvent]) -> list[OwnTime]:
@@ -150,16 +152,19 @@ def _times_of_kernels(kernels: Sequence[TraceEvent]) -> list[OwnTime]:
     times = []
     for kernel in kernels:
         kind = kind_of_kernel(kernel.name)
-        times.append(OwnTime(kernel.name, kind, kernel.duration))
+        time = OwnTime(kernel.name, kind, kernel.duration)
+        times.append(time)
     return times
 
 
 def _times_of_operators(operators: Sequence[TraceEvent]) -> list[OwnTime]:
     """The time of each CPU operator without the operators that it calls."""
     times = []
-    for operator, microseconds in zip(operators, self_times(operators), strict=True):
+    own = self_times(operators)
+    for operator, microseconds in zip(operators, own, strict=True):
         kind = kind_of_operator(operator.name)
-        times.append(OwnTime(operator.name, kind, microseconds))
+        time = OwnTime(operator.name, kind, microseconds)
+        times.append(time)
     return times
 
 
@@ -221,6 +226,7 @@ def busy_time(events: Iterable[TraceEvent]) -> float:
 
 
 def _start(event: TraceEvent) -> float:
+    """The sort key of events."""
     return event.start
 
 
@@ -261,7 +267,8 @@ def _span_of(events: Iterable[TraceEvent], num_steps: int) -> Span:
     for event in events:
         start = min(start, event.start)
         end = max(end, event.end)
-    return Span(end - start, num_steps)
+    microseconds = end - start
+    return Span(microseconds, num_steps)
 
 
 def _build_rows(times: Mapping[str, list[float]], span: Span) -> list[Row]:
@@ -289,12 +296,16 @@ def _build_rows(times: Mapping[str, list[float]], span: Span) -> list[Row]:
 def _idle_row(events: Iterable[TraceEvent], span: Span) -> Row:
     """The row of the time in which no event ran."""
     idle = span.microseconds - busy_time(events)
-    milliseconds = span.per_step(idle)
-    share = idle / span.microseconds
-    return Row("idle", milliseconds, share, count=0)
+    return Row(
+        name="idle",
+        milliseconds=span.per_step(idle),
+        share=idle / span.microseconds,
+        count=0,
+    )
 
 
 def _by_time(row: Row) -> float:
+    """The sort key of rows."""
     return row.milliseconds
 
 
@@ -303,9 +314,8 @@ def format_table(table: ProfileTable) -> str:
     unit = "operators"
     if table.device == "cuda":
         unit = "kernels"
-    milliseconds = f"{table.step_milliseconds:.2f}"
     lines = [
-        f"{milliseconds} ms a step, by {unit} of the {table.device}:",
+        f"{table.step_milliseconds:.2f} ms a step, by {unit} of the {table.device}:",
         *_lines_of_kinds(table.kinds, unit),
         "",
         *_lines_of_names(table.longest),
@@ -320,9 +330,10 @@ def _lines_of_kinds(kinds: Iterable[Row], unit: str) -> list[str]:
         kinds: The rows of the table.
         unit: What is counted.
     """
-    lines = [f"  {'kind':16}{'ms a step':>10}{'share':>9}{unit:>12}"]
+    lines = [f"  kind             ms a step    share{unit:>12}"]
     for row in kinds:
-        lines.append(f"  {row.name:16}{row.milliseconds:10.3f}{row.share:9.1%}{row.count:12.1f}")
+        line = f"  {row.name:16}{row.milliseconds:10.3f}{row.share:9.1%}{row.count:12.1f}"
+        lines.append(line)
     return lines
 
 
@@ -332,8 +343,9 @@ def _lines_of_names(rows: Iterable[Row]) -> list[str]:
     Args:
         rows: The rows of the table.
     """
-    lines = [f"  {'ms a step':>9}{'share':>8}{'calls':>8}  longest"]
+    lines = ["  ms a step   share   calls  longest"]
     for row in rows:
         name = row.name[:_NAME_WIDTH]
-        lines.append(f"  {row.milliseconds:9.3f}{row.share:8.1%}{row.count:8.1f}  {name}")
+        line = f"  {row.milliseconds:9.3f}{row.share:8.1%}{row.count:8.1f}  {name}"
+        lines.append(line)
     return lines

@@ -34,7 +34,13 @@ class MemoryFacts:
 
 
 def explain_memory(problem: Exception, config: Config, runtime: Runtime) -> Exception:
-    """The explanation of an error of CUDA out of memory; any other error as it is."""
+    """The explanation of an error of CUDA out of memory; any other error as it is.
+
+    Args:
+        problem: What training or evaluation raised.
+        config: The config of the run.
+        runtime: This rank.
+    """
     if isinstance(problem, torch.OutOfMemoryError):
         return out_of_memory_error(config, runtime)
     return problem
@@ -86,9 +92,12 @@ def most_images(facts: MemoryFacts) -> int:
     it is scaled by the measured peak.
     """
     need = facts.need
-    scale = max(1.0, facts.peak / need.step.total)
-    fitting = need.most_images(_USABLE * facts.capacity / scale)
-    return min(fitting, need.local_batch_size - 1)
+    measured_per_computed = facts.peak / need.step.total
+    scale = max(1.0, measured_per_computed)
+    usable = _USABLE * facts.capacity
+    fitting = need.most_images(usable / scale)
+    fewer = need.local_batch_size - 1
+    return min(fitting, fewer)
 
 
 def _ways_out(config: Config, world_size: int, most: int) -> list[str]:
@@ -96,31 +105,41 @@ def _ways_out(config: Config, world_size: int, most: int) -> list[str]:
     if most < 1:
         return ["Take a smaller network or smaller images"]
     train = config.train
-    ways = []
-    steps = _fitting_steps(config, world_size, most)
-    if steps is not None:
-        local_batch_size = train.global_batch_size // (world_size * steps)
-        ways.append(
-            f"Set train.grad_accum_steps {steps}, which makes local batches of {local_batch_size}"
-        )
     largest = most * world_size * train.grad_accum_steps
-    ways.append(f"or lower train.global_batch_size to {largest} or less")
-    ways.append("or use more GPUs")
+    lower = f"lower train.global_batch_size to {largest} or less"
+    more_gpus = "or use more GPUs"
+    steps = _fitting_steps(config, world_size, most)
     if steps is None:
-        ways[0] = ways[0].removeprefix("or ").capitalize()
-    return ways
+        return [lower.capitalize(), more_gpus]
+    micro_batches = world_size * steps
+    local_batch_size = train.global_batch_size // micro_batches
+    accumulate = (
+        f"Set train.grad_accum_steps {steps}, which makes local batches of {local_batch_size}"
+    )
+    return [accumulate, f"or {lower}", more_gpus]
 
 
 def _fitting_steps(config: Config, world_size: int, most: int) -> int | None:
-    """The smallest `train.grad_accum_steps` that divides the batch and makes it fit; or None."""
+    """The smallest `train.grad_accum_steps` that divides the batch and makes it fit; or None.
+
+    Args:
+        config: The settings.
+        world_size: The number of ranks.
+        most: How many images fit.
+    """
     train = config.train
     augment = config.augment
     mixes_pairs = augment.mixup_alpha > 0 or augment.cutmix_alpha > 0
     images_per_rank = train.global_batch_size // world_size
-    for steps in range(train.grad_accum_steps + 1, images_per_rank // 2 + 1):
+    fewest_steps = train.grad_accum_steps + 1
+    # A local batch has at least two images.
+    most_steps = images_per_rank // 2
+    for steps in range(fewest_steps, most_steps + 1):
         local_batch_size, rest = divmod(images_per_rank, steps)
+        if rest or local_batch_size > most:
+            continue
         is_odd = local_batch_size % 2 == 1
-        if rest or local_batch_size > most or (mixes_pairs and is_odd):
+        if mixes_pairs and is_odd:
             continue
         return steps
     return None
@@ -140,6 +159,8 @@ def _capacity(runtime: Runtime) -> int:
     free = available_memory(device, runtime.local_world_size)
     if device.type != "cuda":
         return free
+    own = torch.cuda.memory_reserved(device)
     _, total = torch.cuda.mem_get_info(device)
-    allowed = torch.cuda.get_per_process_memory_fraction(device) * total
-    return min(free + torch.cuda.memory_reserved(device), int(allowed))
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    allowed = int(share * total)
+    return min(free + own, allowed)
