@@ -11,8 +11,10 @@ import pytest
 
 from resnet_dist.commands import report
 from resnet_dist.commands.report_input import Evaluated
+from resnet_dist.commands.report_page import render_evaluations
 from resnet_dist.commands.report_text import describe_pair
-from resnet_dist.evaluation.evaluation_file import EvaluatedNetwork
+from resnet_dist.evaluation.confusion import ClassResult
+from resnet_dist.evaluation.evaluation_file import EvaluatedNetwork, EvaluationDetails
 
 
 @pytest.fixture
@@ -153,6 +155,21 @@ def test_few_classes_have_no_top5(tmp_path, capsys):
     folder = run_folder(tmp_path, "few", 90, 100)
     assert call(folder, "--out", tmp_path / "p.png") == 0
     assert "top-5" not in capsys.readouterr().out
+
+
+def test_few_classes_have_no_top5_on_the_page():
+    """With five classes every image counts as a hit of the top five."""
+    for class_names, shown in ((["a", "b", "c", "d", "e"], 0), (["a", "b", "c", "d", "e", "f"], 2)):
+        network = EvaluatedNetwork("tiny", "raw", 1, class_names)
+        is_hit = np.array([True, False])
+        classes = [ClassResult(0, 2, 1, 2, 0.25, 1)]
+        details = EvaluationDetails(network, "x", is_hit, 2, 0, classes, [], None, [], [])
+        page = render_evaluations([Evaluated("tiny", network, "x", is_hit, 2, details)])
+        # On a card, and above a column of the table of classes.
+        assert page.count("top-5") == shown
+        top5 = ["100.0"] if shown else []
+        cells = re.findall(r"<td[^>]*>([^<]*)</td>", page)
+        assert cells == ["a", "2", "50.0", *top5, "25.0"]
 
 
 def test_a_folder_name_cannot_forge_lines(tmp_path, capsys):

@@ -7,7 +7,11 @@ from resnet_dist.commands.report_input import Evaluated
 from resnet_dist.commands.report_markup import element, folded, table, text
 from resnet_dist.evaluation.calibration import Calibration, TemperatureScaling
 from resnet_dist.evaluation.confusion import ClassResult
-from resnet_dist.evaluation.evaluation_file import EvaluationDetails, GalleryEntry
+from resnet_dist.evaluation.evaluation_file import (
+    EvaluatedNetwork,
+    EvaluationDetails,
+    GalleryEntry,
+)
 from resnet_dist.evaluation.intervals import Interval, wilson_interval
 from resnet_dist.metrics import FIRST_TOP5_CLASSES
 
@@ -79,8 +83,7 @@ def _cards(evaluated: Evaluated) -> str:
     """The most important figures."""
     top1_card = _accuracy_card("top-1", evaluated.interval)
     cards = [top1_card]
-    num_classes = len(evaluated.network.class_names)
-    if num_classes >= FIRST_TOP5_CLASSES:
+    if _has_top5(evaluated.network):
         num_images = len(evaluated.is_hit)
         top5 = wilson_interval(evaluated.num_top5_hits, num_images)
         top5_card = _accuracy_card("top-5", top5)
@@ -89,6 +92,11 @@ def _cards(evaluated: Evaluated) -> str:
     if details is not None and details.calibration is not None:
         cards.extend(_calibration_cards(details.calibration))
     return "".join(cards)
+
+
+def _has_top5(network: EvaluatedNetwork) -> bool:
+    """Whether top-5 says anything: with five classes every image is a hit."""
+    return len(network.class_names) >= FIRST_TOP5_CLASSES
 
 
 def _accuracy_card(
@@ -157,7 +165,9 @@ def _calibration(calibration: Calibration) -> str:
 
 def _classes(details: EvaluationDetails) -> str:
     """A table of the classes, the worst first."""
-    header = ["class", "images", "top-1 (%)", "top-5 (%)", "mean confidence (%)"]
+    header = ["class", "images", "top-1 (%)", "mean confidence (%)"]
+    if _has_top5(details.network):
+        header.insert(3, "top-5 (%)")
     rows = [_class_row(each, details) for each in details.classes]
     first = rows[:_FIRST_CLASSES]
     rest = rows[_FIRST_CLASSES:]
@@ -175,15 +185,17 @@ def _class_row(
 ) -> list[str]:
     """The cells of a class."""
     top1 = 100 * result.correct1 / result.num
-    top5 = 100 * result.correct5 / result.num
     confidence = 100 * result.confidence
-    return [
+    cells = [
         details.network.class_names[result.label],
         str(result.num),
         f"{top1:.1f}",
-        f"{top5:.1f}",
         f"{confidence:.1f}",
     ]
+    if _has_top5(details.network):
+        top5 = 100 * result.correct5 / result.num
+        cells.insert(3, f"{top5:.1f}")
+    return cells
 
 
 def _confusions(details: EvaluationDetails) -> str:
