@@ -122,13 +122,17 @@ def test_benchmark_of_the_loader(tmp_path):
     assert (
         loaders["slow storage"]["images_per_second"] < READ_THREADS / 0.02
     )  # each waits 20 ms for a file
+    host_work = result["host_work_us_per_image"]
+    assert set(host_work) == {"plan", "lookup", "header", "geometry", "feeding"}
+    assert min(host_work.values()) > 0
     arguments.remove("--json")
     rivals = tmp_path / "rivals.py"
     rivals.write_text(RIVAL_FILE)
     arguments += ["--rivals", str(rivals)]
     assert run_app(1, arguments, str(output), entry) == [0], output.read_text()
-    *_, rival, last_loader, remark = output.read_text().splitlines()
+    *_, rival, last_loader, work, remark = output.read_text().splitlines()
     assert re.match(r"theirs +\d", rival)
+    assert re.match(r"Python work for a GPU: \d+\.\d us an image \(plan \d", work)
     assert last_loader.startswith("memory cache")
     assert "without other: it is not there" in output.read_text().splitlines()
     assert re.match(r"training cache: 12 images, \d+\.\d MiB, decoded in ", remark)

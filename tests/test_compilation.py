@@ -40,7 +40,9 @@ from resnet_dist.config import (
     check_config,
     to_dict,
 )
+from resnet_dist.distributed.rendezvous import Launcher, Meeting, Peer
 from resnet_dist.distributed.runtime import Runtime
+from resnet_dist.distributed.watchdog import Beat, Heard, Watchdog
 from resnet_dist.engine import train_step
 from resnet_dist.evaluation.loop import predict_logits
 from resnet_dist.forward import train_mode
@@ -478,6 +480,26 @@ def test_auto_falls_back_with_a_warning_and_true_is_an_error(monkeypatch, tmp_pa
     with torch._dynamo.config.patch(disable=True):
         _, problem = start_compiler(small_state().model, TRAIN, shape, runtime)
     assert "TORCH_COMPILE_DISABLE" in problem
+
+
+def test_a_rank_that_is_silent_while_it_compiles_is_not_lost(monkeypatch):
+    """A compiler may keep the threads of its process from running: for 30 s in that phase."""
+    monkeypatch.setattr(Watchdog, "_start_threads", lambda self: None)
+    peers = (Peer("here", 1), Peer("there", 2))
+    meeting = Meeting(Launcher(rank=0, world_size=2), dist.HashStore(), peers)
+    watchdog = Watchdog(meeting, world_size=2, timeout_s=10)
+    for phase, seconds, is_lost in (
+        ("compile", 20, False),
+        ("compile", 40, True),
+        ("update", 2, False),
+        ("update", 20, True),
+    ):
+        watchdog.beat(3, phase)
+        last = Beat(ticks=9, count=watchdog.count, step=3, phase=phase, stack="somewhere")
+        watchdog.heard[1] = Heard(time.monotonic() - seconds, last)
+        verdict = watchdog.on_long_wait()
+        assert (verdict is not None) is is_lost, (phase, seconds)
+    assert "waited 8.5 s at step 3 (update) for rank 1 (host there" in verdict.headline
 
 
 def test_what_determinism_and_mode_set_for_inductor():

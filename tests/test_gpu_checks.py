@@ -114,7 +114,10 @@ def test_photographs_are_arranged_in_class_folders(tmp_path):
 
 
 def test_pages_of_a_report(tmp_path):
-    checks_done = [report.Result("quickstart", "failed", 3.0, "AssertionError: no | luck\ntrace")]
+    checks_done = [
+        report.Result("quickstart", "failed", 3.0, "AssertionError: no | luck\ntrace"),
+        report.Result("memory_stays_flat", "passed", 9.0, "2000 batches"),
+    ]
     rows = {"ours eager": {"images/s": 4005.4, "share": 0.5}, "bare": {"images/s": 3000.0}}
     figures = [
         report.Result("synthetic", "passed", 9.0, "", {"rows": rows, "batch": 256}),
@@ -130,6 +133,8 @@ def test_pages_of_a_report(tmp_path):
         "| ours eager | 4,005.4 | 50.0% |",
         "| bare | 3,000.0 |  |",
         "skipped: needs real photographs",
+        "measurement on a GPU behind them:\n\n- memory_stays_flat: 150 MiB\n\n## Figures",
+        "### Loaders\n\n(goal: at least 0.85 of DALI for the same work)\n\nskipped",
         "## quickstart: failed",
     ):
         assert part in text

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 
+from resnet_dist.commands.host_work import measure_host_work
 from resnet_dist.commands.plain_loaders import MakeBatches, plain_dali, plain_torchvision
 from resnet_dist.commands.rival_file import build_rivals
 from resnet_dist.config import Config
@@ -83,6 +84,7 @@ def compare_loaders(config: Config, runtime: Runtime, options: argparse.Namespac
         makers["memory cache"] = cached.batches
 
     turns = _take_turns(makers, options.windows, num_batches, local, runtime.device)
+    host_work = measure_host_work(ours, num_batches)
     for loader in (ours, slow, cached):
         loader.close()
 
@@ -95,7 +97,7 @@ def compare_loaders(config: Config, runtime: Runtime, options: argparse.Namespac
         "load_average": round(os.getloadavg()[0], 2),
         "images": num_batches * local,
     }
-    _print_results(conditions, turns, options.json)
+    _print_results(conditions, turns, host_work, options.json)
     if not options.json:
         print(*cached.remarks(), sep="\n")
     return 0
@@ -279,13 +281,15 @@ def _cpu_seconds() -> float:
 def _print_results(
     conditions: dict[str, Any],
     turns: dict[str, list[Turn]],
+    host_work: dict[str, float],
     as_json: bool,
 ) -> None:
-    """Print the median of the turns of each loader, and its ratio to ours.
+    """Print the median of the turns of each loader, its ratio to ours, and our work for a GPU.
 
     Args:
         conditions: the settings and the state of the machine.
         turns: the turns of each loader by name; the first loader is ours.
+        host_work: the result of `measure_host_work`.
         as_json: print one JSON object with all turns instead of a table.
     """
     ours = turns["resnet_dist"]
@@ -293,7 +297,12 @@ def _print_results(
     for name, of_loader in turns.items():
         medians[name] = _medians(ours, of_loader)
     if as_json:
-        content = {**conditions, "loaders": medians, "turns": _rounded(turns)}
+        content = {
+            **conditions,
+            "loaders": medians,
+            "turns": _rounded(turns),
+            "host_work_us_per_image": host_work,
+        }
         print(json.dumps(content))
         return
     words = []
@@ -306,6 +315,11 @@ def _print_results(
             f"{name:18}{found['cpu_us_per_image']:15.0f}{found['cpu_ratio']:10.3f}"
             f"{found['images_per_second']:15.1f}{found['ratio']:10.3f}"
         )
+    parts = ", ".join(f"{name} {microseconds:.1f}" for name, microseconds in host_work.items())
+    print(
+        f"Python work for a GPU: {sum(host_work.values()):.1f} us an image ({parts}), without "
+        "reading and decoding"
+    )
 
 
 def _rounded(turns: dict[str, list[Turn]]) -> dict[str, list[list[float]]]:

@@ -33,6 +33,7 @@ def write_report(report: Report, folder: Path) -> None:
 
 def markdown(report: Report) -> str:
     """The report as Markdown."""
+    from checks import CHECKS
     from figures import PARTS
 
     lines = ["# GPU report", ""]
@@ -50,9 +51,18 @@ def markdown(report: Report) -> str:
         rows.append([one.name, one.outcome, f"{one.seconds:.1f}", first_line(one.text)])
     lines += table(["check", "outcome", "seconds", "what it found"], rows)
 
+    guesses = [f"- {one.name}: {CHECKS[one.name].guess}" for one in report.checks]
+    guesses = [line for line in guesses if not line.endswith(": ")]
+    if guesses:
+        lines += ["", "Thresholds that are guesses, with no measurement on a GPU behind them:", ""]
+        lines += guesses
+
     lines += ["", "## Figures", ""]
     for one in report.figures:
-        lines += [f"### {PARTS[one.name].title}", ""]
+        part = PARTS[one.name]
+        lines += [f"### {part.title}", ""]
+        if part.goal:
+            lines += [f"({part.goal})", ""]
         lines += figures_of(one)
         lines.append("")
 

@@ -1,0 +1,102 @@
+"""The Python work for an image that a GPU trains on, measured without a GPU.
+
+On a GPU, the threads that load images share Python's lock with the thread that trains. What holds
+that lock is the limit of a fast GPU: 117 us an image at the 8,504 images/s that one H100 loaded
+(docs/gpu.md). Reading and decoding release it.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from resnet_dist.data.pixels.dali import Decoder, GraphSpec, LoadedJob, Portion
+from resnet_dist.data.pixels.loader import DaliTrainLoader
+from resnet_dist.data.pixels.read import examine
+from resnet_dist.data.sampling.augment import num_slots
+from resnet_dist.data.sampling.crops import Geometry
+from resnet_dist.data.sampling.jobs import job_geometry
+
+T = TypeVar("T")
+
+
+class _Stopwatch:
+    """Records the CPU time of this thread, by what it did."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+
+    def time(self, name: str, work: Callable[[], T]) -> T:
+        """Do some work, and record its time under `name`."""
+        start = time.thread_time()
+        result = work()
+        passed = time.thread_time() - start
+        self.seconds.setdefault(name, []).append(passed)
+        return result
+
+
+def measure_host_work(loader: DaliTrainLoader, num_batches: int) -> dict[str, float]:
+    """The time that one thread needs for an image, in microseconds, by kind of work.
+
+    The steps are those of the loader. DALI gets what the graph for a GPU gets, and runs that graph
+    on the CPU, in threads of its own.
+
+    Args:
+        loader: Of files, not of a cache.
+        num_batches: How many batches are measured.
+
+    Returns:
+        "plan", "lookup", "header", "geometry" and "feeding", each of the batch where it was least:
+        other programs make a thread slower, by their use of caches and cores.
+    """
+    decoder = _decoder_with_the_graph_of_a_gpu(loader)
+    stopwatch = _Stopwatch()
+    for number in range(num_batches):
+        loaded = _load(loader, number, stopwatch)
+        portion = Portion(loaded, 0, len(loaded.images))
+        stopwatch.time("feeding", partial(decoder.submit, portion))
+        decoder.collect()
+    decoder.close()
+    num_images = loader.sampling.layout.local_batch_size
+    return {
+        name: round(1e6 * min(of_batches) / num_images, 2)
+        for name, of_batches in stopwatch.seconds.items()
+    }
+
+
+def _decoder_with_the_graph_of_a_gpu(loader: DaliTrainLoader) -> Decoder:
+    """A decoder on the CPU that finishes images in DALI, as on a GPU."""
+    slots = num_slots(loader.sampling.augment)
+    local_batch_size = loader.sampling.layout.local_batch_size
+    decoder = Decoder(
+        local_batch_size=local_batch_size, threads=loader.threads, device=torch.device("cpu")
+    )
+    decoder.spec = GraphSpec(local_batch_size, loader.threads, views=1, slots=slots)
+    decoder.restart()
+    return decoder
+
+
+def _load(loader: DaliTrainLoader, step: int, stopwatch: _Stopwatch) -> LoadedJob:
+    """The images of a step; reading them is not measured."""
+    (job,) = stopwatch.time("plan", lambda: list(loader.jobs(step, step + 1)))
+    loaded = loader.load(job)
+    images = loaded.images
+    stopwatch.time("lookup", lambda: [loader.index.place(image.row) for image in images])
+
+    def check_headers() -> None:
+        for image in images:
+            # Images out of a cache have arrays.
+            assert isinstance(image.data, bytes)
+            examine(image.row, image.data)
+
+    def find_geometry() -> Geometry:
+        heights = np.array([image.height for image in images])
+        widths = np.array([image.width for image in images])
+        return job_geometry(job, heights, widths, loader.config)
+
+    stopwatch.time("header", check_headers)
+    stopwatch.time("geometry", find_geometry)
+    return loaded
