@@ -1,6 +1,9 @@
 """What a step shows, as a function of the seed and the step."""
 
 import hashlib
+import itertools
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,40 +24,45 @@ from resnet_dist.data.sampling.order import BatchLayout
 
 NUM_IMAGES = 1000
 
+# Settings of the sections `data` and `augment`.
 TRAINING = {
-    "plain": ({}, {}),
+    "plain": (DataConfig(train_crop_size=32), AugmentConfig()),
     "randaugment": (
-        {
-            "train_crop": "scale_jitter",
-            "scale_jitter": (64, 80),
-            "train_crop_size": 64,
-            "progressive_start_size": 32,
-            "progressive_epochs": (0, 2),
-        },
-        {
-            "policy": "randaugment",
-            "num_ops": 3,
-            "color_jitter": (0.4, 0.4, 0.4, 0.1),
-            "lighting_std": 0.1,
-            "repeats": 2,
-            "random_erasing": 0.5,
-        },
+        DataConfig(
+            train_crop="scale_jitter",
+            scale_jitter=(64, 80),
+            train_crop_size=64,
+            progressive_start_size=32,
+            progressive_epochs=(0, 2),
+        ),
+        AugmentConfig(
+            policy="randaugment",
+            num_ops=3,
+            color_jitter=(0.4, 0.4, 0.4, 0.1),
+            lighting_std=0.1,
+            repeats=2,
+            random_erasing=0.5,
+        ),
     ),
     "trivialaugment": (
-        {"train_crop": "pad", "train_crop_size": 32},
-        {"policy": "trivialaugment", "random_erasing": 0.25},
+        DataConfig(train_crop="pad", train_crop_size=32),
+        AugmentConfig(policy="trivialaugment", random_erasing=0.25),
     ),
     "autoaugment": (
-        {"train_crop_size": 96},
-        {"policy": "autoaugment", "color_jitter": (0, 0.2, 0, 0.1)},
+        DataConfig(train_crop_size=96),
+        AugmentConfig(policy="autoaugment", color_jitter=(0, 0.2, 0, 0.1)),
     ),
-    "random interpolation": ({"train_interpolation": "random"}, {"repeats": 2}),
+    "random interpolation": (
+        DataConfig(train_crop_size=32, train_interpolation="random"),
+        AugmentConfig(repeats=2),
+    ),
 }
+SMALL_VAL = DataConfig(val_batch_size=50, val_resize_size=72, val_crop_size=64)
 EVALUATION = {
-    "center": {},
-    "ten": {"val_crops": "ten"},
-    "scales": {"val_scales": (48, 64, 100)},
-    "padded": {"val_resize_size": 40, "val_crop_size": 64},
+    "center": SMALL_VAL,
+    "ten": replace(SMALL_VAL, val_crops="ten"),
+    "scales": replace(SMALL_VAL, val_scales=(48, 64, 100)),
+    "padded": replace(SMALL_VAL, val_resize_size=40),
 }
 
 # Computed by version 1 of the data path. A run that it began is resumed by this one.
@@ -73,23 +81,27 @@ GOLDEN = {
 
 def sizes(rows):
     """Made-up heights and widths of images."""
-    return 20 + rows * 7919 % 480, 20 + rows * 104729 % 611
+    heights = 20 + rows * 7919 % 480
+    widths = 20 + rows * 104729 % 611
+    return heights, widths
 
 
 def values(job, geometry):
     """Everything that a job shows, in a fixed order."""
-    yield from (job.rows, job.epoch, job.step, np.broadcast_to(job.draws, job.rows.shape), job.side)
-    yield from (geometry.windows, geometry.flips)
+    found = [job.rows, job.epoch, job.step, np.broadcast_to(job.draws, job.rows.shape), job.side]
+    found += [geometry.windows, geometry.flips]
     for view in geometry.views:
-        yield from (view.sizes, view.offsets, view.side)
+        found += [view.sizes, view.offsets, view.side]
     if (geometry.interpolations != "bilinear").any():
-        yield geometry.interpolations.tolist()
+        found.append(geometry.interpolations.tolist())
     if job.operations is not None:
-        yield [[operations.NAMES[op] for op in ops] for ops in job.operations.ops.tolist()]
-        yield from (job.operations.params, job.operations.matrices)
+        ops = job.operations.ops.tolist()
+        found.append([[operations.NAMES[op] for op in of_image] for of_image in ops])
+        found += [job.operations.params, job.operations.matrices]
     for optional in (job.lighting, job.boxes):
         if optional is not None:
-            yield optional
+            found.append(optional)
+    return found
 
 
 def digest(found):
@@ -109,23 +121,20 @@ def test_jobs_never_change():
     """Rows, windows, flips, operations, lighting and boxes of a few steps over an epoch's edge."""
     found = {}
     for name, (data, augment) in TRAINING.items():
-        data = DataConfig(**{"train_crop_size": 32, **data})
         shown = []
         for rank in range(2):
             layout = BatchLayout(48, grad_accum_steps=2, rank=rank, world_size=2)
-            sampling = TrainSampling(NUM_IMAGES, layout, data, AugmentConfig(**augment))
+            sampling = TrainSampling(NUM_IMAGES, layout, data, augment)
             for step in range(18, 23):
                 for micro_step in range(2):
                     job = train_job(5, step, micro_step, sampling)
                     shown += values(job, job_geometry(job, *sizes(job.rows), data))
         found[name] = digest(shown)
     for name, data in EVALUATION.items():
-        data = DataConfig(
-            **{"val_batch_size": 50, "val_resize_size": 72, "val_crop_size": 64, **data}
-        )
         shown = []
         for rank in range(2):
-            for rows in order.val_batches(NUM_IMAGES, data.val_batch_size, rank, 2)[:3]:
+            first_batches = order.val_batches(NUM_IMAGES, data.val_batch_size, rank, 2)[:3]
+            for rows in first_batches:
                 job = val_job(np.array(rows))
                 shown += values(job, job_geometry(job, *sizes(job.rows), data))
         found[name] = digest(shown)
@@ -153,8 +162,9 @@ def test_a_preview_is_what_training_shows():
     preview = preview_job(5, shown.rows, shown.epoch, sampling)
     assert np.array_equal(preview.operations.matrices, shown.operations.matrices)
     assert np.array_equal(preview.boxes, shown.boxes)
-    windows = [job_geometry(job, *sizes(job.rows), data).windows for job in (shown, preview)]
-    assert np.array_equal(*windows)
+    shown_geometry = job_geometry(shown, *sizes(shown.rows), data)
+    preview_geometry = job_geometry(preview, *sizes(shown.rows), data)
+    assert np.array_equal(preview_geometry.windows, shown_geometry.windows)
 
 
 layouts = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5))
@@ -191,9 +201,18 @@ def test_an_epoch_is_a_permutation(n, seed, epoch):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 400), st.integers(1, 60), st.integers(1, 5))
 def test_evaluation_batches_cover_every_row_once(n, val_batch_size, world_size):
+    """In as many rounds on each rank; in some a rank may have no batch."""
     shares = [order.val_batches(n, val_batch_size, rank, world_size) for rank in range(world_size)]
-    assert len({len(share) for share in shares}) == 1
-    rows = [row for share in shares for batch in share if batch is not None for row in batch]
+    num_rounds = math.ceil(n / (val_batch_size * world_size))
+    for share in shares:
+        assert len(share) == num_rounds
+    rows = []
+    for batch in itertools.chain(*shares):
+        if batch is None:
+            continue
+        rows += batch
+        assert batch.start % val_batch_size == 0
+        assert batch.stop == min(batch.start + val_batch_size, n)
     assert sorted(rows) == list(range(n))
 
 
@@ -228,7 +247,7 @@ def test_windows_lie_in_their_images(images, scale, ratio, seed):
 def test_evaluation_squares_lie_in_their_images_or_are_padded_evenly(images, resize, crop):
     heights, widths = np.array(images).T
     config = DataConfig(val_resize_size=resize, val_crop_size=crop)
-    (view,) = crops.val_geometry(heights, widths, config).views
+    [view] = crops.val_geometry(heights, widths, config).views
     last = view.sizes - crop
     assert (view.sizes.min(axis=1) == resize).all()
     assert (np.abs(2 * view.offsets - last) <= 1).all()
@@ -241,7 +260,7 @@ def test_training_squares_do_not_leave_the_padded_image(train_crop, images, seed
     config = DataConfig(train_crop=train_crop, train_crop_size=224, pad=4)
     heights, widths = np.array(images).T
     geometry = crops.train_geometry(seed, 0, np.arange(len(images)), heights, widths, 224, config)
-    (view,) = geometry.views
+    [view] = geometry.views
     border = 4 if train_crop == "pad" else 0
     assert (view.offsets >= -border).all()
     assert (view.offsets + 224 <= view.sizes + border).all()

@@ -165,13 +165,6 @@ def test_every_sample_once_per_epoch_except_the_tail(world_size):
     assert len(set(tails)) == 3, "each epoch drops other samples"
 
 
-def test_a_step_has_the_same_rows_on_every_layout():
-    expected = rows_of_step(9, 200, 24, world_size=1)
-    for world_size, grad_accum_steps in [(2, 1), (3, 1), (4, 1), (1, 4), (2, 3), (4, 2), (3, 4)]:
-        rows = rows_of_step(9, 200, 24, world_size, grad_accum_steps)
-        assert np.array_equal(rows, expected)
-
-
 @pytest.mark.parametrize("repeats", [2, 3, 4])
 def test_repeated_samples_are_on_other_ranks_and_never_side_by_side(repeats):
     """Each image of a batch occurs `repeats` times, and does not come back in the epoch."""
@@ -206,21 +199,3 @@ def test_too_few_images_are_refused():
     with pytest.raises(ValueError, match="100 images.*train.global_batch_size = 256.*100 or less"):
         order.steps_per_epoch(100, 256)
     assert order.steps_per_epoch(256, 256) == 1
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("n", [1, 10, 40, 41, 79])
-def test_evaluation_covers_every_row_once_in_equal_rounds(world_size, n):
-    batch_size = 10
-    num_rounds = math.ceil(n / (batch_size * world_size))
-    batches = []
-    for rank in range(world_size):
-        share = order.val_batches(n, batch_size, rank, world_size)
-        assert len(share) == num_rounds
-        batches += [batch for batch in share if batch is not None]
-
-    rows = [row for batch in batches for row in batch]
-    assert sorted(rows) == list(range(n))
-    for batch in batches:
-        assert batch.start % batch_size == 0
-        assert batch.stop == min(batch.start + batch_size, n)

@@ -1,7 +1,9 @@
 """Weights from other libraries' files: every tensor is accounted for, and none is guessed."""
 
 import argparse
+import copy
 import io
+import re
 import sys
 from collections import Counter
 
@@ -38,30 +40,33 @@ def network(num_classes=5, name="resnet20"):
 
 
 def counts(rows):
+    """Numbers of tensors: exact, renamed, reshaped, skipped, missing."""
     return [len(names) for names in rows.values()]
 
 
-def assert_equal(model, state, but=()):
+def assert_equal(model, state):
     for key, value in model.state_dict().items():
-        assert torch.equal(value, state[key]) != (key in but), key
+        assert torch.equal(value, state[key]), key
 
 
-def renamed(state, **names):
-    """`state` under names with these prefixes in place of ours."""
-    for ours, theirs in names.items():
-        state = {
-            theirs + key.removeprefix(ours) if key.startswith(ours) else key: value
-            for key, value in state.items()
-        }
+def renamed(state, **prefixes):
+    """`state` under names with these prefixes in place of ours, one after the other."""
+    for ours, theirs in prefixes.items():
+        changed = {}
+        for key, value in state.items():
+            if key.startswith(ours):
+                key = theirs + key.removeprefix(ours)
+            changed[key] = value
+        state = changed
     return state
 
 
-NVIDIA = {f"layer{i + 1}.": f"layers.{i}." for i in range(3)}
+NVIDIA = {"layer1.": "layers.0.", "layer2.": "layers.1.", "layer3.": "layers.2."}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("names", "number"),
+    ("prefixes", "num_renamed"),
     [
         ({}, 0),
         ({"": "module."}, 116),
@@ -78,15 +83,17 @@ NVIDIA = {f"layer{i + 1}.": f"layers.{i}." for i in range(3)}
         ({**NVIDIA, "": "module."}, 116),
     ],
 )
-def test_names_of_other_layouts(names, number):
+def test_names_of_other_layouts(prefixes, num_renamed):
     """Each renamed key is in the table, and the values come over bit for bit."""
     source = network().state_dict()
     model = MODELS["resnet20"](num_classes=5)
-    rows, whole = load_weights(model, {"state_dict": renamed(source, **names)}, "x.pth")
+    content = {"state_dict": renamed(source, **prefixes)}
+    rows, whole = load_weights(model, content, "x.pth")
     assert_equal(model, source)
     assert whole
-    assert counts(rows) == [len(source) - number, number, 0, 0, 0]
-    assert number == 0 or all(" -> " in text for text in rows["renamed"])
+    assert counts(rows) == [len(source) - num_renamed, num_renamed, 0, 0, 0]
+    for text in rows["renamed"]:
+        assert " -> " in text
 
 
 @pytest.mark.parametrize(
@@ -106,17 +113,26 @@ def test_names_of_other_layouts(names, number):
 )
 def test_nesting(keys):
     """Averaged weights are taken before raw ones, and the keys that lead there are told."""
-    source = content = network().state_dict()
+    source = network().state_dict()
+    content = source
     for key in reversed(keys):
         content = {"epoch": 3, "best": torch.tensor(1.0), key: content}
-    if "ema" in "".join(keys):
-        content |= {"state_dict": MODELS["resnet20"](num_classes=5).state_dict()}
+    is_average = any("ema" in key for key in keys)
+    if is_average:
+        content = {**content, "state_dict": MODELS["resnet20"](num_classes=5).state_dict()}
     else:
         content = {**content, "ema": None, "model_ema": {"decay": 0.9}}
+
     found, state = find_weights(content)
+
     assert found == list(keys)
-    assert all(state[key] is source[key] for key in source)
-    assert find_weights({"epoch": 3}) == find_weights([1]) == ([], {})
+    for key, tensor in source.items():
+        assert state[key] is tensor
+
+
+def test_no_weights_are_found():
+    assert find_weights({"epoch": 3}) == ([], {})
+    assert find_weights([1]) == ([], {})
 
 
 @pytest.mark.slow
@@ -125,22 +141,28 @@ def test_nesting(keys):
 )
 def test_every_tensor_of_timm_has_its_place(name):
     """The names and shapes that timm gives today, without their values."""
-    options = {"init_weights": False} if name == "inception_v3" else {}
     with torch.device("meta"):
-        own = MODELS[name]() if name in FAMILY else torchvision.models.get_model(name, **options)
+        if name in FAMILY:
+            own = MODELS[name]()
+        elif name == "inception_v3":
+            own = torchvision.models.inception_v3(init_weights=False)
+        else:
+            own = torchvision.models.get_model(name)
         file = timm.create_model(name).state_dict()
-    head = next(reversed(head_modules(own)))
+    *_, head = head_modules(own)
     own = own.state_dict()
-    places = [
-        next(
-            name
-            for name in weights._candidates(key, head)
-            if name in own and weights._fits(value, own[name])
-        )
-        for key, value in file.items()
-    ]
-    assert len(set(places)) == len(file)
-    assert {key for key in own.keys() - set(places) if not key.startswith("AuxLogits.")} == set()
+
+    def place_of(key, tensor):
+        for candidate in weights._candidates(key, head):
+            if candidate in own and weights._fits(tensor, own[candidate]):
+                return candidate
+        raise AssertionError(f"{key} has no place")
+
+    places = {place_of(key, tensor) for key, tensor in file.items()}
+    assert len(places) == len(file)
+    # timm's file has no auxiliary head.
+    empty = [key for key in own if key not in places and not key.startswith("AuxLogits.")]
+    assert empty == []
 
 
 def test_the_torchvision_layout_is_ours():
@@ -152,35 +174,40 @@ def test_the_torchvision_layout_is_ours():
     assert_equal(model, source)
 
 
-def test_layers_in_their_other_form():
-    """Squeeze-and-excitation as NVIDIA has it, linear in 2019; timm's VGG, whose linear layers are
-    convolutions.
-    """
+@pytest.mark.parametrize("is_conv", [False, True])
+def test_squeeze_and_excitation_of_nvidia(is_conv):
+    """Two linear layers in its files of 2019, convolutions later."""
+    model = nn.Sequential(nn.Module(), nn.Linear(8, 3))
+    model[0].se = nn.Module()
+    model[0].se.fc1 = nn.Conv2d(8, 2, 1)
+    model[0].se.fc2 = nn.Conv2d(2, 8, 1)
+    squeeze = nn.Linear(8, 2)
+    expand = nn.Linear(2, 8)
+    if is_conv:
+        squeeze = nn.Conv2d(8, 2, 1)
+        expand = nn.Conv2d(2, 8, 1)
+    head = nn.Linear(8, 3)
+    file = {
+        "0.squeeze.squeeze.weight": squeeze.weight,
+        "0.squeeze.squeeze.bias": squeeze.bias,
+        "0.squeeze.expand.weight": expand.weight,
+        "0.squeeze.expand.bias": expand.bias,
+        "1.weight": head.weight,
+        "1.bias": head.bias,
+    }
 
-    def layers(conv):
-        return (
-            (nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1)) if conv else (nn.Linear(8, 2), nn.Linear(2, 8))
-        )
+    rows, whole = load_weights(model, file, "x.pth")
 
-    for conv in (False, True):
-        model = nn.Sequential(nn.Module(), nn.Linear(8, 3))
-        model[0].se = nn.Module()
-        model[0].se.fc1, model[0].se.fc2 = layers(True)
-        squeeze, expand = layers(conv)
-        head = nn.Linear(8, 3)
-        file = {
-            "0.squeeze.squeeze.weight": squeeze.weight,
-            "0.squeeze.squeeze.bias": squeeze.bias,
-            "0.squeeze.expand.weight": expand.weight,
-            "0.squeeze.expand.bias": expand.bias,
-            "1.weight": head.weight,
-            "1.bias": head.bias,
-        }
-        rows, whole = load_weights(model, file, "x.pth")
-        assert whole
-        assert counts(rows) == ([2, 4, 0, 0, 0] if conv else [2, 2, 2, 0, 0])
-        assert torch.equal(model[0].se.fc2.weight.flatten(1), expand.weight.flatten(1))
-        assert conv or "0.squeeze.squeeze.weight -> 0.se.fc1.weight" in rows["reshaped"]
+    assert whole
+    assert torch.equal(model[0].se.fc2.weight.flatten(1), expand.weight.flatten(1))
+    if is_conv:
+        assert counts(rows) == [2, 4, 0, 0, 0]
+    else:
+        assert counts(rows) == [2, 2, 2, 0, 0]
+        assert "0.squeeze.squeeze.weight -> 0.se.fc1.weight" in rows["reshaped"]
+
+
+def test_linear_layers_of_timms_vgg_are_convolutions():
     model = nn.Module()
     model.classifier = nn.Sequential(
         nn.Linear(2 * 49, 6),
@@ -191,47 +218,49 @@ def test_layers_in_their_other_form():
         nn.Dropout(),
         nn.Linear(6, 3),
     )
-    parts = {
-        "pre_logits.fc1.": nn.Conv2d(2, 6, 7),
-        "pre_logits.fc2.": nn.Conv2d(6, 6, 1),
-        "head.fc.": nn.Linear(6, 3),
-    }
+    fc1 = nn.Conv2d(2, 6, 7)
+    fc2 = nn.Conv2d(6, 6, 1)
+    head = nn.Linear(6, 3)
     file = {
-        prefix + key: value
-        for prefix, module in parts.items()
-        for key, value in module.state_dict().items()
+        "pre_logits.fc1.weight": fc1.weight,
+        "pre_logits.fc1.bias": fc1.bias,
+        "pre_logits.fc2.weight": fc2.weight,
+        "pre_logits.fc2.bias": fc2.bias,
+        "head.fc.weight": head.weight,
+        "head.fc.bias": head.bias,
     }
-    assert counts(load_weights(model, file, "x.pth")[0]) == [0, 4, 2, 0, 0]
+
+    rows, _ = load_weights(model, file, "x.pth")
+
+    assert counts(rows) == [0, 4, 2, 0, 0]
     image = torch.randn(4, 2, 7, 7)
-    hidden = parts["pre_logits.fc2."](parts["pre_logits.fc1."](image).relu()).relu().flatten(1)
-    torch.testing.assert_close(model.classifier.eval()(image.flatten(1)), parts["head.fc."](hidden))
+    hidden = torch.relu(fc2(torch.relu(fc1(image))))
+    expected = head(hidden.flatten(1))
+    torch.testing.assert_close(model.classifier.eval()(image.flatten(1)), expected)
 
 
 def test_old_densenet_names():
     """Those of torchvision's files of 2017, which its own loader mends."""
     model = torchvision.models.DenseNet(4, (2, 2), 8, num_classes=3)
-    source = {
-        key: torch.rand_like(value) if value.is_floating_point() else value
-        for key, value in model.state_dict().items()
-    }
-    old = {
-        key.replace("norm1.", "norm.1.")
-        .replace("norm2.", "norm.2.")
-        .replace("conv1.", "conv.1.")
-        .replace("conv2.", "conv.2."): value
-        for key, value in source.items()
-        if "num_batches" not in key
-    }
+    source = {}
+    for key, tensor in model.state_dict().items():
+        if "num_batches" not in key:
+            source[key] = torch.rand_like(tensor)
+    # norm1.weight was norm.1.weight.
+    old = {re.sub(r"(norm|conv)([12])\.", r"\1.\2.", key): source[key] for key in source}
     assert old.keys() != source.keys()
+
     rows, whole = load_weights(model, old, "x.pth")
+
     assert whole
-    assert counts(rows)[2:4] == [0, 0]
     assert len(rows["renamed"]) == 40
-    assert all(text.endswith("num_batches_tracked (without effect)") for text in rows["missing"])
-    assert_equal(
-        model,
-        {**model.state_dict(), **{key: source[key] for key in source if "num_batches" not in key}},
-    )
+    assert rows["reshaped"] == []
+    assert rows["skipped"] == []
+    for text in rows["missing"]:
+        assert text.endswith("num_batches_tracked (without effect)")
+    loaded = model.state_dict()
+    for key, tensor in source.items():
+        assert torch.equal(loaded[key], tensor), key
 
 
 def test_a_head_is_recognised_by_position_and_shape_alone():
@@ -252,7 +281,8 @@ def test_a_head_is_recognised_by_position_and_shape_alone():
 def test_another_number_of_classes_means_a_fresh_head():
     source = network(10).state_dict()
     model = MODELS["resnet20"](num_classes=2)
-    fresh = model.fc.weight.detach().clone(), model.fc.bias.detach().clone()
+    fresh_weight = model.fc.weight.detach().clone()
+    fresh_bias = model.fc.bias.detach().clone()
     rows, whole = load_weights(model, source, "x.pth")
     assert whole
     assert counts(rows) == [114, 0, 0, 2, 2]
@@ -261,11 +291,10 @@ def test_another_number_of_classes_means_a_fresh_head():
         "fc.bias [10] instead of [2]",
     ]
     assert rows["missing"] == [
-        f"fc.{kind} (head, freshly initialised)" for kind in ("weight", "bias")
+        "fc.weight (head, freshly initialised)",
+        "fc.bias (head, freshly initialised)",
     ]
-    assert torch.equal(model.fc.weight, fresh[0])
-    assert torch.equal(model.fc.bias, fresh[1])
-    assert_equal(model, source | {"fc.weight": fresh[0], "fc.bias": fresh[1]})
+    assert_equal(model, source | {"fc.weight": fresh_weight, "fc.bias": fresh_bias})
 
 
 def test_some_tensors_that_do_not_fit_are_told():
@@ -289,9 +318,8 @@ def test_some_tensors_that_do_not_fit_are_told():
         "layer3.2.bn2.num_batches_tracked (without effect)",
     ]
     table = describe(rows).splitlines()
-    assert [line.split()[:2] for line in table] == [
-        [kind, str(len(names))] for kind, names in rows.items()
-    ]
+    for line, (kind, names) in zip(table, rows.items(), strict=True):
+        assert line.split()[:2] == [kind, str(len(names))]
     assert "layer3.2.bn2.running_var and 1 more" in table[4]
 
 
@@ -301,23 +329,26 @@ def test_half_of_the_backbone_is_the_least():
     """
     source = network().state_dict()
     model = MODELS["resnet20"](num_classes=5)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
+    before = copy.deepcopy(model.state_dict())
+    message = r"'x\.pth'.* of the 95 tensors .*conv1\.weight, .*model\.name"
     for content in ({}, {"model": {}}, {"a.b": torch.zeros(3)}, {"fc.weight": source["fc.weight"]}):
-        with pytest.raises(
-            ValueError, match=r"'x\.pth'.* of the 95 tensors .*conv1\.weight, .*model\.name"
-        ):
+        with pytest.raises(ValueError, match=message):
             load_weights(model, content, "x.pth")
     assert_equal(model, before)
+
     needed = [key for key in source if "fc." not in key and "num_batches" not in key]
+    too_few = {key: source[key] for key in needed[:47]}
     with pytest.raises(ValueError, match="it has 47 of the 95"):
-        load_weights(model, {key: source[key] for key in needed[:47]}, "x.pth")
-    assert not load_weights(model, {key: source[key] for key in needed[:48]}, "x.pth")[1]
+        load_weights(model, too_few, "x.pth")
+    just_enough = {key: source[key] for key in needed[:48]}
+    _, whole = load_weights(model, just_enough, "x.pth")
+    assert not whole
 
 
 def test_values_that_are_not_finite_are_refused():
     source = network().state_dict()
     model = MODELS["resnet20"](num_classes=5)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
+    before = copy.deepcopy(model.state_dict())
     source["layer2.0.bn1.running_var"][3] = float("inf")
     with pytest.raises(ValueError, match=r"not finite in layer2\.0\.bn1\.running_var"):
         load_weights(model, source, "x.pth")
@@ -327,20 +358,21 @@ def test_values_that_are_not_finite_are_refused():
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_files(tmp_path, suffix):
     """Half precision becomes single, without loss; what is cut off is damaged."""
-    source = {
-        key: value.half() if value.is_floating_point() else value
-        for key, value in network().state_dict().items()
-    }
+    source = network().half().state_dict()
     path = tmp_path / f"x.{suffix}"
     if suffix == "pth":
         torch.save({"epoch": 1, "args": argparse.Namespace(lr=0.1), "state_dict": source}, path)
     else:
         safetensors.torch.save_file(source, path)
-    model = MODELS["resnet20"](num_classes=5)
     payload = read_checkpoint(path)
-    assert load_weights(model, unpack_weights(payload, str(path)), str(path))[1]
+
+    model = MODELS["resnet20"](num_classes=5)
+    _, whole = load_weights(model, unpack_weights(payload, str(path)), str(path))
+
+    assert whole
     assert model.fc.weight.dtype == torch.float32
-    assert_equal(model, {key: value.float() for key, value in source.items()})
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, source[key].to(tensor.dtype)), key
     for damaged in (payload[: len(payload) // 2], b"", b"\0" * 100):
         with pytest.raises(ValueError, match=rf"x\.{suffix} is damaged, or no file of"):
             unpack_weights(damaged, str(path))
@@ -350,9 +382,8 @@ def test_objects_are_not_loaded(monkeypatch):
     """Python objects could run any code: of them only argparse's settings are let through."""
     buffer = io.BytesIO()
     torch.save({"state_dict": network().state_dict(), "best": Counter("a"), "run": print}, buffer)
-    with pytest.raises(
-        ValueError, match=r"x\.pth needs Python objects \(\S+\).*not loaded.*'weights\.pth'"
-    ):
+    message = r"x\.pth needs Python objects \(\S+\).*not loaded.*'weights\.pth'"
+    with pytest.raises(ValueError, match=message):
         unpack_weights(buffer.getvalue(), "x.pth")
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(ValueError, match=r"needs safetensors: pip install 'resnet-dist\[export\]'"):
@@ -362,29 +393,30 @@ def test_objects_are_not_loaded(monkeypatch):
 def test_the_head_is_found_by_structure():
     """Never by its name, also where linear layers before it have as many outputs."""
 
-    def heads(model, auxiliary=False):
-        if auxiliary:
-            model.auxiliary_weight = 0.3
-        return list(head_modules(model))
-
     models = torchvision.models
+    cases = (
+        (MODELS["resnet20"], 10, "fc"),
+        (models.alexnet, 4096, "classifier.6"),
+        (models.vgg11, 4096, "classifier.6"),
+        (models.densenet121, 10, "classifier"),
+        (models.efficientnet_b0, 10, "classifier.1"),
+    )
     with torch.device("meta"):
-        for builder, classes, expected in (
-            (MODELS["resnet20"], 10, "fc"),
-            (models.alexnet, 4096, "classifier.6"),
-            (models.vgg11, 4096, "classifier.6"),
-            (models.densenet121, 10, "classifier"),
-            (models.efficientnet_b0, 10, "classifier.1"),
-        ):
-            assert heads(builder(num_classes=classes)) == [expected]
-        googlenet, inception = (
-            builder(num_classes=1024, init_weights=False, aux_logits=True)
-            for builder in (models.googlenet, models.inception_v3)
-        )
-    assert heads(googlenet) == ["fc"]
-    assert heads(googlenet, auxiliary=True) == ["aux1.fc2", "aux2.fc2", "fc"]
-    assert heads(inception, auxiliary=True) == ["AuxLogits.fc", "fc"]
-    assert heads(nn.Conv2d(1, 1, 1)) == []
+        for builder, num_classes, expected in cases:
+            assert list(head_modules(builder(num_classes=num_classes))) == [expected]
+    assert list(head_modules(nn.Conv2d(1, 1, 1))) == []
+
+
+def test_auxiliary_heads_count_where_their_loss_counts():
+    options = {"num_classes": 1024, "init_weights": False, "aux_logits": True}
+    with torch.device("meta"):
+        googlenet = torchvision.models.googlenet(**options)
+        inception = torchvision.models.inception_v3(**options)
+    assert list(head_modules(googlenet)) == ["fc"]
+    googlenet.auxiliary_weight = 0.3
+    assert list(head_modules(googlenet)) == ["aux1.fc2", "aux2.fc2", "fc"]
+    inception.auxiliary_weight = 0.3
+    assert list(head_modules(inception)) == ["AuxLogits.fc", "fc"]
 
 
 def test_downloads_that_cannot_be_had(tmp_path, monkeypatch):
@@ -404,16 +436,16 @@ def test_downloads_that_cannot_be_had(tmp_path, monkeypatch):
     torch.save({"a": torch.zeros(2)}, tmp_path / path.name)
     with pytest.raises(ValueError, match="could not be had .invalid hash value"):
         download_weights(name)
-    torch.save({"a": torch.zeros(2)}, path)  # a download that the disk has spoilt since
+    # A download that the disk has spoilt since.
+    torch.save({"a": torch.zeros(2)}, path)
     with pytest.raises(ValueError, match=rf"{path} is damaged.*delete it"):
         download_weights(name)
     path.write_bytes(b"half")
     with pytest.raises(ValueError, match=rf"could not be had.*{path}"):
         download_weights(name)
     for wrong in ("torchvision:resnet50:V9", "torchvision:resnet50"):
-        with pytest.raises(
-            ValueError, match=rf"'{wrong}'.*torchvision:resnet50:IMAGENET1K_V1, {name}"
-        ):
+        message = rf"'{wrong}'.*torchvision:resnet50:IMAGENET1K_V1, {name}"
+        with pytest.raises(ValueError, match=message):
             download_weights(wrong)
     with pytest.raises(ValueError, match="those of its own models"):
         download_weights("torchvision:resnet20:IMAGENET1K_V1")
