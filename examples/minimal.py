@@ -32,7 +32,8 @@ from resnet_dist.rng import derive_seed
 SEED = 0
 EPOCHS = 14
 BATCH_SIZE = 64
-BASE_LR = 0.2  # for 256 images
+# The learning rate for batches of 256 images.
+BASE_LR = 0.2
 WARMUP_EPOCHS = 1
 WARMUP_START = 0.01
 WEIGHT_DECAY = 5e-4
@@ -57,10 +58,11 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, in_channels, H, W] to [B, channels, H / stride, W / stride]."""
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        shortcut = F.pad(
-            x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels)
-        )
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        # Every `stride`-th pixel, and zeros in the new channels.
+        shortcut = x[:, :, :: self.stride, :: self.stride]
+        shortcut = F.pad(shortcut, (0, 0, 0, 0, 0, self.new_channels))
         return F.relu(out + shortcut)
 
 
@@ -89,8 +91,11 @@ class ResNet20(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, H, W] to logits [B, num_classes]."""
         x = F.relu(self.bn1(self.conv1(images)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        x = self.layer1(x)
+        x = self.layer2(x)
+        x = self.layer3(x)
+        features = F.adaptive_avg_pool2d(x, 1).flatten(1)
+        return self.fc(features)
 
 
 class Images:
@@ -98,8 +103,9 @@ class Images:
 
     def __init__(self, folder: Path) -> None:
         paths = sorted(folder.glob("*/*.jpg"))
-        self.class_names = sorted({path.parent.name for path in paths})
-        self.labels = torch.tensor([self.class_names.index(path.parent.name) for path in paths])
+        classes = [path.parent.name for path in paths]
+        self.class_names = sorted(set(classes))
+        self.labels = torch.tensor([self.class_names.index(name) for name in classes])
         self.pixels = [np.array(Image.open(path).convert("RGB")) for path in paths]
         self.heights = np.array([pixels.shape[0] for pixels in self.pixels])
         self.widths = np.array([pixels.shape[1] for pixels in self.pixels])
@@ -140,7 +146,8 @@ def learning_rate(step: int, steps_per_epoch: int, total_steps: int) -> float:
     warmup = WARMUP_EPOCHS * steps_per_epoch
     if step < warmup:
         return peak * (WARMUP_START + (1 - WARMUP_START) * step / warmup)
-    return peak * (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup))) / 2
+    progress = (step - warmup) / (total_steps - warmup)
+    return peak * (1 + math.cos(math.pi * progress)) / 2
 
 
 def train(folder: Path, epochs: int = EPOCHS) -> tuple[nn.Module, list[float]]:
@@ -166,12 +173,14 @@ def train(folder: Path, epochs: int = EPOCHS) -> tuple[nn.Module, list[float]]:
             step = epoch * steps_per_epoch + number
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps_per_epoch, epochs * steps_per_epoch)
-            loss = F.cross_entropy(model(images.random_crops(epoch, rows)), images.labels[rows])
+            logits = model(images.random_crops(epoch, rows))
+            loss = F.cross_entropy(logits, images.labels[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        print(f"epoch {epoch + 1}/{epochs}: loss {np.mean(losses[-steps_per_epoch:]):.4f}")
+        mean_loss = np.mean(losses[-steps_per_epoch:])
+        print(f"epoch {epoch + 1}/{epochs}: loss {mean_loss:.4f}")
     return model, losses
 
 
@@ -180,12 +189,15 @@ def evaluate(model: nn.Module, folder: Path) -> float:
     """Top-1 accuracy on folder/val, in percent."""
     images = Images(folder / "val")
     model.eval()
-    correct = model(images.whole()).argmax(dim=1) == images.labels
-    return 100 * correct.float().mean().item()
+    predicted = model(images.whole()).argmax(dim=1)
+    is_correct = predicted == images.labels
+    return 100 * is_correct.float().mean().item()
 
 
 if __name__ == "__main__":
-    data = Path(sys.argv[1] if len(sys.argv) > 1 else "data/digits")
+    data = Path("data/digits")
+    if len(sys.argv) > 1:
+        data = Path(sys.argv[1])
     write_digits(str(data))
     network, _ = train(data)
     print(f"top-1 {evaluate(network, data):.2f} %")

@@ -18,6 +18,7 @@ from data_files import (
     write_tree,
 )
 from image_files import OneProcess, encode, picture, train_loader
+from nvidia.dali import Pipeline, fn
 from PIL import Image
 
 from resnet_dist.cli import main
@@ -99,11 +100,10 @@ def test_samples_in_the_tar(source, tmp_path):
 
 
 def test_dali_reads_the_shards(source, tmp_path):
-    dali = pytest.importorskip("nvidia.dali")
     assert pack(source, tmp_path / "out") == 0
-    pipeline = dali.Pipeline(batch_size=len(FILES), num_threads=1, device_id=None)
+    pipeline = Pipeline(batch_size=len(FILES), num_threads=1, device_id=None)
     with pipeline:
-        images, labels = dali.fn.readers.webdataset(
+        images, labels = fn.readers.webdataset(
             paths=[str(tmp_path / "out/train/train-000000.tar")],
             ext=["jpg;jpeg;png", "cls"],
             missing_component_behavior="error",

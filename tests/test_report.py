@@ -65,7 +65,6 @@ def call(*arguments):
 
 @pytest.mark.slow
 def test_table_and_picture(folder, capsys):
-    pytest.importorskip("matplotlib")
     assert call(folder) == 0
     out = capsys.readouterr().out
     for part in (
@@ -94,7 +93,6 @@ def test_without_matplotlib(folder, capsys, monkeypatch):
 
 
 def test_only_training_lines(folder, capsys):
-    pytest.importorskip("matplotlib")
     (folder / "metrics.jsonl").write_text('{"step": 5, "train/epoch": 0.5, "train/loss": 1.0}\n')
     assert call(folder) == 0
     assert "5 steps" in capsys.readouterr().out
@@ -108,7 +106,6 @@ def test_nothing_to_report(tmp_path, capsys):
 
 
 def test_several_runs_are_compared(folder, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
     other = tmp_path / "other"
     other.mkdir()
     line = {"step": 5, "time": 3.0, "elapsed": 2.0, "train/epoch": 0.5, "train/loss": 1.5}
@@ -138,7 +135,6 @@ def run_folder(folder, name, correct, num=10000):
 
 @pytest.mark.slow
 def test_a_difference_inside_its_interval_is_not_called_one(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
     base = run_folder(tmp_path, "base", 9000)
     near = run_folder(tmp_path, "near", 9080)
     far = run_folder(tmp_path, "far", 9110)
@@ -181,7 +177,6 @@ def test_a_folder_name_cannot_forge_lines(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_slow_rank_is_named(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
     for slow, expected in ((0.2, True), (0.012, False)):
         lines = [
             {

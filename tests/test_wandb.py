@@ -17,8 +17,6 @@ from wandb_server import Server
 
 from resnet_dist.logs import log as log_module
 
-pytest.importorskip("wandb")
-
 SESSION = """
 import os, sys, time
 from resnet_dist.logs import log as m
@@ -65,7 +63,7 @@ def environment(tmp_path, server):
         "WANDB_SILENT": "true",
         "WANDB_API_KEY": "a" * 40,
         "WANDB_ERROR_REPORTING": "false",
-        "PYTHONPATH": str(Path(log_module.__file__).parents[1]),
+        "PYTHONPATH": str(Path(log_module.__file__).parents[2]),
     }
 
 

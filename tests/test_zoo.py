@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from dist_utils import equal_trees, run_app, run_ranks, small_run
-from engine_utils import FP32, Alone, ListLoader, NoSync, rule_of
+from engine_utils import FP32, Alone, ListLoader, NoSync, do_step, rule_of
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -108,20 +108,31 @@ def settings(name):
     if name in SETTINGS:
         return SETTINGS[name]
     if name.startswith("vgg"):
-        return SETTINGS["vgg_bn" if name.endswith("_bn") else "vgg"]
-    return next(own for family, own in SETTINGS.items() if name.startswith(family))
+        if name.endswith("_bn"):
+            return SETTINGS["vgg_bn"]
+        return SETTINGS["vgg"]
+    for family, own in SETTINGS.items():
+        if name.startswith(family):
+            return own
+    raise AssertionError(f"no settings for {name}")
 
 
 def batch_of(size, count):
     """The first digits, 0 to `count` - 1, as a batch of images [count, 3, size, size]."""
     pixels, labels = load_digits()
-    images = torch.from_numpy(pixels[:count].astype(np.float32))[:, None] / 8 - 1
-    images = F.interpolate(images, (size, size), mode="bilinear").expand(-1, 3, -1, -1)
-    return Batch(
-        images.contiguous(memory_format=torch.channels_last),
-        torch.from_numpy(labels[:count]),
-        np.arange(count),
-    )
+    # From 0 to 16 in the data.
+    gray = torch.from_numpy(pixels[:count].astype(np.float32)) / 8 - 1
+    images = F.interpolate(gray[:, None], (size, size), mode="bilinear").expand(-1, 3, -1, -1)
+    images = images.contiguous(memory_format=torch.channels_last)
+    return Batch(images, torch.from_numpy(labels[:count]), np.arange(count))
+
+
+def count_parameters(*modules):
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def modules_of(model, kind):
+    return [module for module in model.modules() if isinstance(module, kind)]
 
 
 @pytest.fixture
@@ -132,10 +143,10 @@ def narrow(monkeypatch):
 
     class Linear(nn.Linear):
         def __init__(self, inputs, outputs, *args, **options):
-            width = {4096: 64}
-            super().__init__(
-                width.get(inputs, inputs), width.get(outputs, outputs), *args, **options
-            )
+            narrower = {4096: 64}
+            inputs = narrower.get(inputs, inputs)
+            outputs = narrower.get(outputs, outputs)
+            super().__init__(inputs, outputs, *args, **options)
 
     monkeypatch.setattr(nn, "Linear", Linear)
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
@@ -157,19 +168,21 @@ def test_trains_averages_and_evaluates(name, narrow, tmp_path):
     state = build_state(config, 10, CPU)
     rule = rule_of(config)
     batch = batch_of(own.size, own.count)
-    assert all(
-        isinstance(m, SyncBatchNorm) for m in state.model.modules() if isinstance(m, _BatchNorm)
-    )
+    for norm in modules_of(state.model, _BatchNorm):
+        assert isinstance(norm, SyncBatchNorm)
 
     def step(state):
-        torch.manual_seed(1)  # the same masks each time, so that they do not hide the fall
+        # The same masks of dropout each time, so that they do not hide the fall.
+        torch.manual_seed(1)
         nonfinite = NonFinite(state.model, 0)
         model = NoSync(state.model.train())
         counts, _ = train_step(model, state, [batch], own.lr, rule, nonfinite)
         return counts.result()["loss"]
 
     losses = [step(state) for _ in range(own.updates)]
-    saved = saved_and_read(state, tmp_path / "a.pt") if name in WITH_RESUME else None
+    saved = None
+    if name in WITH_RESUME:
+        saved = saved_and_read(state, tmp_path / "a.pt")
     losses.append(step(state))
     assert losses[-1] < 0.9 * losses[0], losses
     assert losses[0] < 10, losses
@@ -200,46 +213,55 @@ def test_parameters_figures_and_conversion(name):
     entry = ZOO[name]
     with torch.device("meta"):
         model = build_model(ModelConfig(name=name), 1000)
-    count = sum(p.numel() for p in model.parameters())
+    count = count_parameters(model)
     if entry.source.startswith("torchvision"):
-        enum, weights = entry.source.split()[1].split(".")
-        weights = torchvision.models.get_model_weights(name)[weights]
-        published = weights.meta["_metrics"]["ImageNet-1K"]
-        assert enum == type(weights).__name__
-        heads = (
-            [model.aux1, model.aux2] if name == "googlenet" else []
-        )  # which torchvision leaves out of its count
-        assert (
-            count - sum(p.numel() for head in heads for p in head.parameters())
-            == weights.meta["num_params"]
-        )
-        assert entry.top1 == published["acc@1"]
-        assert entry.top5 == published["acc@5"]
-        assert [entry.size] == weights.transforms().crop_size
+        check_published_figures(name, entry, model)
     elif name == "densenet264":
         assert count == densenet_parameters(32, (6, 12, 64, 48), 64)
     else:
         assert count == COUNTS[name]
     keys = list(model.state_dict())
-    norms = sum(isinstance(m, _BatchNorm) for m in model.modules())
+    num_norms = len(modules_of(model, _BatchNorm))
     model = convert_sync_batch_norm(model)
     assert list(model.state_dict()) == keys
-    assert sum(isinstance(m, SyncBatchNorm) for m in model.modules()) == norms
+    assert len(modules_of(model, SyncBatchNorm)) == num_norms
+
+
+def check_published_figures(name, entry, model):
+    """Against the metadata of torchvision's weights, which `entry.source` names."""
+    _, names = entry.source.split()
+    enum_name, weights_name = names.split(".")
+    weights = torchvision.models.get_model_weights(name)[weights_name]
+    assert type(weights).__name__ == enum_name
+    count = count_parameters(model)
+    if name == "googlenet":
+        # torchvision leaves the auxiliary heads out of its count.
+        count -= count_parameters(model.aux1, model.aux2)
+    assert count == weights.meta["num_params"]
+    published = weights.meta["_metrics"]["ImageNet-1K"]
+    assert entry.top1 == published["acc@1"]
+    assert entry.top5 == published["acc@5"]
+    assert [entry.size] == weights.transforms().crop_size
 
 
 def densenet_parameters(growth, depths, channels):
     """Huang et al. 2017, table 1, counted: per layer two norms, a 1x1 to 4 * growth and a 3x3;
     halving transitions.
     """
-    total = 3 * 49 * channels + 2 * channels
+    stem = 3 * 7 * 7 * channels + 2 * channels
+    total = stem
     for number, depth in enumerate(depths):
         for _ in range(depth):
-            total += 2 * channels + channels * 4 * growth + 8 * growth + 9 * 4 * growth * growth
+            narrow_part = 2 * channels + channels * 4 * growth
+            wide_part = 2 * 4 * growth + 3 * 3 * 4 * growth * growth
+            total += narrow_part + wide_part
             channels += growth
         if number < len(depths) - 1:
             total += 2 * channels + channels * channels // 2
             channels //= 2
-    return total + 2 * channels + 1001 * channels - channels + 1000
+    last_norm = 2 * channels
+    head = (channels + 1) * 1000
+    return total + last_norm + head
 
 
 def test_densenets_count_as_the_others():
@@ -257,17 +279,13 @@ def test_the_whole_step_runs_on_meta(name):
     )
     with torch.device("meta"):
         state = build_state(config, 1000, torch.device("meta"))
-        images = torch.empty(2, 3, *[ZOO[name].size] * 2)
+        side = ZOO[name].size
+        images = torch.empty(2, 3, side, side)
         labels = torch.zeros(2, dtype=torch.int64)
-    counts, norm = train_step(
-        NoSync(state.model.train()),
-        state,
-        [Batch(images, labels, np.arange(2))],
-        0.1,
-        rule_of(config),
-        NonFinite(state.model, 0),
-    )
-    assert counts.num.device.type == norm.device.type == "meta"
+    state.model.train()
+    counts, norm = do_step(state, [Batch(images, labels, np.arange(2))], 0.1, config)
+    assert counts.num.device.type == "meta"
+    assert norm.device.type == "meta"
 
 
 class TwoHeads(nn.Module):
@@ -304,28 +322,31 @@ def test_auxiliary_losses_count_their_weight():
     images, shares = mix_images(batch.images, rule.mixing(0, 0))
     share = shares[0].item()
     own = F.one_hot(batch.labels, 10)
-    other = F.one_hot(batch.labels[[1, 0, 3, 2]], 10)
-    losses = [
-        F.cross_entropy(logits, share * own + (1 - share) * other, label_smoothing=0.1)
-        for logits in before(images)
+    of_neighbours = own[[1, 0, 3, 2]]
+    targets = share * own + (1 - share) * of_neighbours
+    loss, first_auxiliary, second_auxiliary = [
+        F.cross_entropy(logits, targets, label_smoothing=0.1) for logits in before(images)
     ]
-    (losses[0] + 0.25 * (losses[1] + losses[2])).backward()
+    (loss + 0.25 * (first_auxiliary + second_auxiliary)).backward()
     assert 0.01 < share < 0.99
-    assert counts.result()["loss"] == pytest.approx(losses[0].item(), rel=1e-6)
+    assert counts.result()["loss"] == pytest.approx(loss.item(), rel=1e-6)
     for now, then in zip(model.parameters(), before.parameters(), strict=True):
         torch.testing.assert_close(now, then - 0.5 * then.grad)
 
 
-def test_published_weights_of_auxiliary_heads():
+def test_published_weights_of_auxiliary_losses_and_dropout():
     with torch.device("meta"):
-        models = {
-            name: ZOO[name].make(num_classes=10) for name in ("googlenet", "inception_v3", "vgg11")
-        }
-    assert [getattr(model, "auxiliary_weight", 0.0) for model in models.values()] == [0.3, 0.4, 0.0]
-    assert not models["googlenet"].transform_input
-    assert not models["inception_v3"].transform_input
+        googlenet = ZOO["googlenet"].make(num_classes=10)
+        inception = ZOO["inception_v3"].make(num_classes=10)
+        vgg = ZOO["vgg11"].make(num_classes=10)
+    assert googlenet.auxiliary_weight == 0.3
+    assert inception.auxiliary_weight == 0.4
+    assert vgg.auxiliary_weight == 0.0
+    assert not googlenet.transform_input
+    assert not inception.transform_input
     # Szegedy et al. 2014, table 1; TF-slim's dropout_keep_prob of 0.8.
-    assert [models[name].dropout.p for name in ("googlenet", "inception_v3")] == [0.4, 0.2]
+    assert googlenet.dropout.p == 0.4
+    assert inception.dropout.p == 0.2
 
 
 @pytest.fixture
@@ -348,13 +369,13 @@ def one_update(rank, world_size):
     )
     state = build_state(config, 10, CPU)
     batch = batch_of(32, 4)
-    for module in state.model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    batch = Batch(
-        *[part[rank::world_size] for part in (batch.images.double(), batch.labels, batch.indices)]
-    )
-    model = NoSync(state.model) if world_size == 1 else wrap_ddp(state.model, CPU)
+    for dropout in modules_of(state.model, nn.Dropout):
+        dropout.p = 0.0
+    own = slice(rank, None, world_size)
+    batch = Batch(batch.images[own].double(), batch.labels[own], batch.indices[own])
+    model = NoSync(state.model)
+    if world_size > 1:
+        model = wrap_ddp(state.model, CPU)
     before = copy.deepcopy(state.model.state_dict())
     engine.warm_up_ddp(model, (2, 3, 32, 32), FP32)
     assert equal_trees(before, state.model.state_dict())
@@ -391,18 +412,31 @@ def test_lenet_sees_what_table_1_says():
     """
     torch.manual_seed(0)
     model = ZOO["lenet5"].make(num_classes=10)
-    seen = []
-    model.s2.register_forward_hook(lambda module, inputs, out: seen.append(out))
-    model.s4.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    maps = {}
+
+    def record_s2(module, inputs, output):
+        maps["s2"] = output
+
+    def record_c3(module, inputs):
+        maps["c3"] = inputs[0]
+
+    model.s2.register_forward_hook(record_s2)
+    model.s4.register_forward_pre_hook(record_c3)
     model(batch_of(32, 1).images)
-    gradients = [
-        torch.autograd.grad(seen[1][0, i].sum(), seen[0], retain_graph=True)[0][0]
-        for i in range(16)
-    ]
-    table = torch.stack([gradient.abs().sum((1, 2)) > 0 for gradient in gradients]).int()
+
+    rows = []
+    for i in range(16):
+        of_map = maps["c3"][0, i].sum()
+        [gradient] = torch.autograd.grad(of_map, maps["s2"], retain_graph=True)
+        rows.append(gradient[0].abs().sum((1, 2)) > 0)
+    table = torch.stack(rows).int()
     assert table.sum(1).tolist() == [3] * 6 + [4] * 9 + [6]
-    assert table.sum(0).tolist() == [10] * 6  # of the paper's table: each map of S2 feeds ten of C3
-    assert sum(p.numel() for p in model.c3.parameters()) == 1516
+    # Each map of S2 feeds ten of C3.
+    assert table.sum(0).tolist() == [10] * 6
+    assert count_parameters(model.c3) == 1516
+
+
+def test_lenet_takes_no_other_side():
     with torch.device("meta"), pytest.raises(RuntimeError):
         ZOO["lenet5"].make(num_classes=10)(torch.empty(1, 3, 48, 48))
 
@@ -415,12 +449,10 @@ def test_timm_networks_keep_their_function():
     import timm
 
     torch.manual_seed(0)
-    theirs = init_weights(
-        timm.create_model("inception_v4", num_classes=10)
-    ).eval()  # a law that keeps the signal
-    ours = convert_sync_batch_norm(
-        copy.deepcopy(theirs)
-    )  # the pitfall: this one has lost its activations
+    # With weights that keep the signal.
+    theirs = init_weights(timm.create_model("inception_v4", num_classes=10)).eval()
+    # The pitfall: this one has lost its activations.
+    without_activations = convert_sync_batch_norm(copy.deepcopy(theirs))
     with torch.device("meta"):
         zoo = ZOO["inception_v4"].make(num_classes=10)
     zoo.load_state_dict(theirs.state_dict(), strict=True, assign=True)
@@ -430,14 +462,13 @@ def test_timm_networks_keep_their_function():
         expected = theirs(images)
         torch.testing.assert_close(zoo(images), expected)
         assert expected.std() > 0.01
-        assert not torch.allclose(ours(images), expected, rtol=1e-2)
+        assert not torch.allclose(without_activations(images), expected, rtol=1e-2)
 
 
 def test_without_timm_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(
-        ValueError, match=r"model\.name is 'inception_v4'.*pip install 'resnet-dist\[timm\]'"
-    ):
+    message = r"model\.name is 'inception_v4'.*pip install 'resnet-dist\[timm\]'"
+    with pytest.raises(ValueError, match=message):
         build_model(ModelConfig(name="inception_v4"), 10)
 
 
@@ -515,31 +546,25 @@ def test_the_command_line_trains_lenet_and_refuses_a_side(digits, tmp_path):
     first step.
     """
 
-    def arguments(side):
-        return [
-            "train",
-            *small_run(
-                data__data_dir=digits,
-                output_dir=tmp_path / str(side),
-                model__name="lenet5",
-                data__train_crop_size=side,
-                data__val_resize_size=side,
-                data__val_crop_size=side,
-                train__epochs=2,
-                train__global_batch_size=64,
-                schedule__warmup_epochs=0,
-                optim__base_lr=2,
-            ),
-        ]
+    log = tmp_path / "log"
 
-    assert run_app(2, arguments(28), str(tmp_path / "log")) == [2, 2]
-    assert (
-        "data.train_crop_size is 28: lenet5 takes 32 pixels only" in (tmp_path / "log").read_text()
-    )
-    assert run_app(2, arguments(32), str(tmp_path / "log")) == [0, 0], (
-        tmp_path / "log"
-    ).read_text()
-    last = [
-        json.loads(line) for line in (tmp_path / "32" / "metrics.jsonl").read_text().splitlines()
-    ][-1]
-    assert last["val/top1"] > 30
+    def train(side):
+        settings = small_run(
+            data__data_dir=digits,
+            output_dir=tmp_path / str(side),
+            model__name="lenet5",
+            data__train_crop_size=side,
+            data__val_resize_size=side,
+            data__val_crop_size=side,
+            train__epochs=2,
+            train__global_batch_size=64,
+            schedule__warmup_epochs=0,
+            optim__base_lr=2,
+        )
+        return run_app(2, ["train", *settings], str(log))
+
+    assert train(28) == [2, 2]
+    assert "data.train_crop_size is 28: lenet5 takes 32 pixels only" in log.read_text()
+    assert train(32) == [0, 0], log.read_text()
+    [*_, last] = (tmp_path / "32" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(last)["val/top1"] > 30
