@@ -60,6 +60,7 @@ def test_the_import_is_cheap_and_complete():
         resnet_dist.nothing  # noqa: B018  an access is the test
 
 
+@pytest.mark.slow
 def test_load_and_transform(folder, network):
     """The transform gives torchvision's values, and the network is in eval mode."""
     from torchvision import transforms

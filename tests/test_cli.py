@@ -87,6 +87,7 @@ def test_a_typed_default_overrides_a_file(files):
     assert config.seed == 0
 
 
+@pytest.mark.slow
 def test_cluster_settings_of_files_and_options_are_merged(tmp_path):
     profile = tmp_path / "profile.yaml"
     profile.write_text("cluster: {nodes: 2, setup: [a], extra: {hold: true, exclude: n1}}\n")
@@ -101,6 +102,7 @@ def test_cluster_settings_of_files_and_options_are_merged(tmp_path):
         assert cluster.extra == {"hold": True, "exclude": "n3"}
 
 
+@pytest.mark.slow
 def test_a_switch_needs_no_value():
     assert settings_of("train", "--optim.nesterov").optim.nesterov is True
     assert settings_of("train", "--optim.nesterov", "false").optim.nesterov is False
@@ -278,6 +280,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"resnet-dist {__version__}\n"
 
 
+@pytest.mark.slow
 def test_usage_shows_how_the_command_was_started(monkeypatch, capsys):
     for script, command, words in (
         ("/usr/bin/resnet-dist", "train", "usage: resnet-dist train "),

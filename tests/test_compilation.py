@@ -165,6 +165,7 @@ def compiled(state, train=TRAIN, shape=(4, 3, 16, 16), runtime=None):
     return compiler
 
 
+@pytest.mark.slow
 def test_new_sizes_are_compiled_and_evaluation_is_not():
     """One graph for each part and size. Evaluation, of any batch size, gives what it would give
     without compilation.
@@ -220,6 +221,7 @@ def test_other_precisions_heads_and_frozen_parts():
     assert equal_trees(dict(state.model.layer1.state_dict()), dict(frozen))
 
 
+@pytest.mark.slow
 def test_the_compiled_step_runs_on_meta():
     """Nothing in it reads a value from the device."""
     meta = torch.device("meta")
@@ -453,6 +455,7 @@ class Watched:
         self.beats.append((step, phase))
 
 
+@pytest.mark.slow
 def test_auto_falls_back_with_a_warning_and_true_is_an_error(monkeypatch, tmp_path):
     """Both name the part, the error and the operator in one line. The phase and its seconds are
     said.

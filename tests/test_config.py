@@ -42,6 +42,7 @@ def test_files_overlay_each_other_and_the_command_line_wins(tmp_path):
     assert config.train == Config().train
 
 
+@pytest.mark.slow
 def test_the_resolved_config_reads_back(tmp_path):
     config = parse(
         "--data.data_dir", "/data", "--model.num_classes", "7", "--optim.norm_weight_decay", "0"
@@ -50,6 +51,7 @@ def test_the_resolved_config_reads_back(tmp_path):
     assert parse("--config", str(tmp_path / "config.yaml")) == config
 
 
+@pytest.mark.slow
 def test_unknown_keys_and_wrong_types_are_refused_by_name(capsys, tmp_path):
     assert "--model.nmae" in refusal(capsys, "--model.nmae", "resnet18")
     assert "optim.base_lr" in refusal(capsys, "--optim.base_lr", "fast")

@@ -82,6 +82,7 @@ def test_formula_equals_torchvisions_on_the_same_numbers(monkeypatch, scale, rat
             assert tuple(windows[i, 2:]) == (max(height, 1), max(width, 1))
 
 
+@pytest.mark.slow
 def test_distribution_equals_torchvisions():
     """Of position, area and ratio."""
     n = 20000

@@ -485,6 +485,7 @@ TIMM_CASES = [
 ]
 
 
+@pytest.mark.slow
 def test_operations_are_timms():
     """With bilinear interpolation and the mean colour outside; the geometric ones but for edges."""
     from timm.data import auto_augment
@@ -519,6 +520,7 @@ def squares(count: int, side: int) -> torch.Tensor:
     return images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpu_form", [False, True])
 def test_operations_are_torchvisions(gpu_form, monkeypatch):
     """Within 1 level, 2 for color, contrast and equalize, at every pixel; the outermost of

@@ -516,6 +516,7 @@ def test_verify_of_a_clean_set_and_of_none(tmp_path, capsys):
     assert "does not exist" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_show_has_the_pixels_of_training(tmp_path):
     index = write_split(tmp_path, [encode(picture(60, 90, i)) for i in range(5)])
     write_split(tmp_path, [encode(picture(60, 90, i)) for i in range(3)], split="val")

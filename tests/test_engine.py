@@ -104,6 +104,7 @@ def test_accumulated_micro_steps_equal_one_batch():
     torch.testing.assert_close(weights, other_weights, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_clipping_bounds_the_update():
     max_norm = 0.5
     config = replace(
@@ -257,6 +258,7 @@ def test_the_whole_step_runs_on_meta(name, kind, loss):
         assert parameter.device.type == "meta"
 
 
+@pytest.mark.slow
 def test_views_are_averaged_as_probabilities():
     """Two views and their mirror images: the mean of four softmaxes, and its cross-entropy."""
     torch.manual_seed(0)

@@ -212,6 +212,7 @@ def test_part_of_the_classes(tmp_path):
     assert "the logits of the others are kept" in printed
 
 
+@pytest.mark.slow
 def test_the_same_in_python(tmp_path):
     path = write_weights(tmp_path / "w.pth", 1000, ORDER)
     write_images(tmp_path / "a", of_class(1, 3) + of_class(8, 1))

@@ -17,6 +17,7 @@ from resnet_dist.evaluation.predictions_file import read_predictions
 SETTINGS = ("--data.threads", "1", "--distributed.threads", "1")
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_contact_sheet_and_the_details_of_its_last_evaluation(checkpoint):
     folder = Path(checkpoint).resolve().parents[1]
     with Image.open(folder / "samples.png") as picture:

@@ -107,6 +107,7 @@ def test_torch_export(checkpoint, run):
         )
 
 
+@pytest.mark.slow
 def test_safetensors(checkpoint, run):
     from safetensors import safe_open
 

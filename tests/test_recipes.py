@@ -190,6 +190,7 @@ def test_numbers_equal_the_golden_file():
     check_all(check)
 
 
+@pytest.mark.slow
 def test_no_setting_is_without_effect():
     def check(name):
         config = load(name)
@@ -279,6 +280,7 @@ MILLIONS = {
 TIMM_MILLIONS = {"resnet50d": 25.58, "resnetrs50": 35.69}
 
 
+@pytest.mark.slow
 def test_sizes_are_those_of_torchvision_and_the_papers():
     """Numbers of parameters that others publish: torchvision's, timm's, and the papers' in
     millions.

@@ -182,6 +182,7 @@ def test_stride_in_1x1_moves_the_stride():
     assert torchvisions.downsample[0].stride == (2, 2)
 
 
+@pytest.mark.slow
 def test_stride_in_1x1_keeps_shapes_and_changes_logits():
     torch.manual_seed(3)
     v15 = build_model(section("resnet50"), 10).eval()
@@ -274,6 +275,7 @@ def test_preactivation_blocks_add_to_the_raw_input(name):
     torch.testing.assert_close(block(x), x + residual)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["preresnet110", "preresnet164", "preresnet200", "wide_resnet28_10"]
 )

@@ -380,6 +380,7 @@ def kill_while_caching(cache, limit, kills):
     return largest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.long)])
 def test_kills_leave_the_cache_usable(store, shards, tmp_path, kills):
     index = build_index(str(shards), "train", OneProcess())
@@ -405,6 +406,7 @@ def write_steps(folder, path, cache_dir, steps):
             time.sleep(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.long)])
 def test_no_sample_is_missing_or_twice_after_kills(store, shards, tmp_path, kills):
     """A process that reads a batch every 20 ms is killed again and again, and goes on."""
