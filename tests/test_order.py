@@ -101,7 +101,7 @@ def test_order_never_changes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("n", "epochs"), [(2, 2000), (3, 3000), (4, 6000), (5, 12000)])
+@pytest.mark.parametrize(("n", "epochs"), [(2, 2000), (3, 3000), (4, 4000), (5, 6000)])
 def test_every_permutation_is_as_likely(n, epochs):
     counts = dict.fromkeys(itertools.permutations(range(n)), 0)
     for epoch in range(epochs):
@@ -114,7 +114,7 @@ def test_every_permutation_is_as_likely(n, epochs):
 @pytest.mark.parametrize("n", [8, 9, 12, 16, 25])
 def test_positions_pairs_parity_and_fixed_points_are_those_of_random_permutations(n):
     """n of every kind: a power of two, odd squares, and one that needs cycle walking."""
-    epochs = 6000
+    epochs = 4000
     rows = np.array([permutation(11, epoch, n) for epoch in range(epochs)])
 
     # Each row is at each position equally often.

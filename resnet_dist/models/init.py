@@ -22,6 +22,10 @@ def init_weights(model: nn.Module) -> nn.Module:
     2.2, "Backward Propagation Case". Norms: weight 1, bias 0. Linear layers: PyTorch's default,
     U(-1/sqrt(in), 1/sqrt(in)), as torchvision's `fc`.
     """
+    parameters = list(model.parameters())
+    if all(parameter.is_meta for parameter in parameters):
+        # There is nothing to fill. PyTorch would import its compiler to find that out.
+        return model
     for module in model.modules():
         if isinstance(module, _ConvNd):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
