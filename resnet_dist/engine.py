@@ -7,7 +7,7 @@ uninterrupted run does there.
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -402,28 +402,31 @@ def evaluate_state(parts: Training, services: Services) -> bool:
         return services.poll(state.step, "val")
 
     models = {"val": state.model}
+    deciding = "val"
+    weights = "raw"
     if state.ema:
         models["val_ema"] = state.ema.model
-    # The weights that decide which result is best come last.
-    deciding = list(models)[-1]
+        deciding = "val_ema"
+        weights = "averaged"
     collector = None
     if services.exhibits is not None and state.step >= parts.plan.total_steps:
         collector = services.exhibits.collector()
     results: dict[str, float | int] = {}
     for key, model in models.items():
-        collect = collector if key == deciding else None
+        collect = None
+        if key == deciding:
+            collect = collector
         counts = evaluate(model, loader, runtime, parts.rule.precision, poll, collect)
         if counts is None:
             return False
         result = counts.result(len(loader.class_names))
-        for name, value in result.items():
-            results[f"{key}/{name}"] = value
+        results |= with_prefix(key, result)
 
     for remark in loader.remarks():
         services.log.say(remark)
     num_bad = runtime.sum_integer(loader.num_bad)
     report_bad_images(num_bad, loader.num_samples, services.log)
-    top1 = results.get("val_ema/top1", results["val/top1"])
+    top1 = results[f"{deciding}/top1"]
     if top1 > state.best_top1:
         state.best_top1 = top1
         state.best_step = state.step
@@ -434,7 +437,6 @@ def evaluate_state(parts: Training, services: Services) -> bool:
     services.log.metrics(state.step, results)
     if collector is not None:
         assert services.exhibits is not None
-        weights = "averaged" if state.ema else "raw"
         services.exhibits.show_evaluation(state.step, weights, collector, loader)
     return True
 
@@ -503,8 +505,7 @@ def log_training(parts: Training, window: Window, services: Services) -> None:
     if "top5" in result:
         values["train/top5"] = result["top5"]
     times = window.clock.take()
-    for key, value in times.items():
-        values[f"train/{key}"] = value
+    values |= with_prefix("train", times)
     of_ranks = figures_of_ranks(times, runtime)
     values |= of_ranks
     values["train/memory_gib"] = max(of_ranks["ranks/memory_gib"])
@@ -512,6 +513,11 @@ def log_training(parts: Training, window: Window, services: Services) -> None:
     values |= gpu_figures(memory, times["images_per_second"], runtime.world_size)
     services.log.metrics(state.step, values)
     check_nonfinite(window, parts.plan.max_nonfinite_steps)
+
+
+def with_prefix(prefix: str, figures: Mapping[str, float]) -> dict[str, float]:
+    """The figures by their keys in metrics.jsonl, such as "val/top1"."""
+    return {f"{prefix}/{name}": value for name, value in figures.items()}
 
 
 def check_nonfinite(window: Window, max_steps: int) -> None:

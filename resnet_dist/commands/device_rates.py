@@ -65,7 +65,10 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     def multiply() -> None:
         torch.mm(left, right, out=product)
 
-    return 2 * side**3 / seconds_per_call(multiply, device)
+    seconds = seconds_per_call(multiply, device)
+    # A multiplication and an addition for each of side**3 products.
+    operations = 2 * side**3
+    return operations / seconds
 
 
 def memory_rate(device: torch.device) -> float:
@@ -76,7 +79,9 @@ def memory_rate(device: torch.device) -> float:
     def copy() -> None:
         target.copy_(source)
 
-    return 2 * source.numel() / seconds_per_call(copy, device)
+    seconds = seconds_per_call(copy, device)
+    num_bytes = 2 * source.numel()
+    return num_bytes / seconds
 
 
 def all_reduce_rate(runtime: Runtime) -> float:
@@ -101,7 +106,8 @@ def all_reduce_rate(runtime: Runtime) -> float:
         runtime.all_reduce_sum(tensor)
     synchronize(runtime.device)
     seconds = (time.perf_counter() - start) / calls
-    return num_bytes * 2 * (ranks - 1) / ranks / seconds
+    bytes_on_bus = num_bytes * 2 * (ranks - 1) / ranks
+    return bytes_on_bus / seconds
 
 
 def seconds_per_call(call: Callable[[], None], device: torch.device) -> float:
@@ -117,8 +123,9 @@ def seconds_per_call(call: Callable[[], None], device: torch.device) -> float:
     start = time.perf_counter()
     call()
     synchronize(device)
-    seconds_of_one = time.perf_counter() - start
-    calls = max(1, int(_SECONDS_OF_A_MEASUREMENT / max(seconds_of_one, 1e-6)))
+    # A clock may be too coarse to see one call.
+    seconds_of_one = max(1e-6, time.perf_counter() - start)
+    calls = max(1, int(_SECONDS_OF_A_MEASUREMENT / seconds_of_one))
 
     seconds = []
     for _ in range(_MEASUREMENTS):
@@ -126,7 +133,8 @@ def seconds_per_call(call: Callable[[], None], device: torch.device) -> float:
         for _ in range(calls):
             call()
         synchronize(device)
-        seconds.append((time.perf_counter() - start) / calls)
+        seconds_of_all = time.perf_counter() - start
+        seconds.append(seconds_of_all / calls)
     return statistics.median(seconds)
 
 

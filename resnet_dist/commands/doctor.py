@@ -260,7 +260,9 @@ def _precision(config: Config, runtime: Runtime) -> tuple[str, str]:
     device = runtime.device
     name = _device_name(device)
     is_fast = has_fast_bf16(device)
-    support = "has" if is_fast else "has no"
+    support = "has no"
+    if is_fast:
+        support = "has"
     text = f"{precision}; this {name} {support} hardware for bf16"
     if precision == "bf16" and not is_fast:
         return "warning", f"{text}: set train.precision auto"
@@ -359,16 +361,21 @@ def _software(config: Config, runtime: Runtime) -> tuple[str, str]:
         version = metadata.version(name)
         versions.append(f"{name} {version}")
     driver = _gpu_driver()
-
-    mode = config.log.wandb
-    is_offline_by_choice = mode in ("disabled", "offline")
-    offline = mode if is_offline_by_choice else why_offline("auto")
-    wandb_state = offline or "online"
-    is_problem = bool(offline) and mode == "online"
-
+    wandb_state = _wandb_state(config.log.wandb)
+    is_problem = config.log.wandb == "online" and wandb_state != "online"
     level = _warning_if(is_problem)
     text = ", ".join([*versions, driver, f"W&B {wandb_state}"])
     return level, text
+
+
+def _wandb_state(mode: str) -> str:
+    """What W&B will be with a mode of `log.wandb`: "disabled", "online", or why it is offline."""
+    if mode in ("disabled", "offline"):
+        return mode
+    reason = why_offline("auto")
+    if reason:
+        return reason
+    return "online"
 
 
 def _gpu_driver() -> str:

@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         for split in ("train", "val"):
             request = Request(cache, split, args.size)
-            write_class_folders(args.out, split, find_files(request))
+            files = find_files(request)
+            write_class_folders(args.out, split, files)
     except (OSError, RuntimeError) as error:
         raise ConnectionError(
             f"{args.name} cannot be downloaded: {error}; run this again, with a network"
@@ -93,7 +94,12 @@ def _imagenette(request: Request) -> Iterator[NewFile]:
         # torchvision takes a folder that was not finished for a complete one.
         for unfinished in cache.glob("imagenette2*/"):
             shutil.rmtree(unfinished, ignore_errors=True)
-    datasets.Imagenette(cache, request.split, size=request.size, download=True)
+    datasets.Imagenette(
+        cache,
+        request.split,
+        size=request.size,
+        download=True,
+    )
     paths = cache.glob(f"imagenette2*/{request.split}/*/*.JPEG")
     for path in sorted(paths):
         class_name = path.parent.name
@@ -104,7 +110,11 @@ def _cifar10(request: Request) -> Iterator[NewFile]:
     """The files of CIFAR-10, whose test set becomes the validation set."""
     from torchvision import datasets
 
-    part = datasets.CIFAR10(request.cache, train=request.is_train, download=True)
+    part = datasets.CIFAR10(
+        request.cache,
+        train=request.is_train,
+        download=True,
+    )
     images = zip(part.data, part.targets, strict=True)
     for number, (pixels, label) in enumerate(images):
         class_name = part.classes[label]

@@ -63,10 +63,12 @@ class DecoderWarnings:
         while time.monotonic() < deadline:
             select.select([self.notes_pipe], [], [], 0.1)
             lines = self._lines()
-            warnings += [line for line in lines if not line.startswith(_MARK)]
+            for line in lines:
+                if not line.startswith(_MARK):
+                    warnings.append(line.decode("ascii", "replace"))
             if mark in lines:
                 break
-        return [line.decode("ascii", "replace") for line in warnings]
+        return warnings
 
     def _lines(self) -> list[bytes]:
         """The complete lines that have arrived."""
@@ -125,9 +127,18 @@ def _find_stderr() -> tuple[ctypes.CDLL, ctypes.c_void_p]:
     """The C library and its variable `stderr`, which programs may set (glibc manual, 12.2)."""
     libc = ctypes.CDLL(None)
     libc.fdopen.restype = ctypes.c_void_p
-    libc.fdopen.argtypes = [ctypes.c_int, ctypes.c_char_p]
-    libc.setvbuf.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
-    return libc, ctypes.c_void_p.in_dll(libc, "stderr")
+    libc.fdopen.argtypes = [
+        ctypes.c_int,
+        ctypes.c_char_p,
+    ]
+    libc.setvbuf.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int,
+        ctypes.c_size_t,
+    ]
+    stderr = ctypes.c_void_p.in_dll(libc, "stderr")
+    return libc, stderr
 
 
 def _pass_on() -> None:

@@ -39,7 +39,11 @@ class Log:
     """
 
     def __init__(
-        self, config: LogConfig, output_dir: str, is_main: bool, run_config: dict[str, Any]
+        self,
+        config: LogConfig,
+        output_dir: str,
+        is_main: bool,
+        run_config: dict[str, Any],
     ) -> None:
         self.config = config
         self.is_main = is_main
@@ -102,7 +106,8 @@ class Log:
         )
         self.sinks = []
         for sink in build_sinks(self.config):
-            self.sinks.append(BackgroundSink(sink, run))
+            in_background = BackgroundSink(sink, run)
+            self.sinks.append(in_background)
 
     def progress(self, step: int) -> None:
         """Move the progress bar to `step`; cheap enough to call in every step."""
@@ -125,10 +130,11 @@ class Log:
         numbers = {}
         for key, value in values.items():
             # Numbers of NumPy and torch become those of Python.
-            number = value.item() if hasattr(value, "item") else value
-            plain[key] = number
-            if isinstance(number, (int, float)):
-                numbers[key] = number
+            if hasattr(value, "item"):
+                value = value.item()
+            plain[key] = value
+            if isinstance(value, (int, float)):
+                numbers[key] = value
         self._write(step, plain)
         for sink in self.sinks:
             sink.log(step, numbers)
@@ -214,19 +220,22 @@ class Log:
             self._warn_about_file(error)
 
     def _warn_about_file(self, error: OSError) -> None:
+        """Warn once that metrics.jsonl cannot be written."""
         if self._warned_about_file:
             return
         self._warned_about_file = True
-        path = self.folder / "metrics.jsonl"
+        path = printable(self.folder / "metrics.jsonl")
+        reason = printable(error)
         self.warn(
-            f"{printable(path)} cannot be written ({printable(error)}); "
+            f"{path} cannot be written ({reason}); "
             "training continues, and the lines are kept in memory until it can be written again"
         )
 
     def _show(self, step: int, prefix: str, values: Mapping[str, Any]) -> None:
         """Print the metrics with a prefix, or show them beside the progress bar."""
-        digits = len(str(self.total_steps))
-        place = f"step {step:>{digits}}/{self.total_steps}"
+        total = str(self.total_steps)
+        number = str(step).rjust(len(total))
+        place = f"step {number}/{total}"
         if prefix != "train":
             line = _evaluation_line(prefix, values)
             self.say(f"{place}  {line}")
@@ -242,13 +251,19 @@ class Log:
     def _remaining(self, step: int) -> timedelta:
         """Estimate the time to the end from the mean time per step, evaluations included."""
         seconds = time.monotonic() - self.started
-        steps_done = step - self.start_step
-        seconds_per_step = seconds / max(1, steps_done)
+        steps_done = max(1, step - self.start_step)
+        seconds_per_step = seconds / steps_done
         steps_left = self.total_steps - step
-        return timedelta(seconds=round(seconds_per_step * steps_left))
+        seconds_left = round(seconds_per_step * steps_left)
+        return timedelta(seconds=seconds_left)
 
 
-def build_log(config: LogConfig, output_dir: str, is_main: bool, run_config: dict[str, Any]) -> Log:
+def build_log(
+    config: LogConfig,
+    output_dir: str,
+    is_main: bool,
+    run_config: dict[str, Any],
+) -> Log:
     """Create the log of a run; see `Log` for the arguments."""
     return Log(config, output_dir, is_main, run_config)
 
@@ -271,7 +286,13 @@ def _common(prefix: str, values: Mapping[str, Any]) -> str:
     epoch = _number(values, "train/epoch")
     loss = _number(values, f"{prefix}/loss")
     top1 = _number(values, f"{prefix}/top1")
-    return f"epoch {epoch:6.2f}  {prefix:<7}  loss {loss:7.4f}  top1 {top1:6.2f} %"
+    columns = [
+        f"epoch {epoch:6.2f}",
+        f"{prefix:<7}",
+        f"loss {loss:7.4f}",
+        f"top1 {top1:6.2f} %",
+    ]
+    return "  ".join(columns)
 
 
 def _evaluation_line(prefix: str, values: Mapping[str, Any]) -> str:
@@ -290,22 +311,26 @@ def _training_line(values: Mapping[str, Any]) -> str:
     lr = _number(values, "train/lr")
     speed = _number(values, "train/images_per_second")
     wait = 100 * _number(values, "train/data_wait_fraction")
-    line = f"{common}  lr {lr:8.3g}  {speed:7.0f} img/s  wait {wait:5.1f} %"
-    line += _gpu_columns(values)
+    columns = [
+        common,
+        f"lr {lr:8.3g}",
+        f"{speed:7.0f} img/s",
+        f"wait {wait:5.1f} %",
+    ]
+    if "gpu/memory_gib" in values:
+        columns.append(_gpu_column(values))
     bad_images = values.get("train/bad_images")
     if bad_images:
-        line += f"  bad images {bad_images}"
-    return line
+        columns.append(f"bad images {bad_images}")
+    return "  ".join(columns)
 
 
-def _gpu_columns(values: Mapping[str, Any]) -> str:
-    """Format the speed of one GPU and its memory; empty for a training on the CPU."""
-    if "gpu/memory_gib" not in values:
-        return ""
+def _gpu_column(values: Mapping[str, Any]) -> str:
+    """Format the speed of one GPU and its memory."""
     speed = _number(values, "gpu/images_per_second")
     allocated = _number(values, "gpu/memory_gib")
     peak = _number(values, "gpu/peak_memory_gib")
-    return f"  per GPU {speed:.0f} img/s, {allocated:.1f} GiB (peak {peak:.1f})"
+    return f"per GPU {speed:.0f} img/s, {allocated:.1f} GiB (peak {peak:.1f})"
 
 
 def _figures(values: Mapping[str, Any]) -> list[str]:

@@ -133,7 +133,10 @@ def _open_with_pillow(data: bytes) -> "PillowImage":
 
 
 def _is_foreign(data: bytes) -> bool:
-    return bool(data) and not data.startswith((_JPEG_START, _PNG_START))
+    """Whether a file has bytes, but neither those of a JPEG nor those of a PNG."""
+    if not data:
+        return False
+    return not data.startswith((_JPEG_START, _PNG_START))
 
 
 def _check_size(height: int, width: int, max_pixels: int) -> None:
@@ -144,7 +147,8 @@ def _check_size(height: int, width: int, max_pixels: int) -> None:
         raise ValueError(
             f"it is {width} x {height}, which is more than data.max_pixels = {max_pixels}"
         )
-    if max(height, width) > _LONGEST * min(height, width):
+    shorter, longer = sorted((height, width))
+    if longer > _LONGEST * shorter:
         raise ValueError(
             f"it is {width} x {height}: resized by its shorter side it would take gigabytes"
         )
@@ -174,15 +178,17 @@ def _read_jpeg_header(data: bytes) -> Header:
         if len(head) < 4 or head[0] != 0xFF:
             raise ValueError("the JPEG header is damaged or cut off")
         marker = head[1]
-        if marker == _JPEG_END_CODE or (marker == _JPEG_SCAN and size is None):
-            raise ValueError("the JPEG header gives no size")
-        if marker == _JPEG_SCAN and size is not None:
-            return Header(size[0], size[1], position, _JPEG_END)
+        if marker in (_JPEG_SCAN, _JPEG_END_CODE):
+            if size is None or marker == _JPEG_END_CODE:
+                raise ValueError("the JPEG header gives no size")
+            height, width = size
+            return Header(height, width, position, _JPEG_END)
         if marker in _FRAME and len(head) < _JPEG_FRAME_BYTES:
             raise ValueError("the JPEG header is damaged or cut off")
         if marker in _FRAME and size is None:
             size = struct.unpack_from(">HH", head, 5)
-        if marker in _STANDALONE:
-            position += 2
-        else:
-            position += 2 + struct.unpack_from(">H", head, 2)[0]
+        # Behind the two bytes of the marker.
+        position += 2
+        if marker not in _STANDALONE:
+            (length,) = struct.unpack_from(">H", head, 2)
+            position += length

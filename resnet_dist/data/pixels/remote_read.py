@@ -188,11 +188,13 @@ class RemoteReader(Reader):
             place = places[number]
             return place.shard, place.offset
 
-        order = sorted(range(num_rows), key=by_place)
+        in_order = sorted(range(num_rows), key=by_place)
+        order = np.array(in_order, np.int64)
         # Neighbours stay in one share, so that one request can read them.
-        num_shares = max(1, min(self.gate.limit, num_rows))
+        num_shares = min(self.gate.limit, num_rows)
+        num_shares = max(1, num_shares)
         shares: list[Share] = []
-        for part in np.array_split(np.array(order, np.int64), num_shares):
+        for part in np.array_split(order, num_shares):
             numbers = part.tolist()
             rows_of_share = rows[part].tolist()
             share = RemoteShare(rows_of_share, numbers=numbers)
@@ -231,7 +233,8 @@ class RemoteReader(Reader):
         is_measured = len(self.latest) > 1 and self.seconds_per_file > 0
         if is_measured:
             images = sum(request.num_images for request in self.latest)
-            seconds = now - self.latest[0].time
+            oldest = self.latest[0]
+            seconds = now - oldest.time
             images_per_second = images / seconds
             limit = requests_in_flight(images_per_second, self.seconds_per_file)
             self.gate.set_limit(limit)

@@ -47,14 +47,7 @@ def find_contents(data_dir: str, split: str) -> Contents:
     Raises:
         ValueError: if there are neither class folders nor tar shards.
     """
-    parquet = find_parquet_files(data_dir, split) if data_dir else []
-    if parquet and not has_folders_or_shards(os.path.join(data_dir, split)):
-        raise ValueError(
-            f"data.data_dir {data_dir!r}: the images of {split}/ are in {len(parquet)} parquet "
-            f"files ({some(parquet, 2)}), which cannot be read in random order: `resnet-dist data "
-            f"import-parquet {data_dir} OUT` writes tar shards of them; then set data.data_dir to "
-            f"OUT"
-        )
+    _refuse_parquet(data_dir, split)
     root = _split_folder(data_dir, split)
     classes = class_folders(root)
     loose = _plain_files(root, SUFFIXES)
@@ -82,12 +75,28 @@ def find_contents(data_dir: str, split: str) -> Contents:
     return Contents(root, classes, [], remarks)
 
 
+def _refuse_parquet(data_dir: str, split: str) -> None:
+    """Raise ValueError if the images of a split are in parquet files alone."""
+    if not data_dir:
+        return
+    parquet = find_parquet_files(data_dir, split)
+    folder = os.path.join(data_dir, split)
+    if parquet and not has_folders_or_shards(folder):
+        raise ValueError(
+            f"data.data_dir {data_dir!r}: the images of {split}/ are in {len(parquet)} parquet "
+            f"files ({some(parquet, 2)}), which cannot be read in random order: `resnet-dist data "
+            f"import-parquet {data_dir} OUT` writes tar shards of them; then set data.data_dir to "
+            f"OUT"
+        )
+
+
 def has_folders_or_shards(folder: str) -> bool:
     """Whether the folder of a split exists and holds class folders or tar shards."""
     if not os.path.isdir(folder):
         return False
     shards = _plain_files(folder, _SHARD_SUFFIXES)
-    return bool(shards) or bool(class_folders(folder))
+    classes = class_folders(folder)
+    return bool(shards) or bool(classes)
 
 
 def _split_folder(data_dir: str, split: str) -> str:

@@ -267,8 +267,9 @@ def _groups_of(path: str) -> list[RowGroup]:
         metadata = file.metadata
         groups = []
         for number in range(metadata.num_row_groups):
-            group = metadata.row_group(number)
-            groups.append(RowGroup(path, number, group.num_rows, group.total_byte_size))
+            found = metadata.row_group(number)
+            group = RowGroup(path, number, found.num_rows, found.total_byte_size)
+            groups.append(group)
         return groups
 
 
@@ -305,14 +306,15 @@ def _read_rows(group: RowGroup, columns: _Columns) -> tuple[np.ndarray, list[str
         files += batch.column(columns.image).flatten()[0].to_pylist()
     num_classes = len(columns.class_names)
     for row, label in enumerate(labels):
-        if label is None or not 0 <= label < num_classes:
-            way_out = "check which data set and version this is"
-            if label == -1:
-                way_out = "this is a test set, whose labels are not published: import another split"
-            raise group.fault(
-                f"row {row} has the label {label}, and the classes are 0 to {num_classes - 1}",
-                way_out,
-            )
+        is_class = label is not None and 0 <= label < num_classes
+        if is_class:
+            continue
+        last = num_classes - 1
+        problem = f"row {row} has the label {label}, and the classes are 0 to {last}"
+        way_out = "check which data set and version this is"
+        if label == -1:
+            way_out = "this is a test set, whose labels are not published: import another split"
+        raise group.fault(problem, way_out)
     return np.array(labels, dtype=np.int64), files
 
 
@@ -340,12 +342,17 @@ def _find_columns(path: str, options: ParquetOptions) -> _Columns:
 
 def _features(metadata: dict[bytes, bytes] | None) -> dict[str, Any]:
     """The description of the columns by Hugging Face; empty if there is none."""
-    text = (metadata or {}).get(_METADATA_KEY, b"{}")
+    if metadata is None:
+        return {}
+    text = metadata.get(_METADATA_KEY, b"{}")
     try:
-        features = json.loads(text)["info"]["features"]
+        content = json.loads(text)
+        features = content["info"]["features"]
     except (ValueError, KeyError, TypeError):
         return {}
-    return features if isinstance(features, dict) else {}
+    if not isinstance(features, dict):
+        return {}
+    return features
 
 
 def _find_column(
@@ -414,7 +421,9 @@ def _check_types(path: str, schema: Any, image: str, label: str) -> None:  # noq
 def _stored_class_names(features: dict[str, Any], label: str) -> tuple[str, ...]:
     """The names of the classes in the description of the columns; empty if there are none."""
     feature = features.get(label)
-    names = feature.get("names") if isinstance(feature, dict) else None
+    if not isinstance(feature, dict):
+        return ()
+    names = feature.get("names")
     if not isinstance(names, list):
         return ()
     return tuple(map(str, names))
@@ -450,8 +459,9 @@ def _is_imagenet(class_names: tuple[str, ...]) -> bool:
         return False
     num_same = 0
     for name, word in zip(class_names, words, strict=True):
-        first_word = name.split(",")[0].strip().lower()
-        num_same += int(first_word == word.strip().lower())
+        first_word, _, _ = name.partition(",")
+        if first_word.strip().lower() == word.strip().lower():
+            num_same += 1
     return num_same >= _ENOUGH_WORDS * len(words)
 
 

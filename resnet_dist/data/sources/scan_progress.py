@@ -58,15 +58,18 @@ class ScanProgress:
         """Keep a part that was listed; `to_plain` gives it in a form that JSON can write."""
         self.done += 1
         if name not in self.parts:
-            self.waiting.append((name, to_plain))
+            part = (name, to_plain)
+            self.waiting.append(part)
         now = self.clock()
-        if now - self.started < _SILENT_SECONDS:
+        seconds = now - self.started
+        if seconds < _SILENT_SECONDS:
             return
         self._write()
-        if now - self.spoken >= _SECONDS_BETWEEN_LINES:
+        seconds_of_silence = now - self.spoken
+        if seconds_of_silence >= _SECONDS_BETWEEN_LINES:
             self.spoken = now
-            text = f"listing {self.title}: {self.done} of {self.total}"
-            print(printable(text), file=sys.stderr, flush=True)
+            text = printable(f"listing {self.title}: {self.done} of {self.total}")
+            print(text, file=sys.stderr, flush=True)
 
     def _write(self) -> None:
         """Append the parts that wait to the file."""

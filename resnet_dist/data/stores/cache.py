@@ -136,17 +136,20 @@ class ImageCache:
         self.used = _open_file(os.path.join(self.path, _LOCK))
         fcntl.flock(self.used, fcntl.LOCK_SH)
         os.utime(self.path)
-        if not self._make_room(max(0, missing)):
+        has_room = self._make_room(max(0, missing))
+        if not has_room:
             # The limit may be smaller than what is here from earlier runs.
             self._empty()
-            if not self._make_room(records):
-                os.close(self.used)
-                raise ValueError(
-                    f"data.cache_gb is {self.limit_bytes / 1e9:g}, and data.cache_dir "
-                    f"{self.folder!r} has no room for the table of {self.index.root} "
-                    f"({records / 1e9:.3g} GB) beside what other runs keep there: raise it, or "
-                    f"name another folder"
-                )
+            has_room = self._make_room(records)
+        if not has_room:
+            os.close(self.used)
+            limit_gb = self.limit_bytes / 1e9
+            table_gb = records / 1e9
+            raise ValueError(
+                f"data.cache_gb is {limit_gb:g}, and data.cache_dir {self.folder!r} has no room "
+                f"for the table of {self.index.root} ({table_gb:.3g} GB) beside what other runs "
+                f"keep there: raise it, or name another folder"
+            )
         self.table = _open_file(table_path)
         self.data = _open_file(os.path.join(self.path, _DATA))
         if os.fstat(self.table).st_size != records:

@@ -98,24 +98,27 @@ def _shards_of_bucket(data_dir: str, split: str) -> list[RemoteObject]:
     listing = list_folder(root)
     shards = []
     for found in listing.objects:
-        if found.name.endswith(".tar") and not found.name.startswith("."):
+        is_hidden = found.name.startswith(".")
+        if found.name.endswith(".tar") and not is_hidden:
             shards.append(found)
     if not shards:
         raise ValueError(_no_shards(data_dir, split, listing))
     names = {found.name for found in listing.objects}
-    without = []
+    without_index = []
     for shard in shards:
         index_name = f"{shard.name}{INDEX_SUFFIX}"
         if index_name not in names:
-            without.append(shard.name)
-    if without:
+            without_index.append(shard.name)
+    if without_index:
+        share = f"{len(without_index)} of the {len(shards)} shards"
         raise ValueError(
-            f"data.data_dir {data_dir!r}: {len(without)} of the {len(shards)} shards in {split}/ "
-            f"have no index file beside them ({some(without)}). Run {COMMAND} where the shards are "
-            f"on a disk, and upload the files that it writes ({INDEX_SUFFIX} and {SHARD_LIST})"
+            f"data.data_dir {data_dir!r}: {share} in {split}/ have no index file beside them "
+            f"({some(without_index)}). Run {COMMAND} where the shards are on a disk, and upload "
+            f"the files that it writes ({INDEX_SUFFIX} and {SHARD_LIST})"
         )
     if SHARD_LIST in names:
-        _check_complete(root, {shard.name for shard in shards})
+        names_of_shards = {shard.name for shard in shards}
+        _check_complete(root, names_of_shards)
     return shards
 
 
@@ -147,7 +150,9 @@ def _no_shards(data_dir: str, split: str, listing: Listing) -> str:
             f"shards: {pack}"
         )
     above = list_folder(data_dir)
-    found = some(above.folders) if above.folders else "nothing"
+    found = "nothing"
+    if above.folders:
+        found = some(above.folders)
     return f"{rule} has no folder {split}/ with shards; found: {found}"
 
 
@@ -155,7 +160,8 @@ def _read_part(root: str, shard: RemoteObject) -> Index:
     """Read and check the index file of one shard."""
     url = f"{root}/{shard.name}{INDEX_SUFFIX}"
     try:
-        part = read_checked(read_object(url), root)
+        content = read_object(url)
+        part = read_checked(content, root)
     except StoreError as error:
         raise StoreError(f"{error}. It is the index of a shard: {COMMAND} writes it") from None
     except ValueError as error:

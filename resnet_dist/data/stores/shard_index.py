@@ -63,7 +63,8 @@ def _rows_of_shards(index: Index) -> list[np.ndarray]:
     # A stable sort keeps the order inside of a shard.
     by_shard = np.argsort(numbers, kind="stable")
     sorted_numbers = numbers[by_shard]
-    inner_bounds = np.searchsorted(sorted_numbers, np.arange(1, len(index.shards)))
+    all_but_first = np.arange(1, len(index.shards))
+    inner_bounds = np.searchsorted(sorted_numbers, all_but_first)
     return np.split(by_shard, inner_bounds)
 
 
@@ -152,8 +153,8 @@ def join_shards(root: str, parts: Sequence[Index], pins: Sequence[str]) -> bytes
                 f"data.data_dir: {root}/{part.shards[0]} has other classes than "
                 f"{parts[0].shards[0]}: the shards of a split must be packed together"
             )
-        labels += part.arrays["labels"].tolist()
-        names += file_names(part)
+        labels.extend(part.arrays["labels"].tolist())
+        names.extend(file_names(part))
         offsets = part.arrays["offset"]
         lengths = part.arrays["length"]
         numbers = np.full_like(offsets, number)
@@ -163,11 +164,14 @@ def join_shards(root: str, parts: Sequence[Index], pins: Sequence[str]) -> bytes
         stamps=tuple(part.origin.stamps[0] for part in parts),
         pins=tuple(pins),
     )
+    # The images of all shards together, in the order of an index.
     rows = sort_rows(classes, labels, names)
+    all_labels = np.asarray(labels)
+    all_places = np.concatenate(places)
     return encode_index(
         classes,
-        labels=np.asarray(labels)[rows],
+        labels=all_labels[rows],
         names=[names[row] for row in rows],
         origin=origin,
-        places=np.concatenate(places)[rows],
+        places=all_places[rows],
     )

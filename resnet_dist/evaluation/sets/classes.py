@@ -101,10 +101,12 @@ def _match(found: Sequence[str], names: Sequence[str], place: str) -> tuple[list
     if all(name.isascii() and name.isdigit() for name in found):
         return _match_numbers(found, names, place)
     unknown = [name for name in found if name not in number_of]
+    some_unknown = some(unknown, 3)
+    some_outputs = some(names, 3)
     raise ValueError(
-        f"{place} has {len(unknown)} classes that the network does not have ({some(unknown, 3)}); "
-        f"its outputs are {some(list(names), 3)}: choose the data set of these classes, or "
-        "remove or rename the folders"
+        f"{place} has {len(unknown)} classes that the network does not have ({some_unknown}); "
+        f"its outputs are {some_outputs}: choose the data set of these classes, or remove or "
+        "rename the folders"
     )
 
 
@@ -118,16 +120,20 @@ def _match_numbers(found: Sequence[str], names: Sequence[str], place: str) -> tu
         raise ValueError(
             f"{place} has two folders for the same number of a class: remove or rename one"
         )
+    num_outputs = len(names)
+    lowest = min(numbers)
+    highest = max(numbers)
+    outputs = numbers
     first_is_background = bool(names) and names[0] == BACKGROUND
-    shift = 1 if first_is_background and len(found) < len(names) and 0 in numbers else 0
-    outputs = [number + shift for number in numbers]
-    if max(outputs) >= len(names):
+    if first_is_background and lowest == 0 and len(found) < num_outputs:
+        outputs = [number + 1 for number in numbers]
+    if max(outputs) >= num_outputs:
         hint = ""
-        if min(numbers) == 1 and max(numbers) == len(names):
+        if lowest == 1 and highest == num_outputs:
             hint = " They seem to count from 1: rename them to count from 0."
         raise ValueError(
-            f"{place} names its classes by numbers up to {max(numbers)}, but the network has "
-            f"{len(names)} classes, numbered from 0.{hint} Choose the data set of these classes"
+            f"{place} names its classes by numbers up to {highest}, but the network has "
+            f"{num_outputs} classes, numbered from 0.{hint} Choose the data set of these classes"
         )
     return outputs, (
         f"{place} names its classes by numbers: they are taken as class ids, and not in the order "
