@@ -19,6 +19,7 @@ from resnet_dist.data.pixels.read import examine
 from resnet_dist.data.sampling.augment import num_slots
 from resnet_dist.data.sampling.crops import Geometry
 from resnet_dist.data.sampling.jobs import job_geometry
+from resnet_dist.data.types import Job
 
 T = TypeVar("T")
 
@@ -61,10 +62,11 @@ def measure_host_work(loader: DaliTrainLoader, num_batches: int) -> dict[str, fl
         decoder.collect()
     decoder.close()
     num_images = loader.sampling.layout.local_batch_size
-    return {
-        name: round(1e6 * min(of_batches) / num_images, 2)
-        for name, of_batches in stopwatch.seconds.items()
-    }
+    microseconds = {}
+    for name, seconds_of_batches in stopwatch.seconds.items():
+        per_image = min(seconds_of_batches) / num_images
+        microseconds[name] = round(1e6 * per_image, 2)
+    return microseconds
 
 
 def _decoder_with_the_graph_of_a_gpu(loader: DaliTrainLoader) -> Decoder:
@@ -72,7 +74,9 @@ def _decoder_with_the_graph_of_a_gpu(loader: DaliTrainLoader) -> Decoder:
     slots = num_slots(loader.sampling.augment)
     local_batch_size = loader.sampling.layout.local_batch_size
     decoder = Decoder(
-        local_batch_size=local_batch_size, threads=loader.threads, device=torch.device("cpu")
+        local_batch_size=local_batch_size,
+        threads=loader.threads,
+        device=torch.device("cpu"),
     )
     decoder.spec = GraphSpec(local_batch_size, loader.threads, views=1, slots=slots)
     decoder.restart()
@@ -81,10 +85,18 @@ def _decoder_with_the_graph_of_a_gpu(loader: DaliTrainLoader) -> Decoder:
 
 def _load(loader: DaliTrainLoader, step: int, stopwatch: _Stopwatch) -> LoadedJob:
     """The images of a step; reading them is not measured."""
-    (job,) = stopwatch.time("plan", lambda: list(loader.jobs(step, step + 1)))
+
+    def plan() -> Job:
+        (job,) = loader.jobs(step, step + 1)
+        return job
+
+    job = stopwatch.time("plan", plan)
     loaded = loader.load(job)
     images = loaded.images
-    stopwatch.time("lookup", lambda: [loader.index.place(image.row) for image in images])
+
+    def look_up() -> None:
+        for image in images:
+            loader.index.place(image.row)
 
     def check_headers() -> None:
         for image in images:
@@ -97,6 +109,7 @@ def _load(loader: DaliTrainLoader, step: int, stopwatch: _Stopwatch) -> LoadedJo
         widths = np.array([image.width for image in images])
         return job_geometry(job, heights, widths, loader.config)
 
+    stopwatch.time("lookup", look_up)
     stopwatch.time("header", check_headers)
     stopwatch.time("geometry", find_geometry)
     return loaded

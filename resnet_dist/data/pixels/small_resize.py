@@ -45,7 +45,10 @@ class ResizedWindows:
     def part(self, group: slice) -> "ResizedWindows":
         """Some of the windows."""
         return ResizedWindows(
-            self.windows[group], self.filters[group], self.flips[group], self.side
+            windows=self.windows[group],
+            filters=self.filters[group],
+            flips=self.flips[group],
+            side=self.side,
         )
 
 
@@ -88,16 +91,19 @@ def resize_windows(images: torch.Tensor, wanted: ResizedWindows) -> torch.Tensor
     planes = images.numpy().transpose(0, 1, 3, 2)
     values = planes.astype(np.float32, order="C")
     rows = values.reshape(num_images, height * CHANNELS, width)
-    resized_rows = np.matmul(rows, of_rows.transpose(0, 2, 1))
+    from_the_right = of_rows.transpose(0, 2, 1)
+    resized_rows = np.matmul(rows, from_the_right)
     _round(resized_rows, wanted)
 
     columns = resized_rows.reshape(num_images, height, CHANNELS * side)
     resized = np.matmul(of_columns, columns)
     _round(resized, wanted)
 
-    squares = resized.astype(np.uint8).reshape(num_images, side, CHANNELS, side)
+    pixels = resized.astype(np.uint8)
+    squares = pixels.reshape(num_images, side, CHANNELS, side)
     channels_last = squares.transpose(0, 1, 3, 2)
-    return torch.from_numpy(np.ascontiguousarray(channels_last))
+    contiguous = np.ascontiguousarray(channels_last)
+    return torch.from_numpy(contiguous)
 
 
 def _round(values: np.ndarray, wanted: ResizedWindows) -> None:
@@ -142,8 +148,11 @@ def _matrices(
     # before the window.
     shifts = length - starts
     positions = row_starts + shifts[:, None]
-    runs = gather_runs(table, _FLOAT_BYTES * positions.ravel(), _FLOAT_BYTES * length)
-    return runs.view(np.float32).reshape(-1, side, length)
+    first_bytes = _FLOAT_BYTES * positions.ravel()
+    num_bytes = _FLOAT_BYTES * length
+    runs = gather_runs(table, first_bytes, num_bytes)
+    weights = runs.view(np.float32)
+    return weights.reshape(-1, side, length)
 
 
 @functools.lru_cache(maxsize=16)
@@ -153,12 +162,15 @@ def _weight_table(length: int, side: int) -> np.ndarray:
     Returns:
         The bytes of float32 [2, length + 1, side, 3 * length], by filter and size of the window.
     """
-    table = np.zeros((len(FILTERS), length + 1, side, 3 * length), np.float32)
+    shape = (len(FILTERS), length + 1, side, 3 * length)
+    table = np.zeros(shape, np.float32)
     for number, name in enumerate(FILTERS):
         for window in range(1, length + 1):
             weights = _rounded_weights(window, side, name)
-            table[number, window, :, length : length + window] = weights
-    return table.reshape(-1).view(np.uint8)
+            stop = length + window
+            table[number, window, :, length:stop] = weights
+    flat = table.reshape(-1)
+    return flat.view(np.uint8)
 
 
 def _rounded_weights(length: int, side: int, name: str) -> FloatArray:
@@ -177,17 +189,26 @@ def _rounded_weights(length: int, side: int, name: str) -> FloatArray:
     is_inside = (pixels >= first) & (pixels < stop)
     distances = np.abs(pixels - centers + 0.5)
     values = np.where(is_inside, filter_function(distances), 0)
-    weights = values / values.sum(axis=1, keepdims=True)
+    sums = values.sum(axis=1, keepdims=True)
+    weights = values / sums
 
-    # The largest weight must stay below 2**15.
-    bits = 0
     largest = float(weights.max())
-    while bits < _MOST_BITS and int(0.5 + largest * 2 ** (bits + 1)) < 2**15:
-        bits += 1
-    scaled = weights * 2**bits
+    factor = 2 ** _bits_of_weights(largest)
+    scaled = weights * factor
     half = np.copysign(0.5, scaled)
-    rounded: FloatArray = np.trunc(scaled + half) / 2**bits
+    rounded: FloatArray = np.trunc(scaled + half) / factor
     return rounded
+
+
+def _bits_of_weights(largest: float) -> int:
+    """The most bits behind the point with which the largest weight is rounded to below 2**15."""
+    bits = 0
+    while bits < _MOST_BITS:
+        with_one_more = largest * 2 ** (bits + 1)
+        if int(with_one_more + 0.5) >= 2**15:
+            break
+        bits += 1
+    return bits
 
 
 def _bilinear(distances: FloatArray) -> FloatArray:

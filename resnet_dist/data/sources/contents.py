@@ -32,9 +32,9 @@ class Contents:
         """The index file: beside the shards, or beside the folder that holds the class folders."""
         if self.shards:
             return os.path.join(self.root, SHARD_INDEX)
-        folder, split = os.path.split(self.root)
+        data_dir, split = os.path.split(self.root)
         name = f".resnet_dist_{split}_index.bin"
-        return os.path.join(folder, name)
+        return os.path.join(data_dir, name)
 
 
 def find_contents(data_dir: str, split: str) -> Contents:
@@ -158,7 +158,8 @@ def _any_image(root: str, classes: list[str]) -> bool:
     for name in classes:
         folder = os.path.join(root, name)
         for _, _, files in os.walk(folder):
-            if any(map(is_image_name, files)):
+            has_image = any(map(is_image_name, files))
+            if has_image:
                 return True
     return False
 
