@@ -1,6 +1,7 @@
 """SyncBatchNorm on several ranks against BatchNorm2d in one process on the whole batch."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -384,6 +385,41 @@ def test_its_graph_has_no_break():
 def test_it_compiles_with_inductor(monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
     assert_compiled_equals_eager("inductor")
+
+
+def kernels_of_inductor(rank, world_size):
+    """The names of the kernels of norm, addition and ReLU: forward, backward."""
+    from torch._inductor.utils import run_and_get_code
+
+    sync_batch_norm.SYNC_IN_GROUP_OF_ONE = True
+    norm = SyncBatchNorm(CHANNELS)
+
+    def block(x, shortcut):
+        return torch.relu(norm(x) + shortcut)
+
+    x, shortcut = torch.randn(2, 4, CHANNELS, 5, 5).unbind()
+    x.requires_grad_()
+    shortcut.requires_grad_()
+
+    def forward_and_backward():
+        compiled = torch.compile(block, fullgraph=True, backend="inductor")
+        compiled(x, shortcut).sum().backward()
+
+    _, codes = run_and_get_code(forward_and_backward)
+    return [re.findall(r"^(\w+) = async_compile", code, re.M) for code in codes]
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_inductor_fuses_it_with_the_addition_and_relu(monkeypatch):
+    """One kernel before each collective and one after it. The second one of the forward pass
+    normalises, adds the shortcut and applies ReLU.
+    """
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    [(forward, backward)] = run_ranks(kernels_of_inductor, 1)
+    assert len(forward) == len(backward) == 2, (forward, backward)
+    assert "batch_norm" in forward[1], forward
+    assert "relu" in forward[1], forward
 
 
 def test_a_converted_network_runs_on_meta():
