@@ -199,6 +199,22 @@ class NetworkCompiler:
         return run_unless_preparing
 
 
+def replays_cuda_graphs(train: TrainConfig) -> bool:
+    """Whether the kernels of the network are recorded once and then replayed."""
+    return train.compile is True and train.compile_mode == "reduce-overhead"
+
+
+def begin_step(replays_graphs: bool) -> None:
+    """Call it before the forward passes of a step, if CUDA graphs are replayed.
+
+    What the graphs return is then valid until the next step begins. Without it, torch takes the
+    next part that is called for the next step, unless a backward pass is due: the predictions of a
+    teacher and the maps of a frozen part would be overwritten.
+    """
+    if replays_graphs:
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+
+
 def set_dynamo_options() -> None:
     """Set the process-wide options of torch.compile's tracer.
 

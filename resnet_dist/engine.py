@@ -17,6 +17,7 @@ from torch import nn
 from resnet_dist.checkpoints.checkpoint import Saver, TrainState
 from resnet_dist.compilation import (
     NetworkCompiler,
+    begin_step,
     compile_for,
     describe_compilation,
     example_images,
@@ -56,6 +57,8 @@ class UpdateRule:
     """largest L2 norm of the gradient; 0 = no clipping"""
     seed: int
     """of dropout and stochastic depth"""
+    replays_graphs: bool = False
+    """whether CUDA graphs are replayed, see `compilation.begin_step`"""
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ def train_step(
         This rank's counts, and the L2 norm of the gradient (averaged over all samples of the
         update) before clipping.
     """
+    begin_step(rule.replays_graphs)
     nonfinite.snapshot_statistics()
     counts = accumulate_gradient(model, state, micro_batches, rule)
 
@@ -226,7 +230,12 @@ def apply_update(state: TrainState, lr: float, skipped: torch.Tensor) -> None:
     state.step += 1
 
 
-def warm_up_ddp(model: nn.Module, shape: tuple[int, ...], precision: Precision) -> None:
+def warm_up_ddp(
+    model: nn.Module,
+    shape: tuple[int, ...],
+    precision: Precision,
+    replays_graphs: bool = False,
+) -> None:
     """Let DDP build its final gradient buckets before the first update; the model is not changed.
 
     DDP rebuilds its buckets after the first backward pass. With more than two ranks the order of
@@ -243,11 +252,13 @@ def warm_up_ddp(model: nn.Module, shape: tuple[int, ...], precision: Precision) 
         shape: Of the images, [B, 3, H, W]: for a compiled network that of a micro-batch, since it
             would be compiled for another one too.
         precision: The precision and device of training.
+        replays_graphs: Whether CUDA graphs are replayed.
     """
     train_mode(model)
     buffers_before = [buffer.clone() for buffer in model.buffers()]
     images = example_images(shape, precision)
     for _ in range(2):
+        begin_step(replays_graphs)
         with precision.autocast():
             outputs = model(images)
         zeros = []

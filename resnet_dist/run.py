@@ -26,6 +26,7 @@ from resnet_dist.compilation import (
     NetworkCompiler,
     describe_compilation,
     refusal,
+    replays_cuda_graphs,
     start_compiler,
 )
 from resnet_dist.compile_cache import load_compile_cache, save_compile_cache
@@ -165,7 +166,8 @@ def warm_up(parts: Training, shape: tuple[int, ...]) -> None:
     if parts.compiler is None:
         # Two images do it as well, and sooner.
         shape = (2, *shape[1:])
-    engine.warm_up_ddp(parts.model, shape, parts.rule.precision)
+    rule = parts.rule
+    engine.warm_up_ddp(parts.model, shape, rule.precision, rule.replays_graphs)
 
 
 def first_shape(config: Config, epoch: int, runtime: Runtime) -> tuple[int, int, int, int]:
@@ -384,6 +386,7 @@ def build_update_rule(
         grad_accum_steps=train.grad_accum_steps,
         clip_grad_norm=train.clip_grad_norm,
         seed=config.seed,
+        replays_graphs=replays_cuda_graphs(train),
     )
 
 

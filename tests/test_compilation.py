@@ -517,6 +517,33 @@ def test_what_determinism_and_mode_set_for_inductor():
         check_config(Config(train=replace(fast, grad_accum_steps=2)))
 
 
+def test_with_cuda_graphs_each_step_is_announced(monkeypatch):
+    """Before the teacher looks at the images, and for no other mode. The outputs of a graph are
+    overwritten otherwise.
+    """
+    events = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: events.append("begin"))
+
+    class Seen(nn.Module):
+        def forward(self, images):
+            events.append("teacher")
+            return torch.zeros(len(images), 10)
+
+    for mode, expected in (("reduce-overhead", ["begin", "teacher"]), ("default", ["teacher"])):
+        config = Config(train=replace(TRAIN, compile_mode=mode))
+        rule = build_update_rule(config, CPU, teacher=Teacher(Seen(), "", "", ()))
+        state = small_state()
+        nonfinite = NonFinite(state.model, 0)
+        for _ in range(2):
+            batch = make_batch(4, 8)
+            train_step(NoSync(state.model), state, [batch], 0.1, rule, nonfinite)
+        assert events == expected * 2
+        events.clear()
+        engine.warm_up_ddp(NoSync(state.model), (2, 3, 8, 8), FP32, rule.replays_graphs)
+        assert len(events) == (2 if rule.replays_graphs else 0)
+        events.clear()
+
+
 def test_the_compile_cache_is_read_only_if_it_is_whole_and_of_this_user(tmp_path, monkeypatch):
     """It is executable code."""
     watched = Watched()

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from resnet_dist import precision
 from resnet_dist.checkpoints.checkpoint_file import read_checkpoint, unpack_checkpoint
 from resnet_dist.checkpoints.run_folder import newest_valid
 from resnet_dist.config import Config, TrainConfig, to_dict
+from resnet_dist.distributed import process, runtime
+from resnet_dist.distributed.rendezvous import Launcher
 from resnet_dist.precision import Precision, resolve_precision, resolve_settings, set_arithmetic
 
 CPU = torch.device("cpu")
@@ -87,6 +90,33 @@ def test_switches_of_a_gpu(switches, monkeypatch):
     assert torch.are_deterministic_algorithms_enabled()
     assert not cudnn.benchmark
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_nccl_leaves_the_decision_to_the_watchdog(switches, monkeypatch):
+    """Its own monitor and dumps are off before the process group starts, unless the user has set
+    them.
+    """
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("TORCH_NCCL_ENABLE_MONITORING", "1")
+    monkeypatch.setenv("TORCH_NCCL_DUMP_ON_TIMEOUT", "")
+    monkeypatch.delenv("TORCH_NCCL_DUMP_ON_TIMEOUT")
+    assert runtime._use_gpu("cuda", Launcher()) == torch.device("cuda", 0)
+    assert os.environ["TORCH_NCCL_ENABLE_MONITORING"] == "1"
+    assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0"
+    with pytest.raises(ValueError, match="shows 1 GPUs for 2 ranks"):
+        runtime._use_gpu("cuda", Launcher(local_rank=1, local_world_size=2))
+
+
+def test_a_failed_rank_with_a_gpu_leaves_without_clean_up(monkeypatch):
+    """Destructors of NCCL may wait for a lost rank."""
+    left = []
+    watchdog = SimpleNamespace(lost_server="", world_size=2, is_watching=True, exit_now=left.append)
+    for has_gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda has_gpu=has_gpu: has_gpu)
+        assert process._leave(75, watchdog) == 75
+        assert left == [75] * has_gpu
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from resnet_dist.checkpoints.restore import checkpoint_folder
 from resnet_dist.commands.benchmark_parts import build_training, host_seconds, step_on_one_batch
 from resnet_dist.commands.device_rates import measure_device
 from resnet_dist.commands.energy import EnergyMeter
+from resnet_dist.compilation import begin_step
 from resnet_dist.config import Config
 from resnet_dist.data.types import Batch
 from resnet_dist.distributed.runtime import Runtime, StopSignal
@@ -249,6 +250,7 @@ def run_bare_loop(parts: Training, batch: Batch, interval: int, runtime: Runtime
 def bare_step(parts: Training, batch: Batch) -> torch.Tensor:
     """One update as a plain PyTorch script does it; returns the loss, a scalar."""
     optimizer = parts.state.optimizer
+    begin_step(parts.rule.replays_graphs)
     with parts.rule.precision.autocast():
         outputs = parts.model(batch.images)
         logits = all_logits(outputs)[0]

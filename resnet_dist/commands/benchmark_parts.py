@@ -75,7 +75,7 @@ def build_training(config: Config, runtime: Runtime, interval: int) -> Training:
         if problem:
             raise ValueError(refusal(problem))
     model = wrap_ddp(state.model, runtime.device)
-    engine.warm_up_ddp(model, shape, rule.precision)
+    engine.warm_up_ddp(model, shape, rule.precision, rule.replays_graphs)
     return Training(
         model=model,
         state=state,

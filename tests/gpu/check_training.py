@@ -115,10 +115,8 @@ def no_host_sync(place: Place, folder: Path) -> str:
     config = training_config(place, folder)
     train = replace(config.train, ema_decay=0.999, label_smoothing=0.1, clip_grad_norm=1.0)
     config = replace(config, train=train, augment=AugmentConfig(mixup_alpha=0.2))
-    teacher = folder / "teacher.pth"
-    network = build_model(config.model, config.data.synthetic_classes)
-    torch.save(network.state_dict(), teacher)
-    taught = replace(train, teacher=str(teacher), teacher_model=config.model.name)
+    teacher = weights_of_a_teacher(config, folder)
+    taught = replace(train, teacher=teacher, teacher_model=config.model.name)
     fp16 = replace(config, train=replace(taught, precision="fp16"))
     variants = {"eager": config, "eager fp16 with a teacher": fp16}
     variants = {name: with_compile(one, False) for name, one in variants.items()}
@@ -130,6 +128,14 @@ def no_host_sync(place: Place, folder: Path) -> str:
         with single_rank(place) as runtime, collective_in_group_of_one():
             run_without_sync(place, variant, runtime)
     return ", ".join(variants)
+
+
+def weights_of_a_teacher(config: Config, folder: Path) -> str:
+    """A file with fresh weights of the network itself."""
+    path = folder / "teacher.pth"
+    network = build_model(config.model, config.data.synthetic_classes)
+    torch.save(network.state_dict(), path)
+    return str(path)
 
 
 def run_without_sync(place: Place, config: Config, runtime: Runtime) -> None:
@@ -224,11 +230,12 @@ class Mode:
     name: str
     """train.compile_mode"""
     precision: str
-    has_collective: bool
-    """whether the graphs hold SyncBatchNorm's collective"""
+    has_more: bool
+    """whether the graphs hold SyncBatchNorm's collective, and a teacher has graphs too"""
 
 
-# With reduce-overhead, a CUDA graph holds NCCL's kernels or none.
+# With reduce-overhead, a CUDA graph holds NCCL's kernels or none, and what a teacher predicts must
+# last until the loss.
 MODES = (
     Mode("default", "fp16", False),
     Mode("reduce-overhead", "bf16", False),
@@ -257,6 +264,7 @@ def compile_modes(place: Place, folder: Path) -> str:
         ),
     )
     found = []
+    teacher = weights_of_a_teacher(config, folder)
     with quick_compilation(place):
         for mode in MODES:
             train_config = replace(
@@ -264,14 +272,17 @@ def compile_modes(place: Place, folder: Path) -> str:
                 precision=mode.precision,
                 compile_mode=mode.name,
                 global_batch_size=batch_size,
+                teacher=teacher if mode.has_more else "",
+                teacher_model=config.model.name if mode.has_more else "",
+                distillation_weight=0.5,
             )
             own = replace(config, train=train_config)
             eager = losses_in_mode(place, with_compile(own, False), mode)
             compiled = losses_in_mode(place, with_compile(own, True), mode)
             worst = max(abs(a / b - 1) for a, b in zip(compiled, eager, strict=True))
             text = f"{mode.name} {mode.precision}"
-            if mode.has_collective:
-                text += " with the collective"
+            if mode.has_more:
+                text += " with the collective and a teacher"
             assert worst <= MODES_TOLERANCE, f"{text}: {compiled}, eager {eager}"
             found.append(f"{text}: at most {worst:.2%} from eager")
     return "; ".join(found)
@@ -280,7 +291,7 @@ def compile_modes(place: Place, folder: Path) -> str:
 def losses_in_mode(place: Place, config: Config, mode: Mode) -> list[float]:
     """The losses of 20 updates; the host must not wait in the last 15."""
     switch = contextlib.nullcontext()
-    if mode.has_collective:
+    if mode.has_more:
         switch = collective_in_group_of_one()
     with single_rank(place) as runtime, switch:
         set_arithmetic(config.train, place.device)
