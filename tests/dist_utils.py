@@ -196,6 +196,19 @@ def run_app(
     return wait_app(processes, timeout)
 
 
+def run_command(folder, words, world_size=1, entry=None) -> tuple[int, str]:
+    """Run a command on `world_size` ranks, which must all end with the same exit code.
+
+    Returns:
+        The exit code, and what the ranks have printed, which goes through a file in `folder`.
+    """
+    log = folder / "printed"
+    log.unlink(missing_ok=True)
+    codes = run_app(world_size, [str(word) for word in words], str(log), entry)
+    assert len(set(codes)) == 1, log.read_text()
+    return codes[0], log.read_text()
+
+
 def wait_app(processes: list, timeout: float = TIMEOUT_SECONDS) -> list[int]:
     """The exit codes of what `start_app` returned (negative: killed by that signal).
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dist_utils import run_app
+from dist_utils import run_command
 
 from resnet_dist import cli
 from resnet_dist.checkpoints.checkpoint_file import (
@@ -20,11 +20,7 @@ SETTINGS = ("--data.threads", "1", "--distributed.threads", "1")
 
 
 def run(folder, *words):
-    """Exit code and output of a command in a process of its own."""
-    log = folder / "printed"
-    log.unlink(missing_ok=True)
-    [code] = run_app(1, [str(word) for word in words], str(log))
-    return code, log.read_text()
+    return run_command(folder, [*words, *SETTINGS])
 
 
 def content_of(checkpoint):
@@ -47,7 +43,7 @@ def test_a_foreign_checkpoint_leads_nowhere(checkpoint, digits, tmp_path):
     path = tmp_path / "foreign.pt"
     write_checkpoint(path, content)
 
-    code, printed = run(tmp_path, "evaluate", "--checkpoint", path, *SETTINGS)
+    code, printed = run(tmp_path, "evaluate", "--checkpoint", path)
     assert code == 0, printed
     assert "top-1" in printed, printed
     assert "(" in printed
@@ -55,14 +51,14 @@ def test_a_foreign_checkpoint_leads_nowhere(checkpoint, digits, tmp_path):
     assert not named.exists()
 
     kind = ("--data.kind", "folder", "--data.data_dir", data)
-    code, printed = run(tmp_path, "evaluate", "--checkpoint", path, "--json", *kind, *SETTINGS)
+    code, printed = run(tmp_path, "evaluate", "--checkpoint", path, "--json", *kind)
     assert code == 0
     assert json.loads(printed.splitlines()[-1])["bad_images"] == 2
-    code, printed = run(tmp_path, "evaluate", "--checkpoint", path, *kind, *SETTINGS)
+    code, printed = run(tmp_path, "evaluate", "--checkpoint", path, *kind)
     assert code == 0
     assert "2 images cannot be decoded and count as misses" in printed
     image = next(iter((data / "val" / "4").glob("*.jpg")))
-    assert run(tmp_path, "predict", image, "--checkpoint", path, *SETTINGS)[0] == 0
+    assert run(tmp_path, "predict", image, "--checkpoint", path)[0] == 0
     assert not named.exists()
     assert not list(tmp_path.rglob("quarantine.jsonl"))
 
@@ -72,7 +68,7 @@ def test_a_run_folder_is_taken_everywhere(checkpoint, digits, tmp_path):
     """By evaluate, predict, export, checkpoint.resume and checkpoint.init_from."""
     folder = Path(checkpoint).parents[1]
     image = f"{digits}/val/3/0004.jpg"
-    assert run(tmp_path, "predict", image, "--checkpoint", folder, *SETTINGS)[0] == 0
+    assert run(tmp_path, "predict", image, "--checkpoint", folder)[0] == 0
     output = tmp_path / "x.safetensors"
     command = ("export", "--checkpoint", folder, "--to", "safetensors", "--output", output)
     assert run(tmp_path, *command)[0] == 0
@@ -103,27 +99,31 @@ def test_a_wrong_image_is_noticed_before_the_network_is_read(tmp_path, monkeypat
     assert capsys.readouterr().err == "error: no image: nosuch.jpg, neither.png does not exist\n"
 
 
+def without(content, key):
+    return {name: value for name, value in content.items() if name != key}
+
+
 def variants(content):
     """Names and contents with one part missing or of a wrong type."""
     for part in ("step", "model", "ema", "config", "class_names"):
-        without = {key: value for key, value in content.items() if key != part}
-        yield f"without {part}", without
+        yield f"without {part}", without(content, part)
         for wrong in (None, 5, "text", [1], {"a": 1}, {1: torch.zeros(1)}):
-            if not (part == "ema" and wrong is None) and not (part == "step" and wrong == 5):
+            is_right = (part == "ema" and wrong is None) or (part == "step" and wrong == 5)
+            if not is_right:
                 yield f"{part} {wrong!r}", {**content, part: wrong}
     model = content["model"]
     first = next(iter(model))
-    missing = {key: value for key, value in model.items() if key != first}
-    yield "tensor missing", {**content, "model": missing, "ema": None}
+    yield "tensor missing", {**content, "model": without(model, first), "ema": None}
     yield "tensor of another shape", {**content, "ema": {**model, first: torch.zeros(2)}}
     yield "one class more", {**content, "class_names": [*content["class_names"], "x"]}
-    for key, wrong in (
+    wrong_settings = (
         ("model.name", 3),
         ("model.name", "resnet99"),
         ("model.attention", True),
         ("data.val_crop_size", "wide"),
         ("data", 4),
-    ):
+    )
+    for key, wrong in wrong_settings:
         yield f"{key} {wrong!r}", {**content, "config": changed(content["config"], key, wrong)}
 
 
@@ -154,7 +154,7 @@ def test_parts_that_are_missing_or_wrong_are_one_sentence(checkpoint, digits, tm
             code = exit_code(words)
             printed = capfd.readouterr().err
         else:
-            code, printed = run(tmp_path, *words, *SETTINGS)
+            code, printed = run(tmp_path, *words)
         lines = [line for line in printed.splitlines() if line.startswith("error")]
         if code != 2 or len(lines) != 1 or "Traceback" in printed or "damaged" in printed:
             problems.append(f"{name}, {words[0]}: code {code}: {printed[-600:]}")
@@ -175,10 +175,12 @@ def test_a_damaged_lone_file_is_refused_by_every_command(
     checkpoint, digits, tmp_path, damage, capfd
 ):
     path = tmp_path / "lone.pt"
-    whole = Path(checkpoint).read_bytes()
-    middle = len(whole) // 2
-    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
-    path.write_bytes(flipped if damage == "flip" else whole[:-10])
+    content = bytearray(Path(checkpoint).read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+    else:
+        del content[-10:]
+    path.write_bytes(content)
     image = f"{digits}/val/3/0004.jpg"
     output = str(tmp_path / "x")
     for words in (
@@ -198,7 +200,7 @@ def test_a_damaged_lone_file_is_refused_by_every_command(
             "--config",
             "quickstart",
             *("--data.data_dir", digits, "--output_dir", folder, f"--checkpoint.{key}", path),
-            *("--log.wandb", "disabled", *SETTINGS),
+            *("--log.wandb", "disabled"),
         )
         assert code == 2, printed
         assert "lone.pt is damaged" in printed, printed

@@ -9,43 +9,35 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dist_utils import run_app
+from dist_utils import run_command
 
 from resnet_dist import cli
 from resnet_dist.commands import doctor, doctor_bench
 from resnet_dist.config import Config, TrainConfig
 from resnet_dist.resources import host_memory, memory
 
-ARGUMENTS = [
-    "doctor",
-    "--config",
-    "configs/quickstart.yaml",
-    "--log.wandb",
-    "disabled",
-    "--data.threads",
-    "1",
-]
+ARGUMENTS = (
+    *("doctor", "--config", "configs/quickstart.yaml"),
+    *("--log.wandb", "disabled", "--data.threads", "1"),
+)
 
 
 def examine(tmp_path, *more, world_size=1, entry=None):
-    output = tmp_path / "printed"
-    output.unlink(missing_ok=True)
-    codes = run_app(
-        world_size, [*ARGUMENTS, "--output_dir", str(tmp_path / "run"), *more], str(output), entry
-    )
-    return codes, output.read_text()
+    """The exit code, and what is printed."""
+    words = [*ARGUMENTS, "--output_dir", tmp_path / "run", *more]
+    return run_command(tmp_path, words, world_size, entry)
 
 
 def levels(printed):
-    return {
-        one["check"]: (one["level"], one["text"]) for one in json.loads(printed.splitlines()[-1])
-    }
+    """{check: (level, text)} of what is printed with --json."""
+    checks = json.loads(printed.splitlines()[-1])
+    return {check["check"]: (check["level"], check["text"]) for check in checks}
 
 
 @pytest.mark.slow
 def test_a_good_run_on_two_ranks(digits, tmp_path):
-    codes, printed = examine(tmp_path, "--data.data_dir", digits, world_size=2)
-    assert codes == [0, 0], printed
+    code, printed = examine(tmp_path, "--data.data_dir", digits, world_size=2)
+    assert code == 0, printed
     said = {
         "layout": "64 = 2 ranks (gloo at 127.0.0.1:",
         "folder": "can be written",
@@ -57,27 +49,29 @@ def test_a_good_run_on_two_ranks(digits, tmp_path):
         "caches": "the validation images fit into memory (data.val_cache)",
         "software": "torch ",
     }
-    lines = printed.splitlines()
-    # A machine with one CPU gets a warning on both ranks.
-    lines = [line for line in lines if line.split()[0] == "ok" or line.split()[1] == "cpus"]
-    assert {line.split()[1] for line in lines} == set(said)
-    for line in lines:
-        assert said[line.split()[1]] in line
-    assert not (tmp_path / "run").exists()  # it leaves nothing behind
+    checks = set()
+    for line in printed.splitlines():
+        level, check, *_ = line.split()
+        # A machine with one CPU gets a warning on both ranks.
+        if level == "ok" or check == "cpus":
+            checks.add(check)
+            assert said[check] in line
+    assert checks == set(said)
+    assert not (tmp_path / "run").exists(), "it leaves nothing behind"
 
 
 @pytest.mark.slow
 def test_warnings_and_errors(digits, tmp_path):
-    codes, printed = examine(tmp_path, "--data.data_dir", digits, "--optim.base_lr", "3", "--json")
+    code, printed = examine(tmp_path, "--data.data_dir", digits, "--optim.base_lr", "3", "--json")
     level, text = levels(printed)["layout"]
-    assert codes == [1]
+    assert code == 1
     assert level == "warning"
     assert "is 3 for 256" in text
     data = shutil.copytree(digits, tmp_path / "data")
     next((data / "val" / "0").glob("*.jpg")).write_bytes(b"")
     more = ("--data.kind", "folder", "--data.data_dir", str(data), "--json")
-    codes, printed = examine(tmp_path, *more)
-    assert codes == [1]
+    code, printed = examine(tmp_path, *more)
+    assert code == 1
     assert "of 192 that were read 1 are broken" in levels(printed)["data"][1]
     shutil.rmtree(data / "val" / "7")
     for setting, value, check, words in (
@@ -85,22 +79,28 @@ def test_warnings_and_errors(digits, tmp_path):
         ("--output_dir", "/proc/nowhere", "folder", "/proc"),
         ("--log.wandb", "disabled", "data", "only in train/ (7)"),
     ):
-        codes, printed = examine(tmp_path, *more, setting, value)
+        code, printed = examine(tmp_path, *more, setting, value)
         level, text = levels(printed)[check]
-        assert codes == [2], printed
+        assert code == 2, printed
         assert level == "error", printed
         assert words in text, printed
+
+
+def let_disk_be_full(free):
+    total = 10**9
+    usage = shutil._ntuple_diskusage(total, total - free, free)
+    shutil.disk_usage = lambda path: usage
 
 
 @pytest.mark.slow
 def test_a_disk_that_is_too_small(digits, tmp_path):
     def entry(arguments):
-        shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)
+        let_disk_be_full(free=10**6)
         return cli.main(arguments)
 
-    codes, printed = examine(tmp_path, "--data.data_dir", digits, "--json", entry=entry)
+    code, printed = examine(tmp_path, "--data.data_dir", digits, "--json", entry=entry)
     level, text = levels(printed)["folder"]
-    assert codes == [2]
+    assert code == 2
     assert level == "error"
     assert "0.0 GB are free" in text
 
@@ -114,7 +114,7 @@ def test_caches_that_do_not_fit(digits, tmp_path):
         return cli.main(arguments)
 
     def no_disk(arguments):
-        shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**5, 10**5)
+        let_disk_be_full(free=10**5)
         return cli.main(arguments)
 
     cases = (
@@ -139,9 +139,9 @@ def test_a_step_that_does_not_fit_memory(digits, tmp_path):
         host_memory._free_in_control_groups = lambda: [2**20]
         return cli.main(arguments)
 
-    codes, printed = examine(tmp_path, *arguments, entry=entry)
+    code, printed = examine(tmp_path, *arguments, entry=entry)
     level, text = levels(printed)["memory"]
-    assert codes == [2]
+    assert code == 2
     assert level == "error"
     assert "raise train.grad_accum_steps" in text
 
@@ -167,7 +167,7 @@ def test_memory_of_a_control_group(tmp_path, monkeypatch):
     assert host_memory._free_in_control_groups() == [80, 400]
 
 
-def test_precision(monkeypatch):
+def test_bf16_without_hardware_for_it_is_a_warning(monkeypatch):
     runtime = SimpleNamespace(device=torch.device("cpu"))
     monkeypatch.setattr(doctor, "has_fast_bf16", lambda device: False)
     level, text = doctor._precision(Config(train=TrainConfig(precision="bf16")), runtime)
@@ -178,7 +178,7 @@ def test_precision(monkeypatch):
     assert doctor._precision(Config(train=TrainConfig(precision="bf16")), runtime)[0] == "ok"
 
 
-def test_cpus_of_a_rank(monkeypatch):
+def test_ranks_that_share_too_few_cpus_are_a_warning(monkeypatch):
     monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda pid: set(range(6)))
     for kind, ranks, level in (("cpu", 6, "ok"), ("cpu", 8, "warning"), ("cuda", 2, "warning")):
         runtime = SimpleNamespace(device=torch.device(kind), local_world_size=ranks)
@@ -201,12 +201,12 @@ def test_bench_names_the_slow_rank(digits, tmp_path):
         return cli.main(arguments)
 
     more = ("--data.data_dir", digits, "--bench", "--json")
-    codes, printed = examine(tmp_path, *more, world_size=2, entry=entry)
-    assert codes == [2, 2], printed
-    first, second = (json.loads(line) for line in printed.splitlines() if line.startswith("["))
-    if len(first) < len(second):
-        first, second = second, first
-    found = {one["check"]: (one["level"], one["text"]) for one in first}
+    code, printed = examine(tmp_path, *more, world_size=2, entry=entry)
+    assert code == 2, printed
+    of_ranks = [json.loads(line) for line in printed.splitlines() if line.startswith("[")]
+    # The first rank says more.
+    second, first = sorted(of_ranks, key=len)
+    found = {check["check"]: (check["level"], check["text"]) for check in first}
     host = socket.gethostname()
     level, text = found["matrix"]
     assert level == "warning"
@@ -215,16 +215,15 @@ def test_bench_names_the_slow_rank(digits, tmp_path):
     assert found["allreduce"][0] in ("ok", "warning")
     assert "GB/s" in found["allreduce"][1]
     assert found["reading"] == ("error", f"rank 1 on {host} failed")
-    assert ("reading", "OSError: the disk is on fire") in [
-        (one["check"], one["text"]) for one in second
-    ]
+    said_by_second = [(check["check"], check["text"]) for check in second]
+    assert ("reading", "OSError: the disk is on fire") in said_by_second
 
 
 @pytest.mark.slow
 def test_bench_of_one_rank_measures(digits, tmp_path):
-    codes, printed = examine(tmp_path, "--data.data_dir", digits, "--bench", "--json")
+    code, printed = examine(tmp_path, "--data.data_dir", digits, "--bench", "--json")
     found = levels(printed)
-    assert codes[0] in (0, 1), printed
+    assert code in (0, 1), printed
     for check, unit in (("matrix", "TFLOP/s"), ("bandwidth", "GB/s"), ("reading", "MB/s")):
         figure, rest = found[check][1].split(" ", 1)
         assert float(figure) > 0
@@ -232,7 +231,7 @@ def test_bench_of_one_rank_measures(digits, tmp_path):
     assert found["allreduce"] == ("ok", "one rank: nothing to reduce")
 
 
-def test_outliers():
+def test_outliers_are_slower_than_the_median():
     assert doctor_bench.find_outliers([10, 9, 10, 8, 10]) == [3]
     assert doctor_bench.find_outliers([10, 5]) == [1]
     assert doctor_bench.find_outliers([10]) == []

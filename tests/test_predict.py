@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from dist_utils import run_app
+from data_files import write_tree
+from dist_utils import run_command
 from image_files import OneProcess, encode, picture, val_loader
 
 from resnet_dist import cli
@@ -27,24 +28,24 @@ from resnet_dist.precision import Precision
 
 
 def main(arguments):
-    sys.stderr.reconfigure(errors="backslashreplace")  # as Python's own
+    # As Python's own.
+    sys.stderr.reconfigure(errors="backslashreplace")
     return cli.main(arguments)
 
 
 def run(command, folder, *arguments, entry=main):
     """Exit code and output of a command in a process of its own."""
-    log = folder / f"log{len(list(folder.glob('log*')))}"
-    [code] = run_app(
-        1,
-        [command, *map(str, arguments), "--distributed.threads", "1", "--data.threads", "1"],
-        str(log),
-        entry,
-    )
-    return code, log.read_text()
+    threads = ("--distributed.threads", "1", "--data.threads", "1")
+    return run_command(folder, [command, *arguments, *threads], entry=entry)
 
 
 def objects(text):
     return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+
+
+def classes_of(image):
+    """The classes of a prediction, the likeliest first."""
+    return [best["class"] for best in image["predictions"]]
 
 
 @pytest.mark.slow
@@ -53,13 +54,8 @@ def test_a_validation_folder_gets_what_evaluation_gives_it(checkpoint, digits, t
     these batches.
     """
     settings = [
-        "--checkpoint",
-        checkpoint,
-        "--json",
-        "--data.val_flip",
-        "true",
-        "--data.val_batch_size",
-        "100",
+        *("--checkpoint", checkpoint, "--json"),
+        *("--data.val_flip", "true", "--data.val_batch_size", "100"),
     ]
     code, text = run("evaluate", tmp_path, *settings)
     counts = objects(text)[0]["ema"]
@@ -72,33 +68,40 @@ def test_a_validation_folder_gets_what_evaluation_gives_it(checkpoint, digits, t
     found = objects(text)
     index = build_index(digits, "val", OneProcess())
     assert [image["path"] for image in found] == [index.path(row) for row in range(355)]
-    ranks = [[best["class"] for best in image["predictions"]] for image in found]
-    own = [image["path"].split("/")[-2] for image in found]
-    assert (
-        sum(label == rank[0] for label, rank in zip(own, ranks, strict=True)) == counts["correct1"]
-    )
-    assert sum(label in rank for label, rank in zip(own, ranks, strict=True)) == counts["correct5"]
+    correct1 = 0
+    correct5 = 0
+    for image in found:
+        label = Path(image["path"]).parent.name
+        best, *_ = classes_of(image)
+        correct1 += label == best
+        correct5 += label in classes_of(image)
+    assert correct1 == counts["correct1"]
+    assert correct5 == counts["correct5"]
 
+    expected = probabilities_of_evaluation(checkpoint, index, tmp_path)
+    for image, row in zip(found, expected, strict=True):
+        predictions = image["predictions"]
+        probabilities = [best["probability"] for best in predictions]
+        assert probabilities == [row[best["index"]] for best in predictions]
+        assert probabilities == sorted(row, reverse=True)[:5]
+
+
+def probabilities_of_evaluation(checkpoint, index, folder):
+    """Of all classes for each image, in batches of 100 with their mirror images."""
     saved = open_network(Path(checkpoint))
     config = Config(model=ModelConfig("resnet20"))
     model, weights = load_network(saved, config, torch.device("cpu"))
+    assert weights == "ema"
     changed = {"val_flip": True, "val_batch_size": 100, "kind": "folder"}
     data = saved.content["config"]["data"] | changed
     precision = Precision(saved.content["config"]["train"]["precision"])
-    loader = val_loader(index, tmp_path, dtype=precision.dtype, **data)
-    shares = []
+    loader = val_loader(index, folder, dtype=precision.dtype, **data)
+    rows = []
     for batch in loader:
         logits = evaluation.predict_logits(model, batch, loader.mirrored, precision)
-        shares += logits.softmax(1).tolist()
+        rows += logits.softmax(1).tolist()
     loader.close()
-    assert weights == "ema"
-    assert len(shares) == 355
-    for image, row in zip(found, shares, strict=True):
-        assert (
-            [best["probability"] for best in image["predictions"]]
-            == [row[best["index"]] for best in image["predictions"]]
-            == sorted(row, reverse=True)[:5]
-        )
+    return rows
 
 
 @pytest.mark.slow
@@ -129,9 +132,9 @@ def test_what_cannot_be_used_is_named_and_the_others_go_on(checkpoint, digits, t
     assert code == 1
     assert len(found) == 8
     assert "Traceback" not in text
-    errors = {
-        os.path.basename(image["path"]): image["error"] for image in found if "error" in image
-    }
+    used = [image for image in found if "error" not in image]
+    refused = [image for image in found if "error" in image]
+    errors = {os.path.basename(image["path"]): image["error"] for image in refused}
     assert list(errors) == ["missing.jpg", "text.jpg", "cut.jpg", "damaged.png"]
     assert "No such file" in errors["missing.jpg"]
     assert "neither JPEG nor PNG" in errors["text.jpg"]
@@ -139,18 +142,19 @@ def test_what_cannot_be_used_is_named_and_the_others_go_on(checkpoint, digits, t
     assert "the decoder refuses it" in errors["damaged.png"]
     assert found[1] == found[5] == found[6] | {"path": good}
     assert found[6]["path"] == strange
-    predictions = [image["predictions"] for image in found if "error" not in image]
-    assert [len({best["class"] for best in ranks}) for ranks in predictions] == [
-        10
-    ] * 4  # as many as there are
-    assert all(abs(sum(best["probability"] for best in ranks) - 1) < 1e-5 for ranks in predictions)
+    assert len(used) == 4
+    for image in used:
+        assert len(set(classes_of(image))) == 10, "as many as there are"
+        total = sum(best["probability"] for best in image["predictions"])
+        assert abs(total - 1) < 1e-5
 
     code, text = run("predict", tmp_path, *words, "--top", "2")
     lines = text.splitlines()
     rows = [line for line in lines if " % " in line]
     assert code == 1
     assert len(rows) == 8
-    assert len({line.index(" % ") for line in rows if "udcff" not in line}) == 1  # aligned
+    columns = {line.index(" % ") for line in rows if "udcff" not in line}
+    assert len(columns) == 1, "aligned"
     assert rows[0].split()[0] == good
     assert not rows[1].split()[0].startswith("/")
     assert len([line for line in lines if line.startswith("error: ")]) == 4
@@ -172,9 +176,8 @@ def test_interrupts_and_closed_pipes_are_quiet(checkpoint, digits, tmp_path):
 
     def interrupted(arguments):
         real = evaluation.predict_logits
-        signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        )  # a job in the background inherits "ignore"
+        # A job in the background inherits "ignore".
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
         def predict(*parts):
             os.kill(os.getpid(), signal.SIGINT)
@@ -183,16 +186,21 @@ def test_interrupts_and_closed_pipes_are_quiet(checkpoint, digits, tmp_path):
         evaluation.predict_logits = predict
         return cli.main(arguments)
 
+    words = ("--checkpoint", checkpoint, f"{digits}/val")
     for entry, expected in ((closed, 141), (interrupted, 130)):
-        code, text = run(
-            "predict", tmp_path, "--checkpoint", checkpoint, f"{digits}/val", entry=entry
-        )
+        code, text = run("predict", tmp_path, *words, entry=entry)
         assert code == expected
         assert text.splitlines() == ["resnet20, ema weights of step 2"]
 
 
-def test_what_is_named(tmp_path, monkeypatch):
-    for name in (
+def give_on_stdin(monkeypatch, data):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """Folders with images, hidden and other files, and links; they are the current folder."""
+    names = (
         "b/2.JPG",
         "b/10.png",
         "b/.hidden.jpg",
@@ -200,35 +208,38 @@ def test_what_is_named(tmp_path, monkeypatch):
         "b-c/1.jpeg",
         "b/.cache/1.jpg",
         "b/deep/0.jpg",
-    ):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
+    )
+    write_tree(tmp_path, dict.fromkeys(names, b""))
     (tmp_path / "b" / "deep" / "circle").symlink_to(tmp_path)
     (tmp_path / "z").symlink_to(tmp_path / "b-c")
     monkeypatch.chdir(tmp_path)
-    below = [
-        "b/10.png",
-        "b/2.JPG",
-        "b/deep/0.jpg",
-        "b-c/1.jpeg",
-        "z/1.jpeg",
-    ]  # as in the index: b before b-c
+    return tmp_path
+
+
+IMAGES_IN_B = ["b/10.png", "b/2.JPG", "b/deep/0.jpg"]
+
+
+def test_images_are_found_in_folders_in_the_order_of_the_index(tree):
+    """Where b comes before b-c. A file that is named is taken, whatever it is."""
+    below = [*IMAGES_IN_B, "b-c/1.jpeg", "z/1.jpeg"]
     assert find_images(["."]) == [f"./{name}" for name in below]
     assert find_images(["b/notes.txt", "z", "gone"]) == ["b/notes.txt", "z/1.jpeg", "gone"]
+
+
+def test_names_of_images_come_from_standard_input(tree, monkeypatch):
+    """One a line, or with null bytes between them."""
+    expected = [*IMAGES_IN_B, "b/notes.txt", "b-c/1.jpeg", os.fsdecode(b"\xff.jpg")]
     for data in (b"b/notes.txt\n\nb-c\n\xff.jpg", b"b/notes.txt\0b-c\0\xff.jpg\0"):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-        assert find_images(["b", "-"]) == below[:3] + [
-            "b/notes.txt",
-            "b-c/1.jpeg",
-            os.fsdecode(b"\xff.jpg"),
-        ]
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(encode(picture(8, 8)))))
+        give_on_stdin(monkeypatch, data)
+        assert find_images(["b", "-"]) == expected
+    give_on_stdin(monkeypatch, encode(picture(8, 8)))
     with pytest.raises(ValueError, match="name /dev/stdin"):
         find_images(["-"])
-    shutil.rmtree("b")
-    (tmp_path / "b").mkdir()
+
+
+def test_a_folder_without_images_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no image: name files, folders"):
-        find_images(["b"])
+        find_images([str(tmp_path)])
 
 
 @pytest.mark.slow
@@ -237,16 +248,15 @@ def test_a_full_disk_is_said(checkpoint, digits, tmp_path):
         sys.stdout = open("/dev/full", "w")  # noqa: SIM115  closing it would fail
         return cli.main(arguments)
 
-    code, text = run(
-        "predict", tmp_path, "--checkpoint", checkpoint, f"{digits}/val/3/0004.jpg", entry=entry
-    )
+    words = ("--checkpoint", checkpoint, f"{digits}/val/3/0004.jpg")
+    code, text = run("predict", tmp_path, *words, entry=entry)
     assert code == 2
     assert "standard output cannot be written" in text
     assert "Traceback" not in text
 
 
 @pytest.mark.slow
-def test_bytes_from_a_pipe(checkpoint, digits, tmp_path):
+def test_the_bytes_of_an_image_come_from_a_pipe(checkpoint, digits, tmp_path):
     def entry(arguments):
         reader, writer = os.pipe()
         with open(f"{digits}/val/3/0004.jpg", "rb") as file:
@@ -255,15 +265,14 @@ def test_bytes_from_a_pipe(checkpoint, digits, tmp_path):
         os.dup2(reader, 0)
         return cli.main(arguments)
 
-    code, text = run(
-        "predict", tmp_path, "--checkpoint", checkpoint, "/dev/stdin", "--top", "1", entry=entry
-    )
+    words = ("--checkpoint", checkpoint, "/dev/stdin", "--top", "1")
+    code, text = run("predict", tmp_path, *words, entry=entry)
     assert code == 0
     assert text.splitlines()[1].startswith("/dev/stdin  ")
 
 
 @pytest.mark.slow
-def test_refusals(checkpoint, digits, tmp_path, monkeypatch, capsys):
+def test_wrong_options_are_refused(checkpoint, digits, tmp_path, monkeypatch, capsys):
     image = f"{digits}/val/3/0004.jpg"
     for arguments, said in (
         (["--model.name", "resnet32"], "the settings of model are the checkpoint's"),

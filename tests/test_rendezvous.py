@@ -5,7 +5,6 @@ or with a broken one, answers. Each start is a forked process on the loopback in
 import os
 import re
 import signal
-import time
 
 import pytest
 import torch.distributed as dist
@@ -111,11 +110,9 @@ def test_a_rank_that_does_not_come(monkeypatch):
 
 def test_a_launcher_that_is_gone_is_not_waited_for():
     """As an orphan finds itself: its parent is another process than at its start."""
-    begun = time.monotonic()
     launcher = Launcher(1, 1, 2, 2, "127.0.0.1", free_port(), agent=1, agent_store=False)
     with pytest.raises(LostRankError, match="torchrun is gone"):
-        meet(launcher, 600)
-    assert time.monotonic() - begun < 60
+        meet(launcher, 60)
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 sentences where a store cannot be read.
 """
 
+import json
+import math
 import os
 import signal
 import threading
@@ -11,8 +13,16 @@ import boto3  # noqa: F401 - forked clients have it then
 import numpy as np
 import obstore.store  # noqa: F401
 import pytest
-from dist_utils import run_app, start_app, wait_app
-from image_files import OneProcess, encode, picture, train_loader, val_loader, write_split
+from dist_utils import options, run_command, start_app, wait_app
+from image_files import (
+    OneProcess,
+    encode,
+    pack_shards,
+    picture,
+    train_loader,
+    val_loader,
+    write_split,
+)
 from store_server import SECRETS, Store, in_child, start_child
 
 from resnet_dist.addresses import check_url, is_url
@@ -49,11 +59,10 @@ def shards(tmp_path_factory):
 
 
 def pack_by_count(images, out, split, count):
-    from image_files import pack_shards
-
+    """Shards of `count` images, in any order."""
     index = build_index(str(images), split, OneProcess())
     order = np.random.default_rng(0).permutation(len(index))
-    pack_shards(index, out / split, order, -(-len(index) // count))
+    pack_shards(index, out / split, order, shards=math.ceil(len(index) / count))
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +125,15 @@ def test_a_run_on_a_store_is_a_run_on_the_disk(store, shards, tmp_path):
 
 
 def sentence(function, *args):
-    """The text of the error that a call raises, and the seconds that it took."""
-    started = time.monotonic()
+    """The text of the error that a call raises."""
     with pytest.raises(ValueError) as raised:
         function(*args)
-    return str(raised.value), time.monotonic() - started
+    return str(raised.value)
+
+
+def assert_no_secret(text):
+    for secret in SECRETS:
+        assert secret not in text, text
 
 
 def sentences(store, cases):
@@ -159,15 +172,14 @@ def test_a_store_that_cannot_be_read_is_explained(store, shards, monkeypatch):
         (f"{store.web}/bucket/nothing", {}, "shards.json"),
     ]
     found = in_child(sentences, store, [(url, trouble) for url, trouble, _ in cases])
-    for (_, _, words), (text, seconds) in zip(cases, found, strict=True):
+    for (_, _, words), text in zip(cases, found, strict=True):
         assert words in text, (words, text)
-        assert seconds < 30
-        assert not any(secret in text for secret in SECRETS), text
+        assert_no_secret(text)
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
-    ((text, _),) = in_child(sentences, store, [(good, {})])
+    [text] = in_child(sentences, store, [(good, {})])
     assert "no credentials for S3" in text
 
 
@@ -177,25 +189,23 @@ def changed(store, content):
     first = load(index, 0).reason
     for number in range(4):
         store.put(f"changing/train/shard-0000{number}.tar", content)
-    return first, sentence(load, index, 0)[0]
+    return first, sentence(load, index, 0)
 
 
 def hangs(store, timeout_s):
-    """What the reader says of a store that stops answering, and the seconds until it is closed."""
+    """What the reader says of a store that stops answering. It must also close."""
     config = DataConfig(read_timeout_s=timeout_s)
     reader = remote_read.build_reader(open_remote("s3://bucket/set"), config)
     store.trouble(hang=True)
-    text, _ = sentence(lambda: reader.collect(reader.request(np.arange(64))))
-    started = time.monotonic()
+    text = sentence(lambda: reader.collect(reader.request(np.arange(64))))
     reader.close()
-    return text, time.monotonic() - started
+    return text
 
 
 @pytest.mark.slow
 def test_a_store_that_stops_answering_ends_the_run(store):
-    text, closing = in_child(hangs, store, 2.0)
+    text = in_child(hangs, store, 2.0)
     assert "cannot be read: it has not answered in time, after" in text
-    assert closing < 20
 
 
 def test_a_shard_that_changes_is_noticed(store, shards):
@@ -208,22 +218,22 @@ def test_a_shard_that_changes_is_noticed(store, shards):
 
 def train_arguments(data_dir, output_dir):
     """A small training on an object store."""
-    options = {
-        "--config": "configs/quickstart.yaml",
-        "--data.kind": "folder",
-        "--data.data_dir": data_dir,
-        "--output_dir": str(output_dir),
-        "--data.train_crop_size": "16",
-        "--data.val_resize_size": "18",
-        "--data.val_crop_size": "16",
-        "--train.global_batch_size": "8",
-        "--train.epochs": "9",
-        "--train.eval_interval_epochs": "0",
-        "--schedule.warmup_epochs": "0",
-        "--distributed.threads": "1",
-        "--log.wandb": "disabled",
-    }
-    return ["train", *(text for pair in options.items() for text in pair)]
+    settings = options(
+        config="configs/quickstart.yaml",
+        data__kind="folder",
+        data__data_dir=data_dir,
+        output_dir=output_dir,
+        data__train_crop_size=16,
+        data__val_resize_size=18,
+        data__val_crop_size=16,
+        train__global_batch_size=8,
+        train__epochs=9,
+        train__eval_interval_epochs=0,
+        schedule__warmup_epochs=0,
+        distributed__threads=1,
+        log__wandb="disabled",
+    )
+    return ["train", *settings]
 
 
 def interrupt_when_it_hangs(store, only, seconds):
@@ -287,21 +297,21 @@ def test_all_ranks_stop_when_a_shard_changes(store, shards, tmp_path):
         return main(arguments)
 
     arguments = train_arguments("s3://moving/", tmp_path / "run")
-    codes = run_app(2, arguments, str(tmp_path / "log"), entry)
-    log = (tmp_path / "log").read_text()
-    assert codes == [2, 2], log
+    code, log = run_command(tmp_path, arguments, 2, entry)
+    assert code == 2, log
     assert "has changed since this run made its list" in log
     assert "Traceback" not in log
-    written = b"".join(path.read_bytes() for path in (tmp_path / "run").glob("*.*"))
-    assert not any(secret in log or secret.encode() in written for secret in SECRETS)
+    assert_no_secret(log)
+    for path in (tmp_path / "run").glob("*.*"):
+        assert_no_secret(path.read_bytes().decode(errors="replace"))
 
 
 def count_requests(store, folder, cache_dir, limit_gb):
     """What is shown, with the cache, and the number of requests for it."""
     index = open_remote("s3://bucket/set")
     store.trouble()
-    options = {"cache_dir": cache_dir, "cache_gb": limit_gb}
-    return show(index, folder, **options), store.requests()
+    shown = show(index, folder, cache_dir=cache_dir, cache_gb=limit_gb)
+    return shown, store.requests()
 
 
 def size_of(folder):
@@ -394,14 +404,13 @@ def test_kills_leave_the_cache_usable(store, shards, tmp_path, kills):
 
 def write_steps(folder, path, cache_dir, steps):
     """Show the samples from the first step that is not written, as a resumed run does."""
-    done = len(path.read_text().splitlines()) if path.exists() else 0
-    loader = train_loader(
-        open_remote("s3://bucket/set"), folder, global_batch_size=16, cache_dir=cache_dir
-    )
+    done = len(path.read_text().splitlines())
+    index = open_remote("s3://bucket/set")
+    loader = train_loader(index, folder, global_batch_size=16, cache_dir=cache_dir)
     with open(path, "a") as file:
         for step, batch in enumerate(loader.batches(done, steps), done):
-            rows = " ".join(map(str, batch.indices.tolist()))
-            file.write(f"{step} {rows} {batch.images.double().sum().item()}\n")
+            record = [step, batch.indices.tolist(), batch.images.double().sum().item()]
+            file.write(json.dumps(record) + "\n")
             file.flush()
             time.sleep(0.02)
 
@@ -414,27 +423,25 @@ def test_no_sample_is_missing_or_twice_after_kills(store, shards, tmp_path, kill
     store.trouble(latency=0.03, errors=0.01, truncated=0.01)
     path = tmp_path / "steps"
     path.touch()
-    killed = 0
-    while killed < kills:
+    for kill in range(kills):
         before = path.stat().st_size
+        enough = before + 20 * (kill % 7)
         process, receiver = start_child(write_steps, tmp_path, path, str(tmp_path / "c"), steps)
-        while path.stat().st_size <= before + 20 * (killed % 7) and process.is_alive():
+        while path.stat().st_size <= enough and process.is_alive():
             time.sleep(0.002)
         assert process.is_alive(), receiver.recv()
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         receiver.close()
-        killed += 1
     in_child(write_steps, tmp_path, path, str(tmp_path / "c"), steps)
+
     index = build_index(str(shards), "train", OneProcess())
     loader = train_loader(index, tmp_path, global_batch_size=16)
-    expected = [
-        (step, batch.indices.tolist(), batch.images.double().sum().item())
-        for step, batch in enumerate(loader.batches(0, steps))
-    ]
+    expected = []
+    for step, batch in enumerate(loader.batches(0, steps)):
+        expected.append([step, batch.indices.tolist(), batch.images.double().sum().item()])
     loader.close()
-    lines = [line.split() for line in path.read_text().splitlines()]
-    seen = [(int(line[0]), list(map(int, line[1:-1])), float(line[-1])) for line in lines]
+    seen = [json.loads(line) for line in path.read_text().splitlines()]
     assert seen == expected
 
 
@@ -447,22 +454,23 @@ def list_keys():
 def test_long_listings(store, keys):
     """Canned pages of 1,000 keys."""
     store.trouble(keys=keys)
-    started = time.monotonic()
     assert in_child(list_keys) == keys
-    print(f"{keys} keys in {time.monotonic() - started:.1f} s")
+
+
+def first_images(index):
+    return index.fingerprint(), [load(index, row).data for row in range(3)]
 
 
 def google(url):
-    os.environ.update(GOOGLE_BASE_URL=os.environ["AWS_ENDPOINT_URL"], GOOGLE_SKIP_SIGNATURE="true")
-    index = open_remote(url)
-    return index.fingerprint(), [load(index, row).data for row in range(3)]
+    os.environ["GOOGLE_BASE_URL"] = os.environ["AWS_ENDPOINT_URL"]
+    os.environ["GOOGLE_SKIP_SIGNATURE"] = "true"
+    return first_images(open_remote(url))
 
 
 def test_google_cloud_storage(store, shards):
     """Its protocol for reading is that of S3, but for the signature."""
     index = build_index(str(shards), "train", OneProcess())
-    expected = index.fingerprint(), [load(index, row).data for row in range(3)]
-    assert in_child(google, "gs://bucket/set") == expected
+    assert in_child(google, "gs://bucket/set") == first_images(index)
 
 
 def ranges(url):
