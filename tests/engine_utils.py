@@ -22,21 +22,6 @@ CONFIG = Config(
 )
 
 
-class Alone:
-    """The runtime of a single process without a process group."""
-
-    device = CPU
-    rank = 0
-    world_size = 1
-    is_main = True
-
-    def all_reduce_sum(self, tensor):
-        return tensor
-
-    def broadcast_buffers(self, model):
-        pass
-
-
 class NoSync(nn.Module):
     """What the step needs of a DDP wrapper when there is one rank."""
 

@@ -1,6 +1,7 @@
 """Small image folders for the tests of the data path, and the loaders over them."""
 
 import io
+import math
 import os
 import tarfile
 
@@ -17,7 +18,7 @@ from resnet_dist.data.sources.scan import build_index
 
 
 class OneProcess:
-    """As much of a Runtime as the data path needs, without a process group."""
+    """As much of a Runtime as a single process needs, without a process group."""
 
     is_main = True
     rank = 0
@@ -29,10 +30,17 @@ class OneProcess:
     def on_main(self, function):
         return function()
 
-    bytes_from_main = long_on_main = on_main
+    bytes_from_main = on_main
+    long_on_main = on_main
 
     def sum_integer(self, number):
         return number
+
+    def all_reduce_sum(self, tensor):
+        return tensor
+
+    def broadcast_buffers(self, model):
+        pass
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -40,13 +48,12 @@ def picture(height: int, width: int, seed: int = 0) -> Image.Image:
     it.
     """
     rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(
-        rng.integers(0, 256, (height // 16 + 2, width // 16 + 2, 3), dtype=np.uint8)
-    )
+    coarse_shape = (height // 16 + 2, width // 16 + 2, 3)
+    coarse = Image.fromarray(rng.integers(0, 256, coarse_shape, dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
-    return Image.fromarray(
-        (smooth + rng.integers(-12, 13, smooth.shape)).clip(0, 255).astype(np.uint8)
-    )
+    texture = rng.integers(-12, 13, smooth.shape)
+    pixels = (smooth + texture).clip(0, 255)
+    return Image.fromarray(pixels.astype(np.uint8))
 
 
 def encode(image: Image.Image, form: str = "JPEG", **options) -> bytes:
@@ -74,19 +81,17 @@ def pack_shards(index, folder, order, shards: int, flat: bool = False, ids: bool
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number, rows in enumerate(np.array_split(list(order), shards)):
-        with tarfile.open(
-            folder / f"shard-{number:05d}.tar", "w", format=tarfile.USTAR_FORMAT
-        ) as tar:
+        path = folder / f"shard-{number:05d}.tar"
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
             for row in rows.tolist():
-                name = (
-                    f"{row:04d}{os.path.splitext(index.name(row))[1]}" if flat else index.name(row)
-                )
+                stem, suffix = os.path.splitext(index.name(row))
+                if flat:
+                    stem = f"{row:04d}"
                 with open(index.path(row), "rb") as file:
-                    add_member(tar, name, file.read())
+                    add_member(tar, stem + suffix, file.read())
                 if ids:
-                    add_member(
-                        tar, os.path.splitext(name)[0] + ".cls", str(index.labels_of(row)).encode()
-                    )
+                    label = str(index.labels_of(row))
+                    add_member(tar, f"{stem}.cls", label.encode())
     return folder
 
 
@@ -102,10 +107,16 @@ def simulated_index(path, n: int) -> str:
     """
     facts = {"classes": ["a"], "shards": ["shard.tar"], "stamps": [], "fingerprint": "none"}
     header = encode_header(n, 16 * n, facts)
+    records = padded_to_64(32 * (n + 1))
+    names = padded_to_64(16 * n)
     with open(path, "wb") as file:
         file.write(header)
-        file.truncate(len(header) + sum(-(-size // 64) * 64 for size in (32 * (n + 1), 16 * n)))
+        file.truncate(len(header) + records + names)
     return str(path)
+
+
+def padded_to_64(num_bytes: int) -> int:
+    return math.ceil(num_bytes / 64) * 64
 
 
 def train_loader(

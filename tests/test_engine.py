@@ -11,13 +11,13 @@ from engine_utils import (
     CONFIG,
     CPU,
     FP32,
-    Alone,
     ListLoader,
     NoSync,
     do_step,
     make_bad_batch,
     make_batch,
 )
+from image_files import OneProcess
 from torch import nn
 
 from resnet_dist import engine
@@ -268,7 +268,7 @@ def test_views_are_averaged_as_probabilities():
     loader = ListLoader([replace(batch, other_views=(second_view,))], 6)
     loader.mirrored = True
 
-    counts = evaluate(model, loader, Alone(), FP32).result()
+    counts = evaluate(model, loader, OneProcess(), FP32).result()
 
     views = [batch.images, batch.images.flip(3), second_view, second_view.flip(3)]
     with torch.no_grad():
@@ -290,7 +290,7 @@ def test_evaluation_counts_each_image_once():
     # None is a round in which this rank has no images.
     loader = ListLoader([first, None, last], num)
 
-    result = evaluate(model, loader, Alone(), FP32).result()
+    result = evaluate(model, loader, OneProcess(), FP32).result()
 
     assert model.training
     model.eval()
@@ -309,7 +309,7 @@ def test_evaluation_refuses_a_miscount():
     model = MODELS["resnet18"](num_classes=10)
     loader = ListLoader([make_batch(5)], num_samples=6)
     with pytest.raises(AssertionError, match="evaluated 5 of 6 images"):
-        evaluate(model, loader, Alone(), FP32)
+        evaluate(model, loader, OneProcess(), FP32)
 
 
 def test_evaluation_stops_when_asked():
@@ -321,7 +321,7 @@ def test_evaluation_stops_when_asked():
     def poll():
         return next(answers)
 
-    assert evaluate(model, loader, Alone(), FP32, poll) is None
+    assert evaluate(model, loader, OneProcess(), FP32, poll) is None
 
 
 def test_what_happens_at_intervals_also_happens_at_the_end():

@@ -15,17 +15,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from dist_utils import run_app
+from class_preference import ORDER, SMALL, WNIDS, of_class, write_images, write_weights
+from dist_utils import run_app, run_command
+from image_files import OneProcess
 from PIL import Image
-from test_suite import (
-    ORDER,
-    SMALL,
-    WNIDS,
-    of_class,
-    run_command,
-    write_images,
-    write_weights,
-)
 
 import resnet_dist
 from resnet_dist.api import EvaluationTransform
@@ -105,7 +98,8 @@ def test_the_transform_is_that_of_the_metadata(tmp_path):
     name = "torchvision:efficientnet_b0:IMAGENET1K_V1"
     settings = describe_weights(name, "--weights").pixels
     assert settings["data.val_interpolation"] == "bicubic"
-    config = config_from_dict({"data": {k.partition(".")[2]: v for k, v in settings.items()}})
+    data = {key.removeprefix("data."): value for key, value in settings.items()}
+    config = config_from_dict({"data": data})
     expected = torchvision.models.EfficientNet_B0_Weights.IMAGENET1K_V1.transforms()(image)
     found = EvaluationTransform(config.data)(image)
     assert torch.allclose(found, expected, atol=1e-5)
@@ -128,9 +122,12 @@ def test_the_wordnet_ids_are_those_of_timm():
         wnid, lemma = line.split("\t")
         lemmas[wnid] = lemma.lower()
     words = imagenet_words()
-    agreeing = [words[i].lower().split(",")[0] in lemmas[wnid] for i, wnid in enumerate(WNIDS)]
-    assert len(words) == 1000, sum(agreeing)
-    assert sum(agreeing) > 900, sum(agreeing)
+    assert len(words) == 1000
+    num_agreeing = 0
+    for wnid, text in zip(WNIDS, words, strict=True):
+        first_word, *_ = text.lower().split(",")
+        num_agreeing += first_word in lemmas[wnid]
+    assert num_agreeing > 900
 
 
 @pytest.mark.slow
@@ -140,8 +137,10 @@ def test_heads_of_other_names_are_recognised_and_listed(tmp_path):
     for head in ("linear", "classifier", "head.fc", "last_linear", "output"):
         renamed = {}
         for key, value in content.items():
-            module, _, attribute = key.rpartition(".")
-            renamed[f"{head}.{attribute}" if module == "fc" else f"module.{key}"] = value
+            if key.startswith("fc."):
+                renamed[key.replace("fc.", f"{head}.")] = value
+            else:
+                renamed[f"module.{key}"] = value
         path = tmp_path / f"{head}.pth"
         torch.save({"state_dict": renamed}, path)
         saved = open_weights(str(path)).fit(config)
@@ -183,17 +182,22 @@ def test_a_plain_file_needs_a_name_and_fitting_weights(tmp_path):
     assert first["words"] == "tiger shark"
 
 
+def load_small(path):
+    """The network of a plain file of weights, as SMALL has it for commands."""
+    changes = {"model.name": "resnet20", "data.val_resize_size": 8, "data.val_crop_size": 8}
+    return resnet_dist.load(path, device="cpu", changes=changes)
+
+
 @pytest.mark.slow
 def test_part_of_the_classes(tmp_path):
-    """Masked or kept; refused without a choice, as the next test has it."""
+    """On two ranks in Python; the logits of absent classes are masked or kept."""
     path = write_weights(tmp_path / "w.pth", 1000, ORDER)
     write_images(tmp_path / "a", of_class(1, 3) + of_class(8, 1))
     words = ["evaluate", "--weights", path, "--data", tmp_path / "a", "--json", *SMALL]
 
     def evaluate_in_python(arguments):
         """Under torchrun each process loads the network, and evaluates its share."""
-        changes = {"model.name": "resnet20", "data.val_resize_size": 8, "data.val_crop_size": 8}
-        network = resnet_dist.load(path, device="cpu", changes=changes)
+        network = load_small(path)
         counts = resnet_dist.evaluate(network, tmp_path / "a", classes="present")
         return int(counts["correct1"] != 3)
 
@@ -213,7 +217,7 @@ def test_part_of_the_classes(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_same_in_python(tmp_path):
+def test_evaluation_in_python_refuses_other_classes_without_a_choice(tmp_path):
     path = write_weights(tmp_path / "w.pth", 1000, ORDER)
     write_images(tmp_path / "a", of_class(1, 3) + of_class(8, 1))
     write_images(tmp_path / "b", ["n12345678/a.jpg", f"{WNIDS[0]}/b.jpg"])
@@ -221,8 +225,7 @@ def test_the_same_in_python(tmp_path):
     picture(tmp_path / "flat" / "a.jpg")
 
     def evaluate(arguments):
-        changes = {"model.name": "resnet20", "data.val_resize_size": 8, "data.val_crop_size": 8}
-        network = resnet_dist.load(path, device="cpu", changes=changes)
+        network = load_small(path)
         counts = resnet_dist.evaluate(network, tmp_path / "a", classes="present")
         assert counts["top1"] == 75
         wrong = (
@@ -240,11 +243,24 @@ def test_the_same_in_python(tmp_path):
     assert run_app(1, [], str(log), evaluate) == [0], log.read_text()
 
 
-def test_layout_traps():
+def test_folders_named_by_numbers_are_class_ids():
+    """Not places in the order of the text, in which 10 comes before 2."""
     numbers = sorted(str(number) for number in range(1000))
     found = map_classes(numbers, WNIDS, "", "v2")
-    assert [int(name) for name in numbers] == list(found.outputs)
+    assert list(found.outputs) == [int(name) for name in numbers]
     assert "not in the order of the text" in found.remarks[0]
+    with pytest.raises(ValueError, match="two folders for the same number"):
+        map_classes(["1", "01"], WNIDS, "all", "val")
+    from_one = [str(number) for number in range(1, 1001)]
+    with pytest.raises(ValueError, match="count from 1"):
+        map_classes(from_one, WNIDS, "", "val")
+    # A network that was trained on such folders knows their names.
+    own = ["0", "1", "10", "2"]
+    assert map_classes(own, own, "", "val").remarks == ()
+
+
+def test_a_network_with_a_background_class_counts_from_one():
+    numbers = sorted(str(number) for number in range(1000))
     background = assumed_names(1001)
     assert background[0] == BACKGROUND
     shifted = map_classes(numbers, background, "present", "v2")
@@ -252,17 +268,13 @@ def test_layout_traps():
     assert shifted.is_masked
     with pytest.raises(ValueError, match="not there: background"):
         map_classes(WNIDS, background, "", "val")
+
+
+def test_classes_in_another_order_are_mapped_by_name():
     reverse = map_classes(WNIDS[::-1], WNIDS, "", "val")
     assert reverse.outputs[0] == 999
     assert "another order" in reverse.remarks[0]
     assert map_classes(WNIDS, WNIDS, "", "val") == ClassMap(tuple(range(1000)), WNIDS, False)
-    from_one = [str(number) for number in range(1, 1001)]
-    with pytest.raises(ValueError, match="count from 1"):
-        map_classes(from_one, WNIDS, "", "val")
-    with pytest.raises(ValueError, match="two folders for the same number"):
-        map_classes(["1", "01"], WNIDS, "all", "val")
-    # A network that was trained on such folders knows their names.
-    assert map_classes(["0", "1", "10", "2"], ["0", "1", "10", "2"], "", "val").remarks == ()
 
 
 @pytest.mark.slow
@@ -334,45 +346,39 @@ def test_our_own_export_says_all(checkpoint, tmp_path):
     assert again.fit(build_config(again.settings)).class_names == []
 
 
-@pytest.mark.slow
 def test_both_layouts_of_shortcut_a(tmp_path):
-    """A_symmetric is that of the public CIFAR networks; init_from says that there are two."""
+    """The zeros are behind the channels, or on both sides as in the public CIFAR networks."""
     images = torch.randn(2, 16, 6, 6)
-    found = make_shortcut(16, 32, 2, Options(shortcut="A_symmetric"))(images)
-    assert torch.equal(found, F.pad(images[:, :, ::2, ::2], (0, 0, 0, 0, 8, 8)))
+    subsampled = images[:, :, ::2, ::2]
+    symmetric = make_shortcut(16, 32, 2, Options(shortcut="A_symmetric"))(images)
+    assert torch.equal(symmetric, F.pad(subsampled, (0, 0, 0, 0, 8, 8)))
     behind = make_shortcut(16, 32, 2, Options(shortcut="A"))(images)
-    assert torch.equal(behind, F.pad(images[:, :, ::2, ::2], (0, 0, 0, 0, 0, 16)))
+    assert torch.equal(behind, F.pad(subsampled, (0, 0, 0, 0, 0, 16)))
+
+
+def test_weights_without_a_config_are_read_with_a_remark_about_the_layout(tmp_path):
     path = write_weights(tmp_path / "w.pth", 10, (7,))
-    for name, options in (("resnet20", {}), ("resnet20", {"shortcut": "B"})):
-        config = config_from_dict({"model": {"name": name, **options}})
-        if options:
-            with pytest.raises(ValueError, match="not all tensors fit"):
-                open_weights(path).fit(config)
-        else:
-            remarks = " ".join(open_weights(path).fit(config).remarks)
-            assert "two layouts" in remarks
-            assert "model.shortcut A_symmetric" in remarks
+    config = config_from_dict({"model": {"name": "resnet20"}})
+    remarks = " ".join(open_weights(path).fit(config).remarks)
+    assert "two layouts" in remarks
+    assert "model.shortcut A_symmetric" in remarks
 
-
-class LoneRank:
-    """The runtime of a single rank."""
-
-    @staticmethod
-    def on_main(make):
-        return make()
-
-    bytes_from_main = on_main
+    with_projections = config_from_dict({"model": {"name": "resnet20", "shortcut": "B"}})
+    with pytest.raises(ValueError, match="not all tensors fit"):
+        open_weights(path).fit(with_projections)
 
 
 def test_init_from_warns_of_the_two_layouts_of_shortcut_a(tmp_path):
     """Unless the network pads no channels, or the config in the file tells which layout it is."""
     path = tmp_path / "w.pt"
-    for shortcut, has_config, warns in (
+    # The shortcut, whether the file has a config, and whether there is a warning.
+    cases = (
         ("default", False, True),
         ("A_symmetric", False, True),
         ("B", False, False),
         ("A", True, False),
-    ):
+    )
+    for shortcut, has_config, warns in cases:
         model_settings = {"name": "resnet20", "shortcut": shortcut, "num_classes": 2}
         config = config_from_dict({"output_dir": str(tmp_path), "model": model_settings})
         state = SimpleNamespace(model=build_model(config.model, 2), ema=None)
@@ -382,7 +388,7 @@ def test_init_from_warns_of_the_two_layouts_of_shortcut_a(tmp_path):
         torch.save(content, path)
         saver = Saver(tmp_path, 1, {"class_names": ["a", "b"]}, print, is_main=True)
         log = Mock()
-        restore(state, StartPoint(weights_path=str(path)), config, saver, LoneRank(), log)
+        restore(state, StartPoint(weights_path=str(path)), config, saver, OneProcess(), log)
         texts = [call.args[0] for call in log.warn.call_args_list]
         warnings = [text for text in texts if "two layouts" in text]
         assert len(warnings) == warns, (shortcut, has_config, texts)

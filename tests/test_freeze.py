@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torchvision
-from engine_utils import CPU, FP32, Alone, NoSync, make_batch, rule_of
+from engine_utils import CPU, FP32, NoSync, make_batch, rule_of
+from image_files import OneProcess
 from torch import nn
 
 from resnet_dist import engine
@@ -82,7 +83,7 @@ def test_frozen_norms_stay_in_eval_throughout():
         mirrored = False
 
     state, _ = trained(steps=0, unfreeze_from="layer3")
-    evaluation.evaluate(state.model, Nothing(), Alone(), FP32)
+    evaluation.evaluate(state.model, Nothing(), OneProcess(), FP32)
     modes = {
         name: module.training
         for name, module in state.model.named_modules()
@@ -93,7 +94,7 @@ def test_frozen_norms_stay_in_eval_throughout():
     assert state.model.training
     assert state.model.layer1.training
     state.model.eval()
-    evaluation.evaluate(state.model, Nothing(), Alone(), FP32)
+    evaluation.evaluate(state.model, Nothing(), OneProcess(), FP32)
     assert not any(module.training for module in state.model.modules())
 
 

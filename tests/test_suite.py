@@ -13,46 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dist_utils import run_app
+from class_preference import ORDER, SMALL, WNIDS, of_class, write_images, write_weights
+from dist_utils import run_command
+from image_files import OneProcess
 from PIL import Image
 
-from resnet_dist.config import Config, DataConfig, ModelConfig
+from resnet_dist.api import EvaluationTransform
+from resnet_dist.config import Config, DataConfig
 from resnet_dist.evaluation.sets import arrays, corruptions
 from resnet_dist.evaluation.sets.suite_file import read_suite
-from resnet_dist.models.build import build_model
-from resnet_dist.models.class_names import imagenet_ids
-
-WNIDS = imagenet_ids()
-# The order of preference of the network with ImageNet's classes.
-ORDER = (3, 1, 8, 2, 9, 4)
-SMALL = ("--data.val_resize_size", "8", "--data.val_crop_size", "8", "--distributed.threads", "1")
-SMALL += ("--data.threads", "1", "--model.name", "resnet20")
-
-
-def write_weights(path, num_classes, order):
-    """A ResNet-20 whose logits are `len(order)` for the first class of the order, and so on."""
-    torch.manual_seed(0)
-    model = build_model(ModelConfig(name="resnet20"), num_classes)
-    head = next(name for name, _ in model.named_modules() if name in ("fc", "linear"))
-    content = model.state_dict()
-    content[f"{head}.weight"].zero_()
-    content[f"{head}.bias"].zero_()
-    for place, number in enumerate(order):
-        content[f"{head}.bias"][number] = len(order) - place
-    torch.save(content, path)
-    return str(path)
-
-
-def write_images(folder, names):
-    """One small image for each name below `folder`."""
-    for number, name in enumerate(names):
-        path = Path(folder, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (9, 8), (number % 256, 40, 90)).save(path)
-
-
-def of_class(number, count, suffix="jpg"):
-    return [f"{WNIDS[number]}/{place}.{suffix}" for place in range(count)]
 
 
 def few_corruptions(monkeypatch, names=("snow", "fog")):
@@ -60,15 +29,6 @@ def few_corruptions(monkeypatch, names=("snow", "fog")):
     for name in list(corruptions.ALEXNET_ERRORS):
         if name not in names:
             monkeypatch.delitem(corruptions.ALEXNET_ERRORS, name)
-
-
-def run_command(folder, words, world_size=1):
-    """Exit code and output of a command, in a process for each rank: (code, text)."""
-    log = folder / "printed"
-    log.unlink(missing_ok=True)
-    codes = run_app(world_size, [str(word) for word in words], str(log))
-    assert len(set(codes)) == 1, log.read_text()
-    return codes[0], log.read_text()
 
 
 def run_suite(weights, suite, output, *options, world_size=1):
@@ -292,10 +252,6 @@ sets:
 
 def test_arrays_pass_through_the_geometry_of_files(tmp_path):
     """Batch by batch, on two ranks, also of several views."""
-    from image_files import OneProcess
-
-    from resnet_dist.api import EvaluationTransform
-
     pixels, labels = cifar_arrays(5)
     data = DataConfig(val_resize_size=40, val_crop_size=24, val_batch_size=2)
     config = Config(data=data)
@@ -310,11 +266,12 @@ def test_arrays_pass_through_the_geometry_of_files(tmp_path):
         batches = list(loader)
         assert len(batches) == loader.rounds == 2
         for batch in batches:
-            if batch is not None:
-                for row, label, image in zip(
-                    batch.indices, batch.labels, batch.images, strict=True
-                ):
-                    seen[int(row)] = (int(label), image)
+            if batch is None:
+                continue
+            for row, label, image in zip(
+                batch.indices.tolist(), batch.labels.tolist(), batch.images, strict=True
+            ):
+                seen[row] = (label, image)
     assert sorted(seen) == [0, 1, 2, 3, 4]
     for row, (label, image) in seen.items():
         assert label == labels[row]
@@ -338,6 +295,8 @@ def test_mean_corruption_error():
 
 
 class Evil:
+    """Calls print when it is read from a pickle."""
+
     def __reduce__(self):
         return (print, ("run",))
 

@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 from dist_utils import equal_trees, in_double, run_app, small_run
-from engine_utils import CPU, Alone, NoSync, make_batch
+from engine_utils import CPU, NoSync, make_batch
+from image_files import OneProcess
 from torch import nn
 
 from resnet_dist import cli
@@ -36,13 +37,6 @@ TRAIN = TrainConfig(
     distillation_temperature=3.0,
     ema_decay=0.9,
 )
-
-
-class LoneRuntime(Alone):
-    """Alone, as the main process that reads the file."""
-
-    def bytes_from_main(self, function):
-        return function()
 
 
 def small_network(seed):
@@ -205,7 +199,7 @@ def test_teachers_that_do_not_fit(checkpoint, tmp_path):
     def loaded(names=names, **train):
         data = DataConfig(mean=(0.5, 0.5, 0.4), std=(0.5, 0.5, 0.5))
         config = Config(train=replace(TRAIN, **train), data=data)
-        return load_teacher(config, names, LoneRuntime())
+        return load_teacher(config, names, OneProcess())
 
     assert loaded(teacher="") is None
     refused = {

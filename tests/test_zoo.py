@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from dist_utils import equal_trees, run_app, run_ranks, small_run
-from engine_utils import FP32, Alone, ListLoader, NoSync, do_step, rule_of
+from engine_utils import FP32, ListLoader, NoSync, do_step, rule_of
+from image_files import OneProcess
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -192,7 +193,7 @@ def test_trains_averages_and_evaluates(name, narrow, tmp_path):
         assert step(resumed) == losses[-1]
         assert equal_trees(state.state_dict(), resumed.state_dict())
     for model in (state.model, state.ema.model):
-        result = evaluate(model, ListLoader([batch], own.count), Alone(), FP32).result()
+        result = evaluate(model, ListLoader([batch], own.count), OneProcess(), FP32).result()
         assert result["num"] == own.count
         assert np.isfinite(result["loss"])
 
