@@ -86,8 +86,10 @@ def _begin_forked_rank() -> None:
 
     What the parent has made stays: a DALI pipeline that is collected here waits for threads that do
     not survive a fork, or aborts. A rank that hangs prints where, before it is ended: after a time,
-    and at SIGABRT.
+    and at SIGABRT. Ctrl-C works, also if a shell has started the tests in the background, where it
+    is ignored.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.freeze()
     stderr = 2
     faulthandler.enable(file=stderr)
