@@ -39,12 +39,12 @@ def _check_train_cache(data: DataConfig, runtime: Runtime) -> tuple[str, str]:
     memory = cache_budget()
     folder = tempfile.gettempdir()
     disk = shutil.disk_usage(folder)
-    sizes = [
-        f"the training images take about {memory_size(needed)}",
+    text = (
+        f"data.train_cache {data.train_cache}: "
+        f"the training images take about {memory_size(needed)}; "
         f"the cache may take {memory_size(memory)} of memory, and "
-        f"{memory_size(disk.free)} are free in {folder} (TMPDIR)",
-    ]
-    text = f"data.train_cache {data.train_cache}: {'; '.join(sizes)}"
+        f"{memory_size(disk.free)} are free in {folder} (TMPDIR)"
+    )
     if needed <= min(memory, disk.free):
         return "ok", text
     if data.train_cache == "auto":

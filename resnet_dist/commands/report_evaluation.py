@@ -165,9 +165,10 @@ def _calibration(calibration: Calibration) -> str:
 
 def _classes(details: EvaluationDetails) -> str:
     """A table of the classes, the worst first."""
-    header = ["class", "images", "top-1 (%)", "mean confidence (%)"]
+    header = ["class", "images", "top-1 (%)"]
     if _has_top5(details.network):
-        header.insert(3, "top-5 (%)")
+        header.append("top-5 (%)")
+    header.append("mean confidence (%)")
     rows = [_class_row(each, details) for each in details.classes]
     first = rows[:_FIRST_CLASSES]
     rest = rows[_FIRST_CLASSES:]
@@ -184,17 +185,18 @@ def _class_row(
     details: EvaluationDetails,
 ) -> list[str]:
     """The cells of a class."""
+    network = details.network
     top1 = 100 * result.correct1 / result.num
-    confidence = 100 * result.confidence
     cells = [
-        details.network.class_names[result.label],
+        network.class_names[result.label],
         str(result.num),
         f"{top1:.1f}",
-        f"{confidence:.1f}",
     ]
-    if _has_top5(details.network):
+    if _has_top5(network):
         top5 = 100 * result.correct5 / result.num
-        cells.insert(3, f"{top5:.1f}")
+        cells.append(f"{top5:.1f}")
+    confidence = 100 * result.confidence
+    cells.append(f"{confidence:.1f}")
     return cells
 
 
