@@ -15,9 +15,8 @@ from resnet_dist.evaluation.evaluation_file import (
 from resnet_dist.evaluation.intervals import Interval, wilson_interval
 from resnet_dist.metrics import FIRST_TOP5_CLASSES
 
-# How much of a list is shown at once.
-_FIRST_CLASSES = 10
-_FIRST_CONFUSIONS = 10
+# How much of a table is shown at once.
+_FIRST_ROWS = 10
 
 # With more classes the matrix would not be readable.
 _MOST_CLASSES_OF_A_MATRIX = 20
@@ -170,14 +169,31 @@ def _classes(details: EvaluationDetails) -> str:
         header.append("top-5 (%)")
     header.append("mean confidence (%)")
     rows = [_class_row(each, details) for each in details.classes]
-    first = rows[:_FIRST_CLASSES]
-    rest = rows[_FIRST_CLASSES:]
     title = text("h3", "Classes, the worst first")
-    section = title + table(header, first)
-    if rest:
-        summary = f"{len(rest)} more classes"
-        section += folded(summary, table(header, rest))
-    return section
+    first = table(header, rows[:_FIRST_ROWS])
+    rest = _folded_rest("classes", header, rows)
+    return title + first + rest
+
+
+def _folded_rest(
+    name: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    numeric_from: int = 1,
+) -> str:
+    """The rows of a table that are not shown at once; empty if all are.
+
+    Args:
+        name: What the rows are.
+        header: The titles of the columns.
+        rows: All rows.
+        numeric_from: The first column with numbers.
+    """
+    rest = rows[_FIRST_ROWS:]
+    if not rest:
+        return ""
+    summary = f"{len(rest)} more {name}"
+    return folded(summary, table(header, rest, numeric_from))
 
 
 def _class_row(
@@ -215,16 +231,12 @@ def _confusions(details: EvaluationDetails) -> str:
             str(each.num),
         ]
         rows.append(row)
-    first = rows[:_FIRST_CONFUSIONS]
-    rest = rows[_FIRST_CONFUSIONS:]
-    pairs = table(header, first, numeric_from=2)
+    pairs = table(header, rows[:_FIRST_ROWS], numeric_from=2)
     if len(names) <= _MOST_CLASSES_OF_A_MATRIX:
         pairs += _matrix(details)
-    section = title + element("div", pairs, class_="side")
-    if rest:
-        summary = f"{len(rest)} more pairs"
-        section += folded(summary, table(header, rest, numeric_from=2))
-    return section
+    pairs_and_matrix = element("div", pairs, class_="side")
+    rest = _folded_rest("pairs", header, rows, numeric_from=2)
+    return title + pairs_and_matrix + rest
 
 
 def _matrix(details: EvaluationDetails) -> str:
