@@ -6,7 +6,8 @@ How to run it:
     resnet-dist benchmark loader --data.data_dir DIR --rivals benchmarks/rivals.py
 
 Each gets the bytes of the same images, in a temporary folder that is removed at the end, and the
-transforms of torchvision on PIL images, as in its own examples. Writing the format does not count.
+transforms of torchvision on PIL images, as in its own examples. Only FFCV encodes the images again
+and has transforms of its own. Writing the format does not count.
 `RIVALS` is what the command reads; its type is explained in resnet_dist/commands/rival_file.py.
 """
 
@@ -51,6 +52,8 @@ class Reading(NamedTuple):
     local_batch_size: int
     threads: int
     """number of worker processes"""
+    config: DataConfig
+    """for a rival with transforms of its own"""
 
 
 OpenLoader = Callable[[], Iterable[Any]]
@@ -88,7 +91,7 @@ def build_rival(
         return transform(image.convert("RGB"))
 
     samples = list_images(folder)
-    reading = Reading(decode, local_batch_size, threads)
+    reading = Reading(decode, local_batch_size, threads, config)
     # Removed when the last reference to it is gone. `batches` has one.
     place = tempfile.TemporaryDirectory(prefix="resnet_dist_rival_")
     open_loader = write_and_open(samples, place.name, reading)
@@ -224,7 +227,56 @@ def write_mosaicml(samples: list[LabelledFile], folder: str, reading: Reading) -
     return open_loader
 
 
+def write_ffcv(samples: list[LabelledFile], folder: str, reading: Reading) -> OpenLoader:
+    """One file with JPEGs that FFCV encodes itself, read by threads and compiled transforms."""
+    import numpy as np
+    from ffcv import fields, loader, transforms, writer
+    from PIL import Image
+
+    class Decoded:
+        def __len__(self) -> int:
+            return len(samples)
+
+        def __getitem__(self, number: int) -> tuple[Any, int]:
+            sample = samples[number]
+            return Image.open(sample.path).convert("RGB"), sample.label
+
+    path = os.path.join(folder, "images.beton")
+    kinds = {"image": fields.RGBImageField(write_mode="jpg"), "label": fields.IntField()}
+    writer.DatasetWriter(path, kinds, num_workers=reading.threads).from_indexed_dataset(Decoded())
+
+    config = reading.config
+    side = config.train_crop_size
+    mean = 255 * np.array(config.mean)
+    std = 255 * np.array(config.std)
+    decoder = fields.rgb_image.RandomResizedCropRGBImageDecoder(
+        (side, side), scale=config.crop_scale, ratio=config.crop_ratio
+    )
+    image_steps = [
+        decoder,
+        transforms.RandomHorizontalFlip(config.flip_probability),
+        transforms.NormalizeImage(mean, std, np.float32),
+        transforms.ToTensor(),
+        transforms.ToTorchImage(),
+    ]
+    label_steps = [fields.basics.IntDecoder(), transforms.ToTensor(), transforms.Squeeze()]
+    # It compiles its transforms once.
+    opened = loader.Loader(
+        path,
+        batch_size=reading.local_batch_size,
+        num_workers=reading.threads,
+        order=loader.OrderOption.RANDOM,
+        pipelines={"image": image_steps, "label": label_steps},
+    )
+
+    def open_loader() -> Iterable[Any]:
+        return opened
+
+    return open_loader
+
+
 RIVALS = {
+    "ffcv": functools.partial(build_rival, write_ffcv),
     "webdataset": functools.partial(build_rival, write_webdataset),
     "litdata": functools.partial(build_rival, write_litdata),
     "mosaicml": functools.partial(build_rival, write_mosaicml),

@@ -163,12 +163,13 @@ def test_rivals_that_cannot_be_used(tmp_path, monkeypatch):
     folder = str(tmp_path / "train")
     empty = tmp_path / "empty.py"
     empty.write_text("")
-    for name in ("webdataset", "litdata", "streaming"):
+    for name in ("ffcv", "webdataset", "litdata", "streaming"):
         monkeypatch.setitem(sys.modules, name, None)
     rivals = build_rivals(RIVALS, folder, DataConfig(), 4, 1)
-    assert rivals.makers == {} and set(rivals.left_out) == {"webdataset", "litdata", "mosaicml"}
+    assert rivals.makers == {}
+    assert set(rivals.left_out) == {"ffcv", "webdataset", "litdata", "mosaicml"}
     for text, words in (
-        (f"{RIVALS}:ffcv", "has webdataset, litdata, mosaicml"),
+        (f"{RIVALS}:other", "has ffcv, webdataset, litdata, mosaicml"),
         (f"{RIVALS}:mosaicml", "mosaicml cannot be imported"),
         (str(empty), "does not define RIVALS"),
         (str(tmp_path), "is no file"),

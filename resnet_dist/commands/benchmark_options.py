@@ -78,7 +78,7 @@ def _add_loader_options(parser: Parser) -> None:
         default="",
         metavar="FILE[:NAME,...]",
         help="loader: compare also with the loaders of a Python file: benchmarks/rivals.py has "
-        "webdataset, litdata and mosaicml",
+        "ffcv, webdataset, litdata and mosaicml",
     )
 
 
