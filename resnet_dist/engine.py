@@ -394,6 +394,8 @@ def train_loop(parts: Training, services: Services) -> int:
                 parts.model, state, micro_batches, lr, rule, window.nonfinite
             )
             window.add(counts, grad_norm, lr, rule.global_batch_size)
+            # Not while the next batch is waited for: see data.pixels.ahead.receive.
+            del micro_batches
             services.log.progress(state.step)
 
 

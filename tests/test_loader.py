@@ -5,6 +5,7 @@ import json
 import os
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -528,3 +529,21 @@ def test_a_batch_is_handed_over_to_the_stream_of_the_caller(monkeypatch):
 
     assert list(ahead.receive(made())) == [batch]
     assert calls == [("wait", "event"), ("images", stream), ("labels", stream), ("view", stream)]
+
+
+def test_a_batch_belongs_to_the_caller_alone(tmp_path):
+    """It is freed when the caller drops it, and not while the next one is asked for."""
+    index = write_split(tmp_path, [encode(picture(40, 40, i)) for i in range(16)])
+    loader = train_loader(index, tmp_path)
+    batches = loader.batches(0, 4)
+    for _ in range(4):
+        batch = next(batches)
+        reference = weakref.ref(batch.images)
+        del batch
+        # The thread that made it may still hold it, but never while it waits.
+        deadline = time.monotonic() + 30
+        while reference() is not None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert reference() is None
+    batches.close()
+    loader.close()

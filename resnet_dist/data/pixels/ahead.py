@@ -43,14 +43,23 @@ def receive(ready: Generator[ReadyBatch, None, None]) -> Generator[Batch, None, 
     """
     with contextlib.closing(ready):
         for item in ready:
-            batch = item.batch
             if item.event is not None:
-                stream = torch.cuda.current_stream()
-                stream.wait_event(item.event)
-                for tensor in (batch.images, batch.labels, *batch.other_views):
-                    # Its memory is not reused before the caller's stream is done with it.
-                    tensor.record_stream(stream)
-            yield batch
+                _wait_on_stream(item.batch, item.event)
+            handed_over = [item.batch]
+            del item
+            # The caller alone keeps the batch now, and frees it when it is done with it. Otherwise
+            # that would happen here, when the next batch is asked for: to free a tensor gives up
+            # Python's lock, which the loader's threads then take for some milliseconds.
+            yield handed_over.pop()
+
+
+def _wait_on_stream(batch: Batch, event: torch.cuda.Event) -> None:
+    """Make the current stream wait until a batch is complete."""
+    stream = torch.cuda.current_stream()
+    stream.wait_event(event)
+    for tensor in (batch.images, batch.labels, *batch.other_views):
+        # Its memory is not reused before the caller's stream is done with it.
+        tensor.record_stream(stream)
 
 
 def run_ahead(
@@ -81,7 +90,10 @@ def run_ahead(
                 return
             if isinstance(item, _BackgroundError):
                 raise item.error
-            yield item
+            handed_over = [item]
+            del item
+            # Not kept here, as in `receive`.
+            yield handed_over.pop()
     except KeyboardInterrupt:
         # The thread may be waiting for an object store that does not answer.
         give_up_soon()
