@@ -45,7 +45,7 @@ class Mix:
     """float64 [B, 4]: (top, left, bottom, right) of the neighbour's patch in CutMix, as fractions
     of the sides; all zeros for mixup"""
 
-    def part(self, places: IntArray) -> "Mix":
+    def select(self, places: IntArray) -> "Mix":
         """How some of the images are mixed.
 
         Args:
@@ -103,7 +103,7 @@ def build_mixing(config: AugmentConfig, seed: int, layout: BatchLayout) -> Mixin
         last = int(blocks[-1])
         different_blocks = np.arange(first, last + 1)
         drawn = draw_mix(seed, step, different_blocks, mixup_alpha, cutmix_alpha)
-        return drawn.part(blocks - first)
+        return drawn.select(blocks - first)
 
     return mixing
 

@@ -28,6 +28,7 @@ COMMANDS = {
     "export": ["--checkpoint", "run.pt", "--to", "onnx", "--output", "net.onnx"],
     "benchmark": ["loader", "--images", "5"],
     "doctor": ["--json"],
+    "plan": ["--gpus", "2"],
     "data show": ["--images", "1"],
 }
 

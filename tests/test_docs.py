@@ -22,13 +22,15 @@ NOT_OURS = {"source", "pip", "git", "cd"}
 PARSED_ONLY = ("data import", "data download", "benchmark", "models", "launch", "plan")
 
 
-def commands():
+def commands(languages="bash"):
     """(page, command) of each fenced block of shell commands, with continued lines joined."""
     found = []
     for page in PAGES:
-        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+        for block in re.findall(
+            rf"^```(?:{languages})\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE
+        ):
             for line in block.replace("\\\n", " ").splitlines():
-                command = line.partition(" # ")[0].strip()
+                command = line.partition(" # ")[0].strip().removeprefix("$ ")
                 if command and not command.startswith("#"):
                     found.append((page.relative_to(ROOT), command))
     return found
@@ -89,6 +91,37 @@ def test_commands_run(folder, digits):
         if code != 0:
             failures.append(f"{page}: {command}: exit code {code}")
     assert failures == []
+
+
+@pytest.mark.slow
+def test_what_is_not_run_is_parsed():
+    """Also the commands that stand in a block of output, or in one without a language."""
+    found = [
+        (page, command)
+        for page, command in commands("bash|console|")
+        if command.startswith(tuple(f"resnet-dist {start}" for start in PARSED_ONLY))
+        or command.endswith("--suite suite.yaml --output results")
+    ]
+    assert len(found) > 15
+    failures = []
+    for page, command in found:
+        words = shlex.split(command)[1:]
+        if words[0] == "launch":
+            arguments_of_train(["resnet-dist", *words])
+            continue
+        try:
+            line, _ = cli._prepare(words)
+            if words[0] in ("benchmark", "plan"):
+                line.settings()
+            else:
+                line.options()
+        except SystemExit:
+            failures.append(f"{page}: {command}")
+    assert failures == []
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
 def test_programs_are_known():

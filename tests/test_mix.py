@@ -31,7 +31,7 @@ GOLDEN = {
 def draw_one_block(seed, step, mixup_alpha, cutmix_alpha, num_images=1):
     """The mixing of some images of one block."""
     block = mix.draw_mix(seed, step, ONE_BLOCK, mixup_alpha, cutmix_alpha)
-    return block.part(np.zeros(num_images, np.int64))
+    return block.select(np.zeros(num_images, np.int64))
 
 
 def draw_blocks(seed, mixup_alpha, cutmix_alpha, steps=30):

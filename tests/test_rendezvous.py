@@ -2,16 +2,18 @@
 or with a broken one, answers. Each start is a forked process on the loopback interface.
 """
 
+import errno
 import os
 import re
 import signal
+from unittest.mock import MagicMock
 
 import pytest
 import torch.distributed as dist
 from dist_utils import free_port, start_app, wait_app
 
 from resnet_dist.config import Config
-from resnet_dist.distributed import rendezvous
+from resnet_dist.distributed import interfaces, rendezvous
 from resnet_dist.distributed.process import run_process
 from resnet_dist.distributed.rendezvous import Launcher, LostRankError, meet, read_launcher
 
@@ -94,6 +96,27 @@ def test_a_host_and_a_port_that_cannot_be_used():
     with pytest.raises(ValueError, match=f"MASTER_PORT {port} of MASTER_ADDR 127.0.0.1.*in use"):
         meet(Launcher(0, 0, 2, 2, "127.0.0.1", port), 5)
     del taken
+
+
+def test_a_machine_whose_interfaces_are_all_down(monkeypatch):
+    """Not even loopback is there: rank 0 says so at once, and which interface to start."""
+    assert "lo" in interfaces.interfaces_that_are_up()
+    assert not interfaces._is_up("nosuch0")
+    monkeypatch.setattr(interfaces, "_is_up", lambda name: False)
+    assert "no network interface of this machine is up" in interfaces.advise_on_interfaces()
+
+    def connect(place):
+        raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+    datagrams = MagicMock()
+    datagrams.return_value.__enter__.return_value.connect = connect
+    monkeypatch.setattr(interfaces.socket, "socket", datagrams)
+    with pytest.raises(ValueError) as refused:
+        meet(Launcher(0, 0, 2, 2, "127.0.0.1", 29500), 600)
+    assert str(refused.value) == (
+        "MASTER_ADDR is '127.0.0.1': rank 0 cannot reach this address, its own (Network is "
+        "unreachable); network interfaces that are up: none (`ip link set lo up` starts loopback)"
+    )
 
 
 @pytest.mark.slow

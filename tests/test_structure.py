@@ -40,6 +40,7 @@ LAYERS = [
         "distributed.watchdog",
         "distributed.error_file",
         "distributed.stacks",
+        "distributed.interfaces",
         "distributed.runtime",
         "distributed.process",
         "logs.decoder_warnings",

@@ -6,7 +6,7 @@ import shutil
 from typing import Any
 
 from resnet_dist.commands.import_parquet import import_folder
-from resnet_dist.data.sources.index import some
+from resnet_dist.data.sources.index import first_names
 from resnet_dist.data.sources.parquet import SUFFIX
 from resnet_dist.text import first_line
 
@@ -104,7 +104,7 @@ def _find_files(api: Any, name: str, config: str) -> tuple[str, str]:  # noqa: A
         if folders:
             raise ValueError(
                 f"the data set {name} has several configurations: choose one of "
-                f"{some(sorted(folders), 20)} with --config"
+                f"{first_names(sorted(folders), 20)} with --config"
             )
     of_config = f" of the configuration {config}" if config else ""
     raise ValueError(

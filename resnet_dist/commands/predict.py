@@ -23,7 +23,7 @@ from resnet_dist.checkpoints.saved_network import (
 )
 from resnet_dist.config import Config
 from resnet_dist.data.build import build_val_loader
-from resnet_dist.data.sources.index import SUFFIXES, list_files, some
+from resnet_dist.data.sources.index import SUFFIXES, first_names, list_files
 from resnet_dist.data.types import IGNORED_LABEL
 from resnet_dist.distributed.process import run_process
 from resnet_dist.distributed.runtime import Runtime
@@ -282,7 +282,7 @@ def find_images(words: list[str]) -> list[str]:
     for path in files:
         if os.path.exists(path):
             return files
-    raise ValueError(f"no image: {printable(some(files))} does not exist")
+    raise ValueError(f"no image: {printable(first_names(files))} does not exist")
 
 
 def _read_paths() -> list[str]:

@@ -29,7 +29,7 @@ class OperationPlan:
     matrices: FloatArray
     """float32 [n, K, 3, 3]: what DALI gets in place of the parameter (see operations.py)"""
 
-    def part(self, places: slice) -> "OperationPlan":
+    def select(self, places: slice) -> "OperationPlan":
         """The plan of some images of the batch."""
         ops = self.ops[places]
         params = self.params[places]

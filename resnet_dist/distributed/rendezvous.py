@@ -18,6 +18,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from resnet_dist.distributed.interfaces import check_route, interfaces_that_are_up
 from resnet_dist.text import first_line
 
 # Every launcher sets all of these variables.
@@ -304,6 +305,8 @@ def _serve_or_connect(launcher: Launcher, deadline: float) -> Store:
         if launcher.agent_store:
             limit = min(deadline, time.monotonic() + _AGENT_STORE_SECONDS)
         _wait_for_server(launcher, limit)
+    else:
+        _check_own_address(address, port)
     try:
         return TCPStore(
             address,
@@ -321,6 +324,19 @@ def _serve_or_connect(launcher: Launcher, deadline: float) -> Store:
             f"rank 0 cannot listen on MASTER_PORT {port} of MASTER_ADDR {address}: the port is in "
             f"use or not permitted; set MASTER_PORT (torchrun --master_port) to a free one "
             f"({_reason(problem)})"
+        ) from problem
+
+
+def _check_own_address(address: str, port: int) -> None:
+    """Raise ValueError if rank 0 cannot reach its own address: torch would try for long."""
+    _resolve(address)
+    try:
+        check_route(address, port)
+    except OSError as problem:
+        names = ", ".join(interfaces_that_are_up()) or "none (`ip link set lo up` starts loopback)"
+        raise ValueError(
+            f"MASTER_ADDR is {address!r}: rank 0 cannot reach this address, its own "
+            f"({problem.strerror}); network interfaces that are up: {names}"
         ) from problem
 
 

@@ -5,7 +5,6 @@ import ctypes
 import os
 import re
 import signal
-import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
+from resnet_dist.distributed.interfaces import advise_on_interfaces
 from resnet_dist.distributed.rendezvous import Launcher, LostRankError, meet, read_launcher
 from resnet_dist.distributed.watchdog import Watchdog
 
@@ -328,12 +328,9 @@ def _refuse_interface(problem: Exception) -> None:
     chosen = os.environ.get("GLOO_SOCKET_IFNAME")
     if chosen:
         what = f"GLOO_SOCKET_IFNAME is {chosen!r}"
-    names = [name for _, name in socket.if_nameindex()]
-    interfaces = ", ".join(names) or "none"
     raise ValueError(
         f"the process group cannot start: {what}, and gloo finds no address to use "
-        f"({_first_line(problem)}); set it to one of this machine's network interfaces that is up: "
-        f"{interfaces}"
+        f"({_first_line(problem)}); {advise_on_interfaces()}"
     ) from problem
 
 

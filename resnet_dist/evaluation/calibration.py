@@ -93,7 +93,7 @@ def measure_calibration(results: ImageResults) -> Calibration | None:
     Returns:
         The figures; None if no image could be decoded.
     """
-    readable = results.part(results.is_readable)
+    readable = results.select(results.is_readable)
     if not len(readable):
         return None
     confidences = readable.confidences
@@ -177,8 +177,8 @@ def scale_temperature(results: ImageResults) -> TemperatureScaling | None:
         The figures; None if one half has no image.
     """
     is_odd = results.rows % 2 == 1
-    fitted = results.part(~is_odd)
-    measured = results.part(is_odd)
+    fitted = results.select(~is_odd)
+    measured = results.select(is_odd)
     if not len(fitted) or not len(measured):
         return None
     grid = temperature_grid()

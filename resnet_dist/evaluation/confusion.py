@@ -85,7 +85,7 @@ def find_confusions(results: ImageResults, num_classes: int) -> list[Confusion]:
     Returns:
         The cells with most images first; equal ones in the order of their class ids.
     """
-    seen = results.part(results.is_readable)
+    seen = results.select(results.is_readable)
     predicted = seen.top_classes[:, 0]
     is_wrong = predicted != seen.labels
     cells = seen.labels[is_wrong] * num_classes + predicted[is_wrong]

@@ -192,7 +192,7 @@ def confusion_matrix(
     network: EvaluatedNetwork,
 ) -> ConfusionMatrix:
     """The class and the predicted class of each image that could be decoded."""
-    readable = collected.results.part(collected.results.is_readable)
+    readable = collected.results.select(collected.results.is_readable)
     return ConfusionMatrix(
         labels=readable.labels.tolist(),
         predicted=readable.top_classes[:, 0].tolist(),

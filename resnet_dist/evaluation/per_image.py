@@ -88,7 +88,7 @@ class ImageResults:
         may_be: BoolArray = self.is_readable & self.is_finite
         return may_be
 
-    def part(self, chosen: BoolArray) -> "ImageResults":
+    def select(self, chosen: BoolArray) -> "ImageResults":
         """The results of some images.
 
         Args:

@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 
-from resnet_dist.data.sources.index import some
+from resnet_dist.data.sources.index import first_names
 from resnet_dist.text import printable
 
 Weights = dict[str, torch.Tensor]
@@ -192,7 +192,7 @@ def load_exactly(
     found = []
     for kind, names in problems.items():
         if names:
-            found.append(f"{kind}: {some(names, 3)}")
+            found.append(f"{kind}: {first_names(names, 3)}")
     if found:
         reasons = "; ".join(found)
         raise ValueError(printable(f"{name} does not fit the network: tensors {reasons}"))
@@ -282,8 +282,8 @@ def load_weights(
     num_absent = sum(1 for key in missing if not remarks[key])
     if 2 * num_absent > num_needed:
         num_found = num_needed - num_absent
-        in_file = printable(some(list(weights), 3)) or "no tensors"
-        in_model = some(list(own), 3)
+        in_file = printable(first_names(list(weights), 3)) or "no tensors"
+        in_model = first_names(list(own), 3)
         raise ValueError(
             f"{key} is {name!r}: it has {num_found} of the {num_needed} tensors "
             f"of the network before its head, and half are needed. The file has {in_file}; the "
@@ -310,7 +310,7 @@ def refuse_non_finite(weights: Weights, title: str) -> None:
         if not torch.isfinite(value).all():
             broken.append(key)
     if broken:
-        raise ValueError(f"{title}: values that are not finite in {some(broken, 3)}")
+        raise ValueError(f"{title}: values that are not finite in {first_names(broken, 3)}")
 
 
 def count_outputs(model: nn.Module, weights: Weights) -> int:
@@ -465,7 +465,7 @@ def describe(rows: Rows, most: int = 3) -> str:
     lines = []
     for kind, names in rows.items():
         count = len(names)
-        line = f"  {kind:8} {count:5}  {some(names, most)}"
+        line = f"  {kind:8} {count:5}  {first_names(names, most)}"
         lines.append(line.rstrip())
     return "\n".join(lines)
 

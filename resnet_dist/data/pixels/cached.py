@@ -147,9 +147,9 @@ class CachedWindows(_CachedSource):
         if equal is None:
             crop = self._crop_one_by_one(portion)
             return _with_one_view(portion, crop, GROUP_VALUES)
-        crop = equal.resize_and_cut
+        crop = equal.resize_and_crop
         if equal.resized == equal.size:
-            crop = equal.cut
+            crop = equal.crop
         return _with_one_view(portion, crop, _GROUP_VALUES_OF_EQUAL)
 
     def _crop_one_by_one(self, portion: Portion) -> CropGroup:
@@ -240,7 +240,7 @@ class _SmallWindows:
     def resize(self, group: slice) -> torch.Tensor:
         """The squares of a group of images."""
         images = self.cache.equal_images(self.rows[group], self.size)
-        return resize_windows(images, self.wanted.part(group))
+        return resize_windows(images, self.wanted.select(group))
 
 
 @dataclass(frozen=True)
@@ -259,17 +259,17 @@ class _EqualImages:
     places: SquarePlaces
     """the squares in the resized images"""
 
-    def cut(self, group: slice) -> torch.Tensor:
+    def crop(self, group: slice) -> torch.Tensor:
         """The squares of a group of images that are not resized."""
         rows = self.rows[group]
         starts = self.cache.starts[rows]
-        places = self.places.part(group)
+        places = self.places.select(group)
         return cut_squares(self.cache.pixels, starts, self.size, places)
 
-    def resize_and_cut(self, group: slice) -> torch.Tensor:
+    def resize_and_crop(self, group: slice) -> torch.Tensor:
         """The squares of a group of images."""
         rows = self.rows[group]
-        places = self.places.part(group)
+        places = self.places.select(group)
         images = self.cache.equal_images(rows, self.size)
         resized = resize_equal(images, self.resized, self.interpolation)
         pixels, starts = with_margins(resized, self.places.margin)

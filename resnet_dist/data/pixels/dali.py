@@ -528,7 +528,7 @@ class Decoder:
 
         if self.spec.slots:
             assert loaded.job.operations is not None
-            operations = loaded.job.operations.part(places)
+            operations = loaded.job.operations.select(places)
             feed_operations(pipeline, operations)
         pipeline.schedule_run()
 

@@ -110,7 +110,7 @@ class SquarePlaces:
         most_pixels = self.side + int(distances.max())
         return CHANNELS * most_pixels
 
-    def part(self, group: slice) -> "SquarePlaces":
+    def select(self, group: slice) -> "SquarePlaces":
         """The places of some of the squares."""
         offsets = self.offsets[group]
         flips = self.flips[group]

@@ -42,7 +42,7 @@ class ResizedWindows:
     side: int
     """side of the squares"""
 
-    def part(self, group: slice) -> "ResizedWindows":
+    def select(self, group: slice) -> "ResizedWindows":
         """Some of the windows."""
         return ResizedWindows(
             windows=self.windows[group],

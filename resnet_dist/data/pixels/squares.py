@@ -106,7 +106,7 @@ class SquareMaker:
             return
 
         squares = torch.cat(self._for_each(crop, groups))
-        operations = job.operations.part(portion.places)
+        operations = job.operations.select(portion.places)
         augmented = self.augmenter(squares, operations)
 
         def take_augmented(group: slice) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import os
 
 from resnet_dist.data.sources.folders import broken_links, class_folders, is_image_name
-from resnet_dist.data.sources.index import SHARD_INDEX, SUFFIXES, some
+from resnet_dist.data.sources.index import SHARD_INDEX, SUFFIXES, first_names
 from resnet_dist.data.sources.parquet import find_parquet_files
 from resnet_dist.data.sources.shards import ARCHIVE_SUFFIXES
 
@@ -56,13 +56,13 @@ def find_contents(data_dir: str, split: str) -> Contents:
     rule = f"data.data_dir {data_dir!r}"
     if archives and not shards and not _any_image(root, classes):
         raise ValueError(
-            f"{rule}: {split}/ holds {some(archives)}, which cannot be read in place: unpack it to "
-            f"class folders, or to plain .tar files, which need no unpacking"
+            f"{rule}: {split}/ holds {first_names(archives)}, which cannot be read in place: "
+            f"unpack it to class folders, or to plain .tar files, which need no unpacking"
         )
     if not classes and not shards:
         state = "empty"
         if loose:
-            state = f"flat, its {len(loose)} images ({some(loose)}) lie in no class folder"
+            state = f"flat, its {len(loose)} images ({first_names(loose)}) lie in no class folder"
         raise ValueError(
             f"{rule}: {split}/ is {state}; it needs one folder per class, with images, or tar "
             f"shards. `resnet-dist data import-imagenet` makes them of ImageNet's archives (whose "
@@ -84,9 +84,9 @@ def _refuse_parquet(data_dir: str, split: str) -> None:
     if parquet and not has_folders_or_shards(folder):
         raise ValueError(
             f"data.data_dir {data_dir!r}: the images of {split}/ are in {len(parquet)} parquet "
-            f"files ({some(parquet, 2)}), which cannot be read in random order: `resnet-dist data "
-            f"import-parquet {data_dir} OUT` writes tar shards of them; then set data.data_dir to "
-            f"OUT"
+            f"files ({first_names(parquet, 2)}), which cannot be read in random order: "
+            f"`resnet-dist data import-parquet {data_dir} OUT` writes tar shards of them; then set "
+            f"data.data_dir to OUT"
         )
 
 
@@ -142,13 +142,14 @@ def _unused(root: str, loose: list[str], shards: list[str], beside: str) -> list
     links = broken_links(root)
     if links:
         remarks.append(
-            f"{len(links)} links lead nowhere and are left out ({some(links)}): a class behind one "
-            f"is missing"
+            f"{len(links)} links lead nowhere and are left out ({first_names(links)}): a class "
+            f"behind one is missing"
         )
     for kind, files in (("images", loose), ("tar files", shards)):
         if files:
             remarks.append(
-                f"{len(files)} {kind} lie beside the {beside} ({some(files)}): they are not used"
+                f"{len(files)} {kind} lie beside the {beside} ({first_names(files)}): they are not "
+                f"used"
             )
     return remarks
 
@@ -171,7 +172,7 @@ def _instead(data_dir: str, split: str) -> str:
     if not folders:
         return "it has no folders at all. It must hold train/<class>/ and val/<class>/"
     advice = _advice(data_dir, folders, split)
-    return f"found: {some(folders)}. {advice}"
+    return f"found: {first_names(folders)}. {advice}"
 
 
 def _advice(data_dir: str, folders: list[str], split: str) -> str:

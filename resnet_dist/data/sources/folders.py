@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from resnet_dist.data.sources.index import SUFFIXES, some
+from resnet_dist.data.sources.index import SUFFIXES, first_names
 
 _DECODED_DIRECTLY = (".jpg", ".jpeg", ".png")
 _NO_SUFFIX = "without a suffix"
@@ -342,7 +342,7 @@ def hidden_remark(hidden: list[str]) -> str | None:
     if not hidden:
         return None
     num_hidden = len(hidden)
-    examples = some(hidden, 3)
+    examples = first_names(hidden, 3)
     return (
         f"{num_hidden} images lie in hidden files or folders and count, as in torchvision's "
         f"ImageFolder ({examples}): remove them if that is not meant"

@@ -399,7 +399,7 @@ def _only_in(split: str, names: Sequence[str], others: Sequence[str]) -> list[st
     only = sorted(set(names) - set(others))
     if not only:
         return []
-    return [f"{len(only)} only in {split}/ ({some(only)})"]
+    return [f"{len(only)} only in {split}/ ({first_names(only)})"]
 
 
 def check_num_classes(num_classes: int | None, found: int) -> int:
@@ -422,7 +422,7 @@ def check_num_classes(num_classes: int | None, found: int) -> int:
     return found
 
 
-def some(names: Sequence[str], count: int = 5) -> str:
+def first_names(names: Sequence[str], count: int = 5) -> str:
     """List names in a message: the first `count`, and the number of others."""
     listed = ", ".join(map(printable, names[:count]))
     others = len(names) - count

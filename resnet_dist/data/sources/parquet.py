@@ -21,7 +21,7 @@ import numpy as np
 
 from resnet_dist.checkpoints.torchvision_weights import imagenet_words
 from resnet_dist.data.arrays import IntArray
-from resnet_dist.data.sources.index import some
+from resnet_dist.data.sources.index import first_names
 from resnet_dist.models.class_names import imagenet_ids
 from resnet_dist.text import first_line, printable
 
@@ -184,7 +184,7 @@ def open_parquet(paths: Sequence[str], options: ParquetOptions = ParquetOptions(
             files += group_files
     assert columns is not None
     if not files:
-        raise ValueError(f"the parquet files hold no row ({some(paths)}): {_DOWNLOAD_AGAIN}")
+        raise ValueError(f"the parquet files hold no row ({first_names(paths)}): {_DOWNLOAD_AGAIN}")
 
     folders = _folder_names(columns.class_names, options)
     order = np.argsort(np.array(folders))
@@ -380,7 +380,9 @@ def _find_column(
     option = f"`resnet-dist data import-parquet --{what}_column NAME`"
     if wanted:
         if wanted not in names:
-            raise ValueError(f"{path} has no column {wanted}: choose one of {some(names, 20)}")
+            raise ValueError(
+                f"{path} has no column {wanted}: choose one of {first_names(names, 20)}"
+            )
         return wanted
     found = []
     for name, feature in features.items():
@@ -392,9 +394,11 @@ def _find_column(
     if not found and what in names:
         return what
     if found:
-        raise ValueError(f"{path} has several {what} columns, {some(found)}: choose one: {option}")
+        raise ValueError(
+            f"{path} has several {what} columns, {first_names(found)}: choose one: {option}"
+        )
     raise ValueError(
-        f"{path} has no column {what}, only {some(names, 20)}: name the right one: {option}"
+        f"{path} has no column {what}, only {first_names(names, 20)}: name the right one: {option}"
     )
 
 

@@ -34,7 +34,7 @@ from resnet_dist.data.sources.index import (
     SUFFIXES,
     Index,
     Origin,
-    some,
+    first_names,
 )
 from resnet_dist.data.sources.index_file import (
     encode_index,
@@ -421,7 +421,7 @@ def _excluded(index: Index, split: str, file: str) -> np.ndarray:
     if unknown:
         message = (
             f"data.exclude {file!r}: {len(unknown)} of {len(wanted)} lines name no image of "
-            f"{index.root} ({some(unknown)})"
+            f"{index.root} ({first_names(unknown)})"
         )
         warnings.warn(printable(message), stacklevel=6)
     excluded = np.unique(np.array(positions, dtype=np.int64))

@@ -23,7 +23,7 @@ from resnet_dist.data.sources.folders import (
     is_image_name,
     kind_of_name,
 )
-from resnet_dist.data.sources.index import SUFFIXES, Origin, some
+from resnet_dist.data.sources.index import SUFFIXES, Origin, first_names
 from resnet_dist.data.sources.index_file import encode_index, sort_rows
 
 MAX_CLASS_ID = 1_000_000
@@ -200,7 +200,9 @@ def index_shards(root: str, names: Sequence[str], shards: Sequence[Shard]) -> by
         files += shard.files
     if not files:
         found = left_out.remark() or "they are empty"
-        raise ValueError(f"{rule} ({some(names)}) hold no image ({', '.join(SUFFIXES)}); {found}")
+        raise ValueError(
+            f"{rule} ({first_names(names)}) hold no image ({', '.join(SUFFIXES)}); {found}"
+        )
     folders = _without_common(shards)
     num_with_class = sum(1 for folder in folders if folder)
     if 0 < num_with_class < len(folders):

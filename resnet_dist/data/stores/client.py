@@ -20,7 +20,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from resnet_dist.data.stores.errors import RequestFailure, StoreError, explain
+from resnet_dist.data.stores.errors import RequestFailure, StoreError, classify_error
 
 PIECE_BYTES = 2**23
 """Largest number of bytes of one request. A longer range is read in several."""
@@ -235,7 +235,7 @@ def _attempt(url: str, request: Callable[[Any, str], Result], patience: Patience
         except Exception as error:
             if not _is_of_the_library(error):
                 raise
-            failure = explain(error, parts.scheme)
+            failure = classify_error(error, parts.scheme)
         if failure.remedy == "sign in again":
             expired += 1
             _sign_ins[host] = sign_in + 1

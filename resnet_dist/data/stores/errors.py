@@ -50,8 +50,8 @@ class RequestFailure:
     """what the user can do"""
 
 
-def explain(error: Exception, scheme: str) -> RequestFailure:
-    """Explain an exception of the library.
+def classify_error(error: Exception, scheme: str) -> RequestFailure:
+    """Find out why a request failed.
 
     Args:
         error: what a request has raised.

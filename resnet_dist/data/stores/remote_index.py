@@ -9,7 +9,7 @@ import posixpath
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
-from resnet_dist.data.sources.index import Index, some
+from resnet_dist.data.sources.index import Index, first_names
 from resnet_dist.data.sources.index_file import read_checked
 from resnet_dist.data.stores.client import (
     Listing,
@@ -113,8 +113,8 @@ def _shards_of_bucket(data_dir: str, split: str) -> list[RemoteObject]:
         share = f"{len(without_index)} of the {len(shards)} shards"
         raise ValueError(
             f"data.data_dir {data_dir!r}: {share} in {split}/ have no index file beside them "
-            f"({some(without_index)}). Run {COMMAND} where the shards are on a disk, and upload "
-            f"the files that it writes ({INDEX_SUFFIX} and {SHARD_LIST})"
+            f"({first_names(without_index)}). Run {COMMAND} where the shards are on a disk, and "
+            f"upload the files that it writes ({INDEX_SUFFIX} and {SHARD_LIST})"
         )
     if SHARD_LIST in names:
         names_of_shards = {shard.name for shard in shards}
@@ -130,7 +130,7 @@ def _check_complete(root: str, found: set[str]) -> None:
     if missing:
         raise ValueError(
             f"data.data_dir: {root} has {len(found)} of {len(listed)} shards: upload the missing "
-            f"ones ({some(missing)})"
+            f"ones ({first_names(missing)})"
         )
 
 
@@ -140,19 +140,19 @@ def _no_shards(data_dir: str, split: str, listing: Listing) -> str:
     pack = "`resnet-dist data pack` makes them, to be uploaded with all files beside them"
     if listing.folders:
         return (
-            f"{rule}: {split}/ holds folders ({some(listing.folders)}), but an object store is "
-            f"read by shards: {pack}"
+            f"{rule}: {split}/ holds folders ({first_names(listing.folders)}), but an object store "
+            f"is read by shards: {pack}"
         )
     if listing.objects:
         names = [found.name for found in listing.objects[:6]]
         return (
-            f"{rule}: {split}/ holds {len(listing.objects)} objects ({some(names)}), but no tar "
-            f"shards: {pack}"
+            f"{rule}: {split}/ holds {len(listing.objects)} objects ({first_names(names)}), but no "
+            f"tar shards: {pack}"
         )
     above = list_folder(data_dir)
     found = "nothing"
     if above.folders:
-        found = some(above.folders)
+        found = first_names(above.folders)
     return f"{rule} has no folder {split}/ with shards; found: {found}"
 
 
@@ -168,8 +168,8 @@ def _read_part(root: str, shard: RemoteObject) -> Index:
         raise ValueError(f"{url}: {error}. {COMMAND} writes it anew") from None
     if part.shards != (shard.name,):
         raise ValueError(
-            f"{url} is the index of {some(part.shards)}, not of {shard.name}: {COMMAND} writes the "
-            f"right one"
+            f"{url} is the index of {first_names(part.shards)}, not of {shard.name}: {COMMAND} "
+            f"writes the right one"
         )
     (size,) = part.origin.stamps[0]
     if size != shard.size:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from resnet_dist.data.sources.index import some
+from resnet_dist.data.sources.index import first_names
 from resnet_dist.data.types import Batch, ValLoader
 from resnet_dist.models.class_names import BACKGROUND
 
@@ -71,8 +71,8 @@ def map_classes(
         missing = [name for number, name in enumerate(names) if number not in present]
         raise ValueError(
             f"{place} has {len(found)} of the {len(names)} classes of the network (not there: "
-            f"{some(missing, 3)}): add {option}present to let only the classes of the data set "
-            f"compete, as ImageNet-A and ImageNet-R are evaluated, or {option}all to keep the "
+            f"{first_names(missing, 3)}): add {option}present to let only the classes of the data "
+            f"set compete, as ImageNet-A and ImageNet-R are evaluated, or {option}all to keep the "
             "logits of the others"
         )
     is_masked = bool(num_missing) and classes == "present"
@@ -101,11 +101,11 @@ def _match(found: Sequence[str], names: Sequence[str], place: str) -> tuple[list
     if all(name.isascii() and name.isdigit() for name in found):
         return _match_numbers(found, names, place)
     unknown = [name for name in found if name not in number_of]
-    some_unknown = some(unknown, 3)
-    some_outputs = some(names, 3)
+    unknown_names = first_names(unknown, 3)
+    output_names = first_names(names, 3)
     raise ValueError(
-        f"{place} has {len(unknown)} classes that the network does not have ({some_unknown}); "
-        f"its outputs are {some_outputs}: choose the data set of these classes, or remove or "
+        f"{place} has {len(unknown)} classes that the network does not have ({unknown_names}); "
+        f"its outputs are {output_names}: choose the data set of these classes, or remove or "
         "rename the folders"
     )
 

@@ -1,0 +1,49 @@
+"""The network interfaces of this machine: which are up, and whether an address has a route."""
+
+import fcntl
+import socket
+import struct
+
+# From Linux's <linux/sockios.h> and <net/if.h>.
+_SIOCGIFFLAGS = 0x8913
+_IFF_UP = 1
+
+# struct ifreq: a name of 16 bytes, and a union of 24 bytes that begins with the flags.
+_REQUEST = struct.Struct("16sH22x")
+
+
+def interfaces_that_are_up() -> list[str]:
+    """Names of the network interfaces that are up."""
+    names = [name for _, name in socket.if_nameindex()]
+    return [name for name in names if _is_up(name)]
+
+
+def _is_up(name: str) -> bool:
+    request = _REQUEST.pack(name.encode(), 0)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        try:
+            answer = fcntl.ioctl(any_socket, _SIOCGIFFLAGS, request)
+        except OSError:
+            return False
+    _, flags = _REQUEST.unpack(answer)
+    return bool(flags & _IFF_UP)
+
+
+def advise_on_interfaces() -> str:
+    """What to do if no interface serves: the end of a message."""
+    names = interfaces_that_are_up()
+    if not names:
+        return "no network interface of this machine is up: `ip link set lo up` starts loopback"
+    listed = ", ".join(names)
+    return f"set it to one of this machine's network interfaces that is up: {listed}"
+
+
+def check_route(address: str, port: int) -> None:
+    """Check that the kernel knows a way to an address. Nothing is sent.
+
+    Raises:
+        OSError: There is none, for instance because all network interfaces are down.
+    """
+    family, kind, protocol, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as datagrams:
+        datagrams.connect(place)
