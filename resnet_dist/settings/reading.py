@@ -255,7 +255,23 @@ def config_from_files(names: list[str], changes: Mapping[str, Any]) -> Config:
 
 
 class SettingsLoader(yaml.SafeLoader):  # type: ignore[misc]
-    """Reads YAML 1.1 as PyYAML does, but takes 1e-4 as a number, not as text."""
+    """Reads YAML 1.1 as PyYAML does, but takes 1e-4 as a number, not as text.
+
+    A key that is there twice is refused. PyYAML would take the last one.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The dictionary of a node.
+
+        Raises:
+            yaml.YAMLError: A key is there twice.
+        """
+        doubled = _doubled_key(node)
+        if doubled is not None:
+            line = doubled.start_mark.line + 1
+            raise yaml.YAMLError(f"{doubled.value} is there twice (line {line})")
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 SettingsLoader.add_implicit_resolver(
@@ -263,6 +279,18 @@ SettingsLoader.add_implicit_resolver(
     re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
 )
+
+
+def _doubled_key(node: yaml.MappingNode) -> yaml.ScalarNode | None:
+    """The second of two equal keys; None if all differ."""
+    seen = set()
+    for key_node, _ in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            continue
+        if key_node.value in seen:
+            return key_node
+        seen.add(key_node.value)
+    return None
 
 
 def _find_settings(
@@ -283,12 +311,16 @@ def _find_settings(
         The key and the value node of each setting.
 
     Raises:
-        ValueError: `node` is not a mapping, or a setting is unknown.
+        ValueError: `node` is not a mapping, or a setting is unknown or there twice.
     """
     if not isinstance(node, yaml.MappingNode):
         name = prefix.removesuffix(".") or "the file"
         place = _place(path, node)
         raise ValueError(f"{name} must hold settings, one `key: value` per line ({place})")
+    doubled = _doubled_key(node)
+    if doubled is not None:
+        key = f"{prefix}{doubled.value}"
+        raise ValueError(f"{printable(key)} is there twice ({_place(path, doubled)})")
     sections = _section_names(hints)
     # Replaces merge keys (`<<: *anchor`) by the entries that they refer to.
     SettingsLoader("").flatten_mapping(node)

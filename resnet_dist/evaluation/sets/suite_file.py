@@ -8,6 +8,7 @@ import yaml
 
 from resnet_dist.evaluation.sets.classes import Classes
 from resnet_dist.files import expand_path
+from resnet_dist.settings.reading import SettingsLoader
 from resnet_dist.text import did_you_mean, printable
 
 Kind = Literal[
@@ -98,7 +99,7 @@ def _read_sets(path: Path, title: str) -> dict[Any, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        content = yaml.load(text, Loader=_UniqueKeys)
+        content = yaml.load(text, Loader=SettingsLoader)
     except (OSError, UnicodeDecodeError) as problem:
         raise ValueError(f"{title} cannot be read: {printable(problem)}") from problem
     except yaml.YAMLError as problem:
@@ -111,26 +112,6 @@ def _read_sets(path: Path, title: str) -> dict[Any, Any]:
         f"{title}: it must have the key sets, and below it a name for each data set with its "
         "kind and data, as in docs/evaluation.md"
     )
-
-
-class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
-    """Refuses a key that is there twice, where YAML would take the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The dictionary of a node.
-
-        Raises:
-            yaml.YAMLError: A key is there twice.
-        """
-        seen = set()
-        for key_node, _ in node.value:
-            key = key_node.value
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise yaml.YAMLError(f"{key} is there twice (line {line})")
-            seen.add(key)
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
-        return mapping
 
 
 def _read_entry(name: str, entry: object, title: str) -> SuiteEntry:
