@@ -120,6 +120,23 @@ def test_what_is_not_run_is_parsed():
     assert failures == []
 
 
+def test_files_that_the_pages_name_exist():
+    """In CONTRIBUTING.md also the names in capital letters, which are tables of those files."""
+    folders = "resnet_dist|tests|configs|examples|benchmarks|slurm|docs"
+    missing = []
+    for page in PAGES:
+        text = page.read_text()
+        for name in re.findall(rf"`((?:{folders})/[\w/.-]+)`", text):
+            if not (ROOT / name).exists():
+                missing.append(f"{page.name}: {name}")
+    recipes = (ROOT / "CONTRIBUTING.md").read_text()
+    sources = [path.read_text() for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
+    for name in set(re.findall(r"`(_?[A-Z]+(?:_[A-Z]+)*)`", recipes)) - {"CI"}:
+        if not any(re.search(rf"^{name}\b.* = ", source, re.MULTILINE) for source in sources):
+            missing.append(f"CONTRIBUTING.md: {name}")
+    assert missing == []
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 

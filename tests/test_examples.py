@@ -16,7 +16,6 @@ from resnet_dist.data.sources.digits import write_digits
 ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 1
 WARMUP_EPOCHS = 0.5
-SIDE = 16
 STEPS = 22
 
 # Both compute the same operations in fp32, and the curves were equal to 2.3e-7, the rounding of the
@@ -38,8 +37,6 @@ def our_losses(digits, folder):
     arguments += ["--train.epochs", str(EPOCHS), "--train.precision", "fp32"]
     arguments += ["--model.sync_batch_norm", "false"]
     arguments += ["--schedule.warmup_epochs", str(WARMUP_EPOCHS)]
-    for key in ("train_crop_size", "val_resize_size", "val_crop_size"):
-        arguments += [f"--data.{key}", str(SIDE)]
     arguments += ["--log.interval_steps", "1", "--log.wandb", "disabled"]
     assert cli.main(arguments) == 0
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -54,7 +51,6 @@ def test_minimal_has_our_loss_curve(tmp_path):
     write_digits(str(digits))
     losses, top1 = our_losses(digits, tmp_path / "run")
     minimal = load_minimal()
-    minimal.CROP_SIZE = SIDE
     minimal.WARMUP_EPOCHS = WARMUP_EPOCHS
     model, others = minimal.train(digits, EPOCHS)
     assert len(losses) == len(others) == STEPS

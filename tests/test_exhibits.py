@@ -69,6 +69,7 @@ def test_evaluate_writes_what_report_reads(checkpoint, tmp_path, capsys):
         "Classes, the worst first",
         "accuracy against confidence",
         "Most confident mistakes",
+        "Least confident hits",
         "best temperature",
         "data:image/png;base64,",
         "learning rate",
