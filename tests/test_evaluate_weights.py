@@ -88,6 +88,14 @@ def test_weights_of_torchvision(tmp_path, monkeypatch):
     assert "from the weights' metadata" in printed
     assert (tmp_path / "hub/checkpoints").is_dir(), "kept where torchvision keeps it"
 
+    output = tmp_path / "x.safetensors"
+    export = ("export", "--weights", name, "--to", "safetensors", "--output", output)
+    code, printed = run_command(tmp_path, export)
+    assert code == 0, printed
+    exported = open_weights(str(output))
+    content = exported.fit(build_config(exported.settings)).content
+    assert torch.equal(content["model"]["fc.weight"], model.fc.weight)
+
     with pytest.raises(ValueError, match="no such weights, only torchvision:resnet18:IMAGENET1K"):
         open_weights("torchvision:resnet18:V7")
 
