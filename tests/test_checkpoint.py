@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_utils import make_saver, make_state, save_steps
+from dist_utils import equal_trees
 from torch import nn
 
 from resnet_dist import files
@@ -35,14 +36,11 @@ def test_everything_comes_back(tmp_path):
     assert not warnings
     other = make_state(seed=1, precision="fp16")
     other.load_state_dict(unpack_checkpoint(read_checkpoint(tmp_path / "last.pt"), "last.pt"))
-    flat = [flatten(s.state_dict()["optimizer"]["state"]) for s in (state, other)]
-    assert flat[0].keys() == flat[1].keys()
-    assert all(torch.equal(flat[0][k], flat[1][k]) for k in flat[0])
-    for a, b in ((state.model, other.model), (state.ema.model, other.ema.model)):
-        assert all(
-            torch.equal(x, y)
-            for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-        )
+    optimizer_state = flatten(state.state_dict()["optimizer"]["state"])
+    other_optimizer_state = flatten(other.state_dict()["optimizer"]["state"])
+    assert equal_trees(optimizer_state, other_optimizer_state)
+    assert equal_trees(state.model.state_dict(), other.model.state_dict())
+    assert equal_trees(state.ema.model.state_dict(), other.ema.model.state_dict())
     assert other.step == 7
     assert other.evaluated_step == 5
     assert other.best_top1 == 42.0
@@ -64,20 +62,15 @@ def test_the_snapshot_is_of_the_moment_of_the_call(tmp_path):
 
 def test_keeps_the_newest_and_the_best_and_links_them(tmp_path):
     save_steps(tmp_path, range(1, 8), keep=2, best=(3,))
-    assert sorted(p.name for p in tmp_path.glob("step_*.pt")) == [
-        f"step_{n:08d}.pt" for n in (3, 6, 7)
-    ]
-    assert len(list(tmp_path.glob("*.sha256"))) == 3
+    names = sorted(path.name for path in tmp_path.glob("step_*.pt"))
+    assert names == ["step_00000003.pt", "step_00000006.pt", "step_00000007.pt"]
     assert os.readlink(tmp_path / "best.pt") == "step_00000003.pt"
     assert unpack_checkpoint(read_checkpoint(tmp_path / "last.pt"), "")["step"] == 7
-    assert (
-        subprocess.run(
-            ["sha256sum", "--check", "--quiet", *(p.name for p in tmp_path.glob("*.sha256"))],
-            cwd=tmp_path,
-            capture_output=True,
-        ).returncode
-        == 0
-    )
+
+    digests = [path.name for path in tmp_path.glob("*.sha256")]
+    assert len(digests) == 3
+    command = ["sha256sum", "--check", "--quiet", *digests]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
 
 
 def test_the_optimizers_settings_are_the_present_ones():
@@ -86,24 +79,24 @@ def test_the_optimizers_settings_are_the_present_ones():
     """
     torch.manual_seed(0)
     model = nn.Linear(2, 2)
-    plain, ours = (OptimConfig(momentum=m, weight_decay=w) for m, w in ((0.9, 1e-4), (0.8, 5e-4)))
-    saved = TrainState(
-        model, build_optimizer(plain, model), torch.amp.GradScaler("cpu", enabled=False)
-    )
+
+    def state_with(config):
+        optimizer = build_optimizer(config, model)
+        return TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+
+    saved = state_with(OptimConfig(momentum=0.9, weight_decay=1e-4))
     saved.optimizer.state[model.weight]["momentum_buffer"].fill_(7.0)
-    for momentum_before in (True, False):
-        content = saved.state_dict()
-        if not momentum_before:
-            content["optimizer"]["state"] = {}
-        state = TrainState(
-            model, build_optimizer(ours, model), torch.amp.GradScaler("cpu", enabled=False)
-        )
+    with_momentum = saved.state_dict()
+    without_momentum = saved.state_dict()
+    without_momentum["optimizer"]["state"] = {}
+    for content, expected in ((with_momentum, 7.0), (without_momentum, 0.0)):
+        state = state_with(OptimConfig(momentum=0.8, weight_decay=5e-4))
         state.load_state_dict(content)
         group = state.optimizer.param_groups[0]
         assert group["weight_decay"] == 5e-4
         assert group["momentum"] == 0.8
         buffer = state.optimizer.state[model.weight]["momentum_buffer"]
-        assert buffer.unique().tolist() == ([7.0] if momentum_before else [0.0])
+        assert buffer.unique().tolist() == [expected]
 
 
 @pytest.mark.skipif(
@@ -111,15 +104,14 @@ def test_the_optimizers_settings_are_the_present_ones():
 )
 def test_a_full_disk_is_a_warning_and_the_old_file_stays(tmp_path, monkeypatch):
     saver, warnings = save_steps(tmp_path, (1,))
-    monkeypatch.setattr(
-        "builtins.open",
-        lambda path, mode="r", *a, _open=open, **k: _open(
-            "/dev/full" if ".pt." in str(path) and str(path).endswith(".tmp") else path,
-            mode,
-            *a,
-            **k,
-        ),
-    )
+    real_open = open
+
+    def open_on_full_disk(path, *args, **options):
+        if ".pt." in str(path) and str(path).endswith(".tmp"):
+            path = "/dev/full"
+        return real_open(path, *args, **options)
+
+    monkeypatch.setattr("builtins.open", open_on_full_disk)
     state = make_state()
     state.step = 2
     saver.save(state)

@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from dist_utils import run_app
+from dist_utils import run_command
 
 from resnet_dist.checkpoints.checkpoint_file import read_checkpoint, unpack_checkpoint
 
@@ -37,10 +37,9 @@ def lines_of(path):
 @pytest.mark.slow
 def test_it_is_resumed_and_ends_as_it_would_have(folder, digits):
     """With its old config.yaml; losses and learning rates of every later step are the same."""
-    log = folder / "log"
-    arguments = ["train", "--config", str(folder / "config.yaml"), "--data.data_dir", digits]
-    assert run_app(1, [*arguments, "--output_dir", str(folder)], str(log)) == [0], log.read_text()
-    printed = log.read_text()
+    words = ["train", "--config", folder / "config.yaml", "--data.data_dir", digits]
+    code, printed = run_command(folder, [*words, "--output_dir", folder])
+    assert code == 0, printed
     assert "step 30, from" in printed, printed
     assert "warning" not in printed, printed
     found = lines_of(folder / "metrics.jsonl")
@@ -56,12 +55,11 @@ def test_it_is_resumed_and_ends_as_it_would_have(folder, digits):
 @pytest.mark.slow
 def test_it_is_evaluated_predicted_and_reported(folder, digits):
     """By its folder; the evaluation is the one that it logged."""
-    log = folder / "log"
 
     def command(*words):
-        log.unlink(missing_ok=True)
-        assert run_app(1, [str(word) for word in words], str(log)) == [0], log.read_text()
-        return log.read_text()
+        code, printed = run_command(folder.parent, words)
+        assert code == 0, printed
+        return printed
 
     before = sorted(path.name for path in folder.rglob("*"))
     settings = ("--data.data_dir", digits, "--data.threads", "1", "--distributed.threads", "1")
@@ -74,6 +72,5 @@ def test_it_is_evaluated_predicted_and_reported(folder, digits):
     image = f"{digits}/val/3/0004.jpg"
     printed = command("predict", image, "--checkpoint", folder, *settings)
     assert "lenet5, model weights of step 30" in printed
-    log.unlink()
     assert sorted(path.name for path in folder.rglob("*")) == before, "a command has written there"
     assert "30 steps" in command("report", folder, "--out", folder / "metrics.png")

@@ -35,15 +35,18 @@ from resnet_dist.data.sources.scan import build_index
     ],
 )
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_jpeg_size(mode, options):
+def test_the_size_of_a_jpeg_is_read_from_its_header(mode, options):
     data = encode(picture(37, 53).convert(mode), **options)
     assert image_size(data) == (37, 53)
     assert find_fault(data) is None
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "I;16"])
-def test_png_size(mode):
-    image = picture(37, 53).convert("L").convert("I") if mode == "I;16" else picture(37, 53)
+def test_the_size_of_a_png_is_read_from_its_header(mode):
+    image = picture(37, 53)
+    if mode == "I;16":
+        # Pillow does not convert to 16 bits at once.
+        image = image.convert("L").convert("I")
     data = encode(image.convert(mode), "PNG")
     assert image_size(data) == (37, 53)
     assert find_fault(data) is None
@@ -67,8 +70,9 @@ def test_exif_orientation_and_thumbnail_do_not_mislead():
     own end marker.
     """
     image = picture(60, 40)
+    orientation = 0x0112
     exif = image.getexif()
-    exif[0x0112] = 6
+    exif[orientation] = 6
     data = encode(image, exif=exif)
     assert image_size(data) == (60, 40)
     thumbnail = encode(picture(16, 16))
@@ -81,7 +85,8 @@ def test_exif_orientation_and_thumbnail_do_not_mislead():
 
 def test_padding_is_tolerated():
     data = encode(picture(40, 40))
-    assert find_fault(data[:2] + b"\xff\xff" + data[2:]) is None  # fill bytes before a marker
+    fill_bytes_before_a_marker = data[:2] + b"\xff\xff" + data[2:]
+    assert find_fault(fill_bytes_before_a_marker) is None
     for tail in (b"\0" * 5000, b"\n", b"\xff", b"trailer of an editor" * 100):
         assert find_fault(data + tail) is None
 
@@ -109,17 +114,14 @@ def test_padding_is_tolerated():
         ),
     ],
 )
-def test_bad_bytes(data, reason):
+def test_bad_bytes_have_a_reason(data, reason):
     assert re.search(reason, find_fault(data))
 
 
 def test_every_cut_is_noticed():
     """Wherever a file ends too early, it is either noticed or nothing of the picture is missing."""
-    for data in (
-        encode(picture(24, 24)),
-        encode(picture(24, 24), progressive=True),
-        encode(picture(24, 24), "PNG"),
-    ):
+    small = picture(24, 24)
+    for data in (encode(small), encode(small, progressive=True), encode(small, "PNG")):
         whole = np.asarray(Image.open(io.BytesIO(data)))
         noticed = 0
         for length in range(len(data) - 2):
@@ -146,13 +148,12 @@ def test_reader_keeps_the_order(tmp_path):
     index = write_split(tmp_path, [encode(picture(8 + i, 9)) for i in range(30)])
     reader = Reader(index, threads=4)
     rows = np.random.default_rng(0).permutation(30)
-    requests = [reader.request(rows), reader.request(rows[:3]), reader.request(rows[:1])]
-    assert [[image.row for image in reader.collect(request)] for request in requests] == [
-        rows.tolist(),
-        rows[:3].tolist(),
-        rows[:1].tolist(),
-    ]
-    assert [image.height - 8 for image in reader.collect(reader.request(rows))] == rows.tolist()
+    requested = (rows, rows[:3], rows[:1])
+    requests = [reader.request(some_rows) for some_rows in requested]
+    for some_rows, request in zip(requested, requests, strict=True):
+        images = reader.collect(request)
+        assert [image.row for image in images] == some_rows.tolist()
+        assert [image.height for image in images] == (8 + some_rows).tolist()
     reader.close()
 
 
@@ -160,19 +161,17 @@ def test_next_good_skips_and_wraps(tmp_path):
     good = encode(picture(20, 20))
     index = write_split(tmp_path, [good, good, b"text", b"", good[:-50], b""], classes=2)
     quarantine = Quarantine(str(tmp_path / "out"), "train", rank=3, limit=10)
-    shown = [
-        next_good(index, load(index, row), quarantine, Wanted(row, epoch=1, step=7)).row
-        for row in range(6)
-    ]
+    shown = []
+    for row in range(6):
+        image = next_good(index, load(index, row), quarantine, Wanted(row, epoch=1, step=7))
+        shown.append(image.row)
     assert shown == [0, 1, 0, 0, 0, 0]
-    lines = [
-        json.loads(line)
-        for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
-    ]
-    assert [line["path"] for line in lines] == [
-        index.path(row) for row in (2, 3, 4, 5)
-    ]  # each once
-    assert lines[0] == {
+
+    written = (tmp_path / "out" / "quarantine.jsonl").read_text()
+    records = [json.loads(line) for line in written.splitlines()]
+    # Each once.
+    assert [record["path"] for record in records] == [index.path(row) for row in (2, 3, 4, 5)]
+    assert records[0] == {
         "path": index.path(2),
         "reason": "neither JPEG nor PNG: the file starts with b'text'; "
         "Pillow: it knows no such format",
@@ -249,7 +248,8 @@ def test_slow_storage_is_read_by_all_threads_and_fast_by_one(
 ):
     """Threads hide waiting, and cost processor time where there is nothing to wait for."""
     index = write_split(tmp_path, [encode(picture(20, 20, seed=i)) for i in range(16)])
-    index = packed(index, tmp_path) if in_shards else index
+    if in_shards:
+        index = packed(index, tmp_path)
     reader = Reader(index, threads=4)
     rows = np.arange(16)
     real = read._read
@@ -262,16 +262,13 @@ def test_slow_storage_is_read_by_all_threads_and_fast_by_one(
     def slow(*place):
         clock.now += 5e-3
         if shares == 4:
-            together.wait(60)  # fails unless all of them wait at once
+            # Fails unless all of them wait at once.
+            together.wait(60)
         return real(*place)
 
-    for function, shares in (
-        (fast, 1),
-        (slow, 1),
-        (slow, 4),
-        (fast, 4),
-        (fast, 1),
-    ):  # known from the request before
+    # How slow the storage is becomes known by the request before.
+    cases = ((fast, 1), (slow, 1), (slow, 4), (fast, 4), (fast, 1))
+    for function, shares in cases:
         monkeypatch.setattr(read, "_read", function)
         requested = reader.request(rows)
         assert len(requested) == shares
@@ -303,7 +300,8 @@ def test_shards_are_read_by_place(tmp_path, monkeypatch):
     index = packed(folder, tmp_path, shards=7)
     before = set(os.listdir("/proc/self/fd"))
     reader = Reader(index, threads=8)
-    reader.seconds_per_file = 1.0  # as if it were slow: all threads
+    # As if the storage were slow, so that all threads read.
+    reader.seconds_per_file = 1.0
     requests = [reader.request(np.random.default_rng(seed).permutation(40)) for seed in range(20)]
     for request in requests:
         for image in reader.collect(request):
@@ -316,18 +314,16 @@ def test_shards_are_read_by_place(tmp_path, monkeypatch):
 
 
 def test_shard_that_is_cut_off_or_gone_is_named(tmp_path):
-    index = packed(
-        write_split(tmp_path, [encode(picture(20, 20, seed=i)) for i in range(6)]),
-        tmp_path,
-        shards=1,
-    )
+    folder = write_split(tmp_path, [encode(picture(20, 20, seed=i)) for i in range(6)])
+    index = packed(folder, tmp_path, shards=1)
     read._open_shard.cache_clear()
-    last = max(range(6), key=lambda row: index.place(row)[1])
-    shard, offset, length = index.place(last)
+    places = [index.place(row) for row in range(6)]
+    offsets = [offset for _, offset, _ in places]
+    last = offsets.index(max(offsets))
+    shard, offset, length = places[last]
     os.truncate(shard, offset + 100)
-    assert (
-        load(index, last).reason == f"cannot be read: the file ends after 100 of its {length} bytes"
-    )
+    reason = f"cannot be read: the file ends after 100 of its {length} bytes"
+    assert load(index, last).reason == reason
     assert index.path(last).startswith(f"{shard}:class")
     os.unlink(shard)
     read._open_shard.cache_clear()
@@ -351,7 +347,8 @@ def test_what_may_pass_is_tried_again(
 ):
     """With growing pauses, and from a new descriptor; what will not pass is a bad image at once."""
     index = write_split(tmp_path, [encode(picture(20, 20))])
-    index = packed(index, tmp_path, shards=1) if in_shards else index
+    if in_shards:
+        index = packed(index, tmp_path, shards=1)
     slept = []
     tries = []
     opened = []
@@ -365,9 +362,13 @@ def test_what_may_pass_is_tried_again(
             raise OSError(number, os.strerror(number))
         return pread(*args)
 
+    def counted_open(*args):
+        opened.append(args)
+        return os_open(*args)
+
     monkeypatch.setattr(read.time, "sleep", slept.append)
     monkeypatch.setattr(read.os, "pread", failing)
-    monkeypatch.setattr(read.os, "open", lambda *args: opened.append(args) or os_open(*args))
+    monkeypatch.setattr(read.os, "open", counted_open)
     assert load(index, 0).reason == reason
     assert slept == waits
     assert len(tries) == len(waits) + 1
@@ -377,13 +378,8 @@ def test_what_may_pass_is_tried_again(
 def test_formats_that_only_pillow_reads_are_decoded_by_it():
     """With the pixels of ImageFolder's loader, in a form that the training decoder reads."""
     image = picture(37, 53)
-    for form, options in (
-        ("WEBP", {"lossless": True}),
-        ("BMP", {}),
-        ("TIFF", {}),
-        ("GIF", {}),
-        ("PPM", {}),
-    ):
+    forms = {"WEBP": {"lossless": True}, "BMP": {}, "TIFF": {}, "GIF": {}, "PPM": {}}
+    for form, options in forms.items():
         data = encode(image, form, **options)
         expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
         read_back = examine(3, data)
@@ -410,9 +406,8 @@ def test_a_missing_end_marker_is_a_suspicion_that_pillow_decides():
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(good.data))), whole)
     broken = examine(0, data[: len(data) * 3 // 4])
     assert re.search(r"end marker is missing; Pillow: .*truncated", broken.reason)
-    assert load(list_files(["/nowhere/x.jpg"]), 0).reason == (
-        "cannot be read: No such file or directory"
-    )
+    nowhere = load(list_files(["/nowhere/x.jpg"]), 0)
+    assert nowhere.reason == "cannot be read: No such file or directory"
 
 
 def special_files(folder):
@@ -450,9 +445,10 @@ def test_a_member_that_claims_terabytes_is_a_broken_image(tmp_path):
     lengths = np.array(index.arrays["length"])
     claimed = dataclasses.replace(index, arrays={**index.arrays, "length": lengths + 2**42})
     assert load(claimed, 0).reason.startswith("cannot be read: it has 43980465")
-    short = ReadLimits(2**42, 2**20, timeout_s=60)
-    lengths = dataclasses.replace(index, arrays={**index.arrays, "length": lengths + 2**24})
-    assert re.search(r"the file ends after \d+ of its \d+ bytes", load(lengths, 0, short).reason)
+    no_limit = ReadLimits(2**42, 2**20, timeout_s=60)
+    too_long = dataclasses.replace(index, arrays={**index.arrays, "length": lengths + 2**24})
+    reason = load(too_long, 0, no_limit).reason
+    assert re.search(r"the file ends after \d+ of its \d+ bytes", reason)
 
 
 def test_a_large_file_is_read_in_pieces_within_a_time(tmp_path, monkeypatch):
