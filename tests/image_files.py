@@ -62,6 +62,14 @@ def encode(image: Image.Image, form: str = "JPEG", **options) -> bytes:
     return buffer.getvalue()
 
 
+def damaged_png(side: int = 40) -> bytes:
+    """Passes the cheap checks, but the decoder refuses it: its compressed data is none."""
+    data = bytearray(encode(picture(side, side), "PNG"))
+    start = data.index(b"IDAT") + 6
+    data[start : start + 40] = b"\xff" * 40
+    return bytes(data)
+
+
 def write_split(folder: str, files: list[bytes], classes: int = 3, split: str = "train"):
     """The files, dealt out to class folders in one run each, and their index: row i is files[i]."""
     labels = np.arange(len(files)) * classes // len(files)

@@ -256,7 +256,8 @@ def test_a_teacher_is_compiled_with_the_network(monkeypatch):
             compiler, problem = start_compiler(
                 state.model, TRAIN, (4, 3, 16, 16), runtime_of(), teacher
             )
-            assert problem == "" and compiler.num_graphs == 4
+            assert problem == ""
+            assert compiler.num_graphs == 4
             assert compilation.compile_for(compiler, (4, 3, 24, 24)) > 0
             assert compiler.num_graphs == 8
         train_mode(state.model)
@@ -265,11 +266,13 @@ def test_a_teacher_is_compiled_with_the_network(monkeypatch):
             batch = make_batch(4, side)
             counts, _ = train_step(NoSync(state.model), state, [batch], 0.1, rule, nonfinite)
             losses.append(counts.result()["loss"])
-        assert not teacher.training and is_compiled(teacher) is compiles
+        assert not teacher.training
+        assert is_compiled(teacher) is compiles
     assert compiler.num_graphs == 8
     assert losses[:3] == pytest.approx(losses[3:], rel=1e-5)
 
-    calls, real = [], compilation.lower
+    calls = []
+    real = compilation.lower
 
     def lower(graph, inputs, train):
         calls.append(graph)
@@ -280,8 +283,10 @@ def test_a_teacher_is_compiled_with_the_network(monkeypatch):
     state = small_state()
     teacher = small_state().model.eval().requires_grad_(False)
     compiler, problem = start_compiler(state.model, TRAIN, (4, 3, 16, 16), runtime_of(), teacher)
-    assert compiler is None and problem == f"the teacher's body: {FAILURE}"
-    assert not is_compiled(state.model) and not is_compiled(teacher)
+    assert compiler is None
+    assert problem == f"the teacher's body: {FAILURE}"
+    assert not is_compiled(state.model)
+    assert not is_compiled(teacher)
 
 
 def failing_backend(graph, inputs, train):

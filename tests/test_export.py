@@ -182,6 +182,10 @@ def test_torchvision(tmp_path, run, checkpoint):
     assert not output.exists()
 
 
+def fail_for_want_of_space(*_):
+    raise OSError(errno.ENOSPC, "No space left")
+
+
 @pytest.mark.slow
 def test_failures_leave_nothing(checkpoint, run, monkeypatch):
     for difference in (1.1e-4, float("nan")):
@@ -192,11 +196,7 @@ def test_failures_leave_nothing(checkpoint, run, monkeypatch):
         assert "other logits" in err
         assert not output.exists()
     with monkeypatch.context() as patch:
-        patch.setattr(
-            export,
-            "replace_file",
-            lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")),
-        )
+        patch.setattr(export, "replace_file", fail_for_want_of_space)
         code, output, _, err = run(checkpoint, "safetensors")
     assert code == 2
     assert "No space left" in err
@@ -221,9 +221,13 @@ def test_a_difference_is_seen():
 
     class Other(Model):
         def forward(self, batch):
-            return super().forward(batch) + (0.002 if len(batch) > 1 else 0)
+            logits = super().forward(batch)
+            if len(batch) > 1:
+                logits = logits + 0.002
+            return logits
 
     assert export.difference(Model(), Model(), 16) == 0
-    assert 0.9e-4 < export.difference(Model(), Other(), 16) < 1.1e-4  # of the largest logit, 20
+    # Of the largest logit, 20.
+    assert 0.9e-4 < export.difference(Model(), Other(), 16) < 1.1e-4
     Model.scale = float("nan")
     assert not export.difference(Model(), Model(), 16) <= export.TOLERANCE

@@ -13,6 +13,7 @@ import pytest
 import torch
 from image_files import (
     OneProcess,
+    damaged_png,
     encode,
     pack_shards,
     picture,
@@ -30,14 +31,6 @@ from resnet_dist.data.types import IGNORED_LABEL, Batch
 
 N = 43
 GOOD = [encode(picture(40 + i % 7, 60 - i % 5, i)) for i in range(N)]
-
-
-def damaged_png() -> bytes:
-    """Passes the cheap checks, but the decoder refuses it: its compressed data is none."""
-    data = bytearray(encode(picture(40, 40), "PNG"))
-    start = data.index(b"IDAT") + 6
-    data[start : start + 40] = b"\xff" * 40
-    return bytes(data)
 
 
 # The files that cannot be read, by row.

@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from dist_utils import run_ranks
+from dist_utils import cpu_runtime, run_ranks
 
 from resnet_dist.data.types import IGNORED_LABEL
-from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.metrics import Counts
 
 
@@ -75,7 +74,7 @@ def test_runs_on_meta():
 
 
 def _reduce(rank, world_size):
-    runtime = Runtime(rank, rank, world_size, world_size, torch.device("cpu"), None)
+    runtime = cpu_runtime(rank, world_size)
     big = 2**52 // 2 - 1
     counts = Counts(
         torch.tensor(big),
@@ -104,7 +103,7 @@ def test_fewer_than_six_classes_have_no_top5():
 
 
 def _gather(rank, world_size):
-    runtime = Runtime(rank, rank, world_size, world_size, torch.device("cpu"), None)
+    runtime = cpu_runtime(rank, world_size)
     return runtime.gather_numbers([rank + 0.5, 2.0])
 
 

@@ -13,14 +13,13 @@ import pytest
 import scipy.stats
 import torch
 import torch.nn.functional as F
-from dist_utils import run_ranks
+from dist_utils import cpu_runtime, run_ranks
 from image_files import OneProcess, encode, picture, write_split
 
 from resnet_dist.config import DataConfig
 from resnet_dist.data.pixels.loader import DaliValLoader, LoaderSettings
 from resnet_dist.data.sources.scan import build_index
 from resnet_dist.data.types import IGNORED_LABEL, Batch
-from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.evaluation.calibration import (
     equal_mass_bins,
     equal_width_bins,
@@ -206,7 +205,7 @@ def tiny_network():
 
 def evaluate_images(rank, world_size, folder, options):
     """Evaluate; the main process writes evaluation.json and predictions.parquet."""
-    runtime = Runtime(rank, rank, world_size, world_size, torch.device("cpu"), None)
+    runtime = cpu_runtime(rank, world_size)
     index = build_index(str(folder), "val", runtime)
     data = DataConfig(val_resize_size=20, val_crop_size=16, val_batch_size=8, **options)
     settings = LoaderSettings(torch.device("cpu"), torch.float32, 1, str(folder))
@@ -267,7 +266,7 @@ def test_files_are_the_same_on_any_number_of_ranks(tmp_path):
 
 def nan_logits(rank, world_size, folder):
     """The error of each rank."""
-    runtime = Runtime(rank, rank, world_size, world_size, torch.device("cpu"), None)
+    runtime = cpu_runtime(rank, world_size)
     batch, logits = random_batch(num=4, first_row=4 * rank)
     if rank == 1:
         logits[2] = math.nan

@@ -56,14 +56,12 @@ def load(name: str) -> Config:
 
 
 def data_of(config: Config) -> tuple[int, int]:
-    kind = (
-        "digits"
-        if config.data.kind == "digits"
-        else "cifar10"
-        if config.data.train_crop_size == 32
-        else "imagenet"
-    )
-    return IMAGES[kind]
+    """Number of training images, and of classes."""
+    if config.data.kind == "digits":
+        return IMAGES["digits"]
+    if config.data.train_crop_size == 32:
+        return IMAGES["cifar10"]
+    return IMAGES["imagenet"]
 
 
 @functools.cache
@@ -103,10 +101,10 @@ def numbers(name: str) -> dict:
         f"{epoch:g}": epochs_to_steps(epoch, per_epoch) for epoch in EPOCHS if epoch < train.epochs
     }
     steps |= {"last update": total - 1}
-    groups = [
-        [sum(p.numel() for p in group["params"]), group["weight_decay"], group.get("lr_scale", 1.0)]
-        for group in parameter_groups(model, config.optim)
-    ]
+    groups = []
+    for group in parameter_groups(model, config.optim):
+        num_parameters = sum(parameter.numel() for parameter in group["params"])
+        groups.append([num_parameters, group["weight_decay"], group.get("lr_scale", 1.0)])
     return {
         "model": config.model.name,
         "parameters": count(model),
@@ -160,9 +158,8 @@ def golden_text() -> str:
     """JSON with one line for each entry of a config, so that a difference can be read."""
     blocks = []
     for name in NAMES:
-        lines = [
-            f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in numbers(name).items()
-        ]
+        entries = numbers(name).items()
+        lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in entries]
         blocks.append(f'"{name}": {{\n' + ",\n".join(lines) + "\n}")
     return "{\n" + ",\n".join(blocks) + "\n}\n"
 

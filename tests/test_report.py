@@ -22,39 +22,41 @@ def folder(tmp_path):
     """A run of two sessions of five epochs, the second 100 s after the end of the first."""
     records = []
     for step in range(10, 101, 10):
-        elapsed = float(step if step <= 50 else step - 50)
-        records.append(
-            {
-                "step": step,
-                "time": elapsed + (1000 if step <= 50 else 1150),
-                "elapsed": elapsed,
-                "train/epoch": step / 10,
-                "train/loss": None if step == 30 else 3.0 / step,
-                "train/top1": step,
-                "train/lr": 0.1,
-                "train/images_per_second": 500.0 + step,
-                "train/data_wait_fraction": 0.015,
-                "train/bad_images": step // 50,
-            }
-        )
-        records.append(
-            {
-                "step": step,
-                "time": elapsed + (1000 if step <= 50 else 1150),
-                "elapsed": elapsed,
-                "train/epoch": step / 10,
-                "val/loss": 1.0,
-                "val/top1": 90.0 - abs(step - 80),
-                "val/top5": 95.0,
-                "val_ema/loss": 1.0,
-                "val_ema/top1": 91.0,
-                "val_ema/top5": 96.0,
-            }
-        )
-    (tmp_path / "metrics.jsonl").write_text(
-        "".join(json.dumps(record) + "\n" for record in records) + '{"step": 110'
-    )
+        if step <= 50:
+            elapsed = float(step)
+            time = 1000 + elapsed
+        else:
+            elapsed = float(step - 50)
+            time = 1150 + elapsed
+        loss = 3.0 / step
+        if step == 30:
+            loss = None
+        common = {"step": step, "time": time, "elapsed": elapsed, "train/epoch": step / 10}
+        training = {
+            "train/loss": loss,
+            "train/top1": step,
+            "train/lr": 0.1,
+            "train/images_per_second": 500.0 + step,
+            "train/data_wait_fraction": 0.015,
+            "train/bad_images": step // 50,
+        }
+        evaluation = {
+            "val/loss": 1.0,
+            "val/top1": 90.0 - abs(step - 80),
+            "val/top5": 95.0,
+            "val_ema/loss": 1.0,
+            "val_ema/top1": 91.0,
+            "val_ema/top5": 96.0,
+        }
+        records += [common | training, common | evaluation]
+    torn_line = '{"step": 110'
+    write_metrics(tmp_path, records, torn_line)
     return tmp_path
+
+
+def write_metrics(folder, records, end=""):
+    lines = [json.dumps(record) + "\n" for record in records]
+    (folder / "metrics.jsonl").write_text("".join(lines) + end)
 
 
 def call(*arguments):
@@ -178,16 +180,13 @@ def test_a_folder_name_cannot_forge_lines(tmp_path, capsys):
 @pytest.mark.slow
 def test_the_slow_rank_is_named(tmp_path, capsys):
     for slow, expected in ((0.2, True), (0.012, False)):
-        lines = [
-            {
-                "step": step,
-                "train/epoch": step / 10,
-                "train/step_seconds": 0.5,
-                "ranks/data_seconds": [0.01, 0.01, slow, 0.011][: 2 if step == 1 else 4],
-            }
-            for step in (1, 2, 3)
-        ]
-        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        # The first line is of an attempt with two ranks.
+        seconds = {1: [0.01, 0.01], 2: [0.01, 0.01, slow, 0.011], 3: [0.01, 0.01, slow, 0.011]}
+        records = []
+        for step in (1, 2, 3):
+            record = {"step": step, "train/epoch": step / 10, "train/step_seconds": 0.5}
+            records.append(record | {"ranks/data_seconds": seconds[step]})
+        write_metrics(tmp_path, records)
         assert call(tmp_path) == 0
         out = capsys.readouterr().out
         sentence = "rank 2 waits for data for 200 ms per step, the others 10 ms (medians)"

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from wandb_server import wandb_environment
 
 from resnet_dist.config import LogConfig
 from resnet_dist.evaluation.pictures import to_png
 from resnet_dist.logs import log as log_module
 from resnet_dist.logs.log import build_log
 from resnet_dist.logs.sinks import background, wandb_mode
-from resnet_dist.logs.sinks import wandb as wandb_sink
 from resnet_dist.logs.sinks.base import Picture, Table
 
 
@@ -217,23 +217,16 @@ def test_a_key_for_this_server_is_found_in_the_netrc_file(tmp_path, monkeypatch)
     assert not wandb_mode._has_netrc_key("https://api.wandb.ai")
 
 
-def run_session(folder, start_step, steps, mode="auto", init_seconds=10.0, **environment):
+NOBODY = "http://127.0.0.1:9"
+"""An address of this machine that nobody listens on."""
+
+
+def run_session(folder, start_step, steps, mode="auto", init_seconds=10.0, url=NOBODY, **more):
     """Log in a process where W&B finds an empty home, and nothing outside this machine."""
-    clean = {}
-    for key, value in os.environ.items():
-        if not key.upper().startswith("WANDB") and "proxy" not in key.lower():
-            clean[key] = value
-    clean |= {
-        "HOME": str(folder),
-        "WANDB_BASE_URL": "http://127.0.0.1:9",
-        "WANDB_ERROR_REPORTING": "false",
-        "PYTHONPATH": str(Path(wandb_sink.__file__).parents[3]),
-        **environment,
-    }
     done = subprocess.run(
         [sys.executable, "-c", SESSION, mode, str(init_seconds), str(start_step), *map(str, steps)],
         cwd=folder,
-        env=clean,
+        env=wandb_environment(folder, url, **more),
         capture_output=True,
         text=True,
         timeout=300,
@@ -344,7 +337,7 @@ def test_server_that_does_not_answer_falls_back_to_offline(tmp_path, mode):
             mode,
             init_seconds=1.0,
             WANDB_API_KEY="a" * 40,
-            WANDB_BASE_URL=f"http://127.0.0.1:{port}",
+            url=f"http://127.0.0.1:{port}",
         )
     assert done.stdout.count("W&B is offline") == 1
     assert "going online failed" in done.stdout

@@ -50,14 +50,15 @@ def test_batches_have_the_form_of_real_ones():
 
 @pytest.mark.parametrize(("world_size", "grad_accum_steps"), [(2, 1), (3, 2), (4, 1), (1, 4)])
 def test_any_layout_sees_the_same(world_size, grad_accum_steps):
-    steps = list(train_loaders(1)[0].batches(2, 7))  # over the end of an epoch
+    [alone] = train_loaders(1)
+    # Over the end of an epoch.
+    steps = list(alone.batches(2, 7))
     shares = [list(loader.batches(2, 7)) for loader in train_loaders(world_size, grad_accum_steps)]
     for number, whole in enumerate(steps):
-        parts = [
-            shares[rank][number * grad_accum_steps + micro_step]
-            for micro_step in range(grad_accum_steps)
-            for rank in range(world_size)
-        ]
+        parts = []
+        for micro_step in range(grad_accum_steps):
+            place = number * grad_accum_steps + micro_step
+            parts += [share[place] for share in shares]
         assert np.concatenate([part.indices for part in parts]).tolist() == whole.indices.tolist()
         assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
         assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels)
@@ -65,21 +66,25 @@ def test_any_layout_sees_the_same(world_size, grad_accum_steps):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_evaluation_covers_every_image_once(world_size):
-    loaders = [
-        SyntheticValLoader(
+    rows = []
+    rounds = set()
+    for rank in range(world_size):
+        loader = SyntheticValLoader(
             CONFIG,
             rank=rank,
             world_size=world_size,
             device=torch.device("cpu"),
             dtype=torch.float32,
         )
-        for rank in range(world_size)
-    ]
-    items = [list(loader) for loader in loaders]
-    assert {len(item) for item in items} == {loader.rounds for loader in loaders}
-    assert len({loader.rounds for loader in loaders}) == 1
-    rows = [row for item in items for batch in item if batch is not None for row in batch.indices]
-    assert sorted(rows) == list(range(loaders[0].num_samples)) == list(range(10))
+        assert loader.num_samples == 10
+        batches = list(loader)
+        assert len(batches) == loader.rounds
+        rounds.add(loader.rounds)
+        for batch in batches:
+            if batch is not None:
+                rows += batch.indices.tolist()
+    assert len(rounds) == 1
+    assert sorted(rows) == list(range(10))
 
 
 def test_fewer_images_than_a_batch():

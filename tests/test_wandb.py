@@ -6,16 +6,13 @@ is in files that `wandb sync` completes the run with.
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from wandb_server import Server
-
-from resnet_dist.logs import log as log_module
+from wandb_server import Server, wandb_environment
 
 SESSION = """
 import os, sys, time
@@ -52,19 +49,8 @@ def server():
 
 
 def environment(tmp_path, server):
-    clean = {
-        key: value
-        for key, value in os.environ.items()
-        if not key.upper().startswith("WANDB") and "proxy" not in key.lower()
-    }
-    return clean | {
-        "HOME": str(tmp_path),
-        "WANDB_BASE_URL": f"http://127.0.0.1:{server.port}",
-        "WANDB_SILENT": "true",
-        "WANDB_API_KEY": "a" * 40,
-        "WANDB_ERROR_REPORTING": "false",
-        "PYTHONPATH": str(Path(log_module.__file__).parents[2]),
-    }
+    url = f"http://127.0.0.1:{server.port}"
+    return wandb_environment(tmp_path, url, WANDB_SILENT="true", WANDB_API_KEY="a" * 40)
 
 
 def train(tmp_path, server, start, stop, finish_seconds=90):
@@ -108,11 +94,9 @@ def run_id(tmp_path):
 
 def logged(tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
-    return (
-        [json.loads(line)["step"] for line in path.read_text().splitlines()]
-        if path.exists()
-        else []
-    )
+    if not path.exists():
+        return []
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
 def lose(tmp_path, server):

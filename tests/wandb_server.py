@@ -8,14 +8,33 @@ compared with what was logged.
 import contextlib
 import gzip
 import json
+import os
 import re
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 from dist_utils import free_port
 
 ENTITY = "someone"
+
+
+def wandb_environment(home, url, **more) -> dict[str, str]:
+    """Environment of a process that imports this tree, finds W&B at `url` and its files in `home`,
+    and nothing outside this machine.
+    """
+    environment = {}
+    for key, value in os.environ.items():
+        if not key.upper().startswith("WANDB") and "proxy" not in key.lower():
+            environment[key] = value
+    environment |= {
+        "HOME": str(home),
+        "WANDB_BASE_URL": url,
+        "WANDB_ERROR_REPORTING": "false",
+        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+    }
+    return environment | more
 
 
 class Server:
