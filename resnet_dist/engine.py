@@ -23,7 +23,7 @@ from resnet_dist.compilation import (
     example_images,
 )
 from resnet_dist.data.types import Batch, TrainLoader, ValLoader
-from resnet_dist.distributed.process import Explain, as_it_is, failures_reported_first
+from resnet_dist.distributed.process import ErrorTranslator, as_it_is, failures_reported_first
 from resnet_dist.distributed.runtime import Runtime, StopSignal
 from resnet_dist.distributed.watchdog import COMPILE_PHASE
 from resnet_dist.evaluation.exhibits import Exhibits
@@ -87,7 +87,7 @@ class Services:
     stop_signal: StopSignal
     exhibits: Exhibits | None = None
     """pictures and details of the run; None for none"""
-    explain: Explain = as_it_is
+    translate_error: ErrorTranslator = as_it_is
     """from an error of the loop to the one that is printed"""
 
     def poll(self, step: int, phase: str) -> bool:
@@ -351,7 +351,7 @@ def train_loop(parts: Training, services: Services) -> int:
     window = Window(state, device)
     batches = parts.train_loader.batches(state.step, plan.total_steps)
     train_mode(parts.model)
-    reported_first = failures_reported_first(services.runtime, services.explain)
+    reported_first = failures_reported_first(services.runtime, services.translate_error)
     with collection_by_hand(), closing_batches(batches), reported_first:
         while True:
             # 1. Log where it is due, and wherever the loop waits for the device anyway.

@@ -261,10 +261,10 @@ def train_and_summarize(
     stop_signal = StopSignal(runtime.cpu_group, runtime.watchdog, on_stop=give_up_soon)
     exhibits = Exhibits(config, parts.train_loader.class_names, log, runtime)
 
-    def explain(problem: Exception) -> Exception:
+    def translate_error(problem: Exception) -> Exception:
         return explain_memory(problem, config, runtime)
 
-    services = Services(runtime, saver, log, stop_signal, exhibits, explain)
+    services = Services(runtime, saver, log, stop_signal, exhibits, translate_error)
     try:
         ended_by = run_loop(parts, services, should_continue)
         if not ended_by:

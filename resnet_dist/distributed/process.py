@@ -46,7 +46,7 @@ class StartAgainError(RuntimeError):
     """What this run starts from is no longer the newest state; the same command finds that."""
 
 
-Explain = Callable[[Exception], Exception]
+ErrorTranslator = Callable[[Exception], Exception]
 
 
 def as_it_is(problem: Exception) -> Exception:
@@ -178,7 +178,9 @@ def report_failure(problem: Exception, runtime: Runtime) -> int:
 
 
 @contextlib.contextmanager
-def failures_reported_first(runtime: Runtime, explain: Explain = as_it_is) -> Iterator[None]:
+def failures_reported_first(
+    runtime: Runtime, translate_error: ErrorTranslator = as_it_is
+) -> Iterator[None]:
     """Print the error of a block before its resources are closed, and raise it again.
 
     Closing a loader may wait for a device that waits for a lost rank. An error that the user can
@@ -186,14 +188,14 @@ def failures_reported_first(runtime: Runtime, explain: Explain = as_it_is) -> It
 
     Args:
         runtime: This rank, with its watchdog.
-        explain: From an error to the one that is printed in its place.
+        translate_error: From an error to the one that is printed in its place.
     """
     try:
         yield
     except (ValueError, FloatingPointError):
         raise
     except Exception as problem:
-        report_failure(explain(problem), runtime)
+        report_failure(translate_error(problem), runtime)
         raise
 
 
