@@ -338,6 +338,7 @@ def placement(pipeline) -> dict[str, set]:
     return devices
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [0, 1])
 def test_gpu_form_places_what_touches_pixels_on_the_gpu(slots):
     """Defined and serialized without a GPU: DALI checks operators, arguments and devices on the
@@ -565,6 +566,7 @@ def largest_difference(name, value):
     return 1
 
 
+@pytest.mark.slow
 def test_augmentation_does_not_depend_on_the_batch():
     """Nor on threads, on what came before, on an error in between; a graph serves every side and
     batch size.

@@ -354,6 +354,7 @@ def test_our_own_export_says_all(checkpoint, tmp_path):
     assert again.fit(build_config(again.settings)).class_names == []
 
 
+@pytest.mark.slow
 def test_both_layouts_of_shortcut_a(tmp_path):
     """The zeros are behind the channels, or on both sides as in the public CIFAR networks."""
     images = torch.randn(2, 16, 6, 6)

@@ -297,6 +297,7 @@ def test_a_new_iterator_takes_the_pipeline_over(good, tmp_path):
     assert not loader_threads()
 
 
+@pytest.mark.slow
 def test_bad_files_are_replaced_the_same_way_on_every_layout(mixed, tmp_path):
     """Each by the next good file, with its label; everything else as if nothing had happened."""
     one = steps(mixed, tmp_path / "one", 0, 10)
