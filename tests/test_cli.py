@@ -156,7 +156,7 @@ def test_errors_in_files_name_file_and_line(capsys, tmp_path):
         ("optim:\n  momentum: 2\n", 2, ["optim.momentum is 2", "in [0, 1)"]),
         ("data:\n  val_crop_size: 300\n", 2, []),
         ("train:\n\n  precision: bf\n", 3, ["one of auto, fp32, bf16, fp16"]),
-        ("seed: 1\nseed: 2\n", 2, ["seed is there twice"]),
+        ("seed: 1\nseed: 2\n", 2, ["seed is set twice", "line 1"]),
         ("seed: 1\nmodel: resnet50\n", 2, ["model must hold settings"]),
         ("- 1\n", 1, ["the file must hold settings"]),
         ("seed: 1\nmodel: {name: a\n", 3, ["not valid YAML"]),

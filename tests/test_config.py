@@ -63,22 +63,6 @@ def test_unknown_keys_and_wrong_types_are_refused_by_name(capsys, tmp_path):
     assert "nowhere.yaml" in refusal(capsys, "--config", str(tmp_path / "nowhere.yaml"))
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("train: {epochs: 3, epochs: 4}", "train.epochs is there twice"),
-        ("train: {epochs: 3}\nmodel: {}\ntrain: {ema_decay: 0.9}", "train is there twice"),
-    ],
-)
-def test_a_key_that_is_there_twice_is_refused(capsys, tmp_path, text, message):
-    """YAML would take the last one."""
-    path = tmp_path / "twice.yaml"
-    path.write_text(text)
-    said = refusal(capsys, "--config", str(path))
-    assert message in said
-    assert "twice.yaml, line " in said
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),

@@ -264,6 +264,7 @@ def test_mistakes_name_file_and_key(study_file, tmp_path, capsys):
         ("title: Zero-init", "", "the key title is missing"),
         ("seeds: [0, 1]", "seeds: [a]", "seeds holds 'a'"),
         ("seeds: [0, 1]", "seeds: []", "seeds is empty"),
+        ("seeds: [0, 1]", "seeds: [0]\nseeds: [1]", "seeds is there twice"),
         ("compare: [[plain, zero init]]", "compare: [[plain, zero ini]]", "mean zero init?"),
         ("question:", "queston: x\nquestion:", "did you mean question?"),
         ("{model.zero_init_residual: true}", "{model.zero_init: true}", "model.zero_init_residual"),

@@ -311,16 +311,12 @@ def _find_settings(
         The key and the value node of each setting.
 
     Raises:
-        ValueError: `node` is not a mapping, or a setting is unknown or there twice.
+        ValueError: `node` is not a mapping, or a setting is unknown.
     """
     if not isinstance(node, yaml.MappingNode):
         name = prefix.removesuffix(".") or "the file"
         place = _place(path, node)
         raise ValueError(f"{name} must hold settings, one `key: value` per line ({place})")
-    doubled = _doubled_key(node)
-    if doubled is not None:
-        key = f"{prefix}{doubled.value}"
-        raise ValueError(f"{printable(key)} is there twice ({_place(path, doubled)})")
     sections = _section_names(hints)
     # Replaces merge keys (`<<: *anchor`) by the entries that they refer to.
     SettingsLoader("").flatten_mapping(node)

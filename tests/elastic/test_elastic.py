@@ -6,6 +6,7 @@ Outside the quick suite (`-m long`): the agents wait for each other, which takes
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -73,6 +74,12 @@ class Agents:
         """SIGKILL to the agent alone: its workers are orphans then."""
         self.running.pop(name).kill()
 
+    def terminate(self, name):
+        """SIGTERM to an agent, which passes it on to its workers, as before a preemption."""
+        agent = self.running.pop(name)
+        agent.terminate()
+        agent.wait(120)
+
     def metrics(self):
         path = self.folder / "run" / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
@@ -120,8 +127,10 @@ def is_alive(pid):
 
 @pytest.mark.long
 def test_an_agent_dies_and_another_joins(digits, tmp_path):
-    """64 images on 4, 3 (two train, one is a spare) and 4 ranks: same samples, crops and learning
-    rates of each step, every line of the log once, no orphan.
+    """64 images on 4, 3 (two train, one is a spare) and 4 ranks, then 3 after a signal: same
+    samples, crops and learning rates of each step, every line of the log once, no orphan.
+
+    The signal costs no step.
     """
     agents = Agents(tmp_path, digits)
     try:
@@ -134,12 +143,16 @@ def test_an_agent_dies_and_another_joins(digits, tmp_path):
         assert agents.orphans() == []
         agents.start("second", 1)
         agents.wait_for_steps(40)
+        agents.terminate("first")
+        agents.wait_for_steps(10)
         codes = {name: agent.wait(300) for name, agent in agents.running.items()}
     finally:
         agents.stop()
     assert set(codes.values()) == {0}, (codes, agents.printed())
     printed = "".join(path.read_text() for path in tmp_path.glob("*.log"))
     assert "64 does not divide by 3 ranks: 2 of them train, 1 wait as spares" in printed
+    for stopped in re.findall(r"stopped at step (\d+) of", printed):
+        assert f"; step {stopped}, from " in printed
     for ranks in (4, 2):
         assert f"batch 64 = {ranks} cpu ranks" in printed
     assert "Traceback" not in printed
