@@ -41,6 +41,20 @@ def keep_one_thread(number):
 torch.set_num_threads = keep_one_thread
 
 
+# A minute or more each. With several workers, the last file decides when the suite ends.
+LONGEST_FILES = ("test_zoo.py", "test_benchmark.py", "test_models.py", "test_stores.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take longest begin first, after those in folders."""
+
+    def begins_late(item):
+        is_in_folder = item.path.parent.name != "tests"
+        return not is_in_folder and item.path.name not in LONGEST_FILES
+
+    items.sort(key=begins_late)
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """The embedded digits as a folder of images, for tests to read."""
