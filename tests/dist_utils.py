@@ -27,6 +27,20 @@ import torch.distributed as dist
 
 TIMEOUT_SECONDS = 180
 
+CLOCK_KEYS = {
+    "time",
+    "elapsed",
+    "elapsed_cpu",
+    "train/images_per_second",
+    "train/data_wait_fraction",
+    "train/step_seconds",
+    "ranks/data_seconds",
+    "ranks/step_seconds",
+    "ranks/memory_gib",
+    "train/memory_gib",
+}
+"""What depends on the clock or the memory in a line of metrics.jsonl"""
+
 
 def run_ranks(fn, world_size: int, *args) -> list:
     """Call `fn(rank, world_size, *args)` on `world_size` ranks and return what each returned, in

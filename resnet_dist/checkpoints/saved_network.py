@@ -32,7 +32,12 @@ from resnet_dist.checkpoints.torchvision_weights import (
     is_torchvision_name,
 )
 from resnet_dist.config import Config, to_dict
-from resnet_dist.models.build import TWO_PADDED_SHORTCUTS, build_model, pads_shortcuts
+from resnet_dist.models.build import (
+    TWO_PADDED_SHORTCUTS,
+    build_model,
+    build_on_meta,
+    pads_shortcuts,
+)
 from resnet_dist.models.class_names import assumed_names
 from resnet_dist.models.sync_batch_norm import convert_sync_batch_norm
 from resnet_dist.models.weights import (
@@ -169,8 +174,7 @@ class ForeignWeights:
 
     def _count_classes(self, config: Config, quoted: str) -> int:
         """The number of outputs. Raises ValueError if the file has no classifier."""
-        with torch.device("meta"):
-            model = build_model(config.model, config.model.num_classes or 1000)
+        model = build_on_meta(config.model)
         num_classes = count_outputs(model, self.weights)
         if not num_classes:
             # The error that names the tensors.

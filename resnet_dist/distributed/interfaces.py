@@ -29,13 +29,12 @@ def _is_up(name: str) -> bool:
     return bool(flags & _IFF_UP)
 
 
-def advise_on_interfaces() -> str:
-    """What to do if no interface serves: the end of a message."""
+def list_interfaces() -> str:
+    """The interfaces that are up, for a message."""
     names = interfaces_that_are_up()
     if not names:
-        return "no network interface of this machine is up: `ip link set lo up` starts loopback"
-    listed = ", ".join(names)
-    return f"set it to one of this machine's network interfaces that is up: {listed}"
+        return "none (`ip link set lo up` starts loopback)"
+    return ", ".join(names)
 
 
 def check_route(address: str, port: int) -> None:

@@ -18,7 +18,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from resnet_dist.distributed.interfaces import check_route, interfaces_that_are_up
+from resnet_dist.distributed.interfaces import check_route, list_interfaces
 from resnet_dist.text import first_line
 
 # Every launcher sets all of these variables.
@@ -333,10 +333,9 @@ def _check_own_address(address: str, port: int) -> None:
     try:
         check_route(address, port)
     except OSError as problem:
-        names = ", ".join(interfaces_that_are_up()) or "none (`ip link set lo up` starts loopback)"
         raise ValueError(
             f"MASTER_ADDR is {address!r}: rank 0 cannot reach this address, its own "
-            f"({problem.strerror}); network interfaces that are up: {names}"
+            f"({problem.strerror}); network interfaces that are up: {list_interfaces()}"
         ) from problem
 
 

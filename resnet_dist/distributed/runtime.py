@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-from resnet_dist.distributed.interfaces import advise_on_interfaces
+from resnet_dist.distributed.interfaces import list_interfaces
 from resnet_dist.distributed.rendezvous import Launcher, LostRankError, meet, read_launcher
 from resnet_dist.distributed.watchdog import Watchdog
 
@@ -330,7 +330,8 @@ def _refuse_interface(problem: Exception) -> None:
         what = f"GLOO_SOCKET_IFNAME is {chosen!r}"
     raise ValueError(
         f"the process group cannot start: {what}, and gloo finds no address to use "
-        f"({_first_line(problem)}); {advise_on_interfaces()}"
+        f"({_first_line(problem)}); set it to one of this machine's network interfaces that is up: "
+        f"{list_interfaces()}"
     ) from problem
 
 

@@ -189,13 +189,10 @@ def check_network(config: Config) -> None:
     Raises:
         ValueError: There is no such network, option or module.
     """
-    import torch
-
-    from resnet_dist.models.build import build_model
+    from resnet_dist.models.build import build_on_meta
     from resnet_dist.models.weights import freeze
 
-    with torch.device("meta"):
-        model = build_model(config.model, config.model.num_classes or 1000)
+    model = build_on_meta(config.model)
     freeze(model, config.optim.unfreeze_from)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from resnet_dist.config import ModelConfig
@@ -64,6 +65,20 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
         )
     make = MODELS[name]
     return make(num_classes=num_classes, **options)
+
+
+def build_on_meta(config: ModelConfig) -> nn.Module:
+    """Build a network without contents, whose norms are those of one rank.
+
+    Args:
+        config: The `model` section of the config. Without `num_classes`, there are 1,000 classes.
+
+    Raises:
+        ValueError: As `build_model`.
+    """
+    of_one_rank = dataclasses.replace(config, sync_batch_norm=False)
+    with torch.device("meta"):
+        return build_model(of_one_rank, config.num_classes or 1000)
 
 
 def chosen_options(config: ModelConfig) -> dict[str, Any]:

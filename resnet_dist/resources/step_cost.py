@@ -1,6 +1,6 @@
 """The arithmetic and the memory traffic of a training step, counted on the meta device."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_dist.config import Config, ModelConfig
 from resnet_dist.forward import all_logits
-from resnet_dist.models.build import build_model
+from resnet_dist.models.build import build_on_meta
 from resnet_dist.resources.operations import OperationWatch, Tensors
 
 
@@ -37,9 +37,9 @@ def count_step(config: Config, teacher: ModelConfig | None = None) -> StepCost:
         config: The config of the run; `train.precision` must be resolved.
         teacher: The teacher of a distillation; None for none.
     """
-    networks = [_build(config.model).train()]
+    networks = [build_on_meta(config.model).train()]
     if teacher is not None:
-        networks.append(_build(teacher).eval().requires_grad_(False))
+        networks.append(build_on_meta(teacher).eval().requires_grad_(False))
     side = config.data.train_crop_size
     # Two are enough for batch norm.
     flops_of_two, bytes_of_two = _count(networks, 2, side)
@@ -50,13 +50,6 @@ def count_step(config: Config, teacher: ModelConfig | None = None) -> StepCost:
         # Under autocast nearly all activations have 16 bits.
         bytes_per_image //= 2
     return StepCost(flops_of_two // 2, bytes_per_image, bytes_per_step)
-
-
-def _build(model: ModelConfig) -> nn.Module:
-    """A network on the meta device."""
-    model_config = replace(model, sync_batch_norm=False)
-    with torch.device("meta"):
-        return build_model(model_config, model.num_classes or 1000)
 
 
 def _count(networks: list[nn.Module], num_images: int, side: int) -> tuple[int, int]:

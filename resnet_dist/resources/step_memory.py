@@ -5,7 +5,7 @@ types and nothing else. Each storage counts from the operation that makes it unt
 """
 
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from resnet_dist.config import Config, ModelConfig
 from resnet_dist.forward import all_logits, at_least_fp32, train_mode
 from resnet_dist.losses import build_loss
-from resnet_dist.models.build import build_model
+from resnet_dist.models.build import build_on_meta
 from resnet_dist.models.weights import freeze
 from resnet_dist.resources.operations import OperationWatch, Tensors
 
@@ -103,12 +103,13 @@ def measure_step_memory(
         local_batch_size: Number of images of a micro-step.
         teacher: The teacher of a distillation; None for none.
     """
-    model = _build_on_meta(config.model, config.model.num_classes)
+    # Not with fake tensors: initialization may look at values, which these do not have.
+    model = build_on_meta(config.model)
     freeze(model, config.optim.unfreeze_from)
     train_mode(model)
     teacher_network = None
     if teacher is not None:
-        teacher_network = _build_on_meta(teacher, teacher.num_classes)
+        teacher_network = build_on_meta(teacher)
         teacher_network.eval().requires_grad_(False)
     peak = _peak_of_step(config, local_batch_size, model, teacher_network)
 
@@ -127,13 +128,6 @@ def measure_step_memory(
         step=peak,
         teacher=0 if teacher_network is None else _bytes_of_state(teacher_network),
     )
-
-
-def _build_on_meta(model: ModelConfig, num_classes: int | None) -> nn.Module:
-    """A network without contents. Its initialization may look at values: fake tensors have none."""
-    model_config = replace(model, sync_batch_norm=False)
-    with torch.device("meta"):
-        return build_model(model_config, num_classes or 1000)
 
 
 def _peak_of_step(

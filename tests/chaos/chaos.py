@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from dist_utils import (
+    CLOCK_KEYS,
     TINY_NETWORK,
     by_step,
     equal_trees,
@@ -62,19 +63,6 @@ from resnet_dist.distributed.watchdog import EXIT_LOST_RANK
 
 STOP_TIMEOUT_SECONDS = 12.0
 """distributed.timeout_s of an attempt in which a rank is stopped."""
-CLOCK_KEYS = {
-    "time",
-    "elapsed",
-    "elapsed_cpu",
-    "train/images_per_second",
-    "train/data_wait_fraction",
-    "train/step_seconds",
-    "ranks/data_seconds",
-    "ranks/step_seconds",
-    "ranks/memory_gib",
-    "train/memory_gib",
-}
-"""The keys of `metrics.jsonl` that depend on the clock."""
 
 
 def arguments(digits: str, folder: Path, **more: object) -> list[str]:

@@ -14,6 +14,7 @@ import time
 
 import pytest
 from dist_utils import (
+    CLOCK_KEYS,
     TINY_NETWORK,
     equal_trees,
     options,
@@ -65,20 +66,8 @@ def comparable(lines):
     """The lines without what depends on the clock; so do the bad files that an attempt, reading
     ahead, has met.
     """
-    clock = {
-        "time",
-        "elapsed",
-        "elapsed_cpu",
-        "train/images_per_second",
-        "train/data_wait_fraction",
-        "train/step_seconds",
-        "ranks/data_seconds",
-        "ranks/step_seconds",
-        "ranks/memory_gib",
-        "train/memory_gib",
-        "train/bad_images",
-    }
-    return [{key: value for key, value in line.items() if key not in clock} for line in lines]
+    left_out = {*CLOCK_KEYS, "train/bad_images"}
+    return [{key: value for key, value in line.items() if key not in left_out} for line in lines]
 
 
 def assert_same_run(a, b):

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import submitit
 import torch
-from dist_utils import options, run_app, small_run
+from dist_utils import CLOCK_KEYS, options, run_app, small_run
 
 from resnet_dist import cli
 from resnet_dist.checkpoints.checkpoint_file import read_checkpoint, unpack_checkpoint
@@ -32,18 +32,6 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 STEPS = 24
 SUBMITTING = threading.Lock()
-CLOCK = {
-    "time",
-    "elapsed",
-    "elapsed_cpu",
-    "train/images_per_second",
-    "train/data_wait_fraction",
-    "train/step_seconds",
-    "ranks/data_seconds",
-    "ranks/step_seconds",
-    "ranks/memory_gib",
-    "train/memory_gib",
-}
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +169,7 @@ def assert_same_run(a, b):
         )
     lines = [
         [
-            {key: value for key, value in json.loads(line).items() if key not in CLOCK}
+            {key: value for key, value in json.loads(line).items() if key not in CLOCK_KEYS}
             for line in (folder / "metrics.jsonl").read_text().splitlines()
         ]
         for folder in (a, b)

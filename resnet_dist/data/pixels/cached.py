@@ -48,9 +48,6 @@ from resnet_dist.data.types import Job
 # of a few calls.
 _GROUP_VALUES_OF_EQUAL = 2**18
 
-# The same where windows of them are resized, which takes more memory.
-_GROUP_VALUES_OF_WINDOWS = 2**18
-
 
 @dataclass(frozen=True)
 class CachedRows:
@@ -142,7 +139,7 @@ class CachedWindows(_CachedSource):
         """The portion with the function that makes its squares."""
         small = self._small_windows(portion)
         if small is not None:
-            return _with_one_view(portion, small.resize, _GROUP_VALUES_OF_WINDOWS)
+            return _with_one_view(portion, small.resize, _GROUP_VALUES_OF_EQUAL)
         equal = self._equal_images(portion)
         if equal is None:
             crop = self._crop_one_by_one(portion)

@@ -19,7 +19,7 @@ import torch
 from resnet_dist.data.arrays import FloatArray, IntArray, StringArray
 from resnet_dist.data.pixels.decoded_images import CHANNELS, gather_runs
 
-MOST_PIXELS = 40
+MAX_SIDE = 40
 """Largest side of the squares: beyond it, the products take longer than a call for each image."""
 
 FILTERS = ("bilinear", "bicubic")
@@ -60,7 +60,7 @@ def fits_products(size: tuple[int, int], side: int) -> bool:
         side: Side of the squares.
     """
     # Larger images would be reduced, whose weights need more bits.
-    return max(size) <= side <= MOST_PIXELS
+    return max(size) <= side <= MAX_SIDE
 
 
 def filter_numbers(interpolations: StringArray) -> IntArray:
