@@ -46,11 +46,10 @@ LONGEST_FILES = ("test_zoo.py", "test_benchmark.py", "test_models.py", "test_sto
 
 
 def pytest_collection_modifyitems(items):
-    """Files that take longest begin first, after those in folders."""
+    """Files in folders begin first, then those that take longest."""
 
     def begins_late(item):
-        is_in_folder = item.path.parent.name != "tests"
-        return not is_in_folder and item.path.name not in LONGEST_FILES
+        return item.path.parent.name == "tests" and item.path.name not in LONGEST_FILES
 
     items.sort(key=begins_late)
 

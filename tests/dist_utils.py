@@ -96,15 +96,13 @@ def _collect(receivers: list) -> list:
 
 
 def _begin_forked_rank() -> None:
-    """Call it first in a forked process.
-
-    What the parent has made stays: a DALI pipeline that is collected here waits for threads that do
-    not survive a fork, or aborts. A rank that hangs prints where, before it is ended: after a time,
-    and at SIGABRT. Ctrl-C works, also if a shell has started the tests in the background, where it
-    is ignored.
-    """
+    """Call it first in a forked process."""
+    # A shell that starts the tests in the background lets them ignore Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Objects of the parent are never freed here. A DALI pipeline would wait for its threads, which
+    # do not survive a fork, or abort.
     gc.freeze()
+    # A rank that hangs prints where it is, before it is ended: after a time, and at SIGABRT.
     stderr = 2
     faulthandler.enable(file=stderr)
     faulthandler.dump_traceback_later(TIMEOUT_SECONDS - 10, file=stderr)
@@ -238,7 +236,7 @@ def wait_app(processes: list, timeout: float = TIMEOUT_SECONDS) -> list[int]:
     for rank in late:
         _abort(processes[rank])
     if late:
-        printed = Path(processes[0].output).read_text()
+        printed = Path(processes[0].output).read_text(errors="replace")
         raise RuntimeError(f"ranks {late} were still running after {timeout} s:\n{printed[-8000:]}")
     return [process.exitcode for process in processes]
 

@@ -332,9 +332,9 @@ def placement(pipeline) -> dict[str, set]:
     devices = {}
     for fields in operators_of(pipeline):
         name = dict(fields)[NAME].decode()
-        for argument in messages(fields, ARGUMENT):
-            if argument.get(NAME) == b"device":
-                devices.setdefault(name, set()).add(argument[TEXT].decode())
+        arguments = messages(fields, ARGUMENT)
+        [device] = [one[TEXT].decode() for one in arguments if one.get(NAME) == b"device"]
+        devices.setdefault(name, set()).add(device)
     return devices
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dist_utils import run_app
+from dist_utils import run_app, run_command
 from PIL import Image
 
 from resnet_dist import cli
@@ -95,10 +95,9 @@ def test_files_that_cannot_be_written_are_refused_before_the_evaluation(checkpoi
         ("--details", f"{tmp_path}/d"): "must end in .json",
     }
     for words, sentence in problems.items():
-        log = tmp_path / "log"
-        log.unlink(missing_ok=True)
-        [code] = run_app(1, ["evaluate", "--weights", checkpoint, *words, *SETTINGS], str(log))
-        assert code == 2, log.read_text()
-        assert sentence in log.read_text(), log.read_text()
+        evaluate = ["evaluate", "--weights", checkpoint, *words, *SETTINGS]
+        code, printed = run_command(tmp_path, evaluate)
+        assert code == 2, printed
+        assert sentence in printed, printed
     with pytest.raises(SystemExit):
         cli.main(["evaluate", "--weights", checkpoint, "--suite", "s.yaml", "--details", "d.json"])

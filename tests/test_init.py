@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torchvision
+from module_utils import modules_of
 from torch import nn
 
 from resnet_dist.models import resnet
@@ -14,10 +15,6 @@ from resnet_dist.models.init import init_weights, zero_residual_norms
 
 def named_convs(model):
     return [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
-
-
-def norms(model):
-    return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
 
 
 def he_std(conv):
@@ -55,7 +52,7 @@ def test_convolutions_are_normal_not_uniform():
 def test_norms_are_the_identity_and_the_head_is_uniform():
     torch.manual_seed(7)
     model = MODELS["resnet18"]()
-    for norm in norms(model):
+    for norm in modules_of(model, nn.BatchNorm2d):
         assert torch.equal(norm.weight, torch.ones_like(norm.weight))
         assert torch.equal(norm.running_var, torch.ones_like(norm.running_var))
         assert not norm.bias.any()
@@ -88,7 +85,7 @@ def test_every_tensor_is_drawn_anew_and_by_seed():
 
 def test_zero_residual_norms_touches_the_last_norm_only():
     model = MODELS["resnet50"](num_classes=2)
-    blocks = [m for m in model.modules() if isinstance(m, resnet.Bottleneck)]
+    blocks = modules_of(model, resnet.Bottleneck)
     zero_residual_norms(block.last_norm for block in blocks)
 
     assert len(blocks) == 16

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_files import members_of_shards, modification_times, run_and_kill
-from dist_utils import run_app
+from dist_utils import run_command
 from image_files import OneProcess, encode, picture, val_loader
 
 from resnet_dist.cli import main
@@ -300,13 +300,12 @@ def test_the_command_evaluates_parquet(checkpoint, digits, tmp_path):
         rows.append(row)
     classes = [str(number) for number in range(10)]
     write_parquet(tmp_path / "data/validation-0.parquet", rows[::-1], classes=classes)
-    log = tmp_path / "log"
     arguments = ["evaluate", "--checkpoint", checkpoint, "--json", "--distributed.threads", "1"]
     results = []
     for folder in (digits, str(tmp_path)):
-        log.unlink(missing_ok=True)
-        assert run_app(1, [*arguments, "--data", folder], str(log)) == [0], log.read_text()
-        results.append(json.loads(log.read_text().splitlines()[-1])["model"])
+        code, printed = run_command(tmp_path, [*arguments, "--data", folder])
+        assert code == 0, printed
+        results.append(json.loads(printed.splitlines()[-1])["model"])
     assert results[0]["num"] == len(rows)
     assert results[0]["correct1"] == results[1]["correct1"]
     assert results[0]["loss"] == pytest.approx(results[1]["loss"])

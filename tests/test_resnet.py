@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from module_utils import count_parameters, modules_of
 from torch import nn
 
 from resnet_dist.models import resnet
@@ -41,14 +42,6 @@ def section(name, **options):
 def build_on_meta(name, num_classes=1000, **options):
     with torch.device("meta"):
         return build_model(section(name, **options), num_classes)
-
-
-def modules_of(model, *types):
-    return [module for module in model.modules() if isinstance(module, types)]
-
-
-def count_parameters(model):
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def shapes_of(model):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from dist_utils import run_ranks
+from module_utils import modules_of
 from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
@@ -325,7 +326,7 @@ def test_convert_keeps_tensors_flags_and_options():
     assert list(before) == list(after)
     for key, tensor in before.items():
         assert after[key] is tensor, key
-    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = modules_of(network, nn.modules.batchnorm._BatchNorm)
     assert len(norms) == 5
     for norm in norms:
         assert isinstance(norm, SyncBatchNorm)
@@ -409,7 +410,6 @@ def kernels_of_inductor(rank, world_size):
     return [re.findall(r"^(\w+) = async_compile", code, re.M) for code in codes]
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_inductor_fuses_it_with_the_addition_and_relu(monkeypatch):
     """One kernel before each collective and one after it. The second one of the forward pass

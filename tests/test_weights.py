@@ -174,6 +174,15 @@ def test_the_torchvision_layout_is_ours():
     assert_equal(model, source)
 
 
+def file_of(modules):
+    """The tensors of {name: module}, as a file has them."""
+    file = {}
+    for name, module in modules.items():
+        for key, tensor in module.state_dict().items():
+            file[f"{name}.{key}"] = tensor
+    return file
+
+
 @pytest.mark.parametrize("is_conv", [False, True])
 def test_squeeze_and_excitation_of_nvidia(is_conv):
     """Two linear layers in its files of 2019, convolutions later."""
@@ -187,14 +196,7 @@ def test_squeeze_and_excitation_of_nvidia(is_conv):
         squeeze = nn.Conv2d(8, 2, 1)
         expand = nn.Conv2d(2, 8, 1)
     head = nn.Linear(8, 3)
-    file = {
-        "0.squeeze.squeeze.weight": squeeze.weight,
-        "0.squeeze.squeeze.bias": squeeze.bias,
-        "0.squeeze.expand.weight": expand.weight,
-        "0.squeeze.expand.bias": expand.bias,
-        "1.weight": head.weight,
-        "1.bias": head.bias,
-    }
+    file = file_of({"0.squeeze.squeeze": squeeze, "0.squeeze.expand": expand, "1": head})
 
     rows, whole = load_weights(model, file, "x.pth")
 
@@ -221,14 +223,7 @@ def test_linear_layers_of_timms_vgg_are_convolutions():
     fc1 = nn.Conv2d(2, 6, 7)
     fc2 = nn.Conv2d(6, 6, 1)
     head = nn.Linear(6, 3)
-    file = {
-        "pre_logits.fc1.weight": fc1.weight,
-        "pre_logits.fc1.bias": fc1.bias,
-        "pre_logits.fc2.weight": fc2.weight,
-        "pre_logits.fc2.bias": fc2.bias,
-        "head.fc.weight": head.weight,
-        "head.fc.bias": head.bias,
-    }
+    file = file_of({"pre_logits.fc1": fc1, "pre_logits.fc2": fc2, "head.fc": head})
 
     rows, _ = load_weights(model, file, "x.pth")
 

@@ -18,6 +18,7 @@ import torchvision
 from dist_utils import equal_trees, run_app, run_ranks, small_run
 from engine_utils import FP32, ListLoader, NoSync, do_step, rule_of
 from image_files import OneProcess
+from module_utils import count_parameters, modules_of
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -126,14 +127,6 @@ def batch_of(size, count):
     images = F.interpolate(gray[:, None], (size, size), mode="bilinear").expand(-1, 3, -1, -1)
     images = images.contiguous(memory_format=torch.channels_last)
     return Batch(images, torch.from_numpy(labels[:count]), np.arange(count))
-
-
-def count_parameters(*modules):
-    return sum(parameter.numel() for module in modules for parameter in module.parameters())
-
-
-def modules_of(model, kind):
-    return [module for module in model.modules() if isinstance(module, kind)]
 
 
 @pytest.fixture

@@ -151,7 +151,9 @@ def test_an_agent_dies_and_another_joins(digits, tmp_path):
     assert set(codes.values()) == {0}, (codes, agents.printed())
     printed = "".join(path.read_text() for path in tmp_path.glob("*.log"))
     assert "64 does not divide by 3 ranks: 2 of them train, 1 wait as spares" in printed
-    for stopped in re.findall(r"stopped at step (\d+) of", printed):
+    stops = re.findall(r"stopped at step (\d+) of", printed)
+    assert stops, printed[-3000:]
+    for stopped in stops:
         assert f"; step {stopped}, from " in printed
     for ranks in (4, 2):
         assert f"batch 64 = {ranks} cpu ranks" in printed

@@ -19,8 +19,8 @@ ROUNDING = 1e-5
 
 
 def training_caches(place: Place, folder: Path) -> str:
-    """Crops out of each kind of cache are those of the CPU; the file's own pixels where DALI
-    resizes nothing.
+    """Crops from a cache are those of the CPU: equal where nothing is resized, from each kind of
+    cache, and one level apart on average where DALI resizes.
     """
     side = 32
     number = place.size(64, 16)

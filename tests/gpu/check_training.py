@@ -279,7 +279,8 @@ def compile_modes(place: Place, folder: Path) -> str:
             own = replace(config, train=train_config)
             eager = losses_in_mode(place, with_compile(own, False), mode)
             compiled = losses_in_mode(place, with_compile(own, True), mode)
-            worst = max(abs(a / b - 1) for a, b in zip(compiled, eager, strict=True))
+            # The largest element of a tensor is NaN if one of them is.
+            worst = float((torch.tensor(compiled) / torch.tensor(eager) - 1).abs().max())
             text = f"{mode.name} {mode.precision}"
             if mode.has_more:
                 text += " with the collective and a teacher"

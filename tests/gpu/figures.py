@@ -18,7 +18,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from places import Place, of_network, resnet50, single_rank, synchronize, with_compile
+from places import (
+    Place,
+    eager_and_compiled,
+    of_network,
+    resnet50,
+    single_rank,
+    synchronize,
+    with_compile,
+)
 
 # isort: split
 import numpy as np
@@ -300,12 +308,8 @@ def jpeg_loop(place: Place, photographs: Path | None, folder: Path) -> Figures:
 
 def determinism(place: Place, photographs: Path | None, folder: Path) -> Figures:
     """The price of train.deterministic, eager and compiled."""
-    config = resnet50(place, folder)
-    variants = {"eager": config}
-    if place.is_cuda:
-        variants["compiled"] = with_compile(config, True)
     rows = {}
-    for name, variant in variants.items():
+    for name, variant in eager_and_compiled(place, resnet50(place, folder)).items():
         with single_rank(place) as runtime:
             found = price_of_determinism(
                 variant, runtime, place.size(3, 1), place.size(15, 2), trainings=1
@@ -337,9 +341,8 @@ def kernels(place: Place, photographs: Path | None, folder: Path) -> Figures:
 def host_time(place: Place, photographs: Path | None, folder: Path) -> Figures:
     """The host's time for a step of ResNet-20 at 32 pixels with batch 128."""
     config = of_network(place, folder, "resnet20", place.size(32, 8), place.size(128, 4))
-    variants = {"eager": config}
+    variants = eager_and_compiled(place, config)
     if place.is_cuda:
-        variants["compiled"] = with_compile(config, True)
         graphs = replace(variants["compiled"].train, compile_mode="reduce-overhead")
         variants["compiled, reduce-overhead"] = replace(config, train=graphs)
     rows = {}

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from places import Place, resnet50, single_rank, with_compile
+from places import Place, eager_and_compiled, resnet50, single_rank
 
 # isort: split
 import torch
@@ -116,11 +116,8 @@ def norm(place: Place, photographs: Path | None, folder: Path) -> Figures:
     """
     config = resnet50(place, folder)
     batch_size = config.train.global_batch_size
-    variants = {"eager": config}
-    if place.is_cuda:
-        variants["compiled"] = with_compile(config, True)
     rows = {}
-    for name, variant in variants.items():
+    for name, variant in eager_and_compiled(place, config).items():
         with single_rank(place) as runtime:
             set_arithmetic(variant.train, place.device)
             steps = {"local": step_on_one_batch(build_training(variant, runtime, 10))}

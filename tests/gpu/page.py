@@ -51,8 +51,10 @@ def markdown(report: Report) -> str:
         rows.append([one.name, one.outcome, f"{one.seconds:.1f}", first_line(one.text)])
     lines += table(["check", "outcome", "seconds", "what it found"], rows)
 
-    guesses = [f"- {one.name}: {CHECKS[one.name].guess}" for one in report.checks]
-    guesses = [line for line in guesses if not line.endswith(": ")]
+    guesses = []
+    for one in report.checks:
+        if CHECKS[one.name].guess:
+            guesses.append(f"- {one.name}: {CHECKS[one.name].guess}")
     if guesses:
         lines += ["", "Thresholds that are guesses, with no measurement on a GPU behind them:", ""]
         lines += guesses

@@ -77,6 +77,14 @@ def with_compile(config: Config, is_on: bool) -> Config:
     return replace(config, train=replace(config.train, compile=is_on))
 
 
+def eager_and_compiled(place: Place, config: Config) -> dict[str, Config]:
+    """An eager config by its name, and on a GPU beside it the compiled one."""
+    variants = {"eager": config}
+    if place.is_cuda:
+        variants["compiled"] = with_compile(config, True)
+    return variants
+
+
 def of_network(place: Place, folder: Path, name: str, side: int, batch_size: int) -> Config:
     """A training on random pixels, eager."""
     config = training_config(place, folder)

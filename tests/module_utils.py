@@ -1,0 +1,13 @@
+"""What tests ask about the modules of a network."""
+
+from torch import nn
+
+
+def modules_of(model: nn.Module, *types: type) -> list[nn.Module]:
+    """The modules of these types, in order."""
+    return [module for module in model.modules() if isinstance(module, types)]
+
+
+def count_parameters(*modules: nn.Module) -> int:
+    """The number of weights of all these modules together."""
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
