@@ -7,6 +7,8 @@ import signal
 import tarfile
 from pathlib import Path
 
+from dist_utils import TIMEOUT_SECONDS, begin_forked_process
+
 
 def write_tree(folder, files):
     """Write {name: bytes} below `folder`; returns `folder`."""
@@ -72,6 +74,7 @@ def run_and_kill(function, count, *arguments):
         return call
 
     def body():
+        begin_forked_process()
         os.fsync = counted(os.fsync)
         os.replace = counted(os.replace)
         function(*arguments)
@@ -79,5 +82,9 @@ def run_and_kill(function, count, *arguments):
 
     process = multiprocessing.get_context("fork").Process(target=body)
     process.start()
-    process.join(300)
+    process.join(TIMEOUT_SECONDS)
+    is_hanging = process.is_alive()
+    process.kill()
+    process.join()
+    assert not is_hanging, f"{function.__name__} was still running after {TIMEOUT_SECONDS} s"
     assert process.exitcode == -signal.SIGKILL

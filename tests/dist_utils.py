@@ -95,14 +95,14 @@ def _collect(receivers: list) -> list:
     return [results[rank] for rank in range(len(receivers))]
 
 
-def _begin_forked_rank() -> None:
-    """Call it first in a forked process."""
+def begin_forked_process() -> None:
+    """Call this first in each forked process."""
     # A shell that starts the tests in the background lets them ignore Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # Objects of the parent are never freed here. A DALI pipeline would wait for its threads, which
     # do not survive a fork, or abort.
     gc.freeze()
-    # A rank that hangs prints where it is, before it is ended: after a time, and at SIGABRT.
+    # A process that hangs prints where it is, before it is ended: after a time, and at SIGABRT.
     stderr = 2
     faulthandler.enable(file=stderr)
     faulthandler.dump_traceback_later(TIMEOUT_SECONDS - 10, file=stderr)
@@ -110,7 +110,7 @@ def _begin_forked_rank() -> None:
 
 def _child(sender, fn, rank: int, world_size: int, store_path: str, args: tuple) -> None:
     """The life of one rank: join the group, call, answer (failure, result), leave."""
-    _begin_forked_rank()
+    begin_forked_process()
     torch.set_num_threads(1)
     if sys.platform == "linux":
         # Gloo looks up the host's name otherwise, which need not resolve.
@@ -394,7 +394,7 @@ def _app(rank: int, world_size: int, port: int, arguments: list[str], output: st
     sys.stdout, sys.stderr = (
         os.fdopen(os.dup(descriptor), "w", buffering=1) for _ in range(2)
     )  # not pytest's
-    _begin_forked_rank()
+    begin_forked_process()
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

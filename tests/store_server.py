@@ -19,6 +19,8 @@ import time
 import traceback
 import urllib.request
 
+from dist_utils import begin_forked_process
+
 SECRETS = ("AKIAEXAMPLEKEY", "very-secret-key", "very-secret-token")
 
 META = (
@@ -234,6 +236,7 @@ def in_child(function, *args):
 
 
 def _child(sender, function, args):
+    begin_forked_process()
     try:
         sender.send((None, function(*args)))
     except BaseException:

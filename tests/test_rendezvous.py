@@ -10,7 +10,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch.distributed as dist
-from dist_utils import free_port, start_app, wait_app
+from dist_utils import begin_forked_process, free_port, start_app, wait_app
 
 from resnet_dist.config import Config
 from resnet_dist.distributed import interfaces, rendezvous
@@ -148,6 +148,7 @@ def test_keys_of_an_earlier_start_do_no_harm():
     context = get_context("fork")
 
     def join(rank, results, timeout):
+        begin_forked_process()
         launcher = Launcher(rank, rank, 2, 2, "127.0.0.1", port, agent_store=True)
         try:
             meeting = meet(launcher, timeout)
