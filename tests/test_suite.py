@@ -8,6 +8,7 @@ first one of the order among those that compete.
 import json
 import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,11 @@ from image_files import OneProcess
 from PIL import Image
 
 from resnet_dist.api import EvaluationTransform
+from resnet_dist.commands import evaluate_suite
 from resnet_dist.config import Config, DataConfig
 from resnet_dist.evaluation.sets import arrays, corruptions
-from resnet_dist.evaluation.sets.suite_file import read_suite
+from resnet_dist.evaluation.sets.suite_file import SuiteEntry, read_suite
+from resnet_dist.evaluation.sets.suite_results import PartCounts, SetResult
 
 
 def few_corruptions(monkeypatch, names=("snow", "fog")):
@@ -248,6 +251,17 @@ sets:
     part = arrays.read_arrays(tmp_path / "c" / "fog.npy", tmp_path / "c" / "labels.npy", 3, 5)
     assert np.array_equal(part.pixels, pixels[12:16])
     assert part.labels.tolist() == [7, 7, 7, 1]
+
+
+def test_parts_that_were_counted_with_other_options_are_not_taken():
+    entry = SuiteEntry("a", "folder", "x", classes="all")
+    counts = PartCounts(num=4, correct1=1, correct5=None, loss_sum=2.0, num_bad=0)
+    result = SetResult(entry, {"": counts})
+    earlier = json.loads(json.dumps({"a": result.as_plain()}))
+    assert evaluate_suite._finished_parts(entry, earlier) == {"": counts}
+    for change in ({"classes": ""}, {"classes": "present"}, {"data": "y"}, {"kind": "imagenet"}):
+        other = replace(entry, **change)
+        assert evaluate_suite._finished_parts(other, earlier) == {}, change
 
 
 def test_arrays_pass_through_the_geometry_of_files(tmp_path):

@@ -203,7 +203,7 @@ def _finished_parts(entry: SuiteEntry, earlier: dict[str, Any]) -> dict[str, Par
     options = asdict(entry)
     for key, value in options.items():
         # Options without a value are not in the file.
-        if value and plain.get(key) != value:
+        if plain.get(key, "") != value:
             return {}
     try:
         return parts_from_plain(plain)
