@@ -163,6 +163,8 @@ def test_rivals_that_cannot_be_used(tmp_path, monkeypatch):
     folder = str(tmp_path / "train")
     empty = tmp_path / "empty.py"
     empty.write_text("")
+    text_file = tmp_path / "notes.txt"
+    text_file.write_text("webdataset, of course")
     for name in ("ffcv", "webdataset", "litdata", "streaming"):
         monkeypatch.setitem(sys.modules, name, None)
     rivals = build_rivals(RIVALS, folder, DataConfig(), 4, 1)
@@ -172,6 +174,7 @@ def test_rivals_that_cannot_be_used(tmp_path, monkeypatch):
         (f"{RIVALS}:other", "has ffcv, webdataset, litdata, mosaicml"),
         (f"{RIVALS}:mosaicml", "mosaicml cannot be imported"),
         (str(empty), "does not define RIVALS"),
+        (str(text_file), "is not valid Python"),
         (str(tmp_path), "is no file"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -5,11 +5,10 @@ which defines `RIVALS`: a dict from the name of a loader to its `BuildLoader`. A
 library cannot be imported is left out, unless its name was given.
 """
 
-import importlib.util
 import os
+import runpy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import ModuleType
 
 from resnet_dist.commands.benchmark_parts import split_names
 from resnet_dist.commands.plain_loaders import MakeBatches
@@ -71,20 +70,14 @@ def _read_builders(path: str) -> dict[str, BuildLoader]:
         raise ValueError(
             f"--rivals names {path!r}, which is no file: the repository has benchmarks/rivals.py"
         )
-    builders = getattr(_import_file(path), "RIVALS", None)
+    try:
+        definitions = runpy.run_path(path)
+    except SyntaxError as problem:
+        raise ValueError(f"--rivals: {path} is not valid Python: {problem}") from problem
+    builders = definitions.get("RIVALS")
     if not isinstance(builders, dict):
         raise ValueError(
             f"--rivals: {path} does not define RIVALS, a dict from names to functions such as "
             f"those of benchmarks/rivals.py"
         )
     return builders
-
-
-def _import_file(path: str) -> ModuleType:
-    """The module of a Python file, which need not lie in the search path."""
-    spec = importlib.util.spec_from_file_location("rivals", path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"--rivals: {path} is no Python file (.py)")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
