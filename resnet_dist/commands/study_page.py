@@ -99,7 +99,7 @@ def _section(study: Study, results: Results, page: Path) -> str:
 
     Args:
         study: The study.
-        results: Its results.
+        results: Its results, at least one.
         page: The file of the page, to which links are relative.
     """
     paragraphs = [
@@ -108,8 +108,7 @@ def _section(study: Study, results: Results, page: Path) -> str:
         describe_study(study, results),
     ]
     picture = _draw(study, results, page)
-    if picture:
-        paragraphs.append(f"![{study.metric} of {study.title}]({picture})")
+    paragraphs.append(f"![{study.metric} of {study.title}]({picture})")
     if study.notes:
         paragraphs.append(study.notes.strip())
     commands = _commands(study)
@@ -268,7 +267,7 @@ def _draw(study: Study, results: Results, page: Path) -> str:
     """Draw the curves of the first finished seed of each run.
 
     Returns:
-        The path of the picture, seen from the page; "" if nothing has finished.
+        The path of the picture, as the page links to it.
     """
     from resnet_dist.commands.report_plots import plot_runs
 
@@ -277,8 +276,6 @@ def _draw(study: Study, results: Results, page: Path) -> str:
         if of_run:
             first = of_run[0]
             histories.append(first.history)
-    if not histories:
-        return ""
     folder = study.trials[0].folder.parent
     picture = folder / "curves.png"
     plot_runs(histories, picture)
