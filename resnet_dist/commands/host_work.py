@@ -1,12 +1,13 @@
 """The Python work for an image that a GPU trains on, measured without a GPU.
 
-On a GPU, the threads that load images share Python's lock with the thread that trains. What holds
-that lock is the limit of a fast GPU: 117 us an image at the 8,504 images/s that one H100 loaded
-(docs/gpu.md). Reading and decoding release it.
+The threads that load images share Python's lock with the thread that trains. Reading and decoding
+release the lock; the work that is measured here holds it. One H100 trained on 5,658 images/s
+(docs/gpu.md, the compiled loop), which leaves 177 us for an image, training included.
 """
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from typing import TypeVar
 
@@ -55,12 +56,12 @@ def measure_host_work(loader: DaliTrainLoader, num_batches: int) -> dict[str, fl
     """
     decoder = _decoder_with_the_graph_of_a_gpu(loader)
     stopwatch = _Stopwatch()
-    for number in range(num_batches):
-        loaded = _load(loader, number, stopwatch)
-        portion = Portion(loaded, 0, len(loaded.images))
-        stopwatch.time("feeding", partial(decoder.submit, portion))
-        decoder.collect()
-    decoder.close()
+    with closing(decoder):
+        for number in range(num_batches):
+            loaded = _load(loader, number, stopwatch)
+            portion = Portion(loaded, 0, len(loaded.images))
+            stopwatch.time("feeding", partial(decoder.submit, portion))
+            decoder.collect()
     num_images = loader.sampling.layout.local_batch_size
     microseconds = {}
     for name, seconds_of_batches in stopwatch.seconds.items():

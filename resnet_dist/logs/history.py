@@ -188,7 +188,10 @@ class RunHistory:
         for record in self.records:
             if "elapsed" in record:
                 if key not in record:
-                    raise ValueError(f"{printable(self.folder)}/metrics.jsonl has no {key}")
+                    raise ValueError(
+                        f"{printable(self.folder)}/metrics.jsonl has no {key}: an earlier version "
+                        "wrote it; set clock: wall in the study, or train in another output_dir"
+                    )
                 if last_timed is not None and not _same_session(last_timed, record):
                     earlier_sessions += last_timed[key]
                 last_timed = record
