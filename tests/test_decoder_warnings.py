@@ -71,6 +71,15 @@ def test_a_flood_with_pythons_lock_held_passes(capfd):
     assert "\0" not in said
 
 
+def test_a_late_mark_is_no_warning():
+    notes_pipe, notes_end = os.pipe()
+    os.write(notes_end, b"Corrupt JPEG data: early\n" + decoder_warnings._MARK + b"1\n")
+    os.close(notes_end)
+    source = decoder_warnings.DecoderWarnings(-1, notes_pipe)
+    assert source.take() == ["Corrupt JPEG data: early"]
+    os.close(notes_pipe)
+
+
 def test_the_last_words_of_a_crash_arrive():
     program = (
         "import ctypes, os\n"

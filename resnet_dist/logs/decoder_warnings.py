@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 _WARNING = re.compile(
     rb"Corrupt JPEG data: |Premature end of JPEG |Invalid SOS parameters |Inconsistent progression "
@@ -51,21 +51,20 @@ class DecoderWarnings:
 
     def take(self) -> list[str]:
         """The warnings since the last call, as far as they have arrived."""
-        return [line.decode("ascii", "replace") for line in self._lines()]
+        lines = self._lines()
+        return _warnings_in(lines)
 
     def take_all(self) -> list[str]:
         """The warnings since the last call; waits until all that were written have arrived."""
         self.num_marks += 1
         mark = _MARK + str(self.num_marks).encode()
         os.write(self.text_pipe, mark + b"\n")
-        warnings = []
+        warnings: list[str] = []
         deadline = time.monotonic() + _SECONDS_FOR_A_MARK
         while time.monotonic() < deadline:
             select.select([self.notes_pipe], [], [], 0.1)
             lines = self._lines()
-            for line in lines:
-                if not line.startswith(_MARK):
-                    warnings.append(line.decode("ascii", "replace"))
+            warnings += _warnings_in(lines)
             if mark in lines:
                 break
         return warnings
@@ -77,6 +76,15 @@ class DecoderWarnings:
                 self.unfinished += piece
         *lines, self.unfinished = self.unfinished.split(b"\n")
         return lines
+
+
+def _warnings_in(lines: Iterable[bytes]) -> list[str]:
+    """The lines as text, without marks: one that came too late for its call is no warning."""
+    warnings = []
+    for line in lines:
+        if not line.startswith(_MARK):
+            warnings.append(line.decode("ascii", "replace"))
+    return warnings
 
 
 _current: list[DecoderWarnings] = []

@@ -95,7 +95,7 @@ def _read_sets(path: Path, title: str) -> dict[Any, Any]:
         title: The beginning of a message about it.
 
     Raises:
-        ValueError: It cannot be read, or has not this key alone.
+        ValueError: It cannot be read, or `sets` is not its only key.
     """
     try:
         text = path.read_text(encoding="utf-8")
