@@ -86,7 +86,7 @@ def write_metrics(folder, top1):
 
 
 def test_what_is_missing_is_run_and_the_page_has_every_training(
-    study_file, digits, tmp_path, trained, capsys
+    study_file, digits, tmp_path, trained, capsys, monkeypatch
 ):
     words = ["study", str(study_file), "--set", f"data.data_dir={digits}"]
     collected = tmp_path / "docs" / "results"
@@ -126,6 +126,10 @@ def test_what_is_missing_is_run_and_the_page_has_every_training(
     assert (page.parent / "results/zero_init/curves.png").exists()
     origin = json.loads((collected / "zero_init/plain_seed0/study.json").read_text())
     assert origin["command"][:3] == ["resnet-dist", "train", "--config"]
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert cli.main([*words, "--collect", str(collected), "--page", str(page)]) == 2
+    assert "pip install 'resnet-dist[report]'" in capsys.readouterr().err
 
 
 def test_times_by_the_cpu_clock(study_file):
@@ -264,6 +268,8 @@ def test_mistakes_name_file_and_key(study_file, tmp_path, capsys):
         ("title: Zero-init", "", "the key title is missing"),
         ("seeds: [0, 1]", "seeds: [a]", "seeds holds 'a'"),
         ("seeds: [0, 1]", "seeds: []", "seeds is empty"),
+        ("seeds: [0, 1]", "seeds: [0.5]", "seeds holds 0.5: it must be a whole number"),
+        ("seeds: [0, 1]", "seeds: [1, 0, 1]", "seeds holds 1 twice"),
         ("seeds: [0, 1]", "seeds: [0]\nseeds: [1]", "seeds is there twice"),
         ("compare: [[plain, zero init]]", "compare: [[plain, zero ini]]", "mean zero init?"),
         ("question:", "queston: x\nquestion:", "did you mean question?"),
@@ -281,6 +287,9 @@ def test_mistakes_name_file_and_key(study_file, tmp_path, capsys):
     assert cli.main(["study", str(tmp_path / "none.yaml")]) == 2
     study_file.write_text(text)
     assert cli.main(["study", str(study_file), "--set", "train.epochs"]) == 2
+    capsys.readouterr()
+    assert cli.main(["study", str(study_file), "--set", "train.epochs=["]) == 2
+    assert "--set train.epochs=[ is not valid YAML" in capsys.readouterr().err
     assert cli.main(["study", str(study_file), "--page", "x.md"]) == 2
 
 

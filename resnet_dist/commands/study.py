@@ -84,13 +84,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read_changes(words: Sequence[str]) -> dict[str, Any]:
-    """The settings that `--set` names."""
+    """The settings that `--set` names. Raises ValueError for a word that is not KEY=VALUE."""
     changes = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals:
             raise ValueError(f"--set is {word!r}: write KEY=VALUE, for instance train.epochs=2")
-        changes[key] = yaml.load(value, Loader=SettingsLoader)
+        try:
+            changes[key] = yaml.load(value, Loader=SettingsLoader)
+        except yaml.YAMLError as problem:
+            raise ValueError(f"--set {word} is not valid YAML: {problem}") from problem
     return changes
 
 
@@ -100,7 +103,12 @@ def _write_page(studies: Sequence[Study], args: argparse.Namespace) -> None:
         raise ValueError("--page needs --collect, the folder that holds the results")
     folder = Path(args.collect)
     collected = [move_results(study, folder) for study in studies]
-    write_page(collected, Path(args.page))
+    try:
+        write_page(collected, Path(args.page))
+    except ImportError as problem:
+        raise ValueError(
+            "--page draws pictures with matplotlib: pip install 'resnet-dist[report]'"
+        ) from problem
     print(f"page: {printable(args.page)}")
 
 

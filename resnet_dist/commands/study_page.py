@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from resnet_dist.commands.report_plots import plot_runs
 from resnet_dist.evaluation.comparison import SeedSummary
 from resnet_dist.files import write_file
 from resnet_dist.studies.results import (
@@ -76,6 +77,7 @@ def write_page(studies: Sequence[Study], path: Path) -> None:
         path: The file of the page.
 
     Raises:
+        ImportError: matplotlib is not installed.
         OSError: A file cannot be written.
     """
     sections = [_HEADER]
@@ -266,11 +268,14 @@ def _commands(study: Study) -> str:
 def _draw(study: Study, results: Results, page: Path) -> str:
     """Draw the curves of the first finished seed of each run.
 
+    Args:
+        study: The study.
+        results: Its results, at least one.
+        page: The file of the page.
+
     Returns:
         The path of the picture, as the page links to it.
     """
-    from resnet_dist.commands.report_plots import plot_runs
-
     histories = []
     for of_run in results.values():
         if of_run:

@@ -141,9 +141,7 @@ def _build_study(path: Path, fields: Mapping[str, Any], changes: Settings) -> St
 
 def _build_trials(fields: Mapping[str, Any], changes: Settings) -> list[Trial]:
     """Each run with each seed."""
-    seeds = _numbers("seeds", fields["seeds"])
-    if not seeds:
-        raise ValueError("seeds is empty: give at least one seed")
+    seeds = _seeds(fields["seeds"])
     if not fields["runs"]:
         raise ValueError("runs is empty: name at least one run")
     output_dir = expand_path(fields["output_dir"])
@@ -156,8 +154,7 @@ def _build_trials(fields: Mapping[str, Any], changes: Settings) -> list[Trial]:
             **changes,
             **_settings_of_run(run, own),
         }
-        for number in seeds:
-            seed = int(number)
+        for seed in seeds:
             folder = Path(output_dir, folder_name(run, seed))
             settings = {
                 **settings_of_run,
@@ -167,6 +164,22 @@ def _build_trials(fields: Mapping[str, Any], changes: Settings) -> list[Trial]:
             trial = _build_trial(run, seed, fields["config"], settings)
             trials.append(trial)
     return trials
+
+
+def _seeds(values: Sequence[object]) -> list[int]:
+    """The seeds of each run. Raises ValueError unless they are whole numbers that differ."""
+    seeds: list[int] = []
+    for number in _numbers("seeds", values):
+        if not float(number).is_integer():
+            raise ValueError(f"seeds holds {number!r}: it must be a whole number")
+        seed = int(number)
+        # A training that counts twice would make the interval too narrow.
+        if seed in seeds:
+            raise ValueError(f"seeds holds {seed} twice: give each seed once")
+        seeds.append(seed)
+    if not seeds:
+        raise ValueError("seeds is empty: give at least one seed")
+    return seeds
 
 
 def _settings_of_run(run: str, own: object) -> Settings:
