@@ -80,12 +80,14 @@ class WandbSink:
             ) from None
 
         self._info = run
+        run_id = ""
         id_file = run.folder / "wandb_run_id"
         if id_file.is_file():
             self._already_sent = run.last_steps
-        else:
-            write_file(id_file, secrets.token_hex(4) + "\n")
-        run_id = id_file.read_text().strip()
+            run_id = id_file.read_text().strip()
+        if not run_id:
+            run_id = secrets.token_hex(4)
+            write_file(id_file, run_id + "\n")
 
         mode = wandb_mode(run.config.wandb)
         reason = why_offline(mode)
