@@ -74,12 +74,15 @@ def compare_loaders(config: Config, runtime: Runtime, options: argparse.Namespac
         grad_accum_steps=1,
     )
     config = replace(config, train=train)
+    folder = _class_folders(options.originals or config.data.data_dir)
     ours = _build_ours(config, runtime, train_cache="off")
     slow = _build_ours(config, runtime, train_cache="off")
     _slow_down_reading(slow, options.read_delay_ms / 1e3)
     cached = _build_ours(config, runtime, train_cache="auto")
-    makers = _makers(config, runtime, options, ours, slow)
-    makers.update(_build_rivals(config, options, ours.threads))
+    makers: dict[str, MakeBatches] = {"resnet_dist": ours.batches}
+    if options.read_delay_ms:
+        makers["slow storage"] = slow.batches
+    makers.update(_other_makers(config, runtime, folder, ours, options.rivals))
     if not isinstance(cached.source, ImageDecoding):
         makers["memory cache"] = cached.batches
 
@@ -167,54 +170,57 @@ def _slow_down_reading(loader: DaliTrainLoader, seconds: float) -> None:
     reader.load = slow_load
 
 
-def _makers(
+def _other_makers(
     config: Config,
     runtime: Runtime,
-    options: argparse.Namespace,
+    folder: str,
     ours: DaliTrainLoader,
-    slow: DaliTrainLoader,
+    rivals: str,
 ) -> dict[str, MakeBatches]:
-    """The loaders that are compared.
+    """The loaders that ours is compared with, and the part of ours that does not decode.
 
     Args:
         config: the settings.
         runtime: a single process.
-        options: the arguments of the command.
+        folder: the folder with the class folders.
         ours: the loader of this package.
-        slow: the same with slow storage.
+        rivals: the value of `--rivals`.
 
     Returns:
         A function for each loader, by name, that yields the batches [start, stop).
     """
     data = config.data
     local = config.train.global_batch_size
-    folder = _class_folders(options.originals or data.data_dir)
 
     def plan_and_read(start: int, stop: int) -> Iterator[Any]:
         """Draw the random numbers and read the files, without decoding them."""
         for job in ours.jobs(start, stop):
             yield ours.load(job)
 
-    makers: dict[str, MakeBatches] = {"resnet_dist": ours.batches}
-    if options.read_delay_ms:
-        makers["slow storage"] = slow.batches
-    makers["plain DALI"] = plain_dali(folder, data, local, ours.threads, runtime.device)
-    makers["plan and reading"] = plan_and_read
+    makers = {
+        "plain DALI": plain_dali(folder, data, local, ours.threads, runtime.device),
+        "plan and reading": plan_and_read,
+    }
     torchvision = plain_torchvision(folder, data, local, ours.threads)
     if torchvision is not None:
         makers["torchvision"] = torchvision
+    makers.update(_build_rivals(config, rivals, folder, ours.threads))
     return makers
 
 
-def _build_rivals(
-    config: Config, options: argparse.Namespace, threads: int
-) -> dict[str, MakeBatches]:
-    """The loaders of the file that `--rivals` names; says which cannot be used, and why."""
-    if not options.rivals:
+def _build_rivals(config: Config, text: str, folder: str, threads: int) -> dict[str, MakeBatches]:
+    """The loaders of the file that `--rivals` names; says which cannot be used, and why.
+
+    Args:
+        config: the settings.
+        text: the value of the option; may be empty.
+        folder: the folder with the class folders.
+        threads: number of our threads.
+    """
+    if not text:
         return {}
-    folder = _class_folders(options.originals or config.data.data_dir)
     local_batch_size = config.train.global_batch_size
-    rivals = build_rivals(options.rivals, folder, config.data, local_batch_size, threads)
+    rivals = build_rivals(text, folder, config.data, local_batch_size, threads)
     for name, reason in rivals.left_out.items():
         print(printable(f"without {name}: {reason}"), file=sys.stderr)
     return rivals.makers
