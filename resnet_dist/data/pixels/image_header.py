@@ -21,9 +21,17 @@ _PNG_END = b"IEND\xaeB`\x82"
 _PNG_HEADER_BYTES = 33
 _JPEG_START = b"\xff\xd8"
 _JPEG_END = b"\xff\xd9"
-_JPEG_FRAME_BYTES = 9
+# The marker (0xFF and its code) and the length of a segment.
+_JPEG_SEGMENT = struct.Struct(">BBH")
+# Height and width, in the segment of a frame.
+_JPEG_SIZE = struct.Struct(">HH")
+_JPEG_SIZE_OFFSET = 5
 _JPEG_SCAN = 0xDA
 _JPEG_END_CODE = 0xD9
+_JPEG_LAST = (_JPEG_SCAN, _JPEG_END_CODE)
+# A marker may have any number of these bytes before it.
+_JPEG_FILL = 0xFF
+_DAMAGED_JPEG = "the JPEG header is damaged or cut off"
 # JPEG markers without a length: TEM, RST0 to RST7.
 _STANDALONE = frozenset([0x01, *range(0xD0, 0xD8)])
 # SOF0 to SOF15, without DHT, JPG and DAC, which lie between them.
@@ -167,28 +175,39 @@ def _read_header(data: bytes) -> Header:
 
 
 def _read_jpeg_header(data: bytes) -> Header:
-    """Follow the segments of a JPEG up to its first scan."""
+    """The header of a JPEG. Raises ValueError if it is damaged."""
+    try:
+        return _follow_segments(data)
+    except struct.error:
+        # A segment lies behind the end of the file.
+        raise ValueError(_DAMAGED_JPEG) from None
+
+
+def _follow_segments(data: bytes) -> Header:
+    """Go from segment to segment of a JPEG, up to its first scan.
+
+    Raises:
+        ValueError: If the header is damaged.
+        struct.error: If the file ends before the first scan.
+    """
     position = 2
     size: tuple[int, int] | None = None
     while True:
-        # Fill bytes are allowed before a marker.
-        while data[position : position + 2] == b"\xff\xff":
+        first_byte, marker, length = _JPEG_SEGMENT.unpack_from(data, position)
+        if first_byte != 0xFF:
+            raise ValueError(_DAMAGED_JPEG)
+        if marker == _JPEG_FILL:
             position += 1
-        head = data[position : position + _JPEG_FRAME_BYTES]
-        if len(head) < 4 or head[0] != 0xFF:
-            raise ValueError("the JPEG header is damaged or cut off")
-        marker = head[1]
-        if marker in (_JPEG_SCAN, _JPEG_END_CODE):
+            continue
+        if marker in _JPEG_LAST:
             if size is None or marker == _JPEG_END_CODE:
                 raise ValueError("the JPEG header gives no size")
             height, width = size
             return Header(height, width, position, _JPEG_END)
-        if marker in _FRAME and len(head) < _JPEG_FRAME_BYTES:
-            raise ValueError("the JPEG header is damaged or cut off")
-        if marker in _FRAME and size is None:
-            size = struct.unpack_from(">HH", head, 5)
+        if marker in _FRAME:
+            size_of_frame = _JPEG_SIZE.unpack_from(data, position + _JPEG_SIZE_OFFSET)
+            size = size or size_of_frame
         # Behind the two bytes of the marker.
         position += 2
         if marker not in _STANDALONE:
-            (length,) = struct.unpack_from(">H", head, 2)
             position += length
