@@ -36,6 +36,7 @@ from resnet_dist.mix import Mixing, mix_images
 from resnet_dist.nonfinite import NonFinite, TooManyNonFiniteError
 from resnet_dist.plan import Due, TrainPlan
 from resnet_dist.precision import Precision
+from resnet_dist.resources.compute_probe import ComputeProbe
 from resnet_dist.resources.gpu_usage import gpu_figures, read_gpu_memory
 from resnet_dist.resources.memory import peak_memory
 from resnet_dist.rng import derive_seed
@@ -293,6 +294,7 @@ class Window:
 
     def __init__(self, state: TrainState, device: torch.device) -> None:
         self.clock = Clock()
+        self.probe = ComputeProbe(device)
         self.nonfinite = NonFinite(state.model, state.step)
         self.lr = 0.0
         self.grad_norm = torch.zeros((), device=device)
@@ -468,32 +470,37 @@ def report_bad_images(num_bad: int, num_samples: int, log: Log) -> None:
         )
 
 
-def figures_of_ranks(times: dict[str, float], runtime: Runtime) -> dict[str, list[float]]:
-    """Of each rank: seconds of waiting for data per step, seconds per step, and its largest memory.
+def figures_of_ranks(
+    times: dict[str, float], probe_seconds: float, runtime: Runtime
+) -> dict[str, list[float]]:
+    """Figures of each rank, which show the rank that delays the others.
 
     The ranks wait for each other in every step, so the step time of each rank is that of the
-    slowest one. The rank with the longest data wait delays the others.
+    slowest one. A rank delays the others if its data wait is the longest, or if it computes slowly,
+    which the probe shows.
 
     Args:
         times: `step_seconds` and `data_wait_fraction` of this rank.
+        probe_seconds: Time of a fixed piece of work on this rank, see `ComputeProbe`.
         runtime: Gathers the numbers of all ranks.
+
+    Returns:
+        For each rank the seconds of waiting for data per step, seconds per step, seconds of the
+        probe, and its largest memory.
     """
     step_seconds = times["step_seconds"]
-    data_seconds = times["data_wait_fraction"] * step_seconds
-    memory_gib = peak_memory(runtime.device) / 2**30
-    rows = runtime.gather_numbers([data_seconds, step_seconds, memory_gib])
-    rounded_data = []
-    rounded_steps = []
-    rounded_memory = []
-    for data_of_rank, step_of_rank, memory_of_rank in rows:
-        rounded_data.append(round(data_of_rank, 6))
-        rounded_steps.append(round(step_of_rank, 6))
-        rounded_memory.append(round(memory_of_rank, 4))
-    return {
-        "ranks/data_seconds": rounded_data,
-        "ranks/step_seconds": rounded_steps,
-        "ranks/memory_gib": rounded_memory,
+    of_this_rank = {
+        "ranks/data_seconds": times["data_wait_fraction"] * step_seconds,
+        "ranks/step_seconds": step_seconds,
+        "ranks/probe_seconds": probe_seconds,
+        "ranks/memory_gib": peak_memory(runtime.device) / 2**30,
     }
+    rows = runtime.gather_numbers(list(of_this_rank.values()))
+    columns = zip(*rows, strict=True)
+    figures = {}
+    for key, values in zip(of_this_rank, columns, strict=True):
+        figures[key] = [round(value, 6) for value in values]
+    return figures
 
 
 def log_training(parts: Training, window: Window, services: Services) -> None:
@@ -519,7 +526,9 @@ def log_training(parts: Training, window: Window, services: Services) -> None:
         values["train/top5"] = result["top5"]
     times = window.clock.take()
     values |= with_prefix("train", times)
-    of_ranks = figures_of_ranks(times, runtime)
+    # The device has done all its work: the counts were read.
+    probe_seconds = window.probe.take()
+    of_ranks = figures_of_ranks(times, probe_seconds, runtime)
     values |= of_ranks
     values["train/memory_gib"] = max(of_ranks["ranks/memory_gib"])
     memory = read_gpu_memory(runtime.device)

@@ -36,6 +36,7 @@ CLOCK_KEYS = {
     "train/step_seconds",
     "ranks/data_seconds",
     "ranks/step_seconds",
+    "ranks/probe_seconds",
     "ranks/memory_gib",
     "train/memory_gib",
 }

@@ -12,9 +12,10 @@ import pytest
 from resnet_dist.commands import report
 from resnet_dist.commands.report_input import Evaluated
 from resnet_dist.commands.report_page import render_evaluations
-from resnet_dist.commands.report_text import describe_pair
+from resnet_dist.commands.report_text import describe_pair, describe_slow_ranks
 from resnet_dist.evaluation.confusion import ClassResult
 from resnet_dist.evaluation.evaluation_file import EvaluatedNetwork, EvaluationDetails
+from resnet_dist.logs.history import RunHistory
 
 
 @pytest.fixture
@@ -177,21 +178,60 @@ def test_a_folder_name_cannot_forge_lines(tmp_path, capsys):
     assert "\x1b" not in out
 
 
+def records_of_ranks(key, lines):
+    """Log lines with these figures of the ranks; a step takes 0.5 s."""
+    records = []
+    for step, figures in enumerate(lines, start=1):
+        record = {
+            "step": step,
+            "train/epoch": step / 10,
+            "train/step_seconds": 0.5,
+            key: figures,
+        }
+        records.append(record)
+    return records
+
+
 @pytest.mark.slow
-def test_the_slow_rank_is_named(tmp_path, capsys):
-    for slow, expected in ((0.2, True), (0.012, False)):
-        # The first line is of an attempt with two ranks.
-        seconds = {1: [0.01, 0.01], 2: [0.01, 0.01, slow, 0.011], 3: [0.01, 0.01, slow, 0.011]}
-        records = []
-        for step in (1, 2, 3):
-            record = {"step": step, "train/epoch": step / 10, "train/step_seconds": 0.5}
-            records.append(record | {"ranks/data_seconds": seconds[step]})
-        write_metrics(tmp_path, records)
-        assert call(tmp_path) == 0
-        out = capsys.readouterr().out
-        sentence = "rank 2 waits for data for 200 ms per step, the others 10 ms (medians)"
-        assert (sentence in out) == expected
-        assert ("slow rank" in out) == expected
+def test_slow_ranks_are_named(tmp_path, capsys):
+    """In the text and on the page, which has a chart of each figure."""
+    # The first line is of an attempt with two ranks.
+    waits = [[0.01, 0.01]] + 4 * [[0.01, 0.01, 0.2, 0.011]]
+    probes = [[0.002, 0.002]] + 4 * [[0.002, 0.003, 0.002, 0.002]]
+    records = records_of_ranks("ranks/data_seconds", waits)
+    for record, figures in zip(records, probes, strict=True):
+        record["ranks/probe_seconds"] = figures
+    write_metrics(tmp_path, records)
+    page = tmp_path / "page.html"
+    assert call(tmp_path, "--html", page) == 0
+    for printed in (capsys.readouterr().out, page.read_text()):
+        assert "rank 2 waits for data for 200 ms per step, the others 10 ms (medians)" in printed
+        assert "rank 1 computes slowly: 3.00 ms for a fixed matrix product, the others" in printed
+    for title in ("waiting for data (ms per step)", "a fixed matrix product (ms)"):
+        assert title in page.read_text()
+
+
+def test_a_rank_that_hardly_waits_longer_is_not_named(tmp_path):
+    records = records_of_ranks("ranks/data_seconds", 4 * [[0.01, 0.012]])
+    assert not describe_slow_ranks(RunHistory(tmp_path, records))
+
+
+PROBES = {
+    "three slow lines of four": ([0.002, 0.003, 0.003, 0.003], True),
+    "two slow lines of four": ([0.002, 0.002, 0.003, 0.003], False),
+    "one line of noise": ([0.002, 0.002, 0.002, 0.9], False),
+    "too few lines": ([0.003, 0.003, 0.003], False),
+    "hardly slower": ([0.0023, 0.0023, 0.0023, 0.0023], False),
+}
+"""the probe of rank 1 in each line, that of the other ranks is 2 ms -> whether it is named"""
+
+
+def test_noise_of_the_probe_names_nobody(tmp_path):
+    for case, (probes, expected) in PROBES.items():
+        lines = [[0.002, seconds, 0.002] for seconds in probes]
+        run = RunHistory(tmp_path, records_of_ranks("ranks/probe_seconds", lines))
+        sentences = describe_slow_ranks(run)
+        assert bool(sentences) == expected, case
 
 
 @pytest.mark.slow

@@ -60,6 +60,7 @@ LAYERS = [
         "metrics",
         "timing",
         "checkpoints.torchvision_weights",
+        "resources.compute_probe",
         "resources.gpu_usage",
         "data.arrays",
         "data.types",

@@ -14,7 +14,7 @@ from resnet_dist.commands.report_markup import color_legend, element, folded, ta
 from resnet_dist.commands.report_text import (
     describe_differences,
     describe_pair,
-    describe_slow_rank,
+    describe_slow_ranks,
 )
 from resnet_dist.logs.history import Curve, Evaluation
 from resnet_dist.text import printable
@@ -35,6 +35,7 @@ _PANELS = {
 _PANELS_OF_RANKS = {
     "ranks/data_seconds": "waiting for data (ms per step)",
     "ranks/step_seconds": "step (ms)",
+    "ranks/probe_seconds": "a fixed matrix product (ms)",
     "ranks/memory_gib": "memory (GiB)",
 }
 
@@ -193,9 +194,8 @@ def _findings(runs: Sequence[ReportedRun]) -> str:
     """What the figures say, in sentences."""
     sentences = describe_differences(runs)
     for run in runs:
-        slow_rank = describe_slow_rank(run.history)
-        if slow_rank:
-            sentences.append(f"{run.name}: {slow_rank}")
+        for sentence in describe_slow_ranks(run.history):
+            sentences.append(f"{run.name}: {sentence}")
         sentences.extend(run.remarks)
     return _list_of_sentences(sentences)
 
@@ -222,7 +222,7 @@ def _panels(runs: Sequence[ReportedRun]) -> str:
 
 
 def _ranks(run: ReportedRun) -> str:
-    """Waiting for data, step time and memory of each rank; empty for a single rank."""
+    """Data wait, step time, probe and memory of each rank; empty for a single rank."""
     num_ranks = len(run.history.curves_of_ranks("ranks/data_seconds"))
     if num_ranks < 2:
         return ""
@@ -232,12 +232,13 @@ def _ranks(run: ReportedRun) -> str:
         if key.endswith("_seconds"):
             curves = [_in_milliseconds(curve) for curve in curves]
         charts.append(line_chart(title, _lines_of_ranks(curves), from_zero=True))
-    finding = describe_slow_rank(run.history)
-    if not finding:
-        finding = "no rank is much slower than the others"
+    findings = describe_slow_ranks(run.history)
+    if not findings:
+        findings = ["no rank is much slower than the others"]
     sentence = (
-        f"{num_ranks} ranks: {finding}. Ranks wait for each other in every step, so a slow one "
-        "shows in its own data wait, and in the step time of all."
+        f"{num_ranks} ranks: {'; '.join(findings)}. Ranks wait for each other in every step, so "
+        "that a slow one makes the steps of all longer. Its data wait or its time for a fixed "
+        "matrix product is above that of the others."
     )
     names = [f"rank {rank}" for rank in range(num_ranks)]
     if num_ranks > _MOST_LINES_OF_RANKS:

@@ -16,7 +16,7 @@ from resnet_dist.commands.report_plots import SPLITS
 from resnet_dist.evaluation.calibration import Calibration
 from resnet_dist.evaluation.comparison import difference_of_means, summarize_accuracies
 from resnet_dist.evaluation.intervals import Interval, difference_interval
-from resnet_dist.logs.history import Evaluation, RunHistory
+from resnet_dist.logs.history import Evaluation, RunHistory, SlowRank
 from resnet_dist.text import printable
 
 
@@ -93,7 +93,7 @@ def _describe_calibration(calibration: Calibration) -> str:
 
 
 def _speed_rows(run: RunHistory) -> dict[str, str]:
-    """Images per second, memory, the time of waiting for data, and the slowest rank."""
+    """Images per second, memory, the time of waiting for data, and slow ranks."""
     rows = {}
     speeds = run.curve("train/images_per_second").values
     if speeds:
@@ -110,9 +110,9 @@ def _speed_rows(run: RunHistory) -> dict[str, str]:
         peak = max(memory)
         rows["memory"] = f"{peak:.2f} GiB at most on a rank"
 
-    slowest = describe_slow_rank(run)
-    if slowest:
-        rows["slow rank"] = slowest
+    slow_ranks = describe_slow_ranks(run)
+    if slow_ranks:
+        rows["slow rank"] = "; ".join(slow_ranks)
     return rows
 
 
@@ -127,22 +127,24 @@ def _bad_image_rows(run: RunHistory) -> dict[str, str]:
     return {"bad images": f"{num_bad:.0f}"}
 
 
-def describe_slow_rank(run: RunHistory) -> str:
-    """The rank that delays the others, and in which phase.
+def describe_slow_ranks(run: RunHistory) -> list[str]:
+    """The ranks that delay the others, and in which phase: a sentence each."""
+    return [_describe_slow_rank(found) for found in run.slow_ranks()]
 
-    Returns:
-        A sentence, or "" if no rank is much slower than the others.
-    """
-    found = run.slow_rank()
-    if found is None:
-        return ""
-    # In milliseconds.
+
+def _describe_slow_rank(found: SlowRank) -> str:
+    """The rank, the phase, and its time beside that of the others."""
     own = 1000 * found.seconds
     others = 1000 * found.seconds_of_others
-    action = "takes"
-    if found.phase == "data":
-        action = "waits for data for"
-    return f"rank {found.rank} {action} {own:.0f} ms per step, the others {others:.0f} ms (medians)"
+    if found.phase == "computing":
+        return (
+            f"rank {found.rank} computes slowly: {own:.2f} ms for a fixed matrix product, the "
+            f"others {others:.2f} ms (medians)"
+        )
+    return (
+        f"rank {found.rank} waits for data for {own:.0f} ms per step, the others {others:.0f} ms "
+        "(medians)"
+    )
 
 
 def compare_runs(runs: Sequence[ReportedRun]) -> str:

@@ -1,6 +1,7 @@
 """The history of a run, read from its metrics.jsonl."""
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,9 +17,15 @@ _SAME_START_SECONDS = 2.0
 Clock = Literal["wall", "cpu"]
 _CLOCK_KEYS = {"wall": "elapsed", "cpu": "elapsed_cpu"}
 
-# A rank is slow if it needs longer than the others, by at least this fraction of the time of a
-# step.
+# A rank is slow in its data if it waits longer than the others, by at least this fraction of the
+# time of a step.
 _SLOW_SHARE = 0.05
+
+# A rank computes slowly if its probe takes longer than that of the others, by at least this factor,
+# in at least this fraction of the log lines, of which there are at least so many.
+_SLOW_FACTOR = 1.2
+_SLOW_LINES = 0.75
+_FEWEST_LINES = 4
 
 
 @dataclass(frozen=True)
@@ -49,12 +56,11 @@ class SlowRank:
     """A rank that needs more time than the others. Times are medians over the log lines."""
 
     rank: int
-    phase: str
-    """data: it waits for its images; step: the whole update"""
+    phase: Literal["waiting for data", "computing"]
     seconds: float
-    """per step"""
+    """of waiting for data per step, or of the probe (`ComputeProbe`)"""
     seconds_of_others: float
-    """per step, the median of the other ranks"""
+    """the median of the other ranks"""
 
 
 @dataclass(frozen=True)
@@ -142,35 +148,54 @@ class RunHistory:
             curves.append(curve)
         return curves
 
-    def slow_rank(self) -> SlowRank | None:
-        """Find the rank that delays the others, and in which phase.
+    def slow_ranks(self) -> list[SlowRank]:
+        """Find the rank that delays the others by its data, and the one that computes slowly.
 
-        Waiting for data is looked at first. Ranks wait for each other in every step, so that the
-        step time of each rank is usually that of the slowest one.
+        Waiting for data: the rank with the longest median wait per step, if that is longer than the
+        median of the other ranks by at least 5 % of a step.
+
+        Computing: the rank with the longest median time of the probe, if its probe takes at least
+        20 % longer than the median of the other ranks in at least three quarters of the log lines,
+        of which there must be four or more. GPUs of one kind differ by some percent, and single
+        lines are noisy.
 
         Returns:
-            The rank; None if no rank is slower than the others by at least 5 % of a step.
+            At most one rank of each phase.
         """
-        step_seconds = self.curve("train/step_seconds").values
-        if not step_seconds:
-            return None
-        smallest_excess = _SLOW_SHARE * statistics.median(step_seconds)
-        for phase in ("data", "step"):
-            found = self._slowest(phase)
-            if found is not None and found.seconds - found.seconds_of_others >= smallest_excess:
-                return found
-        return None
+        found = [self._slow_in_data(), self._slow_in_computing()]
+        return [each for each in found if each is not None]
 
-    def _slowest(self, phase: str) -> SlowRank | None:
-        """The rank with the longest median time in a phase; None with fewer than two ranks."""
-        curves = self.curves_of_ranks(f"ranks/{phase}_seconds")
-        if len(curves) < 2:
+    def _slow_in_data(self) -> SlowRank | None:
+        step_seconds = self.curve("train/step_seconds").values
+        waits = self._lines_of_ranks("ranks/data_seconds")
+        if not step_seconds or not waits:
             return None
-        seconds = [statistics.median(curve.values) for curve in curves]
-        longest = max(seconds)
-        rank = seconds.index(longest)
-        others = seconds[:rank] + seconds[rank + 1 :]
-        return SlowRank(rank, phase, longest, statistics.median(others))
+        rank, seconds, seconds_of_others = _slowest(waits)
+        excess = seconds - seconds_of_others
+        if excess < _SLOW_SHARE * statistics.median(step_seconds):
+            return None
+        return SlowRank(rank, "waiting for data", seconds, seconds_of_others)
+
+    def _slow_in_computing(self) -> SlowRank | None:
+        probes = self._lines_of_ranks("ranks/probe_seconds")
+        if len(probes) < _FEWEST_LINES:
+            return None
+        rank, seconds, seconds_of_others = _slowest(probes)
+        num_slow = 0
+        for line in probes:
+            if line[rank] >= _SLOW_FACTOR * _median_of_others(line, rank):
+                num_slow += 1
+        if num_slow < _SLOW_LINES * len(probes):
+            return None
+        return SlowRank(rank, "computing", seconds, seconds_of_others)
+
+    def _lines_of_ranks(self, key: str) -> list[list[float]]:
+        """For each log line a value of each rank; empty with fewer than two ranks."""
+        curves = self.curves_of_ranks(key)
+        if len(curves) < 2:
+            return []
+        values = [curve.values for curve in curves]
+        return [list(line) for line in zip(*values, strict=True)]
 
     def seconds_so_far(self, clock: Clock = "wall") -> list[float]:
         """For each line, the seconds of its session and of all sessions before it.
@@ -240,6 +265,21 @@ def read_run(folder: Path) -> RunHistory:
     if not records:
         raise ValueError(f"{printable(path)} has no line yet: the run has not logged anything")
     return RunHistory(folder, records)
+
+
+def _slowest(lines: Sequence[Sequence[float]]) -> tuple[int, float, float]:
+    """The rank with the longest median time, that time, and the median of the other ranks."""
+    medians = [statistics.median(values) for values in zip(*lines, strict=True)]
+    seconds = max(medians)
+    rank = medians.index(seconds)
+    return rank, seconds, _median_of_others(medians, rank)
+
+
+def _median_of_others(values: Sequence[float], rank: int) -> float:
+    """The median of the values of all ranks but one."""
+    others = list(values)
+    del others[rank]
+    return statistics.median(others)
 
 
 def _same_session(record: Record, following: Record) -> bool:
