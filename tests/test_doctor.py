@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,9 +18,18 @@ from resnet_dist.config import Config, TrainConfig
 from resnet_dist.resources import host_memory, memory
 
 ARGUMENTS = (
-    *("doctor", "--config", "configs/quickstart.yaml"),
-    *("--log.wandb", "disabled", "--data.threads", "1"),
+    "doctor",
+    *("--config", "configs/quickstart.yaml"),
+    *("--log.wandb", "disabled"),
+    *("--data.threads", "1"),
 )
+
+
+class Finding(NamedTuple):
+    """What the doctor says of one subject."""
+
+    level: str
+    text: str
 
 
 def examine(tmp_path, *more, world_size=1, entry=None):
@@ -28,14 +38,35 @@ def examine(tmp_path, *more, world_size=1, entry=None):
     return run_command(tmp_path, words, world_size, entry)
 
 
-def levels(printed):
-    """{check: (level, text)} of what is printed with --json."""
-    checks = json.loads(printed.splitlines()[-1])
-    return {check["check"]: (check["level"], check["text"]) for check in checks}
+def parse_findings(line):
+    """{subject: Finding} of a line that --json prints."""
+    findings = {}
+    for check in json.loads(line):
+        findings[check["check"]] = Finding(check["level"], check["text"])
+    return findings
+
+
+def last_findings(printed):
+    """{subject: Finding} of what one rank prints with --json."""
+    last_line = printed.splitlines()[-1]
+    return parse_findings(last_line)
+
+
+def let_disk_be_full(free):
+    """Let this process believe that `free` bytes of a gigabyte are left on each disk."""
+    total = 10**9
+    usage = shutil._ntuple_diskusage(total, total - free, free)
+    shutil.disk_usage = lambda path: usage
+
+
+def let_memory_be_full():
+    """Let this process believe that a megabyte of memory is left."""
+    host_memory._free_in_control_groups = lambda: [2**20]
 
 
 @pytest.mark.slow
 def test_a_good_run_on_two_ranks(digits, tmp_path):
+    """All is well on both ranks, and nothing is left behind."""
     code, printed = examine(tmp_path, "--data.data_dir", digits, world_size=2)
     assert code == 0, printed
     said = {
@@ -57,39 +88,50 @@ def test_a_good_run_on_two_ranks(digits, tmp_path):
             checks.add(check)
             assert said[check] in line
     assert checks == set(said)
-    assert not (tmp_path / "run").exists(), "it leaves nothing behind"
+    output_dir = tmp_path / "run"
+    assert not output_dir.exists()
 
 
 @pytest.mark.slow
 def test_warnings_and_errors(digits, tmp_path):
-    code, printed = examine(tmp_path, "--data.data_dir", digits, "--optim.base_lr", "3", "--json")
-    level, text = levels(printed)["layout"]
+    """A warning ends with exit code 1, an error with exit code 2."""
+    code, printed = examine(
+        tmp_path,
+        *("--data.data_dir", digits),
+        *("--optim.base_lr", "3"),
+        "--json",
+    )
+    layout = last_findings(printed)["layout"]
     assert code == 1
-    assert level == "warning"
-    assert "is 3 for 256" in text
+    assert layout.level == "warning"
+    assert "is 3 for 256" in layout.text
+
+    # One image is empty.
     data = shutil.copytree(digits, tmp_path / "data")
-    next((data / "val" / "0").glob("*.jpg")).write_bytes(b"")
-    more = ("--data.kind", "folder", "--data.data_dir", str(data), "--json")
-    code, printed = examine(tmp_path, *more)
+    zeros = data / "val" / "0"
+    first_image = next(zeros.glob("*.jpg"))
+    first_image.write_bytes(b"")
+    damaged_data = (
+        *("--data.kind", "folder"),
+        *("--data.data_dir", str(data)),
+        "--json",
+    )
+    code, printed = examine(tmp_path, *damaged_data)
     assert code == 1
-    assert "of 192 that were read 1 are broken" in levels(printed)["data"][1]
+    assert "of 192 that were read 1 are broken" in last_findings(printed)["data"].text
+
+    # One class has no validation images, and other settings are wrong.
     shutil.rmtree(data / "val" / "7")
     for setting, value, check, words in (
         ("--train.grad_accum_steps", "3", "layout", "63 or 66"),
         ("--output_dir", "/proc/nowhere", "folder", "/proc"),
         ("--log.wandb", "disabled", "data", "only in train/ (7)"),
     ):
-        code, printed = examine(tmp_path, *more, setting, value)
-        level, text = levels(printed)[check]
+        code, printed = examine(tmp_path, *damaged_data, setting, value)
+        finding = last_findings(printed)[check]
         assert code == 2, printed
-        assert level == "error", printed
-        assert words in text, printed
-
-
-def let_disk_be_full(free):
-    total = 10**9
-    usage = shutil._ntuple_diskusage(total, total - free, free)
-    shutil.disk_usage = lambda path: usage
+        assert finding.level == "error", printed
+        assert words in finding.text, printed
 
 
 @pytest.mark.slow
@@ -98,11 +140,12 @@ def test_a_disk_that_is_too_small(digits, tmp_path):
         let_disk_be_full(free=10**6)
         return cli.main(arguments)
 
-    code, printed = examine(tmp_path, "--data.data_dir", digits, "--json", entry=entry)
-    level, text = levels(printed)["folder"]
+    more = ("--data.data_dir", digits, "--json")
+    code, printed = examine(tmp_path, *more, entry=entry)
+    folder = last_findings(printed)["folder"]
     assert code == 2
-    assert level == "error"
-    assert "0.0 GB are free" in text
+    assert folder.level == "error"
+    assert "0.0 GB are free" in folder.text
 
 
 @pytest.mark.slow
@@ -110,128 +153,160 @@ def test_caches_that_do_not_fit(digits, tmp_path):
     """The training set takes 12 x 12 x 3 x 1,442 bytes or so: more than half of a megabyte."""
 
     def no_memory(arguments):
-        host_memory._free_in_control_groups = lambda: [2**20]
+        let_memory_be_full()
         return cli.main(arguments)
 
     def no_disk(arguments):
         let_disk_be_full(free=10**5)
         return cli.main(arguments)
 
-    cases = (
+    for mode, entry, level, words in (
         ("auto", None, "ok", "(TMPDIR)"),
         ("auto", no_memory, "warning", "it will be off"),
         ("host", no_disk, "error", "take --data.train_cache off"),
-    )
-    for mode, entry, expected, words in cases:
-        more = ("--data.data_dir", digits, "--data.train_cache", mode, "--json")
+    ):
+        more = (
+            *("--data.data_dir", digits),
+            *("--data.train_cache", mode),
+            "--json",
+        )
         _, printed = examine(tmp_path, *more, entry=entry)
-        level, text = levels(printed)["caches"]
-        assert level == expected, text
-        assert words in text, text
-        assert f"data.train_cache {mode}: the training images take about" in text
+        caches = last_findings(printed)["caches"]
+        assert caches.level == level, caches.text
+        assert words in caches.text, caches.text
+        assert f"data.train_cache {mode}: the training images take about" in caches.text
 
 
 @pytest.mark.slow
 def test_a_step_that_does_not_fit_memory(digits, tmp_path):
-    arguments = ("--data.data_dir", digits, "--json")
-
     def entry(arguments):
-        host_memory._free_in_control_groups = lambda: [2**20]
+        let_memory_be_full()
         return cli.main(arguments)
 
-    code, printed = examine(tmp_path, *arguments, entry=entry)
-    level, text = levels(printed)["memory"]
+    more = ("--data.data_dir", digits, "--json")
+    code, printed = examine(tmp_path, *more, entry=entry)
+    finding = last_findings(printed)["memory"]
     assert code == 2
-    assert level == "error"
-    assert "raise train.grad_accum_steps" in text
+    assert finding.level == "error"
+    assert "raise train.grad_accum_steps" in finding.text
 
 
 def test_memory_of_a_control_group(tmp_path, monkeypatch):
+    limit = tmp_path / "memory.max"
+    used = tmp_path / "memory.current"
     monkeypatch.setattr(host_memory, "_GROUP_V2", tmp_path)
     monkeypatch.setattr(host_memory, "_GROUP_V1", tmp_path / "none")
     assert host_memory._free_in_control_groups() == []
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("600\n")
+    limit.write_text("max\n")
+    used.write_text("600\n")
     assert host_memory._free_in_control_groups() == []
-    (tmp_path / "memory.max").write_text("1000\n")
+    limit.write_text("1000\n")
     assert host_memory._free_in_control_groups() == [400]
-    assert memory.available_memory(torch.device("cpu"), 2) == 200
+    per_rank = memory.available_memory(torch.device("cpu"), 2)
+    assert per_rank == 200
+
     # A group inside of it has less, though the kernel may drop some of its cached files.
     own = tmp_path / "job"
     own.mkdir()
     (own / "memory.max").write_text("500\n")
     (own / "memory.current").write_text("450\n")
     (own / "memory.stat").write_text("anon 100\ninactive_file 30\n")
-    (tmp_path / "groups").write_text("4:memory:/other\n0::/job\n")
-    monkeypatch.setattr(host_memory, "_OWN_GROUPS", tmp_path / "groups")
+    groups = tmp_path / "groups"
+    groups.write_text("4:memory:/other\n0::/job\n")
+    monkeypatch.setattr(host_memory, "_OWN_GROUPS", groups)
     assert host_memory._free_in_control_groups() == [80, 400]
 
 
 def test_bf16_without_hardware_for_it_is_a_warning(monkeypatch):
     runtime = SimpleNamespace(device=torch.device("cpu"))
+    bf16 = Config(train=TrainConfig(precision="bf16"))
+    fp32 = Config(train=TrainConfig(precision="fp32"))
+
     monkeypatch.setattr(doctor, "has_fast_bf16", lambda device: False)
-    level, text = doctor._precision(Config(train=TrainConfig(precision="bf16")), runtime)
+    level, text = doctor._precision(bf16, runtime)
     assert level == "warning"
     assert "no hardware for bf16: set train.precision auto" in text
-    assert doctor._precision(Config(train=TrainConfig(precision="fp32")), runtime)[0] == "ok"
+    level, _ = doctor._precision(fp32, runtime)
+    assert level == "ok"
+
     monkeypatch.setattr(doctor, "has_fast_bf16", lambda device: True)
-    assert doctor._precision(Config(train=TrainConfig(precision="bf16")), runtime)[0] == "ok"
+    level, _ = doctor._precision(bf16, runtime)
+    assert level == "ok"
 
 
 def test_ranks_that_share_too_few_cpus_are_a_warning(monkeypatch):
-    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda pid: set(range(6)))
-    for kind, ranks, level in (("cpu", 6, "ok"), ("cpu", 8, "warning"), ("cuda", 2, "warning")):
-        runtime = SimpleNamespace(device=torch.device(kind), local_world_size=ranks)
-        assert doctor._cpus(Config(), runtime)[0] == level
+    six_cpus = set(range(6))
+    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda pid: six_cpus)
+    for kind, num_ranks, expected in (
+        ("cpu", 6, "ok"),
+        ("cpu", 8, "warning"),
+        ("cuda", 2, "warning"),
+    ):
+        runtime = SimpleNamespace(
+            device=torch.device(kind),
+            local_world_size=num_ranks,
+        )
+        level, _ = doctor._cpus(Config(), runtime)
+        assert level == expected
 
 
 @pytest.mark.slow
 def test_bench_names_the_slow_rank(digits, tmp_path):
+    """Rank 1 computes slowly, and can measure neither its memory nor its disk."""
+
     def entry(arguments):
         is_slow = os.environ["RANK"] == "1"
-        doctor_bench.matrix_rate = lambda device, dtype: 4e12 if is_slow else 8e12
-        doctor_bench.memory_rate = lambda device: math.nan if is_slow else 1e9
+        matrix_rate = 4e12 if is_slow else 8e12
+        memory_rate = math.nan if is_slow else 1e9
 
         def read(loader, runtime):
             if is_slow:
                 raise OSError("the disk is on fire")
             return 100.0
 
+        doctor_bench.matrix_rate = lambda device, dtype: matrix_rate
+        doctor_bench.memory_rate = lambda device: memory_rate
         doctor_bench._read_some = read
         return cli.main(arguments)
 
     more = ("--data.data_dir", digits, "--bench", "--json")
     code, printed = examine(tmp_path, *more, world_size=2, entry=entry)
     assert code == 2, printed
-    of_ranks = [json.loads(line) for line in printed.splitlines() if line.startswith("[")]
+    of_ranks = [line for line in printed.splitlines() if line.startswith("[")]
+    findings = [parse_findings(line) for line in of_ranks]
     # The first rank says more.
-    second, first = sorted(of_ranks, key=len)
-    found = {check["check"]: (check["level"], check["text"]) for check in first}
+    second, first = sorted(findings, key=len)
+
     host = socket.gethostname()
-    level, text = found["matrix"]
-    assert level == "warning"
-    assert text.endswith(f"lowest 4); slow: rank 1 on {host} with 50% of the median")
-    assert found["bandwidth"] == ("error", f"rank 1 on {host} failed")
-    assert found["allreduce"][0] in ("ok", "warning")
-    assert "GB/s" in found["allreduce"][1]
-    assert found["reading"] == ("error", f"rank 1 on {host} failed")
-    said_by_second = [(check["check"], check["text"]) for check in second]
-    assert ("reading", "OSError: the disk is on fire") in said_by_second
+    assert first["matrix"].level == "warning"
+    assert first["matrix"].text.endswith(
+        f"lowest 4); slow: rank 1 on {host} with 50% of the median"
+    )
+    assert first["bandwidth"] == Finding("error", f"rank 1 on {host} failed")
+    assert first["allreduce"].level in ("ok", "warning")
+    assert "GB/s" in first["allreduce"].text
+    assert first["reading"] == Finding("error", f"rank 1 on {host} failed")
+    assert second["reading"].text == "OSError: the disk is on fire"
 
 
 @pytest.mark.slow
 def test_bench_of_one_rank_measures(digits, tmp_path):
     code, printed = examine(tmp_path, "--data.data_dir", digits, "--bench", "--json")
-    found = levels(printed)
+    findings = last_findings(printed)
     assert code in (0, 1), printed
-    for check, unit in (("matrix", "TFLOP/s"), ("bandwidth", "GB/s"), ("reading", "MB/s")):
-        figure, rest = found[check][1].split(" ", 1)
+    for check, unit in (
+        ("matrix", "TFLOP/s"),
+        ("bandwidth", "GB/s"),
+        ("reading", "MB/s"),
+    ):
+        figure, rest = findings[check].text.split(" ", 1)
         assert float(figure) > 0
         assert rest.startswith(unit)
-    assert found["allreduce"] == ("ok", "one rank: nothing to reduce")
+    assert findings["allreduce"] == Finding("ok", "one rank: nothing to reduce")
 
 
 def test_outliers_are_slower_than_the_median():
-    assert doctor_bench.find_outliers([10, 9, 10, 8, 10]) == [3]
-    assert doctor_bench.find_outliers([10, 5]) == [1]
-    assert doctor_bench.find_outliers([10]) == []
+    find_outliers = doctor_bench.find_outliers
+    assert find_outliers([10, 9, 10, 8, 10]) == [3]
+    assert find_outliers([10, 5]) == [1]
+    assert find_outliers([10]) == []

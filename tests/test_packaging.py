@@ -20,21 +20,40 @@ PARTS = ("resnet_dist", "configs", "setup.cfg", "pyproject.toml", "README.md", "
 pytestmark = pytest.mark.slow
 
 
+def run_pip(command, *options, **more):
+    """Run a command of pip, which must succeed."""
+    words = [sys.executable, "-m", "pip", *command, "--quiet", "--disable-pip-version-check"]
+    done = subprocess.run(
+        [*words, *options],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        **more,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from a copy, without isolation and so without a network."""
+    """The wheel, built from a copy, without isolation and so without a network."""
     source = tmp_path_factory.mktemp("source")
+    without_caches = shutil.ignore_patterns("__pycache__")
     for name in PARTS:
         path = ROOT / name
         if path.is_dir():
-            shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(path, source / name, ignore=without_caches)
         else:
             shutil.copy2(path, source / name)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check"]
-    command += ["--no-deps", "--no-build-isolation", "--wheel-dir", str(source / "dist"), "."]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return next((source / "dist").glob("*.whl"))
+    output = source / "dist"
+    run_pip(
+        ["wheel"],
+        "--no-deps",
+        "--no-build-isolation",
+        *("--wheel-dir", str(output)),
+        ".",
+        cwd=source,
+    )
+    return next(output.glob("*.whl"))
 
 
 @pytest.fixture(scope="module")
@@ -42,63 +61,95 @@ def programs(wheel, tmp_path_factory):
     """The programs of an environment that has the wheel, and this one's libraries behind it."""
     folder = tmp_path_factory.mktemp("environment")
     subprocess.run(
-        [sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=300
+        [sys.executable, "-m", "venv", "--without-pip", str(folder)],
+        check=True,
+        timeout=300,
     )
-    python = folder / "bin/python"
     paths = {"base": str(folder), "platbase": str(folder)}
     site = Path(sysconfig.get_path("purelib", vars=paths))
+    libraries = sysconfig.get_path("purelib")
     # Folders in a .pth file come last, and their own .pth files (of an editable install) are not
     # read.
-    (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
-    command += ["--disable-pip-version-check", "--no-index", "--no-deps", str(wheel)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    (site / "libraries.pth").write_text(f"{libraries}\n")
+    run_pip(
+        ["--python", str(folder / "bin/python"), "install"],
+        "--no-index",
+        "--no-deps",
+        str(wheel),
+    )
     return folder / "bin"
 
 
 def environment():
     """Without PYTHONPATH, which could name the repository."""
-    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    variables = dict(os.environ)
+    variables.pop("PYTHONPATH", None)
+    return variables
 
 
-def run_outside(folder, *command):
+def run_outside(folder, program, *arguments):
+    """Run a program of the environment in a folder outside the repository."""
     return subprocess.run(
-        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600
+        [str(program), *arguments],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
 
 
 def test_the_wheel_holds_everything_that_it_needs(wheel):
-    names = set(zipfile.ZipFile(wheel).namelist())
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "resnet_dist").rglob("*.py")}
-    recipes = {f"resnet_dist/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
-    data = {"resnet_dist/py.typed", "resnet_dist/data/sources/digits.npz"}
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    needed = {
+        "resnet_dist/py.typed",
+        "resnet_dist/data/sources/digits.npz",
+    }
+    for path in (ROOT / "resnet_dist").rglob("*.py"):
+        needed.add(str(path.relative_to(ROOT)))
+    recipes = list((ROOT / "configs").glob("*.yaml"))
     assert len(recipes) > 50
-    assert (modules | recipes | data) - names == set()
-    assert {name for name in names if name.startswith(("tests/", "configs/", "slurm/"))} == set()
+    for path in recipes:
+        needed.add(f"resnet_dist/configs/{path.name}")
+    assert needed - packed == set()
+
+    outside = ("tests/", "configs/", "slurm/")
+    assert [name for name in packed if name.startswith(outside)] == []
+
+
+def read_setup():
+    """The content of setup.cfg."""
+    config = ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    return config
 
 
 def test_every_package_is_listed():
-    config = ConfigParser()
-    config.read(ROOT / "setup.cfg")
-    listed = set(config["options"]["packages"].split())
-    found = {
-        ".".join(path.parent.relative_to(ROOT).parts)
-        for path in (ROOT / "resnet_dist").rglob("__init__.py")
-    }
-    assert listed == found | {"resnet_dist.configs"}
+    listed = read_setup()["options"]["packages"].split()
+    expected = {"resnet_dist.configs"}
+    for path in (ROOT / "resnet_dist").rglob("__init__.py"):
+        folder = path.parent.relative_to(ROOT)
+        expected.add(".".join(folder.parts))
+    assert set(listed) == expected
 
 
 def test_the_installed_package_is_not_the_repository(programs, tmp_path):
-    words = "import resnet_dist, resnet_dist.cli; print(resnet_dist.__file__)"
-    done = run_outside(tmp_path, str(programs / "python"), "-c", words)
+    program = "import resnet_dist, resnet_dist.cli; print(resnet_dist.__file__)"
+    done = run_outside(tmp_path, programs / "python", "-c", program)
     assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.strip()).is_relative_to(programs.parent)
+    imported = Path(done.stdout.strip())
+    assert imported.is_relative_to(programs.parent)
 
 
 def test_recipes_are_found_by_name(programs, tmp_path):
-    command = [str(programs / "resnet-dist"), "train", "--config", "resnet50"]
-    done = run_outside(tmp_path, *command, "--data.data_dir", "photos", "--print_config")
+    done = run_outside(
+        tmp_path,
+        programs / "resnet-dist",
+        "train",
+        *("--config", "resnet50"),
+        *("--data.data_dir", "photos"),
+        "--print_config",
+    )
     assert done.returncode == 0, done.stderr
     assert "name: resnet50\n" in done.stdout
     assert "data_dir: photos\n" in done.stdout
@@ -107,6 +158,7 @@ def test_recipes_are_found_by_name(programs, tmp_path):
 def test_the_quickstart_trains(programs, tmp_path):
     """Without arguments, in an empty folder, until it has logged a step; then it is interrupted."""
     log = tmp_path / "log"
+    run_folder = tmp_path / "runs/quickstart"
     with log.open("w") as output:
         training = subprocess.Popen(
             [str(programs / "resnet-dist"), "train"],
@@ -117,7 +169,7 @@ def test_the_quickstart_trains(programs, tmp_path):
         )
     try:
         deadline = time.monotonic() + 600
-        while "train/loss" not in metrics(tmp_path) and training.poll() is None:
+        while "train/loss" not in logged_so_far(run_folder) and training.poll() is None:
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
         training.send_signal(signal.SIGINT)
@@ -126,26 +178,37 @@ def test_the_quickstart_trains(programs, tmp_path):
         training.kill()
         training.wait()
     assert code == 128 + signal.SIGINT, log.read_text()
-    assert (tmp_path / "runs/quickstart/checkpoints/last.pt").exists()
+    assert (run_folder / "checkpoints/last.pt").exists()
 
 
-def metrics(folder):
-    path = folder / "runs/quickstart/metrics.jsonl"
+def logged_so_far(run_folder):
+    """The text of metrics.jsonl, which is empty before the file is there."""
+    path = run_folder / "metrics.jsonl"
     return path.read_text() if path.exists() else ""
+
+
+def read_constraints():
+    """{package: version} of constraints.txt."""
+    versions = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            package, version = line.split("==")
+            versions[package] = version
+    return versions
 
 
 def test_the_constraints_fit_the_requirements():
     """constraints.txt has a version of every direct requirement that setup.cfg allows."""
-    config = ConfigParser()
-    config.read(ROOT / "setup.cfg")
-    texts = [config["options"]["install_requires"], *config["options.extras_require"].values()]
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"]
-    versions = dict(line.split("==") for line in lines)
+    setup = read_setup()
+    lines = setup["options"]["install_requires"].splitlines()
+    for extra in setup["options.extras_require"].values():
+        lines += extra.splitlines()
+    requirements = [Requirement(line) for line in lines if line.strip()]
+
+    versions = read_constraints()
     wrong = []
-    for line in "\n".join(texts).split("\n"):
-        if line.strip():
-            requirement = Requirement(line)
-            version = versions.get(requirement.name.lower())
-            if version is None or version not in requirement.specifier:
-                wrong.append((line, version))
+    for requirement in requirements:
+        version = versions.get(requirement.name.lower())
+        if version is None or version not in requirement.specifier:
+            wrong.append((str(requirement), version))
     assert wrong == []
