@@ -13,8 +13,14 @@ from torch.distributed.run import get_args_parser
 from resnet_dist import Config, cli
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")]
-PAGES += sorted((ROOT / "docs").glob("*.md"))
+DOCS = ROOT / "docs"
+README = ROOT / "README.md"
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+PAGES = [
+    README,
+    CONTRIBUTING,
+    *sorted(DOCS.glob("*.md")),
+]
 
 # The shell's own words, and commands that the tests of installation run.
 NOT_OURS = {"source", "pip", "git", "cd"}
@@ -22,43 +28,55 @@ NOT_OURS = {"source", "pip", "git", "cd"}
 PARSED_ONLY = ("data import", "data download", "benchmark", "models", "launch", "plan")
 
 
+def shell_blocks(page, languages):
+    """The fenced blocks of a page in one of the languages, which `|` separates."""
+    fence = rf"^```(?:{languages})\n(.*?)^```"
+    return re.findall(fence, page.read_text(), re.DOTALL | re.MULTILINE)
+
+
 def commands(languages="bash"):
     """(page, command) of each fenced block of shell commands, with continued lines joined."""
     found = []
     for page in PAGES:
-        for block in re.findall(
-            rf"^```(?:{languages})\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE
-        ):
-            for line in block.replace("\\\n", " ").splitlines():
-                command = line.partition(" # ")[0].strip().removeprefix("$ ")
+        name = page.relative_to(ROOT)
+        for block in shell_blocks(page, languages):
+            joined = block.replace("\\\n", " ")
+            for line in joined.splitlines():
+                without_comment = line.partition(" # ")[0]
+                command = without_comment.strip().removeprefix("$ ")
                 if command and not command.startswith("#"):
-                    found.append((page.relative_to(ROOT), command))
+                    found.append((name, command))
     return found
 
 
 def arguments_of_train(words):
     """The arguments of train.py in a command, after checking those of torchrun before them."""
-    script = words.index("train.py")
+    first_argument = words.index("train.py") + 1
+    parser = get_args_parser()
     if words[0] == "torchrun":
-        get_args_parser().parse_args(words[1 : script + 1])
+        parser.parse_args(words[1:first_argument])
     if words[:2] == ["resnet-dist", "launch"]:
-        get_args_parser().parse_args(words[2 : script + 1])
-    return words[script + 1 :]
+        parser.parse_args(words[2:first_argument])
+    return words[first_argument:]
 
 
 @pytest.fixture
 def folder(digits, checkpoint, tmp_path, monkeypatch):
     """A folder with what the commands name: a run, recipes, photographs."""
-    shutil.copytree(
-        Path(checkpoint).resolve().parents[1], tmp_path / "runs" / "resnet50", symlinks=True
-    )
-    shutil.copytree(tmp_path / "runs" / "resnet50", tmp_path / "runs" / "photos", symlinks=True)
-    os.symlink(ROOT / "configs", tmp_path / "configs")
-    os.symlink(ROOT / "slurm", tmp_path / "slurm")
-    os.symlink(digits, tmp_path / "photos")
-    os.symlink(Path(digits) / "val" / "0", tmp_path / "folder")
+    run_folder = Path(checkpoint).resolve().parents[1]
+    for name in ("resnet50", "photos"):
+        shutil.copytree(run_folder, tmp_path / "runs" / name, symlinks=True)
+    images = Path(digits) / "val"
+    for name, target in (
+        ("configs", ROOT / "configs"),
+        ("slurm", ROOT / "slurm"),
+        ("photos", digits),
+        ("folder", images / "0"),
+    ):
+        os.symlink(target, tmp_path / name)
+    photograph = next((images / "1").iterdir())
     for name in ("photo.jpg", "new.jpg"):
-        shutil.copy(next((Path(digits) / "val" / "1").iterdir()), tmp_path / name)
+        shutil.copy(photograph, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -68,10 +86,14 @@ def test_recipes_and_options_of_training_commands_exist(folder):
     failures = []
     for page, command in commands():
         words = shlex.split(command)
-        if "train.py" not in words or "--help" in words or "--print_config" in words:
+        is_training = "train.py" in words
+        if not is_training or "--help" in words or "--print_config" in words:
             continue
+        arguments = arguments_of_train(words)
+        if not arguments:
+            arguments = ["--config", "configs/quickstart.yaml"]
         try:
-            cli.parse_config(arguments_of_train(words) or ["--config", "configs/quickstart.yaml"])
+            cli.parse_config(arguments)
         except SystemExit:
             failures.append(f"{page}: {command}")
     assert failures == []
@@ -81,11 +103,11 @@ def test_recipes_and_options_of_training_commands_exist(folder):
 def test_commands_run(folder, digits):
     failures = []
     for page, command in commands():
-        words = shlex.split(command.replace("/data/imagenet", digits))
-        if words[0] != "resnet-dist" or " ".join(words[1:]).startswith(PARSED_ONLY):
+        program, *arguments = shlex.split(command.replace("/data/imagenet", digits))
+        if program != "resnet-dist" or " ".join(arguments).startswith(PARSED_ONLY):
             continue
         try:
-            code = cli.main(words[1:])
+            code = cli.main(arguments)
         except SystemExit as end:
             code = end.code
         if code != 0:
@@ -96,13 +118,14 @@ def test_commands_run(folder, digits):
 @pytest.mark.slow
 def test_what_is_not_run_is_parsed():
     """Also the commands that stand in a block of output, or in one without a language."""
-    found = [
-        (page, command)
-        for page, command in commands("bash|console|")
-        if command.startswith(tuple(f"resnet-dist {start}" for start in PARSED_ONLY))
-        or command.endswith("--suite suite.yaml --output results")
-    ]
+    starts = tuple(f"resnet-dist {start}" for start in PARSED_ONLY)
+    found = []
+    for page, command in commands("bash|console|"):
+        is_suite = command.endswith("--suite suite.yaml --output results")
+        if command.startswith(starts) or is_suite:
+            found.append((page, command))
     assert len(found) > 15
+
     failures = []
     for page, command in found:
         words = shlex.split(command)[1:]
@@ -121,36 +144,42 @@ def test_what_is_not_run_is_parsed():
 
 
 def test_files_that_the_pages_name_exist():
-    """In CONTRIBUTING.md also the names in capital letters, which are tables of those files."""
     folders = "resnet_dist|tests|configs|examples|benchmarks|slurm|docs"
     missing = []
     for page in PAGES:
-        text = page.read_text()
-        for name in re.findall(rf"`((?:{folders})/[\w/.-]+)`", text):
-            if not (ROOT / name).exists():
+        for name in re.findall(rf"`((?:{folders})/[\w/.-]+)`", page.read_text()):
+            path = ROOT / name
+            if not path.exists():
                 missing.append(f"{page.name}: {name}")
-    recipes = (ROOT / "CONTRIBUTING.md").read_text()
+
+    # In CONTRIBUTING.md also the names in capital letters, which are tables of those files.
+    names = re.findall(r"`(_?[A-Z]+(?:_[A-Z]+)*)`", CONTRIBUTING.read_text())
     sources = [path.read_text() for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
-    for name in set(re.findall(r"`(_?[A-Z]+(?:_[A-Z]+)*)`", recipes)) - {"CI"}:
-        if not any(re.search(rf"^{name}\b.* = ", source, re.MULTILINE) for source in sources):
+    all_sources = "\n".join(sources)
+    for name in set(names) - {"CI"}:
+        if not re.search(rf"^{name}\b.* = ", all_sources, re.MULTILINE):
             missing.append(f"CONTRIBUTING.md: {name}")
     assert missing == []
 
 
 def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+    lines = README.read_text().splitlines()
+    assert len(lines) <= 120
 
 
 def test_programs_are_known():
-    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    """Programs that the project installs or needs, and targets of the Makefile."""
+    known_programs = {"torchrun", "resnet-dist", "python", "find", *NOT_OURS}
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^([a-z0-9-]+):", makefile, re.MULTILINE)
     unknown = []
     for page, command in commands():
-        words = shlex.split(command)
-        known = words[0] in ("torchrun", "resnet-dist", "python", "find", *NOT_OURS)
-        if words[0] == "make":
-            asked = {word for word in words[1:] if "=" not in word}
-            known = asked <= targets
-        if not known:
+        program, *arguments = shlex.split(command)
+        is_known = program in known_programs
+        if program == "make":
+            asked = [word for word in arguments if "=" not in word]
+            is_known = set(asked) <= set(targets)
+        if not is_known:
             unknown.append(f"{page}: {command}")
     assert unknown == []
 
@@ -158,9 +187,8 @@ def test_programs_are_known():
 @pytest.mark.slow
 def test_the_python_example_of_the_readme(folder, digits, monkeypatch, capsys):
     """The block runs as it stands, with the quickstart shortened to a few steps."""
-    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(
-        1
-    )
+    block = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    example = block.group(1)
     quickstart = Config.from_yaml("quickstart")
     short = replace(
         quickstart,
@@ -171,7 +199,8 @@ def test_the_python_example_of_the_readme(folder, digits, monkeypatch, capsys):
         log=replace(quickstart.log, wandb="disabled"),
     )
     monkeypatch.setattr(Config, "from_yaml", lambda name: short)
-    exec(compile(example, "README.md", "exec"), {})
+    program = compile(example, "README.md", "exec")
+    exec(program, {})
     printed = capsys.readouterr().out.splitlines()
     images = [line for line in printed if line.startswith("photos/val")]
     assert len(images) == 355
