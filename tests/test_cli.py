@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import hypothesis
 import pytest
@@ -35,18 +35,21 @@ COMMANDS = {
 
 def settings_of(command, *arguments):
     """The config that a command gets, without running it."""
-    line, _ = cli._prepare([*command.split(), *COMMANDS[command], *arguments])
-    return line.settings()[0]
+    words = [*command.split(), *COMMANDS[command], *arguments]
+    line, _ = cli._prepare(words)
+    config, _ = line.settings()
+    return config
 
 
 def error_of(capsys, *arguments):
-    """What the command line says and exits with 2 for."""
+    """What the command line prints before it ends with exit code 2."""
     with pytest.raises(SystemExit) as ending:
-        sys.exit(cli.main(list(arguments)))
-    said = capsys.readouterr().err
-    assert ending.value.code == 2, said
-    assert "Traceback" not in said
-    return said
+        code = cli.main(list(arguments))
+        sys.exit(code)
+    printed = capsys.readouterr().err
+    assert ending.value.code == 2, printed
+    assert "Traceback" not in printed
+    return printed
 
 
 @pytest.fixture
@@ -62,11 +65,14 @@ def files(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_options_override_files_wherever_they_stand(command, files):
-    options = ["--train.epochs", "7", "--output_dir", "typed", "--checkpoint.keep", "9"]
+    epochs = ["--train.epochs", "7"]
+    others = ["--output_dir", "typed", "--checkpoint.keep", "9"]
+    first_file = files[:2]
+    second_file = files[2:]
     for arguments in (
-        [*options, *files],
-        [*files, *options],
-        [*options[:2], *files[:2], *options[2:], *files[2:]],
+        [*epochs, *others, *files],
+        [*files, *epochs, *others],
+        [*epochs, *first_file, *others, *second_file],
     ):
         config = settings_of(command, *arguments)
         assert config.train.epochs == 7, arguments
@@ -74,10 +80,11 @@ def test_options_override_files_wherever_they_stand(command, files):
         assert config.checkpoint == CheckpointConfig(keep=9), arguments
         assert config.train.precision == "fp32", arguments
         assert config.seed == 3, arguments
-    config = settings_of(command, *files)
+
+    config = settings_of(command, *first_file, *second_file)
     assert config.train.epochs == 20
     assert config.output_dir == "first"
-    config = settings_of(command, *files[2:], *files[:2])
+    config = settings_of(command, *second_file, *first_file)
     assert config.train.epochs == 14
 
 
@@ -92,10 +99,16 @@ def test_a_typed_default_overrides_a_file(files):
 def test_cluster_settings_of_files_and_options_are_merged(tmp_path):
     profile = tmp_path / "profile.yaml"
     profile.write_text("cluster: {nodes: 2, setup: [a], extra: {hold: true, exclude: n1}}\n")
-    arguments = ["--cluster.setup+=b", "--cluster.extra.exclude", "n3", "--cluster.dry_run"]
-    for order in ([*arguments, "--config", str(profile)], ["--config", str(profile), *arguments]):
-        line, _ = cli._prepare(["submit", *order])
-        cluster = line.cluster(line.settings()[1])
+    in_file = ["--config", str(profile)]
+    typed = [
+        "--cluster.setup+=b",
+        *("--cluster.extra.exclude", "n3"),
+        "--cluster.dry_run",
+    ]
+    for arguments in ([*typed, *in_file], [*in_file, *typed]):
+        line, _ = cli._prepare(["submit", *arguments])
+        _, values = line.settings()
+        cluster = line.cluster(values)
         assert cluster.nodes == 2
         assert cluster.dry_run
         assert not cluster.wait
@@ -105,84 +118,177 @@ def test_cluster_settings_of_files_and_options_are_merged(tmp_path):
 
 @pytest.mark.slow
 def test_a_switch_needs_no_value():
-    assert settings_of("train", "--optim.nesterov").optim.nesterov is True
-    assert settings_of("train", "--optim.nesterov", "false").optim.nesterov is False
-    assert settings_of("train", "--optim.nesterov", "--seed", "4").seed == 4
+    config = settings_of("train", "--optim.nesterov")
+    assert config.optim.nesterov is True
+    config = settings_of("train", "--optim.nesterov", "false")
+    assert config.optim.nesterov is False
+    config = settings_of("train", "--optim.nesterov", "--seed", "4")
+    assert config.seed == 4
+
+
+class WrongLine(NamedTuple):
+    """A wrong command line, and what its error says."""
+
+    line: str
+    words: tuple[str, ...]
+
+
+WRONG_LINES = (
+    # Commands and options that do not exist.
+    WrongLine("tran", ("no command tran", "did you mean train?")),
+    WrongLine("data pck", ("no command pck", "did you mean pack?")),
+    WrongLine("train --train.epoch 3", ("--train.epoch", "did you mean --train.epochs?")),
+    WrongLine("train --optim.epochs 3", ("optim.epochs",)),
+    WrongLine("data pack --reize 3", ("--reize", "did you mean --resize?")),
+    WrongLine("predict --topp 3", ("--topp", "did you mean --top?")),
+    WrongLine("train --cluster.nodes 2", ("cluster.nodes", "resnet-dist submit")),
+    WrongLine("train stray", ("unexpected argument stray",)),
+    # Values of a wrong type, or that a rule forbids.
+    WrongLine("train --train.epochs", ("--train.epochs needs a value",)),
+    WrongLine("train --train.epochs many", ("train.epochs is many", "a number")),
+    WrongLine("train --seed 1.5", ("seed is 1.5", "a whole number")),
+    WrongLine("train --model.num_classes x", ("a whole number or null",)),
+    WrongLine("train --data.crop_scale [1", ("data.crop_scale is [1", "a list of 2 numbers")),
+    WrongLine("train --data.val_flip maybe", ("data.val_flip is maybe", "true or false")),
+    WrongLine(
+        "train --optim.kind lasr",
+        ("optim.kind is lasr: it must be one of sgd, lars, lamb, rmsprop, adamw", "lars?"),
+    ),
+    WrongLine("export --to onx", ("--to is onx", "one of onnx,", "did you mean onnx?")),
+    WrongLine("benchmark --windows 0", ("--windows is 0: it must be at least 1",)),
+    WrongLine("predict a.jpg --checkpoint x --top 0", ("--top is 0", "at least 1")),
+    # Files.
+    WrongLine("train --config resnet5", ("resnet5 does not exist here (", "mean resnet50?")),
+    WrongLine("train --config ./wde.yaml", ("did you mean wide.yaml?",)),
+    WrongLine("train --config .", ("is a folder",)),
+    # What is missing.
+    WrongLine("predict a.jpg", ("--weights W is missing",)),
+    WrongLine("export --checkpoint x --to onnx", ("--output is missing",)),
+)
 
 
 @pytest.mark.slow
-def test_errors_name_what_is_wrong_and_what_was_meant(capsys, tmp_path):
+def test_errors_name_what_is_wrong_and_what_was_meant(capsys, tmp_path, monkeypatch):
+    """In a folder that holds the file wide.yaml."""
     (tmp_path / "wide.yaml").write_text("seed: 1\n")
-    for arguments, words in (
-        (["tran"], ["no command tran", "did you mean train?"]),
-        (["data", "pck"], ["no command pck", "did you mean pack?"]),
-        (["train", "--train.epoch", "3"], ["--train.epoch", "did you mean --train.epochs?"]),
-        (["train", "--optim.epochs", "3"], ["optim.epochs"]),
-        (["data", "pack", "--reize", "3"], ["--reize", "did you mean --resize?"]),
-        (["predict", "--topp", "3"], ["--topp", "did you mean --top?"]),
-        (["train", "--train.epochs"], ["--train.epochs needs a value"]),
-        (["train", "--train.epochs", "many"], ["train.epochs is many", "a number"]),
-        (["train", "--seed", "1.5"], ["seed is 1.5", "a whole number"]),
-        (["train", "--model.num_classes", "x"], ["a whole number or null"]),
-        (["train", "--data.crop_scale", "[1"], ["data.crop_scale is [1", "a list of 2 numbers"]),
-        (["train", "--data.val_flip", "maybe"], ["data.val_flip is maybe", "true or false"]),
-        (
-            ["train", "--optim.kind", "lasr"],
-            ["optim.kind is lasr: it must be one of sgd, lars, lamb, rmsprop, adamw", "lars?"],
-        ),
-        (["export", "--to", "onx"], ["--to is onx", "one of onnx,", "did you mean onnx?"]),
-        (["train", "--config", "resnet5"], ["resnet5 does not exist here (", "mean resnet50?"]),
-        (["train", "--config", f"{tmp_path}/wde.yaml"], ["did you mean wide.yaml?"]),
-        (["train", "--config", str(tmp_path)], ["is a folder"]),
-        (["train", "--cluster.nodes", "2"], ["cluster.nodes", "resnet-dist submit"]),
-        (["train", "stray"], ["unexpected argument stray"]),
-        (["benchmark", "--windows", "0"], ["--windows is 0: it must be at least 1"]),
-        (["predict", "a.jpg", "--checkpoint", "x", "--top", "0"], ["--top is 0", "at least 1"]),
-        (["predict", "a.jpg"], ["--weights W is missing"]),
-        (["export", "--checkpoint", "x", "--to", "onnx"], ["--output is missing"]),
-    ):
-        said = error_of(capsys, *arguments)
-        assert all(word in said for word in words), (arguments, said)
-        assert f"usage: resnet-dist {arguments[0] if arguments[0] != 'tran' else 'COMMAND'}" in said
+    monkeypatch.chdir(tmp_path)
+    for line, words in WRONG_LINES:
+        arguments = line.split()
+        printed = error_of(capsys, *arguments)
+        for word in words:
+            assert word in printed, (line, printed)
+        command = arguments[0]
+        if command == "tran":
+            command = "COMMAND"
+        assert f"usage: resnet-dist {command}" in printed
+
+
+class WrongFile(NamedTuple):
+    """A wrong file of settings, the line that is wrong, and what its error says."""
+
+    text: str
+    line: int
+    words: tuple[str, ...]
+
+
+WRONG_FILES = (
+    WrongFile(
+        "seed: 1\noptim:\n  base_lr: fast\n",
+        line=3,
+        words=("optim.base_lr is 'fast'", "a number"),
+    ),
+    WrongFile(
+        "optim:\n  learning_rate: 0.1\n",
+        line=2,
+        words=("no setting optim.learning_rate",),
+    ),
+    WrongFile(
+        "seed: 1\ntrain:\n  epoch: 3\n",
+        line=3,
+        words=("did you mean train.epochs?",),
+    ),
+    WrongFile(
+        "optim:\n  momentum: 2\n",
+        line=2,
+        words=("optim.momentum is 2", "in [0, 1)"),
+    ),
+    WrongFile(
+        "train:\n\n  precision: bf\n",
+        line=3,
+        words=("one of auto, fp32, bf16, fp16",),
+    ),
+    WrongFile(
+        "seed: 1\nseed: 2\n",
+        line=2,
+        words=("seed is set twice", "line 1"),
+    ),
+    WrongFile(
+        "seed: 1\nmodel: resnet50\n",
+        line=2,
+        words=("model must hold settings",),
+    ),
+    WrongFile(
+        "- 1\n",
+        line=1,
+        words=("the file must hold settings",),
+    ),
+    WrongFile(
+        "seed: 1\nmodel: {name: a\n",
+        line=3,
+        words=("not valid YAML",),
+    ),
+    WrongFile(
+        "seed: 1\noutput_dir: !!python/name:os.system\n",
+        line=2,
+        words=("not valid YAML",),
+    ),
+    WrongFile(
+        "cluster: {nodes: 1}\n",
+        line=1,
+        words=("resnet-dist submit",),
+    ),
+)
 
 
 @pytest.mark.slow
 def test_errors_in_files_name_file_and_line(capsys, tmp_path):
     path = tmp_path / "a.yaml"
-    for text, line, words in (
-        ("seed: 1\noptim:\n  base_lr: fast\n", 3, ["optim.base_lr is 'fast'", "a number"]),
-        ("optim:\n  learning_rate: 0.1\n", 2, ["no setting optim.learning_rate"]),
-        ("seed: 1\ntrain:\n  epoch: 3\n", 3, ["did you mean train.epochs?"]),
-        ("optim:\n  momentum: 2\n", 2, ["optim.momentum is 2", "in [0, 1)"]),
-        ("data:\n  val_crop_size: 300\n", 2, []),
-        ("train:\n\n  precision: bf\n", 3, ["one of auto, fp32, bf16, fp16"]),
-        ("seed: 1\nseed: 2\n", 2, ["seed is set twice", "line 1"]),
-        ("seed: 1\nmodel: resnet50\n", 2, ["model must hold settings"]),
-        ("- 1\n", 1, ["the file must hold settings"]),
-        ("seed: 1\nmodel: {name: a\n", 3, ["not valid YAML"]),
-        ("seed: 1\noutput_dir: !!python/name:os.system\n", 2, ["not valid YAML"]),
-        ("cluster: {nodes: 1}\n", 1, ["resnet-dist submit"]),
-    ):
-        path.write_text(text)
-        said = error_of(capsys, "train", "--config", str(path))
-        assert all(word in said for word in words), (text, said)
-        if words:
-            assert f"line {line}" in said, (text, said)
-            assert str(path) in said, (text, said)
+    words_of_train = ("train", "--config", str(path))
+    for wrong in WRONG_FILES:
+        path.write_text(wrong.text)
+        printed = error_of(capsys, *words_of_train)
+        case = (wrong.text, printed)
+        for word in wrong.words:
+            assert word in printed, case
+        assert f"line {wrong.line}" in printed, case
+        assert str(path) in printed, case
+
+    # A rule across several settings is broken.
+    path.write_text("data:\n  val_crop_size: 300\n")
+    error_of(capsys, *words_of_train)
     path.write_text("schedule:\n  warmup_epochs: 100\n")
-    assert f"({path}, line 2)" in error_of(capsys, "train", "--config", str(path))
-    said = error_of(capsys, "train", "--config", str(path), "--schedule.warmup_epochs", "200")
-    assert "200" in said
-    assert str(path) not in said
+    assert f"({path}, line 2)" in error_of(capsys, *words_of_train)
+    printed = error_of(capsys, *words_of_train, "--schedule.warmup_epochs", "200")
+    assert "200" in printed
+    assert str(path) not in printed
+
     path.write_bytes(b"seed: \xff\n")
-    assert "cannot read" in error_of(capsys, "train", "--config", str(path))
+    assert "cannot read" in error_of(capsys, *words_of_train)
 
 
 def test_what_yaml_can_say(tmp_path):
+    """Anchors, merged mappings, null, and numbers as YAML 1.2 writes them."""
     path = tmp_path / "a.yaml"
     path.write_text(
-        "optim: &base {base_lr: 1e-4, eps: null}\nschedule:\n  milestones: [8, 9.5, 1e1]\n"
-        "data: {crop_scale: [1e-1, 1]}\ntrain:\n  <<: {epochs: 30}\n  loss: bce\n"
+        """
+optim: &base {base_lr: 1e-4, eps: null}
+schedule:
+  milestones: [8, 9.5, 1e1]
+data: {crop_scale: [1e-1, 1]}
+train:
+  <<: {epochs: 30}
+  loss: bce
+"""
     )
     config = settings_of("train", "--config", str(path))
     assert config.optim.base_lr == 1e-4
@@ -197,76 +303,100 @@ def test_what_yaml_can_say(tmp_path):
 
 
 def test_recipes_are_found_by_name_and_paths_come_first(tmp_path, monkeypatch):
-    folder = recipes.recipe_folder()
+    recipe = recipes.recipe_folder() / "resnet50.yaml"
     assert "resnet50" in recipes.recipe_names()
     monkeypatch.chdir(tmp_path)
     for name in ("resnet50", "resnet50.yaml", "configs/resnet50.yaml"):
-        assert recipes.find_recipe(name) == folder / "resnet50.yaml"
-    (tmp_path / "resnet50.yaml").write_text("seed: 8\n")
+        assert recipes.find_recipe(name) == recipe
+
+    # A file of that name wins, but a bare name is always a recipe.
+    own_file = tmp_path / "resnet50.yaml"
+    own_file.write_text("seed: 8\n")
     (tmp_path / "configs").mkdir()
-    assert recipes.find_recipe("resnet50") == folder / "resnet50.yaml"
-    assert settings_of("train", "--config", "resnet50.yaml").seed == 8
+    assert recipes.find_recipe("resnet50") == recipe
+    config = settings_of("train", "--config", "resnet50.yaml")
+    assert config.seed == 8
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert settings_of("train", "--config=~/resnet50.yaml").seed == 8
-    monkeypatch.setattr(recipes, "_FOLDERS", (tmp_path / "a", tmp_path / "b"))
+    config = settings_of("train", "--config=~/resnet50.yaml")
+    assert config.seed == 8
+
+    folders_without_recipes = (tmp_path / "a", tmp_path / "b")
+    monkeypatch.setattr(recipes, "_FOLDERS", folders_without_recipes)
     with pytest.raises(ValueError, match="no recipes"):
         recipes.find_recipe("resnet50")
 
 
 def test_recipes_of_an_installed_package_are_found(tmp_path, monkeypatch):
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "quickstart.yaml").write_text("seed: 9\n")
-    monkeypatch.setattr(recipes, "_FOLDERS", (tmp_path / "configs", recipes._FOLDERS[1]))
-    assert settings_of("train", "--config", "quickstart").seed == 9
+    installed = tmp_path / "configs"
+    installed.mkdir()
+    (installed / "quickstart.yaml").write_text("seed: 9\n")
+    _, of_repository = recipes._FOLDERS
+    monkeypatch.setattr(recipes, "_FOLDERS", (installed, of_repository))
+    config = settings_of("train", "--config", "quickstart")
+    assert config.seed == 9
 
 
 def test_settings_of_earlier_versions_stay_readable(tmp_path, monkeypatch):
     monkeypatch.setitem(settings.RENAMED_SETTINGS, "train.passes", "train.epochs")
-    (tmp_path / "old.yaml").write_text("train: {passes: 40}\n")
-    assert settings_of("train", "--config", str(tmp_path / "old.yaml")).train.epochs == 40
-    assert config_from_dict({"train": {"passes": 50}}).train.epochs == 50
+    old_file = tmp_path / "old.yaml"
+    old_file.write_text("train: {passes: 40}\n")
+    config = settings_of("train", "--config", str(old_file))
+    assert config.train.epochs == 40
+    config = config_from_dict({"train": {"passes": 50}})
+    assert config.train.epochs == 50
+
+    present = setting_hints()
     for old, new in settings.RENAMED_SETTINGS.items():
-        assert new in setting_hints()
-        assert old not in setting_hints() or old == "train.passes"
+        assert new in present
+        assert old not in present
 
 
 def test_a_config_survives_its_dict_and_every_line_of_help_its_words():
-    assert config_from_dict(to_dict(Config())) == Config()
-    assert config_from_dict({"seed": 4}).seed == 4
+    default = Config()
+    assert config_from_dict(to_dict(default)) == default
+    config = config_from_dict({"seed": 4})
+    assert config.seed == 4
     with pytest.raises(ValueError, match="no setting train.epoch; did you mean train.epochs"):
         config_from_dict({"train": {"epoch": 4}})
+
     for hint in setting_hints().values():
-        assert "<" not in describe_type(hint)
-        assert "typing" not in describe_type(hint)
+        words = describe_type(hint)
+        assert "<" not in words
+        assert "typing" not in words
     assert field_meanings(Config).keys() == {"output_dir", "seed"}
+
+
+# Prints the help of the command in its arguments, then the CPU time, then what it has imported.
+TIMED_HELP = """
+import resource, sys
+from resnet_dist import cli
+try:
+    cli.main(sys.argv[1:])
+except SystemExit as ending:
+    assert not ending.code
+usage = resource.getrusage(resource.RUSAGE_SELF)
+heavy = {'torch', 'numpy', 'wandb', 'torchvision'} & set(sys.modules)
+print('FIGURES', usage.ru_utime + usage.ru_stime, sorted(heavy))
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [[], ["train"], ["submit"], ["predict"], ["data", "show"]])
 def test_help_is_quick_and_in_words(command):
     """At most a second of CPU time (torch alone takes several), without torch and numpy."""
-    code = (
-        "import resource, sys\n"
-        "from resnet_dist import cli\n"
-        "try: cli.main(sys.argv[1:])\n"
-        "except SystemExit as ending: assert not ending.code\n"
-        "usage = resource.getrusage(resource.RUSAGE_SELF)\n"
-        "heavy = {'torch', 'numpy', 'wandb', 'torchvision'} & set(sys.modules)\n"
-        "print('FIGURES', usage.ru_utime + usage.ru_stime, sorted(heavy))\n"
-    )
     seconds = []
     for _ in range(3):
         done = subprocess.run(
-            [sys.executable, "-c", code, *command, "--help"],
+            [sys.executable, "-c", TIMED_HELP, *command, "--help"],
             capture_output=True,
             check=True,
             text=True,
             env={**os.environ, "COLUMNS": "100"},
         )
         text, _, figures = done.stdout.partition("FIGURES")
-        cpu, _, heavy = figures.strip().partition(" ")
-        seconds.append(float(cpu))
-        assert heavy == "[]"
+        cpu_seconds, _, heavy_modules = figures.strip().partition(" ")
+        seconds.append(float(cpu_seconds))
+        assert heavy_modules == "[]"
         assert text.startswith("usage: ")
         assert "Annotated" not in text
         if min(seconds) < 1.0:
@@ -278,7 +408,8 @@ def test_version(capsys):
     with pytest.raises(SystemExit) as ending:
         cli.main(["--version"])
     assert ending.value.code == 0
-    assert capsys.readouterr().out == f"resnet-dist {__version__}\n"
+    printed = capsys.readouterr().out
+    assert printed == f"resnet-dist {__version__}\n"
 
 
 @pytest.mark.slow
@@ -299,10 +430,10 @@ def test_print_config_shows_files_and_options_together(files, capsys):
     with pytest.raises(SystemExit) as ending:
         cli.main(["train", "--seed", "8", "--print_config", *files])
     assert ending.value.code == 0
-    tree = yaml.safe_load(capsys.readouterr().out)
-    assert tree["seed"] == 8
-    assert tree["train"]["epochs"] == 20
-    assert tree["output_dir"] == "first"
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["seed"] == 8
+    assert printed["train"]["epochs"] == 20
+    assert printed["output_dir"] == "first"
 
 
 @pytest.mark.slow
@@ -322,13 +453,14 @@ def test_the_home_folder_in_paths(monkeypatch):
     assert config.checkpoint.resume == "/home/me/a.pt"
     assert config.checkpoint.init_from == "torchvision:resnet50:IMAGENET1K_V2"
     assert Config(output_dir="~").output_dir == "/home/me"
-    for arguments, name, path in (
-        (["predict", "--checkpoint=~/a.pt", "~/b.jpg"], "checkpoint_file", "/home/me/a.pt"),
-        (["predict", "--checkpoint=~/a.pt", "~/b.jpg"], "images", ["/home/me/b.jpg"]),
-        (["export", "--output=~/c.onnx"], "output", "/home/me/c.onnx"),
-    ):
-        line, _ = cli._prepare(arguments)
-        assert line.options()[name] == path
+
+    line, _ = cli._prepare(["predict", "--checkpoint=~/a.pt", "~/b.jpg"])
+    predict_options = line.options()
+    assert predict_options["checkpoint_file"] == "/home/me/a.pt"
+    assert predict_options["images"] == ["/home/me/b.jpg"]
+    line, _ = cli._prepare(["export", "--output=~/c.onnx"])
+    export_options = line.options()
+    assert export_options["output"] == "/home/me/c.onnx"
 
 
 @pytest.mark.slow
@@ -337,7 +469,11 @@ def test_environment_variables_in_paths_are_expanded(monkeypatch, tmp_path):
     monkeypatch.delenv("NOWHERE", raising=False)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("output_dir: $SCRATCH/run\ndata: {data_dir: '${SCRATCH}/data'}\n")
-    config = settings_of("train", "--config", str(recipe), "--checkpoint.resume=$SCRATCH/a.pt")
+    config = settings_of(
+        "train",
+        *("--config", str(recipe)),
+        "--checkpoint.resume=$SCRATCH/a.pt",
+    )
     assert config.output_dir == "/scratch/me/run"
     assert config.data.data_dir == "/scratch/me/data"
     assert config.checkpoint.resume == "/scratch/me/a.pt"
@@ -354,48 +490,77 @@ def test_environment_variables_in_paths_are_expanded(monkeypatch, tmp_path):
     assert Config(output_dir=str(odd)).output_dir == str(odd)
 
 
+# Text that YAML might take for something else.
+ODD_TEXTS = ("null", "1e5", "yes", "[a", "{x", "a: b", "#", "'", "007", "-")
+
+
+def example_texts():
+    """Any text, but none that names the home folder or an environment variable."""
+    printable = st.characters(codec="utf-8", exclude_categories=("C", "Z"))
+    texts = st.sampled_from(ODD_TEXTS) | st.text(printable, max_size=9)
+
+    def is_plain(text):
+        return not text.startswith("~") and "$" not in text
+
+    return texts.filter(is_plain)
+
+
+def example_integers():
+    """Small ones are drawn more often."""
+    return st.integers(0, 40) | st.integers(-(2**40), 2**40)
+
+
+def example_floats():
+    """Usual values, fractions, and any size."""
+    usual = st.sampled_from([0.0, 0.5, 1.0, 1e-5, 30.0])
+    return usual | st.floats(0, 1) | st.floats(1e-9, 1e9)
+
+
+SIMPLE_TYPES = {
+    type(None): st.none(),
+    bool: st.booleans(),
+    str: example_texts(),
+    int: example_integers(),
+    float: example_floats(),
+}
+
+
+def example_tuples(items):
+    """Tuples of those types of items; (X, ...) means any number of them."""
+    if Ellipsis in items:
+        lists = st.lists(example_values(items[0]), max_size=3)
+        return lists.map(tuple)
+    # Ranges: the lower bound comes first.
+    tuples = st.tuples(*(example_values(item) for item in items))
+    return tuples.map(sorted).map(tuple)
+
+
 def example_values(hint):
     """Values of a setting's type that its rules allow."""
     plain, rules = split_hint(hint)
     kind = type_origin(plain)
-    if plain is type(None):
-        values = st.none()
+    if plain in SIMPLE_TYPES:
+        values = SIMPLE_TYPES[plain]
     elif kind is Literal:
         values = st.sampled_from(get_args(plain))
-    elif plain is bool:
-        values = st.booleans()
-    elif plain is str:
-        # Text that YAML might take for something else is the hard part.
-        odd = st.sampled_from(
-            ["null", "1e5", "yes", "[a", "{x", "a: b", "#", "'", "007", "~x", "-"]
-        )
-        values = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), max_size=9)
-        values = (odd | values).filter(lambda text: "~" not in text[:1] and "$" not in text)
-    elif plain in (int, float):
-        values = numbers_for(plain)
     elif kind is tuple:
-        items = get_args(plain)
-        if Ellipsis in items:
-            values = st.lists(example_values(items[0]), max_size=3).map(tuple)
-        else:
-            values = st.tuples(*map(example_values, items)).map(sorted).map(tuple)
+        values = example_tuples(get_args(plain))
     else:
-        values = st.one_of([example_values(one) for one in get_args(plain)])
-    return values.filter(lambda value: value is None or all(rule.holds(value) for rule in rules))
+        values = st.one_of([example_values(member) for member in get_args(plain)])
 
+    def is_allowed(value):
+        return value is None or all(rule.holds(value) for rule in rules)
 
-def numbers_for(kind):
-    if kind is int:
-        return st.integers(0, 40) | st.integers(-(2**40), 2**40)
-    return st.sampled_from([0.0, 0.5, 1.0, 1e-5, 30.0]) | st.floats(0, 1) | st.floats(1e-9, 1e9)
+    return values.filter(is_allowed)
 
 
 @st.composite
 def configs(draw):
     """A config with a few settings that differ from their default."""
-    values = {}
-    for key in draw(st.lists(st.sampled_from(sorted(setting_hints())), max_size=6, unique=True)):
-        values[key] = draw(example_values(setting_hints()[key]))
+    hints = setting_hints()
+    names = st.sampled_from(sorted(hints))
+    keys = draw(st.lists(names, max_size=6, unique=True))
+    values = {key: draw(example_values(hints[key])) for key in keys}
     try:
         return values, build_config(values)
     except ValueError:
@@ -417,12 +582,16 @@ def configs(draw):
 def test_a_config_survives_yaml_and_the_command_line(tmp_path, drawn):
     values, config = drawn
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
-    assert build_config(read_yaml(path, setting_hints()).values) == config
-    assert config_from_dict(to_dict(config)) == config
+    tree = to_dict(config)
+    assert config_from_dict(tree) == config
+    path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    read = read_yaml(path, setting_hints())
+    assert build_config(read.values) == config
+
     arguments = []
     for key, value in values.items():
-        text = value if isinstance(value, str) else as_yaml(value)
+        is_text = isinstance(value, str)
+        text = value if is_text else as_yaml(value)
         arguments.append(f"--{key}={text}")
     assert settings_of("train", *arguments) == config
     assert settings_of("train", "--config", str(path)) == config
