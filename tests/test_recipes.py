@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -30,9 +31,12 @@ from resnet_dist.settings.reading import setting_hints
 from resnet_dist.settings.remarks import recipe_mismatch, remarks
 
 ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs"
 GOLDEN = ROOT / "tests" / "golden" / "recipes.json"
-README = ROOT / "configs" / "README.md"
-NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+README = CONFIGS / "README.md"
+TABLE_MARK = "<!-- table -->\n"
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+# No published training.
 OURS = {
     "quickstart",
     "resnet50",
@@ -40,32 +44,44 @@ OURS = {
     "speed_cifar10",
     "study_cifar10",
     "lecun1998_lenet5",
-}  # no published training
+}
 PUBLISHED = [name for name in NAMES if name not in OURS]
 EPOCHS = (0, 0.5, 1, 2, 4, 5, 8, 12, 15, 25, 30, 45, 60, 75, 80, 85, 100, 123, 150, 249, 300, 450)
-IMAGES = {
-    "imagenet": (1_281_167, 1000),
-    "cifar10": (50_000, 10),
-    "digits": (1_442, 10),
-}  # to train, classes
+
+
+class DataSize(NamedTuple):
+    """Size of a data set."""
+
+    num_images: int
+    num_classes: int
+
+
+IMAGENET = DataSize(1_281_167, 1000)
+CIFAR10 = DataSize(50_000, 10)
+DIGITS = DataSize(1_442, 10)
+
+
+def path_of(name: str) -> Path:
+    return CONFIGS / f"{name}.yaml"
 
 
 @functools.cache
 def load(name: str) -> Config:
-    return parse_config(["--config", str(ROOT / "configs" / f"{name}.yaml")])
+    return parse_config(["--config", str(path_of(name))])
 
 
-def data_of(config: Config) -> tuple[int, int]:
+def data_of(config: Config) -> DataSize:
     """Number of training images, and of classes."""
     if config.data.kind == "digits":
-        return IMAGES["digits"]
+        return DIGITS
     if config.data.train_crop_size == 32:
-        return IMAGES["cifar10"]
-    return IMAGES["imagenet"]
+        return CIFAR10
+    return IMAGENET
 
 
 @functools.cache
 def network(section, num_classes: int) -> torch.nn.Module:
+    """The network of a model section, without memory for its parameters."""
     with torch.device("meta"):
         return build_model(section, num_classes)
 
@@ -81,41 +97,65 @@ def network_of(config: Config) -> torch.nn.Module:
             "dropout": 0.0,
             "blur_pool": False,
         }
-    return network(dataclasses.replace(config.model, **same), data_of(config)[1])
+    section = dataclasses.replace(config.model, **same)
+    return network(section, data_of(config).num_classes)
 
 
-def count(module: torch.nn.Module, without: str = " ") -> int:
-    return sum(p.numel() for name, p in module.named_parameters() if not name.startswith(without))
+def num_parameters(module: torch.nn.Module, without: str | None = None) -> int:
+    """Number of parameters, without those whose name starts with `without`."""
+    total = 0
+    for name, parameter in module.named_parameters():
+        if without is None or not name.startswith(without):
+            total += parameter.numel()
+    return total
+
+
+def groups_of(config: Config) -> list[list[float]]:
+    """[parameters, weight decay, lr_scale] of each group of the optimizer."""
+    groups = []
+    for group in parameter_groups(network_of(config), config.optim):
+        size = sum(parameter.numel() for parameter in group["params"])
+        lr_scale = group.get("lr_scale", 1.0)
+        groups.append([size, group["weight_decay"], lr_scale])
+    return groups
 
 
 def numbers(name: str) -> dict:
-    """What the golden file holds of a config; a group is [parameters, weight decay, lr_scale]."""
+    """What the golden file holds of a config."""
     config = load(name)
-    model = network_of(config)
     train = config.train
-    per_epoch = steps_per_epoch(data_of(config)[0], train.global_batch_size, config.augment.repeats)
+    optim = config.optim
+    per_epoch = steps_per_epoch(
+        data_of(config).num_images,
+        train.global_batch_size,
+        config.augment.repeats,
+    )
     total = epochs_to_steps(train.epochs, per_epoch)
-    peak = peak_lr(config.optim.base_lr, config.optim.base_batch_size, train.global_batch_size)
+    peak = peak_lr(optim.base_lr, optim.base_batch_size, train.global_batch_size)
     schedule = build_schedule(config.schedule, peak, per_epoch, total)
-    steps = {
-        f"{epoch:g}": epochs_to_steps(epoch, per_epoch) for epoch in EPOCHS if epoch < train.epochs
-    }
-    steps |= {"last update": total - 1}
-    groups = []
-    for group in parameter_groups(model, config.optim):
-        num_parameters = sum(parameter.numel() for parameter in group["params"])
-        groups.append([num_parameters, group["weight_decay"], group.get("lr_scale", 1.0)])
+
+    steps = {}
+    for epoch in EPOCHS:
+        if epoch < train.epochs:
+            steps[f"{epoch:g}"] = epochs_to_steps(epoch, per_epoch)
+    steps["last update"] = total - 1
+    curve = {}
+    for label, step in steps.items():
+        with_12_digits = f"{schedule.lr(step):.12g}"
+        curve[label] = float(with_12_digits)
+
     return {
         "model": config.model.name,
-        "parameters": count(model),
-        "groups": groups,
+        "parameters": num_parameters(network_of(config)),
+        "groups": groups_of(config),
         "updates": total,
         "peak_lr": peak,
-        "lr_at_epoch": {key: float(f"{schedule.lr(step):.12g}") for key, step in steps.items()},
+        "lr_at_epoch": curve,
     }
 
 
 def table() -> str:
+    """The table of configs/README.md, in Markdown."""
     lines = [
         "| recipe | epochs | batch | GPUs | published top-1 | top-5 | source |",
         "|---|---|---|---|---|---|---|",
@@ -127,20 +167,24 @@ def table() -> str:
             f"[{name}]({name}.yaml)",
             f"{round(config.train.epochs, 1):g}",
             f"{config.train.global_batch_size:,}",
-            recipe.world_size,
+            str(recipe.world_size),
             written(name, "top1"),
             written(name, "top5"),
             recipe.reference,
         )
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        row = " | ".join(cells)
+        lines.append(f"| {row} |")
     return "\n".join(lines) + "\n"
 
 
 def written(name: str, key: str) -> str:
     """A figure of the recipe with as many digits as the file has; "" for none."""
-    node = yaml.compose((ROOT / "configs" / f"{name}.yaml").read_text())
-    recipe = next(value for label, value in node.value if label.value == "recipe")
-    return next((value.value for label, value in recipe.value if label.value == key), "")
+    tree = yaml.compose(path_of(name).read_text())
+    sections = {label.value: section for label, section in tree.value}
+    for label, figure in sections["recipe"].value:
+        if label.value == key:
+            return figure.value
+    return ""
 
 
 def check_all(check, names=NAMES) -> None:
@@ -158,17 +202,21 @@ def golden_text() -> str:
     """JSON with one line for each entry of a config, so that a difference can be read."""
     blocks = []
     for name in NAMES:
-        entries = numbers(name).items()
-        lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in entries]
-        blocks.append(f'"{name}": {{\n' + ",\n".join(lines) + "\n}")
-    return "{\n" + ",\n".join(blocks) + "\n}\n"
+        lines = []
+        for key, value in numbers(name).items():
+            lines.append(f"  {json.dumps(key)}: {json.dumps(value)}")
+        entries = ",\n".join(lines)
+        blocks.append(f'"{name}": {{\n{entries}\n}}')
+    all_blocks = ",\n".join(blocks)
+    return f"{{\n{all_blocks}\n}}\n"
 
 
 def write() -> None:
+    """Write the golden file and the table anew."""
     GOLDEN.parent.mkdir(exist_ok=True)
     GOLDEN.write_text(golden_text())
-    before, after = README.read_text().split("<!-- table -->\n")[::2]
-    README.write_text(f"{before}<!-- table -->\n{table()}<!-- table -->\n{after}")
+    before, _, after = README.read_text().split(TABLE_MARK)
+    README.write_text(TABLE_MARK.join([before, table(), after]))
 
 
 @pytest.mark.slow
@@ -178,11 +226,14 @@ def test_numbers_equal_the_golden_file():
     assert list(golden) == NAMES
 
     def check(name):
-        want = golden[name]
-        have = numbers(name)
-        assert have["lr_at_epoch"] == pytest.approx(want.pop("lr_at_epoch"), rel=1e-9, abs=1e-15)
-        assert have["peak_lr"] == pytest.approx(want.pop("peak_lr"), rel=1e-9)
-        assert {key: have[key] for key in want} == want
+        expected = golden[name]
+        found = numbers(name)
+        curve = expected.pop("lr_at_epoch")
+        assert found["lr_at_epoch"] == pytest.approx(curve, rel=1e-9, abs=1e-15)
+        peak = expected.pop("peak_lr")
+        assert found["peak_lr"] == pytest.approx(peak, rel=1e-9)
+        for key, value in expected.items():
+            assert found[key] == value, key
 
     check_all(check)
 
@@ -191,30 +242,46 @@ def test_numbers_equal_the_golden_file():
 def test_no_setting_is_without_effect():
     def check(name):
         config = load(name)
+        world_size = config.recipe.world_size
+        if world_size == 0:
+            world_size = 1
         assert remarks(config, "cuda") == []
-        assert recipe_mismatch(config, config.recipe.world_size or 1) == []
+        assert recipe_mismatch(config, world_size) == []
         check_image_size(config.model.name, config.data)
-        assert config.output_dir == ("runs/study" if name == "study_cifar10" else f"runs/{name}")
+        folder = "study" if name == "study_cifar10" else name
+        assert config.output_dir == f"runs/{folder}"
         assert config.model.name in MODELS
 
     check_all(check)
 
 
 def test_every_recipe_says_how_where_and_what():
-    known = set(setting_hints()) | {
-        f"cluster.{field.name}" for field in dataclasses.fields(ClusterConfig)
-    }
+    known = set(setting_hints())
+    for field in dataclasses.fields(ClusterConfig):
+        known.add(f"cluster.{field.name}")
 
     def check(name):
         recipe = load(name).recipe
         for key in ("command", "hardware", "expected", "source"):
             assert getattr(recipe, key), f"recipe.{key} is missing"
-        assert name == "quickstart" or f"configs/{name}.yaml" in recipe.command
+        if name != "quickstart":
+            assert f"configs/{name}.yaml" in recipe.command
         used = re.findall(r"--([a-z_0-9]+\.[a-z_0-9]+)", recipe.command)
         assert set(used) <= known
-        assert bool(recipe.reference) == (name in PUBLISHED)
+        is_published = name in PUBLISHED
+        assert bool(recipe.reference) == is_published
 
     check_all(check)
+
+
+def ranks_of(command: str) -> int:
+    """How many ranks a command starts."""
+    ranks = 1
+    for option in ("nproc_per_node", "cluster.nodes", "cluster.gpus_per_node"):
+        found = re.search(rf"--{option} (\d+)", command)
+        if found:
+            ranks *= int(found[1])
+    return ranks
 
 
 @pytest.mark.slow
@@ -223,24 +290,29 @@ def test_the_facts_of_a_recipe_are_those_of_its_settings():
 
     def check(name):
         config = load(name)
-        have = numbers(name)
+        found = numbers(name)
         recipe = config.recipe
-        assert recipe.updates == have["updates"]
-        assert have["peak_lr"] == pytest.approx(recipe.peak_lr, rel=1e-9)
-        ranks = 1
-        for option in ("nproc_per_node", "cluster.nodes", "cluster.gpus_per_node"):
-            found = re.search(rf"--{option} (\d+)", recipe.command)
-            ranks *= int(found[1]) if found else 1
+        assert recipe.updates == found["updates"]
+        assert found["peak_lr"] == pytest.approx(recipe.peak_lr, rel=1e-9)
+
+        ranks = ranks_of(recipe.command)
         assert ranks == recipe.world_size
-        mixes = bool(config.augment.mixup_alpha or config.augment.cutmix_alpha)
+        augment = config.augment
         batch_size = config.train.global_batch_size
-        assert recipe.local_batch_size == check_layout(
-            batch_size, ranks, config.train.grad_accum_steps, pairs=mixes
+        local_batch_size = check_layout(
+            batch_size,
+            ranks,
+            config.train.grad_accum_steps,
+            pairs=augment.mixup_alpha > 0 or augment.cutmix_alpha > 0,
         )
+        assert recipe.local_batch_size == local_batch_size
         assert f"{recipe.local_batch_size:,} images on " in recipe.hardware
+        # The batch may differ a little from that of the source.
         assert abs(recipe.global_batch_size / batch_size - 1) < 0.02
-        for key in ("top1", "top5"):
-            assert not written(name, key) or written(name, key) in recipe.expected
+
+        # The figures in words are those in numbers; "" is for none.
+        assert written(name, "top1") in recipe.expected
+        assert written(name, "top5") in recipe.expected
 
     check_all(check, PUBLISHED)
 
@@ -252,11 +324,13 @@ def test_figures_and_sizes_are_those_that_torchvision_publishes():
     assert len(names) > 15
 
     def check(name):
-        weights = get_weight(re.search(r"\w+_Weights\.\w+", load(name).recipe.expected)[0])
-        figures = weights.meta["_metrics"]["ImageNet-1K"]
-        published = (f"{figures['acc@1']:.2f}", f"{figures['acc@5']:.2f}")
-        assert (written(name, "top1"), written(name, "top5")) == published
-        assert count(network_of(load(name))) == weights.meta["num_params"]
+        config = load(name)
+        weights_name = re.search(r"\w+_Weights\.\w+", config.recipe.expected)[0]
+        meta = get_weight(weights_name).meta
+        figures = meta["_metrics"]["ImageNet-1K"]
+        assert written(name, "top1") == f"{figures['acc@1']:.2f}"
+        assert written(name, "top5") == f"{figures['acc@5']:.2f}"
+        assert num_parameters(network_of(config)) == meta["num_params"]
 
     check_all(check, names)
 
@@ -277,6 +351,13 @@ MILLIONS = {
 TIMM_MILLIONS = {"resnet50d": 25.58, "resnetrs50": 35.69}
 
 
+def counterpart_of(name: str) -> str:
+    """He et al. 2015: a plain network is as large as the ResNet with option A."""
+    if "plain" in name:
+        return name.replace("plain", "resnet")
+    return name.replace("resnet", "plain")
+
+
 @pytest.mark.slow
 def test_sizes_are_those_of_torchvision_and_the_papers():
     """Numbers of parameters that others publish: torchvision's, timm's, and the papers' in
@@ -288,11 +369,10 @@ def test_sizes_are_those_of_torchvision_and_the_papers():
         config = load(name)
         model = config.model.name
         network = network_of(config)
-        size = count(network)
+        size = num_parameters(network)
         if config.model.shortcut == "A" or model.startswith("plain"):
-            # He et al. 2015: a plain network is as large as the ResNet with option A.
-            pair = ("plain", "resnet") if "plain" in name else ("resnet", "plain")
-            assert size == count(network_of(load(name.replace(*pair))))
+            counterpart = load(counterpart_of(name))
+            assert size == num_parameters(network_of(counterpart))
         elif model in MILLIONS:
             tolerance = 0.05 if size > 1e6 else 0.005
             assert size / 1e6 == pytest.approx(MILLIONS[model], abs=tolerance)
@@ -303,8 +383,9 @@ def test_sizes_are_those_of_torchvision_and_the_papers():
             assert 33e6 < size < 34e6
         else:
             assert model in list_models()
-            theirs = {weights.meta["num_params"] for weights in get_model_weights(model)}
-            assert theirs & {size, count(network, without="aux")}
+            published = {weights.meta["num_params"] for weights in get_model_weights(model)}
+            without_auxiliary = num_parameters(network, without="aux")
+            assert size in published or without_auxiliary in published
 
     check_all(check, PUBLISHED)
 
@@ -314,18 +395,20 @@ def test_the_average_of_torchvision_per_step():
     (references/classification/train.py).
     """
     per_update = 1 - (1 - 0.99998) * 1024 * 32 / 600
+    per_step = per_update ** (1 / 32)
     names = [name for name in NAMES if name.startswith("torchvision_v2")]
     assert len(names) == 8
     for name in names:
-        assert load(name).train.ema_decay == pytest.approx(per_update ** (1 / 32), abs=1e-9)
-        assert f"{per_update:.8f}" in load(name).recipe.source
-        assert str(load(name).train.ema_decay) in load(name).recipe.source
+        config = load(name)
+        ema_decay = config.train.ema_decay
+        assert ema_decay == pytest.approx(per_step, abs=1e-9)
+        assert f"{per_update:.8f}" in config.recipe.source
+        assert str(ema_decay) in config.recipe.source
 
 
 def test_the_table_is_that_of_the_recipes():
-    assert README.read_text().split("<!-- table -->\n")[1] == table(), (
-        "python tests/test_recipes.py --write"
-    )
+    _, present, _ = README.read_text().split(TABLE_MARK)
+    assert present == table(), "python tests/test_recipes.py --write"
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["--write"]:
