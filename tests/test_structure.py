@@ -122,7 +122,7 @@ FENCES = {
     "timm": {"models.zoo"},
     "pyarrow": {"evaluation.predictions_file", "data.sources.parquet"},
     "huggingface_hub": {"commands.import_hf"},
-    "wandb": {"logs.sinks.wandb", "logs.sinks.wandb_mode"},
+    "wandb": {"logs.sinks.wandb", "logs.sinks.wandb_attachments", "logs.sinks.wandb_mode"},
     "tensorboard": {"logs.sinks.tensorboard"},
     "pynvml": {"commands.energy"},
     "obstore": {"data.stores.client"},

@@ -32,7 +32,7 @@ from resnet_dist.data.types import Batch
 from resnet_dist.distributed.process import run_process
 from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.layout import check_layout
-from resnet_dist.logs.sinks.wandb_mode import why_offline
+from resnet_dist.logs.sinks.wandb_mode import wandb_mode, why_offline
 from resnet_dist.models.build import build_model
 from resnet_dist.precision import has_fast_bf16
 from resnet_dist.resources.memory import available_memory
@@ -361,7 +361,7 @@ def _software(config: Config, runtime: Runtime) -> tuple[str, str]:
         version = metadata.version(name)
         versions.append(f"{name} {version}")
     driver = _gpu_driver()
-    wandb_state = _wandb_state(config.log.wandb)
+    wandb_state = _wandb_state(wandb_mode(config.log.wandb))
     is_problem = config.log.wandb == "online" and wandb_state != "online"
     level = _warning_if(is_problem)
     text = ", ".join([*versions, driver, f"W&B {wandb_state}"])
@@ -369,12 +369,12 @@ def _software(config: Config, runtime: Runtime) -> tuple[str, str]:
 
 
 def _wandb_state(mode: str) -> str:
-    """What W&B will be with a mode of `log.wandb`: "disabled", "online", or why it is offline."""
-    if mode in ("disabled", "offline"):
+    """What W&B will be: "disabled", "online", or why it is offline."""
+    if mode == "disabled":
         return mode
-    reason = why_offline("auto")
+    reason = why_offline(mode)
     if reason:
-        return reason
+        return f"offline ({reason})"
     return "online"
 
 

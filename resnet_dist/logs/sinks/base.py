@@ -1,5 +1,6 @@
 """What a sink is, and what it is told about the run."""
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,3 +96,17 @@ class Sink(Protocol):
 
     def close(self, exit_code: int) -> None:
         """Write what is left. `exit_code` is that of the training."""
+
+
+def require_library(name: str, advice: str) -> None:
+    """Check that the library of a sink is there.
+
+    Args:
+        name: What is imported.
+        advice: What the user can do without it.
+
+    Raises:
+        ValueError: It is not installed.
+    """
+    if importlib.util.find_spec(name) is None:
+        raise ValueError(f"{name} is not installed: {advice}")

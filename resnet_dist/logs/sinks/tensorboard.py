@@ -1,6 +1,5 @@
 """The metrics of a run for TensorBoard: `tensorboard --logdir OUTPUT_DIR/tensorboard`."""
 
-import importlib.util
 import io
 import json
 import shlex
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from resnet_dist.logs.sinks.base import Attachment, Numbers, Picture, RunInfo
+from resnet_dist.logs.sinks.base import Attachment, Numbers, Picture, RunInfo, require_library
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -30,11 +29,7 @@ class TensorBoardSink:
         Raises:
             ValueError: The library is not installed.
         """
-        if importlib.util.find_spec("tensorboard") is None:
-            raise ValueError(
-                "log.sinks contains tensorboard, but the library is not installed: "
-                "pip install resnet-dist[tensorboard]"
-            )
+        require_library("tensorboard", "pip install resnet-dist[tensorboard]")
         from torch.utils.tensorboard import SummaryWriter
 
         folder = run.folder / "tensorboard"
