@@ -8,7 +8,7 @@ the file `wandb_run_id`.
 import os
 import secrets
 import shlex
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from resnet_dist.files import write_file
 from resnet_dist.logs.sinks.background import describe_error
@@ -113,7 +113,9 @@ class WandbSink:
             )
 
 
-def _init_wandb(run: RunInfo, mode: str, run_id: str, timeout: float = 30.0) -> "Run":
+def _init_wandb(
+    run: RunInfo, mode: Literal["online", "offline"], run_id: str, timeout: float = 30.0
+) -> "Run":
     """Start or continue a run, with wandb's own limits of time."""
     import wandb
 
