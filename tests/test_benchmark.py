@@ -3,16 +3,21 @@
 import json
 import multiprocessing
 import re
+import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
-from dist_utils import run_app
-from image_files import encode, picture, write_split
+from dist_utils import run_app, run_command
+from image_files import OneProcess, encode, pack_shards, picture, write_split
 
 from resnet_dist import cli
+from resnet_dist.commands.benchmark_places import open_places
 from resnet_dist.commands.rival_file import build_rivals
-from resnet_dist.config import DataConfig
+from resnet_dist.config import Config, DataConfig, TrainConfig
 from resnet_dist.data.pixels.read import READ_THREADS
 
 
@@ -181,22 +186,103 @@ def test_rivals_that_cannot_be_used(tmp_path, monkeypatch):
             build_rivals(text, folder, DataConfig(), 4, 1)
 
 
+def write_parquet(folder, files, labels):
+    """Images of three classes in one file of a training set, in row groups of five rows."""
+    folder.mkdir()
+    images = [{"bytes": data, "path": None} for data in files]
+    class_label = {"_type": "ClassLabel", "names": ["class0", "class1", "class2"]}
+    info = {"info": {"features": {"label": class_label}}}
+    table = pyarrow.table({"image": images, "label": labels})
+    table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
+    path = folder / "train-00000-of-00001.parquet"
+    pyarrow.parquet.write_table(table, path, row_group_size=5)
+
+
+def test_our_loader_on_other_roots(tmp_path):
+    """Shards are read as in training, with the samples of the folder; parquet files in order."""
+    files = [encode(picture(60, 80, seed)) for seed in range(12)]
+    index = write_split(tmp_path / "folder", files)
+    shards = tmp_path / "shards"
+    pack_shards(index, shards / "train", range(12), shards=2)
+    parquet = tmp_path / "parquet"
+    labels_in_order = index.labels_of(np.arange(12))
+    write_parquet(parquet, files, labels_in_order.tolist())
+    data = DataConfig(
+        data_dir=str(tmp_path / "folder"),
+        train_crop_size=32,
+        val_resize_size=36,
+        val_crop_size=32,
+    )
+    train = TrainConfig(global_batch_size=8, precision="fp32")
+    config = Config(data=data, train=train, output_dir=str(tmp_path))
+
+    places = open_places(config, OneProcess(), f"{shards}, {parquet}")
+
+    of_parquet = f"evaluation, {parquet}"
+    assert list(places) == [str(shards), "evaluation", of_parquet]
+    for name, place in places.items():
+        batches = list(place.make(1, 3))
+        rows = np.concatenate([batch.indices for batch in batches])
+        labels = np.concatenate([batch.labels.numpy() for batch in batches])
+        assert np.array_equal(labels, labels_in_order[rows]), name
+        if name != str(shards):
+            # After the last of the twelve images comes the first one again.
+            assert rows.tolist() == [8, 9, 10, 11, *range(12)], name
+        place.loader.close()
+
+
+def test_a_root_that_cannot_be_measured(tmp_path):
+    """The error names the option and the root."""
+    config = Config(output_dir=str(tmp_path))
+    missing = tmp_path / "missing"
+    with pytest.raises(ValueError, match=f"^--also {missing}: .*missing"):
+        open_places(config, OneProcess(), str(missing))
+
+
+PLACES = str(Path(__file__).resolve().parents[1] / "benchmarks" / "places.py")
+
+
+@pytest.mark.long
+def test_loader_by_the_place_of_the_data(tmp_path):
+    """One command measures folder, shards, a store that is late, parquet and the cache."""
+    write_split(tmp_path / "data", [encode(picture(60, 80, seed)) for seed in range(12)])
+    command = [sys.executable, PLACES, str(tmp_path / "data")]
+    command += ["--json", "--windows", "1", "--images", "16", "--output_dir", str(tmp_path)]
+    command += ["--data.train_crop_size", "32", "--train.global_batch_size", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    own, shards, store, evaluation, parquet, *others = result["loaders"]
+    assert (own, store, evaluation) == (
+        "resnet_dist",
+        "s3://photographs/shards",
+        "evaluation",
+    )
+    assert shards.endswith("/shards")
+    assert parquet.endswith("/parquet")
+    assert others == ["plain DALI", "plan and reading", "torchvision", "memory cache"]
+
+
 @pytest.mark.slow
 def test_benchmark_of_the_loader_needs_files_and_one_process(tmp_path):
     write_split(tmp_path, [encode(picture(60, 80, i)) for i in range(12)])
+    write_parquet(tmp_path / "parquet", [], [])
     folder = ["--data.data_dir", str(tmp_path), "--train.global_batch_size", "6"]
-    for world_size, more, message in (
+    parquet = ["--data.data_dir", str(tmp_path / "parquet")]
+    store = ["--data.data_dir", "s3://bucket/set"]
+    cases = (
         (1, ["--data.kind", "synthetic"], "--data.kind folder"),
         (2, folder, "without torchrun"),
         (1, [*folder, "--images", "11"], "Give it --images 12 or more"),
         (1, [*folder, "--originals", str(tmp_path / "class0")], "class0 has no class folders"),
-    ):
-        output = tmp_path / f"printed {message}"
-        codes = run_app(
-            world_size, ["benchmark", "loader", "--output_dir", str(tmp_path), *more], str(output)
-        )
-        assert codes == [2] * world_size, output.read_text()
-        assert message in output.read_text()
+        (1, parquet, "cannot be read in random order"),
+        (1, store, "s3://bucket/set has no class folders in train/, which the other loaders read"),
+    )
+    command = ["benchmark", "loader", "--output_dir", tmp_path]
+    for world_size, more, message in cases:
+        code, printed = run_command(tmp_path, [*command, *more], world_size)
+        assert code == 2, printed
+        assert message in printed
 
 
 SMALL = [

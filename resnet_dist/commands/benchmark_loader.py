@@ -4,7 +4,8 @@ The other loaders are a plain DALI pipeline and torchvision's data set in a PyTo
 on demand those of a file outside of the package (rival_file.py). The loaders take turns. Ratios are
 computed from turns of the same round, since the load of the machine may change. "memory cache" is
 our loader with the training images decoded in memory (`data.train_cache auto`), if they fit;
-filling it does not count. The most reliable figure is the CPU time per image, which hardly depends
+filling it does not count. `--also` adds our loader on further data roots (benchmark_places.py). The
+most reliable figure is the CPU time per image, which hardly depends
 on other programs. A turn produces a fixed number of images, and includes the start and end of its
 workers.
 """
@@ -22,14 +23,17 @@ from typing import Any, Literal
 
 import torch
 
+from resnet_dist.addresses import is_url
+from resnet_dist.commands.benchmark_places import open_places
 from resnet_dist.commands.host_work import measure_host_work
 from resnet_dist.commands.plain_loaders import MakeBatches, plain_dali, plain_torchvision
 from resnet_dist.commands.rival_file import build_rivals
 from resnet_dist.config import Config
 from resnet_dist.data.build import build_train_loader
 from resnet_dist.data.pixels.decoding import ImageDecoding
-from resnet_dist.data.pixels.loader import DaliTrainLoader
+from resnet_dist.data.pixels.loader import DaliLoader, DaliTrainLoader
 from resnet_dist.data.pixels.read import Encoded, ReadLimits
+from resnet_dist.data.sources.contents import find_contents
 from resnet_dist.data.sources.index import Index
 from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.text import printable
@@ -76,19 +80,24 @@ def compare_loaders(config: Config, runtime: Runtime, options: argparse.Namespac
     config = replace(config, train=train)
     folder = _class_folders(options.originals or config.data.data_dir)
     ours = _build_ours(config, runtime, train_cache="off")
-    slow = _build_ours(config, runtime, train_cache="off")
-    _slow_down_reading(slow, options.read_delay_ms / 1e3)
     cached = _build_ours(config, runtime, train_cache="auto")
+    loaders: list[DaliLoader] = [ours, cached]
     makers: dict[str, MakeBatches] = {"resnet_dist": ours.batches}
     if options.read_delay_ms:
+        slow = _build_ours(config, runtime, train_cache="off")
+        _slow_down_reading(slow, options.read_delay_ms / 1e3)
+        loaders.append(slow)
         makers["slow storage"] = slow.batches
+    for name, place in open_places(config, runtime, options.also).items():
+        loaders.append(place.loader)
+        makers[name] = place.make
     makers.update(_other_makers(config, runtime, folder, ours, options.rivals))
     if not isinstance(cached.source, ImageDecoding):
         makers["memory cache"] = cached.batches
 
     turns = _take_turns(makers, options.windows, num_batches, local, runtime.device)
     host_work = measure_host_work(ours, num_batches)
-    for loader in (ours, slow, cached):
+    for loader in loaders:
         loader.close()
 
     conditions = {
@@ -145,6 +154,10 @@ def _check(config: Config, runtime: Runtime) -> None:
             f"there are {runtime.world_size} ranks: this compares loaders in one process. Start it "
             f"without torchrun"
         )
+    data_dir = config.data.data_dir
+    if config.data.kind == "folder" and not is_url(data_dir):
+        # An error about the data set comes before one about the folder of the other loaders.
+        find_contents(data_dir, "train")
 
 
 def _build_ours(
@@ -315,10 +328,11 @@ def _print_results(
     for key, value in conditions.items():
         words.append(f"{key} {value}")
     print(", ".join(words))
-    print(f"{'':18}{'CPU us/image':>15}{'ours/it':>10}{'images/s':>15}{'ours/it':>10}")
+    width = max(len(name) for name in medians) + 2
+    print(f"{'':{width}}{'CPU us/image':>15}{'ours/it':>10}{'images/s':>15}{'ours/it':>10}")
     for name, found in medians.items():
         print(
-            f"{name:18}{found['cpu_us_per_image']:15.0f}{found['cpu_ratio']:10.3f}"
+            f"{name:{width}}{found['cpu_us_per_image']:15.0f}{found['cpu_ratio']:10.3f}"
             f"{found['images_per_second']:15.1f}{found['ratio']:10.3f}"
         )
     parts = ", ".join(f"{name} {microseconds:.1f}" for name, microseconds in host_work.items())

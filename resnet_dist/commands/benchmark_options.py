@@ -74,6 +74,13 @@ def _add_loader_options(parser: Parser) -> None:
         help="loader: data folder for the other loaders; empty: data_dir",
     )
     parser.add_path(
+        "--also",
+        default="",
+        metavar="ROOT,...",
+        help="loader: measure ours also on these data folders or addresses, which hold the same "
+        "images; parquet files are read as in evaluation",
+    )
+    parser.add_path(
         "--rivals",
         default="",
         metavar="FILE[:NAME,...]",

@@ -38,7 +38,7 @@ def build_val_index(data_dir: str, split: str, runtime: Ranks, rescan: Rescan = 
     """
 
     def find() -> list[str]:
-        return _parquet_files(data_dir, split)
+        return parquet_to_evaluate(data_dir, split)
 
     paths = runtime.on_main(find)
     if not paths:
@@ -47,7 +47,7 @@ def build_val_index(data_dir: str, split: str, runtime: Ranks, rescan: Rescan = 
     return read_index(payload, os.path.dirname(paths[0]))
 
 
-def _parquet_files(data_dir: str, split: str) -> list[str]:
+def parquet_to_evaluate(data_dir: str, split: str) -> list[str]:
     """The parquet files that are evaluated in place; none if there are other images."""
     if not data_dir or is_url(data_dir):
         return []
