@@ -65,19 +65,9 @@ def compare_loaders(config: Config, runtime: Runtime, options: argparse.Namespac
             fewer than two batches.
     """
     _check(config, runtime)
-    local = config.train.global_batch_size // config.train.grad_accum_steps
+    config = _with_one_micro_step(config, options.images)
+    local = config.train.global_batch_size
     num_batches = options.images // local
-    if num_batches < 2:
-        raise ValueError(
-            f"--images is {options.images}: a turn needs at least two batches of {local} images. "
-            f"Give it --images {2 * local} or more, or a smaller train.global_batch_size"
-        )
-    train = replace(
-        config.train,
-        global_batch_size=local,
-        grad_accum_steps=1,
-    )
-    config = replace(config, train=train)
     folder = _class_folders(options.originals or config.data.data_dir)
     ours = _build_ours(config, runtime, train_cache="off")
     cached = _build_ours(config, runtime, train_cache="auto")
@@ -113,6 +103,30 @@ def compare_loaders(config: Config, runtime: Runtime, options: argparse.Namespac
     if not options.json:
         print(*cached.remarks(), sep="\n")
     return 0
+
+
+def _with_one_micro_step(config: Config, num_images: int) -> Config:
+    """The settings with one micro-step of the config as the global batch.
+
+    Args:
+        config: the settings.
+        num_images: number of images in a turn.
+
+    Raises:
+        ValueError: if a turn has fewer than two batches.
+    """
+    local = config.train.global_batch_size // config.train.grad_accum_steps
+    if num_images < 2 * local:
+        raise ValueError(
+            f"--images is {num_images}: a turn needs at least two batches of {local} images. "
+            f"Give it --images {2 * local} or more, or a smaller train.global_batch_size"
+        )
+    train = replace(
+        config.train,
+        global_batch_size=local,
+        grad_accum_steps=1,
+    )
+    return replace(config, train=train)
 
 
 def _take_turns(

@@ -23,14 +23,14 @@ from resnet_dist.distributed.runtime import Runtime
 
 
 @dataclass
-class Place:
+class RootLoader:
     """Our loader on a data root."""
 
     loader: DaliLoader
     make: MakeBatches
 
 
-def open_places(config: Config, runtime: Runtime, text: str) -> dict[str, Place]:
+def open_places(config: Config, runtime: Runtime, text: str) -> dict[str, RootLoader]:
     """Open the loaders of the roots that `--also` names.
 
     Args:
@@ -44,7 +44,7 @@ def open_places(config: Config, runtime: Runtime, text: str) -> dict[str, Place]
     Raises:
         ValueError: if a root cannot be used.
     """
-    places: dict[str, Place] = {}
+    places: dict[str, RootLoader] = {}
     parquet = {}
     for root in split_names(text):
         try:
@@ -62,15 +62,15 @@ def open_places(config: Config, runtime: Runtime, text: str) -> dict[str, Place]
     return places
 
 
-def _training(config: Config, runtime: Runtime, root: str) -> Place:
+def _training(config: Config, runtime: Runtime, root: str) -> RootLoader:
     """The training set of a root, in random order."""
     data = replace(config.data, data_dir=root)
     loader = build_train_loader(replace(config, data=data), runtime)
     assert isinstance(loader, DaliTrainLoader)
-    return Place(loader, loader.batches)
+    return RootLoader(loader, loader.batches)
 
 
-def _evaluation(config: Config, runtime: Runtime, index: Index) -> Place:
+def _evaluation(config: Config, runtime: Runtime, index: Index) -> RootLoader:
     """Training images, in their order and with the pixels of evaluation."""
     local_batch_size = config.train.global_batch_size
     data = replace(config.data, val_batch_size=local_batch_size)
@@ -87,4 +87,4 @@ def _evaluation(config: Config, runtime: Runtime, index: Index) -> Place:
             jobs.append(val_job(rows))
         return loader.run(jobs)
 
-    return Place(loader, batches)
+    return RootLoader(loader, batches)
