@@ -10,9 +10,14 @@ import numpy as np
 import pytest
 
 from resnet_dist.commands import report
-from resnet_dist.commands.report_input import Evaluated
+from resnet_dist.commands.report_input import Evaluated, read_reported_run
 from resnet_dist.commands.report_page import render_evaluations
-from resnet_dist.commands.report_text import describe_pair, describe_slow_ranks
+from resnet_dist.commands.report_text import (
+    describe_differences,
+    describe_evaluated,
+    describe_pair,
+    describe_slow_ranks,
+)
 from resnet_dist.evaluation.confusion import ClassResult
 from resnet_dist.evaluation.evaluation_file import EvaluatedNetwork, EvaluationDetails
 from resnet_dist.logs.history import RunHistory
@@ -151,24 +156,51 @@ def test_a_difference_inside_its_interval_is_not_called_one(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_few_classes_have_no_top5(tmp_path, capsys):
-    folder = run_folder(tmp_path, "few", 90, 100)
-    assert call(folder, "--out", tmp_path / "p.png") == 0
-    assert "top-5" not in capsys.readouterr().out
+    """Neither in the table of one run or of several, nor on the page."""
+    few = run_folder(tmp_path, "few", 90, 100)
+    fewer = run_folder(tmp_path, "fewer", 80, 100)
+    page = tmp_path / "page.html"
+    assert call(few, "--out", tmp_path / "p.png") == 0
+    assert call(few, fewer, "--html", page, "--out", tmp_path / "p.png") == 0
+    out = capsys.readouterr().out
+    assert "best top-1" in out
+    assert "top-5" not in out
+    html = page.read_text()
+    assert "top-1 (%)" in html
+    assert "top-5" not in html
 
 
-def test_few_classes_have_no_top5_on_the_page():
-    """With five classes every image counts as a hit of the top five."""
-    for class_names, shown in ((["a", "b", "c", "d", "e"], 0), (["a", "b", "c", "d", "e", "f"], 2)):
-        network = EvaluatedNetwork("tiny", "raw", 1, class_names)
+def network_of(num_classes, num_competing=None):
+    names = [f"class {number}" for number in range(num_classes)]
+    return EvaluatedNetwork("tiny", "raw", 1, names, num_competing)
+
+
+NETWORKS = {
+    "five classes": (network_of(5), False),
+    "six classes": (network_of(6), True),
+    "six of ten classes compete": (network_of(10, 6), True),
+    "five of ten classes compete": (network_of(10, 5), False),
+}
+"""what was evaluated -> whether it has a top-5 accuracy: among five classes every image is a hit"""
+
+
+def test_few_classes_have_no_top5_in_a_report_of_evaluations():
+    for case, (network, has_top5) in NETWORKS.items():
         is_hit = np.array([True, False])
         classes = [ClassResult(0, 2, 1, 2, 0.25, 1)]
         details = EvaluationDetails(network, "x", is_hit, 2, 0, classes, [], None, [], [])
-        page = render_evaluations([Evaluated("tiny", network, "x", is_hit, 2, details)])
-        # On a card, and above a column of the table of classes.
-        assert page.count("top-5") == shown
-        top5 = ["100.0"] if shown else []
+        evaluated = Evaluated("tiny", network, "x", is_hit, 2, details)
+        page = render_evaluations([evaluated])
+        shown = 0
+        top5 = []
+        if has_top5:
+            # On a card, and above a column of the table of classes.
+            shown = 2
+            top5 = ["100.0"]
+        assert page.count("top-5") == shown, case
         cells = re.findall(r"<td[^>]*>([^<]*)</td>", page)
-        assert cells == ["a", "2", "50.0", *top5, "25.0"]
+        assert cells == ["class 0", "2", "50.0", *top5, "25.0"], case
+        assert ("top-5" in describe_evaluated([evaluated])) == has_top5, case
 
 
 def test_a_folder_name_cannot_forge_lines(tmp_path, capsys):
@@ -279,6 +311,8 @@ def test_seeds_of_a_recipe_are_one_group(tmp_path, capsys):
     assert "near0, near1 and low0, low1, low2: no difference in mean final val top-1" in out
     assert call(low[0], high[0], high[1], "--out", tmp_path / "p.png") == 0
     assert "no statement, since one of them has a single seed" in capsys.readouterr().out
+    repeated = [read_reported_run(low[0]), read_reported_run(low[0])]
+    assert "2 runs of one recipe" in describe_differences(repeated)[0]
 
 
 def test_runs_on_different_images_are_not_compared(tmp_path, capsys):

@@ -28,6 +28,7 @@ from resnet_dist.distributed.process import run_process
 from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.evaluation import loop as evaluation
 from resnet_dist.evaluation.evaluation_file import EvaluatedNetwork
+from resnet_dist.evaluation.intervals import wilson_interval
 from resnet_dist.evaluation.sets.classes import (
     Classes,
     ClassMap,
@@ -185,11 +186,15 @@ def _describe_network(
     saved: SavedNetwork, kind: str, config: Config, class_map: ClassMap
 ) -> EvaluatedNetwork:
     """What the files about an evaluation say about its network."""
+    num_competing = None
+    if class_map.is_masked:
+        num_competing = class_map.num_competing
     return EvaluatedNetwork(
         name=config.model.name,
         weights="averaged" if kind == "ema" else "raw",
         step=0 if saved.is_foreign else saved.step,
         class_names=list(class_map.names),
+        num_competing=num_competing,
     )
 
 
@@ -293,7 +298,11 @@ def describe_results(results: Results) -> str:
 def _describe_counts(counts: Results) -> str:
     """Format `Counts.result` as one line of text."""
     num = counts["num"]
-    parts = [f"top-1 {counts['top1']:.3f} % ({counts['correct1']}/{num})"]
+    top1 = wilson_interval(counts["correct1"], num)
+    parts = [
+        f"top-1 {counts['top1']:.3f} % ({counts['correct1']}/{num})",
+        f"95 % interval {top1.low:.2f} to {top1.high:.2f} %",
+    ]
     # There is no top-5 accuracy with fewer than six classes.
     if "top5" in counts:
         parts.append(f"top-5 {counts['top5']:.3f} % ({counts['correct5']}/{num})")

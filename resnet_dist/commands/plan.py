@@ -24,6 +24,7 @@ from resnet_dist.settings.options import print_error
 from resnet_dist.teacher import find_teacher
 
 _GIB = 2**30
+_MIB = 2**20
 
 _IMAGENET_IMAGES = 1_281_167
 
@@ -175,12 +176,12 @@ def describe_plan(plan: Plan, options: argparse.Namespace) -> str:
         "FLOPs": flops,
         "batch": f"{plan.global_batch_size} = {plan.num_gpus} GPUs * {plan.grad_accum_steps} "
         f"micro-steps * {plan.local_batch_size}, peak lr {plan.peak_lr:g}",
-        "memory": f"{memory.total / _GIB:.2f} GiB on each GPU: {_describe_parts(memory)}",
+        "memory": _describe_memory(memory),
     }
     if plan.most_local_batch is not None:
-        shares = plan.num_gpus * plan.grad_accum_steps
+        most_images = plan.most_local_batch * plan.num_gpus * plan.grad_accum_steps
         rows["largest batch"] = (
-            f"{plan.most_local_batch} on each GPU, {plan.most_local_batch * shares} in all, in "
+            f"{plan.most_local_batch:,} on each GPU, {most_images:,} in all, in "
             f"{options.memory_gib:g} GiB"
         )
     rows["steps"] = (
@@ -204,8 +205,13 @@ def describe_plan(plan: Plan, options: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def _describe_parts(memory: StepMemory) -> str:
-    """The parts of the memory."""
+def _describe_memory(memory: StepMemory) -> str:
+    """The memory of a GPU and its parts."""
+    unit = "GiB"
+    bytes_of_unit = _GIB
+    if memory.total < _GIB:
+        unit = "MiB"
+        bytes_of_unit = _MIB
     parts = {
         "weights": memory.weights,
         "optimizer": memory.optimizer,
@@ -216,8 +222,9 @@ def _describe_parts(memory: StepMemory) -> str:
     texts = []
     for name, num_bytes in parts.items():
         if num_bytes:
-            texts.append(f"{name} {num_bytes / _GIB:.2f}")
-    return ", ".join(texts)
+            texts.append(f"{name} {num_bytes / bytes_of_unit:.2f}")
+    total = memory.total / bytes_of_unit
+    return f"{total:.2f} {unit} on each GPU: {', '.join(texts)}"
 
 
 def _as_json(plan: Plan) -> dict[str, Any]:

@@ -7,13 +7,8 @@ from resnet_dist.commands.report_input import Evaluated
 from resnet_dist.commands.report_markup import element, folded, table, text
 from resnet_dist.evaluation.calibration import Calibration, TemperatureScaling
 from resnet_dist.evaluation.confusion import ClassResult
-from resnet_dist.evaluation.evaluation_file import (
-    EvaluatedNetwork,
-    EvaluationDetails,
-    GalleryEntry,
-)
+from resnet_dist.evaluation.evaluation_file import EvaluationDetails, GalleryEntry
 from resnet_dist.evaluation.intervals import Interval, wilson_interval
-from resnet_dist.metrics import FIRST_TOP5_CLASSES
 
 # How much of a table is shown at once.
 _FIRST_ROWS = 10
@@ -82,7 +77,7 @@ def _cards(evaluated: Evaluated) -> str:
     """The most important figures."""
     top1_card = _accuracy_card("top-1", evaluated.interval)
     cards = [top1_card]
-    if _has_top5(evaluated.network):
+    if evaluated.network.has_top5:
         num_images = len(evaluated.is_hit)
         top5 = wilson_interval(evaluated.num_top5_hits, num_images)
         top5_card = _accuracy_card("top-5", top5)
@@ -91,11 +86,6 @@ def _cards(evaluated: Evaluated) -> str:
     if details is not None and details.calibration is not None:
         cards.extend(_calibration_cards(details.calibration))
     return "".join(cards)
-
-
-def _has_top5(network: EvaluatedNetwork) -> bool:
-    """Whether top-5 says anything: with five classes every image is a hit."""
-    return len(network.class_names) >= FIRST_TOP5_CLASSES
 
 
 def _accuracy_card(
@@ -165,7 +155,7 @@ def _calibration(calibration: Calibration) -> str:
 def _classes(details: EvaluationDetails) -> str:
     """A table of the classes, the worst first."""
     header = ["class", "images", "top-1 (%)"]
-    if _has_top5(details.network):
+    if details.network.has_top5:
         header.append("top-5 (%)")
     header.append("mean confidence (%)")
     rows = [_class_row(each, details) for each in details.classes]
@@ -208,7 +198,7 @@ def _class_row(
         str(result.num),
         f"{top1:.1f}",
     ]
-    if _has_top5(network):
+    if network.has_top5:
         top5 = 100 * result.correct5 / result.num
         cells.append(f"{top5:.1f}")
     confidence = 100 * result.confidence

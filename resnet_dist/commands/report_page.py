@@ -160,6 +160,7 @@ def _style_of_colors() -> str:
 
 def _evaluation_table(runs: Sequence[ReportedRun]) -> str:
     """The last evaluation of each run, with raw and with averaged weights."""
+    header = ["run", "weights", "epoch", "top-1 (%)", "95 % interval", "top-5 (%)", "best (%)"]
     rows = []
     for run in runs:
         for prefix, weights in (("val", "raw"), ("val_ema", "averaged")):
@@ -168,7 +169,11 @@ def _evaluation_table(runs: Sequence[ReportedRun]) -> str:
                 rows.append(_evaluation_row(run.name, weights, evaluations))
     if not rows:
         return text("p", "No evaluation yet.")
-    header = ["run", "weights", "epoch", "top-1 (%)", "95 % interval", "top-5 (%)", "best (%)"]
+    # There is no top-5 accuracy with fewer than six classes.
+    top5 = header.index("top-5 (%)")
+    if not any(row[top5] for row in rows):
+        for row in [header, *rows]:
+            del row[top5]
     return table(header, rows, numeric_from=2)
 
 

@@ -157,11 +157,16 @@ def compare_runs(runs: Sequence[ReportedRun]) -> str:
         Several lines of text.
     """
     width = max(len(run.name) for run in runs)
-    title = "run".ljust(width)
-    lines = [f"{title}  epochs      time  train loss  val top-1  val top-5  best top-1"]
-    for run in runs:
-        row = _comparison_row(run.history, width)
-        lines.append(row)
+    titles = ["epochs", "    time", "train loss", "val top-1", "val top-5", "best top-1"]
+    rows = [_comparison_cells(run.history) for run in runs]
+    if not any(_has_top5(run.history) for run in runs):
+        place = titles.index("val top-5")
+        for cells in [titles, *rows]:
+            del cells[place]
+    lines = [_comparison_line("run", titles, titles, width)]
+    for run, cells in zip(runs, rows, strict=True):
+        line = _comparison_line(run.name, cells, titles, width)
+        lines.append(line)
     lines.extend(describe_differences(runs))
     return "\n".join(lines)
 
@@ -189,16 +194,23 @@ def describe_differences(runs: Sequence[ReportedRun]) -> list[str]:
 
 
 def _describe_seeds(group: Sequence[ReportedRun]) -> str:
-    """Mean, deviation and interval of runs that differ in their seed; "" without evaluations."""
+    """Mean, deviation and interval of runs of one recipe; "" without evaluations.
+
+    They are called seeds if no seed occurs twice.
+    """
     values = _final_top1(group)
     if len(values) < 2:
         return ""
     names = _join_names(group)
+    seeds = {run.settings.get("seed") for run in group}
+    kind = "seeds"
+    if len(seeds) < len(group):
+        kind = "runs"
     summary = summarize_accuracies(values)
     interval = summary.interval
     bounds = f"{interval.low:.2f} to {interval.high:.2f} %"
     return (
-        f"{names}: {summary.num} seeds of one recipe, final val top-1 {summary.mean:.2f} %, "
+        f"{names}: {summary.num} {kind} of one recipe, final val top-1 {summary.mean:.2f} %, "
         f"standard deviation {summary.deviation:.2f}, 95 % interval of the mean {bounds}"
     )
 
@@ -346,7 +358,10 @@ def describe_evaluated(files: Sequence[Evaluated]) -> str:
     title = "evaluation"
     names = [each.name for each in files]
     width = max(map(len, [title, *names]))
-    lines = [f"{title:{width}}   images   top-1 (95 % interval)        top-5"]
+    titles = f"{title:{width}}   images   top-1 (95 % interval)"
+    if any(each.network.has_top5 for each in files):
+        titles += "        top-5"
+    lines = [titles]
     for each in files:
         row = _evaluated_row(each, width)
         lines.append(row)
@@ -362,14 +377,16 @@ def _evaluated_row(evaluated: Evaluated, width: int) -> str:
     num_images = len(evaluated.is_hit)
     interval = evaluated.interval
     top1 = f"{interval.value:6.2f} % ({interval.low:.2f} to {interval.high:.2f})"
-    top5 = 100 * evaluated.num_top5_hits / num_images
     cells = [
         f"{evaluated.name:{width}}",
         f"{num_images:7d}",
         f"{top1:<26}",
-        f"{top5:6.2f} %",
     ]
-    return "  ".join(cells)
+    if evaluated.network.has_top5:
+        top5 = 100 * evaluated.num_top5_hits / num_images
+        cells.append(f"{top5:6.2f} %")
+    line = "  ".join(cells)
+    return line.rstrip()
 
 
 def _top1(evaluation: Evaluation) -> float:
@@ -390,11 +407,13 @@ def _describe_evaluation(evaluation: Evaluation) -> str:
     return "   ".join(parts)
 
 
-def _comparison_row(
-    run: RunHistory,
-    width: int,
-) -> str:
-    """The line of a run in the table of several; unknown values are nan."""
+def _has_top5(run: RunHistory) -> bool:
+    """Whether any evaluation has a top-5 accuracy; there is none with fewer than six classes."""
+    return any(evaluation.top5 is not None for evaluation in run.evaluations("val"))
+
+
+def _comparison_cells(run: RunHistory) -> list[str]:
+    """The figures of a run in the table of several; unknown values are nan."""
     loss = math.nan
     losses = run.curve("train/loss").values
     if losses:
@@ -407,22 +426,33 @@ def _comparison_row(
     if evaluations:
         final = evaluations[-1]
         final_top1 = final.top1
-        # The top-5 accuracy may be missing, for instance if there are few classes.
         if final.top5 is not None:
             final_top5 = final.top5
         best_top1 = max(map(_top1, evaluations))
 
     duration = _duration(run)
-    cells = [
-        f"{run.name:{width}}",
-        f"{run.last_epoch:6.2f}",
-        f"{duration!s:>8}",
-        f"{loss:10.4f}",
-        f"{final_top1:9.2f}",
-        f"{final_top5:9.2f}",
-        f"{best_top1:10.2f}",
+    return [
+        f"{run.last_epoch:.2f}",
+        f"{duration}",
+        f"{loss:.4f}",
+        f"{final_top1:.2f}",
+        f"{final_top5:.2f}",
+        f"{best_top1:.2f}",
     ]
-    return "  ".join(cells)
+
+
+def _comparison_line(
+    name: str,
+    cells: Sequence[str],
+    titles: Sequence[str],
+    width: int,
+) -> str:
+    """A line of the table: `name` in a column of `width`, and each cell below its title."""
+    aligned = [name.ljust(width)]
+    for cell, title in zip(cells, titles, strict=True):
+        column = cell.rjust(len(title))
+        aligned.append(column)
+    return "  ".join(aligned)
 
 
 def _describe_duration(run: RunHistory) -> str:

@@ -30,6 +30,7 @@ from resnet_dist.evaluation.confusion import (
 from resnet_dist.evaluation.image_collector import Collected, GalleryImage
 from resnet_dist.evaluation.per_image import ImageResults
 from resnet_dist.files import write_file
+from resnet_dist.metrics import FIRST_TOP5_CLASSES
 from resnet_dist.text import printable
 
 EVALUATION_FILE = "evaluation.json"
@@ -49,6 +50,16 @@ class EvaluatedNetwork:
     step: int
     """number of updates that the weights were trained for"""
     class_names: list[str]
+    num_competing: int | None = None
+    """number of classes that an image may be assigned to; None for all"""
+
+    @property
+    def has_top5(self) -> bool:
+        """Whether top-5 says anything: among five classes every image is a hit."""
+        num_classes = len(self.class_names)
+        if self.num_competing is not None:
+            num_classes = self.num_competing
+        return num_classes >= FIRST_TOP5_CLASSES
 
 
 @dataclass(frozen=True)
