@@ -25,6 +25,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from resnet_dist.checkpoints.checkpoint_file import read_checkpoint, unpack_checkpoint
+
 TIMEOUT_SECONDS = 180
 
 CLOCK_KEYS = {
@@ -211,6 +213,13 @@ def run_app(
     return wait_app(processes, timeout)
 
 
+def run_to_the_end(world_size: int, arguments: list[str], folder: Path, entry=None) -> None:
+    """As `run_app`, where every rank must end well. What is printed goes to `folder / "log"`."""
+    log = folder / "log"
+    codes = run_app(world_size, arguments, str(log), entry)
+    assert codes == [0] * world_size, log.read_text()
+
+
 def run_command(folder, words, world_size=1, entry=None) -> tuple[int, str]:
     """Run a command on `world_size` ranks, which must all end with the same exit code.
 
@@ -255,30 +264,45 @@ def wait_for_step(output_dir, step, processes, saved=-1):
     later one; none of the `processes` may end before. What is to be killed then should be slowed
     down from there on: see `slow_from`.
     """
-    path = output_dir / "metrics.jsonl"
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < deadline:
-        assert all(process.is_alive() for process in processes), (
-            "the run ended before it could be killed"
-        )
-        with_steps = path.read_text().splitlines() if path.exists() else []
-        reached = (
-            with_steps
-            and with_steps[-1].endswith("}")
-            and json.loads(with_steps[-1])["step"] >= step
-        )
-        if reached and max(saved_steps(output_dir), default=-1) >= saved:
+        for process in processes:
+            assert process.is_alive(), "the run ended before it could be killed"
+        is_saved = max(saved_steps(output_dir), default=-1) >= saved
+        if is_saved and last_logged_step(output_dir) >= step:
             return
         time.sleep(0.002)
     raise AssertionError(f"step {step} was not reached, or {saved} not saved")
 
 
+def last_logged_step(output_dir):
+    """The step of the last line of metrics.jsonl; -1 if there is none or it is not whole yet."""
+    path = output_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    if not lines or not lines[-1].endswith("}"):
+        return -1
+    return json.loads(lines[-1])["step"]
+
+
+def logged_lines(output_dir):
+    """The lines of metrics.jsonl."""
+    text = (output_dir / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def last_checkpoint(output_dir):
+    """The content of last.pt."""
+    path = output_dir / "checkpoints" / "last.pt"
+    return unpack_checkpoint(read_checkpoint(path), "last.pt")
+
+
 def saved_steps(output_dir):
     """The steps of the checkpoints that are whole: a file has its name once its digest is there."""
-    return [
-        int(path.stem.removeprefix("step_"))
-        for path in (output_dir / "checkpoints").glob("step_*.pt")
-    ]
+    steps = []
+    for path in (output_dir / "checkpoints").glob("step_*.pt"):
+        number = path.stem.removeprefix("step_")
+        steps.append(int(number))
+    return steps
 
 
 def slow_from(step, entry=None, seconds=0.4):
@@ -292,11 +316,13 @@ def slow_from(step, entry=None, seconds=0.4):
         real = engine.train_step
 
         def train_step(model, state, *rest):
-            time.sleep(seconds if state.step >= step else 0)
+            if state.step >= step:
+                time.sleep(seconds)
             return real(model, state, *rest)
 
         engine.train_step = train_step
-        return (entry or cli.main)(arguments)
+        main = cli.main if entry is None else entry
+        return main(arguments)
 
     return slowed
 
@@ -311,7 +337,8 @@ def in_double(entry):
         from resnet_dist.checkpoints import state
 
         real = state.build_model
-        precision.DTYPES["fp32"] = torch.float64  # the loader's type, and with it the model's
+        # The loader's type, and with it the model's.
+        precision.DTYPES["fp32"] = torch.float64
 
         def build_model(section, num_classes):
             torch.set_default_dtype(torch.float64)
@@ -335,13 +362,11 @@ def record_batches(folder):
         def train_step(model, state, micro_batches, lr, *rest):
             with open(folder / f"batches_{rank}.jsonl", "a") as file:
                 for batch in micro_batches:
+                    rows = batch.indices.tolist()
+                    labels = batch.labels.tolist()
                     sums = batch.images.double().sum((1, 2, 3)).tolist()
-                    file.write(
-                        json.dumps(
-                            [state.step, lr, batch.indices.tolist(), batch.labels.tolist(), sums]
-                        )
-                        + "\n"
-                    )
+                    line = json.dumps([state.step, lr, rows, labels, sums])
+                    file.write(f"{line}\n")
             return real(model, state, micro_batches, lr, *rest)
 
         engine.train_step = train_step
@@ -359,9 +384,9 @@ def by_step(folder):
     for path in sorted(folder.glob("batches_*.jsonl")):
         for line in path.read_text().splitlines():
             step, lr, rows, labels, sums = json.loads(line)
-            seen = steps.setdefault(step, (lr, set()))
-            assert seen[0] == lr
-            seen[1].update(zip(rows, labels, sums, strict=True))
+            lr_before, samples = steps.setdefault(step, (lr, set()))
+            assert lr == lr_before
+            samples.update(zip(rows, labels, sums, strict=True))
     return {step: (lr, sorted(samples)) for step, (lr, samples) in steps.items()}
 
 
@@ -370,10 +395,12 @@ def free_port() -> int:
     asks for any (and those of tests/slurm): it stays free until it is used, and a rank that calls
     there too early finds nobody.
     """
+    generator = random.SystemRandom()
     while True:
+        port = generator.randrange(10000, 16000)
         with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", random.SystemRandom().randrange(10000, 16000)))
-            return probe.getsockname()[1]
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def add_tiny_network() -> None:
@@ -392,9 +419,9 @@ def _app(rank: int, world_size: int, port: int, arguments: list[str], output: st
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = (
-        os.fdopen(os.dup(descriptor), "w", buffering=1) for _ in range(2)
-    )  # not pytest's
+    # In place of pytest's streams.
+    sys.stdout = os.fdopen(os.dup(descriptor), "w", buffering=1)
+    sys.stderr = os.fdopen(os.dup(descriptor), "w", buffering=1)
     begin_forked_process()
     os.environ.update(
         RANK=str(rank),
@@ -418,7 +445,8 @@ def _app(rank: int, world_size: int, port: int, arguments: list[str], output: st
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # a forked child must not run the parent's clean-up
+        # A forked child must not run the parent's clean-up.
+        os._exit(code)
 
 
 def equal_trees(a, b) -> bool:

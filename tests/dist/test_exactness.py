@@ -17,8 +17,11 @@ from dist_utils import (
     CLOCK_KEYS,
     TINY_NETWORK,
     equal_trees,
+    last_checkpoint,
+    logged_lines,
     options,
     run_app,
+    run_to_the_end,
     slow_from,
     small_run,
     start_app,
@@ -28,7 +31,6 @@ from dist_utils import (
 from image_files import encode, picture, write_split
 
 from resnet_dist import cli
-from resnet_dist.checkpoints.checkpoint_file import read_checkpoint, unpack_checkpoint
 
 STEPS = 24
 
@@ -53,13 +55,10 @@ def arguments(digits, output_dir, *more):
 
 
 def final(output_dir):
-    content = unpack_checkpoint(read_checkpoint(output_dir / "checkpoints" / "last.pt"), "last.pt")
+    """The last checkpoint of a run that has ended."""
+    content = last_checkpoint(output_dir)
     assert content["step"] == STEPS
     return content
-
-
-def metrics(output_dir):
-    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def comparable(lines):
@@ -67,55 +66,76 @@ def comparable(lines):
     ahead, has met.
     """
     left_out = {*CLOCK_KEYS, "train/bad_images"}
-    return [{key: value for key, value in line.items() if key not in left_out} for line in lines]
+    kept = []
+    for line in lines:
+        kept.append({key: value for key, value in line.items() if key not in left_out})
+    return kept
 
 
-def assert_same_run(a, b):
-    left, right = final(a), final(b)
+def assert_same_run(output_dir, expected_dir):
+    """Both runs have ended, with the same state and the same lines."""
+    found = final(output_dir)
+    expected = final(expected_dir)
     for key in ("model", "ema", "optimizer", "best_top1", "best_step"):
-        assert equal_trees(left[key], right[key]), key
-    assert comparable(metrics(a)) == comparable(metrics(b))
+        assert equal_trees(found[key], expected[key]), key
+    lines = comparable(logged_lines(output_dir))
+    assert lines == comparable(logged_lines(expected_dir))
 
 
 def resumed_steps(output_dir):
     """The steps from which the run's attempts went on, as they said."""
-    return [
-        int(step)
-        for step in re.findall(r"; step (\d+), from \S*step_", (output_dir / "log").read_text())
-    ]
+    printed = (output_dir / "log").read_text()
+    steps = re.findall(r"; step (\d+), from \S*step_", printed)
+    return [int(step) for step in steps]
 
 
 def kill_at(step, saved, world_size, command, folder):
     """Start all ranks and kill them at `step`, once the checkpoint of `saved` is there."""
-    processes = start_app(world_size, command, str(folder / "log"), slow_from(step))
+    log = folder / "log"
+    processes = start_app(world_size, command, str(log), slow_from(step))
     wait_for_step(folder, step, processes, saved)
     for process in processes:
         os.kill(process.pid, signal.SIGKILL)
-    assert wait_app(processes) == [-signal.SIGKILL] * world_size
+    codes = wait_app(processes)
+    assert codes == [-signal.SIGKILL] * world_size
 
 
 @pytest.fixture(scope="module")
 def undisturbed(digits, tmp_path_factory):
     """The uninterrupted run on two ranks."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert run_app(2, arguments(digits, folder), str(folder / "log")) == [0, 0], (
-        folder / "log"
-    ).read_text()
+    run_to_the_end(2, arguments(digits, folder), folder)
+    return folder
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """A folder for an uninterrupted run."""
+    folder = tmp_path / "whole"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """A folder for a run that is killed and resumed."""
+    folder = tmp_path / "parts"
+    folder.mkdir()
     return folder
 
 
 # `make chaos` and tests/chaos kill the same run at random places.
 @pytest.mark.long
 def test_killed_three_times_ends_bit_identically(digits, undisturbed, tmp_path):
-    # before the first checkpoint, and between two
-    for step, saved in ((3, -1), (9, 5), (17, 10)):
-        kill_at(step, saved, 2, arguments(digits, tmp_path), tmp_path)
-    assert run_app(2, arguments(digits, tmp_path), str(tmp_path / "log")) == [0, 0], (
-        tmp_path / "log"
-    ).read_text()
-    resumed = resumed_steps(tmp_path)
-    assert len(resumed) == 2
-    assert resumed[0] >= 5 and resumed[1] >= 10
+    """Killed before the first checkpoint, and twice between two."""
+    words = arguments(digits, tmp_path)
+    kill_at(3, -1, 2, words, tmp_path)
+    kill_at(9, 5, 2, words, tmp_path)
+    kill_at(17, 10, 2, words, tmp_path)
+    run_to_the_end(2, words, tmp_path)
+    first, second = resumed_steps(tmp_path)
+    assert first >= 5
+    assert second >= 10
     assert_same_run(tmp_path, undisturbed)
 
 
@@ -123,23 +143,28 @@ def test_signals_lose_no_step(digits, undisturbed, tmp_path):
     """All ranks agree on the step, save there and leave with 128 + signal, also when one alone was
     told.
     """
-    for at, number, everyone in (
-        (3, signal.SIGTERM, True),
-        (9, signal.SIGINT, False),
-        (15, signal.SIGUSR1, False),
+    words = arguments(digits, tmp_path)
+    log = tmp_path / "log"
+    stops = []
+    for step, number, ranks in (
+        (3, signal.SIGTERM, (0, 1)),
+        (9, signal.SIGINT, (1,)),
+        (15, signal.SIGUSR1, (1,)),
     ):
-        processes = start_app(2, arguments(digits, tmp_path), str(tmp_path / "log"), slow_from(at))
-        wait_for_step(tmp_path, at, processes)
-        for process in processes if everyone else processes[1:]:
-            os.kill(process.pid, number)
+        processes = start_app(2, words, str(log), slow_from(step))
+        wait_for_step(tmp_path, step, processes)
+        for rank in ranks:
+            os.kill(processes[rank].pid, number)
         assert wait_app(processes) == [128 + number] * 2
-        stopped = unpack_checkpoint(
-            read_checkpoint(tmp_path / "checkpoints" / "last.pt"), "last.pt"
-        )["step"]
-        assert stopped >= at and metrics(tmp_path)[-1]["step"] == stopped
-        stops = [*resumed_steps(tmp_path), stopped]
-    assert run_app(2, arguments(digits, tmp_path), str(tmp_path / "log")) == [0, 0]
-    assert resumed_steps(tmp_path) == stops and len(stops) == 3
+
+        stopped = last_checkpoint(tmp_path)["step"]
+        last_line = logged_lines(tmp_path)[-1]
+        assert stopped >= step
+        assert last_line["step"] == stopped
+        assert resumed_steps(tmp_path) == stops
+        stops.append(stopped)
+    run_to_the_end(2, words, tmp_path)
+    assert resumed_steps(tmp_path) == stops
     assert_same_run(tmp_path, undisturbed)
 
 
@@ -148,54 +173,56 @@ def test_clock_locale_umask_and_home_have_no_effect(digits, undisturbed, tmp_pat
     a home that is none.
     """
 
-    def entry(arguments):
-        real, calls = time.time, itertools.count()
-        time.time = lambda: real() + (-1) ** next(calls) * 1e7
-        time.time_ns = lambda: int(time.time() * 1e9)
+    def in_odd_environment(arguments):
+        real_time = time.time
+        calls = itertools.count()
+
+        def jumping_time():
+            direction = (-1) ** next(calls)
+            return real_time() + direction * 1e7
+
+        time.time = jumping_time
+        time.time_ns = lambda: int(jumping_time() * 1e9)
         os.umask(0o077)
-        os.environ.pop("HOME", None) if os.environ["RANK"] == "0" else os.environ.update(
-            HOME="/dev/null/home"
-        )
+        if os.environ["RANK"] == "0":
+            os.environ.pop("HOME", None)
+        else:
+            os.environ["HOME"] = "/dev/null/home"
         os.environ.update(LC_ALL="tr_TR.UTF-8", LANG="C", TZ="Pacific/Kiritimati")
         time.tzset()
         return cli.main(arguments)
 
-    processes = start_app(
-        2, arguments(digits, tmp_path), str(tmp_path / "log"), slow_from(8, entry)
-    )
+    words = arguments(digits, tmp_path)
+    log = tmp_path / "log"
+    processes = start_app(2, words, str(log), slow_from(8, in_odd_environment))
     wait_for_step(tmp_path, 8, processes)
     os.kill(processes[1].pid, signal.SIGTERM)
-    assert wait_app(processes) == [143, 143], (tmp_path / "log").read_text()
-    assert run_app(2, arguments(digits, tmp_path), str(tmp_path / "log"), entry) == [0, 0], (
-        tmp_path / "log"
-    ).read_text()
+    codes = wait_app(processes)
+    assert codes == [128 + signal.SIGTERM] * 2, log.read_text()
+    run_to_the_end(2, words, tmp_path, in_odd_environment)
     assert_same_run(tmp_path, undisturbed)
 
 
-def test_three_ranks_resume_bit_identically(digits, tmp_path):
+def test_three_ranks_resume_bit_identically(digits, whole, parts):
     """With more than two ranks the order of additions in an all-reduce depends on the buckets of
     DDP.
     """
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    whole.mkdir(), parts.mkdir()
     kill_at(7, 5, 3, arguments(digits, parts), parts)
     for folder in (whole, parts):
-        assert run_app(3, arguments(digits, folder), str(folder / "log")) == [0, 0, 0], (
-            folder / "log"
-        ).read_text()
-    assert not resumed_steps(whole)
+        run_to_the_end(3, arguments(digits, folder), folder)
+    assert resumed_steps(whole) == []
     assert len(resumed_steps(parts)) == 1
     assert_same_run(whole, parts)
 
 
-def test_all_of_the_augmentation_resumes_bit_identically(tmp_path):
+def test_all_of_the_augmentation_resumes_bit_identically(tmp_path, whole, parts):
     """Policies, jitter, lighting, erasing, repetitions, mixing and a side that grows, from 32 to 64
     in the second of four epochs: functions of the step as well.
     """
+    data = tmp_path / "data"
     for split, count in (("train", 48), ("val", 20)):
-        write_split(
-            str(tmp_path / "data"), [encode(picture(70, 80, i)) for i in range(count)], split=split
-        )
+        images = [encode(picture(70, 80, seed)) for seed in range(count)]
+        write_split(str(data), images, split=split)
     more = options(
         data__kind="folder",
         augment__policy="trivialaugment",
@@ -212,14 +239,9 @@ def test_all_of_the_augmentation_resumes_bit_identically(tmp_path):
         train__global_batch_size=8,
         train__epochs=4,
     )
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    whole.mkdir(), parts.mkdir()
-    kill_at(9, 5, 2, arguments(tmp_path / "data", parts, *more), parts)
+    kill_at(9, 5, 2, arguments(data, parts, *more), parts)
     for folder in (whole, parts):
-        assert run_app(2, arguments(tmp_path / "data", folder, *more), str(folder / "log")) == [
-            0,
-            0,
-        ], (folder / "log").read_text()
+        run_to_the_end(2, arguments(data, folder, *more), folder)
     assert len(resumed_steps(parts)) == 1
     assert_same_run(whole, parts)
 
@@ -229,8 +251,10 @@ def test_a_checkpoint_that_appears_during_the_start_is_not_lost(digits, undistur
     Starting from scratch would cut the lines of the earlier attempt from metrics.jsonl.
     """
     checkpoints = tmp_path / "checkpoints"
+    metrics = tmp_path / "metrics.jsonl"
     saved = undisturbed / "checkpoints" / "step_00000020.pt"
-    lines = "".join((undisturbed / "metrics.jsonl").read_text().splitlines(keepends=True)[:10])
+    all_lines = (undisturbed / "metrics.jsonl").read_text().splitlines(keepends=True)
+    first_lines = "".join(all_lines[:10])
 
     def meet_an_earlier_attempt(words):
         from resnet_dist import run
@@ -241,7 +265,7 @@ def test_a_checkpoint_that_appears_during_the_start_is_not_lost(digits, undistur
             if os.environ["RANK"] == "0":
                 checkpoints.mkdir()
                 shutil.copy(saved, checkpoints)
-                (tmp_path / "metrics.jsonl").write_text(lines)
+                metrics.write_text(first_lines)
             claim(*parts)
 
         run.claim_folder = save_and_claim
@@ -249,40 +273,42 @@ def test_a_checkpoint_that_appears_during_the_start_is_not_lost(digits, undistur
 
     log = tmp_path / "log"
     words = arguments(digits, tmp_path)
-    assert run_app(2, words, str(log), meet_an_earlier_attempt) == [75, 75]
+    codes = run_app(2, words, str(log), meet_an_earlier_attempt)
+    assert codes == [75, 75]
     assert log.read_text().count("saved step_00000020.pt while this one started") == 1
-    assert (tmp_path / "metrics.jsonl").read_text() == lines
-    assert run_app(2, words, str(log)) == [0, 0]
+    assert metrics.read_text() == first_lines
+
+    run_to_the_end(2, words, tmp_path)
     assert "step 20, from" in log.read_text()
-    assert equal_trees(final(tmp_path)["model"], final(undisturbed)["model"])
+    weights = final(tmp_path)["model"]
+    assert equal_trees(weights, final(undisturbed)["model"])
 
 
 def test_a_finished_run_is_not_trained_again(digits, undisturbed):
     before = final(undisturbed)
-    assert run_app(2, arguments(digits, undisturbed), str(undisturbed / "again")) == [0, 0]
-    assert "finished" in (undisturbed / "again").read_text()
-    assert equal_trees(before["model"], final(undisturbed)["model"])
+    log = undisturbed / "again"
+    codes = run_app(2, arguments(digits, undisturbed), str(log))
+    assert codes == [0, 0]
+    assert "finished" in log.read_text()
+    after = final(undisturbed)
+    assert equal_trees(before["model"], after["model"])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_evaluate_counts_the_same_on_any_number_of_ranks(undisturbed, tmp_path, world_size):
-    output = tmp_path / "out"
-    code = run_app(
-        world_size,
-        [
-            "evaluate",
-            "--json",
-            "--checkpoint",
-            str(undisturbed / "checkpoints" / "last.pt"),
-            "--data.val_batch_size",
-            "50",
-        ],
-        str(output),
-    )
-    assert code == [0] * world_size, output.read_text()
-    result = json.loads(output.read_text().splitlines()[-1])
-    logged = [line for line in metrics(undisturbed) if "val/top1" in line][-1]
+    """And the same as the last evaluation of the training."""
+    words = [
+        "evaluate",
+        "--json",
+        *("--checkpoint", str(undisturbed / "checkpoints" / "last.pt")),
+        *("--data.val_batch_size", "50"),
+    ]
+    run_to_the_end(world_size, words, tmp_path)
+    printed = (tmp_path / "log").read_text()
+    counts = json.loads(printed.splitlines()[-1])
+    evaluations = [line for line in logged_lines(undisturbed) if "val/top1" in line]
+    last = evaluations[-1]
     for name, prefix in (("model", "val"), ("ema", "val_ema")):
-        assert result[name]["num"] == 355
+        assert counts[name]["num"] == 355
         for count in ("correct1", "correct5"):
-            assert result[name][count] == logged[f"{prefix}/{count}"]
+            assert counts[name][count] == last[f"{prefix}/{count}"]
