@@ -21,28 +21,40 @@ class Terminal:
 
     def __init__(self, columns):
         self.leader, follower = pty.openpty()
-        fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        size = struct.pack("HHHH", 24, columns, 0, 0)
+        fcntl.ioctl(follower, termios.TIOCSWINSZ, size)
         self.stream = os.fdopen(follower, "w")
 
     def read(self):
+        """All that was written since the last call."""
         self.stream.flush()
         text = b""
-        # The kernel takes a moment to pass the text on.
-        while select.select([self.leader], [], [], 0.5)[0]:
+        while self._has_more():
             text += os.read(self.leader, 65536)
         return text.decode()
+
+    def _has_more(self):
+        # The kernel takes a moment to pass the text on.
+        readable, _, _ = select.select([self.leader], [], [], 0.5)
+        return readable != []
 
     def close(self):
         self.stream.close()
         os.close(self.leader)
 
 
+# The most important ones come first.
 FIGURES = ["loss 0.412", "1234 img/s", "top1 98.2 %", "wait 0 %", "epoch 2.00", "lr 0.1"]
 
 
+def last_line(text):
+    """What the terminal shows last of a line that was written over several times."""
+    return text.rpartition("\r")[2]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("columns", "shown"), [(80, 3), (200, len(FIGURES))])
-def test_the_bar_and_its_figures_fit_the_terminal(columns, shown, monkeypatch):
+@pytest.mark.parametrize(("columns", "num_shown"), [(80, 3), (200, len(FIGURES))])
+def test_the_bar_and_its_figures_fit_the_terminal(columns, num_shown, monkeypatch):
     terminal = Terminal(columns)
     monkeypatch.setattr(sys, "stderr", terminal.stream)
     monkeypatch.setattr(sys, "stdout", terminal.stream)
@@ -54,20 +66,25 @@ def test_the_bar_and_its_figures_fit_the_terminal(columns, shown, monkeypatch):
     view.bar.advance(1000)
     assert "steps/s" in terminal.read()
     view.bar.show(FIGURES)
-    line = terminal.read().split("\r")[-1]
+    line = last_line(terminal.read())
     assert "1000/2000" in line
     assert " 50% |" in line
-    for number, figure in enumerate(FIGURES):
-        assert (figure in line) == (number < shown)
+    for figure in FIGURES[:num_shown]:
+        assert figure in line
+    for figure in FIGURES[num_shown:]:
+        assert figure not in line
     assert len(line) <= columns
-    assert len(re.search(r"\|(.*)\|", line)[1]) >= 10
+    bar = re.search(r"\|(.*)\|", line)[1]
+    assert len(bar) >= 10
+
     view.say("above")
     view.close_bar()
     view.say("the last words")
-    lines = terminal.read().replace("\r\n", "\n")
-    assert lines.endswith("the last words\n")
+    text = terminal.read().replace("\r\n", "\n")
     # After the last words there is nothing, and before them the bar is erased.
-    assert lines.split("the last words")[0].split("\r")[-1].strip(" \x1b[K") == ""
+    before, after = text.split("the last words")
+    assert after == "\n"
+    assert last_line(before).strip(" \x1b[K") == ""
     monkeypatch.undo()
     terminal.close()
 
@@ -79,7 +96,8 @@ def test_a_long_run_shows_the_most_important_figures_at_80_columns():
 
 
 def test_no_bar_without_a_terminal(tmp_path, monkeypatch):
-    with open(tmp_path / "log", "w") as file:
+    log = tmp_path / "log"
+    with log.open("w") as file:
         monkeypatch.setattr(sys, "stderr", file)
         view = Console(True)
         view.start_bar(100, 0)
@@ -88,8 +106,8 @@ def test_no_bar_without_a_terminal(tmp_path, monkeypatch):
             progress.update(50)
             monkeypatch.setattr(console, "_SECONDS_BETWEEN_LINES", 0.0)
             progress.update(25)
-    text = (tmp_path / "log").read_text()
-    assert re.fullmatch(r"pack train: 75 of 100 img, 0:00:0\d elapsed, 0:00:0\d remaining\n", text)
+    expected = r"pack train: 75 of 100 img, 0:00:0\d elapsed, 0:00:0\d remaining\n"
+    assert re.fullmatch(expected, log.read_text())
 
 
 def test_what_counts_as_a_terminal(tmp_path):
