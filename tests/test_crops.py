@@ -24,11 +24,25 @@ TALL_RATIO = (0.1, 0.5)
 
 
 def blank_image(height, width):
-    return Image.new("L", (int(width), int(height)))
+    size = (int(width), int(height))
+    return Image.new("L", size)
 
 
 def channels_first(image):
     return image.permute(2, 0, 1)
+
+
+def draw_windows(rows, heights, widths, epoch=1):
+    """Random windows of a run with a fixed seed and with the usual ranges."""
+    return crops.random_windows(
+        seed=3,
+        epoch=epoch,
+        rows=rows,
+        heights=heights,
+        widths=widths,
+        scale=SCALE,
+        ratio=RATIO,
+    )
 
 
 class FakeTorch:
@@ -57,17 +71,23 @@ class FakeTorch:
 
 
 @pytest.mark.parametrize(
-    ("scale", "ratio"), [(SCALE, RATIO), ((0.9, 1.0), WIDE_RATIO), ((0.5, 2.0), TALL_RATIO)]
+    ("scale", "ratio"),
+    [
+        (SCALE, RATIO),
+        ((0.9, 1.0), WIDE_RATIO),
+        ((0.5, 2.0), TALL_RATIO),
+    ],
 )
 def test_formula_equals_torchvisions_on_the_same_numbers(monkeypatch, scale, ratio):
     """Where torchvision returns an empty window, ours has one pixel."""
     num_images = 300
+    num_strips = 40
     rng = np.random.default_rng(1)
     numbers = rng.random((num_images, 2 * crops.TRIES + 2))
     heights = rng.integers(1, 600, num_images)
     widths = rng.integers(1, 600, num_images)
-    # Strips, where the ten tries fail.
-    heights[:40] = rng.integers(1, 4, 40)
+    # The ten tries fail for an image that is only a strip.
+    heights[:num_strips] = rng.integers(1, 4, num_strips)
 
     windows = crops.windows_from_uniforms(numbers, heights, widths, scale, ratio)
 
@@ -76,33 +96,48 @@ def test_formula_equals_torchvisions_on_the_same_numbers(monkeypatch, scale, rat
         image = blank_image(heights[i], widths[i])
         expected = RandomResizedCrop.get_params(image, scale, np.array(ratio))
         _, _, height, width = expected
-        if height > 0 and width > 0:
-            assert tuple(windows[i]) == tuple(expected)
+        is_empty = height <= 0 or width <= 0
+        if is_empty:
+            expected_size = (max(height, 1), max(width, 1))
+            assert tuple(windows[i, 2:]) == expected_size
         else:
-            assert tuple(windows[i, 2:]) == (max(height, 1), max(width, 1))
+            assert tuple(windows[i]) == tuple(expected)
 
 
 @pytest.mark.slow
 def test_distribution_equals_torchvisions():
     """Of position, area and ratio."""
-    n = 20000
-    m = 4000
+    num_ours = 20000
+    num_theirs = 4000
     height = 375
     width = 500
+
     ours = crops.random_windows(
-        0, 0, np.arange(n), np.full(n, height), np.full(n, width), SCALE, RATIO
+        seed=0,
+        epoch=0,
+        rows=np.arange(num_ours),
+        heights=np.full(num_ours, height),
+        widths=np.full(num_ours, width),
+        scale=SCALE,
+        ratio=RATIO,
     )
     torch.manual_seed(0)
-    blank = blank_image(height, width)
-    drawn = [RandomResizedCrop.get_params(blank, list(SCALE), list(RATIO)) for _ in range(m)]
-    theirs = np.array(drawn)
+    image = blank_image(height, width)
+    theirs = []
+    for _ in range(num_theirs):
+        window = RandomResizedCrop.get_params(image, list(SCALE), list(RATIO))
+        theirs.append(window)
 
     y, x, heights, widths = ours.T
-    their_y, their_x, their_heights, their_widths = theirs.T
+    their_y, their_x, their_heights, their_widths = np.array(theirs).T
     assert same_distribution(y, their_y)
     assert same_distribution(x, their_x)
-    assert same_distribution(heights * widths, their_heights * their_widths)
-    assert same_distribution(widths / heights, their_widths / their_heights)
+    areas = heights * widths
+    their_areas = their_heights * their_widths
+    assert same_distribution(areas, their_areas)
+    ratios = widths / heights
+    their_ratios = their_widths / their_heights
+    assert same_distribution(ratios, their_ratios)
 
 
 def test_windows_depend_on_the_sample_and_the_epoch_alone():
@@ -112,14 +147,16 @@ def test_windows_depend_on_the_sample_and_the_epoch_alone():
     heights = rng.integers(1, 400, num_images)
     widths = rng.integers(1, 400, num_images)
 
-    windows = crops.random_windows(3, 1, rows, heights, widths, SCALE, RATIO)
+    windows = draw_windows(rows, heights, widths)
 
-    for i in rng.permutation(num_images)[:50]:
+    some_images = rng.permutation(num_images)[:50]
+    for i in some_images:
         one = slice(i, i + 1)
-        alone = crops.random_windows(3, 1, rows[one], heights[one], widths[one], SCALE, RATIO)
+        alone = draw_windows(rows[one], heights[one], widths[one])
         assert np.array_equal(alone, windows[one])
-    next_epoch = crops.random_windows(3, 2, rows, heights, widths, SCALE, RATIO)
-    assert not np.array_equal(windows, next_epoch)
+
+    of_next_epoch = draw_windows(rows, heights, widths, epoch=2)
+    assert not np.array_equal(windows, of_next_epoch)
 
 
 def test_repetitions_of_a_sample_are_cut_differently():
@@ -129,65 +166,91 @@ def test_repetitions_of_a_sample_are_cut_differently():
     sides = np.full(4, 300)
 
     epochs = epoch_of_repetition(2, repetitions)
-    windows = crops.random_windows(3, epochs, rows, sides, sides, SCALE, RATIO)
+    windows = draw_windows(rows, sides, sides, epochs)
 
-    shown_once = crops.random_windows(3, 2, rows[:2], sides[:2], sides[:2], SCALE, RATIO)
+    shown_once = draw_windows(rows[:2], sides[:2], sides[:2], epoch=2)
     assert np.array_equal(windows[:2], shown_once)
-    windows_of_row_7 = windows[[0, 2, 3]].tolist()
-    assert len({tuple(window) for window in windows_of_row_7}) == 3
+    windows_of_row_7 = windows[rows == 7]
+    different_windows = np.unique(windows_of_row_7, axis=0)
+    assert len(different_windows) == 3
 
 
 def test_scale_jitter_is_resize_and_random_crop():
     """The shorter side is uniform in the range, both ends included, and the other one in
     proportion. The square may be anywhere.
     """
-    n = 20_000
+    num_images = 20_000
+    height = 300
+    width = 450
+    side = 224
     low = 256
     high = 264
-    config = DataConfig(train_crop="scale_jitter", scale_jitter=(low, high))
-    heights = np.full(n, 300)
-    widths = np.full(n, 450)
 
-    geometry = crops.train_geometry(1, 0, np.arange(n), heights, widths, 224, config)
+    geometry = crops.train_geometry(
+        seed=1,
+        epoch=0,
+        rows=np.arange(num_images),
+        heights=np.full(num_images, height),
+        widths=np.full(num_images, width),
+        side=side,
+        config=DataConfig(train_crop="scale_jitter", scale_jitter=(low, high)),
+    )
 
-    assert (geometry.windows == (0, 0, 300, 450)).all()
+    whole_image = (0, 0, height, width)
+    assert (geometry.windows == whole_image).all()
+
+    # The size of the resized image.
     [view] = geometry.views
     shorter_sides, counts = np.unique(view.sizes[:, 0], return_counts=True)
     assert shorter_sides.tolist() == list(range(low, high + 1))
-    assert counts.min() > 0.9 * n / len(shorter_sides)
+    expected_count = num_images / len(shorter_sides)
+    assert counts.min() > 0.9 * expected_count
+    image = blank_image(height, width)
     for size in np.unique(view.sizes, axis=0):
-        resized = Resize(int(size[0]))(blank_image(300, 450))
+        shorter_side = int(size[0])
+        resized = Resize(shorter_side)(image)
         assert tuple(size) == (resized.height, resized.width)
 
-    last = view.sizes - 224
+    # The place of the square.
+    largest_offsets = view.sizes - side
     at_first = view.offsets == 0
-    at_last = view.offsets == last
+    at_last = view.offsets == largest_offsets
     assert (view.offsets >= 0).all()
-    assert (view.offsets <= last).all()
+    assert (view.offsets <= largest_offsets).all()
     assert at_first.any(axis=0).all()
     assert at_last.any(axis=0).all()
-    assert abs((view.offsets / last).mean() - 0.5) < 0.01
+    mean_place = (view.offsets / largest_offsets).mean()
+    assert abs(mean_place - 0.5) < 0.01
 
 
 def test_pad_and_crop_is_torchvisions_random_crop():
     """Every one of the 9 x 9 places of RandomCrop(32, padding=4), about equally often, with the
     same pixels.
     """
-    n = 20_000
+    num_images = 20_000
     side = 32
     pad = 4
-    sides = np.full(n, side)
-    config = DataConfig(train_crop="pad", pad=pad)
+    num_places = 81
+    sides = np.full(num_images, side)
 
-    geometry = crops.train_geometry(1, 0, np.arange(n), sides, sides, side, config)
+    geometry = crops.train_geometry(
+        seed=1,
+        epoch=0,
+        rows=np.arange(num_images),
+        heights=sides,
+        widths=sides,
+        side=side,
+        config=DataConfig(train_crop="pad", pad=pad),
+    )
 
     [view] = geometry.views
     assert (view.sizes == side).all()
     places, counts = np.unique(view.offsets, axis=0, return_counts=True)
-    assert len(places) == 81
+    assert len(places) == num_places
     assert places.min() == -pad
     assert places.max() == pad
-    assert counts.min() > 0.7 * n / 81
+    expected_count = num_images / num_places
+    assert counts.min() > 0.7 * expected_count
 
     pixels = torch.randint(1, 256, (side, side, 3), dtype=torch.uint8)
     padded = tv.pad(channels_first(pixels), pad)
@@ -198,17 +261,34 @@ def test_pad_and_crop_is_torchvisions_random_crop():
 
 
 def test_progressive_side_grows_to_the_full_side_in_multiples_of_32():
-    config = DataConfig(train_crop_size=200, progressive_start_size=128, progressive_epochs=(2, 6))
+    config = DataConfig(
+        train_crop_size=200,
+        progressive_start_size=128,
+        progressive_epochs=(2, 6),
+    )
     sides = [crops.train_side(epoch, config) for epoch in range(8)]
     assert sides == [128, 128, 128, 160, 160, 192, 200, 200]
-    assert crops.train_side(0, DataConfig(train_crop_size=200)) == 200
+
+    not_progressive = DataConfig(train_crop_size=200)
+    assert crops.train_side(0, not_progressive) == 200
 
 
 def test_progressive_side_of_small_images():
     """Sizes of CIFAR are multiples of 8 pixels: in steps of 32 they would not grow at all."""
-    config = DataConfig(train_crop_size=32, progressive_start_size=16, progressive_epochs=(1, 5))
+    config = DataConfig(
+        train_crop_size=32,
+        progressive_start_size=16,
+        progressive_epochs=(1, 5),
+    )
     sides = [crops.train_side(epoch, config) for epoch in range(6)]
     assert sides == [16, 16, 16, 24, 32, 32]
+
+
+def val_views_of(height, width, config):
+    """The squares that evaluation cuts out of one image."""
+    heights = np.array([height])
+    widths = np.array([width])
+    return crops.val_geometry(heights, widths, config).views
 
 
 def test_ten_crops_are_torchvisions():
@@ -218,24 +298,34 @@ def test_ten_crops_are_torchvisions():
     rng = np.random.default_rng(0)
     height = 40
     width = 61
+    side = 32
     pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
     image = torch.from_numpy(pixels)
-    config = DataConfig(val_resize_size=height, val_crop_size=32, val_crops="ten")
+    config = DataConfig(
+        val_resize_size=height,
+        val_crop_size=side,
+        val_crops="ten",
+    )
 
-    views = crops.val_geometry(np.array([height]), np.array([width]), config).views
+    views = val_views_of(height, width, config)
 
-    *corners, center = tv.five_crop(channels_first(image), 32)
-    for view, expected in zip(views, [center, *corners], strict=True):
-        ours = resize_and_crop(image, (height, width), view.offsets[0].tolist(), 0, view.side)
+    *corners, center = tv.five_crop(channels_first(image), side)
+    theirs = [center, *corners]
+    for view, expected in zip(views, theirs, strict=True):
+        offset = view.offsets[0].tolist()
+        ours = resize_and_crop(image, (height, width), offset, 0, view.side)
         assert torch.equal(channels_first(ours), expected)
 
 
 def test_each_scale_has_its_central_square():
     config = DataConfig(val_scales=(20, 40))
-    small, large = crops.val_geometry(np.array([40]), np.array([61]), config).views
+
+    small, large = val_views_of(40, 61, config)
+
     assert small.side == 20
     assert small.sizes.tolist() == [[20, 30]]
     assert small.offsets.tolist() == [[0, 5]]
+
     assert large.side == 40
     assert large.sizes.tolist() == [[40, 61]]
     assert large.offsets.tolist() == [[0, 10]]
@@ -243,11 +333,16 @@ def test_each_scale_has_its_central_square():
 
 def test_flips_have_their_probability_and_depend_on_the_sample_alone():
     rows = np.arange(20000)
-    half = crops.flips(0, 0, rows, 0.5)
+
+    def flips(rows, probability):
+        return crops.flips(seed=0, epoch=0, rows=rows, probability=probability)
+
+    half = flips(rows, 0.5)
     assert abs(half.mean() - 0.5) < 0.015
-    assert not crops.flips(0, 0, rows, 0.0).any()
-    assert crops.flips(0, 0, rows, 1.0).all()
-    assert np.array_equal(crops.flips(0, 0, rows[7:9], 0.5), half[7:9])
+    assert not flips(rows, 0.0).any()
+    assert flips(rows, 1.0).all()
+    alone = flips(rows[7:9], 0.5)
+    assert np.array_equal(alone, half[7:9])
 
 
 def crop_with_padding(image, y, x, side):
@@ -255,7 +350,9 @@ def crop_with_padding(image, y, x, side):
     height, width = image.shape
     bordered = torch.zeros(height + 2 * side, width + 2 * side, dtype=image.dtype)
     bordered[side : side + height, side : side + width] = image
-    return bordered[y + side : y + 2 * side, x + side : x + 2 * side]
+    top = y + side
+    left = x + side
+    return bordered[top : top + side, left : left + side]
 
 
 def test_evaluation_geometry_is_torchvisions():
@@ -266,12 +363,16 @@ def test_evaluation_geometry_is_torchvisions():
         resize, side = rng.integers(1, 60, 2).tolist()
         config = DataConfig(val_resize_size=resize, val_crop_size=side)
 
-        [view] = crops.val_geometry(np.array([height]), np.array([width]), config).views
+        [view] = val_views_of(height, width, config)
 
         resized = Resize(resize)(blank_image(height, width))
-        assert view.sizes.tolist() == [[resized.height, resized.width]]
-        num_pixels = resized.height * resized.width
-        coordinates = torch.arange(1, num_pixels + 1).reshape(resized.height, resized.width)
+        height = resized.height
+        width = resized.width
+        assert view.sizes.tolist() == [[height, width]]
+
+        coordinates = torch.arange(1, height * width + 1)
+        coordinates = coordinates.reshape(height, width)
         [expected] = CenterCrop(side)(coordinates[None])
         [[y, x]] = view.offsets.tolist()
-        assert torch.equal(crop_with_padding(coordinates, y, x, side), expected)
+        found = crop_with_padding(coordinates, y, x, side)
+        assert torch.equal(found, expected)
