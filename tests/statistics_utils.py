@@ -12,14 +12,17 @@ def same_distribution(first: np.ndarray, second: np.ndarray, p_value: float = 0.
     """Two-sample Kolmogorov-Smirnov test. With samples of the same distribution it fails with
     probability `p_value`.
     """
-    return bool(stats.ks_2samp(first, second, method="asymp").pvalue > p_value)
+    test = stats.ks_2samp(first, second, method="asymp")
+    return bool(test.pvalue > p_value)
 
 
 def deviation_from_uniform(counts: np.ndarray) -> float:
     """How far chi-square is from its mean for equally likely cells, in standard deviations."""
     chi_square = stats.chisquare(counts, axis=None).statistic
     freedom = counts.size - 1
-    return float(chi_square - freedom) / math.sqrt(2 * freedom)
+    std = math.sqrt(2 * freedom)
+    deviation = float(chi_square - freedom) / std
+    return deviation
 
 
 def same_frequencies(first: Iterable[Hashable], second: Iterable[Hashable]) -> bool:
@@ -27,7 +30,12 @@ def same_frequencies(first: Iterable[Hashable], second: Iterable[Hashable]) -> b
     first_counts = Counter(first)
     second_counts = Counter(second)
     categories = list(first_counts | second_counts)
-    counts = [[found[c] for c in categories] for found in (first_counts, second_counts)]
-    test = stats.chi2_contingency(counts, correction=False)
+    table = [
+        [first_counts[category] for category in categories],
+        [second_counts[category] for category in categories],
+    ]
+    test = stats.chi2_contingency(table, correction=False)
     freedom = max(test.dof, 1)
-    return bool(test.statistic < freedom + 4 * math.sqrt(2 * freedom) + 4)
+    std = math.sqrt(2 * freedom)
+    limit = freedom + 4 * std + 4
+    return bool(test.statistic < limit)

@@ -27,15 +27,26 @@ ROWS = np.arange(30000)
 SIDE = 224
 # Probability that a Kolmogorov-Smirnov test of equal distributions fails.
 P_VALUE = 0.0002
-POLICIES = {
+TORCHVISIONS_POLICIES = {
     "randaugment": RandAugment(3, 9),
     "trivialaugment": TrivialAugmentWide(),
     "autoaugment": AutoAugment(),
 }
 ENHANCEMENTS = ("brightness", "color", "contrast", "sharpness")
 GEOMETRIC = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
-# Our names of torchvision's operations, which has "ShearX" for "shear_x".
+# Our names by those of torchvision in lower case, which has "ShearX" for "shear_x".
 OUR_NAMES = {name.replace("_", ""): name for name in operations.NAMES}
+
+
+def plan_epoch(config, rows=ROWS, side=SIDE):
+    """The operations on these samples in the first epoch of a run with the seed 0."""
+    return augment.plan_operations(
+        config,
+        seed=0,
+        epoch=0,
+        rows=rows,
+        side=side,
+    )
 
 
 def drawn_by_each(transform, done, count):
@@ -65,7 +76,8 @@ def drawn_by_torchvision(transform, monkeypatch, count):
 
 def whole_pixels(pixels):
     """torchvision truncates translations; its table in float32 has 15.999999 where it means 16."""
-    return np.trunc(pixels + np.sign(pixels) * 1e-5)
+    rounding_error = np.sign(pixels) * 1e-5
+    return np.trunc(pixels + rounding_error)
 
 
 def torchvisions_magnitude(name, param):
@@ -80,22 +92,33 @@ def drawn_by_us(config):
 
     AutoAugment of torchvision skips an operation where ours is the identity, which is left out.
     """
-    plan = augment.plan_operations(config, 0, 0, ROWS, SIDE)
+    plan = plan_epoch(config)
+    leaves_out_identity = config.policy == "autoaugment"
     images = []
     for ops, params in zip(plan.ops.tolist(), plan.params.tolist(), strict=True):
         done = []
         for op, param in zip(ops, params, strict=True):
             name = operations.NAMES[op]
-            if name == "identity" and config.policy == "autoaugment":
+            if name == "identity" and leaves_out_identity:
                 continue
-            done.append((name, torchvisions_magnitude(name, param)))
+            magnitude = torchvisions_magnitude(name, param)
+            done.append((name, magnitude))
         images.append(done)
     return images
 
 
 def first_two(images):
     """The names of the first two operations of each image."""
-    return [tuple(name for name, _ in done[:2]) for done in images]
+    pairs = []
+    for done in images:
+        names = [name for name, _ in done]
+        pairs.append(tuple(names[:2]))
+    return pairs
+
+
+def numbers_of_operations(images):
+    """The different numbers of operations on an image."""
+    return {len(done) for done in images}
 
 
 def magnitudes_by_name(images):
@@ -107,14 +130,17 @@ def magnitudes_by_name(images):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", TORCHVISIONS_POLICIES)
 def test_a_policy_draws_as_torchvisions(policy, monkeypatch):
     """Frequencies of (place, operation), and the magnitudes with their signs, of each operation."""
-    theirs = drawn_by_torchvision(POLICIES[policy], monkeypatch, 4000)
-    ours = drawn_by_us(AugmentConfig(policy=policy, num_ops=3, magnitude=9))
+    transform = TORCHVISIONS_POLICIES[policy]
+    config = AugmentConfig(policy=policy, num_ops=3, magnitude=9)
+    theirs = drawn_by_torchvision(transform, monkeypatch, 4000)
+    ours = drawn_by_us(config)
 
     assert same_frequencies(first_two(ours), first_two(theirs))
-    assert {len(done) for done in ours} == {len(done) for done in theirs}
+    assert numbers_of_operations(ours) == numbers_of_operations(theirs)
+
     our_magnitudes = magnitudes_by_name(ours)
     their_magnitudes = magnitudes_by_name(theirs)
     assert our_magnitudes.keys() == their_magnitudes.keys()
@@ -122,60 +148,83 @@ def test_a_policy_draws_as_torchvisions(policy, monkeypatch):
         assert_same_magnitudes(our_magnitudes[name], their_magnitudes[name], name)
 
 
+NUM_BINS = 31
+
+
 def assert_same_magnitudes(ours, theirs, name):
     our_values = np.unique(ours)
     their_values = np.unique(theirs)
     # Each of theirs is one of ours.
     distances = np.abs(our_values[:, None] - their_values)
-    assert distances.min(axis=0).max() < 1e-4, name
-    assert len(their_values) <= len(our_values) <= 2 * 31, name
+    distances_of_theirs = distances.min(axis=0)
+    assert distances_of_theirs.max() < 1e-4, name
+
+    assert len(their_values) <= len(our_values), name
+    # One of each sign.
+    assert len(our_values) <= 2 * NUM_BINS, name
+
     if len(our_values) == 2:
         middle = our_values.mean()
         assert same_frequencies(ours > middle, theirs > middle), name
-    assert same_distribution(np.round(ours, 4), np.round(theirs, 4), P_VALUE), name
-
-
-NUM_BINS = 31
+    our_rounded = np.round(ours, 4)
+    their_rounded = np.round(theirs, 4)
+    assert same_distribution(our_rounded, their_rounded, P_VALUE), name
 
 
 def torchvisions_table(policy, side):
     """For each operation (magnitude of each bin, whether it is signed)."""
+    transform = TORCHVISIONS_POLICIES[policy]
     if policy == "randaugment":
-        return POLICIES[policy]._augmentation_space(NUM_BINS, (side, side))
-    return POLICIES[policy]._augmentation_space(NUM_BINS)
+        return transform._augmentation_space(NUM_BINS, (side, side))
+    return transform._augmentation_space(NUM_BINS)
 
 
 @pytest.mark.parametrize("policy", ["randaugment", "trivialaugment"])
 def test_every_magnitude_is_torchvisions(policy):
     """The whole table of each operation that has one. (AutoAugment's are all drawn above.)"""
     side = 96
-    middle_of_bins = (np.arange(NUM_BINS)[:, None] + 0.5) / NUM_BINS
+    num_operations = 14
+    bins = np.arange(NUM_BINS)[:, None]
+    middle_of_bins = (bins + 0.5) / NUM_BINS
     positive = np.full((NUM_BINS, 1), 0.9)
-    for their_name, (magnitudes, signed) in torchvisions_table(policy, side).items():
+    table = torchvisions_table(policy, side)
+    for their_name, (magnitudes, is_signed) in table.items():
         name = OUR_NAMES[their_name.lower()]
+
+        # The random numbers that choose this operation.
         op = operations.NAMES.index(name)
-        pick = np.full((NUM_BINS, 1), (op + 0.5) / 14)
-        numbers = np.stack([pick, middle_of_bins, positive], axis=2)
+        middle_of_op = (op + 0.5) / num_operations
+        choice = np.full((NUM_BINS, 1), middle_of_op)
+        numbers = np.stack([choice, middle_of_bins, positive], axis=2)
+
         ours = []
         for i in range(NUM_BINS):
             config = AugmentConfig(policy=policy, magnitude=i)
             ops, params = augment._draw_policy(config, numbers, side)
             assert (ops == op).all()
-            ours.append(torchvisions_magnitude(name, params[i, 0]))
+            magnitude = torchvisions_magnitude(name, params[i, 0])
+            ours.append(magnitude)
+
         theirs = magnitudes.double().numpy()
         if name.startswith("translate"):
             theirs = whole_pixels(theirs)
         assert np.allclose(ours, theirs, atol=1e-4), name
-        assert signed == (name in GEOMETRIC + ENHANCEMENTS), name
+        expected_signed = name in GEOMETRIC or name in ENHANCEMENTS
+        assert is_signed == expected_signed, name
 
 
 def test_autoaugments_table_is_torchvisions():
     theirs = []
-    for pair in POLICIES["autoaugment"].policies:
-        for name, probability, strength in pair:
-            theirs.append((OUR_NAMES[name.lower()], float(probability), strength or 0))
+    for pair in TORCHVISIONS_POLICIES["autoaugment"].policies:
+        for their_name, probability, strength in pair:
+            name = OUR_NAMES[their_name.lower()]
+            if strength is None:
+                strength = 0
+            theirs.append((name, float(probability), strength))
+
     ours = []
-    for name, probability, strength in augment._PAIRS.reshape(-1, 3).tolist():
+    entries = augment._PAIRS.reshape(-1, 3).tolist()
+    for name, probability, strength in entries:
         ours.append((name, float(probability), int(strength)))
     assert ours == theirs
 
@@ -183,50 +232,79 @@ def test_autoaugments_table_is_torchvisions():
 @pytest.mark.slow
 def test_color_jitter_draws_as_torchvisions():
     ranges = (0.4, 1.5, 0.3, 0.1)
-    plan = augment.plan_operations(AugmentConfig(color_jitter=ranges), 0, 0, ROWS, SIDE)
+    names = ("brightness", "contrast", "color", "hue")
+    ids = operations.operation_ids(names)
+
+    plan = plan_epoch(AugmentConfig(color_jitter=ranges))
+
     jitter = ColorJitter(*ranges)
     torch.manual_seed(0)
-    names = ("brightness", "contrast", "color", "hue")
     their_orders = []
     their_factors = []
     for _ in range(4000):
         order, *factors = ColorJitter.get_params(
-            jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
+            jitter.brightness,
+            jitter.contrast,
+            jitter.saturation,
+            jitter.hue,
         )
-        their_orders.append(tuple(names[i] for i in order.tolist()))
+        order_as_ids = ids[order.numpy()]
+        their_orders.append(tuple(order_as_ids.tolist()))
         their_factors.append(factors)
 
-    our_orders = [tuple(operations.NAMES[op] for op in ops) for ops in plan.ops]
+    our_orders = [tuple(ops) for ops in plan.ops.tolist()]
     assert same_frequencies(our_orders, their_orders)
-    for name, theirs in zip(names, np.array(their_factors).T, strict=True):
-        ours = plan.params[plan.ops == operations.NAMES.index(name)]
-        assert same_distribution(ours, theirs, P_VALUE), name
+
+    their_factors = np.array(their_factors)
+    for i, name in enumerate(names):
+        is_this_operation = plan.ops == ids[i]
+        ours = plan.params[is_this_operation]
+        assert same_distribution(ours, their_factors[:, i], P_VALUE), name
 
 
 def test_color_jitter_leaves_out_what_has_no_range():
     config = AugmentConfig(color_jitter=(0.4, 0, 0.3, 0))
-    plan = augment.plan_operations(config, 0, 0, ROWS[:500], SIDE)
-    brightness, color = operations.operation_ids(["brightness", "color"]).tolist()
+    plan = plan_epoch(config, ROWS[:500])
+
     found = {tuple(ops) for ops in plan.ops.tolist()}
-    assert found == {(brightness, color), (color, brightness)}
+    ids = operations.operation_ids(["brightness", "color"])
+    brightness, color = ids.tolist()
+    both_orders = {
+        (brightness, color),
+        (color, brightness),
+    }
+    assert found == both_orders
 
 
 @pytest.mark.slow
 def test_erasing_draws_as_torchvisions():
-    boxes = augment.erasing_boxes(AugmentConfig(random_erasing=0.25), 0, 0, ROWS, SIDE)
-    erased = boxes[boxes.any(axis=1)]
-    assert abs(len(erased) / len(ROWS) - 0.25) < 0.01
+    probability = 0.25
+    config = AugmentConfig(random_erasing=probability)
+    boxes = augment.erasing_boxes(config, 0, 0, ROWS, SIDE)
+    is_erased = boxes.any(axis=1)
+    erased = boxes[is_erased]
+    assert abs(is_erased.mean() - probability) < 0.01
+
     torch.manual_seed(0)
-    blank = torch.zeros(3, SIDE, SIDE)
+    image = torch.zeros(3, SIDE, SIDE)
     theirs = []
     for _ in range(4000):
-        *box, _ = RandomErasing.get_params(blank, (0.02, 0.33), (0.3, 3.3), [0.0])
+        *box, _ = RandomErasing.get_params(
+            image,
+            scale=(0.02, 0.33),
+            ratio=(0.3, 3.3),
+            value=[0.0],
+        )
         theirs.append(box)
 
     y, x, heights, widths = erased.T
     their_y, their_x, their_heights, their_widths = np.array(theirs).T
-    assert same_distribution(heights * widths, their_heights * their_widths, P_VALUE)
-    assert same_distribution(heights / widths, their_heights / their_widths, P_VALUE)
+    areas = heights * widths
+    their_areas = their_heights * their_widths
+    assert same_distribution(areas, their_areas, P_VALUE)
+    ratios = heights / widths
+    their_ratios = their_heights / their_widths
+    assert same_distribution(ratios, their_ratios, P_VALUE)
     assert same_distribution(y, their_y, P_VALUE)
     assert same_distribution(x, their_x, P_VALUE)
     assert (y + heights <= SIDE).all()
@@ -236,23 +314,35 @@ def test_erasing_draws_as_torchvisions():
 
 def test_lighting_has_the_published_covariance():
     std = 0.1
+    eigenvectors = augment._EIGENVECTORS
+    stds = augment._EIGENVALUES * std
+
+    no_shifts = augment.lighting_shifts(AugmentConfig(), 0, 0, ROWS)
+    assert not no_shifts.any()
     shifts = augment.lighting_shifts(AugmentConfig(lighting_std=std), 0, 0, ROWS)
     assert shifts.dtype == np.float32
-    assert not augment.lighting_shifts(AugmentConfig(), 0, 0, ROWS).any()
 
-    scaled = augment._EIGENVECTORS * augment._EIGENVALUES * std
-    assert np.allclose(np.cov(shifts.T), scaled @ scaled.T, rtol=0.05, atol=2e-6)
+    scaled = eigenvectors * stds
+    expected_covariance = scaled @ scaled.T
+    covariance = np.cov(shifts.T)
+    assert np.allclose(covariance, expected_covariance, rtol=0.05, atol=2e-6)
+
     # The normal numbers that were drawn.
-    normal = shifts @ augment._EIGENVECTORS / (std * augment._EIGENVALUES)
-    expected = np.random.default_rng(0).normal(size=len(ROWS))
+    normal = shifts @ eigenvectors / stds
+    rng = np.random.default_rng(0)
+    expected = rng.normal(size=len(ROWS))
     assert same_distribution(normal[:, 0], expected, P_VALUE)
     fourth_moments = (normal**4).mean(axis=0)
     assert np.allclose(fourth_moments, 3, atol=0.3)
-    assert np.allclose(np.corrcoef(normal.T), np.eye(3), atol=0.03)
+    correlations = np.corrcoef(normal.T)
+    assert np.allclose(correlations, np.eye(3), atol=0.03)
 
 
 ALL = AugmentConfig(
-    policy="autoaugment", color_jitter=(0.4, 0.4, 0.4, 0.1), lighting_std=0.1, random_erasing=0.5
+    policy="autoaugment",
+    color_jitter=(0.4, 0.4, 0.4, 0.1),
+    lighting_std=0.1,
+    random_erasing=0.5,
 )
 
 
@@ -265,46 +355,57 @@ def test_a_sample_does_not_depend_on_its_batch():
         AugmentConfig(policy="trivialaugment"),
     )
     for config in configs:
-        all_plans = augment.plan_operations(config, 3, 5, rows, 96)
-        few_plans = augment.plan_operations(config, 3, 5, rows[chosen], 96)
-        assert np.array_equal(all_plans.ops[chosen], few_plans.ops)
-        assert np.array_equal(all_plans.params[chosen], few_plans.params)
-        assert np.array_equal(all_plans.matrices[chosen], few_plans.matrices)
-        assert all_plans.ops.shape == (100, augment.num_slots(config))
+        whole = augment.plan_operations(config, 3, 5, rows, 96)
+        assert whole.ops.shape == (100, augment.num_slots(config))
+
+        alone = augment.plan_operations(config, 3, 5, rows[chosen], 96)
+        assert np.array_equal(whole.ops[chosen], alone.ops)
+        assert np.array_equal(whole.params[chosen], alone.params)
+        assert np.array_equal(whole.matrices[chosen], alone.matrices)
 
         next_epoch = augment.plan_operations(config, 3, 6, rows, 96)
-        assert not np.array_equal(next_epoch.ops, all_plans.ops)
+        assert not np.array_equal(next_epoch.ops, whole.ops)
 
         two_copies = rows[[7, 7]]
         epochs = epoch_of_repetition(5, np.arange(2))
-        first, second = augment.plan_operations(config, 3, epochs, two_copies, 96).params
-        assert np.array_equal(first, all_plans.params[7])
+        repeated = augment.plan_operations(config, 3, epochs, two_copies, 96)
+        first, second = repeated.params
+        assert np.array_equal(first, whole.params[7])
         assert not np.array_equal(first, second)
 
     shifts = augment.lighting_shifts(ALL, 3, 5, rows)
-    assert np.array_equal(shifts[chosen], augment.lighting_shifts(ALL, 3, 5, rows[chosen]))
+    shifts_alone = augment.lighting_shifts(ALL, 3, 5, rows[chosen])
+    assert np.array_equal(shifts[chosen], shifts_alone)
+
     boxes = augment.erasing_boxes(ALL, 3, 5, rows, 96)
-    assert np.array_equal(boxes[chosen], augment.erasing_boxes(ALL, 3, 5, rows[chosen], 96))
+    boxes_alone = augment.erasing_boxes(ALL, 3, 5, rows[chosen], 96)
+    assert np.array_equal(boxes[chosen], boxes_alone)
 
 
 def test_the_table_of_operations_is_complete():
     """Every policy of the config draws from the table, whose entries are found by their names."""
-    for policy in typing.get_args(AugmentConfig.__annotations__["policy"]):
+    policies = typing.get_args(AugmentConfig.__annotations__["policy"])
+    for policy in policies:
         config = AugmentConfig(policy=policy)
-        plan = augment.plan_operations(config, 0, 0, ROWS[:500], 96)
-        assert (plan is None) == (policy == "none")
-        if plan is not None:
-            drawn = {operations.NAMES[op] for op in np.unique(plan.ops)}
-            choices = {operations.NAMES[op] for op in operations.drawn_by(policy)}
-            assert drawn <= choices | {"identity"}
-    assert list(operations.operation_ids(operations.NAMES)) == list(range(len(operations.NAMES)))
+        plan = plan_epoch(config, ROWS[:500], side=96)
+        if policy == "none":
+            assert plan is None
+            continue
+        drawn = set(np.unique(plan.ops).tolist())
+        choices = set(operations.drawn_by(policy))
+        [identity] = operations.operation_ids(["identity"])
+        assert drawn <= choices | {identity}
+
+    ids = operations.operation_ids(operations.NAMES)
+    assert list(ids) == list(range(len(operations.NAMES)))
     with pytest.raises(KeyError, match="solarise"):
         operations.operation_ids(["solarise"])
 
 
 def test_nothing_is_planned_where_all_is_off():
-    assert augment.plan_operations(AugmentConfig(), 0, 0, ROWS, SIDE) is None
-    assert augment.num_slots(AugmentConfig()) == 0
+    config = AugmentConfig()
+    assert plan_epoch(config) is None
+    assert augment.num_slots(config) == 0
 
 
 GOLDEN = {
@@ -320,12 +421,17 @@ GOLDEN = {
 
 def test_golden_values():
     """A run that is resumed by a later version must go on with the same numbers."""
-    plan = augment.plan_operations(ALL, 0, 1, np.array([5, 2**40]), 224)
+    rows = np.array([5, 2**40])
+    plan = augment.plan_operations(ALL, 0, 1, rows, 224)
     assert plan.ops.tolist() == GOLDEN["ops"]
     assert np.allclose(plan.params, GOLDEN["params"], rtol=1e-6)
-    boxes = augment.erasing_boxes(ALL, 0, 1, np.arange(3), 224)
+
+    rows = np.arange(3)
+    boxes = augment.erasing_boxes(ALL, 0, 1, rows, 224)
     assert boxes.tolist() == GOLDEN["erasing"]
-    shifts = augment.lighting_shifts(ALL, 0, 1, np.array([5]))
+
+    rows = np.array([5])
+    shifts = augment.lighting_shifts(ALL, 0, 1, rows)
     assert np.allclose(shifts, GOLDEN["lighting"], rtol=1e-5)
 
 
@@ -366,31 +472,48 @@ TIMM_NAMES = {
 }
 
 
+def our_name_of_timms(their_name):
+    default = their_name.removesuffix("Increasing").lower()
+    return TIMM_NAMES.get(their_name, default)
+
+
 def params_by_name(plan):
-    names = np.array(operations.NAMES)[plan.ops]
-    return {str(name): plan.params[names == name] for name in np.unique(names)}
+    """The drawn parameters of each operation that was drawn."""
+    params = {}
+    for op in np.unique(plan.ops):
+        name = operations.NAMES[op]
+        is_this_operation = plan.ops == op
+        params[name] = plan.params[is_this_operation]
+    return params
 
 
 @pytest.mark.slow
 def test_the_increasing_policy_draws_as_timms(monkeypatch):
     """Frequencies of the operations, and the distribution of the argument of each."""
-    config = AugmentConfig(policy="randaugment_increasing", magnitude=7, magnitude_std=0.5)
-    plan = augment.plan_operations(config, 0, 0, ROWS, SIDE)
+    config = AugmentConfig(
+        policy="randaugment_increasing",
+        magnitude=7,
+        magnitude_std=0.5,
+    )
+    plan = plan_epoch(config)
     ours = params_by_name(plan)
     skipped = ours.pop("identity")
-    assert abs(len(skipped) / plan.ops.size - 0.5) < 0.01
+    skipped_share = len(skipped) / plan.ops.size
+    assert abs(skipped_share - 0.5) < 0.01
 
     theirs = {}
     for done in drawn_by_timm(6000, monkeypatch):
         for their_name, argument in done:
-            name = TIMM_NAMES.get(their_name, their_name.removesuffix("Increasing").lower())
+            name = our_name_of_timms(their_name)
             if "translate" in name:
                 argument = SIDE * argument
             theirs.setdefault(name, []).append(argument)
+
     assert ours.keys() == theirs.keys()
     assert same_frequencies(repeated_names(ours), repeated_names(theirs))
-    for name, params in ours.items():
-        assert same_distribution(params, np.array(theirs[name]), P_VALUE), name
+    for name, our_params in ours.items():
+        their_params = np.array(theirs[name])
+        assert same_distribution(our_params, their_params, P_VALUE), name
 
 
 def repeated_names(params):
@@ -403,6 +526,9 @@ def repeated_names(params):
 
 def test_the_largest_magnitude_of_the_increasing_policy():
     config = AugmentConfig(policy="randaugment_increasing", magnitude=10)
-    params = params_by_name(augment.plan_operations(config, 0, 0, ROWS[:4000], SIDE))
-    assert np.unique(params["timm_posterize"]).tolist() == [0]
-    assert np.allclose(np.unique(params["color"]), [0.1, 1.9])
+    plan = plan_epoch(config, ROWS[:4000])
+    params = params_by_name(plan)
+    bits_kept = np.unique(params["timm_posterize"])
+    color_factors = np.unique(params["color"])
+    assert bits_kept.tolist() == [0]
+    assert np.allclose(color_factors, [0.1, 1.9])

@@ -12,11 +12,13 @@ from resnet_dist.data.sources.digits import load_digits, write_digits
 
 
 def listing(folder):
-    return sorted(
-        os.path.relpath(os.path.join(place, name), folder)
-        for place, _, names in os.walk(folder)
-        for name in names
-    )
+    """The files below a folder, sorted, as paths relative to it."""
+    files = []
+    for path in folder.rglob("*"):
+        if path.is_file():
+            relative = path.relative_to(folder)
+            files.append(str(relative))
+    return sorted(files)
 
 
 def test_the_embedded_set():
@@ -25,45 +27,64 @@ def test_the_embedded_set():
     assert images.dtype == np.uint8
     assert images.max() == 16
     assert images.min() == 0
-    assert np.bincount(labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
-    assert (
-        hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()[:16] == "65e5b4619795efb4"
-    )
+    images_per_digit = np.bincount(labels).tolist()
+    assert images_per_digit == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+
+    hashed = hashlib.sha256()
+    hashed.update(images.tobytes())
+    hashed.update(labels.tobytes())
+    assert hashed.hexdigest().startswith("65e5b4619795efb4")
 
 
 @pytest.mark.slow
 def test_written_once_and_complete(tmp_path):
     folder = tmp_path / "data" / "digits"
     write_digits(str(folder))
-    files = [name for name in listing(folder) if name.endswith(".jpg")]
-    assert len([name for name in files if name.startswith("train/")]) == 1442
-    assert len([name for name in files if name.startswith("val/")]) == 355
-    assert sorted(os.listdir(folder / "val")) == [str(digit) for digit in range(10)]
-    with Image.open(folder / "train/3/0000.jpg") as image:
+
+    # The number of files, and the classes.
+    train_files = list(folder.glob("train/**/*.jpg"))
+    val_files = list(folder.glob("val/**/*.jpg"))
+    assert len(train_files) == 1442
+    assert len(val_files) == 355
+    classes = sorted(os.listdir(folder / "val"))
+    assert classes == [str(digit) for digit in range(10)]
+
+    # One image: its format, and the pixels of the digit.
+    path = folder / "train/3/0000.jpg"
+    with Image.open(path) as image:
         assert image.size == (32, 32)
         assert image.mode == "RGB"
         assert image.format == "JPEG"
-        shrunk = (
-            np.asarray(image.convert("L").resize((8, 8), Image.Resampling.BOX), dtype=float)
-            / 255
-            * 16
-        )
+        gray = image.convert("L")
+    shrunk = gray.resize((8, 8), Image.Resampling.BOX)
+    found = np.asarray(shrunk, dtype=float) / 255 * 16
     images, labels = load_digits()
-    assert np.abs(shrunk - images[np.flatnonzero(labels == 3)[0]]).mean() < 1.0
-    before = os.stat(folder / "train/3/0000.jpg").st_mtime_ns
+    first_three = images[labels == 3][0]
+    assert np.abs(found - first_three).mean() < 1.0
+
+    # What is there is not written again.
+    before = path.stat().st_mtime_ns
     write_digits(str(folder))
-    assert os.stat(folder / "train/3/0000.jpg").st_mtime_ns == before
+    after = path.stat().st_mtime_ns
+    assert after == before
     assert os.listdir(folder.parent) == ["digits"]
 
 
 def test_the_same_files_every_time(tmp_path, monkeypatch):
     images, labels = load_digits()
     monkeypatch.setattr(digits, "load_digits", lambda: (images[:50], labels[:50]))
-    for name in ("one", "two"):
-        write_digits(str(tmp_path / name))
-    assert listing(tmp_path / "one") == listing(tmp_path / "two")
-    for name in listing(tmp_path / "one"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    first_folder = tmp_path / "one"
+    second_folder = tmp_path / "two"
+
+    write_digits(str(first_folder))
+    write_digits(str(second_folder))
+
+    files = listing(first_folder)
+    assert listing(second_folder) == files
+    for name in files:
+        first_file = first_folder / name
+        second_file = second_folder / name
+        assert first_file.read_bytes() == second_file.read_bytes()
 
 
 def test_half_a_set_is_not_left_and_other_data_not_touched(tmp_path, monkeypatch):
@@ -75,9 +96,11 @@ def test_half_a_set_is_not_left_and_other_data_not_touched(tmp_path, monkeypatch
         with pytest.raises(OSError, match="No space"):
             write_digits(str(tmp_path / "digits"))
     assert os.listdir(tmp_path) == []
-    (tmp_path / "mine" / "train").mkdir(parents=True)
+
+    other_data = tmp_path / "mine"
+    (other_data / "train").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"data\.data_dir .*contents that are not the digits"):
-        write_digits(str(tmp_path / "mine"))
+        write_digits(str(other_data))
     with pytest.raises(ValueError, match=r"data\.data_dir is empty"):
         write_digits("")
     assert os.listdir(tmp_path) == ["mine"]

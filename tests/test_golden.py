@@ -27,7 +27,9 @@ EXPECTED = GOLDEN.with_name("run_89aca0e_expected.jsonl")
 @pytest.fixture
 def folder(tmp_path):
     """A copy of the run folder, with its links."""
-    return Path(shutil.copytree(GOLDEN, tmp_path / "run", symlinks=True))
+    copy = tmp_path / "run"
+    shutil.copytree(GOLDEN, copy, symlinks=True)
+    return copy
 
 
 def lines_of(path):
@@ -37,19 +39,47 @@ def lines_of(path):
 @pytest.mark.slow
 def test_it_is_resumed_and_ends_as_it_would_have(folder, digits):
     """With its old config.yaml; losses and learning rates of every later step are the same."""
-    words = ["train", "--config", folder / "config.yaml", "--data.data_dir", digits]
-    code, printed = run_command(folder, [*words, "--output_dir", folder])
+    command = [
+        "train",
+        "--config",
+        folder / "config.yaml",
+        "--data.data_dir",
+        digits,
+        "--output_dir",
+        folder,
+    ]
+    code, printed = run_command(folder, command)
     assert code == 0, printed
     assert "step 30, from" in printed, printed
     assert "warning" not in printed, printed
+
     found = lines_of(folder / "metrics.jsonl")
     expected = lines_of(EXPECTED)
-    assert [line["step"] for line in found] == [line["step"] for line in expected]
-    for ours, theirs in zip(found, expected, strict=True):
-        for key, value in theirs.items():
-            assert ours[key] == pytest.approx(value, rel=1e-3, abs=1e-3), (ours["step"], key)
-    payload = read_checkpoint(folder / "checkpoints" / "last.pt", pytest.fail)
-    assert unpack_checkpoint(payload, "last.pt")["step"] == 48
+    for found_line, expected_line in zip(found, expected, strict=True):
+        step = expected_line["step"]
+        assert found_line["step"] == step
+        for key, value in expected_line.items():
+            assert found_line[key] == pytest.approx(value, rel=1e-3, abs=1e-3), (step, key)
+
+    path = folder / "checkpoints" / "last.pt"
+    payload = read_checkpoint(path, pytest.fail)
+    content = unpack_checkpoint(payload, "last.pt")
+    assert content["step"] == 48
+
+
+def names_below(folder):
+    """The sorted names of everything below a folder."""
+    return sorted(path.name for path in folder.rglob("*"))
+
+
+def logged_evaluation(step):
+    """The line of the expected metrics that has the evaluation of this step."""
+    found = []
+    for line in lines_of(EXPECTED):
+        if line["step"] == step and "val/loss" in line:
+            found.append(line)
+    [evaluation] = found
+    return evaluation
 
 
 @pytest.mark.slow
@@ -61,16 +91,28 @@ def test_it_is_evaluated_predicted_and_reported(folder, digits):
         assert code == 0, printed
         return printed
 
-    before = sorted(path.name for path in folder.rglob("*"))
-    settings = ("--data.data_dir", digits, "--data.threads", "1", "--distributed.threads", "1")
-    result = command("evaluate", "--checkpoint", folder, "--json", *settings)
-    [line] = [line for line in lines_of(EXPECTED) if line["step"] == 30 and "val/loss" in line]
-    counts = json.loads(result.splitlines()[-1])
-    assert counts["step"] == 30
-    assert counts["model"]["loss"] == pytest.approx(line["val/loss"], rel=1e-3)
-    assert counts["model"]["top1"] == pytest.approx(line["val/top1"], abs=0.3)
+    files_before = names_below(folder)
+    settings = (
+        "--data.data_dir",
+        digits,
+        "--data.threads",
+        "1",
+        "--distributed.threads",
+        "1",
+    )
+
+    printed = command("evaluate", "--checkpoint", folder, "--json", *settings)
+    last_line = printed.splitlines()[-1]
+    result = json.loads(last_line)
+    logged = logged_evaluation(step=30)
+    assert result["step"] == 30
+    assert result["model"]["loss"] == pytest.approx(logged["val/loss"], rel=1e-3)
+    assert result["model"]["top1"] == pytest.approx(logged["val/top1"], abs=0.3)
+
     image = f"{digits}/val/3/0004.jpg"
     printed = command("predict", image, "--checkpoint", folder, *settings)
     assert "lenet5, model weights of step 30" in printed
-    assert sorted(path.name for path in folder.rglob("*")) == before, "a command has written there"
-    assert "30 steps" in command("report", folder, "--out", folder / "metrics.png")
+    assert names_below(folder) == files_before, "a command has written there"
+
+    printed = command("report", folder, "--out", folder / "metrics.png")
+    assert "30 steps" in printed

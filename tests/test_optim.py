@@ -25,7 +25,11 @@ def test_groups_follow_the_type_of_the_module(sync):
     model = MODELS["resnet18"](num_classes=10)
     if sync:
         model = convert_sync_batch_norm(model)
-    config = OptimConfig(weight_decay=1e-4, norm_weight_decay=0.0, bias_weight_decay=1e-5)
+    config = OptimConfig(
+        weight_decay=1e-4,
+        norm_weight_decay=0.0,
+        bias_weight_decay=1e-5,
+    )
 
     weights, norms, biases = parameter_groups(model, config)
 
@@ -39,16 +43,23 @@ def test_groups_follow_the_type_of_the_module(sync):
     assert len(norms["params"]) == 40
     [bias] = biases["params"]
     assert bias is model.fc.bias
-    norm_of_shortcut = model.layer2[0].downsample[1].weight
-    assert any(parameter is norm_of_shortcut for parameter in norms["params"])
+    _, norm_of_shortcut = model.layer2[0].downsample
+    assert id(norm_of_shortcut.weight) in identities(norms["params"])
 
     grouped = weights["params"] + norms["params"] + biases["params"]
-    assert {id(parameter) for parameter in grouped} == {id(p) for p in model.parameters()}
+    assert identities(grouped) == identities(model.parameters())
+
+
+def identities(parameters):
+    """What tells parameters apart: `==` would compare their numbers."""
+    return {id(parameter) for parameter in parameters}
 
 
 def test_no_setting_means_the_same_decay_for_all():
-    groups = parameter_groups(MODELS["resnet18"](), OptimConfig(weight_decay=5e-4))
-    assert {group["weight_decay"] for group in groups} == {5e-4}
+    model = MODELS["resnet18"]()
+    groups = parameter_groups(model, OptimConfig(weight_decay=5e-4))
+    for group in groups:
+        assert group["weight_decay"] == 5e-4
 
 
 def set_lr(optimizer, lr):
@@ -61,104 +72,159 @@ def test_momentum_that_exists_from_the_start_changes_nothing(nesterov):
     torch.manual_seed(0)
     ours = nn.Linear(4, 3).double()
     plain = copy.deepcopy(ours)
-    our_optimizer = build_optimizer(OptimConfig(nesterov=nesterov, weight_decay=0.01), ours)
+    config = OptimConfig(nesterov=nesterov, weight_decay=0.01)
+    our_optimizer = build_optimizer(config, ours)
     set_lr(our_optimizer, 0.1)
     plain_optimizer = torch.optim.SGD(
-        plain.parameters(), lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=0.01
+        plain.parameters(),
+        lr=0.1,
+        momentum=0.9,
+        nesterov=nesterov,
+        weight_decay=0.01,
     )
+    pairs = (
+        (ours, our_optimizer),
+        (plain, plain_optimizer),
+    )
+
     for _ in range(3):
-        x = torch.randn(5, 4, dtype=torch.float64)
-        for model, optimizer in ((ours, our_optimizer), (plain, plain_optimizer)):
+        inputs = torch.randn(5, 4, dtype=torch.float64)
+        for model, optimizer in pairs:
             optimizer.zero_grad()
-            model(x).square().sum().backward()
+            loss = model(inputs).square().sum()
+            loss.backward()
             optimizer.step()
-    torch.testing.assert_close(ours.state_dict(), plain.state_dict(), rtol=1e-12, atol=1e-14)
+
+    torch.testing.assert_close(
+        ours.state_dict(),
+        plain.state_dict(),
+        rtol=1e-12,
+        atol=1e-14,
+    )
 
 
 class Loop:
-    """The published formulas of one tensor, a number at a time, in plain Python.
-
-    Attributes:
-        w: The weights.
-        a: The momentum; of LAMB the first moment.
-        b: The mean square of RMSprop; of LAMB the second moment.
-        t: Number of updates.
-    """
-
-    first_mean_square = 0.0
+    """The published formulas of one tensor, a number at a time, in plain Python."""
 
     def __init__(self, weights, adapt, decay):
-        self.w = [float(x) for x in weights.flatten()]
+        self.weights = weights.flatten().tolist()
         self.adapt = adapt
         self.decay = decay
-        self.t = 0
-        self.a = [0.0] * len(self.w)
-        self.b = [self.first_mean_square] * len(self.w)
+        self.num_updates = 0
+        num_weights = len(self.weights)
+        self.momenta = [0.0] * num_weights
+        self.first_moments = [0.0] * num_weights
+        self.second_moments = [0.0] * num_weights
+        self.mean_squares = [1.0] * num_weights
 
     def step(self, grad, lr):
-        self.t += 1
-        self.update([float(x) for x in grad.flatten()], lr)
+        self.num_updates += 1
+        grads = grad.flatten().tolist()
+        self.update(grads, lr)
 
-    def update(self, g, lr):
+    def update(self, grads, lr):
         raise NotImplementedError
+
+    def with_decay(self, number, i):
+        """Add the decay of weight `i`."""
+        return number + self.decay * self.weights[i]
 
 
 def norm(numbers):
-    return math.sqrt(sum(x * x for x in numbers))
+    squares = [number * number for number in numbers]
+    return math.sqrt(sum(squares))
 
 
 class LarsLoop(Loop):
     """MLPerf's ResNet-50 reference: compute_lr, and the momentum of lars_optimizer.py."""
 
-    def update(self, g, lr):
-        ratio = 1.0
-        if self.adapt and norm(self.w) > 0 and norm(g) > 0:
-            ratio = 0.002 * norm(self.w) / (norm(g) + self.decay * norm(self.w))
-        for i in range(len(self.w)):
-            total = g[i] + self.decay * self.w[i]
-            self.a[i] = 0.8 * self.a[i] + lr * ratio * total
-        for i in range(len(self.w)):
-            self.w[i] -= self.a[i]
+    momentum = 0.8
+    trust_coefficient = 0.002
+
+    def update(self, grads, lr):
+        local_lr = lr * self.trust_ratio(grads)
+        for i, grad in enumerate(grads):
+            change = local_lr * self.with_decay(grad, i)
+            self.momenta[i] = self.momentum * self.momenta[i] + change
+            self.weights[i] -= self.momenta[i]
+
+    def trust_ratio(self, grads):
+        weight_norm = norm(self.weights)
+        grad_norm = norm(grads)
+        if not self.adapt or weight_norm == 0 or grad_norm == 0:
+            return 1.0
+        denominator = grad_norm + self.decay * weight_norm
+        return self.trust_coefficient * weight_norm / denominator
 
 
 class LambLoop(Loop):
     """Algorithm 2 of You et al. 2019, as in NVIDIA's FusedLAMB."""
 
-    def update(self, g, lr):
-        update = []
-        for i in range(len(self.w)):
-            self.a[i] = 0.7 * self.a[i] + 0.3 * g[i]
-            self.b[i] = 0.95 * self.b[i] + 0.05 * g[i] * g[i]
-            m = self.a[i] / (1 - 0.7**self.t)
-            v = self.b[i] / (1 - 0.95**self.t)
-            update.append(m / (math.sqrt(v) + 1e-6) + self.decay * self.w[i])
-        ratio = 1.0
-        if self.adapt and norm(self.w) > 0 and norm(update) > 0:
-            ratio = norm(self.w) / norm(update)
-        for i in range(len(self.w)):
-            self.w[i] -= lr * ratio * update[i]
+    beta1 = 0.7
+    beta2 = 0.95
+    eps = 1e-6
+
+    def update(self, grads, lr):
+        updates = []
+        for i, grad in enumerate(grads):
+            first = self.beta1 * self.first_moments[i] + (1 - self.beta1) * grad
+            second = self.beta2 * self.second_moments[i] + (1 - self.beta2) * grad * grad
+            self.first_moments[i] = first
+            self.second_moments[i] = second
+            unbiased_first = first / (1 - self.beta1**self.num_updates)
+            unbiased_second = second / (1 - self.beta2**self.num_updates)
+            direction = unbiased_first / (math.sqrt(unbiased_second) + self.eps)
+            updates.append(self.with_decay(direction, i))
+
+        ratio = self.trust_ratio(updates)
+        for i, update in enumerate(updates):
+            self.weights[i] -= lr * ratio * update
+
+    def trust_ratio(self, updates):
+        weight_norm = norm(self.weights)
+        update_norm = norm(updates)
+        if not self.adapt or weight_norm == 0 or update_norm == 0:
+            return 1.0
+        return weight_norm / update_norm
 
 
 class RmspropLoop(Loop):
     """The update in the documentation of TensorFlow's ApplyRMSProp."""
 
-    first_mean_square = 1.0
+    momentum = 0.8
+    alpha = 0.85
+    eps = 1e-3
 
-    def update(self, g, lr):
-        for i in range(len(self.w)):
-            total = g[i] + self.decay * self.w[i]
-            self.b[i] += (1 - 0.85) * (total * total - self.b[i])
-            self.a[i] = 0.8 * self.a[i] + lr * total / math.sqrt(self.b[i] + 1e-3)
-            self.w[i] -= self.a[i]
+    def update(self, grads, lr):
+        for i, grad in enumerate(grads):
+            total = self.with_decay(grad, i)
+            difference = total * total - self.mean_squares[i]
+            self.mean_squares[i] += (1 - self.alpha) * difference
+            change = lr * total / math.sqrt(self.mean_squares[i] + self.eps)
+            self.momenta[i] = self.momentum * self.momenta[i] + change
+            self.weights[i] -= self.momenta[i]
 
 
-LOOPS = {"lars": LarsLoop, "lamb": LambLoop, "rmsprop": RmspropLoop}
+LOOPS = {
+    "lars": LarsLoop,
+    "lamb": LambLoop,
+    "rmsprop": RmspropLoop,
+}
 
-# The numbers in the formulas above.
+# The numbers of the classes above.
 SETTINGS = {
-    "lars": {"momentum": 0.8, "trust_coefficient": 0.002},
-    "lamb": {"betas": (0.7, 0.95)},
-    "rmsprop": {"momentum": 0.8, "alpha": 0.85, "eps": 1e-3},
+    "lars": {
+        "momentum": LarsLoop.momentum,
+        "trust_coefficient": LarsLoop.trust_coefficient,
+    },
+    "lamb": {
+        "betas": (LambLoop.beta1, LambLoop.beta2),
+    },
+    "rmsprop": {
+        "momentum": RmspropLoop.momentum,
+        "alpha": RmspropLoop.alpha,
+        "eps": RmspropLoop.eps,
+    },
     "adamw": {},
     "sgd": {},
 }
@@ -167,8 +233,14 @@ SETTINGS = {
 def build_small_net(kind, dtype=torch.float64):
     """Kernels, a norm, a matrix that is zero (its ratio is 1), a frozen bias; and the optimizer."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 3))
-    net = net.to(dtype).to(memory_format=torch.channels_last)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    )
+    net = net.to(dtype)
+    net = net.to(memory_format=torch.channels_last)
     nn.init.zeros_(net[3].weight)
     net[3].bias.requires_grad_(False)
     config = OptimConfig(
@@ -195,22 +267,26 @@ def test_updates_equal_a_loop_over_numbers(kind):
     and absent later, so that the weights of its group have different numbers of updates.
     """
     net, optimizer = build_small_net(kind)
+    kernel = net[0].weight
     frozen = net[3].bias
     frozen_before = frozen.clone()
+    loop_class = LOOPS[kind]
     loops = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            loops[parameter] = LOOPS[kind](
-                parameter.detach(), group["adapt"], group["weight_decay"]
+            loops[parameter] = loop_class(
+                parameter.detach(),
+                group["adapt"],
+                group["weight_decay"],
             )
 
     num_steps = 12
     for step in range(num_steps):
         draw_gradients(net, step)
         if step == 0:
-            net[0].weight.grad.zero_()
+            kernel.grad.zero_()
         if step == 2:
-            net[0].weight.grad = None
+            kernel.grad = None
         lr = 0.1 * (1 - step / num_steps)
         set_lr(optimizer, lr)
         optimizer.step()
@@ -219,20 +295,31 @@ def test_updates_equal_a_loop_over_numbers(kind):
                 continue
             loop.step(parameter.grad, lr)
             found = parameter.detach().flatten()
-            np.testing.assert_allclose(found, loop.w, rtol=1e-12, atol=1e-14)
+            np.testing.assert_allclose(found, loop.weights, rtol=1e-12, atol=1e-14)
     assert torch.equal(frozen, frozen_before), "no gradient, no decay"
 
 
 def test_defaults_of_eps():
-    defaults = {"lars": 0.0, "lamb": 1e-6, "rmsprop": 1e-8, "adamw": 1e-8}
+    defaults = {
+        "lars": 0.0,
+        "lamb": 1e-6,
+        "rmsprop": 1e-8,
+        "adamw": 1e-8,
+    }
+    betas = (0.8, 0.99)
     model = nn.Linear(2, 2)
     for kind, eps in defaults.items():
-        optimizer = build_optimizer(OptimConfig(kind=kind, betas=(0.8, 0.99)), model)
-        assert {group["eps"] for group in optimizer.param_groups} == {eps}
-        assert optimizer.defaults["betas"] == (0.8, 0.99)
+        without_eps = OptimConfig(kind=kind, betas=betas)
+        optimizer = build_optimizer(without_eps, model)
+        for group in optimizer.param_groups:
+            assert group["eps"] == eps
+        assert optimizer.defaults["betas"] == betas
         assert optimizer.defaults["fused"]
-        with_eps = build_optimizer(OptimConfig(kind=kind, eps=0.1), model)
-        assert with_eps.param_groups[0]["eps"] == 0.1
+
+        with_eps = OptimConfig(kind=kind, eps=0.1)
+        optimizer = build_optimizer(with_eps, model)
+        first_group = optimizer.param_groups[0]
+        assert first_group["eps"] == 0.1
 
 
 def test_adamw_is_that_of_torch():
@@ -240,24 +327,28 @@ def test_adamw_is_that_of_torch():
     assert type(optimizer) is torch.optim.AdamW
 
 
-def update(net, optimizer, step):
-    draw_gradients(net, step)
-    set_lr(optimizer, 0.1 / (1 + step))
-    optimizer.step()
+def update(state, step):
+    """One update with random gradients."""
+    draw_gradients(state.model, step)
+    set_lr(state.optimizer, 0.1 / (1 + step))
+    state.optimizer.step()
 
 
-def state_of(net, optimizer):
+def tensors_of(state):
     """The weights, and the state of the optimizer."""
-    return [dict(net.state_dict()), optimizer.state_dict()["state"]]
+    weights = dict(state.model.state_dict())
+    optimizer_state = state.optimizer.state_dict()["state"]
+    return [weights, optimizer_state]
 
 
-def assert_same_state(found, expected):
+def assert_same_tensors(found, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def build_state_of_small_net(kind):
     net, optimizer = build_small_net(kind, torch.float32)
-    return TrainState(net, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return TrainState(net, optimizer, scaler)
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
@@ -265,23 +356,23 @@ def test_an_optimizer_goes_on_bit_for_bit_from_its_file(kind):
     saved = build_state_of_small_net(kind)
     loaded = build_state_of_small_net(kind)
     for step in range(3):
-        update(saved.model, saved.optimizer, step)
+        update(saved, step)
 
     load_from_file_of(saved, loaded)
 
     for step in range(3, 6):
-        update(saved.model, saved.optimizer, step)
-        update(loaded.model, loaded.optimizer, step)
-    assert_same_state(
-        state_of(loaded.model, loaded.optimizer), state_of(saved.model, saved.optimizer)
-    )
+        update(saved, step)
+        update(loaded, step)
+    assert_same_tensors(tensors_of(loaded), tensors_of(saved))
 
 
 def load_from_file_of(saved, loaded):
+    """Write the state `saved` to a file, and read it into the state `loaded`."""
     file = io.BytesIO()
     torch.save(saved.state_dict(), file)
     file.seek(0)
-    loaded.load_state_dict(torch.load(file, weights_only=True))
+    content = torch.load(file, weights_only=True)
+    loaded.load_state_dict(content)
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
@@ -289,24 +380,21 @@ def test_an_update_marked_as_not_finite_leaves_no_trace(kind):
     """Not in the count of steps either: the following updates are those of a run without it."""
     undisturbed = build_state_of_small_net(kind)
     disturbed = build_state_of_small_net(kind)
-    for state in (undisturbed, disturbed):
-        update(state.model, state.optimizer, 0)
-    before = copy.deepcopy(state_of(disturbed.model, disturbed.optimizer))
+    update(undisturbed, step=0)
+    update(disturbed, step=0)
+    before = copy.deepcopy(tensors_of(disturbed))
 
     disturbed.optimizer.found_inf = torch.ones(())
     for parameter in disturbed.model.parameters():
         if parameter.grad is not None:
             parameter.grad.fill_(math.nan)
     disturbed.optimizer.step()
+    assert_same_tensors(tensors_of(disturbed), before)
 
-    assert_same_state(state_of(disturbed.model, disturbed.optimizer), before)
     disturbed.optimizer.found_inf = torch.zeros(())
-    for state in (undisturbed, disturbed):
-        update(state.model, state.optimizer, 1)
-    assert_same_state(
-        state_of(disturbed.model, disturbed.optimizer),
-        state_of(undisturbed.model, undisturbed.optimizer),
-    )
+    update(undisturbed, step=1)
+    update(disturbed, step=1)
+    assert_same_tensors(tensors_of(disturbed), tensors_of(undisturbed))
 
 
 def bits_of(tensor):
@@ -320,12 +408,24 @@ def bits_of(tensor):
 def test_assign_if_sets_all_tensors_or_none_exactly(dtype, condition):
     """With values that arithmetic would not keep."""
     inf = math.inf
-    special = torch.tensor([0.0, -0.0, math.nan, inf, -inf, 1e-45, 3e38, 1.0], dtype=dtype)
-    kernel = torch.ones(2, 3, 4, 4, dtype=dtype).to(memory_format=torch.channels_last)
+    special_values = [0.0, -0.0, math.nan, inf, -inf, 1e-45, 3e38, 1.0]
+    special = torch.tensor(special_values, dtype=dtype)
+    kernel = torch.ones(2, 3, 4, 4, dtype=dtype)
+    kernel = kernel.to(memory_format=torch.channels_last)
     scalar = torch.tensor(2.0, dtype=dtype)
-    old = [special, kernel, scalar]
-    new = [special.flip(0), torch.full_like(kernel, -7.0), scalar + 1]
-    expected = [tensor.clone() for tensor in (new if condition else old)]
+    old = [
+        special,
+        kernel,
+        scalar,
+    ]
+    new = [
+        special.flip(0),
+        torch.full_like(kernel, -7.0),
+        scalar + 1,
+    ]
+    expected = copy.deepcopy(old)
+    if condition:
+        expected = new
 
     assign_if(torch.tensor(condition), old, new)
 
@@ -356,29 +456,38 @@ def test_an_update_of_resnet50_takes_few_operations():
         skipped = torch.zeros((), dtype=torch.bool)
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter)
+
     with OperationCount() as of_nonfinite:
         nonfinite.snapshot_statistics()
         nonfinite.restore_if_skipped(skipped)
-    counts = {"NonFinite": of_nonfinite.count}
-    for kind in ("lars", "lamb", "rmsprop"):
+    assert of_nonfinite.count <= 12
+
+    most_of_optimizers = {
+        "lars": 60,
+        "lamb": 125,
+        "rmsprop": 70,
+    }
+    for kind, most in most_of_optimizers.items():
         optimizer = build_optimizer(OptimConfig(kind), model)
         optimizer.found_inf = torch.zeros((), device="meta")
         with OperationCount() as of_optimizer:
             optimizer.step()
-        counts[kind] = of_optimizer.count
-    most = {"NonFinite": 12, "lars": 60, "lamb": 125, "rmsprop": 70}
-    assert all(counts[name] <= most[name] for name in most), counts
+        assert of_optimizer.count <= most, kind
 
 
 def test_ema_is_the_recursion_and_copies_counts():
     decay = 0.9
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    model = nn.Sequential(
+        nn.Linear(3, 3),
+        nn.BatchNorm1d(3),
+    )
     ema = Ema(model, decay)
     expected = copy.deepcopy(dict(model.state_dict()))
     for _ in range(4):
         # Changes the running statistics.
-        model(torch.randn(8, 3))
+        inputs = torch.randn(8, 3)
+        model(inputs)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter))
