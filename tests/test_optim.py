@@ -423,9 +423,11 @@ def test_assign_if_sets_all_tensors_or_none_exactly(dtype, condition):
         torch.full_like(kernel, -7.0),
         scalar + 1,
     ]
-    expected = copy.deepcopy(old)
+    chosen = old
     if condition:
-        expected = new
+        chosen = new
+    # `assign_if` writes to the tensors of both lists.
+    expected = copy.deepcopy(chosen)
 
     assign_if(torch.tensor(condition), old, new)
 
