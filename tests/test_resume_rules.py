@@ -4,8 +4,14 @@ import copy
 
 import pytest
 
-from resnet_dist.checkpoints import resume_rules
-from resnet_dist.checkpoints.resume_rules import CHANGED_WITH_A_WARNING, FREE_TO_CHANGE, flatten
+from resnet_dist.checkpoints.resume_rules import (
+    CHANGED_WITH_A_WARNING,
+    FREE_TO_CHANGE,
+    check_resumable,
+    flatten,
+    model_changes,
+    stored_config,
+)
 from resnet_dist.config import Config, ModelConfig, to_dict
 
 
@@ -15,96 +21,124 @@ def test_weights_of_another_network_with_the_same_tensors_are_noticed():
     def config(**options):
         return Config(model=ModelConfig(**options))
 
-    saved = {"config": to_dict(config(name="plain20", num_classes=10, zero_init_residual=True))}
-    assert resume_rules.model_changes(saved, config(name="plain20", num_classes=2)) == []
-    assert resume_rules.model_changes(saved, config(name="resnet20")) == [
-        "model.name was 'plain20', now 'resnet20'"
-    ]
-    changes = resume_rules.model_changes(
-        saved, config(name="plain20", stride_in_1x1=True, blur_pool=True)
-    )
-    assert [change.split()[0] for change in changes] == ["model.stride_in_1x1", "model.blur_pool"]
-    del saved["config"]["model"]["blur_pool"]  # of a version that did not know it
-    assert resume_rules.model_changes(saved, config(name="plain20")) == []
-    assert resume_rules.model_changes({"state_dict": {}}, config()) == []
+    of_plain20 = config(name="plain20", num_classes=10, zero_init_residual=True)
+    saved = {"config": to_dict(of_plain20)}
 
+    def changes_to(**options):
+        return model_changes(saved, config(**options))
 
-def test_what_may_change_between_attempts():
-    def facts(**changes):
-        config = to_dict(Config())
-        for key, value in changes.items():
-            section, name = key.split("__")
-            config[section][name] = value
-        return {"config": config, "num_samples": 100, "fingerprint": "f"}
+    assert changes_to(name="plain20", num_classes=2) == []
+    assert changes_to(name="resnet20") == ["model.name was 'plain20', now 'resnet20'"]
+    changes = changes_to(name="plain20", stride_in_1x1=True, blur_pool=True)
+    keys = [change.split()[0] for change in changes]
+    assert keys == ["model.stride_in_1x1", "model.blur_pool"]
 
-    saved = {**facts(), "step": 5}
-    assert resume_rules.check_resumable(saved, facts(data__threads=7, log__interval_steps=1)) == []
-    changed = resume_rules.check_resumable(saved, facts(optim__base_lr=0.2))
-    assert len(changed) == 1
-    assert "optim.base_lr" in changed[0]
-    with pytest.raises(ValueError, match=r"another model: model\.name"):
-        resume_rules.check_resumable(saved, facts(model__name="resnet18"))
-    with pytest.raises(
-        ValueError, match="another optimizer: optim.kind was 'sgd', now 'lars'; take another"
-    ):
-        resume_rules.check_resumable(saved, facts(optim__kind="lars"))
-    older = copy.deepcopy(saved)
-    del (
-        older["config"]["optim"]["kind"],
-        older["config"]["recipe"],
-    )  # of before these keys: it had the defaults
-    assert resume_rules.check_resumable(older, facts(recipe__world_size=8)) == []
-    with pytest.raises(ValueError, match=r"train\.global_batch_size was 256, now 512"):
-        resume_rules.check_resumable(saved, facts(train__global_batch_size=512))
-    with pytest.raises(ValueError, match=r"data\.num_samples was 100, now 101"):
-        resume_rules.check_resumable(saved, {**facts(), "num_samples": 101})
-    for key, value in (
-        ("optim__unfreeze_from", "head"),
-        ("optim__backbone_lr_scale", 0.1),
-    ):  # other buffers
-        with pytest.raises(ValueError, match=key.replace("__", r"\.")):
-            resume_rules.check_resumable(saved, facts(**{key: value}))
-    del saved["config"]["optim"]["unfreeze_from"]  # of a version that did not know it
-    assert resume_rules.check_resumable(saved, facts()) == []
-    with pytest.raises(ValueError, match=r"data\.fingerprint"):
-        resume_rules.check_resumable(saved, {**facts(), "fingerprint": "g"})
+    # A checkpoint of a version that did not know a setting.
+    del saved["config"]["model"]["blur_pool"]
+    assert changes_to(name="plain20") == []
+
+    # A file that holds weights alone.
+    without_config = {"state_dict": {}}
+    assert model_changes(without_config, config()) == []
 
 
 def facts_with(**settings):
-    """The facts of a run, with settings by full name (dots as double underscores)."""
+    """The facts of a run with these settings, named as data__threads for data.threads."""
     config = to_dict(Config())
-    for name, value in settings.items():
-        *sections, key = name.split("__")
-        place = config
-        for section in sections:
-            place = place[section]
-        place[key] = value
-    return {"config": config, "num_samples": 100, "fingerprint": "f"}
+    for full_name, value in settings.items():
+        section, name = full_name.split("__")
+        config[section][name] = value
+    return {
+        "config": config,
+        "num_samples": 100,
+        "fingerprint": "f",
+    }
+
+
+def saved_by(facts):
+    """A checkpoint of a run with these facts."""
+    return {**copy.deepcopy(facts), "step": 5}
+
+
+def test_what_may_change_between_attempts():
+    saved = saved_by(facts_with())
+
+    # No message.
+    now = facts_with(data__threads=7, log__interval_steps=1)
+    assert check_resumable(saved, now) == []
+
+    # A warning.
+    now = facts_with(optim__base_lr=0.2)
+    [warning] = check_resumable(saved, now)
+    assert "optim.base_lr" in warning
+
+    # A refusal.
+    refused_settings = {
+        r"another model: model\.name": {"model__name": "resnet18"},
+        "another optimizer: optim.kind was 'sgd', now 'lars'; take another": {
+            "optim__kind": "lars",
+        },
+        r"train\.global_batch_size was 256, now 512": {"train__global_batch_size": 512},
+        # These two change the buffers of the optimizer.
+        r"optim\.unfreeze_from": {"optim__unfreeze_from": "head"},
+        r"optim\.backbone_lr_scale": {"optim__backbone_lr_scale": 0.1},
+    }
+    for message, settings in refused_settings.items():
+        now = facts_with(**settings)
+        with pytest.raises(ValueError, match=message):
+            check_resumable(saved, now)
+
+    more_samples = {**facts_with(), "num_samples": 101}
+    with pytest.raises(ValueError, match=r"data\.num_samples was 100, now 101"):
+        check_resumable(saved, more_samples)
+
+    other_data = {**facts_with(), "fingerprint": "g"}
+    with pytest.raises(ValueError, match=r"data\.fingerprint"):
+        check_resumable(saved, other_data)
+
+
+def test_a_checkpoint_that_lacks_a_setting_had_its_default():
+    """It comes from a version that did not know the setting."""
+    older = saved_by(facts_with())
+    del older["config"]["optim"]["kind"]
+    del older["config"]["optim"]["unfreeze_from"]
+    del older["config"]["recipe"]
+    assert check_resumable(older, facts_with()) == []
+    assert check_resumable(older, facts_with(recipe__world_size=8)) == []
 
 
 def test_an_unknown_difference_is_refused():
     """A setting that nobody has decided about, in each section, in the checkpoint or the config."""
-    accepted = []
-    free = {name for name in FREE_TO_CHANGE if name in to_dict(Config())}
-    sections = [key for key, value in to_dict(Config()).items() if isinstance(value, dict)]
+    config = to_dict(Config())
+    sections = [key for key, value in config.items() if isinstance(value, dict)]
+    free_sections = FREE_TO_CHANGE & set(sections)
+
+    accepted = set()
     for section in (*sections, "a_new_section"):
-        config = {**to_dict(Config())}
-        config[section] = {**config.get(section, {}), "a_new_setting": 1}
-        new = {**facts_with(), "config": config}
-        for saved, now in (({**facts_with(), "step": 5}, new), ({**new, "step": 5}, facts_with())):
+        known = facts_with()
+        unknown = facts_with()
+        unknown["config"].setdefault(section, {})
+        unknown["config"][section]["a_new_setting"] = 1
+        cases = (
+            (saved_by(known), unknown),
+            (saved_by(unknown), known),
+        )
+        for saved, now in cases:
             try:
-                resume_rules.check_resumable(saved, now)
-                accepted.append(section)
+                check_resumable(saved, now)
             except ValueError as problem:
                 assert f"{section}.a_new_setting was" in str(problem)
-    assert set(accepted) == free - {"output_dir"}
+            else:
+                accepted.add(section)
+    assert accepted == free_sections
 
 
 def test_every_setting_of_the_lists_exists_and_is_in_one():
-    known = flatten(to_dict(Config()))
-    sections = set(to_dict(Config()))
-    assert known.keys() | sections >= FREE_TO_CHANGE
-    assert known.keys() >= CHANGED_WITH_A_WARNING
+    config = to_dict(Config())
+    sections = config.keys()
+    settings = flatten(config).keys()
+    assert settings | sections >= FREE_TO_CHANGE
+    assert settings >= CHANGED_WITH_A_WARNING
     assert not FREE_TO_CHANGE & CHANGED_WITH_A_WARNING
 
 
@@ -113,8 +147,9 @@ def test_a_stored_config_of_another_version_can_be_read():
     saved = facts_with()
     saved["config"]["log"]["fancy"] = True
     saved["config"]["gone"] = {"old": 1}
-    settings = resume_rules.stored_config(saved, "x.pt")
+    settings = stored_config(saved, "x.pt")
     assert settings == flatten(to_dict(Config()))
+
     saved["config"]["model"]["attention"] = True
     with pytest.raises(ValueError, match=r"x\.pt has the setting model\.attention.*update it"):
-        resume_rules.stored_config(saved, "x.pt")
+        stored_config(saved, "x.pt")

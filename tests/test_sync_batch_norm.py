@@ -34,31 +34,47 @@ def make_batch(images, dtype, channels_last=True, shift=2.0):
     """
     generator = torch.Generator().manual_seed(images)
 
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    x = draw(images, CHANNELS, 5, 7) + shift + draw(images, CHANNELS, 1, 1)
-    dy = draw(images, CHANNELS, 5, 7) + 0.5
     layout = torch.contiguous_format
     if channels_last:
         layout = torch.channels_last
-    return x.to(dtype, memory_format=layout), dy.to(dtype, memory_format=layout)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    noise = draw(images, CHANNELS, 5, 7)
+    means = draw(images, CHANNELS, 1, 1)
+    x = noise + shift + means
+    dy = draw(images, CHANNELS, 5, 7) + 0.5
+    x = x.to(dtype, memory_format=layout)
+    dy = dy.to(dtype, memory_format=layout)
+    return x, dy
 
 
 def set_weights(norm):
     """Weights and biases that differ by channel, one of them zero as in a zero-initialised
     block.
     """
+    weights = torch.linspace(-1, 2, CHANNELS)
+    weights[2] = 0
+    biases = torch.linspace(1, -1, CHANNELS)
     if norm.affine:
         with torch.no_grad():
-            norm.weight.copy_(torch.linspace(-1, 2, CHANNELS))
-            norm.weight[2] = 0
-            norm.bias.copy_(torch.linspace(1, -1, CHANNELS))
-    return norm
+            norm.weight.copy_(weights)
+            norm.bias.copy_(biases)
 
 
 def make_norm(kind, **options):
-    return set_weights(kind(CHANNELS, **options))
+    norm = kind(CHANNELS, **options)
+    set_weights(norm)
+    return norm
+
+
+def as_arrays(tensors):
+    """A dictionary of tensors as one of float64 arrays."""
+    arrays = {}
+    for key, tensor in tensors.items():
+        arrays[key] = tensor.double().numpy()
+    return arrays
 
 
 def step(norm, x, dy, repeats=2):
@@ -74,12 +90,16 @@ def step(norm, x, dy, repeats=2):
     result = {"y": y.detach(), "dx": x.grad, **norm.state_dict()}
     for name, parameter in norm.named_parameters():
         result[f"d{name}"] = parameter.grad
-    return {key: value.double().numpy() for key, value in result.items()}
+    return as_arrays(result)
 
 
 def share(rank, world_size, tensors):
     """This rank's equal share of each batch."""
-    return [tensor.chunk(world_size)[rank] for tensor in tensors]
+    shares = []
+    for tensor in tensors:
+        shares_of_ranks = tensor.chunk(world_size)
+        shares.append(shares_of_ranks[rank])
+    return shares
 
 
 def cases():
@@ -95,7 +115,8 @@ def cases():
 def rank_steps(rank, world_size, images):
     results = []
     for dtype, options, batch_options in cases():
-        x, dy = share(rank, world_size, make_batch(images, dtype, **batch_options))
+        batch = make_batch(images, dtype, **batch_options)
+        x, dy = share(rank, world_size, batch)
         norm = make_norm(SyncBatchNorm, dtype=dtype, **options)
         results.append(step(norm, x, dy))
     return results
@@ -106,7 +127,8 @@ def assert_ranks_equal_whole(ranks, whole, tolerance):
     values_per_channel = whole["y"].size / CHANNELS
     for key, expected in whole.items():
         of_ranks = [result[key] for result in ranks]
-        scale = max(1, np.abs(expected).max())
+        largest = np.abs(expected).max()
+        scale = max(1, largest)
         if key in ("y", "dx"):
             actual = np.concatenate(of_ranks)
         elif key in ("dweight", "dbias"):
@@ -119,7 +141,11 @@ def assert_ranks_equal_whole(ranks, whole, tolerance):
             for other in of_ranks[1:]:
                 assert np.array_equal(actual, other), f"{key} differs between ranks"
         np.testing.assert_allclose(
-            actual / scale, expected / scale, rtol=0, atol=tolerance, err_msg=key
+            actual / scale,
+            expected / scale,
+            rtol=0,
+            atol=tolerance,
+            err_msg=key,
         )
 
 
@@ -147,10 +173,17 @@ def test_ranks_equal_one_process(world_size):
 
 def rank_autocast(rank, world_size, shift):
     norm = make_norm(SyncBatchNorm)
-    x, dy = share(rank, world_size, make_batch(32, torch.bfloat16, shift=shift))
+    batch = make_batch(32, torch.bfloat16, shift=shift)
+    x, dy = share(rank, world_size, batch)
     with torch.autocast("cpu", torch.bfloat16):
         result = step(norm, x, dy, repeats=1)
-    for tensor in (norm.running_mean, norm.running_var, norm.weight.grad, norm.bias.grad):
+    tensors = (
+        norm.running_mean,
+        norm.running_var,
+        norm.weight.grad,
+        norm.bias.grad,
+    )
+    for tensor in tensors:
         assert tensor.dtype == torch.float32
     return result
 
@@ -160,15 +193,16 @@ def test_bf16_autocast_is_as_exact_as_batch_norm(shift):
     x, dy = make_batch(32, torch.bfloat16, shift=shift)
     norm_in_double = make_norm(nn.BatchNorm2d, dtype=torch.float64)
     exact = step(norm_in_double, x.double(), dy.double(), repeats=1)
-    plain = step(make_norm(nn.BatchNorm2d), x, dy, repeats=1)
+    norm_in_single = make_norm(nn.BatchNorm2d)
+    plain = step(norm_in_single, x, dy, repeats=1)
 
     first, second = run_ranks(rank_autocast, 2, shift)
 
     for key in ("y", "dx"):
         ours = np.concatenate([first[key], second[key]])
-        error = np.abs(ours - exact[key]).mean()
-        plain_error = np.abs(plain[key] - exact[key]).mean()
-        assert error < 1.5 * plain_error, key
+        errors = np.abs(ours - exact[key])
+        plain_errors = np.abs(plain[key] - exact[key])
+        assert errors.mean() < 1.5 * plain_errors.mean(), key
     for key in ("running_mean", "running_var"):
         np.testing.assert_allclose(first[key], exact[key], rtol=1e-6)
     for key in ("dweight", "dbias"):
@@ -198,7 +232,8 @@ def rank_counts_collectives(rank, world_size):
         y = norm(x)
         y.sum().backward()
     assert evaluation.get_total_counts() == 0
-    assert torch.equal(y, plain(x))
+    expected = plain(x)
+    assert torch.equal(y, expected)
 
 
 def test_one_collective_each_way_and_none_in_eval():
@@ -208,46 +243,72 @@ def test_one_collective_each_way_and_none_in_eval():
 def group_of_one(rank, world_size):
     """Plain batch norm in a group of one, and with the switch the same numbers by a collective."""
     num_steps = 2
+    num_collectives = {
+        False: 0,
+        # One forward and one backward.
+        True: 2 * num_steps,
+    }
     results = []
-    for sync, num_collectives in ((False, 0), (True, 2 * num_steps)):
-        sync_batch_norm.SYNC_IN_GROUP_OF_ONE = sync
+    for is_synced in (False, True):
+        sync_batch_norm.SYNC_IN_GROUP_OF_ONE = is_synced
         norm = make_norm(SyncBatchNorm, dtype=torch.float64)
         x, dy = make_batch(4, torch.float64)
         with CommDebugMode() as mode:
-            results.append(step(norm, x, dy, num_steps))
-        assert mode.get_total_counts() == num_collectives
+            result = step(norm, x, dy, num_steps)
+        results.append(result)
+        assert mode.get_total_counts() == num_collectives[is_synced]
     return results
 
 
 def test_the_switch_runs_the_collectives_of_a_single_rank():
     [[plain, synced]] = run_ranks(group_of_one, 1)
     for key, expected in plain.items():
-        np.testing.assert_allclose(synced[key], expected, rtol=1e-12, atol=1e-12, err_msg=key)
+        np.testing.assert_allclose(
+            synced[key],
+            expected,
+            rtol=1e-12,
+            atol=1e-12,
+            err_msg=key,
+        )
 
 
 def rank_subgroup(rank, world_size):
     """Ranks 0 and 1 share a group, and rank 2 has one of its own with half of the batch."""
     pair = dist.new_group([0, 1])
     single = dist.new_group([2])
-    group = [pair, pair, single][rank]
-    norm = make_norm(SyncBatchNorm, dtype=torch.float64, process_group=group)
+    groups = (pair, pair, single)
+    images_of_ranks = (
+        slice(0, 2),
+        slice(2, 4),
+        slice(4, 8),
+    )
+    norm = make_norm(
+        SyncBatchNorm,
+        dtype=torch.float64,
+        process_group=groups[rank],
+    )
     x, dy = make_batch(8, torch.float64)
-    own = [slice(0, 2), slice(2, 4), slice(4, 8)][rank]
+    own = images_of_ranks[rank]
     return step(norm, x[own], dy[own])
 
 
 def test_process_group_limits_the_batch():
     x, dy = make_batch(8, torch.float64)
     first, second, third = run_ranks(rank_subgroup, 3)
-    for part, members in ((slice(0, 4), [first, second]), (slice(4, 8), [third])):
+    groups = (
+        (slice(0, 4), [first, second]),
+        (slice(4, 8), [third]),
+    )
+    for images, members in groups:
         norm = make_norm(nn.BatchNorm2d, dtype=torch.float64)
-        whole = step(norm, x[part], dy[part])
+        whole = step(norm, x[images], dy[images])
         assert_ranks_equal_whole(members, whole, 1e-12)
 
 
 def rank_too_few(rank, world_size):
     sync_batch_norm.SYNC_IN_GROUP_OF_ONE = True
-    SyncBatchNorm(6)(torch.zeros(1, 6, 1, 1))
+    norm = SyncBatchNorm(6)
+    norm(torch.zeros(1, 6, 1, 1))
 
 
 def test_one_value_per_channel_is_refused():
@@ -258,8 +319,12 @@ def test_one_value_per_channel_is_refused():
 def test_without_process_group_it_is_batch_norm():
     x, dy = make_batch(8, torch.float32)
     for training in (True, False):
-        expected = step(make_norm(nn.BatchNorm2d).train(training), x, dy)
-        actual = step(make_norm(SyncBatchNorm).train(training), x, dy)
+        plain = make_norm(nn.BatchNorm2d)
+        plain.train(training)
+        ours = make_norm(SyncBatchNorm)
+        ours.train(training)
+        expected = step(plain, x, dy)
+        actual = step(ours, x, dy)
         assert expected.keys() == actual.keys()
         for key, value in expected.items():
             assert np.array_equal(actual[key], value), key
@@ -268,14 +333,26 @@ def test_without_process_group_it_is_batch_norm():
 def make_network():
     torch.manual_seed(9)
     network = resnet.ResNet(
-        resnet.BasicBlock, (1, 1), 5, stem="cifar", stem_channels=8, shortcut="A"
-    ).double()
+        resnet.BasicBlock,
+        depths=(1, 1),
+        num_classes=5,
+        stem="cifar",
+        stem_channels=8,
+        shortcut="A",
+    )
+    network = network.double()
     return network.to(memory_format=torch.channels_last)
 
 
 def make_images():
+    """Two micro-batches of eight images."""
     generator = torch.Generator().manual_seed(10)
     return torch.randn(2, 8, 3, 12, 12, generator=generator, dtype=torch.float64)
+
+
+def accumulate_gradients(network, images):
+    loss = network(images).square().mean()
+    loss.backward()
 
 
 def network_result(network):
@@ -283,40 +360,48 @@ def network_result(network):
     tensors = dict(network.state_dict())
     for name, parameter in network.named_parameters():
         tensors[f"grad {name}"] = parameter.grad
-    return {key: value.double().numpy() for key, value in tensors.items()}
+    return as_arrays(tensors)
 
 
 def rank_network(rank, world_size):
     """Two micro-batches, each split 4 + 4, gradients accumulated with no_sync as in the training
     loop.
     """
-    network = DistributedDataParallel(convert_sync_batch_norm(make_network()))
+    synced = convert_sync_batch_norm(make_network())
+    network = DistributedDataParallel(synced)
     first, second = share(rank, world_size, make_images())
     with network.no_sync():
-        network(first).square().mean().backward()
-    network(second).square().mean().backward()
+        accumulate_gradients(network, first)
+    accumulate_gradients(network, second)
     return network_result(network.module)
 
 
 def test_network_with_ddp_and_accumulation_equals_one_process():
     network = make_network()
     for micro_batch in make_images():
-        network(micro_batch).square().mean().backward()
+        accumulate_gradients(network, micro_batch)
     expected = network_result(network)
+
     for actual in run_ranks(rank_network, 2):
         assert actual.keys() == expected.keys()
         for key in expected:
             np.testing.assert_allclose(
-                actual[key], expected[key], rtol=1e-9, atol=1e-12, err_msg=key
+                actual[key],
+                expected[key],
+                rtol=1e-9,
+                atol=1e-12,
+                err_msg=key,
             )
 
 
 def test_convert_keeps_tensors_flags_and_options():
     network = make_network()
-    network.bn1.eps = 0.25
-    network.bn1.momentum = None
-    network.bn1.weight.requires_grad_(False)
-    network.layer1[0].bn2.eval()
+    stem = network.bn1
+    stem.eps = 0.25
+    stem.momentum = None
+    stem.weight.requires_grad_(False)
+    block = network.layer1[0]
+    block.bn2.eval()
     before = copy.copy(network.state_dict(keep_vars=True))
 
     converted = convert_sync_batch_norm(network)
@@ -331,10 +416,12 @@ def test_convert_keeps_tensors_flags_and_options():
     for norm in norms:
         assert isinstance(norm, SyncBatchNorm)
 
-    assert network.bn1.eps == 0.25
-    assert network.bn1.momentum is None
-    assert not network.bn1.weight.requires_grad
-    assert network.bn1.bias.requires_grad
+    stem = network.bn1
+    assert stem.eps == 0.25
+    assert stem.momentum is None
+    assert not stem.weight.requires_grad
+    assert stem.bias.requires_grad
+
     block = network.layer1[0]
     assert block.bn1.training
     assert not block.bn2.training
@@ -342,11 +429,14 @@ def test_convert_keeps_tensors_flags_and_options():
 
 
 def test_convert_takes_a_bare_norm_and_norms_without_tensors():
-    norm = convert_sync_batch_norm(nn.BatchNorm2d(6, affine=False, track_running_stats=False))
+    plain = nn.BatchNorm2d(6, affine=False, track_running_stats=False)
+    norm = convert_sync_batch_norm(plain)
     assert isinstance(norm, SyncBatchNorm)
     assert not norm.state_dict()
     assert not list(norm.parameters())
-    assert norm(torch.randn(4, 6, 2, 2)).shape == (4, 6, 2, 2)
+
+    images = torch.randn(4, 6, 2, 2)
+    assert norm(images).shape == images.shape
 
 
 def compiled_step(rank, world_size, backend):
@@ -361,19 +451,32 @@ def compiled_step(rank, world_size, backend):
         run = block
         if is_compiled:
             run = torch.compile(block, fullgraph=True, backend=backend)
-        x, dy = share(rank, world_size, make_batch(8, torch.float32))
+        batch = make_batch(8, torch.float32)
+        x, dy = share(rank, world_size, batch)
         x = x.detach().requires_grad_()
         y = run(x)
         y.backward(dy)
-        tensors = [y.detach(), x.grad, norm.weight.grad, norm.running_mean, norm.running_var]
-        results.append([tensor.numpy() for tensor in tensors])
+        result = {
+            "y": y.detach(),
+            "dx": x.grad,
+            "dweight": norm.weight.grad,
+            "running_mean": norm.running_mean,
+            "running_var": norm.running_var,
+        }
+        results.append(as_arrays(result))
     return results
 
 
 def assert_compiled_equals_eager(backend):
     for eager, compiled in run_ranks(compiled_step, 2, backend):
-        for expected, actual in zip(eager, compiled, strict=True):
-            np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=2e-6)
+        for key, expected in eager.items():
+            np.testing.assert_allclose(
+                compiled[key],
+                expected,
+                rtol=1e-5,
+                atol=2e-6,
+                err_msg=key,
+            )
 
 
 @pytest.mark.slow
@@ -404,10 +507,12 @@ def kernels_of_inductor(rank, world_size):
 
     def forward_and_backward():
         compiled = torch.compile(block, fullgraph=True, backend="inductor")
-        compiled(x, shortcut).sum().backward()
+        loss = compiled(x, shortcut).sum()
+        loss.backward()
 
     _, codes = run_and_get_code(forward_and_backward)
-    return [re.findall(r"^(\w+) = async_compile", code, re.M) for code in codes]
+    definition = re.compile(r"^(\w+) = async_compile", re.MULTILINE)
+    return [definition.findall(code) for code in codes]
 
 
 @pytest.mark.long
@@ -417,15 +522,23 @@ def test_inductor_fuses_it_with_the_addition_and_relu(monkeypatch):
     """
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
     [(forward, backward)] = run_ranks(kernels_of_inductor, 1)
-    assert len(forward) == len(backward) == 2, (forward, backward)
-    assert "batch_norm" in forward[1], forward
-    assert "relu" in forward[1], forward
+    assert len(forward) == 2, forward
+    assert len(backward) == 2, backward
+    _, last_kernel = forward
+    assert "batch_norm" in last_kernel
+    assert "relu" in last_kernel
 
 
 def test_a_converted_network_runs_on_meta():
     with torch.device("meta"):
-        network = convert_sync_batch_norm(MODELS["resnet50"](10))
+        network = MODELS["resnet50"](10)
+        network = convert_sync_batch_norm(network)
         images = torch.empty(2, 3, 64, 64)
     assert isinstance(network.bn1, SyncBatchNorm)
-    network(images).sum().backward()
-    assert network.eval()(images).shape == (2, 10)
+
+    loss = network(images).sum()
+    loss.backward()
+
+    network.eval()
+    logits = network(images)
+    assert logits.shape == (2, 10)
