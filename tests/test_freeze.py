@@ -1,11 +1,12 @@
 """A frozen backbone stays as it is, bit for bit; the head learns, and may learn faster."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 import torchvision
-from engine_utils import CPU, FP32, NoSync, make_batch, rule_of
+from engine_utils import CPU, FP32, ListLoader, NoSync, make_batch, rule_of
 from image_files import OneProcess
 from torch import nn
 
@@ -49,7 +50,25 @@ def moved(state, before):
 
 
 def changed_keys(model, before):
-    return {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    changed = set()
+    for key, tensor in model.state_dict().items():
+        if not torch.equal(tensor, before[key]):
+            changed.add(key)
+    return changed
+
+
+def keys_that_begin_with(prefixes, keys):
+    return {key for key in keys if key.startswith(prefixes)}
+
+
+def names_of(groups, model):
+    """The names of the parameters in some groups of an optimizer."""
+    name_of = {parameter: name for name, parameter in model.named_parameters()}
+    names = []
+    for group in groups:
+        for parameter in group["params"]:
+            names.append(name_of[parameter])
+    return names
 
 
 def test_a_frozen_backbone_is_bit_identical():
@@ -58,8 +77,9 @@ def test_a_frozen_backbone_is_bit_identical():
     """
     state, before = trained(unfreeze_from="head")
     assert moved(state, before) == {"fc.weight", "fc.bias"}
-    known = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
-    assert len(known) == 2
+
+    known = names_of(state.optimizer.param_groups, state.model)
+    assert sorted(known) == ["fc.bias", "fc.weight"]
     assert len(state.optimizer.state) == 2
     for parameter in state.model.parameters():
         assert parameter.grad is None
@@ -73,34 +93,36 @@ def test_without_a_frozen_part_every_tensor_changes():
 @pytest.mark.slow
 def test_unfrozen_from_a_stage_on():
     state, before = trained(unfreeze_from="layer3")
-    assert moved(state, before) == {key for key in before if key.startswith(("layer3.", "fc."))}
+    last_modules = ("layer3.", "fc.")
+    assert moved(state, before) == keys_that_begin_with(last_modules, before)
+
     state, before = trained(unfreeze_from="layer3.2.conv2", steps=1)
     last_modules = ("layer3.2.conv2", "layer3.2.bn2", "fc.")
-    assert moved(state, before) == {key for key in before if key.startswith(last_modules)}
+    assert moved(state, before) == keys_that_begin_with(last_modules, before)
 
 
 def test_frozen_norms_stay_in_eval_throughout():
     """Also after an evaluation; then a SyncBatchNorm says nothing to the other ranks."""
 
-    class Nothing(list):
-        num_samples = 0
-        mirrored = False
-
     state, _ = trained(steps=0, unfreeze_from="layer3")
-    evaluation.evaluate(state.model, Nothing(), OneProcess(), FP32)
-    norms = {
-        name: module
-        for name, module in state.model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-    }
+    model = state.model
+    no_images = ListLoader([], num_samples=0)
+    evaluation.evaluate(model, no_images, OneProcess(), FP32)
+
+    norms = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            norms[name] = module
     assert len(norms) == 19
     for name, norm in norms.items():
-        assert norm.training == name.startswith("layer3"), name
-    assert state.model.training
-    assert state.model.layer1.training
-    state.model.eval()
-    evaluation.evaluate(state.model, Nothing(), OneProcess(), FP32)
-    for module in state.model.modules():
+        is_learning = name.startswith("layer3")
+        assert norm.training == is_learning, name
+    assert model.training
+    assert model.layer1.training
+
+    model.eval()
+    evaluation.evaluate(model, no_images, OneProcess(), FP32)
+    for module in model.modules():
         assert not module.training
 
 
@@ -113,9 +135,14 @@ def test_a_norm_without_weights_goes_with_the_layer_before():
         nn.BatchNorm2d(4, affine=False),
         nn.Linear(4, 2),
     )
+    frozen_norm = model[1]
+
     freeze(model, "3")
     train_mode(model)
-    assert [module.training for module in model] == [True, False, True, True, True, True]
+
+    for module in model:
+        is_frozen_norm = module is frozen_norm
+        assert module.training != is_frozen_norm
 
 
 def test_auxiliary_heads_are_heads():
@@ -123,43 +150,56 @@ def test_auxiliary_heads_are_heads():
     with torch.device("meta"):
         model = torchvision.models.inception_v3(init_weights=False)
     model.auxiliary_weight = 0.4
+
     freeze(model, "Mixed_7b")
+
     learning = set()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             child, *_ = name.split(".")
             learning.add(child)
     assert learning == {"AuxLogits", "Mixed_7b", "Mixed_7c", "fc"}
-    assert not model.AuxLogits.conv0.conv.weight.requires_grad
-    assert model.AuxLogits.fc.weight.requires_grad
+    first_of_auxiliary = model.AuxLogits.conv0.conv
+    last_of_auxiliary = model.AuxLogits.fc
+    assert not first_of_auxiliary.weight.requires_grad
+    assert last_of_auxiliary.weight.requires_grad
 
 
 @pytest.mark.parametrize("name", ["layer4", "layer", "relu", "fc.weight", "Head"])
 def test_a_module_that_is_not_there_is_refused(name):
+    model = MODELS["resnet20"](num_classes=3)
     there_are = "head, conv1, bn1, layer1, layer2, layer3, fc"
     with pytest.raises(ValueError, match=rf"optim\.unfreeze_from is '{name}'.*{there_are}"):
-        freeze(MODELS["resnet20"](num_classes=3), name)
+        freeze(model, name)
 
 
 def test_the_first_module_would_freeze_nothing():
+    model = MODELS["resnet20"](num_classes=3)
     message = r"optim\.unfreeze_from is 'conv1', where the network begins"
     with pytest.raises(ValueError, match=message):
-        freeze(MODELS["resnet20"](num_classes=3), "conv1")
+        freeze(model, "conv1")
 
 
 def test_the_backbone_may_learn_more_slowly():
     """The first update of SGD without decay is the gradient times the group's learning rate."""
     plain, before = trained(steps=1, weight_decay=0.0)
     slow, _ = trained(steps=1, weight_decay=0.0, backbone_lr_scale=0.125)
-    assert [group["lr"] for group in slow.optimizer.param_groups] == [0.0125, 0.1, 0.0125, 0.1]
+    assert values_of("lr", slow.optimizer.param_groups) == [0.0125, 0.1, 0.0125, 0.1]
+
     for key, parameter in plain.model.named_parameters():
-        step = parameter - before[key]
-        slow_step = slow.model.get_parameter(key) - before[key]
+        slow_parameter = slow.model.get_parameter(key)
+        change = parameter - before[key]
+        slow_change = slow_parameter - before[key]
         scale = 0.125
         if key.startswith("fc"):
             scale = 1
-        assert step.abs().max() > 0
-        torch.testing.assert_close(slow_step, step * scale, rtol=1e-3, atol=1e-7)
+        assert change.any()
+        expected = change * scale
+        torch.testing.assert_close(slow_change, expected, rtol=1e-3, atol=1e-7)
+
+
+def values_of(key, groups):
+    return [group[key] for group in groups]
 
 
 def test_groups_with_a_head_of_their_own():
@@ -167,14 +207,17 @@ def test_groups_with_a_head_of_their_own():
     run.
     """
     model = MODELS["resnet20"](num_classes=10)
-    decay = {"weight_decay": 1e-4, "norm_weight_decay": 0.0, "bias_weight_decay": 1e-5}
+    without_scale = OptimConfig(
+        weight_decay=1e-4,
+        norm_weight_decay=0.0,
+        bias_weight_decay=1e-5,
+    )
+    with_scale = replace(without_scale, backbone_lr_scale=0.1)
 
-    for group in parameter_groups(model, OptimConfig(**decay)):
+    for group in parameter_groups(model, without_scale):
         assert "lr_scale" not in group
 
-    weights, head_weights, norms, head_bias = parameter_groups(
-        model, OptimConfig(**decay, backbone_lr_scale=0.1)
-    )
+    weights, head_weights, norms, head_bias = parameter_groups(model, with_scale)
     check_group(weights, num_params=19, lr_scale=0.1, weight_decay=1e-4)
     check_group(head_weights, num_params=1, lr_scale=1.0, weight_decay=1e-4)
     check_group(norms, num_params=38, lr_scale=0.1, weight_decay=0.0)
@@ -184,8 +227,9 @@ def test_groups_with_a_head_of_their_own():
 
     freeze(model, "layer3")
     groups = parameter_groups(model, OptimConfig(backbone_lr_scale=0.1))
-    assert [len(group["params"]) for group in groups] == [6, 1, 12, 1]
-    assert [group["lr_scale"] for group in groups] == [0.1, 1.0, 0.1, 1.0]
+    num_params = [len(params) for params in values_of("params", groups)]
+    assert num_params == [6, 1, 12, 1]
+    assert values_of("lr_scale", groups) == [0.1, 1.0, 0.1, 1.0]
 
 
 def check_group(group, num_params, lr_scale, weight_decay):

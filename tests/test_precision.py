@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dist_utils import run_command
+from dist_utils import run_command, small_run
 
 from resnet_dist import precision
 from resnet_dist.checkpoints.checkpoint_file import read_checkpoint, unpack_checkpoint
@@ -17,43 +17,93 @@ from resnet_dist.distributed.rendezvous import Launcher
 from resnet_dist.precision import Precision, resolve_precision, resolve_settings, set_arithmetic
 
 CPU = torch.device("cpu")
+GPU = torch.device("cuda")
 AUTO = Config()
 
 
 @pytest.fixture
 def cpu_with(monkeypatch):
     """A function that replaces the flags of this machine's CPU."""
-    return lambda *flags: monkeypatch.setattr(precision, "cpu_flags", lambda: set(flags))
+
+    def set_flags(*flags):
+        def cpu_flags():
+            return set(flags)
+
+        monkeypatch.setattr(precision, "cpu_flags", cpu_flags)
+
+    return set_flags
+
+
+@pytest.fixture
+def gpu_with(monkeypatch):
+    """A function that sets the compute capability of a GPU that is not there."""
+
+    def set_capability(capability):
+        def get_device_capability(device):
+            return capability
+
+        monkeypatch.setattr(torch.cuda, "get_device_capability", get_device_capability)
+
+    return set_capability
 
 
 def with_precision(setting):
-    return replace(AUTO, train=TrainConfig(precision=setting))
+    train = TrainConfig(precision=setting)
+    return replace(AUTO, train=train)
 
 
-def test_auto_is_what_the_hardware_computes_natively(cpu_with, monkeypatch):
-    for flags, expected in ((["avx2"], "fp32"), (["amx_bf16"], "bf16"), (["avx512_bf16"], "bf16")):
-        cpu_with(*flags)
+def test_auto_is_what_the_hardware_computes_natively(cpu_with, gpu_with):
+    precision_of_cpus = {
+        "avx2": "fp32",
+        "amx_bf16": "bf16",
+        "avx512_bf16": "bf16",
+    }
+    for flag, expected in precision_of_cpus.items():
+        cpu_with(flag)
         assert resolve_precision("auto", CPU) == expected
-    for capability, expected in (((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert resolve_precision("auto", torch.device("cuda")) == expected
+
+    precision_of_gpus = {
+        (7, 5): "fp16",
+        (8, 0): "bf16",
+        (9, 0): "bf16",
+    }
+    for capability, expected in precision_of_gpus.items():
+        gpu_with(capability)
+        assert resolve_precision("auto", GPU) == expected
 
 
 def test_a_stored_precision_wins_over_auto_alone(cpu_with):
     cpu_with("avx2")
-    for stored, expected in (("bf16", "bf16"), ("fp16", "fp16"), ("auto", "fp32")):
+    fp32 = with_precision("fp32")
+    resumed_as = {
+        "bf16": "bf16",
+        "fp16": "fp16",
+        "auto": "fp32",
+    }
+    for stored, expected in resumed_as.items():
         saved = to_dict(with_precision(stored))
-        assert resolve_settings(AUTO, CPU, saved).train.precision == expected
-        assert resolve_settings(with_precision("fp32"), CPU, saved).train.precision == "fp32"
+        with_auto = resolve_settings(AUTO, CPU, saved)
+        with_fp32 = resolve_settings(fp32, CPU, saved)
+        assert with_auto.train.precision == expected
+        assert with_fp32.train.precision == "fp32"
 
 
 def test_precision_is_that_of_autocast_and_scaler():
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+    dtypes = {
+        "fp32": torch.float32,
+        "bf16": torch.bfloat16,
+        "fp16": torch.float16,
+    }
+    ones = torch.ones(2, 2)
+    for name, dtype in dtypes.items():
         own = Precision(name, CPU)
         with own.autocast():
-            product = torch.ones(2, 2) @ torch.ones(2, 2)
-        assert product.dtype == own.dtype == dtype
-        assert own.gradient_scaler().is_enabled() == (name == "fp16")
+            product = ones @ ones
+        assert own.dtype == dtype
+        assert product.dtype == dtype
+        scaler = own.gradient_scaler()
+        needs_scaler = name == "fp16"
+        assert scaler.is_enabled() == needs_scaler
 
 
 @pytest.fixture
@@ -61,32 +111,44 @@ def switches():
     """PyTorch's switches, as they were, after the test."""
     matmul = torch.backends.cuda.matmul
     cudnn = torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    deterministic = torch.utils.deterministic
+    tf32_of_matmul = matmul.allow_tf32
+    tf32_of_cudnn = cudnn.allow_tf32
+    benchmark = cudnn.benchmark
+    fill = deterministic.fill_uninitialized_memory
     yield
-    matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+    matmul.allow_tf32 = tf32_of_matmul
+    cudnn.allow_tf32 = tf32_of_cudnn
+    cudnn.benchmark = benchmark
     torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = fill
+    deterministic.fill_uninitialized_memory = fill
+
+
+def delete_variable(monkeypatch, name):
+    """Delete an environment variable; after the test it is as before, also if the test sets it."""
+    monkeypatch.setenv(name, "")
+    monkeypatch.delenv(name)
 
 
 def test_switches_of_a_gpu(switches, monkeypatch):
     """TF32 and deterministic algorithms follow the config on a GPU, and nothing changes on a
     CPU.
     """
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    delete_variable(monkeypatch, "CUBLAS_WORKSPACE_CONFIG")
     matmul = torch.backends.cuda.matmul
     cudnn = torch.backends.cudnn
     cudnn.benchmark = True
     for wanted in (True, False):
-        set_arithmetic(TrainConfig(tf32=wanted), torch.device("cuda"))
+        set_arithmetic(TrainConfig(tf32=wanted), GPU)
         assert matmul.allow_tf32 == wanted
         assert cudnn.allow_tf32 == wanted
         assert cudnn.benchmark
+
     set_arithmetic(TrainConfig(tf32=True, deterministic=True), CPU)
     assert not torch.are_deterministic_algorithms_enabled()
     assert not matmul.allow_tf32
-    set_arithmetic(TrainConfig(deterministic=True), torch.device("cuda"))
+
+    set_arithmetic(TrainConfig(deterministic=True), GPU)
     assert torch.are_deterministic_algorithms_enabled()
     assert not cudnn.benchmark
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
@@ -100,23 +162,35 @@ def test_nccl_leaves_the_decision_to_the_watchdog(switches, monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("TORCH_NCCL_ENABLE_MONITORING", "1")
-    monkeypatch.setenv("TORCH_NCCL_DUMP_ON_TIMEOUT", "")
-    monkeypatch.delenv("TORCH_NCCL_DUMP_ON_TIMEOUT")
-    assert runtime._use_gpu("cuda", Launcher()) == torch.device("cuda", 0)
+    delete_variable(monkeypatch, "TORCH_NCCL_DUMP_ON_TIMEOUT")
+
+    device = runtime._use_gpu("cuda", Launcher())
+    assert device == torch.device("cuda", 0)
     assert os.environ["TORCH_NCCL_ENABLE_MONITORING"] == "1"
     assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0"
+
+    second_of_two = Launcher(local_rank=1, local_world_size=2)
     with pytest.raises(ValueError, match="shows 1 GPUs for 2 ranks"):
-        runtime._use_gpu("cuda", Launcher(local_rank=1, local_world_size=2))
+        runtime._use_gpu("cuda", second_of_two)
 
 
 def test_a_failed_rank_with_a_gpu_leaves_without_clean_up(monkeypatch):
     """Destructors of NCCL may wait for a lost rank."""
-    left = []
-    watchdog = SimpleNamespace(lost_server="", world_size=2, is_watching=True, exit_now=left.append)
-    for has_gpu, expected in ((False, []), (True, [75])):
-        monkeypatch.setattr(torch.cuda, "is_initialized", lambda has_gpu=has_gpu: has_gpu)
-        assert process._leave(75, watchdog) == 75
-        assert left == expected
+    exit_codes = []
+    watchdog = SimpleNamespace(
+        lost_server="",
+        world_size=2,
+        is_watching=True,
+        exit_now=exit_codes.append,
+    )
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    assert process._leave(75, watchdog) == 75
+    assert exit_codes == []
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert process._leave(75, watchdog) == 75
+    assert exit_codes == [75]
 
 
 @pytest.mark.slow
@@ -125,27 +199,33 @@ def test_a_run_keeps_its_precision_on_another_kind_of_node(digits, tmp_path):
     one.
     """
 
+    folder = tmp_path / "run"
+
     def train(epochs, setting):
-        arguments = [
-            "train", "--config", "configs/quickstart.yaml", "--data.data_dir", digits,
-            "--output_dir", str(tmp_path / "run"), "--data.train_crop_size", "8",
-            "--data.val_resize_size", "8", "--data.val_crop_size", "8", "--data.threads", "1",
-            "--train.global_batch_size", "512", "--schedule.warmup_epochs", "0",
-            "--train.epochs", str(epochs), "--train.precision", setting,
-            "--log.wandb", "disabled", "--distributed.threads", "1",
-        ]  # fmt: skip
-        code, printed = run_command(tmp_path, arguments, entry=on_avx2)
+        settings = small_run(
+            data__data_dir=digits,
+            output_dir=folder,
+            train__global_batch_size=512,
+            schedule__warmup_epochs=0,
+            train__epochs=epochs,
+            train__precision=setting,
+        )
+        code, printed = run_command(tmp_path, ["train", *settings], entry=on_avx2)
         assert code == 0, printed
-        newest = newest_valid(tmp_path / "run" / "checkpoints", print)
+        newest = newest_valid(folder / "checkpoints", print)
         payload = read_checkpoint(newest)
-        saved = unpack_checkpoint(payload, "newest")["config"]["train"]["precision"]
+        content = unpack_checkpoint(payload, "newest")
+        saved = content["config"]["train"]["precision"]
         return saved, printed
 
-    assert train(1, "bf16")[0] == "bf16"
+    saved, _ = train(1, "bf16")
+    assert saved == "bf16"
+
     saved, printed = train(2, "auto")
     assert saved == "bf16"
     assert "bf16" in printed
     assert "train.precision was" not in printed
+
     saved, printed = train(3, "fp32")
     assert saved == "fp32"
     assert "train.precision was 'bf16', now 'fp32'" in printed

@@ -33,10 +33,16 @@ def network(num_classes=5, name="resnet20"):
     generator = torch.Generator().manual_seed(3)
     for tensor in model.state_dict().values():
         if tensor.is_floating_point():
-            tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+            numbers = torch.rand(tensor.shape, generator=generator)
+            tensor.copy_(numbers + 0.5)
         else:
             tensor.fill_(7)
     return model
+
+
+def fresh_network(num_classes=5):
+    """The network to load weights into."""
+    return MODELS["resnet20"](num_classes=num_classes)
 
 
 def counts(rows):
@@ -61,7 +67,11 @@ def renamed(state, **prefixes):
     return state
 
 
-NVIDIA = {"layer1.": "layers.0.", "layer2.": "layers.1.", "layer3.": "layers.2."}
+NVIDIA = {
+    "layer1.": "layers.0.",
+    "layer2.": "layers.1.",
+    "layer3.": "layers.2.",
+}
 
 
 @pytest.mark.slow
@@ -86,12 +96,15 @@ NVIDIA = {"layer1.": "layers.0.", "layer2.": "layers.1.", "layer3.": "layers.2."
 def test_names_of_other_layouts(prefixes, num_renamed):
     """Each renamed key is in the table, and the values come over bit for bit."""
     source = network().state_dict()
-    model = MODELS["resnet20"](num_classes=5)
+    num_exact = len(source) - num_renamed
+    model = fresh_network()
     content = {"state_dict": renamed(source, **prefixes)}
+
     rows, whole = load_weights(model, content, "x.pth")
+
     assert_equal(model, source)
     assert whole
-    assert counts(rows) == [len(source) - num_renamed, num_renamed, 0, 0, 0]
+    assert counts(rows) == [num_exact, num_renamed, 0, 0, 0]
     for text in rows["renamed"]:
         assert " -> " in text
 
@@ -116,10 +129,15 @@ def test_nesting(keys):
     source = network().state_dict()
     content = source
     for key in reversed(keys):
-        content = {"epoch": 3, "best": torch.tensor(1.0), key: content}
+        content = {
+            "epoch": 3,
+            "best": torch.tensor(1.0),
+            key: content,
+        }
     is_average = any("ema" in key for key in keys)
     if is_average:
-        content = {**content, "state_dict": MODELS["resnet20"](num_classes=5).state_dict()}
+        raw_weights = fresh_network().state_dict()
+        content = {**content, "state_dict": raw_weights}
     else:
         content = {**content, "ema": None, "model_ema": {"decay": 0.9}}
 
@@ -143,26 +161,28 @@ def test_every_tensor_of_timm_has_its_place(name):
     """The names and shapes that timm gives today, without their values."""
     with torch.device("meta"):
         if name in FAMILY:
-            own = MODELS[name]()
+            model = MODELS[name]()
         elif name == "inception_v3":
-            own = torchvision.models.inception_v3(init_weights=False)
+            model = torchvision.models.inception_v3(init_weights=False)
         else:
-            own = torchvision.models.get_model(name)
+            model = torchvision.models.get_model(name)
         file = timm.create_model(name).state_dict()
-    *_, head = head_modules(own)
-    own = own.state_dict()
+    *_, head = head_modules(model)
+    state = model.state_dict()
 
     def place_of(key, tensor):
         for candidate in weights._candidates(key, head):
-            if candidate in own and weights._fits(tensor, own[candidate]):
+            if candidate in state and weights._fits(tensor, state[candidate]):
                 return candidate
         raise AssertionError(f"{key} has no place")
 
     places = {place_of(key, tensor) for key, tensor in file.items()}
     assert len(places) == len(file)
-    # timm's file has no auxiliary head.
-    empty = [key for key in own if key not in places and not key.startswith("AuxLogits.")]
-    assert empty == []
+
+    empty = state.keys() - places
+    for key in empty:
+        # timm's file has no auxiliary head.
+        assert key.startswith("AuxLogits.")
 
 
 def test_the_torchvision_layout_is_ours():
@@ -178,30 +198,37 @@ def file_of(modules):
     """The tensors of {name: module}, as a file has them."""
     file = {}
     for name, module in modules.items():
-        for key, tensor in module.state_dict().items():
-            file[f"{name}.{key}"] = tensor
+        state = module.state_dict(prefix=f"{name}.")
+        file.update(state)
     return file
 
 
 @pytest.mark.parametrize("is_conv", [False, True])
 def test_squeeze_and_excitation_of_nvidia(is_conv):
     """Two linear layers in its files of 2019, convolutions later."""
-    model = nn.Sequential(nn.Module(), nn.Linear(8, 3))
-    model[0].se = nn.Module()
-    model[0].se.fc1 = nn.Conv2d(8, 2, 1)
-    model[0].se.fc2 = nn.Conv2d(2, 8, 1)
+    excitation = nn.Module()
+    excitation.fc1 = nn.Conv2d(8, 2, 1)
+    excitation.fc2 = nn.Conv2d(2, 8, 1)
+    block = nn.Module()
+    block.se = excitation
+    model = nn.Sequential(block, nn.Linear(8, 3))
+
     squeeze = nn.Linear(8, 2)
     expand = nn.Linear(2, 8)
     if is_conv:
         squeeze = nn.Conv2d(8, 2, 1)
         expand = nn.Conv2d(2, 8, 1)
-    head = nn.Linear(8, 3)
-    file = file_of({"0.squeeze.squeeze": squeeze, "0.squeeze.expand": expand, "1": head})
+    modules = {
+        "0.squeeze.squeeze": squeeze,
+        "0.squeeze.expand": expand,
+        "1": nn.Linear(8, 3),
+    }
 
-    rows, whole = load_weights(model, file, "x.pth")
+    rows, whole = load_weights(model, file_of(modules), "x.pth")
 
     assert whole
-    assert torch.equal(model[0].se.fc2.weight.flatten(1), expand.weight.flatten(1))
+    loaded = excitation.fc2.weight.flatten(1)
+    assert torch.equal(loaded, expand.weight.flatten(1))
     if is_conv:
         assert counts(rows) == [2, 4, 0, 0, 0]
     else:
@@ -210,8 +237,7 @@ def test_squeeze_and_excitation_of_nvidia(is_conv):
 
 
 def test_linear_layers_of_timms_vgg_are_convolutions():
-    model = nn.Module()
-    model.classifier = nn.Sequential(
+    classifier = nn.Sequential(
         nn.Linear(2 * 49, 6),
         nn.ReLU(),
         nn.Dropout(),
@@ -220,18 +246,27 @@ def test_linear_layers_of_timms_vgg_are_convolutions():
         nn.Dropout(),
         nn.Linear(6, 3),
     )
+    model = nn.Module()
+    model.classifier = classifier
     fc1 = nn.Conv2d(2, 6, 7)
     fc2 = nn.Conv2d(6, 6, 1)
     head = nn.Linear(6, 3)
-    file = file_of({"pre_logits.fc1": fc1, "pre_logits.fc2": fc2, "head.fc": head})
+    modules = {
+        "pre_logits.fc1": fc1,
+        "pre_logits.fc2": fc2,
+        "head.fc": head,
+    }
 
-    rows, _ = load_weights(model, file, "x.pth")
+    rows, _ = load_weights(model, file_of(modules), "x.pth")
 
     assert counts(rows) == [0, 4, 2, 0, 0]
-    image = torch.randn(4, 2, 7, 7)
-    hidden = torch.relu(fc2(torch.relu(fc1(image))))
+    maps = torch.randn(4, 2, 7, 7)
+    hidden = torch.relu(fc1(maps))
+    hidden = torch.relu(fc2(hidden))
     expected = head(hidden.flatten(1))
-    torch.testing.assert_close(model.classifier.eval()(image.flatten(1)), expected)
+    classifier.eval()
+    logits = classifier(maps.flatten(1))
+    torch.testing.assert_close(logits, expected)
 
 
 def test_old_densenet_names():
@@ -241,8 +276,11 @@ def test_old_densenet_names():
     for key, tensor in model.state_dict().items():
         if "num_batches" not in key:
             source[key] = torch.rand_like(tensor)
-    # norm1.weight was norm.1.weight.
-    old = {re.sub(r"(norm|conv)([12])\.", r"\1.\2.", key): source[key] for key in source}
+    old = {}
+    for key, tensor in source.items():
+        # norm1.weight was norm.1.weight.
+        old_key = re.sub(r"(norm|conv)([12])\.", r"\1.\2.", key)
+        old[old_key] = tensor
     assert old.keys() != source.keys()
 
     rows, whole = load_weights(model, old, "x.pth")
@@ -260,25 +298,30 @@ def test_old_densenet_names():
 
 def test_a_head_is_recognised_by_position_and_shape_alone():
     """With other classes it is known to be the head; another layer is not taken for it."""
-    source = renamed(network(10).state_dict(), **{"fc.": "linear."})
-    rows, whole = load_weights(MODELS["resnet20"](num_classes=2), source, "x.pth")
+    other_names = {"fc.": "linear."}
+    source = renamed(network(10).state_dict(), **other_names)
+
+    rows, whole = load_weights(fresh_network(2), source, "x.pth")
     assert whole
     assert rows["skipped"] == [
         "linear.weight [10, 64] instead of [2, 64]",
         "linear.bias [10] instead of [2]",
     ]
+
     source["projection.weight"] = torch.zeros(10, 7)
-    rows, whole = load_weights(MODELS["resnet20"](num_classes=10), source, "x.pth")
+    rows, whole = load_weights(fresh_network(10), source, "x.pth")
     assert not whole
     assert "projection.weight [10, 7]" in rows["skipped"]
 
 
 def test_another_number_of_classes_means_a_fresh_head():
     source = network(10).state_dict()
-    model = MODELS["resnet20"](num_classes=2)
+    model = fresh_network(2)
     fresh_weight = model.fc.weight.detach().clone()
     fresh_bias = model.fc.bias.detach().clone()
+
     rows, whole = load_weights(model, source, "x.pth")
+
     assert whole
     assert counts(rows) == [114, 0, 0, 2, 2]
     assert rows["skipped"] == [
@@ -289,7 +332,12 @@ def test_another_number_of_classes_means_a_fresh_head():
         "fc.weight (head, freshly initialised)",
         "fc.bias (head, freshly initialised)",
     ]
-    assert_equal(model, source | {"fc.weight": fresh_weight, "fc.bias": fresh_bias})
+    expected = {
+        **source,
+        "fc.weight": fresh_weight,
+        "fc.bias": fresh_bias,
+    }
+    assert_equal(model, expected)
 
 
 def test_some_tensors_that_do_not_fit_are_told():
@@ -297,8 +345,11 @@ def test_some_tensors_that_do_not_fit_are_told():
     source["layer1.0.conv1.weight"] = torch.zeros(1, 2, 3)
     source["bn1.bias"] = torch.zeros(16, dtype=torch.int64)
     source["extra"] = 3
-    del source["layer3.2.bn2.running_var"], source["layer3.2.bn2.num_batches_tracked"]
-    rows, whole = load_weights(MODELS["resnet20"](num_classes=5), source, "x.pth")
+    del source["layer3.2.bn2.running_var"]
+    del source["layer3.2.bn2.num_batches_tracked"]
+
+    rows, whole = load_weights(fresh_network(), source, "x.pth")
+
     assert not whole
     assert counts(rows) == [112, 0, 0, 3, 4]
     assert rows["skipped"] == [
@@ -312,10 +363,14 @@ def test_some_tensors_that_do_not_fit_are_told():
         "layer3.2.bn2.running_var",
         "layer3.2.bn2.num_batches_tracked (without effect)",
     ]
-    table = describe(rows).splitlines()
-    for line, (kind, names) in zip(table, rows.items(), strict=True):
-        assert line.split()[:2] == [kind, str(len(names))]
-    assert "layer3.2.bn2.running_var and 1 more" in table[4]
+
+    lines = describe(rows).splitlines()
+    for line, (kind, names) in zip(lines, rows.items(), strict=True):
+        first_word, second_word, *_ = line.split()
+        assert first_word == kind
+        assert int(second_word) == len(names)
+    line_of_missing = lines[-1]
+    assert "layer3.2.bn2.running_var and 1 more" in line_of_missing
 
 
 def test_half_of_the_backbone_is_the_least():
@@ -323,28 +378,38 @@ def test_half_of_the_backbone_is_the_least():
     norms.
     """
     source = network().state_dict()
-    model = MODELS["resnet20"](num_classes=5)
+    model = fresh_network()
     before = copy.deepcopy(model.state_dict())
     message = r"'x\.pth'.* of the 95 tensors .*conv1\.weight, .*model\.name"
-    for content in ({}, {"model": {}}, {"a.b": torch.zeros(3)}, {"fc.weight": source["fc.weight"]}):
+    contents = (
+        {},
+        {"model": {}},
+        {"a.b": torch.zeros(3)},
+        {"fc.weight": source["fc.weight"]},
+    )
+    for content in contents:
         with pytest.raises(ValueError, match=message):
             load_weights(model, content, "x.pth")
     assert_equal(model, before)
 
-    needed = [key for key in source if "fc." not in key and "num_batches" not in key]
-    too_few = {key: source[key] for key in needed[:47]}
+    backbone = []
+    for key, tensor in source.items():
+        if "fc." not in key and "num_batches" not in key:
+            backbone.append((key, tensor))
+    too_few = dict(backbone[:47])
     with pytest.raises(ValueError, match="it has 47 of the 95"):
         load_weights(model, too_few, "x.pth")
-    just_enough = {key: source[key] for key in needed[:48]}
+
+    just_enough = dict(backbone[:48])
     _, whole = load_weights(model, just_enough, "x.pth")
     assert not whole
 
 
 def test_values_that_are_not_finite_are_refused():
     source = network().state_dict()
-    model = MODELS["resnet20"](num_classes=5)
-    before = copy.deepcopy(model.state_dict())
     source["layer2.0.bn1.running_var"][3] = float("inf")
+    model = fresh_network()
+    before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"not finite in layer2\.0\.bn1\.running_var"):
         load_weights(model, source, "x.pth")
     assert_equal(model, before)
@@ -356,27 +421,42 @@ def test_files(tmp_path, suffix):
     source = network().half().state_dict()
     path = tmp_path / f"x.{suffix}"
     if suffix == "pth":
-        torch.save({"epoch": 1, "args": argparse.Namespace(lr=0.1), "state_dict": source}, path)
+        content = {
+            "epoch": 1,
+            "args": argparse.Namespace(lr=0.1),
+            "state_dict": source,
+        }
+        torch.save(content, path)
     else:
         safetensors.torch.save_file(source, path)
     payload = read_checkpoint(path)
 
-    model = MODELS["resnet20"](num_classes=5)
-    _, whole = load_weights(model, unpack_weights(payload, str(path)), str(path))
+    model = fresh_network()
+    content = unpack_weights(payload, str(path))
+    _, whole = load_weights(model, content, str(path))
 
     assert whole
     assert model.fc.weight.dtype == torch.float32
     for key, tensor in model.state_dict().items():
-        assert torch.equal(tensor, source[key].to(tensor.dtype)), key
-    for damaged in (payload[: len(payload) // 2], b"", b"\0" * 100):
+        expected = source[key].to(tensor.dtype)
+        assert torch.equal(tensor, expected), key
+
+    first_half = payload[: len(payload) // 2]
+    zeros = b"\0" * 100
+    for damaged in (first_half, b"", zeros):
         with pytest.raises(ValueError, match=rf"x\.{suffix} is damaged, or no file of"):
             unpack_weights(damaged, str(path))
 
 
 def test_objects_are_not_loaded(monkeypatch):
     """Python objects could run any code: of them only argparse's settings are let through."""
+    content = {
+        "state_dict": network().state_dict(),
+        "best": Counter("a"),
+        "run": print,
+    }
     buffer = io.BytesIO()
-    torch.save({"state_dict": network().state_dict(), "best": Counter("a"), "run": print}, buffer)
+    torch.save(content, buffer)
     message = r"x\.pth needs Python objects \(\S+\).*not loaded.*'weights\.pth'"
     with pytest.raises(ValueError, match=message):
         unpack_weights(buffer.getvalue(), "x.pth")
@@ -387,23 +467,29 @@ def test_objects_are_not_loaded(monkeypatch):
 
 def test_the_head_is_found_by_structure():
     """Never by its name, also where linear layers before it have as many outputs."""
-
     models = torchvision.models
-    cases = (
-        (MODELS["resnet20"], 10, "fc"),
-        (models.alexnet, 4096, "classifier.6"),
-        (models.vgg11, 4096, "classifier.6"),
-        (models.densenet121, 10, "classifier"),
-        (models.efficientnet_b0, 10, "classifier.1"),
-    )
     with torch.device("meta"):
-        for builder, num_classes, expected in cases:
-            assert list(head_modules(builder(num_classes=num_classes))) == [expected]
-    assert list(head_modules(nn.Conv2d(1, 1, 1))) == []
+        heads = {
+            "fc": MODELS["resnet20"](num_classes=10),
+            "classifier": models.densenet121(num_classes=10),
+            "classifier.1": models.efficientnet_b0(num_classes=10),
+            "classifier.6": models.alexnet(num_classes=4096),
+        }
+        vgg11 = models.vgg11(num_classes=4096)
+    for expected, model in heads.items():
+        assert list(head_modules(model)) == [expected]
+    assert list(head_modules(vgg11)) == ["classifier.6"]
+
+    without_linear_layer = nn.Conv2d(1, 1, 1)
+    assert list(head_modules(without_linear_layer)) == []
 
 
 def test_auxiliary_heads_count_where_their_loss_counts():
-    options = {"num_classes": 1024, "init_weights": False, "aux_logits": True}
+    options = {
+        "num_classes": 1024,
+        "init_weights": False,
+        "aux_logits": True,
+    }
     with torch.device("meta"):
         googlenet = torchvision.models.googlenet(**options)
         inception = torchvision.models.inception_v3(**options)
@@ -421,23 +507,33 @@ def test_downloads_that_cannot_be_had(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     name = "torchvision:resnet50:IMAGENET1K_V2"
     path = tmp_path / "hub/checkpoints/resnet50-11ad3fa6.pth"
-    url = "file:///"
-    monkeypatch.setattr(
-        torchvision.models._api.WeightsEnum, "url", property(lambda weights: url + path.name)
-    )
+    other_weights = {"a": torch.zeros(2)}
+
+    def download_from(url):
+        enum = torchvision.models._api.WeightsEnum
+        monkeypatch.setattr(enum, "url", property(lambda weights: url))
+        return download_weights(name)
+
+    # The address has no file.
+    nowhere = f"file:///{path.name}"
     with pytest.raises(ValueError, match=rf"'{name}'.*could not be had.*no network.*{path}"):
-        download_weights(name)
-    url = f"{tmp_path.as_uri()}/"
-    torch.save({"a": torch.zeros(2)}, tmp_path / path.name)
+        download_from(nowhere)
+
+    # It has another file.
+    other_file = tmp_path / path.name
+    torch.save(other_weights, other_file)
     with pytest.raises(ValueError, match="could not be had .invalid hash value"):
-        download_weights(name)
+        download_from(other_file.as_uri())
+
     # A download that the disk has spoilt since.
-    torch.save({"a": torch.zeros(2)}, path)
+    torch.save(other_weights, path)
     with pytest.raises(ValueError, match=rf"{path} is damaged.*delete it"):
-        download_weights(name)
+        download_from(other_file.as_uri())
     path.write_bytes(b"half")
     with pytest.raises(ValueError, match=rf"could not be had.*{path}"):
-        download_weights(name)
+        download_from(other_file.as_uri())
+
+    # Names that torchvision does not know.
     for wrong in ("torchvision:resnet50:V9", "torchvision:resnet50"):
         message = rf"'{wrong}'.*torchvision:resnet50:IMAGENET1K_V1, {name}"
         with pytest.raises(ValueError, match=message):
