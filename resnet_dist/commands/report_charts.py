@@ -94,7 +94,12 @@ def reliability_diagram(bins: Sequence[Bin]) -> str:
     Args:
         bins: Bins of equal width, from 0 to 1.
     """
-    scale = _Scale(0.0, 1.0, 0.0, 1.0)
+    scale = _Scale(
+        left=0.0,
+        right=1.0,
+        low=0.0,
+        high=1.0,
+    )
     parts = [_axes(scale, "confidence")]
     largest = max(each.num for each in bins)
     for number, each in enumerate(bins):
@@ -103,18 +108,11 @@ def reliability_diagram(bins: Sequence[Bin]) -> str:
         place = _place(number, len(bins))
         share = each.num / largest
         opacity = 0.35 + 0.65 * math.sqrt(share)
-        bar = _bar(scale, place, each.accuracy, _describe_bin(each), opacity)
-        mark = element(
-            "circle",
-            class_="mark",
-            cx=scale.x(each.confidence),
-            cy=scale.y(each.accuracy),
-            r=2.5,
-        )
+        tip = _describe_bin(each)
+        bar = _bar(scale, place, each.accuracy, tip, opacity)
+        mark = _mark(scale, each)
         parts.append(bar + mark)
-    start = f"M{scale.x(0):.1f} {scale.y(0):.1f}"
-    end = f"L{scale.x(1):.1f} {scale.y(1):.1f}"
-    diagonal = element("path", class_="diagonal", d=start + end)
+    diagonal = _diagonal(scale)
     parts.append(diagonal)
     return _figure("accuracy against confidence", parts)
 
@@ -128,9 +126,32 @@ def _place(number: int, num_bins: int) -> tuple[float, float]:
 
 def _describe_bin(each: Bin) -> str:
     """The tool tip of a bin."""
-    confidence = 100 * each.confidence
-    accuracy = 100 * each.accuracy
-    return f"{each.num} images, confidence {confidence:.1f} %, accuracy {accuracy:.1f} %"
+    confidence = f"{100 * each.confidence:.1f} %"
+    accuracy = f"{100 * each.accuracy:.1f} %"
+    return f"{each.num} images, confidence {confidence}, accuracy {accuracy}"
+
+
+def _mark(
+    scale: _Scale,
+    each: Bin,
+) -> str:
+    """A circle at the mean confidence and the accuracy of a bin."""
+    x = scale.x(each.confidence)
+    y = scale.y(each.accuracy)
+    return element(
+        "circle",
+        class_="mark",
+        cx=x,
+        cy=y,
+        r=2.5,
+    )
+
+
+def _diagonal(scale: _Scale) -> str:
+    """The line on which the confidence equals the accuracy."""
+    start = f"M{scale.x(0):.1f} {scale.y(0):.1f}"
+    end = f"L{scale.x(1):.1f} {scale.y(1):.1f}"
+    return element("path", class_="diagonal", d=start + end)
 
 
 def histogram(
@@ -145,7 +166,12 @@ def histogram(
     """
     largest = max(each.num for each in bins)
     high = float(max(1, largest))
-    scale = _Scale(0.0, 1.0, 0.0, high)
+    scale = _Scale(
+        left=0.0,
+        right=1.0,
+        low=0.0,
+        high=high,
+    )
     parts = [_axes(scale, "confidence")]
     for number, each in enumerate(bins):
         place = _place(number, len(bins))
@@ -220,7 +246,12 @@ def _scale_of(
     right = max(epochs)
     if right <= 0:
         right = 1.0
-    return _Scale(0.0, right, low, high)
+    return _Scale(
+        left=0.0,
+        right=right,
+        low=low,
+        high=high,
+    )
 
 
 def ticks(
@@ -248,12 +279,15 @@ def _axes(
 ) -> str:
     """Grid lines with their numbers, and the name of the horizontal axis."""
     parts = []
-    for value in ticks(scale.low, scale.high):
+    vertical_ticks = ticks(scale.low, scale.high)
+    for value in vertical_ticks:
         y = scale.y(value)
-        line = element("path", class_="grid", d=f"M{_LEFT} {y:.1f}H{_RIGHT}")
+        path = f"M{_LEFT} {y:.1f}H{_RIGHT}"
+        line = element("path", class_="grid", d=path)
         number = _label(value, _LEFT - 6, y + 4, "end")
         parts.append(line + number)
-    for value in ticks(scale.left, scale.right):
+    horizontal_ticks = ticks(scale.left, scale.right)
+    for value in horizontal_ticks:
         x = scale.x(value)
         number = _label(value, x, _BOTTOM + 14, "middle")
         parts.append(number)

@@ -82,9 +82,12 @@ def _cards(evaluated: Evaluated) -> str:
         top5 = wilson_interval(evaluated.num_top5_hits, num_images)
         top5_card = _accuracy_card("top-5", top5)
         cards.append(top5_card)
-    details = evaluated.details
-    if details is not None and details.calibration is not None:
-        cards.extend(_calibration_cards(details.calibration))
+    calibration = None
+    if evaluated.details is not None:
+        calibration = evaluated.details.calibration
+    if calibration is not None:
+        calibration_cards = _calibration_cards(calibration)
+        cards.extend(calibration_cards)
     return "".join(cards)
 
 
@@ -118,11 +121,13 @@ def _calibration_cards(calibration: Calibration) -> list[str]:
 
 def _temperature_card(scaling: TemperatureScaling) -> str:
     """The best temperature, and what it changes."""
-    ece_before = 100 * scaling.ece_before
-    ece_after = 100 * scaling.ece_after
-    ece = f"ECE {ece_before:.2f} to {ece_after:.2f} %"
-    loss = f"NLL {scaling.loss_before:.4f} to {scaling.loss_after:.4f}"
-    note = f"on the other half: {ece}, {loss}"
+    ece_before = f"{100 * scaling.ece_before:.2f}"
+    ece_after = f"{100 * scaling.ece_after:.2f}"
+    loss_before = f"{scaling.loss_before:.4f}"
+    loss_after = f"{scaling.loss_after:.4f}"
+    note = (
+        f"on the other half: ECE {ece_before} to {ece_after} %, NLL {loss_before} to {loss_after}"
+    )
     if scaling.is_at_the_edge:
         note += "; the best one lies outside of what was tried"
     temperature = f"{scaling.temperature:.2f}"
@@ -159,8 +164,9 @@ def _classes(details: EvaluationDetails) -> str:
         header.append("top-5 (%)")
     header.append("mean confidence (%)")
     rows = [_class_row(each, details) for each in details.classes]
+    first_rows = rows[:_FIRST_ROWS]
     title = text("h3", "Classes, the worst first")
-    first = table(header, rows[:_FIRST_ROWS])
+    first = table(header, first_rows)
     rest = _folded_rest("classes", header, rows)
     return title + first + rest
 
@@ -211,8 +217,21 @@ def _confusions(details: EvaluationDetails) -> str:
     title = text("h3", "Confusions")
     if not details.confusions:
         return title + text("p", "None.")
-    names = details.network.class_names
     header = ["images of", "are taken for", "images"]
+    rows = _confusion_rows(details)
+    first_rows = rows[:_FIRST_ROWS]
+    pairs = table(header, first_rows, numeric_from=2)
+    num_classes = len(details.network.class_names)
+    if num_classes <= _MOST_CLASSES_OF_A_MATRIX:
+        pairs += _matrix(details)
+    pairs_and_matrix = element("div", pairs, class_="side")
+    rest = _folded_rest("pairs", header, rows, numeric_from=2)
+    return title + pairs_and_matrix + rest
+
+
+def _confusion_rows(details: EvaluationDetails) -> list[list[str]]:
+    """The cells of each confusion: the class, what its images are taken for, and how many."""
+    names = details.network.class_names
     rows = []
     for each in details.confusions:
         row = [
@@ -221,29 +240,34 @@ def _confusions(details: EvaluationDetails) -> str:
             str(each.num),
         ]
         rows.append(row)
-    pairs = table(header, rows[:_FIRST_ROWS], numeric_from=2)
-    if len(names) <= _MOST_CLASSES_OF_A_MATRIX:
-        pairs += _matrix(details)
-    pairs_and_matrix = element("div", pairs, class_="side")
-    rest = _folded_rest("pairs", header, rows, numeric_from=2)
-    return title + pairs_and_matrix + rest
+    return rows
 
 
 def _matrix(details: EvaluationDetails) -> str:
     """The confusion matrix: a row for each class, a column for each prediction."""
     names = details.network.class_names
+    counts_of_classes = _count_predictions(details)
     header = text("th", "class \\ prediction")
     for name in names:
         header += text("th", name, class_="n")
     rows = element("tr", header)
-    for name, counts in zip(names, _count_predictions(details), strict=True):
-        total = sum(counts)
-        cells = text("th", name)
-        for count in counts:
-            cells += _matrix_cell(count, total)
-        rows += element("tr", cells)
+    for name, counts in zip(names, counts_of_classes, strict=True):
+        row = _matrix_row(name, counts)
+        rows += row
     matrix = element("table", rows, class_="matrix")
     return element("div", matrix, class_="scroll")
+
+
+def _matrix_row(
+    name: str,
+    counts: Sequence[int],
+) -> str:
+    """The row of a class, with how many of its images are taken for each class."""
+    total = sum(counts)
+    cells = text("th", name)
+    for count in counts:
+        cells += _matrix_cell(count, total)
+    return element("tr", cells)
 
 
 def _count_predictions(details: EvaluationDetails) -> list[list[int]]:
@@ -251,12 +275,14 @@ def _count_predictions(details: EvaluationDetails) -> list[list[int]]:
     num_classes = len(details.network.class_names)
     counts = []
     for _ in range(num_classes):
-        counts.append([0] * num_classes)
+        counts_of_class = [0] * num_classes
+        counts.append(counts_of_class)
     for result in details.classes:
-        label = result.label
-        counts[label][label] = result.correct1
+        counts_of_class = counts[result.label]
+        counts_of_class[result.label] = result.correct1
     for each in details.confusions:
-        counts[each.label][each.predicted] = each.num
+        counts_of_class = counts[each.label]
+        counts_of_class[each.predicted] = each.num
     return counts
 
 

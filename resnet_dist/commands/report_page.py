@@ -160,7 +160,6 @@ def _style_of_colors() -> str:
 
 def _evaluation_table(runs: Sequence[ReportedRun]) -> str:
     """The last evaluation of each run, with raw and with averaged weights."""
-    header = ["run", "weights", "epoch", "top-1 (%)", "95 % interval", "top-5 (%)", "best (%)"]
     rows = []
     for run in runs:
         for prefix, weights in (("val", "raw"), ("val_ema", "averaged")):
@@ -170,29 +169,39 @@ def _evaluation_table(runs: Sequence[ReportedRun]) -> str:
     if not rows:
         return text("p", "No evaluation yet.")
     # There is no top-5 accuracy with fewer than six classes.
-    top5 = header.index("top-5 (%)")
-    if not any(row[top5] for row in rows):
-        for row in [header, *rows]:
-            del row[top5]
-    return table(header, rows, numeric_from=2)
+    titles = list(rows[0])
+    if not any(row["top-5 (%)"] for row in rows):
+        titles.remove("top-5 (%)")
+    lines = []
+    for row in rows:
+        cells = [row[title] for title in titles]
+        lines.append(cells)
+    return table(titles, lines, numeric_from=2)
 
 
 def _evaluation_row(
     name: str,
     weights: str,
     evaluations: Sequence[Evaluation],
-) -> list[str]:
-    """The cells of the last of several evaluations; one that is not known is empty."""
+) -> dict[str, str]:
+    """The last of several evaluations, by the title of the column; what is not known is empty."""
     last = evaluations[-1]
     best = max(evaluation.top1 for evaluation in evaluations)
-    cells = [name, weights, f"{last.epoch:.2f}", f"{last.top1:.2f}"]
     bounds = ""
     if last.interval is not None:
         bounds = f"{last.interval.low:.2f} to {last.interval.high:.2f}"
     top5 = ""
     if last.top5 is not None:
         top5 = f"{last.top5:.2f}"
-    return [*cells, bounds, top5, f"{best:.2f}"]
+    return {
+        "run": name,
+        "weights": weights,
+        "epoch": f"{last.epoch:.2f}",
+        "top-1 (%)": f"{last.top1:.2f}",
+        "95 % interval": bounds,
+        "top-5 (%)": top5,
+        "best (%)": f"{best:.2f}",
+    }
 
 
 def _findings(runs: Sequence[ReportedRun]) -> str:

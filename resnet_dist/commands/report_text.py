@@ -19,6 +19,9 @@ from resnet_dist.evaluation.intervals import Interval, difference_interval
 from resnet_dist.logs.history import Evaluation, RunHistory, SlowRank
 from resnet_dist.text import printable
 
+# Of a column in the table of several runs.
+_CELL_WIDTH = 10
+
 
 def summarize_run(run: ReportedRun) -> str:
     """The table of one run, with a line for each of its results.
@@ -67,16 +70,19 @@ def _accuracy_rows(run: RunHistory) -> dict[str, str]:
 
 def _detail_rows(run: ReportedRun) -> dict[str, str]:
     """Calibration, and the class with the lowest accuracy, if the run has an evaluation.json."""
-    if run.evaluation is None or run.evaluation.details is None:
+    if run.evaluation is None:
         return {}
     details = run.evaluation.details
+    if details is None:
+        return {}
     rows = {}
     if details.calibration is not None:
         rows["calibration"] = _describe_calibration(details.calibration)
     # The classes are sorted by accuracy.
     worst = details.classes[0]
     class_names = details.network.class_names
-    name = printable(class_names[worst.label])
+    class_name = class_names[worst.label]
+    name = printable(class_name)
     rows["worst class"] = f"{name}: {worst.correct1} of {worst.num} images"
     return rows
 
@@ -156,16 +162,18 @@ def compare_runs(runs: Sequence[ReportedRun]) -> str:
     Returns:
         Several lines of text.
     """
-    width = max(len(run.name) for run in runs)
-    titles = ["epochs", "    time", "train loss", "val top-1", "val top-5", "best top-1"]
-    rows = [_comparison_cells(run.history) for run in runs]
-    if not any(_has_top5(run.history) for run in runs):
-        place = titles.index("val top-5")
-        for cells in [titles, *rows]:
-            del cells[place]
-    lines = [_comparison_line("run", titles, titles, width)]
-    for run, cells in zip(runs, rows, strict=True):
-        line = _comparison_line(run.name, cells, titles, width)
+    names = [run.name for run in runs]
+    width = max(map(len, names))
+    has_top5 = any(_has_top5(run.history) for run in runs)
+    rows = []
+    for run in runs:
+        cells = _comparison_cells(run.history, has_top5)
+        rows.append(cells)
+    titles = list(rows[0])
+    lines = [_comparison_line("run", titles, width)]
+    for name, cells in zip(names, rows, strict=True):
+        values = list(cells.values())
+        line = _comparison_line(name, values, width)
         lines.append(line)
     lines.extend(describe_differences(runs))
     return "\n".join(lines)
@@ -376,7 +384,8 @@ def _evaluated_row(evaluated: Evaluated, width: int) -> str:
     """The line of an evaluation in the table of several, whose first column has `width`."""
     num_images = len(evaluated.is_hit)
     interval = evaluated.interval
-    top1 = f"{interval.value:6.2f} % ({interval.low:.2f} to {interval.high:.2f})"
+    bounds = f"{interval.low:.2f} to {interval.high:.2f}"
+    top1 = f"{interval.value:6.2f} % ({bounds})"
     cells = [
         f"{evaluated.name:{width}}",
         f"{num_images:7d}",
@@ -384,7 +393,8 @@ def _evaluated_row(evaluated: Evaluated, width: int) -> str:
     ]
     if evaluated.network.has_top5:
         top5 = 100 * evaluated.num_top5_hits / num_images
-        cells.append(f"{top5:6.2f} %")
+        cell = f"{top5:6.2f} %"
+        cells.append(cell)
     line = "  ".join(cells)
     return line.rstrip()
 
@@ -399,11 +409,14 @@ def _describe_evaluation(evaluation: Evaluation) -> str:
     top1 = f"top-1 {evaluation.top1:6.2f} %"
     interval = evaluation.interval
     if interval is not None:
-        top1 += f" (95 %: {interval.low:.2f} to {interval.high:.2f})"
+        bounds = f"{interval.low:.2f} to {interval.high:.2f}"
+        top1 += f" (95 %: {bounds})"
     parts = [top1]
     if evaluation.top5 is not None:
-        parts.append(f"top-5 {evaluation.top5:6.2f} %")
-    parts.append(f"at epoch {evaluation.epoch:.2f}")
+        top5 = f"top-5 {evaluation.top5:6.2f} %"
+        parts.append(top5)
+    epoch = f"at epoch {evaluation.epoch:.2f}"
+    parts.append(epoch)
     return "   ".join(parts)
 
 
@@ -412,8 +425,19 @@ def _has_top5(run: RunHistory) -> bool:
     return any(evaluation.top5 is not None for evaluation in run.evaluations("val"))
 
 
-def _comparison_cells(run: RunHistory) -> list[str]:
-    """The figures of a run in the table of several; unknown values are nan."""
+def _comparison_cells(
+    run: RunHistory,
+    has_top5: bool,
+) -> dict[str, str]:
+    """The figures of a run in the table of several, by the title of their column.
+
+    Args:
+        run: The run.
+        has_top5: Whether the table has a column of top-5 accuracies.
+
+    Returns:
+        The figures as text; unknown ones are nan.
+    """
     loss = math.nan
     losses = run.curve("train/loss").values
     if losses:
@@ -431,28 +455,29 @@ def _comparison_cells(run: RunHistory) -> list[str]:
         best_top1 = max(map(_top1, evaluations))
 
     duration = _duration(run)
-    return [
-        f"{run.last_epoch:.2f}",
-        f"{duration}",
-        f"{loss:.4f}",
-        f"{final_top1:.2f}",
-        f"{final_top5:.2f}",
-        f"{best_top1:.2f}",
-    ]
+    cells = {
+        "epochs": f"{run.last_epoch:.2f}",
+        "time": str(duration),
+        "train loss": f"{loss:.4f}",
+        "val top-1": f"{final_top1:.2f}",
+    }
+    if has_top5:
+        cells["val top-5"] = f"{final_top5:.2f}"
+    cells["best top-1"] = f"{best_top1:.2f}"
+    return cells
 
 
 def _comparison_line(
     name: str,
     cells: Sequence[str],
-    titles: Sequence[str],
     width: int,
 ) -> str:
-    """A line of the table: `name` in a column of `width`, and each cell below its title."""
-    aligned = [name.ljust(width)]
-    for cell, title in zip(cells, titles, strict=True):
-        column = cell.rjust(len(title))
-        aligned.append(column)
-    return "  ".join(aligned)
+    """A line of the table of several runs: a name in a column of `width`, and the cells."""
+    columns = [name.ljust(width)]
+    for cell in cells:
+        column = cell.rjust(_CELL_WIDTH)
+        columns.append(column)
+    return "  ".join(columns)
 
 
 def _describe_duration(run: RunHistory) -> str:

@@ -14,11 +14,15 @@ _REQUEST = struct.Struct("16sH22x")
 
 def interfaces_that_are_up() -> list[str]:
     """Names of the network interfaces that are up."""
-    names = [name for _, name in socket.if_nameindex()]
-    return [name for name in names if _is_up(name)]
+    found = []
+    for _, name in socket.if_nameindex():
+        if _is_up(name):
+            found.append(name)
+    return found
 
 
 def _is_up(name: str) -> bool:
+    """Ask the kernel for the flags of an interface; one that has gone is not up."""
     request = _REQUEST.pack(name.encode(), 0)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         try:
@@ -43,6 +47,7 @@ def check_route(address: str, port: int) -> None:
     Raises:
         OSError: There is none, for instance because all network interfaces are down.
     """
-    family, kind, protocol, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
+    answers = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)
+    family, kind, protocol, _, place = answers[0]
     with socket.socket(family, kind, protocol) as datagrams:
         datagrams.connect(place)

@@ -63,8 +63,8 @@ def summary_at_end(
         # The last link is best.pt if there is one.
         best = printable(shlex.quote(checkpoints[-1]))
         run_folder = printable(shlex.quote(str(folder)))
-        rows["evaluate"] = f"resnet-dist evaluate --checkpoint {best}"
-        rows["predict"] = f"resnet-dist predict --checkpoint {best} IMAGE_OR_FOLDER"
+        rows["evaluate"] = f"resnet-dist evaluate --weights {best}"
+        rows["predict"] = f"resnet-dist predict --weights {best} IMAGE_OR_FOLDER"
         rows["report"] = f"resnet-dist report {run_folder}"
 
     lines = [_headline(parts, is_finished)]

@@ -96,8 +96,8 @@ def test_the_quickstart_is_interrupted_and_reaches_its_accuracy(tmp_path, enviro
     assert "finished; best val top-1" in again.stdout
     assert "resume  " not in again.stdout  # a finished run offers what comes next
     for command in (
-        "evaluate --checkpoint",
-        "predict --checkpoint",
+        "evaluate --weights",
+        "predict --weights",
         "report runs/quickstart",
     ):
         assert f"resnet-dist {command}" in again.stdout
