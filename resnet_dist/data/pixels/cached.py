@@ -156,8 +156,10 @@ class CachedWindows(_CachedSource):
         windows = []
         for row, window in zip(rows.tolist(), geometry.windows.tolist(), strict=True):
             y, x, height, width = window
+            y_stop = y + height
+            x_stop = x + width
             image = self.rows.cache.image(row)
-            pixels = image[y : y + height, x : x + width]
+            pixels = image[y:y_stop, x:x_stop]
             # The fast kernel of torch wants it so.
             windows.append(pixels.contiguous())
         return crop_windows(windows, portion, 0, FAST_RESIZES)
@@ -174,11 +176,18 @@ class CachedWindows(_CachedSource):
         size = cache.common_size
         if size is None or not fits_products(size, view.side):
             return None
-        if np.any(view.sizes != view.side) or np.any(view.offsets):
+        is_resized_otherwise = np.any(view.sizes != view.side)
+        is_shifted = np.any(view.offsets)
+        if is_resized_otherwise or is_shifted:
             return None
         rows = portion.loaded.shown_rows()
         filters = filter_numbers(geometry.interpolations)
-        wanted = ResizedWindows(geometry.windows, filters, geometry.flips, view.side)
+        wanted = ResizedWindows(
+            geometry.windows,
+            filters,
+            geometry.flips,
+            view.side,
+        )
         return _SmallWindows(cache, rows, size, wanted)
 
     def _equal_images(self, portion: Portion) -> "_EqualImages | None":
@@ -236,8 +245,10 @@ class _SmallWindows:
 
     def resize(self, group: slice) -> torch.Tensor:
         """The squares of a group of images."""
-        images = self.cache.equal_images(self.rows[group], self.size)
-        return resize_windows(images, self.wanted.select(group))
+        rows = self.rows[group]
+        wanted = self.wanted.select(group)
+        images = self.cache.equal_images(rows, self.size)
+        return resize_windows(images, wanted)
 
 
 @dataclass(frozen=True)
@@ -316,7 +327,8 @@ class CachedSquaresOnDevice(_CachedSource):
         def squares(number: int) -> torch.Tensor:
             # One copy for all numbers.
             columns = [loaded.shown_rows(), view.offsets, geometry.flips]
-            numbers = torch.from_numpy(np.column_stack(columns))
+            stacked = np.column_stack(columns)
+            numbers = torch.from_numpy(stacked)
             on_device = to_device(numbers, self.images.device)
             rows = on_device[:, 0]
             offsets = on_device[:, 1:3]
@@ -354,7 +366,8 @@ class CachedSquaresByDali(PortionQueue):
         for row in loaded.shown_rows().tolist():
             pixels = self.rows.cache.image(row)
             height, width, _ = pixels.shape
-            image = Encoded(row, pixels.numpy().data, height, width)
+            data = pixels.numpy().data
+            image = Encoded(row, data, height, width)
             loaded.images.append(image)
         return loaded
 
@@ -362,7 +375,8 @@ class CachedSquaresByDali(PortionQueue):
         """The portions of each job, in order."""
         try:
             for job in jobs:
-                yield from self.submit(self.load(job))
+                loaded = self.load(job)
+                yield from self.submit(loaded)
             yield from self.finish()
         finally:
             self.decoder.drop_pending()

@@ -11,6 +11,7 @@ higher than the measured one; the headroom lets the number grow with each batch 
 """
 
 import concurrent.futures
+import math
 import threading
 import time
 from collections import deque
@@ -121,8 +122,10 @@ def requests_in_flight(images_per_second: float, seconds_per_image: float) -> in
         images_per_second: what is asked for.
         seconds_per_image: from the request to the last byte.
     """
-    needed = _HEADROOM * images_per_second * seconds_per_image
-    return int(min(_MOST_IN_FLIGHT, max(_LEAST_IN_FLIGHT, np.ceil(needed))))
+    under_way = images_per_second * seconds_per_image
+    needed = math.ceil(_HEADROOM * under_way)
+    at_least = max(_LEAST_IN_FLIGHT, needed)
+    return min(_MOST_IN_FLIGHT, at_least)
 
 
 def coalesce(places: list[ImagePlace]) -> list[list[ImagePlace]]:
@@ -188,8 +191,8 @@ class RemoteReader(Reader):
             place = places[number]
             return place.shard, place.offset
 
-        in_order = sorted(range(num_rows), key=by_place)
-        order = np.array(in_order, np.int64)
+        numbers_in_order = sorted(range(num_rows), key=by_place)
+        order = np.array(numbers_in_order, np.int64)
         # Neighbours stay in one share, so that one request can read them.
         num_shares = min(self.gate.limit, num_rows)
         num_shares = max(1, num_shares)
@@ -197,7 +200,10 @@ class RemoteReader(Reader):
         for part in np.array_split(order, num_shares):
             numbers = part.tolist()
             rows_of_share = rows[part].tolist()
-            share = RemoteShare(rows_of_share, numbers=numbers)
+            share = RemoteShare(
+                rows_of_share,
+                numbers=numbers,
+            )
             share.future = self.pool.submit(self._load_all, share)
             shares.append(share)
         return shares
@@ -212,15 +218,18 @@ class RemoteReader(Reader):
         for share in requested:
             assert isinstance(share, RemoteShare)
             images = self._wait(share)
-            by_number.update(zip(share.numbers, images, strict=True))
-        return [by_number[number] for number in range(len(by_number))]
+            numbered = zip(share.numbers, images, strict=True)
+            by_number.update(numbered)
+        num_images = len(by_number)
+        return [by_number[number] for number in range(num_images)]
 
     def close(self) -> None:
         """End the threads; what was requested and has not begun is dropped."""
         self.stopped.set()
         super().close()
-        if self.cache is not None and not self.stuck:
-            self.cache.close()
+        if self.cache is None or self.stuck:
+            return
+        self.cache.close()
 
     def _place(self, row: int) -> ImagePlace:
         """Where the image of a row is."""
@@ -249,11 +258,11 @@ class RemoteReader(Reader):
         assert share.future is not None
         # Each request ends by itself; this is for a client that hangs all the same.
         seconds = 2 * self.limits.timeout_s + 60
-        finished = concurrent.futures.wait([share.future], timeout=seconds).done
+        waited = concurrent.futures.wait([share.future], timeout=seconds)
         if self.failure is not None:
             # Of all threads, the one that failed first.
             raise self.failure
-        if not finished:
+        if not waited.done:
             self.stuck = True
             raise StoreError(
                 f"{self.index.root} cannot be read: no image has come for {seconds:g} s"
@@ -322,12 +331,13 @@ class RemoteReader(Reader):
             length = stop - first.offset
             data = read_range(first.shard, first.offset, length, pin, self.patience)
             seconds = time.perf_counter() - started
+        seconds_per_image = seconds / len(group)
         images = {}
         for place in group:
             begin = place.offset - first.offset
             end = begin + place.length
             images[place.row] = data[begin:end]
-            self._measure(seconds / len(group))
+            self._measure(seconds_per_image)
         self._keep(images)
         return images
 
@@ -343,8 +353,9 @@ class RemoteReader(Reader):
         """Check the bytes of an image; one that was not read is too large."""
         if row in known:
             return examine(row, known[row], self.limits)
+        place = self._place(row)
         try:
-            check_length(self._place(row).length, self.limits)
+            check_length(place.length, self.limits)
         except OSError as error:
             return broken_image(row, f"cannot be read: {error}")
         raise AssertionError

@@ -83,19 +83,33 @@ def resize_windows(images: torch.Tensor, wanted: ResizedWindows) -> torch.Tensor
     num_images, height, width, _ = images.shape
     side = wanted.side
     y, x, window_heights, window_widths = wanted.windows.T
-    # [n, side, height] and [n, side, width]
-    of_columns = _matrices(height, y, window_heights, wanted)
-    of_rows = _matrices(width, x, window_widths, wanted, wanted.flips)
+    # [n, side, height]
+    of_columns = _matrices(
+        height,
+        starts=y,
+        lengths=window_heights,
+        wanted=wanted,
+    )
+    # [n, side, width]
+    of_rows = _matrices(
+        width,
+        starts=x,
+        lengths=window_widths,
+        wanted=wanted,
+        flips=wanted.flips,
+    )
 
     # [n, height, 3, width]: each channel of a row is consecutive.
     planes = images.numpy().transpose(0, 1, 3, 2)
     values = planes.astype(np.float32, order="C")
-    rows = values.reshape(num_images, height * CHANNELS, width)
+    num_rows = height * CHANNELS
+    rows = values.reshape(num_images, num_rows, width)
     from_the_right = of_rows.transpose(0, 2, 1)
     resized_rows = np.matmul(rows, from_the_right)
     _round(resized_rows, wanted)
 
-    columns = resized_rows.reshape(num_images, height, CHANNELS * side)
+    num_columns = CHANNELS * side
+    columns = resized_rows.reshape(num_images, height, num_columns)
     resized = np.matmul(of_columns, columns)
     _round(resized, wanted)
 
@@ -138,17 +152,21 @@ def _matrices(
     pixels = np.arange(side)
     if flips is not None:
         is_mirrored = flips[:, None] > 0
-        pixels = np.where(is_mirrored, side - 1 - pixels, pixels)
+        backwards = side - 1 - pixels
+        pixels = np.where(is_mirrored, backwards, pixels)
     # The rows of the table that belong to a window, and their place in the flattened table.
-    table_number = wanted.filters * (length + 1) + lengths
+    windows_of_a_filter = length + 1
+    table_number = wanted.filters * windows_of_a_filter + lengths
     first_row = table_number * side
     row_numbers = first_row[:, None] + pixels
-    row_starts = row_numbers * 3 * length
+    values_of_a_row = 3 * length
+    row_starts = row_numbers * values_of_a_row
     # The weights are in the middle third: this begins so many pixels before it as the image does
     # before the window.
     shifts = length - starts
     positions = row_starts + shifts[:, None]
-    first_bytes = _FLOAT_BYTES * positions.ravel()
+    flat_positions = positions.ravel()
+    first_bytes = _FLOAT_BYTES * flat_positions
     num_bytes = _FLOAT_BYTES * length
     runs = gather_runs(table, first_bytes, num_bytes)
     weights = runs.view(np.float32)
@@ -162,7 +180,10 @@ def _weight_table(length: int, side: int) -> np.ndarray:
     Returns:
         The bytes of float32 [2, length + 1, side, 3 * length], by filter and size of the window.
     """
-    shape = (len(FILTERS), length + 1, side, 3 * length)
+    num_filters = len(FILTERS)
+    num_windows = length + 1
+    row_length = 3 * length
+    shape = (num_filters, num_windows, side, row_length)
     table = np.zeros(shape, np.float32)
     for number, name in enumerate(FILTERS):
         for window in range(1, length + 1):
@@ -181,22 +202,30 @@ def _rounded_weights(length: int, side: int, name: str) -> FloatArray:
     """
     filter_function, radius = _FUNCTIONS[name]
     scale = length / side
-    output_pixels = np.arange(side)[:, None]
-    centers = scale * (output_pixels + 0.5)
+    output_pixels = np.arange(side)
+    middles = output_pixels + 0.5
+    centers = scale * middles[:, None]
     pixels = np.arange(length)
-    first = np.trunc(centers - radius + 0.5)
-    stop = np.trunc(centers + radius + 0.5)
-    is_inside = (pixels >= first) & (pixels < stop)
+    lower_ends = centers - radius
+    upper_ends = centers + radius
+    first = np.trunc(lower_ends + 0.5)
+    stop = np.trunc(upper_ends + 0.5)
+    is_behind_first = pixels >= first
+    is_before_stop = pixels < stop
+    is_inside = is_behind_first & is_before_stop
     distances = np.abs(pixels - centers + 0.5)
-    values = np.where(is_inside, filter_function(distances), 0)
+    filtered = filter_function(distances)
+    values = np.where(is_inside, filtered, 0)
     sums = values.sum(axis=1, keepdims=True)
     weights = values / sums
 
     largest = float(weights.max())
-    factor = 2 ** _bits_of_weights(largest)
+    bits = _bits_of_weights(largest)
+    factor = 2**bits
     scaled = weights * factor
     half = np.copysign(0.5, scaled)
-    rounded: FloatArray = np.trunc(scaled + half) / factor
+    integers = np.trunc(scaled + half)
+    rounded: FloatArray = integers / factor
     return rounded
 
 
@@ -205,7 +234,8 @@ def _bits_of_weights(largest: float) -> int:
     bits = 0
     while bits < _MOST_BITS:
         with_one_more = largest * 2 ** (bits + 1)
-        if int(with_one_more + 0.5) >= 2**15:
+        rounded = int(with_one_more + 0.5)
+        if rounded >= 2**15:
             break
         bits += 1
     return bits
@@ -227,7 +257,13 @@ def _bicubic(distances: FloatArray) -> FloatArray:
     below_2 = a * x - 5 * a
     below_2 = below_2 * x + 8 * a
     below_2 = below_2 * x - 4 * a
-    values: FloatArray = np.select([x < 1, x < 2], [below_1, below_2], 0.0)
+    is_below_1 = x < 1
+    is_below_2 = x < 2
+    values: FloatArray = np.select(
+        [is_below_1, is_below_2],
+        [below_1, below_2],
+        default=0.0,
+    )
     return values
 
 

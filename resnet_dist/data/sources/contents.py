@@ -159,9 +159,9 @@ def _any_image(root: str, classes: list[str]) -> bool:
     for name in classes:
         folder = os.path.join(root, name)
         for _, _, files in os.walk(folder):
-            has_image = any(map(is_image_name, files))
-            if has_image:
-                return True
+            for file in files:
+                if is_image_name(file):
+                    return True
     return False
 
 
@@ -200,8 +200,10 @@ def _plain_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
     names = []
     with os.scandir(path) as entries:
         for entry in entries:
-            has_suffix = entry.name.lower().endswith(suffixes)
-            is_hidden = entry.name.startswith(".")
-            if has_suffix and not is_hidden and not entry.is_dir(follow_symlinks=False):
-                names.append(entry.name)
+            name = entry.name
+            is_hidden = name.startswith(".")
+            if is_hidden or not name.lower().endswith(suffixes):
+                continue
+            if not entry.is_dir(follow_symlinks=False):
+                names.append(name)
     return sorted(names)

@@ -75,7 +75,8 @@ class ScanProgress:
         """Append the parts that wait to the file."""
         lines = []
         for name, to_plain in self.waiting:
-            lines.append(_encode(name, to_plain()))
+            part = to_plain()
+            lines.append(_encode(name, part))
         self.waiting.clear()
         if not lines:
             return
@@ -124,7 +125,8 @@ def keeps_folder_times(folder: str, table: str = "/proc/self/mountinfo") -> bool
         # The kind of the file system follows the dash.
         fields, _, system = line.partition(" - ")
         mount = fields.split(" ")[4].replace("\\040", " ")
-        inside = place == mount or place.startswith(mount.rstrip("/") + "/")
+        prefix = mount.rstrip("/") + "/"
+        inside = place == mount or place.startswith(prefix)
         # A later mount at the same place hides the earlier one.
         if inside and len(mount) >= len(longest_mount):
             longest_mount = mount
@@ -140,4 +142,7 @@ _LOCAL_FILE_SYSTEMS = (
 _NETWORK_FILE_SYSTEMS = (
     "nfs nfs4 lustre gpfs ceph beegfs beegfs_nodev pvfs2 wekafs panfs 9p virtiofs cifs smb3"
 )
-_KEEPS_TIMES = {*_LOCAL_FILE_SYSTEMS.split(), *_NETWORK_FILE_SYSTEMS.split()}
+_KEEPS_TIMES = {
+    *_LOCAL_FILE_SYSTEMS.split(),
+    *_NETWORK_FILE_SYSTEMS.split(),
+}

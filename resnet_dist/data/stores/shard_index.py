@@ -86,18 +86,31 @@ def _encode_shard(index: Index, names: list[bytes], rows: np.ndarray, number: in
     """
     offsets = index.arrays["offset"][rows]
     lengths = index.arrays["length"][rows]
-    numbers = np.zeros_like(offsets)
+    labels = np.asarray(index.arrays["labels"])
     origin = Origin(
         shards=(index.shards[number],),
         stamps=(index.origin.stamps[number],),
     )
     return encode_index(
         index.class_names,
-        labels=np.asarray(index.arrays["labels"])[rows],
+        labels=labels[rows],
         names=[names[row] for row in rows],
         origin=origin,
-        places=np.stack([numbers, offsets, lengths], axis=1),
+        # It is the only shard of its own index.
+        places=_places(0, offsets, lengths),
     )
+
+
+def _places(number: int, offsets: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The places of the images of a shard, as an index has them: int64 [n, 3].
+
+    Args:
+        number: of the shard.
+        offsets: int64 [n]: the first byte of each image.
+        lengths: int64 [n]: its number of bytes.
+    """
+    numbers = np.full_like(offsets, number)
+    return np.stack([numbers, offsets, lengths], axis=1)
 
 
 def read_shard_list(content: bytes, url: str) -> dict[str, int]:
@@ -120,7 +133,8 @@ def read_shard_list(content: bytes, url: str) -> dict[str, int]:
             sizes[name] = int(shard["bytes"])
     except (ValueError, KeyError, TypeError):
         sizes = {}
-    if not sizes or not all(map(_is_plain_name, sizes)):
+    are_plain = [_is_plain_name(name) for name in sizes]
+    if not sizes or not all(are_plain):
         raise ValueError(f"{url} is no list of shards: upload it again, or write it by {COMMAND}")
     return sizes
 
@@ -157,8 +171,7 @@ def join_shards(root: str, parts: Sequence[Index], pins: Sequence[str]) -> bytes
         names.extend(file_names(part))
         offsets = part.arrays["offset"]
         lengths = part.arrays["length"]
-        numbers = np.full_like(offsets, number)
-        places.append(np.stack([numbers, offsets, lengths], axis=1))
+        places.append(_places(number, offsets, lengths))
     origin = Origin(
         shards=tuple(part.shards[0] for part in parts),
         stamps=tuple(part.origin.stamps[0] for part in parts),
