@@ -5,6 +5,7 @@ guards, agreement and DDP's hooks are the same.
 """
 
 import copy
+import itertools
 import os
 import re
 import signal
@@ -12,11 +13,12 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
-from dist_utils import equal_trees, run_app, run_ranks
+from dist_utils import equal_trees, options, run_app, run_ranks
 from engine_utils import FP32, NoSync, make_batch, rule_of
 from torch import nn
 
@@ -56,9 +58,12 @@ from resnet_dist.run import build_update_rule, compile_network
 from resnet_dist.teacher import Teacher
 
 ROOT = Path(__file__).resolve().parents[1]
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 CPU = torch.device("cpu")
 TRAIN = TrainConfig(precision="fp32", compile=True)
 PARTS = ["stem", "layer1", "layer2", "head"]
+SHAPE = (4, 3, 16, 16)
+"""Of the images of a step, if a test says nothing else."""
 
 
 @pytest.fixture(autouse=True)
@@ -70,20 +75,41 @@ def quick_backend(monkeypatch):
 
 
 def runtime_of(rank=0, world_size=1, device=CPU):
-    group = dist.group.WORLD if world_size > 1 else None
-    return Runtime(rank, rank, world_size, world_size, device, group)
+    group = None
+    if world_size > 1:
+        group = dist.group.WORLD
+    return Runtime(
+        rank=rank,
+        local_rank=rank,
+        world_size=world_size,
+        local_world_size=world_size,
+        device=device,
+        cpu_group=group,
+    )
 
 
 def tiny_state(train=TRAIN, **optim):
-    """The state of a run with a network of two stages."""
-    config = Config(model=ModelConfig(name="tiny"), train=train, optim=OptimConfig(**optim))
+    """The config and the state of a run with a network of two stages."""
+    config = Config(
+        model=ModelConfig(name="tiny"),
+        train=train,
+        optim=OptimConfig(**optim),
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("resnet_dist.models.build.MODELS", {"tiny": tiny_network})
-        return config, build_state(config, 10, CPU)
+        state = build_state(config, 10, CPU)
+    return config, state
 
 
 def tiny_network(num_classes=10, depths=(1, 1)):
-    return ResNet(BasicBlock, depths, num_classes, stem="cifar", stem_channels=8, shortcut="A")
+    return ResNet(
+        BasicBlock,
+        depths,
+        num_classes,
+        stem="cifar",
+        stem_channels=8,
+        shortcut="A",
+    )
 
 
 def steps(state, config, batches, lr=0.1):
@@ -95,8 +121,18 @@ def steps(state, config, batches, lr=0.1):
     train_mode(state.model)
     for micro_batches in batches:
         counts, _ = train_step(model, state, micro_batches, lr, rule, nonfinite)
-        losses.append(counts.result()["loss"])
+        result = counts.result()
+        losses.append(result["loss"])
     return losses
+
+
+def equal_states(first, second):
+    """Whether two state dicts are equal, bit for bit."""
+    return equal_trees(dict(first), dict(second))
+
+
+def names_of_modules(model):
+    return [name for name, _ in model.named_modules()]
 
 
 @pytest.mark.slow
@@ -104,28 +140,52 @@ def test_a_compiled_network_does_what_it_does_uncompiled():
     """Parts, state-dict keys, weights after three updates with an average; nothing is compiled
     again, neither by an update nor by an evaluation.
     """
-    train = replace(TRAIN, ema_decay=0.5, grad_accum_steps=2, clip_grad_norm=1.0)
+    train = replace(
+        TRAIN,
+        ema_decay=0.5,
+        grad_accum_steps=2,
+        clip_grad_norm=1.0,
+    )
     config, state = tiny_state(train)
     _, plain = tiny_state(train)
     before = copy.deepcopy(state.model.state_dict())
-    compiler, problem = start_compiler(state.model, config.train, (4, 3, 16, 16), runtime_of())
-    assert problem == ""
+
+    compiler = compiled(state, train)
+
     assert list(compiler.parts) == PARTS
     assert compiler.num_graphs == 4
-    assert equal_trees(dict(state.model.state_dict()), dict(before))
-    assert [name for name, _ in state.model.named_modules()] == [
-        name for name, _ in plain.model.named_modules()
-    ]
-    engine.warm_up_ddp(NoSync(state.model), (4, 3, 16, 16), FP32)
-    batches = [[make_batch(4, 16, seed=2 * i), make_batch(4, 16, seed=2 * i + 1)] for i in range(3)]
-    assert steps(state, config, batches) == pytest.approx(steps(plain, config, batches), rel=1e-5)
-    for ours, theirs in ((state.model, plain.model), (state.ema.model, plain.ema.model)):
-        torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-5, atol=1e-6)
+    assert equal_states(state.model.state_dict(), before)
+    assert names_of_modules(state.model) == names_of_modules(plain.model)
+
+    # Three updates.
+    engine.warm_up_ddp(NoSync(state.model), SHAPE, FP32)
+    batches = []
+    for i in range(3):
+        first = make_batch(4, 16, seed=2 * i)
+        second = make_batch(4, 16, seed=2 * i + 1)
+        batches.append([first, second])
+    losses = steps(state, config, batches)
+    expected_losses = steps(plain, config, batches)
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
+    pairs = (
+        (state.model, plain.model),
+        (state.ema.model, plain.ema.model),
+    )
+    for ours, theirs in pairs:
+        torch.testing.assert_close(
+            ours.state_dict(),
+            theirs.state_dict(),
+            rtol=1e-5,
+            atol=1e-6,
+        )
     assert compiler.num_graphs == 4
+
+    # A copy has parts of its own, which are not compiled.
     copied = copy.deepcopy(state.model)
     assert is_compiled(state.model)
     assert not is_compiled(copied)
-    assert copied.parts()["stem"].method.__self__ is copied
+    stem = copied.parts()["stem"]
+    assert stem.method.__self__ is copied
 
 
 class Small(nn.Module):
@@ -136,9 +196,16 @@ class Small(nn.Module):
     def __init__(self, two_heads=False):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.1)
+            nn.Conv2d(3, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Dropout(0.1),
         )
-        self.top = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+        self.top = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(4, 10),
+        )
         self.second_top = copy.deepcopy(self.top)
         self.two_heads = two_heads
         if not two_heads:
@@ -154,13 +221,35 @@ class Small(nn.Module):
 
 def small_state(train=TRAIN, two_heads=False):
     torch.manual_seed(0)
-    model = Small(two_heads).to(memory_format=torch.channels_last)
-    scaler = torch.amp.GradScaler("cpu", enabled=train.precision == "fp16")
-    return engine.TrainState(model, build_optimizer(OptimConfig(), model), scaler)
+    model = Small(two_heads)
+    model.to(memory_format=torch.channels_last)
+    return state_of(model, train)
 
 
-def compiled(state, train=TRAIN, shape=(4, 3, 16, 16), runtime=None):
-    compiler, problem = start_compiler(state.model, train, shape, runtime or runtime_of())
+def state_of(model, train=TRAIN):
+    optimizer = build_optimizer(OptimConfig(), model)
+    needs_scaler = train.precision == "fp16"
+    scaler = torch.amp.GradScaler("cpu", enabled=needs_scaler)
+    return engine.TrainState(model, optimizer, scaler)
+
+
+def turn_dropout_off(model):
+    model.body[3].p = 0.0
+
+
+def small_teacher():
+    """A network whose weights stay as they are."""
+    network = small_state().model
+    network.eval()
+    network.requires_grad_(False)
+    return network
+
+
+def compiled(state, train=TRAIN, shape=SHAPE, runtime=None):
+    """Compile the network of a state, which must work."""
+    if runtime is None:
+        runtime = runtime_of()
+    compiler, problem = start_compiler(state.model, train, shape, runtime)
     assert problem == ""
     return compiler
 
@@ -173,52 +262,73 @@ def test_new_sizes_are_compiled_and_evaluation_is_not():
     state = small_state()
     compiler = compiled(state)
     config = Config(train=TRAIN)
-    for side, expected in ((16, 2), (24, 4), (16, 4), (32, 6)):
+
+    # Pairs of the side and the number of graphs after it.
+    sides = (
+        (16, 2),
+        (24, 4),
+        (16, 4),
+        (32, 6),
+    )
+    for side, num_graphs in sides:
         shape = (4, 3, side, side)
         if shape not in compiler.shapes:
-            assert compilation.compile_for(compiler, shape) > 0
-        assert compiler.num_graphs == expected
+            seconds = compilation.compile_for(compiler, shape)
+            assert seconds > 0
+        assert compiler.num_graphs == num_graphs
         steps(state, config, [[make_batch(4, side)]])
-        assert compiler.num_graphs == expected, side
+        assert compiler.num_graphs == num_graphs, side
+
     state.model.eval()
     plain = copy.deepcopy(state.model)
-    for size in (7, 3, 1):
-        batch = make_batch(size, 20)
+    for num_images in (7, 3, 1):
+        batch = make_batch(num_images, 20)
         with compilation.run_eagerly(state.model):
-            ours = predict_logits(state.model, batch, False, FP32)
-        assert torch.equal(ours, predict_logits(plain, batch, False, FP32))
+            logits = predict_logits(state.model, batch, False, FP32)
+        expected = predict_logits(plain, batch, False, FP32)
+        assert torch.equal(logits, expected)
     assert compiler.num_graphs == 6
 
 
 @pytest.mark.slow
 def test_other_precisions_heads_and_frozen_parts():
     """Nothing is compiled again by the updates, and the losses fall as they do uncompiled."""
-    for name in ("fp16", "bf16"):
+    dtypes = {
+        "fp16": torch.float16,
+        "bf16": torch.bfloat16,
+    }
+    for name, dtype in dtypes.items():
         train = replace(TRAIN, precision=name)
         state = small_state(train)
         compiler = compiled(state, train)
-        batch = make_batch(
-            4, 16, dtype=getattr(torch, {"fp16": "float16", "bf16": "bfloat16"}[name])
-        )
-        losses = steps(state, Config(train=train), [[batch]] * 4)
-        assert losses[-1] < losses[0], name
+        batch = make_batch(4, 16, dtype=dtype)
+        first_loss, *_, last_loss = steps(state, Config(train=train), [[batch]] * 4)
+        assert last_loss < first_loss, name
         assert compiler.num_graphs == 2, name
 
-    state, plain = (small_state(two_heads=True) for _ in range(2))
+    # A network with two heads.
+    config = Config(train=TRAIN)
+    two_updates = [[make_batch(4, 16)]] * 2
+    state = small_state(two_heads=True)
+    plain = small_state(two_heads=True)
     assert list(compiled_parts(state.model)) == ["network"]
     compiler = compiled(state)
-    for each in (state, plain):
-        each.model.body[3].p = 0.0
-        each.losses = steps(each, Config(train=TRAIN), [[make_batch(4, 16)]] * 2)
-    assert state.losses == pytest.approx(plain.losses, rel=1e-5)
-    assert compiler.num_graphs == 2  # the rate of dropout has changed
+    turn_dropout_off(state.model)
+    turn_dropout_off(plain.model)
+    losses = steps(state, config, two_updates)
+    expected_losses = steps(plain, config, two_updates)
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
+    # One before the rate of dropout changed, and one after it.
+    assert compiler.num_graphs == 2
 
+    # A frozen part.
     config, state = tiny_state(unfreeze_from="layer2")
-    frozen = copy.deepcopy(state.model.layer1.state_dict())
+    frozen = state.model.layer1
+    before = copy.deepcopy(frozen.state_dict())
     compiler = compiled(state)
-    steps(state, config, [[make_batch(4, 16)]] * 2)
+    steps(state, config, two_updates)
     assert compiler.num_graphs == 4
-    assert equal_trees(dict(state.model.layer1.state_dict()), dict(frozen))
+    assert equal_states(frozen.state_dict(), before)
 
 
 @pytest.mark.slow
@@ -227,10 +337,8 @@ def test_the_compiled_step_runs_on_meta():
     meta = torch.device("meta")
     with meta:
         model = Small()
-    state = engine.TrainState(
-        model, build_optimizer(OptimConfig(), model), torch.amp.GradScaler("cpu", enabled=False)
-    )
-    model.body[3].p = 0.0
+    turn_dropout_off(model)
+    state = state_of(model)
     compiler = compiled(state, runtime=runtime_of(device=meta))
     batch = make_batch(4, 16, device="meta")
     rule = rule_of(Config(train=TRAIN), meta)
@@ -245,48 +353,67 @@ def test_a_teacher_is_compiled_with_the_network(monkeypatch):
     """Its forward pass alone, for each size. The losses are those without compilation; a part of it
     that cannot be compiled is named.
     """
-    config = Config(train=replace(TRAIN, distillation_weight=0.7))
-    losses = []
-    for compiles in (True, False):
-        state = small_state()
-        state.model.body[3].p = 0.0
-        teacher = small_state().model.eval().requires_grad_(False)
-        rule = build_update_rule(config, CPU, teacher=Teacher(teacher, "", "", ()))
-        if compiles:
-            compiler, problem = start_compiler(
-                state.model, TRAIN, (4, 3, 16, 16), runtime_of(), teacher
-            )
-            assert problem == ""
-            assert compiler.num_graphs == 4
-            assert compilation.compile_for(compiler, (4, 3, 24, 24)) > 0
-            assert compiler.num_graphs == 8
-        train_mode(state.model)
-        nonfinite = NonFinite(state.model, 0)
-        for side in (16, 24, 16):
-            batch = make_batch(4, side)
-            counts, _ = train_step(NoSync(state.model), state, [batch], 0.1, rule, nonfinite)
-            losses.append(counts.result()["loss"])
-        assert not teacher.training
-        assert is_compiled(teacher) is compiles
+    state = small_state()
+    turn_dropout_off(state.model)
+    teacher = small_teacher()
+    compiler, problem = start_compiler(state.model, TRAIN, SHAPE, runtime_of(), teacher)
+    assert problem == ""
+    assert compiler.num_graphs == 4
+    seconds = compilation.compile_for(compiler, (4, 3, 24, 24))
+    assert seconds > 0
     assert compiler.num_graphs == 8
-    assert losses[:3] == pytest.approx(losses[3:], rel=1e-5)
+    losses = losses_with_teacher(state, teacher)
+    assert compiler.num_graphs == 8
+    assert is_compiled(teacher)
 
-    calls = []
-    real = compilation.lower
+    plain = small_state()
+    turn_dropout_off(plain.model)
+    plain_teacher = small_teacher()
+    expected_losses = losses_with_teacher(plain, plain_teacher)
+    assert not is_compiled(plain_teacher)
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
 
-    def lower(graph, inputs, train):
-        calls.append(graph)
-        return (failing_backend if len(calls) == 3 else real)(graph, inputs, train)
-
+    # The network has two parts, so that the third call is for the first part of the teacher.
+    lower = lower_that_fails_at(3, compilation.lower)
     monkeypatch.setattr(compilation, "lower", lower)
     torch._dynamo.reset()
     state = small_state()
-    teacher = small_state().model.eval().requires_grad_(False)
-    compiler, problem = start_compiler(state.model, TRAIN, (4, 3, 16, 16), runtime_of(), teacher)
+    teacher = small_teacher()
+    compiler, problem = start_compiler(state.model, TRAIN, SHAPE, runtime_of(), teacher)
     assert compiler is None
     assert problem == f"the teacher's body: {FAILURE}"
     assert not is_compiled(state.model)
     assert not is_compiled(teacher)
+
+
+def losses_with_teacher(state, teacher):
+    """The losses of three updates with images of two sizes."""
+    config = Config(train=replace(TRAIN, distillation_weight=0.7))
+    rule = build_update_rule(config, CPU, teacher=Teacher(teacher, "", "", ()))
+    train_mode(state.model)
+    model = NoSync(state.model)
+    nonfinite = NonFinite(state.model, 0)
+    losses = []
+    for side in (16, 24, 16):
+        batch = make_batch(4, side)
+        counts, _ = train_step(model, state, [batch], 0.1, rule, nonfinite)
+        result = counts.result()
+        losses.append(result["loss"])
+    assert not teacher.training
+    return losses
+
+
+def lower_that_fails_at(number, real):
+    """In place of compilation.lower: this call fails, counted from 1."""
+    calls = []
+
+    def lower(graph, inputs, train):
+        calls.append(graph)
+        if len(calls) == number:
+            return failing_backend(graph, inputs, train)
+        return real(graph, inputs, train)
+
+    return lower
 
 
 def failing_backend(graph, inputs, train):
@@ -303,44 +430,42 @@ FAILURE = "LoweringException: ValueError: no such kernel (operator aten.a.b)"
 @pytest.mark.slow
 def test_one_rank_that_cannot_compile_stops_or_turns_back_all():
     """SyncBatchNorm's collective is in the first part: the other rank must not be left in it."""
-    results = run_ranks(compile_where_rank_1_fails, 2)
-    assert results[0] == results[1]
-    problem, was_compiled, losses = results[0]
+    first, second = run_ranks(compile_where_rank_1_fails, 2)
+    assert first == second
+    problem, was_compiled, losses = first
     assert problem == f"rank 1: top: {FAILURE}"
     assert not was_compiled
     assert len(losses) == 2
 
 
 def compile_where_rank_1_fails(rank, world_size):
-    config = Config(train=TRAIN)
     state = small_state()
     convert_sync_batch_norm(state.model)
-    calls = []
-    real = compilation.lower
-
-    def lower(graph, inputs, train):
-        calls.append(graph)
-        is_bad = rank == 1 and len(calls) == 2
-        return (failing_backend if is_bad else real)(graph, inputs, train)
-
-    compilation.lower = lower
-    compiler, problem = start_compiler(
-        state.model, config.train, (4, 3, 16, 16), runtime_of(rank, world_size)
-    )
+    if rank == 1:
+        # In the second part.
+        compilation.lower = lower_that_fails_at(2, compilation.lower)
+    runtime = runtime_of(rank, world_size)
+    compiler, problem = start_compiler(state.model, TRAIN, SHAPE, runtime)
     assert compiler is None
+
+    # The ranks go on without a compiler.
     model = wrap_ddp(state.model, CPU)
     engine.warm_up_ddp(model, (2, 3, 16, 16), FP32)
+    rule = rule_of(Config(train=TRAIN))
     nonfinite = NonFinite(state.model, 0)
+    batch = make_batch(4, 16)
     losses = []
     for _ in range(2):
-        counts, _ = train_step(model, state, [make_batch(4, 16)], 0.1, rule_of(config), nonfinite)
-        losses.append(counts.result()["loss"])
+        counts, _ = train_step(model, state, [batch], 0.1, rule, nonfinite)
+        result = counts.result()
+        losses.append(result["loss"])
     return problem, is_compiled(state.model), losses
 
 
 @pytest.mark.slow
 def test_ranks_wait_for_a_slow_compiler_longer_than_a_collective_may_take():
-    assert run_ranks(compile_slowly_on_rank_1, 2) == ["done", "done"]
+    results = run_ranks(compile_slowly_on_rank_1, 2)
+    assert results == ["done", "done"]
 
 
 def compile_slowly_on_rank_1(rank, world_size):
@@ -362,12 +487,16 @@ def test_ddp_reduces_a_stage_while_the_one_before_it_computes():
     """With a graph for each part, gradients are reduced after each backward graph. With one graph
     for the network all are reduced after it, where no communication can hide.
     """
-    by_part, whole = run_ranks(order_of_hooks, 2)[0]
+    of_first_rank, _ = run_ranks(order_of_hooks, 2)
+    by_part, whole = of_first_rank
+
     assert by_part.count("graph") == 2
     assert by_part[0] == "graph"
     assert by_part[-1] == "reduce"
-    for event, following in zip(by_part, by_part[1:], strict=False):
-        assert {event, following} != {"graph"}, by_part
+    for event, following in itertools.pairwise(by_part):
+        is_graph_after_graph = event == "graph" and following == "graph"
+        assert not is_graph_after_graph, by_part
+
     assert whole.count("graph") == 1
     assert whole[0] == "graph"
     assert whole.count("reduce") == by_part.count("reduce")
@@ -403,42 +532,77 @@ def order_of_hooks(rank, world_size):
         compiled(state, runtime=runtime_of(rank, world_size))
         # A bucket for each parameter.
         model = nn.parallel.DistributedDataParallel(
-            state.model, broadcast_buffers=False, bucket_cap_mb=1e-6, gradient_as_bucket_view=True
+            state.model,
+            broadcast_buffers=False,
+            bucket_cap_mb=1e-6,
+            gradient_as_bucket_view=True,
         )
         model.register_comm_hook(None, hook)
         images = make_batch(4, 16).images
         for _ in range(2):
             events.clear()
-            model(images).sum().backward()
+            loss = model(images).sum()
+            loss.backward()
         return list(events)
 
     backend = aot_autograd(fw_compiler=compile_forward, bw_compiler=compile_backward)
-    compilation.lower = lambda graph, inputs, train: backend(graph, inputs)
+
+    def lower(graph, inputs, train):
+        return backend(graph, inputs)
+
+    def one_part(model):
+        return {"network": model}
+
+    compilation.lower = lower
     by_part = order_of_a_step()
-    compilation.compiled_parts = lambda model: {"network": model}
-    return by_part, order_of_a_step()
+    compilation.compiled_parts = one_part
+    whole = order_of_a_step()
+    return by_part, whole
+
+
+class StoredCase(NamedTuple):
+    """A value of train.compile, what a checkpoint has, and what the run gets."""
+
+    device: torch.device
+    setting: bool | str
+    stored: dict | None
+    expected: bool
+
+
+CUDA = torch.device("cuda")
+STORED_TRUE = {"precision": "fp32", "compile": True}
+STORED_FALSE = {"precision": "fp32", "compile": False}
+STORED_BEFORE_THE_SETTING = {"precision": "fp32"}
+STORED_CASES = (
+    StoredCase(CPU, "auto", None, False),
+    StoredCase(CUDA, "auto", None, True),
+    StoredCase(CUDA, "auto", STORED_FALSE, False),
+    StoredCase(CPU, "auto", STORED_TRUE, True),
+    StoredCase(CUDA, "auto", STORED_BEFORE_THE_SETTING, False),
+    StoredCase(CUDA, True, STORED_FALSE, True),
+    StoredCase(CUDA, False, None, False),
+)
 
 
 def test_a_stored_value_wins_over_auto():
     """A run that is requeued to another kind of node goes on as it began; one that began before
     there was the setting was not compiled.
     """
-    cuda = torch.device("cuda")
-    precise = TrainConfig(precision="fp32")
-    for device, setting, stored, expected in (
-        (CPU, "auto", None, False),
-        (cuda, "auto", None, True),
-        (cuda, "auto", {"precision": "fp32", "compile": False}, False),
-        (CPU, "auto", {"precision": "fp32", "compile": True}, True),
-        (cuda, "auto", {"precision": "fp32"}, False),
-        (cuda, True, {"precision": "fp32", "compile": False}, True),
-        (cuda, False, None, False),
-    ):
-        config = Config(train=replace(precise, compile=setting))
-        saved = None if stored is None else {"train": stored}
-        assert resolve_settings(config, device, saved).train.compile is expected
-    facts = {"num_samples": 1, "fingerprint": "", "config": to_dict(Config(train=TRAIN))}
-    facts["config"]["train"]["compile"] = False
+    for case in STORED_CASES:
+        train = TrainConfig(precision="fp32", compile=case.setting)
+        saved = None
+        if case.stored is not None:
+            saved = {"train": case.stored}
+        config = resolve_settings(Config(train=train), case.device, saved)
+        assert config.train.compile is case.expected, case
+
+    config = to_dict(Config(train=TRAIN))
+    config["train"]["compile"] = False
+    facts = {
+        "num_samples": 1,
+        "fingerprint": "",
+        "config": config,
+    }
     old = copy.deepcopy({**facts, "step": 1})
     del old["config"]["train"]["compile"]
     assert check_resumable(old, facts) == []
@@ -466,27 +630,36 @@ def test_auto_falls_back_with_a_warning_and_true_is_an_error(monkeypatch, tmp_pa
     said.
     """
     watched = Watched()
-    shape = (4, 3, 16, 16)
     runtime = replace(runtime_of(), watchdog=watched)
     config = Config(train=TRAIN, output_dir=str(tmp_path))
-    arguments = (config, small_state(), shape)
-    assert compile_network(*arguments, True, runtime, watched).num_graphs == 2
+
+    def compile_state(state, may_fall_back):
+        return compile_network(config, state, SHAPE, may_fall_back, runtime, watched)
+
+    compiler = compile_state(small_state(), may_fall_back=True)
+    assert compiler.num_graphs == 2
     assert watched.beats == [(0, "compile")]
-    assert re.search(r"compiled 2 parts .* 4 images of 16 x 16 .* in \d+\.\d s", watched.said[-1])
+    last_line = watched.said[-1]
+    assert re.search(r"compiled 2 parts .* 4 images of 16 x 16 .* in \d+\.\d s", last_line)
     assert watched.warned == []
 
+    # A backend that fails.
     monkeypatch.setattr(compilation, "lower", failing_backend)
     torch._dynamo.reset()
     reason = f"body: {FAILURE}"
     state = small_state()
-    assert compile_network(config, state, shape, True, runtime, watched) is None
+    compiler = compile_state(state, may_fall_back=True)
+    assert compiler is None
     assert watched.warned == [f"training without torch.compile, which failed: {reason}"]
     steps(state, config, [[make_batch(4, 16)]])
-    with pytest.raises(ValueError, match=r"train\.compile is true.*failed: " + re.escape(reason)):
-        compile_network(config, small_state(), shape, False, runtime, watched)
 
+    message = r"train\.compile is true.*failed: " + re.escape(reason)
+    with pytest.raises(ValueError, match=message):
+        compile_state(small_state(), may_fall_back=False)
+
+    # A user who has turned it off.
     with torch._dynamo.config.patch(disable=True):
-        _, problem = start_compiler(small_state().model, TRAIN, shape, runtime)
+        _, problem = start_compiler(small_state().model, TRAIN, SHAPE, runtime)
     assert "TORCH_COMPILE_DISABLE" in problem
 
 
@@ -496,30 +669,43 @@ def test_a_rank_that_is_silent_while_it_compiles_is_not_lost(monkeypatch):
     peers = (Peer("here", 1), Peer("there", 2))
     meeting = Meeting(Launcher(rank=0, world_size=2), dist.HashStore(), peers)
     watchdog = Watchdog(meeting, world_size=2, timeout_s=10)
-    for phase, seconds, is_lost in (
-        ("compile", 20, False),
-        ("compile", 40, True),
-        ("update", 2, False),
-        ("update", 20, True),
-    ):
+
+    def verdict_after(seconds, phase):
+        """What the watchdog does if the other rank has been silent for so long."""
         watchdog.beat(3, phase)
-        last = Beat(ticks=9, count=watchdog.count, step=3, phase=phase, stack="somewhere")
-        watchdog.heard[1] = Heard(time.monotonic() - seconds, last)
-        verdict = watchdog.on_long_wait()
-        assert (verdict is not None) is is_lost, (phase, seconds)
+        last_beat = Beat(
+            ticks=9,
+            count=watchdog.count,
+            step=3,
+            phase=phase,
+            stack="somewhere",
+        )
+        heard_at = time.monotonic() - seconds
+        watchdog.heard[1] = Heard(heard_at, last_beat)
+        return watchdog.on_long_wait()
+
+    assert verdict_after(20, "compile") is None
+    assert verdict_after(40, "compile") is not None
+    assert verdict_after(2, "update") is None
+    verdict = verdict_after(20, "update")
     assert "waited 8.5 s at step 3 (update) for rank 1 (host there" in verdict.headline
 
 
 def test_what_determinism_and_mode_set_for_inductor():
     assert inductor_options(TRAIN) == {}
+
     fast = replace(TRAIN, compile_mode="reduce-overhead")
     assert inductor_options(fast) == {"triton.cudagraphs": True}
-    options = inductor_options(replace(fast, deterministic=True))
+
+    deterministic = replace(fast, deterministic=True)
+    options = inductor_options(deterministic)
     assert options["triton.cudagraphs"] is True
     assert options["deterministic"] is True
     assert options["max_autotune"] is False
+
+    with_micro_steps = replace(fast, grad_accum_steps=2)
     with pytest.raises(ValueError, match=r"train\.compile_mode.*grad_accum_steps 1, not 2"):
-        check_config(Config(train=replace(fast, grad_accum_steps=2)))
+        check_config(Config(train=with_micro_steps))
 
 
 def test_with_cuda_graphs_each_step_is_announced(monkeypatch):
@@ -527,55 +713,87 @@ def test_with_cuda_graphs_each_step_is_announced(monkeypatch):
     overwritten otherwise.
     """
     events = []
-    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: events.append("begin"))
 
-    class Seen(nn.Module):
+    def record_begin():
+        events.append("begin")
+
+    class RecordingNetwork(nn.Module):
         def forward(self, images):
             events.append("teacher")
             return torch.zeros(len(images), 10)
 
-    for mode, expected in (("reduce-overhead", ["begin", "teacher"]), ("default", ["teacher"])):
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", record_begin)
+    teacher = Teacher(RecordingNetwork(), "", "", ())
+    events_of_a_step = {
+        "reduce-overhead": ["begin", "teacher"],
+        "default": ["teacher"],
+    }
+    events_of_the_warm_up = {
+        "reduce-overhead": ["begin", "begin"],
+        "default": [],
+    }
+    for mode in ("reduce-overhead", "default"):
         config = Config(train=replace(TRAIN, compile_mode=mode))
-        rule = build_update_rule(config, CPU, teacher=Teacher(Seen(), "", "", ()))
+        rule = build_update_rule(config, CPU, teacher=teacher)
         state = small_state()
+        model = NoSync(state.model)
         nonfinite = NonFinite(state.model, 0)
+        batch = make_batch(4, 8)
+
+        events.clear()
         for _ in range(2):
-            batch = make_batch(4, 8)
-            train_step(NoSync(state.model), state, [batch], 0.1, rule, nonfinite)
-        assert events == expected * 2
+            train_step(model, state, [batch], 0.1, rule, nonfinite)
+        assert events == events_of_a_step[mode] * 2
+
         events.clear()
-        engine.warm_up_ddp(NoSync(state.model), (2, 3, 8, 8), FP32, rule.replays_graphs)
-        assert len(events) == (2 if rule.replays_graphs else 0)
-        events.clear()
+        engine.warm_up_ddp(model, (2, 3, 8, 8), FP32, rule.replays_graphs)
+        assert events == events_of_the_warm_up[mode]
 
 
 def test_the_compile_cache_is_read_only_if_it_is_whole_and_of_this_user(tmp_path, monkeypatch):
     """It is executable code."""
+    folder = str(tmp_path)
     watched = Watched()
     loaded = []
-    runtime = runtime_of()
     content = b"\x00compiled"
     monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (content, None))
     monkeypatch.setattr(torch.compiler, "load_cache_artifacts", loaded.append)
-    load_compile_cache(str(tmp_path), runtime, watched)
+
+    def load():
+        load_compile_cache(folder, runtime_of(), watched)
+
+    # There is none.
+    load()
     assert loaded == []
-    for rank in (0, 1):
-        own = replace(runtime, rank=rank, local_rank=rank, world_size=4, local_world_size=2)
-        save_compile_cache(str(tmp_path), own, watched)
-        save_compile_cache(str(tmp_path), replace(own, rank=rank + 2), watched)
+
+    # One for each rank of the first of two machines.
+    for rank in range(4):
+        runtime = Runtime(
+            rank=rank,
+            local_rank=rank % 2,
+            world_size=4,
+            local_world_size=2,
+            device=CPU,
+            cpu_group=None,
+        )
+        save_compile_cache(folder, runtime, watched)
     names = [path.name for path in sorted(tmp_path.rglob("*.bin"))]
     assert names == ["local_rank_0.bin", "local_rank_1.bin"]
-    load_compile_cache(str(tmp_path), runtime, watched)
+    load()
     assert loaded == [content]
     assert watched.warned == []
 
+    # Another user.
     monkeypatch.setattr(os, "getuid", lambda: 12345)
-    load_compile_cache(str(tmp_path), runtime, watched)
+    load()
     assert "belongs to another user" in watched.warned[-1]
     monkeypatch.undo()
-    path = cache_path(str(tmp_path), 0)
-    path.write_bytes(path.read_bytes()[:-1])
-    load_compile_cache(str(tmp_path), runtime, watched)
+
+    # A file that lacks its last byte.
+    path = cache_path(folder, 0)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    load()
     assert "it is damaged" in watched.warned[-1]
     assert loaded == [content]
 
@@ -620,34 +838,48 @@ def test_inductor_resumes_bit_identically_and_from_the_cache_of_the_run(
 
     def run(name, place, entry):
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / place))
-        folder = tmp_path / name
         log = tmp_path / f"{name}_{place}.txt"
-        sizes = {"train_crop_size": 16, "val_resize_size": 16, "val_crop_size": 16}
-        words = ["train", "--config", "configs/quickstart.yaml", "--data.data_dir", digits]
-        words += ["--output_dir", str(folder), "--train.compile", "true", "--train.epochs", "0.4"]
-        words += ["--train.ema_decay", "0.9", "--schedule.warmup_epochs", "0"]
-        words += ["--log.wandb", "disabled", "--distributed.threads", "1"]
-        for key, value in sizes.items():
-            words += [f"--data.{key}", str(value)]
-        codes = run_app(2, words, str(log), entry, timeout=900)
-        print(log.read_text())
-        return codes, log.read_text()
+        settings = options(
+            config=QUICKSTART,
+            data__data_dir=digits,
+            data__train_crop_size=16,
+            data__val_resize_size=16,
+            data__val_crop_size=16,
+            output_dir=tmp_path / name,
+            train__compile="true",
+            train__epochs=0.4,
+            train__ema_decay=0.9,
+            schedule__warmup_epochs=0,
+            log__wandb="disabled",
+            distributed__threads=1,
+        )
+        codes = run_app(2, ["train", *settings], str(log), entry, timeout=900)
+        printed = log.read_text()
+        print(printed)
+        return codes, printed
 
-    assert run("whole", "first", tiny_app())[0] == [0, 0]
+    def end_of(name):
+        path = tmp_path / name / "checkpoints" / "last.pt"
+        payload = read_checkpoint(path)
+        return unpack_checkpoint(payload, str(path))
+
+    codes, _ = run("whole", "first", tiny_app())
+    assert codes == [0, 0]
     codes, _ = run("halves", "first", tiny_app(stop_at=4))
     assert codes == [143, 143]
-    codes, output = run("halves", "second", tiny_app())
+    codes, printed = run("halves", "second", tiny_app())
     assert codes == [0, 0]
-    # Three parts, forward and backward.
-    assert re.findall(r"CACHE (\d+) (\d+)", output) == [("6", "0")] * 2
-    ends = []
-    for name in ("whole", "halves"):
-        path = tmp_path / name / "checkpoints" / "last.pt"
-        ends.append(unpack_checkpoint(read_checkpoint(path), str(path)))
-    assert ends[0]["step"] == ends[1]["step"] > 4
-    assert ends[0]["config"]["train"]["compile"] is True
+    # On each rank, three parts, forward and backward.
+    hits_and_misses = re.findall(r"CACHE (\d+) (\d+)", printed)
+    assert hits_and_misses == [("6", "0")] * 2
+
+    whole = end_of("whole")
+    halves = end_of("halves")
+    assert whole["step"] == halves["step"]
+    assert whole["step"] > 4
+    assert whole["config"]["train"]["compile"] is True
     for key in ("model", "ema", "optimizer"):
-        assert equal_trees(ends[0][key], ends[1][key]), key
+        assert equal_trees(whole[key], halves[key]), key
 
 
 def app_where_rank_1(prepares):
@@ -680,42 +912,66 @@ def test_a_run_waits_for_a_slow_compiler_and_stops_for_a_failing_one(tmp_path):
 
     def run(name, prepares):
         log = tmp_path / f"{name}.txt"
-        words = ["train", "--config", "configs/quickstart.yaml", "--data.kind", "synthetic"]
-        words += ["--data.synthetic_classes", "10", "--data.synthetic_images", "256"]
-        words += ["--data.train_crop_size", "16", "--data.val_crop_size", "16"]
-        words += ["--train.epochs", "0.5", "--schedule.warmup_epochs", "0", "--log.wandb"]
-        words += ["disabled", "--train.compile", "true", "--distributed.timeout_s", "8"]
-        words += ["--output_dir", str(tmp_path / name)]
-        codes = run_app(2, words, str(log), app_where_rank_1(prepares))
+        settings = options(
+            config=QUICKSTART,
+            data__kind="synthetic",
+            data__synthetic_classes=10,
+            data__synthetic_images=256,
+            data__train_crop_size=16,
+            data__val_crop_size=16,
+            output_dir=tmp_path / name,
+            train__compile="true",
+            train__epochs=0.5,
+            schedule__warmup_epochs=0,
+            log__wandb="disabled",
+            distributed__timeout_s=8,
+        )
+        entry = app_where_rank_1(prepares)
+        codes = run_app(2, ["train", *settings], str(log), entry)
         return codes, log.read_text()
 
-    codes, output = run("slow", lambda *_: time.sleep(9))
-    assert codes == [0, 0], output
-    assert float(re.search(r"compiled 3 parts .* in (\d+\.\d) s", output)[1]) > 27
-    codes, output = run("failing", failing_backend)
-    assert codes == [2, 2], output
-    assert output.count(f"torch.compile failed: rank 1: stem: {FAILURE}") == 1
+    def sleep_nine_seconds(graph, inputs, train):
+        time.sleep(9)
+
+    codes, printed = run("slow", sleep_nine_seconds)
+    assert codes == [0, 0], printed
+    match = re.search(r"compiled 3 parts .* in (\d+\.\d) s", printed)
+    seconds = float(match[1])
+    assert seconds > 27
+
+    codes, printed = run("failing", failing_backend)
+    assert codes == [2, 2], printed
+    assert printed.count(f"torch.compile failed: rank 1: stem: {FAILURE}") == 1
     assert not (tmp_path / "failing").exists()
 
 
-KINDS = ["seresnet50", "resnet50d", "preresnet110", "lenet5", "vgg11_bn", "googlenet"]
-KINDS += ["inception_v3", "densenet121", "efficientnet_b0", "inception_v4"]
+SIDES = {
+    "seresnet50": 32,
+    "resnet50d": 32,
+    "preresnet110": 32,
+    "lenet5": 32,
+    "vgg11_bn": 64,
+    "googlenet": 32,
+    "inception_v3": 299,
+    "densenet121": 64,
+    "efficientnet_b0": 32,
+    "inception_v4": 299,
+}
+"""One network of each kind, with a side of its images."""
 
 
 @pytest.mark.slow
 @pytest.mark.long
 def test_every_kind_of_network_is_traced_without_a_break():
     """Each has a single graph for each part; networks outside of the ResNet family are one part."""
+    meta = torch.device("meta")
+    runtime = runtime_of(device=meta)
     failed = []
-    for name in KINDS:
-        side = 299 if name.startswith("inception") else 32
-        if name in ("vgg11_bn", "densenet121"):
-            side = 64
-        with torch.device("meta"):
+    for name, side in SIDES.items():
+        with meta:
             model = build_model(ModelConfig(name=name), 10)
-        compiler, problem = start_compiler(
-            model, TRAIN, (4, 3, side, side), runtime_of(device=torch.device("meta"))
-        )
+        shape = (4, 3, side, side)
+        compiler, problem = start_compiler(model, TRAIN, shape, runtime)
         if problem or compiler.num_graphs != len(compiler.parts):
             failed.append(f"{name}: {problem}")
         torch._dynamo.reset()
