@@ -19,18 +19,34 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-
-import numpy as np
+from typing import NamedTuple
 
 sys.path.insert(0, os.path.dirname(__file__))
 
 from image_files import OneProcess, encode, picture, train_loader, write_split
-from store_server import answer, in_child, read_head
+from store_server import END_OF_HEAD, answer, in_child, read_head
 
 from resnet_dist.cli import main
 from resnet_dist.data.sources.scan import build_index
 
 META = b'ETag: "pinned"\r\nLast-Modified: Wed, 21 Oct 2015 07:28:00 GMT'
+
+WARM_UP_STEPS = 8
+
+STEP_SECONDS = 0.05
+"""of the training that is imitated"""
+
+PICTURES = 40
+"""Different pictures; more images are copies of them."""
+
+
+class Figures(NamedTuple):
+    """What one round of a place has cost."""
+
+    cpu_us: float
+    """CPU time per image in us"""
+    waited: float
+    """fraction of the time that a step waits for data"""
 
 
 def serve(connection, folder, latency):
@@ -43,31 +59,55 @@ def serve(connection, folder, latency):
             return
         time.sleep(latency)
         method, target = head.decode().split(" ", 2)[:2]
-        path = folder / target.partition("?")[0].split("/", 2)[-1]
-        size = path.stat().st_size
+        path_and_query = target.partition("?")
+        _, _, name = path_and_query[0].split("/", 2)
+        path = folder / name
         wanted = re.search(rb"(?i)range: bytes=(\d+)-(\d+)", head)
         if method == "HEAD":
+            size = path.stat().st_size
             length = f"Content-Length: {size}".encode()
-            connection.sendall(b"HTTP/1.1 200 OK\r\n" + META + b"\r\n" + length + b"\r\n\r\n")
+            connection.sendall(b"HTTP/1.1 200 OK\r\n" + META + b"\r\n" + length + END_OF_HEAD)
         elif wanted is None:
-            connection.sendall(answer(200, path.read_bytes(), META))
+            content = path.read_bytes()
+            connection.sendall(answer(200, content, META))
         else:
-            start = int(wanted[1])
-            stop = min(int(wanted[2]) + 1, size)
-            more = META + f"\r\nContent-Range: bytes {start}-{stop - 1}/{size}".encode()
-            head = f"HTTP/1.1 206 Partial\r\nContent-Length: {stop - start}\r\n".encode()
-            connection.sendall(head + more + b"\r\n\r\n")
-            with open(path, "rb") as file:
-                connection.sendfile(file, start, stop - start)
+            first = int(wanted[1])
+            last = int(wanted[2])
+            send_range(connection, path, first, last)
+
+
+def send_range(connection, path, first, last):
+    """Answer with the bytes from `first` to `last` of a file, or to its end."""
+    size = path.stat().st_size
+    last = min(last, size - 1)
+    length = last - first + 1
+    status = f"HTTP/1.1 206 Partial\r\nContent-Length: {length}\r\n".encode()
+    place = f"\r\nContent-Range: bytes {first}-{last}/{size}".encode()
+    connection.sendall(status + META + place + END_OF_HEAD)
+    with open(path, "rb") as file:
+        connection.sendfile(file, first, length)
 
 
 def run_server(sender, folder, latency):
+    """The life of the server's process; sends its port."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
-    sender.send(listener.getsockname()[1])
+    _, port = listener.getsockname()
+    sender.send(port)
     while True:
         connection, _ = listener.accept()
         arguments = (connection, folder, latency)
-        threading.Thread(target=serve, args=arguments, daemon=True).start()
+        thread = threading.Thread(target=serve, args=arguments, daemon=True)
+        thread.start()
+
+
+def start_server(folder, latency):
+    """Start the server in a process of its own; returns it and its port."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    arguments = (sender, folder, latency)
+    process = context.Process(target=run_server, args=arguments, daemon=True)
+    process.start()
+    return process, receiver.recv()
 
 
 def cpu_seconds():
@@ -76,7 +116,7 @@ def cpu_seconds():
 
 
 def measure(url, folder, args, step_s, cache_dir):
-    """(CPU time per image in us, fraction of the time that a step waits for data)."""
+    """Read some batches of a place, with steps in between."""
     index = build_index(url, "train", OneProcess())
     loader = train_loader(
         index,
@@ -85,13 +125,13 @@ def measure(url, folder, args, step_s, cache_dir):
         train_crop_size=224,
         cache_dir=cache_dir,
     )
-    warm_up = 8
-    batches = loader.batches(0, warm_up + args.steps)
-    for _ in range(warm_up):
+    batches = loader.batches(0, WARM_UP_STEPS + args.steps)
+    for _ in range(WARM_UP_STEPS):
         next(batches)
         time.sleep(step_s)
+
     waited = 0.0
-    cpu = cpu_seconds()
+    cpu_before = cpu_seconds()
     started = time.monotonic()
     for _ in range(args.steps):
         before = time.monotonic()
@@ -100,55 +140,81 @@ def measure(url, folder, args, step_s, cache_dir):
         time.sleep(step_s)
         # As the training loop does.
         del batch
-    images = args.batch * args.steps
-    result = (cpu_seconds() - cpu) / images * 1e6, waited / (time.monotonic() - started)
+    seconds = time.monotonic() - started
+    cpu = cpu_seconds() - cpu_before
     loader.close()
-    return result
+
+    images = args.batch * args.steps
+    return Figures(
+        cpu_us=1e6 * cpu / images,
+        waited=waited / seconds,
+    )
 
 
 def write_data(folder, images):
-    """Photographs of 500 x 375 pixels and about 110 KB, in shards."""
-    files = [encode(picture(375, 500, seed), quality=95) for seed in range(40)]
-    write_split(folder / "images", [files[number % 40] for number in range(images)])
-    main(["data", "pack", str(folder / "images"), str(folder / "shards"), "--shard_mb", "16"])
+    """Photographs of 500 x 375 pixels and about 110 KB, in shards; returns the bytes of one."""
+    pictures = [picture(375, 500, seed) for seed in range(PICTURES)]
+    files = [encode(one, quality=95) for one in pictures]
+    copies = [files[number % PICTURES] for number in range(images)]
+    write_split(folder / "images", copies)
+    source = str(folder / "images")
+    shards = str(folder / "shards")
+    main(["data", "pack", source, shards, "--shard_mb", "16"])
     return len(files[0])
 
 
-def main_program():
+def read_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("batch", 16), ("steps", 40), ("rounds", 3), ("images", 640)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=640)
     parser.add_argument("--latency_ms", type=float, default=30)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def print_figures(figures):
+    """A line for each place: the medians of its rounds, and the ratios to the disk's.
+
+    figures: by the name of the place, those of each round.
+    """
+    of_disk = figures["disk"]
+    for name, rounds in figures.items():
+        ratios = []
+        for own, disk in zip(rounds, of_disk, strict=True):
+            ratios.append(own.cpu_us / disk.cpu_us)
+        cpu = statistics.median(one.cpu_us for one in rounds)
+        waited = statistics.median(one.waited for one in rounds)
+        ratio = statistics.median(ratios)
+        print(
+            f"{name:20s} CPU {cpu:6.0f} us an image, {ratio:.3f} of the disk "
+            f"({min(ratios):.3f} to {max(ratios):.3f}), data wait {100 * waited:.1f} %"
+        )
+
+
+def main_program():
+    args = read_arguments()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        cache = str(folder / "cache")
         size = write_data(folder, args.images)
-        context = multiprocessing.get_context("fork")
-        receiver, sender = context.Pipe(duplex=False)
-        arguments = (sender, folder / "shards", args.latency_ms / 1000)
-        server = context.Process(target=run_server, args=arguments, daemon=True)
-        server.start()
-        remote = f"http://127.0.0.1:{receiver.recv()}/set"
+        server, port = start_server(folder / "shards", args.latency_ms / 1000)
+        remote = f"http://127.0.0.1:{port}/set"
         places = {
             "disk": (str(folder / "shards"), ""),
             "store": (remote, ""),
-            "store, warm cache": (remote, str(folder / "cache")),
+            "store, warm cache": (remote, cache),
         }
-        in_child(measure, remote, folder, args, 0.0, str(folder / "cache"))
-        figures = {name: [] for name in places}
+        # Fills the cache.
+        in_child(measure, remote, folder, args, 0.0, cache)
+        figures = {place: [] for place in places}
         for _ in range(args.rounds):
-            for name, (url, cache) in places.items():
-                figures[name].append(in_child(measure, url, folder, args, 0.05, cache))
+            for place, (url, cache_dir) in places.items():
+                found = in_child(measure, url, folder, args, STEP_SECONDS, cache_dir)
+                figures[place].append(found)
         server.kill()
     print(f"{size} bytes an image, load average {os.getloadavg()[0]:.1f}")
-    base = [cpu for cpu, _ in figures["disk"]]
-    for name, rounds in figures.items():
-        ratios = [cpu / other for (cpu, _), other in zip(rounds, base, strict=True)]
-        cpu, waited = np.median(rounds, axis=0)
-        print(
-            f"{name:20s} CPU {cpu:6.0f} us an image, {statistics.median(ratios):.3f} of the disk "
-            f"({min(ratios):.3f} to {max(ratios):.3f}), data wait {100 * waited:.1f} %"
-        )
+    print_figures(figures)
 
 
 if __name__ == "__main__":

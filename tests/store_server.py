@@ -27,6 +27,11 @@ META = (
     b'ETag: "abc"\r\nLast-Modified: Wed, 21 Oct 2015 07:28:00 GMT\r\nContent-Type: application/xml'
 )
 
+END_OF_HEAD = b"\r\n\r\n"
+
+KEYS_OF_A_PAGE = 1000
+"""Keys of a canned page of a listing, as S3 has them."""
+
 
 class Faults:
     """What the proxy does with requests for objects; `PUT /faults` changes it."""
@@ -39,57 +44,98 @@ class Faults:
         self.errors = wanted.get("errors", 0.0)
         self.truncated = wanted.get("truncated", 0.0)
         self.hang = wanted.get("hang", False)
-        self.answer = wanted.get("answer", "")  # "403:AccessDenied"
+        # Such as "403:AccessDenied".
+        self.answer = wanted.get("answer", "")
         self.only = re.compile(wanted.get("only", ""))
-        self.keys = wanted.get("keys", 0)  # in canned pages of a listing
+        # Number of keys in canned pages of a listing.
+        self.keys = wanted.get("keys", 0)
         self.requests = 0
         self.random = random.Random(0)
 
+    def trouble(self):
+        """Draw what happens to a request: "error", "truncated" or ""."""
+        draw = self.random.random()
+        if draw < self.errors:
+            return "error"
+        if draw < self.errors + self.truncated:
+            return "truncated"
+        return ""
+
 
 def read_head(connection, buffer):
-    while b"\r\n\r\n" not in buffer:
+    """The head of the next message, and what came behind it; (None, b"") at the end."""
+    while END_OF_HEAD not in buffer:
         data = connection.recv(65536)
         if not data:
             return None, b""
         buffer += data
-    head, _, rest = buffer.partition(b"\r\n\r\n")
+    head, _, rest = buffer.partition(END_OF_HEAD)
     return head, rest
 
 
 def content_length(head):
     found = re.search(rb"(?i)\r\ncontent-length: (\d+)", head)
-    return int(found[1]) if found else 0
+    if found is None:
+        return 0
+    return int(found[1])
 
 
 def read_body(connection, length, buffer):
+    """A body of `length` bytes that begins in the buffer, and what came behind it."""
     while len(buffer) < length:
         data = connection.recv(1 << 20)
         if not data:
             break
         buffer += data
-    return buffer[:length], buffer[length:]
+    body = buffer[:length]
+    rest = buffer[length:]
+    return body, rest
 
 
 def answer(status, body=b"", more=META):
-    line = f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\n".encode()
-    return line + more + b"\r\n\r\n" + body
+    """A whole message."""
+    line = f"HTTP/1.1 {status} X\r\n"
+    length = f"Content-Length: {len(body)}\r\n"
+    head = (line + length).encode() + more
+    return head + END_OF_HEAD + body
 
 
 def canned_page(target, keys):
     """A page of 1,000 keys of a listing, by the number in the continuation token."""
     found = re.search(r"continuation-token=(\d+)", target)
-    first = int(found[1]) if found else 0
-    last = min(first + 1000, keys)
-    contents = "".join(
-        f"<Contents><Key>set/train/image-{i:08d}.jpg</Key><LastModified>2026-01-01T00:00:00.000Z"
-        f"</LastModified><ETag>&quot;{i:032x}&quot;</ETag><Size>110000</Size></Contents>"
-        for i in range(first, last)
+    first = 0
+    if found is not None:
+        first = int(found[1])
+    last = min(first + KEYS_OF_A_PAGE, keys)
+    is_truncated = "false"
+    token = ""
+    if last < keys:
+        is_truncated = "true"
+        token = f"<NextContinuationToken>{last}</NextContinuationToken>"
+    entries = [canned_entry(number) for number in range(first, last)]
+    contents = "".join(entries)
+    page = (
+        f"<?xml version='1.0'?><ListBucketResult><Name>bucket</Name>{token}"
+        f"<IsTruncated>{is_truncated}</IsTruncated>{contents}</ListBucketResult>"
     )
-    more = f"<NextContinuationToken>{last}</NextContinuationToken>" if last < keys else ""
+    return page.encode()
+
+
+def canned_entry(number):
+    """A key in a listing."""
     return (
-        f"<?xml version='1.0'?><ListBucketResult><Name>bucket</Name>{more}"
-        f"<IsTruncated>{str(last < keys).lower()}</IsTruncated>{contents}</ListBucketResult>"
-    ).encode()
+        f"<Contents><Key>set/train/image-{number:08d}.jpg</Key>"
+        f"<LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+        f"<ETag>&quot;{number:032x}&quot;</ETag><Size>110000</Size></Contents>"
+    )
+
+
+def error_page(text):
+    """The answer to a request: an error such as "403:AccessDenied", with a secret in it."""
+    status, _, code = text.partition(":")
+    key = f"<AWSAccessKeyId>{SECRETS[0]}</AWSAccessKeyId>"
+    body = f"<Error><Code>{code}</Code>{key}</Error>"
+    return answer(status, body.encode())
 
 
 def serve(connection, port, faults):
@@ -107,31 +153,49 @@ def serve(connection, port, faults):
             if target == b"/faults":
                 if method == b"PUT":
                     faults.change(json.loads(body))
-                connection.sendall(answer(200, str(faults.requests).encode()))
+                count = str(faults.requests)
+                connection.sendall(answer(200, count.encode()))
                 continue
-            faults.requests += 1
-            touched = faults.only.search(target.decode())
-            draw = faults.random.random()
-            if faults.hang and touched:
-                time.sleep(60)
+            request = head + END_OF_HEAD + body
+            goes_on = serve_object(connection, upstream, request, faults)
+            if not goes_on:
                 return
-            time.sleep(faults.latency)
-            if faults.keys:
-                connection.sendall(answer(200, canned_page(target.decode(), faults.keys)))
-                continue
-            if touched and (faults.answer or draw < faults.errors):
-                status, _, code = (faults.answer or "503:SlowDown").partition(":")
-                text = f"<Error><Code>{code}</Code><AWSAccessKeyId>{SECRETS[0]}</AWSAccessKeyId>"
-                connection.sendall(answer(status, f"{text}</Error>".encode()))
-                continue
-            upstream.sendall(head + b"\r\n\r\n" + body)
-            reply, rest = read_head(upstream, b"")
-            length = 0 if method == b"HEAD" else content_length(reply)
-            content, _ = read_body(upstream, length, rest)
-            if touched and length and faults.errors <= draw < faults.errors + faults.truncated:
-                connection.sendall(reply + b"\r\n\r\n" + content[: length // 2])
-                return
-            connection.sendall(reply + b"\r\n\r\n" + content)
+
+
+def serve_object(connection, upstream, request, faults):
+    """Answer a request for an object or a listing; returns whether the connection goes on."""
+    method, target = request.split(b" ", 2)[:2]
+    text = target.decode()
+    faults.requests += 1
+    is_touched = faults.only.search(text) is not None
+    trouble = faults.trouble()
+    if faults.hang and is_touched:
+        time.sleep(60)
+        return False
+    time.sleep(faults.latency)
+    if faults.keys:
+        page = canned_page(text, faults.keys)
+        connection.sendall(answer(200, page))
+        return True
+    if is_touched and faults.answer:
+        connection.sendall(error_page(faults.answer))
+        return True
+    if is_touched and trouble == "error":
+        connection.sendall(error_page("503:SlowDown"))
+        return True
+
+    upstream.sendall(request)
+    head, rest = read_head(upstream, b"")
+    length = 0
+    if method != b"HEAD":
+        length = content_length(head)
+    body, _ = read_body(upstream, length, rest)
+    if is_touched and length and trouble == "truncated":
+        half = body[: length // 2]
+        connection.sendall(head + END_OF_HEAD + half)
+        return False
+    connection.sendall(head + END_OF_HEAD + body)
+    return True
 
 
 def run_server(sender):
@@ -142,8 +206,9 @@ def run_server(sender):
     real.start()
     _, port = real.get_host_and_port()
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+    _, proxy_port = listener.getsockname()
     faults = Faults()
-    sender.send((port, listener.getsockname()[1]))
+    sender.send((port, proxy_port))
 
     def quietly(connection):
         with contextlib.suppress(OSError, AttributeError, IndexError):
@@ -151,7 +216,8 @@ def run_server(sender):
 
     while True:
         connection, _ = listener.accept()
-        threading.Thread(target=quietly, args=(connection,), daemon=True).start()
+        thread = threading.Thread(target=quietly, args=(connection,), daemon=True)
+        thread.start()
 
 
 class Store:
@@ -177,28 +243,42 @@ class Store:
 
     def put(self, path, content=b""):
         """Write an object, or make a bucket."""
-        url = f"http://127.0.0.1:{self.port}/{path}"
-        # With urllib's own type, that of a form, the server waits for more.
-        kind = {"Content-Type": "application/octet-stream", "x-amz-acl": "public-read"}
-        request = urllib.request.Request(url, data=content, method="PUT", headers=kind)
+        headers = {
+            # With urllib's own type, that of a form, the server waits for more.
+            "Content-Type": "application/octet-stream",
+            "x-amz-acl": "public-read",
+        }
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/{path}",
+            data=content,
+            method="PUT",
+            headers=headers,
+        )
         urllib.request.urlopen(request).close()
 
     def delete(self, path):
         url = f"http://127.0.0.1:{self.port}/{path}"
-        urllib.request.urlopen(urllib.request.Request(url, method="DELETE")).close()
+        request = urllib.request.Request(url, method="DELETE")
+        urllib.request.urlopen(request).close()
 
     def upload(self, folder, bucket, prefix=""):
         """Write all files below a folder, but for hidden ones and the index of the split, which
         nobody may need."""
         self.put(bucket)
         for path in sorted(folder.rglob("*")):
-            if path.is_file() and not path.name.startswith(".") and path.name != "index.bin":
-                self.put(f"{bucket}/{prefix}{path.relative_to(folder)}", path.read_bytes())
+            is_hidden = path.name.startswith(".")
+            if not path.is_file() or is_hidden or path.name == "index.bin":
+                continue
+            key = path.relative_to(folder)
+            self.put(f"{bucket}/{prefix}{key}", path.read_bytes())
 
     def trouble(self, **faults):
         """From now on the proxy does this, and nothing else."""
+        content = json.dumps(faults)
         request = urllib.request.Request(
-            f"{self.web}/faults", data=json.dumps(faults).encode(), method="PUT"
+            f"{self.web}/faults",
+            data=content.encode(),
+            method="PUT",
         )
         urllib.request.urlopen(request).close()
 
@@ -216,7 +296,11 @@ def start_child(function, *args):
     """Fork a process that calls `function(*args)`; returns it and the pipe for its result."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, function, args), daemon=True)
+    process = context.Process(
+        target=_child,
+        args=(sender, function, args),
+        daemon=True,
+    )
     process.start()
     sender.close()
     return process, receiver
@@ -238,8 +322,10 @@ def in_child(function, *args):
 def _child(sender, function, args):
     begin_forked_process()
     try:
-        sender.send((None, function(*args)))
+        result = function(*args)
+        sender.send((None, result))
     except BaseException:
-        sender.send((traceback.format_exc(), None))
+        failure = traceback.format_exc()
+        sender.send((failure, None))
     sys.stdout.flush()
     os.kill(os.getpid(), signal.SIGKILL)

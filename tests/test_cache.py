@@ -7,6 +7,7 @@ import os
 import tempfile
 import weakref
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -47,62 +48,97 @@ from resnet_dist.data.pixels.small_resize import (
     resize_windows,
 )
 from resnet_dist.data.sampling.jobs import job_geometry
+from resnet_dist.data.types import Batch
 
 CPU = torch.device("cpu")
 
 
-BAD = {3: b"", 7: damaged_png(32), 8: damaged_png(32), 23: b"this is no image"}
+BAD = {
+    3: b"",
+    7: damaged_png(32),
+    8: damaged_png(32),
+    23: b"this is no image",
+}
+"""Contents of the broken images, by their row."""
+
+
+def jpeg(height, width, seed, **options):
+    """A JPEG file of a picture."""
+    return encode(picture(height, width, seed), **options)
 
 
 @pytest.fixture(scope="module")
 def equal(tmp_path_factory):
     """Images of 32 x 32 pixels, some of them broken."""
-    files = [encode(picture(32, 32, i), quality=90) for i in range(24)]
+    files = [jpeg(32, 32, seed, quality=90) for seed in range(24)]
     for row, data in BAD.items():
         files[row] = data
-    return write_split(tmp_path_factory.mktemp("equal"), files)
+    folder = tmp_path_factory.mktemp("equal")
+    return write_split(folder, files)
 
 
 @pytest.fixture(scope="module")
 def unequal(tmp_path_factory):
     """Images of many sizes, most larger than the crop; JPEG with every chroma subsampling."""
     files = []
-    for i in range(24):
-        image = picture(36 + 5 * (i % 6), 61 - 3 * (i % 9), i)
-        files.append(encode(image, quality=90, subsampling=i % 3))
-    return write_split(tmp_path_factory.mktemp("unequal"), files)
+    for seed in range(24):
+        height = 36 + 5 * (seed % 6)
+        width = 61 - 3 * (seed % 9)
+        subsampling = seed % 3
+        file = jpeg(height, width, seed, quality=90, subsampling=subsampling)
+        files.append(file)
+    folder = tmp_path_factory.mktemp("unequal")
+    return write_split(folder, files)
 
 
-def fill(index, **config):
-    settings = LoaderSettings(CPU, torch.float32, 2, "unused")
-    data = DataConfig(**{"train_cache": "host", **config})
+def settings_of(threads):
+    return LoaderSettings(CPU, torch.float32, threads, "unused")
+
+
+def fill(index, train_cache="host"):
+    """The cache of an index; None if it does not fit."""
+    settings = settings_of(threads=2)
+    data = DataConfig(train_cache=train_cache)
     cache, _ = fill_cache(index, data, settings, OneProcess())
     return cache
 
 
-def show(index, folder, steps, **options):
-    """The batches of some steps, in the order of the ranks, and what the quarantine says."""
-    shown = []
+class Shown(NamedTuple):
+    """What some steps show."""
+
+    batches: list[Batch]
+    """in the order of the ranks"""
+    bad: set[tuple[str, str]]
+    """path of each broken image, and the reason"""
+
+
+def show(index, folder, steps, world_size=1, **options):
+    """Show some steps on all ranks."""
+    batches = []
     bad = set()
-    for rank in range(options.get("world_size", 1)):
-        loader = train_loader(index, folder, rank=rank, **options)
-        for batch in loader.batches(*steps):
-            shown.append((batch.indices, batch.labels, batch.images))
-        bad |= set(loader.quarantine.files.items())
+    for rank in range(world_size):
+        loader = train_loader(
+            index,
+            folder,
+            rank=rank,
+            world_size=world_size,
+            **options,
+        )
+        batches += loader.batches(*steps)
+        bad.update(loader.quarantine.files.items())
         loader.close()
-    return shown, bad
+    return Shown(batches, bad)
 
 
-def assert_equal(one, other, what):
-    shown, bad = one
-    same, same_bad = other
-    assert bad == same_bad, what
-    assert len(shown) == len(same) > 0
-    for (rows, labels, images), (rows_2, labels_2, images_2) in zip(shown, same, strict=True):
-        assert np.array_equal(rows, rows_2), what
-        assert torch.equal(labels, labels_2), what
-        assert torch.equal(images, images_2), what
-        assert images_2.is_contiguous(memory_format=torch.channels_last)
+def assert_equal(without, with_cache, what):
+    """The same batches and broken images. The cache keeps the memory format."""
+    assert without.bad == with_cache.bad, what
+    assert len(without.batches) == len(with_cache.batches) > 0
+    for plain, cached in zip(without.batches, with_cache.batches, strict=True):
+        assert np.array_equal(plain.indices, cached.indices), what
+        assert torch.equal(plain.labels, cached.labels), what
+        assert torch.equal(plain.images, cached.images), what
+        assert cached.images.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.slow
@@ -128,48 +164,79 @@ def test_cached_batches_are_the_uncached_ones(equal, unequal, tmp_path):
         "random pad": {"train_crop": "pad", "train_interpolation": "random", **progressive},
         "two ranks": {"train_crop": "pad", "world_size": 2, "grad_accum_steps": 2},
     }
-    some_cases = ("window", "random window", "pad", "jitter")
-    for index, names in ((equal, tuple(cases)), (unequal, some_cases)):
-        cache = fill(index)
-        assert (cache.common_size == (32, 32)) == (index is equal)
-        for name in names:
-            # With progressive sizes, until the second one.
-            steps = (2, 8) if "progressive_epochs" in cases[name] else (2, 4)
-            without = show(index, tmp_path / "a", steps, **cases[name])
-            with_cache = show(index, tmp_path / "b", steps, cache=cache, **cases[name])
-            assert_equal(without, with_cache, name)
+
+    def compare(index, cache, name):
+        config = cases[name]
+        steps = (2, 4)
+        if "progressive_epochs" in config:
+            # Until the second size.
+            steps = (2, 8)
+        without = show(index, tmp_path / "a", steps, **config)
+        with_cache = show(index, tmp_path / "b", steps, cache=cache, **config)
+        assert_equal(without, with_cache, name)
+
+    cache = fill(equal)
+    assert cache.common_size == (32, 32)
+    for name in cases:
+        compare(equal, cache, name)
+
+    cache = fill(unequal)
+    assert cache.common_size is None
+    for name in ("window", "random window", "pad", "jitter"):
+        compare(unequal, cache, name)
+
+
+def random_windows(rng, height, width, side):
+    """Windows of every height and width in images of one size, with random places and filters."""
+    num_images = 2 * 40
+    numbers = np.arange(num_images)
+    heights = 1 + numbers % height
+    widths = 1 + numbers * 7 % width
+    y = rng.integers(0, height - heights + 1)
+    x = rng.integers(0, width - widths + 1)
+    return ResizedWindows(
+        windows=np.stack([y, x, heights, widths], axis=1),
+        filters=rng.integers(0, 2, num_images),
+        flips=rng.integers(0, 2, num_images),
+        side=side,
+    )
+
+
+def resize_alone(image, wanted, number):
+    """The square of one window, by a call of torch's resize."""
+    top, left, height, width = wanted.windows[number].tolist()
+    bottom = top + height
+    right = left + width
+    window = image[top:bottom, left:right].copy()
+    name = FILTERS[wanted.filters[number]]
+    return resize_and_crop(
+        torch.from_numpy(window),
+        (wanted.side, wanted.side),
+        (0, 0),
+        int(wanted.flips[number]),
+        wanted.side,
+        FAST_RESIZES[name],
+    )
 
 
 def test_products_resize_as_torch_does():
     """Bit for bit, windows of every height and width, both filters, mirrored or not."""
     rng = np.random.default_rng(0)
-    for (height, width), side in (((32, 32), 32), ((21, 40), 40), ((8, 5), 9)):
+    # Black and white pixels make the bicubic filter leave the range.
+    values = np.array([0, 100, 201, 255], np.uint8)
+    sides = {
+        (32, 32): 32,
+        (21, 40): 40,
+        (8, 5): 9,
+    }
+    for (height, width), side in sides.items():
         assert fits_products((height, width), side)
-        num_images = 2 * 40
-        heights = 1 + np.arange(num_images) % height
-        widths = 1 + np.arange(num_images) * 7 % width
-        y = rng.integers(0, height - heights + 1)
-        x = rng.integers(0, width - widths + 1)
-        windows = np.stack([y, x, heights, widths], axis=1)
-        filters = rng.integers(0, 2, num_images)
-        flips = rng.integers(0, 2, num_images)
-        # Black and white pixels make the bicubic filter leave the range.
-        shape = (num_images, height, width, 3)
-        images = rng.choice(np.array([0, 100, 201, 255], np.uint8), shape)
-        squares = resize_windows(
-            torch.from_numpy(images), ResizedWindows(windows, filters, flips, side)
-        )
-        for number, (top, left, rows, columns) in enumerate(windows.tolist()):
-            window = images[number, top : top + rows, left : left + columns]
-            resize = FAST_RESIZES[FILTERS[filters[number]]]
-            expected = resize_and_crop(
-                torch.from_numpy(window.copy()),
-                (side, side),
-                (0, 0),
-                int(flips[number]),
-                side,
-                resize,
-            )
+        wanted = random_windows(rng, height, width, side)
+        shape = (len(wanted.windows), height, width, 3)
+        images = rng.choice(values, shape)
+        squares = resize_windows(torch.from_numpy(images), wanted)
+        for number, image in enumerate(images):
+            expected = resize_alone(image, wanted, number)
             assert torch.equal(squares[number], expected), (height, width, number)
     assert not fits_products((33, 8), 32)
     assert not fits_products((32, 32), 64)
@@ -179,19 +246,22 @@ def test_bad_images_are_handled_as_without_the_cache(equal, tmp_path):
     """Each is replaced, recorded with its step when training meets it, and limited."""
     cache = fill(equal)
     assert np.flatnonzero(cache.is_bad).tolist() == sorted(BAD)
-    _, bad = show(equal, tmp_path, (0, 3), cache=cache, train_crop="pad")
-    assert {reason for _, reason in bad} >= {REFUSED, "the file is empty"}
+    shown = show(equal, tmp_path, (0, 3), cache=cache, train_crop="pad")
+    reasons = {reason for _, reason in shown.bad}
+    assert reasons >= {REFUSED, "the file is empty"}
     lines = (tmp_path / "quarantine.jsonl").read_text().splitlines()
     assert len(lines) == len(BAD)
-    assert all(json.loads(line)["split"] == "train" for line in lines)
+    for line in lines:
+        assert json.loads(line)["split"] == "train"
     with pytest.raises(ValueError, match=r"data.max_bad_images = 2"):
         show(equal, tmp_path, (0, 6), cache=cache, max_bad_images=2)
 
 
 def test_a_set_without_a_good_image(tmp_path):
     index = write_split(tmp_path, [b"none"] * 9)
+    cache = fill(index)
     with pytest.raises(ValueError, match="none of the 9 images"):
-        show(index, tmp_path, (0, 1), cache=fill(index))
+        show(index, tmp_path, (0, 1), cache=cache)
 
 
 def test_the_file_has_no_name_and_what_does_not_fit_is_said(unequal, tmp_path, monkeypatch):
@@ -225,8 +295,10 @@ def test_the_file_has_no_name_and_what_does_not_fit_is_said(unequal, tmp_path, m
 
 
 def fill_together(rank, world_size, index, failing):
+    """The images of the cache that all ranks fill, or the error; a disk may fail on one rank."""
     runtime = cpu_runtime(rank, world_size, torch.distributed.group.WORLD)
-    settings = LoaderSettings(CPU, torch.float32, 1, "unused")
+    settings = settings_of(threads=1)
+    config = DataConfig(train_cache="host")
     if rank == failing:
 
         def fail(*_):
@@ -234,20 +306,27 @@ def fill_together(rank, world_size, index, failing):
 
         cache_file.write_at = fail
     try:
-        cache, _ = build_train_cache(index, DataConfig(train_cache="host"), settings, runtime, 0)
+        cache, _ = build_train_cache(index, config, settings, runtime, 0)
     except ValueError as problem:
         return str(problem)
-    return [cache.image(row).numpy().copy() for row in range(len(index))]
+    images = []
+    for row in range(len(index)):
+        pixels = cache.image(row).numpy()
+        images.append(pixels.copy())
+    return images
 
 
 def test_ranks_of_a_machine_share_the_work_and_the_file(unequal):
     alone = fill(unequal)
     for images in run_ranks(fill_together, 3, unequal, None):
         for row, pixels in enumerate(images):
-            assert np.array_equal(pixels, alone.image(row).numpy())
+            expected = alone.image(row).numpy()
+            assert np.array_equal(pixels, expected)
+
     first, second = run_ranks(fill_together, 2, unequal, 1)
     assert "other ranks" in first
     assert "Input/output error" in second
+
     # Four ranks of two machines, and a spare process that does not train.
     runtime = OneProcess()
     runtime.rank = 2
@@ -262,28 +341,33 @@ def test_evaluations_with_and_without_the_cache(equal, unequal, tmp_path):
     """The same images, labels and rows in every evaluation, on 1 to 4 ranks and for many views."""
     center = {"val_resize_size": 40, "val_crop_size": 32, "val_batch_size": 5}
     ten = {"val_batch_size": 7, "val_crops": "ten", "val_scales": (32, 40)}
-    cases = ((equal, 1, center), (unequal, 2, ten), (equal, 3, center), (unequal, 4, center))
+    cases = (
+        (equal, 1, center),
+        (unequal, 2, ten),
+        (equal, 3, center),
+        (unequal, 4, center),
+    )
     for index, world_size, config in cases:
         for rank in range(world_size):
             layout = {"rank": rank, "world_size": world_size}
             plain = val_loader(index, tmp_path, **layout, **config)
             kept = val_loader(index, tmp_path, **layout, **config, kept=KeptBatches())
             expected = list(plain)
-            for evaluation in range(3):
-                if evaluation == 0:
-                    # Left early: nothing of it counts.
-                    next(iter(kept))
+            # One that is left early: nothing of it counts.
+            next(iter(kept))
+            for _ in range(3):
                 assert_same_batches(list(kept), expected)
             (remark,) = kept.remarks()
             assert remark.startswith("validation cache: ")
-            assert kept.num_bad == plain.num_bad
             assert kept.remarks() == []
-            num_views = sum(batch is not None for batch in expected)
-            assert len(kept.kept.batches) == num_views
+            assert kept.num_bad == plain.num_bad
+
+            num_batches = sum(batch is not None for batch in expected)
+            assert len(kept.kept.batches) == num_batches
+            bytes_of_an_image = kept_batches.bytes_per_image(DataConfig(**config))
             for batch in kept.kept.batches:
-                images_bytes = sum(squares.nbytes for squares in batch.squares)
-                image_bytes = kept_batches.bytes_per_image(DataConfig(**config))
-                assert images_bytes == len(batch.rows) * image_bytes
+                num_bytes = sum(squares.nbytes for squares in batch.squares)
+                assert num_bytes == len(batch.rows) * bytes_of_an_image
             plain.close()
             kept.close()
 
@@ -302,7 +386,10 @@ def assert_same_batches(batches, expected):
 
 
 def test_a_validation_set_that_does_not_fit(monkeypatch):
-    monkeypatch.setattr(kept_batches, "free_host_memory", lambda: 4 * 3 * 224 * 224 * 10)
+    bytes_of_an_image = 3 * 224 * 224
+    # A quarter of it holds ten images.
+    free = 4 * 10 * bytes_of_an_image
+    monkeypatch.setattr(kept_batches, "free_host_memory", lambda: free)
     assert kept_batches.fits(DataConfig(), 10, 1) is None
     assert " MiB of each rank" in kept_batches.fits(DataConfig(), 10, 2)
     assert kept_batches.fits(DataConfig(val_crops="ten"), 3, 1) is not None
@@ -311,12 +398,13 @@ def test_a_validation_set_that_does_not_fit(monkeypatch):
 def test_squares_on_a_gpu_are_those_of_the_cpu(equal, tmp_path):
     """The kernels that run on a GPU, run here."""
     cache = fill(equal)
-    config = {"train_crop": "pad", "pad": 9}
-    loader = train_loader(equal, tmp_path, cache=cache, **config)
+    crop = {"train_crop": "pad", "pad": 9}
+    loader = train_loader(equal, tmp_path, cache=cache, **crop)
     jobs = list(loader.jobs(0, 4))
     expected = list(loader.make(jobs))
+    config = DataConfig(train_crop_size=32, **crop)
     quarantine = Quarantine(str(tmp_path), "train", 0, None)
-    rows = CachedRows(cache, equal, DataConfig(train_crop_size=32, **config), quarantine)
+    rows = CachedRows(cache, equal, config, quarantine)
     images = cache.equal_images(np.arange(24), (32, 32))
     loader.source = CachedSquaresOnDevice(rows, images)
     for made, same in zip(loader.make(jobs), expected, strict=True):
@@ -325,10 +413,12 @@ def test_squares_on_a_gpu_are_those_of_the_cpu(equal, tmp_path):
     loader.close()
 
     native = DataConfig(train_crop_size=32, train_crop="pad")
-    assert not needs_dali(cache, native, 0)
-    assert needs_dali(cache, native, 1)
-    assert needs_dali(cache, replace(native, train_crop="random_resized"), 0)
-    assert needs_dali(cache, replace(native, train_crop_size=64), 0)
+    resized_windows = replace(native, train_crop="random_resized")
+    resized_images = replace(native, train_crop_size=64)
+    assert not needs_dali(cache, native, slots=0)
+    assert needs_dali(cache, native, slots=1)
+    assert needs_dali(cache, resized_windows, slots=0)
+    assert needs_dali(cache, resized_images, slots=0)
 
 
 def test_the_graph_for_decoded_images_is_that_for_files(unequal):
@@ -336,26 +426,31 @@ def test_the_graph_for_decoded_images_is_that_for_files(unequal):
     cache = fill(unequal)
     config = DataConfig(train_crop_size=32)
     rows = np.arange(8)
-    loader_job = train_loader(unequal, "unused", cache=cache).jobs(0, 1)
-    job = replace(next(loader_job), rows=rows)
+    loader = train_loader(unequal, "unused", cache=cache)
+    first_job = next(loader.jobs(0, 1))
+    job = replace(first_job, rows=rows)
     geometry = job_geometry(job, cache.heights[rows], cache.widths[rows], config)
-    shown = []
-    for is_decoded in (False, True):
-        images = []
-        for row in rows.tolist():
-            pixels = cache.image(row)
-            data = pixels.numpy().data
-            if not is_decoded:
-                with open(unequal.path(row), "rb") as file:
-                    data = file.read()
-            images.append(Encoded(row, data, pixels.shape[0], pixels.shape[1]))
+
+    def windows(images, is_decoded):
         decoder = Decoder(local_batch_size=8, threads=1, device=CPU)
         decoder.spec = GraphSpec(8, 1, views=1, is_decoded=is_decoded)
         decoder.restart()
-        decoder.submit(Portion(LoadedJob(job, images, geometry), 0, 8))
+        loaded = LoadedJob(job, images, geometry)
+        decoder.submit(Portion(loaded, 0, 8))
         _, [decoded] = decoder.collect()
-        shown.append(torch.stack(windows_to_torch(decoded)))
-    from_files, from_pixels = shown
+        return torch.stack(windows_to_torch(decoded))
+
+    files = []
+    decoded_images = []
+    for row in rows.tolist():
+        pixels = cache.image(row)
+        height, width, _ = pixels.shape
+        with open(unequal.path(row), "rb") as file:
+            encoded = file.read()
+        files.append(Encoded(row, encoded, height, width))
+        decoded_images.append(Encoded(row, pixels.numpy().data, height, width))
+    from_files = windows(files, is_decoded=False)
+    from_pixels = windows(decoded_images, is_decoded=True)
     assert torch.equal(from_files, from_pixels)
 
 
@@ -367,9 +462,13 @@ def num_alive(references):
 def test_dali_holds_the_files_that_it_reads_without_a_copy():
     """Their memory is not reused while a batch is under way, and is free afterwards."""
     pipeline = build_pipeline(GraphSpec(4, 1))
-    files = [encode(picture(40, 40, i)) for i in range(4)]
-    expected = [np.asarray(Image.open(io.BytesIO(file))) for file in files]
-    arrays = [np.frombuffer(bytes(file), np.uint8) for file in files]
+    files = [jpeg(40, 40, seed) for seed in range(4)]
+    expected = []
+    arrays = []
+    for file in files:
+        image = Image.open(io.BytesIO(file))
+        expected.append(np.asarray(image))
+        arrays.append(np.frombuffer(bytes(file), np.uint8))
     references = [weakref.ref(array) for array in arrays]
     pipeline.feed_input("encoded", arrays)
     pipeline.feed_input("anchor", np.zeros((4, 2), np.int32))
@@ -377,6 +476,7 @@ def test_dali_holds_the_files_that_it_reads_without_a_copy():
     del arrays
     gc.collect()
     assert num_alive(references) == 4
+
     pipeline.schedule_run()
     (decoded,) = pipeline.share_outputs()
     for pixels, same in zip(windows_to_torch(decoded), expected, strict=True):

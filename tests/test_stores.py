@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from typing import NamedTuple
 
 import boto3  # noqa: F401 - forked clients have it then
 import numpy as np
@@ -43,7 +44,16 @@ from resnet_dist.data.stores import client
 from resnet_dist.data.stores.client import Patience, list_folder, read_range
 
 N = 96
-GOOD = [encode(picture(40 + i % 7, 60 - i % 5, i)) for i in range(N)]
+
+
+def small_image(number):
+    """A JPEG file of one of 35 sizes."""
+    height = 40 + number % 7
+    width = 60 - number % 5
+    return encode(picture(height, width, number))
+
+
+GOOD = [small_image(number) for number in range(N)]
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +63,18 @@ def shards(tmp_path_factory):
     write_split(folder / "images", GOOD)
     write_split(folder / "images", GOOD[:9], split="val")
     out = folder / "shards"
-    for split, size in (("train", N // 4), ("val", 9)):
-        pack_by_count(folder / "images", out, split, size)
+    pack_by_count(folder / "images", out, "train", N // 4)
+    pack_by_count(folder / "images", out, "val", 9)
     return out
 
 
 def pack_by_count(images, out, split, count):
     """Shards of `count` images, in any order."""
     index = build_index(str(images), split, OneProcess())
-    order = np.random.default_rng(0).permutation(len(index))
-    pack_shards(index, out / split, order, shards=math.ceil(len(index) / count))
+    rng = np.random.default_rng(0)
+    order = rng.permutation(len(index))
+    num_shards = math.ceil(len(index) / count)
+    pack_shards(index, out / split, order, num_shards)
 
 
 @pytest.fixture(scope="module")
@@ -78,47 +90,100 @@ def store(shards):
 @pytest.fixture(autouse=True)
 def environment(monkeypatch, request):
     """What a user would have set, and a proxy without trouble."""
-    if "store" in request.fixturenames:
-        server = request.getfixturevalue("store")
-        server.trouble()
-        for name, value in server.environment().items():
-            monkeypatch.setenv(name, value)
+    if "store" not in request.fixturenames:
+        return
+    server = request.getfixturevalue("store")
+    server.trouble()
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
 
 
 def open_remote(url, split="train"):
     return build_index(url, split, OneProcess())
 
 
+class Shown(NamedTuple):
+    """What a batch shows."""
+
+    rows: list[int]
+    labels: list[int]
+    sums: list[float]
+    """sum of the pixels of each image"""
+
+
 def show(index, folder, steps=5, **options):
-    """Rows, labels and sums of pixels of the first steps."""
+    """What the first steps show."""
     loader = train_loader(index, folder, global_batch_size=32, **options)
     seen = []
     for batch in loader.batches(0, steps):
-        sums = batch.images.double().sum((1, 2, 3)).tolist()
-        seen.append((batch.indices.tolist(), batch.labels.tolist(), sums))
+        pixels = batch.images.double()
+        sums = pixels.sum((1, 2, 3))
+        shown = Shown(
+            rows=batch.indices.tolist(),
+            labels=batch.labels.tolist(),
+            sums=sums.tolist(),
+        )
+        seen.append(shown)
     loader.close()
     return seen
 
 
+def sum_of_pixels(batch):
+    """The sum of all pixels of a batch."""
+    return batch.images.double().sum().item()
+
+
+def read_all(index):
+    """The bytes of all images, read one by one."""
+    return [load(index, row).data for row in range(len(index))]
+
+
+class Facts(NamedTuple):
+    """What is to be the same on the disk and in a store."""
+
+    fingerprint: str
+    names: list[str]
+    """of the images"""
+    places: list[tuple[int, int]]
+    """offset and length of each image in its shard"""
+    data: list[bytes]
+    """the bytes of each image"""
+    train: list[Shown]
+    val: list[float]
+    """sum of the pixels of each batch"""
+
+
 def facts(url, folder):
-    """What is to be the same everywhere."""
+    """The facts of one address."""
     index = open_remote(url)
-    places = [index.place(row)[1:] for row in range(len(index))]
-    data = [load(index, row).data for row in range(len(index))]
-    loader = val_loader(open_remote(url, "val"), folder, val_resize_size=32, val_crop_size=32)
-    val = [batch.images.double().sum().item() for batch in loader]
+    names = []
+    places = []
+    for row in range(len(index)):
+        names.append(index.name(row))
+        _, offset, length = index.place(row)
+        places.append((offset, length))
+    val_index = open_remote(url, "val")
+    loader = val_loader(val_index, folder, val_resize_size=32, val_crop_size=32)
+    val = [sum_of_pixels(batch) for batch in loader]
     # What `doctor --bench` measures.
     assert doctor_bench._read_some(loader, OneProcess()) > 0
     loader.close()
-    names = [index.name(row) for row in range(len(index))]
-    return index.fingerprint(), names, places, data, show(index, folder), val
+    return Facts(
+        fingerprint=index.fingerprint(),
+        names=names,
+        places=places,
+        data=read_all(index),
+        train=show(index, folder),
+        val=val,
+    )
 
 
 @pytest.mark.slow
 def test_a_run_on_a_store_is_a_run_on_the_disk(store, shards, tmp_path):
     """The index, the bytes and the batches, through latency, errors and answers cut off."""
     local = facts(str(shards), tmp_path)
-    assert local[0] == open_remote(str(shards.parent / "images")).fingerprint()
+    images = str(shards.parent / "images")
+    assert local.fingerprint == open_remote(images).fingerprint()
     store.trouble(latency=0.005, errors=0.05, truncated=0.05)
     assert in_child(facts, "s3://bucket/set", tmp_path) == local
     assert in_child(facts, f"{store.web}/bucket/set/", tmp_path) == local
@@ -136,13 +201,24 @@ def assert_no_secret(text):
         assert secret not in text, text
 
 
+class Unreadable(NamedTuple):
+    """A store that cannot be read."""
+
+    url: str
+    trouble: dict[str, object]
+    """what the proxy does"""
+    words: str
+    """what the sentence contains"""
+
+
 def sentences(store, cases):
     """What is said of each address under each trouble."""
     client.LIST_TIMEOUT_S = 1.5
     found = []
-    for url, trouble in cases:
-        store.trouble(**trouble)
-        found.append(sentence(open_remote, url))
+    for case in cases:
+        store.trouble(**case.trouble)
+        text = sentence(open_remote, case.url)
+        found.append(text)
     return found
 
 
@@ -153,51 +229,64 @@ def test_a_store_that_cannot_be_read_is_explained(store, shards, monkeypatch):
     store.put("loose/train/cat/1.jpg", GOOD[0])
     for bucket in ("noindex", "lost", "other"):
         store.upload(shards, bucket)
-    for path in ("noindex/train/shard-00001.tar.idx", "lost/train/shard-00002.tar"):
-        store.delete(path)
+    store.delete("noindex/train/shard-00001.tar.idx")
+    store.delete("lost/train/shard-00002.tar")
     store.put("other/train/shard-00000.tar", b"0" * 1024)
     good = "s3://bucket/set"
     cases = [
-        ("s3://nowhere/set", {}, "no such bucket"),
-        ("s3://empty", {}, "has no folder train/"),
-        ("s3://loose", {}, "data pack"),
-        ("s3://noindex", {}, "1 of the 4 shards in train/ have no index file beside them"),
-        ("s3://lost", {}, "has 3 of 4 shards"),
-        ("s3://other", {}, "has 1024 bytes, but its index was made when it had"),
-        (good, {"answer": "403:AccessDenied"}, "no permission (AccessDenied)"),
-        (good, {"answer": "403:InvalidAccessKeyId"}, "does not accept the credentials"),
-        (good, {"answer": "400:ExpiredToken"}, "expired (ExpiredToken), after 3 attempts in"),
-        (good, {"answer": "503:SlowDown"}, "status 503 (SlowDown), after"),
-        (good, {"hang": True}, "it has not answered in time, after"),
-        (f"{store.web}/bucket/nothing", {}, "shards.json"),
+        Unreadable("s3://nowhere/set", {}, "no such bucket"),
+        Unreadable("s3://empty", {}, "has no folder train/"),
+        Unreadable("s3://loose", {}, "data pack"),
+        Unreadable(
+            "s3://noindex", {}, "1 of the 4 shards in train/ have no index file beside them"
+        ),
+        Unreadable("s3://lost", {}, "has 3 of 4 shards"),
+        Unreadable("s3://other", {}, "has 1024 bytes, but its index was made when it had"),
+        Unreadable(good, {"answer": "403:AccessDenied"}, "no permission (AccessDenied)"),
+        Unreadable(good, {"answer": "403:InvalidAccessKeyId"}, "does not accept the credentials"),
+        Unreadable(
+            good, {"answer": "400:ExpiredToken"}, "expired (ExpiredToken), after 3 attempts in"
+        ),
+        Unreadable(good, {"answer": "503:SlowDown"}, "status 503 (SlowDown), after"),
+        Unreadable(good, {"hang": True}, "it has not answered in time, after"),
+        Unreadable(f"{store.web}/bucket/nothing", {}, "shards.json"),
     ]
-    found = in_child(sentences, store, [(url, trouble) for url, trouble, _ in cases])
-    for (_, _, words), text in zip(cases, found, strict=True):
-        assert words in text, (words, text)
+    found = in_child(sentences, store, cases)
+    for case, text in zip(cases, found, strict=True):
+        assert case.words in text, (case.words, text)
         assert_no_secret(text)
+
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
-    [text] = in_child(sentences, store, [(good, {})])
-    assert "no credentials for S3" in text
+    without_credentials = Unreadable(good, {}, "no credentials for S3")
+    [text] = in_child(sentences, store, [without_credentials])
+    assert without_credentials.words in text
 
 
 def changed(store, content):
     """What is said of an image after its shard was replaced."""
     index = open_remote("s3://changing")
     first = load(index, 0).reason
-    for number in range(4):
-        store.put(f"changing/train/shard-0000{number}.tar", content)
+    replace_shards(store, "changing", content)
     return first, sentence(load, index, 0)
+
+
+def replace_shards(store, bucket, content):
+    """Write other bytes to all shards of a bucket."""
+    for number in range(4):
+        store.put(f"{bucket}/train/shard-0000{number}.tar", content)
 
 
 def hangs(store, timeout_s):
     """What the reader says of a store that stops answering. It must also close."""
     config = DataConfig(read_timeout_s=timeout_s)
-    reader = remote_read.build_reader(open_remote("s3://bucket/set"), config)
+    index = open_remote("s3://bucket/set")
+    reader = remote_read.build_reader(index, config)
     store.trouble(hang=True)
-    text = sentence(lambda: reader.collect(reader.request(np.arange(64))))
+    requested = reader.request(np.arange(64))
+    text = sentence(reader.collect, requested)
     reader.close()
     return text
 
@@ -210,7 +299,8 @@ def test_a_store_that_stops_answering_ends_the_run(store):
 
 def test_a_shard_that_changes_is_noticed(store, shards):
     store.upload(shards, "changing")
-    content = b"x" * (shards / "train" / "shard-00000.tar").stat().st_size
+    size = (shards / "train" / "shard-00000.tar").stat().st_size
+    content = b"x" * size
     first, text = in_child(changed, store, content)
     assert first is None
     assert "has changed since this run made its list of images" in text
@@ -239,7 +329,9 @@ def train_arguments(data_dir, output_dir):
 def interrupt_when_it_hangs(store, only, seconds):
     """Let requests whose path matches hang, and press Ctrl-C a while later."""
     store.trouble(hang=True, only=only)
-    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+    interrupt = (os.getpid(), signal.SIGINT)
+    timer = threading.Timer(seconds, os.kill, interrupt)
+    timer.start()
 
 
 @pytest.mark.slow
@@ -289,8 +381,7 @@ def test_all_ranks_stop_when_a_shard_changes(store, shards, tmp_path):
 
         def train_step(model, state, *rest):
             if state.step == 1 and os.environ["RANK"] == "1":
-                for number in range(4):
-                    store.put(f"moving/train/shard-0000{number}.tar", b"x" * 300_000)
+                replace_shards(store, "moving", b"x" * 300_000)
             return real(model, state, *rest)
 
         engine.train_step = train_step
@@ -303,7 +394,8 @@ def test_all_ranks_stop_when_a_shard_changes(store, shards, tmp_path):
     assert "Traceback" not in log
     assert_no_secret(log)
     for path in (tmp_path / "run").glob("*.*"):
-        assert_no_secret(path.read_bytes().decode(errors="replace"))
+        content = path.read_bytes()
+        assert_no_secret(content.decode(errors="replace"))
 
 
 def count_requests(store, folder, cache_dir, limit_gb):
@@ -315,13 +407,18 @@ def count_requests(store, folder, cache_dir, limit_gb):
 
 
 def size_of(folder):
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Bytes of all files below a folder."""
+    size = 0
+    for path in folder.rglob("*"):
+        if path.is_file():
+            size += path.stat().st_size
+    return size
 
 
 @pytest.mark.slow
 def test_the_cache_saves_requests_and_never_lies(store, shards, tmp_path):
     """Warm, damaged, too small and shared with another data set."""
-    local = show(build_index(str(shards), "train", OneProcess()), tmp_path)
+    local = show(open_remote(str(shards)), tmp_path)
     cache = tmp_path / "cache"
     (cache / "mine").mkdir(parents=True)
     (cache / "mine" / "data").write_bytes(b"not of the cache")
@@ -342,10 +439,12 @@ def test_the_cache_saves_requests_and_never_lies(store, shards, tmp_path):
     assert requests > 0
 
     limit = size_of(data.parent) // 2
-    halved, requests = in_child(count_requests, store, tmp_path, str(cache), limit / 1e9)
+    limit_gb = limit / 1e9
+    halved, requests = in_child(count_requests, store, tmp_path, str(cache), limit_gb)
     assert halved == local
     assert requests > 0
     assert 0 < size_of(data.parent) <= limit
+
     # Another data set takes the place of one that nobody uses.
     store.upload(shards, "again")
     in_child(read_through, "s3://again", str(cache), limit)
@@ -359,7 +458,9 @@ def read_through(url, cache_dir, limit):
     config = DataConfig(cache_dir=cache_dir, cache_gb=limit / 1e9)
     index = open_remote(url)
     reader = remote_read.build_reader(index, config)
-    images = reader.collect(reader.request(np.arange(len(index))))
+    rows = np.arange(len(index))
+    requested = reader.request(rows)
+    images = reader.collect(requested)
     reader.close()
     return [image.data for image in images]
 
@@ -374,31 +475,42 @@ def kill_while_caching(cache, limit, kills):
     """Kill processes that fill the cache; its largest size meanwhile."""
     largest = 0
     for kill in range(kills):
-        children = [start_child(hammer, "s3://bucket/set", str(cache), limit) for _ in range(2)]
+        children = []
+        for _ in range(2):
+            child = start_child(hammer, "s3://bucket/set", str(cache), limit)
+            children.append(child)
         deadline = time.monotonic() + 30
         begun = False
         while time.monotonic() < deadline:
             largest = max(largest, size_of(cache))
-            if not begun and list(cache.glob("images_*/data")):
+            files = list(cache.glob("images_*/data"))
+            if files and not begun:
                 begun = True
-                deadline = time.monotonic() + 0.02 * (kill % 20)
+                seconds = 0.02 * (kill % 20)
+                deadline = time.monotonic() + seconds
             time.sleep(0.002)
         for process, receiver in children:
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
-            receiver.close()
+            kill_child(process, receiver)
     return largest
+
+
+def kill_child(process, receiver):
+    """Kill what `start_child` has started."""
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    receiver.close()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.long)])
 def test_kills_leave_the_cache_usable(store, shards, tmp_path, kills):
-    index = build_index(str(shards), "train", OneProcess())
-    local = [load(index, row).data for row in range(N)]
-    limit = sum(map(len, local)) // 2
+    local = read_all(open_remote(str(shards)))
+    lengths = [len(data) for data in local]
+    limit = sum(lengths) // 2
     cache = tmp_path / "cache"
     cache.mkdir()
-    assert 0 < kill_while_caching(cache, limit, kills) <= limit
+    largest = kill_while_caching(cache, limit, kills)
+    assert 0 < largest <= limit
     assert in_child(read_through, "s3://bucket/set", str(cache), limit) == local
 
 
@@ -409,10 +521,16 @@ def write_steps(folder, path, cache_dir, steps):
     loader = train_loader(index, folder, global_batch_size=16, cache_dir=cache_dir)
     with open(path, "a") as file:
         for step, batch in enumerate(loader.batches(done, steps), done):
-            record = [step, batch.indices.tolist(), batch.images.double().sum().item()]
-            file.write(json.dumps(record) + "\n")
+            line = json.dumps(record_of(step, batch))
+            file.write(f"{line}\n")
             file.flush()
             time.sleep(0.02)
+
+
+def record_of(step, batch):
+    """What a step has shown, as a list that JSON can write."""
+    rows = batch.indices.tolist()
+    return [step, rows, sum_of_pixels(batch)]
 
 
 @pytest.mark.slow
@@ -423,25 +541,25 @@ def test_no_sample_is_missing_or_twice_after_kills(store, shards, tmp_path, kill
     store.trouble(latency=0.03, errors=0.01, truncated=0.01)
     path = tmp_path / "steps"
     path.touch()
+    cache = str(tmp_path / "cache")
     for kill in range(kills):
         before = path.stat().st_size
         enough = before + 20 * (kill % 7)
-        process, receiver = start_child(write_steps, tmp_path, path, str(tmp_path / "c"), steps)
+        process, receiver = start_child(write_steps, tmp_path, path, cache, steps)
         while path.stat().st_size <= enough and process.is_alive():
             time.sleep(0.002)
         assert process.is_alive(), receiver.recv()
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        receiver.close()
-    in_child(write_steps, tmp_path, path, str(tmp_path / "c"), steps)
+        kill_child(process, receiver)
+    in_child(write_steps, tmp_path, path, cache, steps)
 
-    index = build_index(str(shards), "train", OneProcess())
+    index = open_remote(str(shards))
     loader = train_loader(index, tmp_path, global_batch_size=16)
     expected = []
     for step, batch in enumerate(loader.batches(0, steps)):
-        expected.append([step, batch.indices.tolist(), batch.images.double().sum().item()])
+        expected.append(record_of(step, batch))
     loader.close()
-    seen = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = path.read_text().splitlines()
+    seen = [json.loads(line) for line in lines]
     assert seen == expected
 
 
@@ -458,7 +576,9 @@ def test_long_listings(store, keys):
 
 
 def first_images(index):
-    return index.fingerprint(), [load(index, row).data for row in range(3)]
+    """The fingerprint, and the bytes of the first three images."""
+    images = [load(index, row).data for row in range(3)]
+    return index.fingerprint(), images
 
 
 def google(url):
@@ -469,18 +589,19 @@ def google(url):
 
 def test_google_cloud_storage(store, shards):
     """Its protocol for reading is that of S3, but for the signature."""
-    index = build_index(str(shards), "train", OneProcess())
-    assert in_child(google, "gs://bucket/set") == first_images(index)
+    local = first_images(open_remote(str(shards)))
+    assert in_child(google, "gs://bucket/set") == local
 
 
 def ranges(url):
     """Neighbours come with one request; images that are too large or long are cut up right."""
     index = open_remote(url)
     client.PIECE_BYTES = 1000
-    place = index.place(3)
+    shard, offset, length = index.place(3)
     data = load(index, 3).data
-    pin = index.pins[place[0]]
-    return data == read_range(place[0], place[1], place[2], pin, Patience(5.0))
+    pin = index.pins[shard]
+    patience = Patience(5.0)
+    return data == read_range(shard, offset, length, pin, patience)
 
 
 def test_ranges(store):
@@ -491,13 +612,13 @@ def test_ranges(store):
 
     near = places(0, 100, 200 + MAX_GAP_BYTES)
     assert coalesce(near) == [near]
-    assert coalesce(places(0, 101 + MAX_GAP_BYTES)) == [
-        places(0),
-        places(101 + MAX_GAP_BYTES),
-    ]
+    behind_the_gap = 101 + MAX_GAP_BYTES
+    far = places(0, behind_the_gap)
+    assert coalesce(far) == [places(0), places(behind_the_gap)]
     same = places(5, 5)
     assert coalesce(same) == [same]
-    assert len(coalesce(places(0) + places(0, shard="b"))) == 2
+    in_two_shards = places(0) + places(0, shard="b")
+    assert len(coalesce(in_two_shards)) == 2
     large = places(0, 5_000_000, length=4_990_000)
     assert len(coalesce(large)) == 2
     assert coalesce([]) == []
@@ -519,7 +640,7 @@ def test_addresses():
     assert check_url("s3://bucket/a/") == "s3://bucket/a"
     assert check_url("/data/a//b/") == "/data/a//b/"
     assert not is_url("data/s3")
-    for wrong in (
+    wrong_ones = (
         "s3:/bucket/a",
         "S3://bucket",
         "hdfs://host/a",
@@ -528,11 +649,14 @@ def test_addresses():
         "s3://bucket/../a",
         "https://user:secret@host/a",
         "https://host/a?X-Amz-Signature=secret",
-    ):
+    )
+    for wrong in wrong_ones:
         with pytest.raises(ValueError) as raised:
             DataConfig(data_dir=wrong)
-        assert "data.data_dir is" in str(raised.value)
-        assert "secret" not in str(raised.value)
+        text = str(raised.value)
+        assert "data.data_dir is" in text
+        assert "secret" not in text
+
     with pytest.raises(ValueError, match="output_dir is 's3://bucket/run'"):
         Config(output_dir="s3://bucket/run")
     config = DataConfig(data_dir="s3://bucket/a b/", cache_dir="~/cache")
@@ -547,9 +671,11 @@ def use_and_fork():
         try:
             list_folder("s3://bucket/set")
         except RuntimeError as error:
-            os._exit(7 if "was forked" in str(error) else 1)
+            if "was forked" in str(error):
+                os._exit(7)
         os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 7
 
 
 def test_a_fork_after_the_first_request_is_refused(store):
