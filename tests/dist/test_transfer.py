@@ -5,10 +5,10 @@ uninterrupted one.
 import functools
 import hashlib
 import http.server
-import json
 import os
 import signal
 import threading
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,6 +16,8 @@ import torchvision
 from dist_utils import (
     equal_trees,
     free_port,
+    last_checkpoint,
+    logged_lines,
     run_app,
     small_run,
     start_app,
@@ -24,31 +26,44 @@ from dist_utils import (
 )
 
 from resnet_dist import cli
-from resnet_dist.checkpoints.checkpoint_file import read_checkpoint, unpack_checkpoint
 from resnet_dist.models.build import MODELS
 
 NAME = "torchvision:resnet18:IMAGENET1K_V1"
 
 
+class Served(NamedTuple):
+    """A weights file that can be downloaded."""
+
+    url: str
+    weights: dict[str, torch.Tensor]
+    requests: list[str]
+
+
+def save_with_hash(weights, folder):
+    """Save weights under a name that ends with their hash, as torchvision's do."""
+    path = folder / "weights"
+    torch.save(weights, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return path.rename(folder / f"resnet18-{digest[:8]}.pth")
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """An address of a weights file, its state dict, and the paths that were asked for."""
-    folder, asked = tmp_path_factory.mktemp("served"), []
+    """A server of a weights file, which notes the paths that it is asked for."""
+    folder = tmp_path_factory.mktemp("served")
     torch.manual_seed(1)
-    source = MODELS["resnet20"](num_classes=1000).state_dict()
-    torch.save(source, folder / "x")
-    name = f"resnet18-{hashlib.sha256((folder / 'x').read_bytes()).hexdigest()[:8]}.pth"
-    os.rename(folder / "x", folder / name)
+    weights = MODELS["resnet20"](num_classes=1000).state_dict()
+    path = save_with_hash(weights, folder)
+    requests = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *arguments):
-            asked.append(self.path)
+            requests.append(self.path)
 
-    server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(Handler, directory=str(folder))
-    )
+    handler = functools.partial(Handler, directory=str(folder))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/{name}", source, asked
+    yield Served(f"http://127.0.0.1:{server.server_port}/{path.name}", weights, requests)
     server.shutdown()
     server.server_close()
 
@@ -87,58 +102,65 @@ def train(digits, folder, url, *more, start=run_app):
 
 
 def test_without_a_network_every_rank_ends(digits, tmp_path):
-    assert train(digits, tmp_path, f"http://127.0.0.1:{free_port()}/resnet18-00000000.pth") == [
-        2,
-        2,
-    ]
+    url = f"http://127.0.0.1:{free_port()}/resnet18-00000000.pth"
+    codes = train(digits, tmp_path, url)
     printed = (tmp_path / "printed").read_text()
-    assert printed.count("error (rank") == 1 and "Traceback" not in printed, printed
-    assert all(
-        word in printed for word in (NAME, "could not be had", "no network", "give its path")
-    ), printed
+    assert codes == [2, 2]
+    assert printed.count("error (rank") == 1, printed
+    assert "Traceback" not in printed, printed
+    for words in (NAME, "could not be had", "no network", "give its path"):
+        assert words in printed, printed
     assert not (tmp_path / "run/config.yaml").exists()
 
 
 def test_a_frozen_backbone_on_two_ranks(digits, tmp_path, served):
-    url, source, asked = served
-    frozen = ("--optim.unfreeze_from", "head", "--optim.base_lr", "0.002")
-    folders = [tmp_path / name for name in ("whole", "parts")]
-    for folder in folders:
-        folder.mkdir()
-    asked.clear()
-    assert train(digits, folders[0], url, *frozen) == [0, 0], (folders[0] / "printed").read_text()
-    assert len(asked) == 1  # by the main process alone
-    processes = train(digits, folders[1], url, *frozen, start=start_app)
-    wait_for_step(folders[1] / "run", 6, processes)
-    os.kill(processes[1].pid, signal.SIGTERM)
-    assert wait_app(processes) == [143, 143]
-    assert train(digits, folders[1], url, *frozen) == [0, 0]
-    whole, parts = (
-        unpack_checkpoint(read_checkpoint(folder / "run/checkpoints/last.pt"), "")
-        for folder in folders
+    """Only the classifier is trained, also by a run that is interrupted and resumed."""
+    frozen = (
+        *("--optim.unfreeze_from", "head"),
+        *("--optim.base_lr", "0.002"),
     )
+    whole_folder = tmp_path / "whole"
+    parts_folder = tmp_path / "parts"
+    whole_folder.mkdir()
+    parts_folder.mkdir()
+
+    served.requests.clear()
+    codes = train(digits, whole_folder, served.url, *frozen)
+    assert codes == [0, 0], (whole_folder / "printed").read_text()
+    # By the main process alone.
+    assert len(served.requests) == 1
+
+    processes = train(digits, parts_folder, served.url, *frozen, start=start_app)
+    wait_for_step(parts_folder / "run", 6, processes)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    assert wait_app(processes) == [128 + signal.SIGTERM] * 2
+    codes = train(digits, parts_folder, served.url, *frozen)
+    assert codes == [0, 0]
+
+    whole = last_checkpoint(whole_folder / "run")
+    parts = last_checkpoint(parts_folder / "run")
     assert whole["step"] == 12
     for key in ("model", "ema", "optimizer", "best_top1", "step"):
         assert equal_trees(whole[key], parts[key]), key
-    for key, value in source.items():
-        if not key.startswith("fc."):
-            assert torch.equal(whole["model"][key], value) and torch.equal(
-                whole["ema"][key], value
-            ), key
+    for name, value in served.weights.items():
+        if not name.startswith("fc."):
+            assert torch.equal(whole["model"][name], value), name
+            assert torch.equal(whole["ema"][name], value), name
     assert len(whole["optimizer"]["state"]) == 2
 
-    printed = (folders[1] / "printed").read_text()
+    # What was taken of the file is printed at the first start, and whole in a table.
+    printed = (parts_folder / "printed").read_text()
     assert printed.count(f"weights of {NAME}, top level of the file") == 1
     assert "loaded     114  conv1.weight, bn1.weight, bn1.bias and 111 more" in printed
     assert (
         "missing      2  fc.weight (head, freshly initialised), fc.bias (head, freshly initialised)"
         in printed
     )
-    table = (folders[1] / "run/init_from.txt").read_text()
-    assert all(key in table for key in source) and "warning: weights" not in printed
-    losses = [
-        json.loads(line)["train/loss"]
-        for line in (folders[0] / "run/metrics.jsonl").read_text().splitlines()
-        if "train/loss" in line
-    ]
+    assert "warning: weights" not in printed
+    table = (parts_folder / "run/init_from.txt").read_text()
+    for name in served.weights:
+        assert name in table
+
+    lines = logged_lines(whole_folder / "run")
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
     assert losses[-1] < losses[0]
