@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import pickle
 import re
 import signal
 import socket
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -31,6 +33,7 @@ RECIPE = ["submit", "--config", "configs/resnet50.yaml", "--data.data_dir", "/da
 
 
 def dry_run(capsys, *arguments):
+    """The batch script and the summary that a dry run of the recipe prints."""
     assert cli.main([*RECIPE, *arguments, "--cluster.dry_run"]) == 0
     return capsys.readouterr().out
 
@@ -80,8 +83,9 @@ def test_dry_run_prints_the_batch_script_and_what_it_trains(capsys, monkeypatch,
     ):
         assert f"#SBATCH {line}\n" in said
     setup = said.index("\nmodule load cuda\n")
+    port = said.index("export MASTER_PORT=")
     command = said.index("\nsrun ")
-    assert setup < said.index("export MASTER_PORT=") < command
+    assert setup < port < command
     srun = said[command:].splitlines()[1]
     for words in (
         " --kill-on-bad-exit=1 ",
@@ -89,23 +93,25 @@ def test_dry_run_prints_the_batch_script_and_what_it_trains(capsys, monkeypatch,
         "_attempt${SLURM_RESTART_COUNT:-0}_",
     ):
         assert words in srun
-    assert srun.count(f"'{tmp_path}/a run/job_") == 2  # quoted for the shell
+    # Quoted for the shell.
+    assert srun.count(f"'{tmp_path}/a run/job_") == 2
     assert (
         "ranks 0 to 31, 8 on each of 4 nodes; local batch 32 = 1024 / (32 ranks * 1 micro-steps); "
         "peak lr 0.4; "
         "180 steps of 2 per epoch, 2048 images"
     ) in said
     assert list(tmp_path.iterdir()) == []
-    subprocess.run(["/bin/bash", "-n"], input=said[: command + 1] + srun, text=True, check=True)
+
+    # Bash parses the script without running it.
+    script = said[: command + 1] + srun
+    subprocess.run(["/bin/bash", "-n"], input=script, text=True, check=True)
 
 
 @pytest.mark.slow
 def test_dry_run_of_an_array_and_of_data_that_is_not_here(capsys, tmp_path):
-    for name in "ab":
-        rate = {"a": 0.1, "b": 0.2}[name]
-        (tmp_path / f"{name}.yaml").write_text(
-            f"output_dir: {tmp_path / name}\noptim: {{base_lr: {rate}}}\n"
-        )
+    for name, base_lr in (("a", 0.1), ("b", 0.2)):
+        recipe = tmp_path / f"{name}.yaml"
+        recipe.write_text(f"output_dir: {tmp_path / name}\noptim: {{base_lr: {base_lr}}}\n")
     profile = tmp_path / "profile.yaml"
     profile.write_text(
         "cluster: {partition: gpu, gpus_per_node: 4, setup: [module load cuda], "
@@ -117,10 +123,9 @@ def test_dry_run_of_an_array_and_of_data_that_is_not_here(capsys, tmp_path):
             config=profile,
             cluster__configs=f"{tmp_path}/a.yaml,{tmp_path}/b.yaml",
             cluster__seeds="0,1,2",
+            data__data_dir=tmp_path / "none",
         ),
         "--cluster.dry_run",
-        "--data.data_dir",
-        str(tmp_path / "none"),
     ]
     assert cli.main(arguments) == 0
     said = capsys.readouterr().out
@@ -168,7 +173,9 @@ def test_dry_run_of_an_array_and_of_data_that_is_not_here(capsys, tmp_path):
         (["--optim.unfreeze_from", "layer9"], ["optim.unfreeze_from", "layer9"]),
         (
             options(
-                cluster__gpus_per_node=0, cluster__tasks_per_node=1, distributed__device="cuda"
+                cluster__gpus_per_node=0,
+                cluster__tasks_per_node=1,
+                distributed__device="cuda",
             ),
             ["distributed.device is 'cuda'", "cluster.gpus_per_node is 0"],
         ),
@@ -178,7 +185,8 @@ def test_what_cannot_work_is_refused_before_slurm_is_asked(capsys, monkeypatch, 
     monkeypatch.setenv("PATH", "")
     assert cli.main([*RECIPE, *arguments]) == 2
     said = capsys.readouterr().err
-    assert all(word in said for word in words), said
+    for word in words:
+        assert word in said, said
 
 
 CONTROL = [
@@ -204,11 +212,13 @@ ENTERS_THE_SCRIPT = [
 def test_no_text_breaks_out_of_its_line_of_the_script(capsys):
     """Whatever enters the batch script is refused with a newline in it."""
     wrong = []
+    two_lines = CONTROL[0]
     for argument in ENTERS_THE_SCRIPT:
-        word = argument.format(CONTROL[0])
+        word = argument.format(two_lines)
         code = cli.main([*RECIPE, word, "--cluster.dry_run"])
         said = capsys.readouterr().err
-        if code != 2 or "control character '\\n'" not in said or CONTROL[0] in said:
+        is_refused = code == 2 and "control character '\\n'" in said
+        if not is_refused or two_lines in said:
             wrong.append((word, code, said))
     assert wrong == []
 
@@ -242,25 +252,33 @@ def test_odd_but_printable_texts_are_quoted(capsys, monkeypatch, tmp_path):
     arrives as it is, and nothing in it runs.
     """
     folder = tmp_path / ODD
-    script = dry_run(capsys, "--output_dir", str(folder), f"--cluster.extra.comment={ODD}")
-    script = script[: script.rindex("\n/")]
+    printed = dry_run(capsys, "--output_dir", str(folder), f"--cluster.extra.comment={ODD}")
+    # After the script comes the summary, which begins with a path.
+    script, _, _ = printed.rpartition("\n/")
     programs = tmp_path / "programs"
     programs.mkdir()
     for name in ("srun", "scontrol"):
-        (programs / name).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-        (programs / name).chmod(0o755)
+        program = programs / name
+        program.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+        program.chmod(0o755)
     monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
     work = tmp_path / "work"
     work.mkdir()
     # The folder of the code does not exist: `cd` must not leave the test's own folder.
     done = subprocess.run(
-        ["/bin/bash"], input=script, cwd=work, text=True, capture_output=True, timeout=300
+        ["/bin/bash"],
+        input=script,
+        cwd=work,
+        text=True,
+        capture_output=True,
+        timeout=300,
     )
     assert list(tmp_path.rglob("INTRUDER")) == [], done.stdout + done.stderr
     words = done.stdout.splitlines()
     output = next(word for word in words if word.startswith("--output="))
     assert output.startswith(f"--output={folder}/job_")
-    assert any(word.startswith(f"{folder}/job_") for word in words)  # submitit's folder
+    # The folder that submitit gets.
+    assert any(word.startswith(f"{folder}/job_") for word in words)
 
 
 def test_folders_that_slurm_would_read_otherwise(capsys):
@@ -333,25 +351,43 @@ class Exited(BaseException):
     """In place of the end of the process: what follows os._exit never runs."""
 
 
-@pytest.mark.parametrize(
-    ("code", "verdict", "rank", "executor", "attempt", "end"),
-    [
-        (0, None, 0, "slurm", 0, "returns"),
-        (0, "go on", 0, "slurm", 9, "returns"),
-        (1, None, 1, "slurm", 0, "ended with code 1"),
-        (2, None, 0, "slurm", 0, "ended with code 2"),
-        (75, None, 1, "slurm", 0, 75),
-        (75, None, 1, "local", 0, "ended with code 75"),
-        (140, "requeue", 0, "slurm", 0, 140),
-        (140, "requeue", 0, "slurm", 3, "cluster.max_requeues is 3"),
-        (143, "wait", 0, "slurm", 3, 143),
-        (140, None, 1, "slurm", 0, "waits"),
-        (130, "stop", 0, "slurm", 0, "ended with code 130"),
-        (143, "stop", 0, "local", 0, "ended with code 143"),
-        (143, None, 1, "local", 0, 143),
-    ],
+class Ending(NamedTuple):
+    """How a rank leaves the training, and what its process must do then.
+
+    `expected` is an exit code, a part of an exception's message, "returns" or "waits".
+    """
+
+    code: int
+    expected: int | str
+    verdict: str | None = None
+    rank: int = 0
+    executor: str = "slurm"
+    attempt: int = 0
+
+
+ENDINGS = (
+    # The training is finished, also after a signal that has no consequence.
+    Ending(0, "returns"),
+    Ending(0, "returns", verdict="go on", attempt=9),
+    # An error.
+    Ending(1, "ended with code 1", rank=1),
+    Ending(2, "ended with code 2"),
+    # A rank was lost.
+    Ending(75, 75, rank=1),
+    Ending(75, "ended with code 75", rank=1, executor="local"),
+    # A signal.
+    Ending(140, 140, verdict="requeue"),
+    Ending(140, "cluster.max_requeues is 3", verdict="requeue", attempt=3),
+    Ending(143, 143, verdict="wait", attempt=3),
+    Ending(140, "waits", rank=1),
+    Ending(130, "ended with code 130", verdict="stop"),
+    Ending(143, "ended with code 143", verdict="stop", executor="local"),
+    Ending(143, 143, rank=1, executor="local"),
 )
-def test_how_a_rank_ends(monkeypatch, code, verdict, rank, executor, attempt, end):
+
+
+@pytest.mark.parametrize("case", ENDINGS)
+def test_how_a_rank_ends(monkeypatch, case):
     """A return and an exception leave a result, which ends the job; an exit code does not."""
     before = signal.getsignal(signal.SIGTERM)
 
@@ -360,17 +396,18 @@ def test_how_a_rank_ends(monkeypatch, code, verdict, rank, executor, attempt, en
 
     monkeypatch.setattr("resnet_dist.launch.rank.os._exit", leave)
     monkeypatch.setattr("resnet_dist.launch.rank.time.sleep", lambda seconds: leave("waits"))
+    place = FakePlace(case.rank, case.executor)
     try:
-        end_rank(code, verdict, FakePlace(rank, executor), attempt, max_requeues=3)
+        end_rank(case.code, case.verdict, place, case.attempt, max_requeues=3)
         found = "returns"
     except (Exited, SystemExit) as exited:
         found = exited.args[0]
     except RuntimeError as problem:
-        assert end in str(problem)
+        assert case.expected in str(problem)
         return
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert found == end
+    assert found == case.expected
 
 
 RUNNING = (
@@ -387,11 +424,8 @@ RUNNING = (
         (signal.SIGINT, RUNNING + "None", "stop"),
         (signal.SIGTERM, RUNNING + "None", "go on"),
         (signal.SIGTERM, RUNNING + "2026-01-02T10:30:00", "requeue"),
-        (
-            signal.SIGTERM,
-            RUNNING + "2026-01-02T09:30:00",
-            "go on",
-        ),  # the preemption of an earlier attempt
+        # The preemption of an earlier attempt.
+        (signal.SIGTERM, RUNNING + "2026-01-02T09:30:00", "go on"),
         (signal.SIGTERM, RUNNING.replace("RUNNING", "COMPLETING") + "None", "wait"),
         (signal.SIGTERM, RUNNING.replace("RUNNING", "CANCELLED") + "None", "wait"),
         (signal.SIGTERM, RUNNING.replace("RUNNING", "PENDING") + "2026-01-02T10:30:00", "wait"),
@@ -417,13 +451,14 @@ def test_the_submitters_launcher_is_forgotten(capsys, monkeypatch):
     """A job that is submitted from a job must not take that one's ranks for its own; SLURM_CONF
     says where SLURM is.
     """
+    forgotten = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "MASTER_ADDR", "RANK", "LOCAL_RANK")
     kept = ("SLURM_CONF", "LOCAL_SCRATCH")
-    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "MASTER_ADDR", "RANK", "LOCAL_RANK", *kept):
+    for name in (*forgotten, *kept):
         monkeypatch.setenv(name, "0")
     dry_run(capsys)
-    assert {
-        name for name in os.environ if name.startswith(("SLURM", "MASTER", "RANK", "LOCAL"))
-    } == set(kept)
+    starts = ("SLURM", "MASTER", "RANK", "LOCAL")
+    left = [name for name in os.environ if name.startswith(starts)]
+    assert set(left) == set(kept)
 
 
 class FakeJob:
@@ -438,15 +473,14 @@ def test_the_client_shows_the_first_real_error(capsys, monkeypatch, tmp_path):
     """Rank 1 fails, rank 0 only loses its peer; an earlier attempt's NODE_FAIL and its logs do not
     count.
     """
-    import pickle
-
     states = iter(
         [
             "JobState=NODE_FAIL Requeue=1",
             "JobState=PENDING",
             "JobState=CANCELLED",
             "JobState=COMPLETING",
-            *["JobState=FAILED"] * 2,
+            "JobState=FAILED",
+            "JobState=FAILED",
         ]
     )
 
@@ -460,13 +494,14 @@ def test_the_client_shows_the_first_real_error(capsys, monkeypatch, tmp_path):
         "7_1_attempt1": "step 3\nerror (rank 1): no memory\nfoo\n",
         "7_0_attempt1": "error (rank 0): connection closed by peer\n",
     }
-    for number, (name, text) in enumerate(texts.items()):
-        (tmp_path / f"{name}_log.out").write_text(text)
-        os.utime(tmp_path / f"{name}_log.out", (number, number))
-    for number, task in enumerate((1, 0)):
+    for time_of_change, (name, text) in enumerate(texts.items()):
+        path = tmp_path / f"{name}_log.out"
+        path.write_text(text)
+        os.utime(path, (time_of_change, time_of_change))
+    for time_of_change, task in enumerate((1, 0)):
         path = tmp_path / f"7_{task}_result.pkl"
         path.write_bytes(pickle.dumps(("error", "RuntimeError")))
-        os.utime(path, (number, number))
+        os.utime(path, (time_of_change, time_of_change))
     assert status.wait([FakeJob("7", 2)], tmp_path) == 1
     said = capsys.readouterr()
     assert "job 7: FAILED, failed" in said.out
@@ -477,6 +512,7 @@ def test_an_older_attempt_cannot_publish(tmp_path):
     """Split brain: the old writer is refused, at its next save and also in the middle of one, and
     leaves no trace.
     """
+    folder = tmp_path / "checkpoints"
     warnings = []
     model = torch.nn.Linear(2, 2)
     state = TrainState(
@@ -485,7 +521,8 @@ def test_an_older_attempt_cannot_publish(tmp_path):
         torch.amp.GradScaler("cpu", enabled=False),
         step=5,
     )
-    old, new = (Saver(tmp_path / "checkpoints", 3, {}, warnings.append, True) for _ in range(2))
+    old = Saver(folder, 3, {}, warnings.append, is_main=True)
+    new = Saver(folder, 3, {}, warnings.append, is_main=True)
     old.claim()
     old.save(state)
     old.wait()
@@ -493,13 +530,12 @@ def test_an_older_attempt_cannot_publish(tmp_path):
     state.step = 10
     with pytest.raises(ValueError, match="belongs to a newer attempt, 2 "):
         old.save(state)
-    old._write(
-        {"step": 10, "evaluated_step": -1, "best_step": -1, "model": {}}
-    )  # it had begun before
+    # A write that had begun before.
+    old._write({"step": 10, "evaluated_step": -1, "best_step": -1, "model": {}})
     assert "newer attempt" in old.failure
     new.save(state)
     new.wait()
-    names = sorted(path.name for path in (tmp_path / "checkpoints").glob("[!.]*"))
+    names = sorted(path.name for path in folder.glob("[!.]*"))
     assert names == [
         "attempt",
         "last.pt",
@@ -514,6 +550,7 @@ def test_an_older_attempt_cannot_publish(tmp_path):
 
 @pytest.fixture
 def group_of_one():
+    """A process group of this process alone."""
     runtime = distributed.start("cpu", 60)
     yield
     distributed.stop(runtime)
@@ -532,19 +569,24 @@ def test_blocked_signals_are_let_in_and_blocked_again(group_of_one):
         stop.forget()
         assert stop.poll() == 0
         assert stop.poll() == 0
+
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.poll() == 0
         assert stop.poll() == signal.SIGTERM
-        os.kill(os.getpid(), signal.SIGUSR2)  # while it is decided about SIGTERM
+        # While it is decided about SIGTERM.
+        os.kill(os.getpid(), signal.SIGUSR2)
         stop.forget()
         assert stop.poll() == 0
         assert stop.poll() == signal.SIGUSR2
         stop.finish()
         stop.close()
-        signal.pthread_kill(threading.get_ident(), signal.SIGUSR2)  # would end the process
+
+        # This one would end the process if it were let in.
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR2)
         assert signal.SIGUSR2 in signal.sigpending()
     finally:
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # takes the waiting one away
+        # Takes the waiting one away.
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         signal.signal(signal.SIGUSR2, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -602,7 +644,8 @@ def test_the_local_executor_trains(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FINISHED, all ranks succeeded" in done.stdout
     folder = next((tmp_path / "run").glob("job_*"))
-    assert "64 = 2 cpu ranks * 1 micro-steps * 32" in next(folder.glob("*_0_log.out")).read_text()
+    log = next(folder.glob("*_0_log.out"))
+    assert "64 = 2 cpu ranks * 1 micro-steps * 32" in log.read_text()
     assert (folder / "code/resnet_dist/launch/rank.py").exists()
 
 

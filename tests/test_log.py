@@ -24,14 +24,25 @@ TRAIN = {
 }
 
 
-def started(folder, start_step=0, total_steps=100, config=QUIET, is_main=True):
+def started(folder, start_step=0, total_steps=100, config=QUIET, is_main=True, evaluated=True):
+    """The log of a run that goes on from `start_step`.
+
+    `evaluated` says whether the checkpoint of that step knows of its evaluation.
+    """
     log = build_log(config, str(folder), is_main, {"seed": 1})
-    log.start(start_step, total_steps)
+    log.start(start_step, total_steps, evaluated)
     return log
 
 
 def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """The lines of metrics.jsonl."""
+    text = (folder / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def steps(folder):
+    """The step of each line of metrics.jsonl."""
+    return [line["step"] for line in lines(folder)]
 
 
 def test_lines_are_plain_json(tmp_path):
@@ -62,37 +73,45 @@ def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
     log = started(tmp_path)
     for step in (10, 20, 30, 40):
         log.metrics(step, {"train/loss": 1.0})
+    # Torn by SIGKILL.
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 50, "tr')  # torn by SIGKILL
+        file.write('{"step": 50, "tr')
+
     log = started(tmp_path, start_step=20)
-    assert [record["step"] for record in lines(tmp_path)] == [10, 20]
+    assert steps(tmp_path) == [10, 20]
     log.metrics(30, {"train/loss": 2.0})
-    assert [record["step"] for record in lines(tmp_path)] == [10, 20, 30]
+    assert steps(tmp_path) == [10, 20, 30]
+
     started(tmp_path, start_step=0)
     assert lines(tmp_path) == []
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
 def test_unwritable_file_is_warned_about_once(tmp_path, capsys):
-    (tmp_path / "metrics.jsonl").mkdir()
+    """A folder is in its place. Once it is gone, nothing is missing from the file."""
+    path = tmp_path / "metrics.jsonl"
+    path.mkdir()
     log = started(tmp_path)
     log.metrics(1, {"train/loss": 1.0})
     log.metrics(2, {"train/loss": 1.0})
-    assert capsys.readouterr().err.count("warning") == 1
-    (tmp_path / "metrics.jsonl").rmdir()
+    printed = capsys.readouterr().err
+    assert printed.count("warning") == 1
+
+    path.rmdir()
     log.metrics(3, {"train/loss": 1.0})
-    assert [record["step"] for record in lines(tmp_path)] == [1, 2, 3]
+    assert steps(tmp_path) == [1, 2, 3]
 
 
 def test_lines_that_wait_for_the_disk_are_written_at_the_end(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
     log = started(tmp_path)
-    (tmp_path / "metrics.jsonl").mkdir()
+    path.mkdir()
     log.metrics(1, {"train/loss": 1.0})
     log.close()
     assert "the last lines of" in capsys.readouterr().err
-    (tmp_path / "metrics.jsonl").rmdir()
+    path.rmdir()
     log.close()
-    assert [record["step"] for record in lines(tmp_path)] == [1]
+    assert steps(tmp_path) == [1]
 
 
 def test_a_superseded_process_does_not_log(tmp_path, capsys):
@@ -108,19 +127,19 @@ def test_a_superseded_process_does_not_log(tmp_path, capsys):
         with pytest.raises(ValueError, match="newer attempt"):
             log.metrics(2, values)
     log.close(2)
-    assert [record["step"] for record in lines(tmp_path)] == [1]
+    assert steps(tmp_path) == [1]
     assert "warning" not in capsys.readouterr().err
 
 
 def test_an_evaluation_that_comes_again_is_not_kept_twice(tmp_path):
     """Killed between the line of an evaluation and the checkpoint that knows of it."""
-    for evaluated, steps in ((False, [12]), (True, [12, 12])):
-        log = started(tmp_path / str(evaluated))
+    for evaluated, expected in ((False, [12]), (True, [12, 12])):
+        folder = tmp_path / str(evaluated)
+        log = started(folder)
         log.metrics(12, TRAIN)
         log.metrics(12, {"val/top1": 50.0})
-        again = build_log(QUIET, str(tmp_path / str(evaluated)), True, {})
-        again.start(12, 100, evaluated)
-        assert [record["step"] for record in lines(tmp_path / str(evaluated))] == steps
+        started(folder, start_step=12, evaluated=evaluated)
+        assert steps(folder) == expected
 
 
 def test_console_lines(tmp_path, capsys):
@@ -143,7 +162,8 @@ def test_console_lines(tmp_path, capsys):
     )
     log.say("a sentence")
     first, second, val, ema, sentence = capsys.readouterr().out.splitlines()
-    assert len(first) == len(second) <= 130
+    assert len(first) == len(second)
+    assert len(first) <= 130
     for part in (
         "step   50/2000",
         "epoch   0.50",
@@ -158,7 +178,9 @@ def test_console_lines(tmp_path, capsys):
     assert "top1  76.50 %" in val
     assert "(360 images)" in val
     assert "val_ema" in ema
-    assert val.index("top1") == ema.index("top1") == first.index("top1")
+    column = first.index("top1")
+    assert val.index("top1") == column
+    assert ema.index("top1") == column
     assert sentence == "a sentence"
 
 
@@ -167,11 +189,16 @@ def test_training_lines_are_where_the_user_looks(
     tmp_path, monkeypatch, capsys, stdout_is_a_terminal
 ):
     """In the bar alone, and in standard output too if that is a file."""
-    monkeypatch.setattr(
-        console, "is_terminal", lambda stream: stream is sys.stderr or stdout_is_a_terminal
-    )
     shown = []
-    monkeypatch.setattr(console.StatusBar, "show", lambda bar, figures: shown.append(figures))
+
+    def is_terminal(stream):
+        return stream is sys.stderr or stdout_is_a_terminal
+
+    def note_figures(bar, figures):
+        shown.append(figures)
+
+    monkeypatch.setattr(console, "is_terminal", is_terminal)
+    monkeypatch.setattr(console.StatusBar, "show", note_figures)
     log = started(tmp_path, start_step=10, config=LogConfig(wandb="disabled"))
     log.progress(12)
     log.metrics(50, TRAIN)
@@ -179,13 +206,17 @@ def test_training_lines_are_where_the_user_looks(
     log.close()
     out, err = capsys.readouterr()
     assert out.endswith("the last words\n")
-    assert ("step  50/100" in out) == (not stdout_is_a_terminal)
+    is_in_stdout = "step  50/100" in out
+    assert is_in_stdout == (not stdout_is_a_terminal)
     assert "10/100" in err
-    assert shown[0][:3] == ["loss 1.250", "1000 img/s", "top1 50.0 %"]
+    first_figures = shown[0][:3]
+    assert first_figures == ["loss 1.250", "1000 img/s", "top1 50.0 %"]
 
 
 def test_silent_off_the_main_process(tmp_path, capsys):
-    log = started(tmp_path / "none", config=LogConfig(wandb="offline"), is_main=False)
+    folder = tmp_path / "none"
+    offline = LogConfig(wandb="offline")
+    log = started(folder, config=offline, is_main=False)
     log.progress(1)
     log.metrics(1, TRAIN)
     log.say("a")
@@ -193,7 +224,7 @@ def test_silent_off_the_main_process(tmp_path, capsys):
     log.close(1)
     assert log.locations() == {}
     assert capsys.readouterr() == ("", "")
-    assert not (tmp_path / "none").exists()
+    assert not folder.exists()
 
 
 def test_closed_streams_do_not_matter(tmp_path, monkeypatch):
@@ -207,4 +238,4 @@ def test_closed_streams_do_not_matter(tmp_path, monkeypatch):
         monkeypatch.undo()
         with pytest.raises(BrokenPipeError):
             broken.close()
-    assert len(lines(tmp_path)) == 1
+    assert steps(tmp_path) == [1]

@@ -13,62 +13,79 @@ import time
 from pathlib import Path
 
 import pytest
-from dist_utils import by_step, free_port
+from dist_utils import by_step, free_port, options
 
 ROOT = Path(__file__).resolve().parents[2]
-LAUNCH = (
-    "import sys; from resnet_dist.commands.launch import launch_workers; "
-    "sys.exit(launch_workers(sys.argv[1:], ()))"
-)
+LAUNCH = """
+import sys
+from resnet_dist.commands.launch import launch_workers
+sys.exit(launch_workers(sys.argv[1:], ()))
+"""
+WORKER = str(ROOT / "tests/elastic/worker.py")
 SECONDS_PER_STEP = 0.3
 EPOCHS = 8
-STEPS = EPOCHS * 22  # 1,442 images in batches of 64
+# 1,442 images in batches of 64.
+STEPS = EPOCHS * 22
 
 
 class Agents:
     """The agents of one elastic job, by name, and the run that their workers write."""
 
     def __init__(self, folder, digits):
-        self.folder, self.digits = folder, digits
+        self.folder = folder
+        self.digits = digits
         self.port = free_port()
         self.running = {}
 
     def start(self, name, ranks):
         """An agent with so many ranks. The first that is started hosts the rendezvous."""
         is_host = int(not self.running)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        options = [
-            *("--nnodes", "1:3", "--nproc_per_node", str(ranks), "--max-restarts", "9"),
-            *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{self.port}"),
-            *("--rdzv-id", "elastic", "--local-addr", "127.0.0.1"),
-            "--rdzv-conf",
-            f"is_host={is_host},last_call_timeout=4,keep_alive_interval=1,keep_alive_max_attempt=3",
+        rendezvous_settings = (
+            f"is_host={is_host}",
+            "last_call_timeout=4",
+            "keep_alive_interval=1",
+            "keep_alive_max_attempt=3",
+        )
+        command = [
+            *(sys.executable, "-c", LAUNCH),
+            *("--nnodes", "1:3"),
+            *("--nproc_per_node", str(ranks)),
+            *("--max-restarts", "9"),
+            *("--rdzv-backend", "c10d"),
+            *("--rdzv-endpoint", f"127.0.0.1:{self.port}"),
+            *("--rdzv-id", "elastic"),
+            *("--rdzv-conf", ",".join(rendezvous_settings)),
+            *("--local-addr", "127.0.0.1"),
+            *(WORKER, str(self.folder), str(SECONDS_PER_STEP)),
+            *self.command_line(),
         ]
-        worker = [ROOT / "tests/elastic/worker.py", self.folder, SECONDS_PER_STEP]
-        command = [sys.executable, "-c", LAUNCH, *options, *worker, *self.settings()]
         with open(self.folder / f"{name}.log", "a") as log:
             self.running[name] = subprocess.Popen(
-                list(map(str, command)), stdout=log, stderr=log, env=environment
+                command,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             )
 
-    def settings(self):
-        values = {
-            "config": ROOT / "configs/quickstart.yaml",
-            "data.data_dir": self.digits,
-            "output_dir": self.folder / "run",
-            "data.train_crop_size": 8,
-            "data.val_resize_size": 8,
-            "data.val_crop_size": 8,
-            "train.epochs": EPOCHS,
-            "train.global_batch_size": 64,
-            "checkpoint.interval_steps": 5,
-            "log.interval_steps": 1,
-            "log.wandb": "disabled",
-            "distributed.threads": 1,
-            "distributed.timeout_s": 120,
-            "data.threads": 1,
-        }
-        return ["train", *(word for key, value in values.items() for word in (f"--{key}", value))]
+    def command_line(self):
+        """The training that each worker runs."""
+        settings = options(
+            config=ROOT / "configs/quickstart.yaml",
+            data__data_dir=self.digits,
+            output_dir=self.folder / "run",
+            data__train_crop_size=8,
+            data__val_resize_size=8,
+            data__val_crop_size=8,
+            train__epochs=EPOCHS,
+            train__global_batch_size=64,
+            checkpoint__interval_steps=5,
+            log__interval_steps=1,
+            log__wandb="disabled",
+            distributed__threads=1,
+            distributed__timeout_s=120,
+            data__threads=1,
+        )
+        return ["train", *settings]
 
     def kill(self, name):
         """SIGKILL to the agent alone: its workers are orphans then."""
@@ -81,6 +98,7 @@ class Agents:
         agent.wait(120)
 
     def metrics(self):
+        """The lines that the run has logged; the last one may be half written."""
         path = self.folder / "run" / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("}")]
@@ -91,7 +109,8 @@ class Agents:
         goal = self.last_step() + more
         while self.last_step() < goal:
             ended = [name for name, agent in self.running.items() if agent.poll() is not None]
-            assert not ended and time.monotonic() < deadline, (ended, self.printed())
+            assert ended == [], self.printed()
+            assert time.monotonic() < deadline, self.printed()
             time.sleep(0.1)
 
     def last_step(self):
@@ -99,16 +118,22 @@ class Agents:
         return lines[-1]["step"] if lines else 0
 
     def printed(self):
-        return "\n".join(
-            f"== {path.name}\n{path.read_text()[-3000:]}" for path in self.folder.glob("*.log")
-        )
+        """The end of what each agent has printed."""
+        parts = []
+        for path in self.folder.glob("*.log"):
+            end = path.read_text()[-3000:]
+            parts.append(f"== {path.name}\n{end}")
+        return "\n".join(parts)
 
     def orphans(self):
         """Processes of workers that still live, though their agent is gone."""
-        started = (self.folder / "pids").read_text().splitlines()
-        pairs = [tuple(map(int, line.split())) for line in started]
-        alive = {agent.pid for agent in self.running.values() if agent.poll() is None}
-        return [pid for agent, pid in pairs if agent not in alive and is_alive(pid)]
+        alive = [agent.pid for agent in self.running.values() if agent.poll() is None]
+        found = []
+        for line in (self.folder / "pids").read_text().splitlines():
+            agent_pid, worker_pid = map(int, line.split())
+            if agent_pid not in alive and is_worker(worker_pid):
+                found.append(worker_pid)
+        return found
 
     def stop(self):
         for agent in self.running.values():
@@ -118,11 +143,13 @@ class Agents:
             agent.wait(60)
 
 
-def is_alive(pid):
+def is_worker(pid):
+    """Whether a process is there that runs the worker."""
     try:
-        return "worker.py" in Path(f"/proc/{pid}/cmdline").read_text()
+        command = Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:
         return False
+    return "worker.py" in command
 
 
 @pytest.mark.long
@@ -145,39 +172,55 @@ def test_an_agent_dies_and_another_joins(digits, tmp_path):
         agents.wait_for_steps(40)
         agents.terminate("first")
         agents.wait_for_steps(10)
-        codes = {name: agent.wait(300) for name, agent in agents.running.items()}
+        codes = [agent.wait(300) for agent in agents.running.values()]
     finally:
         agents.stop()
-    assert set(codes.values()) == {0}, (codes, agents.printed())
-    printed = "".join(path.read_text() for path in tmp_path.glob("*.log"))
+    assert set(codes) == {0}, (codes, agents.printed())
+
+    logs = [path.read_text() for path in tmp_path.glob("*.log")]
+    printed = "".join(logs)
+    assert "Traceback" not in printed
     assert "64 does not divide by 3 ranks: 2 of them train, 1 wait as spares" in printed
+    for ranks in (4, 2):
+        assert f"batch 64 = {ranks} cpu ranks" in printed
     stops = re.findall(r"stopped at step (\d+) of", printed)
     assert stops, printed[-3000:]
     for stopped in stops:
         assert f"; step {stopped}, from " in printed
-    for ranks in (4, 2):
-        assert f"batch 64 = {ranks} cpu ranks" in printed
-    assert "Traceback" not in printed
-    trained = [line["step"] for line in agents.metrics() if "train/loss" in line]
+
+    lines = agents.metrics()
+    trained = [line["step"] for line in lines if "train/loss" in line]
     assert trained == list(range(1, STEPS + 1))
-    evaluated = [line["step"] for line in agents.metrics() if "val/top1" in line]
-    assert evaluated == sorted(set(evaluated)) and evaluated[-1] == STEPS
+    evaluated = [line["step"] for line in lines if "val/top1" in line]
+    assert evaluated == sorted(set(evaluated))
+    assert evaluated[-1] == STEPS
+
     steps = by_step(tmp_path)
-    assert [len(samples) for _, samples in steps.values()] == [64] * STEPS
-    assert orders_of_one_rank(tmp_path, digits) == steps
+    batch_sizes = [len(samples) for _, samples in steps.values()]
+    assert batch_sizes == [64] * STEPS
+    assert steps_of_one_rank(tmp_path, digits) == steps
 
 
-def orders_of_one_rank(folder, digits):
+def steps_of_one_rank(folder, digits):
     """The same run, undisturbed and alone."""
     alone = folder / "alone"
     alone.mkdir()
     agents = Agents(alone, digits)
-    worker = [ROOT / "tests/elastic/worker.py", alone, 0]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": "0", "WORLD_SIZE": "1"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agents.port)}
-    command = [sys.executable, *worker, *agents.settings()]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(agents.port),
+    }
+    seconds_per_step = 0
     done = subprocess.run(
-        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, WORKER, str(alone), str(seconds_per_step), *agents.command_line()],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return by_step(alone)

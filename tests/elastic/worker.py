@@ -17,17 +17,20 @@ from resnet_dist import engine
 
 
 def main() -> int:
-    folder, seconds = Path(sys.argv[1]), float(sys.argv[2])
+    folder = Path(sys.argv[1])
+    seconds_per_step = float(sys.argv[2])
+    command_line = sys.argv[3:]
     real = engine.train_step
 
     def train_step(*arguments):
-        time.sleep(seconds)
+        time.sleep(seconds_per_step)
         return real(*arguments)
 
     engine.train_step = train_step
     with open(folder / "pids", "a") as file:
         file.write(f"{os.getppid()} {os.getpid()}\n")
-    return record_batches(folder)(sys.argv[3:])
+    recording_main = record_batches(folder)
+    return recording_main(command_line)
 
 
 if __name__ == "__main__":
