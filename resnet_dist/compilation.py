@@ -23,7 +23,7 @@ from torch import nn
 from resnet_dist.config import TrainConfig
 from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.forward import train_mode
-from resnet_dist.precision import Precision
+from resnet_dist.precision import Precision, build_precision
 from resnet_dist.text import printable
 
 BACKEND = "inductor"
@@ -106,7 +106,7 @@ class NetworkCompiler:
         teacher: nn.Module | None = None,
     ) -> None:
         self.model = model
-        self.precision = Precision(train.precision, runtime.device)
+        self.precision = build_precision(train, runtime.device)
         self.runtime = runtime
         self.parts = compiled_parts(model)
         self.teacher_parts = {} if teacher is None else compiled_parts(teacher)

@@ -45,6 +45,12 @@ class Precision:
         return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
 
 
+def build_precision(config: TrainConfig, device: torch.device) -> Precision:
+    """The precision of `train.precision` on `device`."""
+    name = resolve_precision(config.precision, device)
+    return Precision(name, device)
+
+
 def resolve_settings(
     config: Config, device: torch.device, saved: dict[str, Any] | None = None
 ) -> Config:
@@ -125,8 +131,3 @@ def cpu_flags() -> set[str]:
         if name.strip() in ("flags", "Features"):
             return set(value.split())
     return set()
-
-
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
-    """As `Precision.autocast`."""
-    return Precision(precision, device).autocast()

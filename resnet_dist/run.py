@@ -51,7 +51,12 @@ from resnet_dist.mix import build_mixing
 from resnet_dist.models.zoo import check_image_size
 from resnet_dist.nonfinite import TooManyNonFiniteError, write_replay
 from resnet_dist.plan import TrainPlan, build_plan
-from resnet_dist.precision import Precision, has_fast_bf16, resolve_settings, set_arithmetic
+from resnet_dist.precision import (
+    build_precision,
+    has_fast_bf16,
+    resolve_settings,
+    set_arithmetic,
+)
 from resnet_dist.resources.out_of_memory import explain_memory
 from resnet_dist.schedule import Schedule, build_schedule, peak_lr
 from resnet_dist.settings.remarks import recipe_mismatch, remarks
@@ -376,7 +381,7 @@ def build_update_rule(
         teacher: The teacher of a distillation; None for none.
     """
     train = config.train
-    precision = Precision(train.precision, device)
+    precision = build_precision(train, device)
     layout = BatchLayout(train.global_batch_size, train.grad_accum_steps, rank, world_size)
     return UpdateRule(
         loss_for=build_loss_for(train, precision, teacher),

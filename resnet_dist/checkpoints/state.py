@@ -12,7 +12,7 @@ from resnet_dist.models.build import build_model
 from resnet_dist.models.sync_batch_norm import convert_sync_batch_norm
 from resnet_dist.models.weights import freeze
 from resnet_dist.optim import build_optimizer
-from resnet_dist.precision import Precision
+from resnet_dist.precision import build_precision
 from resnet_dist.rng import derive_seed
 
 
@@ -34,7 +34,7 @@ def build_state(config: Config, num_classes: int, device: torch.device) -> Train
 
     train = config.train
     optimizer = build_optimizer(config.optim, model)
-    precision = Precision(train.precision, device)
+    precision = build_precision(train, device)
     ema = None
     if train.ema_decay:
         ema = Ema(model, train.ema_decay)

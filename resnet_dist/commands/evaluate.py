@@ -39,7 +39,7 @@ from resnet_dist.evaluation.sets.classes import (
 from resnet_dist.evaluation.sets.layouts import open_folder
 from resnet_dist.metrics import Counts
 from resnet_dist.models.zoo import check_image_size
-from resnet_dist.precision import Precision
+from resnet_dist.precision import build_precision
 from resnet_dist.text import printable
 
 Results = dict[str, Any]
@@ -223,7 +223,7 @@ def count_mapped(
     network = model
     if class_map.is_masked:
         network = ClassMask(model, class_map.outputs, len(class_map.names))
-    precision = Precision(config.train.precision, runtime.device)
+    precision = build_precision(config.train, runtime.device)
     counts = evaluation.evaluate(network, relabelled, runtime, precision, collect=collect)
     assert counts is not None
     if not counts.loss_sum.isfinite():

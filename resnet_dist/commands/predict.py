@@ -29,7 +29,7 @@ from resnet_dist.distributed.process import run_process
 from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.evaluation import loop as evaluation
 from resnet_dist.models.class_names import words_of
-from resnet_dist.precision import Precision
+from resnet_dist.precision import build_precision
 from resnet_dist.text import printable
 
 SIGPIPE_EXIT_CODE = 141
@@ -205,7 +205,7 @@ def predict_files(
         `Counts`.
     """
     index = list_files(files)
-    precision = Precision(config.train.precision, runtime.device)
+    precision = build_precision(config.train, runtime.device)
     with tempfile.TemporaryDirectory() as scratch:
         # Bad files must not be added to the quarantine.jsonl in output_dir.
         loader_config = replace(config, output_dir=scratch)

@@ -17,7 +17,7 @@ from resnet_dist.data.sources.scan import build_index
 from resnet_dist.data.sources.val_index import build_val_index
 from resnet_dist.data.types import TrainLoader, ValLoader
 from resnet_dist.distributed.runtime import Runtime
-from resnet_dist.precision import DTYPES, resolve_precision
+from resnet_dist.precision import build_precision
 
 _MOST_GPU_THREADS = 8
 """More threads hardly help a decoder whose work is on the GPU."""
@@ -136,10 +136,9 @@ def build_val_loader(
 
 def _loader_settings(config: Config, runtime: Runtime) -> LoaderSettings:
     """Where and how the loaders of this rank work."""
-    precision = resolve_precision(config.train.precision, runtime.device)
     return LoaderSettings(
         device=runtime.device,
-        dtype=DTYPES[precision],
+        dtype=build_precision(config.train, runtime.device).dtype,
         threads=_num_threads(config.data, runtime),
         output_dir=config.output_dir,
         decoder=config.decoder,

@@ -17,7 +17,7 @@ from resnet_dist.data.sampling.crops import View, val_geometry
 from resnet_dist.data.sampling.order import val_batches
 from resnet_dist.data.types import Batch
 from resnet_dist.distributed.runtime import Runtime
-from resnet_dist.precision import DTYPES, resolve_precision
+from resnet_dist.precision import build_precision
 from resnet_dist.text import printable
 
 CIFAR10_CLASSES = (
@@ -72,7 +72,6 @@ class ArrayLoader:
         runtime: Runtime,
     ) -> None:
         data = config.data
-        precision = resolve_precision(config.train.precision, runtime.device)
         cpu = torch.device("cpu")
         self.class_names = class_names
         self.num_samples = len(images.labels)
@@ -80,7 +79,7 @@ class ArrayLoader:
         self._images = images
         self._data = data
         self._device = runtime.device
-        self._dtype = DTYPES[precision]
+        self._dtype = build_precision(config.train, runtime.device).dtype
         self._normalize = Normalizer(data, self._dtype, cpu)
         self._resize = EXACT_RESIZES[data.val_interpolation]
         self._shares = val_batches(
