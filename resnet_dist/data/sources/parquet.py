@@ -303,19 +303,24 @@ def _read_rows(group: RowGroup, columns: _Columns) -> tuple[np.ndarray, list[str
     files: list[str | None] = []
     for batch in _read_batches(group, [f"{columns.image}.path", columns.label]):
         labels += batch.column(columns.label).to_pylist()
-        files += batch.column(columns.image).flatten()[0].to_pylist()
+        # An image is a struct, of which only the path was read.
+        (paths,) = batch.column(columns.image).flatten()
+        files += paths.to_pylist()
     num_classes = len(columns.class_names)
     for row, label in enumerate(labels):
         is_class = label is not None and 0 <= label < num_classes
-        if is_class:
-            continue
-        last = num_classes - 1
-        problem = f"row {row} has the label {label}, and the classes are 0 to {last}"
-        way_out = "check which data set and version this is"
-        if label == -1:
-            way_out = "this is a test set, whose labels are not published: import another split"
-        raise group.fault(problem, way_out)
+        if not is_class:
+            raise _fault_of_label(group, row, label, num_classes)
     return np.array(labels, dtype=np.int64), files
+
+
+def _fault_of_label(group: RowGroup, row: int, label: int | None, num_classes: int) -> ValueError:
+    """The error for a row without a label, or with one that is no class."""
+    problem = f"row {row} has the label {label}, and the classes are 0 to {num_classes - 1}"
+    way_out = "check which data set and version this is"
+    if label == -1:
+        way_out = "this is a test set, whose labels are not published: import another split"
+    return group.fault(problem, way_out)
 
 
 def _find_columns(path: str, options: ParquetOptions) -> _Columns:
@@ -441,10 +446,7 @@ def _folder_names(class_names: tuple[str, ...], options: ParquetOptions) -> list
     """
     if not options.class_names and _is_imagenet(class_names):
         return list(imagenet_ids())
-    folders = []
-    for name in class_names:
-        plain = re.sub(r"[\x00-\x1f/]", "_", name.strip())
-        folders.append(re.sub(r"^\.", "_", plain) or "_")
+    folders = [_folder_name(name) for name in class_names]
     known: dict[str, int] = {}
     for label, folder in enumerate(folders):
         if folder in known:
@@ -454,6 +456,16 @@ def _folder_names(class_names: tuple[str, ...], options: ParquetOptions) -> list
             )
         known[folder] = label
     return folders
+
+
+def _folder_name(class_name: str) -> str:
+    """The name of a class as that of a folder: not empty, not hidden, and without slashes."""
+    name = re.sub(r"[\x00-\x1f/]", "_", class_name.strip())
+    if not name:
+        return "_"
+    if name.startswith("."):
+        return "_" + name[1:]
+    return name
 
 
 def _is_imagenet(class_names: tuple[str, ...]) -> bool:
