@@ -418,8 +418,8 @@ COMMANDS = {
         "run the trainings of a study, with several seeds, and write its table",
         _add_study_options,
         _study,
-        "[--set KEY=VALUE] [--ranks N] [--dry_run] [--submit PROFILE] [--collect FOLDER] "
-        "[--page FILE] STUDY ...",
+        "[--set KEY=VALUE] [--ranks N] [--dry_run [--measure]] [--submit PROFILE] "
+        "[--collect FOLDER] [--page FILE] STUDY ...",
     ),
 }
 if __name__ == "__main__":

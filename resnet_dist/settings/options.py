@@ -119,7 +119,9 @@ class Parser(ArgumentParser):
             prefix: Text before the name of each option, as "optim.".
         """
         meanings = field_meanings(section)
-        group = self.add_argument_group(inspect.getdoc(section))
+        meaning = inspect.getdoc(section) or ""
+        # The help puts a colon behind it.
+        group = self.add_argument_group(meaning.removesuffix("."))
         hints = get_type_hints(section, include_extras=True)
         for one in fields(section):
             hint: TypeHint = hints[one.name]
