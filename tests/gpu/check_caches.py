@@ -24,27 +24,41 @@ def training_caches(place: Place, folder: Path) -> str:
     """
     side = 32
     number = place.size(64, 16)
-    write_split(str(folder), [encode(picture(side, side, i)) for i in range(number)])
-    expected = crops(CPU, config_with(folder, side, train_crop="pad"))
+    pictures = [picture(side, side, seed) for seed in range(number)]
+    write_split(str(folder), [encode(image) for image in pictures])
+
+    # Nothing is resized.
+    config = config_with(folder, side, train_crop="pad")
+    expected = crops(CPU, config)
     kinds = ("host", "device", "auto") if place.is_full else ("host",)
     for kind in kinds:
-        shown = crops(place.device, config_with(folder, side, train_crop="pad", train_cache=kind))
+        shown = crops(place.device, with_train_cache(config, kind))
         worst = float((shown - expected).abs().max())
         assert worst <= ROUNDING, f"{kind}: {worst:g}"
 
-    # Resized by DALI on a GPU, by torch on the CPU. In units of normalised pixels.
+    # Resized by DALI on a GPU, by torch on the CPU. A level in units of normalised pixels:
     level = 1 / 255 / min(Config().data.std)
     parts = []
     for interpolation in ("bilinear", "random"):
         config = config_with(folder, side, train_interpolation=interpolation)
         expected = crops(CPU, config)
-        cached = replace(config, data=replace(config.data, train_cache="host"))
-        mean = float((crops(place.device, cached) - expected).abs().mean()) / level
-        parts.append(f"{interpolation}: mean {mean:.3f} levels")
-        assert mean <= 1, parts[-1]
+        shown = crops(place.device, with_train_cache(config, "host"))
+        difference = (shown - expected).abs()
+        mean = float(difference.mean()) / level
+        part = f"{interpolation}: mean {mean:.3f} levels"
+        assert mean <= 1, part
+        parts.append(part)
+
     if place.is_cuda:
-        check_refusal(place, config_with(folder, side, train_cache="device"))
+        config = config_with(folder, side)
+        check_refusal(place, with_train_cache(config, "device"))
     return f"{', '.join(kinds)}; {'; '.join(parts)}"
+
+
+def with_train_cache(config: Config, kind: str) -> Config:
+    """The config with a cache of that kind for its training images."""
+    data = replace(config.data, train_cache=kind)
+    return replace(config, data=data)
 
 
 def check_refusal(place: Place, config: Config) -> None:
@@ -76,16 +90,21 @@ def evaluation_cache(place: Place, folder: Path) -> str:
     """Three evaluations, of which the last two decode nothing, show what the CPU shows."""
     write_split(str(folder), some_files(12), split="val")
     config = config_of(folder, val_resize_size=72, val_crop_size=64, val_batch_size=8)
-    shown: dict[str, list[torch.Tensor]] = {}
-    for device in (CPU, place.device):
-        loader = build_val_loader(config, runtime_on(device), cached=True)
-        shown[device.type] = [together(loader) for _ in range(3)]
-        loader.close()
-    expected = shown["cpu"][0]
-    for images in (*shown["cpu"], *shown[place.device.type]):
+    on_cpu = evaluate_three_times(CPU, config)
+    on_device = evaluate_three_times(place.device, config)
+    expected = on_cpu[0]
+    for images in on_cpu + on_device:
         worst = float((images - expected).abs().max())
         assert worst <= ROUNDING, worst
     return f"{len(expected)} images"
+
+
+def evaluate_three_times(device: torch.device, config: Config) -> list[torch.Tensor]:
+    """The images of three evaluations from one cache, on the CPU."""
+    loader = build_val_loader(config, runtime_on(device), cached=True)
+    images = [together(loader) for _ in range(3)]
+    loader.close()
+    return images
 
 
 def together(batches: Sequence) -> torch.Tensor:
