@@ -25,13 +25,14 @@ from resnet_dist.cli import main
 from resnet_dist.data.pixels.read import load
 from resnet_dist.data.sources.scan import build_index
 
+NUMBERED = {f"b/{i}.JPG": encode(picture(50 + 5 * i, 70, i)) for i in range(5, 12)}
 FILES = {
     "a.cat/x.JPEG": encode(picture(60, 80, 1)),
     "a.cat/x.png": encode(picture(40, 40, 2), "PNG"),
     "a.cat/x.y.jpg": encode(picture(90, 50, 3)),
     "a.cat/x_y.jpg": encode(picture(64, 64, 4)),
     "b/cut.jpg": b"\xff\xd8 cut",
-    **{f"b/{i}.JPG": encode(picture(50 + 5 * i, 70, i)) for i in range(5, 12)},
+    **NUMBERED,
     "ü/1.jpeg": encode(picture(33, 99, 30)),
 }
 
@@ -50,29 +51,38 @@ def open_index(folder):
     return build_index(str(folder), "train", OneProcess())
 
 
+def decoded(data):
+    return Image.open(io.BytesIO(data))
+
+
 def test_a_run_on_shards_is_a_run_on_the_folder(source, tmp_path):
     assert pack(source, tmp_path / "out", "--workers", "2") == 0
-    ours = open_index(source)
-    theirs = open_index(tmp_path / "out")
-    assert theirs.shards == ("train-000000.tar",)
-    assert theirs.fingerprint() == ours.fingerprint()
-    assert theirs.class_names == ours.class_names == ("a.cat", "b", "ü")
-    names = [ours.name(row) for row in range(len(FILES))]
+    of_folder = open_index(source)
+    of_shards = open_index(tmp_path / "out")
+    assert of_shards.shards == ("train-000000.tar",)
+    assert of_shards.fingerprint() == of_folder.fingerprint()
+    assert of_shards.class_names == of_folder.class_names == ("a.cat", "b", "ü")
+    names = [of_folder.name(row) for row in range(len(FILES))]
     assert names == sorted(FILES)
     for row, name in enumerate(names):
-        assert theirs.name(row) == name
-        assert load(theirs, row).data == FILES[name]
+        assert of_shards.name(row) == name
+        image = load(of_shards, row)
+        assert image.data == FILES[name]
 
-    our_loader = train_loader(ours, tmp_path)
-    their_loader = train_loader(theirs, tmp_path)
-    our_batches = list(our_loader.batches(0, 3))
-    their_batches = list(their_loader.batches(0, 3))
-    our_loader.close()
-    their_loader.close()
-    for one, other in zip(our_batches, their_batches, strict=True):
-        assert torch.equal(one.images, other.images)
-        assert torch.equal(one.labels, other.labels)
-        assert one.indices.tolist() == other.indices.tolist()
+    batches = three_batches(of_shards, tmp_path)
+    expected = three_batches(of_folder, tmp_path)
+    for batch, expected_batch in zip(batches, expected, strict=True):
+        assert torch.equal(batch.images, expected_batch.images)
+        assert torch.equal(batch.labels, expected_batch.labels)
+        assert batch.indices.tolist() == expected_batch.indices.tolist()
+
+
+def three_batches(index, folder):
+    """The first batches of a training, which stay valid after the loader is closed."""
+    loader = train_loader(index, folder)
+    batches = list(loader.batches(0, 3))
+    loader.close()
+    return batches
 
 
 def test_samples_in_the_tar(source, tmp_path):
@@ -94,9 +104,12 @@ def test_samples_in_the_tar(source, tmp_path):
     }
     class_ids = {"a.cat": b"0", "b": b"1", "ü": b"2"}
     for image_name, label_name in zip(image_names, label_names, strict=True):
-        assert label_name == f"{os.path.splitext(image_name)[0]}.cls"
-        assert members[label_name] == class_ids[os.path.dirname(image_name)]
-    assert sorted(members[name] for name in image_names) == sorted(FILES.values())
+        stem, _ = os.path.splitext(image_name)
+        assert label_name == f"{stem}.cls"
+        folder = os.path.dirname(image_name)
+        assert members[label_name] == class_ids[folder]
+    images = [members[name] for name in image_names]
+    assert sorted(images) == sorted(FILES.values())
 
 
 def test_dali_reads_the_shards(source, tmp_path):
@@ -110,13 +123,19 @@ def test_dali_reads_the_shards(source, tmp_path):
         )
         pipeline.set_outputs(images, labels)
     images, labels = pipeline.run()
-    expected = list(members_of_shards(tmp_path / "out" / "train").values())
-    assert [np.asarray(image).tobytes() for image in images] == expected[::2]
-    assert [np.asarray(label).tobytes() for label in labels] == expected[1::2]
+    image_bytes = [np.asarray(image).tobytes() for image in images]
+    label_bytes = [np.asarray(label).tobytes() for label in labels]
+
+    # An image and its label in turn.
+    members = members_of_shards(tmp_path / "out" / "train")
+    contents_of_members = list(members.values())
+    assert image_bytes == contents_of_members[::2]
+    assert label_bytes == contents_of_members[1::2]
 
 
 def test_resize_brings_large_images_down_and_leaves_the_others(source, tmp_path, capsys):
-    Image.fromarray(np.full((70, 90), 40000, np.uint16)).save(source / "train/b/deep.png")
+    pixels_of_16_bits = np.full((70, 90), 40000, np.uint16)
+    Image.fromarray(pixels_of_16_bits).save(source / "train/b/deep.png")
     assert pack(source, tmp_path / "out", "--resize", "60") == 0
     said = capsys.readouterr().out
     assert "kept as it was: train/b/cut.jpg: " in said
@@ -131,14 +150,15 @@ def test_resize_brings_large_images_down_and_leaves_the_others(source, tmp_path,
         if data == original:
             continue
         resized.add(name)
-        image = Image.open(io.BytesIO(data))
-        before = Image.open(io.BytesIO(original))
+        image = decoded(data)
+        before = decoded(original)
         assert image.format == "JPEG"
         assert min(image.size) == 60 < min(before.size)
-        expected = np.asarray(before.resize(image.size, Image.Resampling.LANCZOS)).astype(int)
-        assert np.abs(np.asarray(image) - expected).mean() < 8
+        expected = before.resize(image.size, Image.Resampling.LANCZOS)
+        difference = np.abs(np.asarray(image) - np.asarray(expected).astype(int))
+        assert difference.mean() < 8
     # Of FILES, those whose shorter side has more than 60 pixels.
-    assert resized == {"a.cat/x_y.jpg", *(f"b/{i}.JPG" for i in range(5, 12))}
+    assert resized == {"a.cat/x_y.jpg", *NUMBERED}
 
 
 def test_quality_encodes_all_that_it_makes_smaller(source, tmp_path):
@@ -153,15 +173,16 @@ def test_quality_encodes_all_that_it_makes_smaller(source, tmp_path):
             continue
         num_smaller += 1
         assert len(data) < len(original)
-        assert Image.open(io.BytesIO(data)).size == Image.open(io.BytesIO(original)).size
+        assert decoded(data).size == decoded(original).size
     assert num_smaller > len(index) // 2
 
 
 def add_large_images(source, count):
     """Noise, which PNG does not compress: half a megabyte each."""
-    for i in range(count):
-        noise = np.random.default_rng(i).integers(0, 256, (400, 400, 3), np.uint8)
-        Image.fromarray(noise).save(source / f"train/b/large{i}.png")
+    for seed in range(count):
+        rng = np.random.default_rng(seed)
+        noise = rng.integers(0, 256, (400, 400, 3), np.uint8)
+        Image.fromarray(noise).save(source / f"train/b/large{seed}.png")
 
 
 # Before the second shard is complete; between its sidecar and it. Each small file takes three
@@ -172,13 +193,14 @@ def test_a_killed_pack_goes_on(source, tmp_path, count):
     options = ("--shard_mb", "1", "--workers", "1")
     assert pack(source, tmp_path / "whole", *options) == 0
     expected = contents(tmp_path / "whole/train")
+    all_shards = [name for name in expected if name.endswith(".tar")]
     out = tmp_path / "out/train"
 
     run_and_kill(pack, count, source, tmp_path / "out", *options)
 
     finished = [path.name for path in out.glob("*.tar")]
     times = modification_times(out, finished)
-    assert 0 < len(finished) < len([name for name in expected if name.endswith(".tar")])
+    assert 0 < len(finished) < len(all_shards)
     assert not (out / "index.bin").exists()
     assert pack(source, tmp_path / "out", *options) == 0
     assert modification_times(out, finished) == times, "not written again"
@@ -204,4 +226,5 @@ def test_shards_of_something_else_are_not_mixed(source, tmp_path, capsys):
     assert "repeat the arguments" in capsys.readouterr().err
     os.unlink(source / "train/b/cut.jpg")
     assert pack(source, tmp_path / "out") == 2
-    assert json.loads(Path(tmp_path, "out/train/.pack.json").read_text())["resize"] == 0
+    text = Path(tmp_path, "out/train/.pack.json").read_text()
+    assert json.loads(text)["resize"] == 0
