@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -30,19 +31,22 @@ from resnet_dist.data.sources.scan import build_index
 from resnet_dist.data.types import IGNORED_LABEL, Batch
 
 N = 43
-GOOD = [encode(picture(40 + i % 7, 60 - i % 5, i)) for i in range(N)]
-
+PICTURES = [picture(40 + i % 7, 60 - i % 5, seed=i) for i in range(N)]
+GOOD = [encode(image) for image in PICTURES]
 
 # The files that cannot be read, by row.
+GIF = encode(picture(20, 20), "GIF")
 BAD = {
     3: b"",
     11: GOOD[11][:-100],
     12: b"this is no image",
     20: damaged_png(),
     21: damaged_png(),
-    30: encode(picture(20, 20), "GIF")[:40],
+    30: GIF[:40],
     N - 1: damaged_png(),
 }
+# The row that is shown in place of each bad one; row 33 has no file.
+REPLACED = {3: 4, 11: 13, 12: 13, 20: 22, 21: 22, 30: 31, 33: 34, N - 1: 0}
 
 
 @pytest.fixture(scope="module")
@@ -55,20 +59,26 @@ def good(tmp_path_factory):
 def mixed(tmp_path_factory):
     """Bad files of several kinds, a missing one, and a CMYK one, which is none of them."""
     folder = tmp_path_factory.mktemp("mixed")
-    files = [BAD.get(i, data) for i, data in enumerate(GOOD)]
+    files = list(GOOD)
+    for row, data in BAD.items():
+        files[row] = data
     files[5] = encode(picture(50, 50).convert("CMYK"))
     index = write_split(folder, files)
     os.unlink(index.path(33))
     return index
 
 
-# The row that is shown in place of each bad one; row 33 has no file.
-REPLACED = {3: 4, 11: 13, 12: 13, 20: 22, 21: 22, 30: 31, 33: 34, N - 1: 0}
+class Step(NamedTuple):
+    """The global batch of an update."""
+
+    rows: np.ndarray
+    labels: torch.Tensor
+    images: torch.Tensor
 
 
 def steps(index, folder, start, stop, world_size=1, grad_accum_steps=1, **options):
-    """Per step: rows, labels and images of the global batch, gathered from the ranks in the order
-    of the positions.
+    """The steps [start, stop) of a training, gathered from the ranks in the order of the
+    positions.
     """
     shares = []
     for rank in range(world_size):
@@ -90,42 +100,47 @@ def steps(index, folder, start, stop, world_size=1, grad_accum_steps=1, **option
         for micro_step in range(grad_accum_steps):
             place = step * grad_accum_steps + micro_step
             batches += [share[place] for share in shares]
-        rows = np.concatenate([batch.indices for batch in batches])
-        labels = torch.cat([batch.labels for batch in batches])
-        images = torch.cat([batch.images for batch in batches])
-        gathered.append((rows, labels, images))
+        step_of_all = Step(
+            rows=np.concatenate([batch.indices for batch in batches]),
+            labels=torch.cat([batch.labels for batch in batches]),
+            images=torch.cat([batch.images for batch in batches]),
+        )
+        gathered.append(step_of_all)
     return gathered
 
 
 def one_step(index, folder, **options):
-    """Rows, labels and images of the first step."""
-    [gathered] = steps(index, folder, 0, 1, **options)
-    return gathered
+    """The first step of a training."""
+    [first] = steps(index, folder, 0, 1, **options)
+    return first
 
 
-def assert_same(first, second):
-    for one, other in zip(first, second, strict=True):
-        rows, labels, images = one
-        other_rows, other_labels, other_images = other
-        assert np.array_equal(rows, other_rows)
-        assert torch.equal(labels, other_labels)
-        assert torch.equal(images, other_images)
+def assert_same(found, expected):
+    for step, expected_step in zip(found, expected, strict=True):
+        assert np.array_equal(step.rows, expected_step.rows)
+        assert torch.equal(step.labels, expected_step.labels)
+        assert torch.equal(step.images, expected_step.images)
 
 
 def loader_threads():
+    """The names of the threads of all loaders that are open."""
     prefixes = ("loader", "read", "resize")
-    return [each.name for each in threading.enumerate() if each.name.startswith(prefixes)]
+    thread_names = [thread.name for thread in threading.enumerate()]
+    return [name for name in thread_names if name.startswith(prefixes)]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_every_sample_once_per_epoch_except_the_tail(good, tmp_path, world_size):
     steps_per_epoch = 3
     gathered = steps(good, tmp_path, 0, 2 * steps_per_epoch, world_size, global_batch_size=12)
-    for rows, labels, _ in gathered:
-        assert np.array_equal(labels, good.labels_of(rows))
-    for epoch in (gathered[:steps_per_epoch], gathered[steps_per_epoch:]):
-        rows_of_epoch = np.concatenate([rows for rows, _, _ in epoch])
-        assert len(set(rows_of_epoch.tolist())) == len(rows_of_epoch) == 36
+    for step in gathered:
+        assert np.array_equal(step.labels, good.labels_of(step.rows))
+    first_epoch = gathered[:steps_per_epoch]
+    second_epoch = gathered[steps_per_epoch:]
+    for epoch in (first_epoch, second_epoch):
+        rows = np.concatenate([step.rows for step in epoch])
+        assert len(rows) == 36
+        assert len(np.unique(rows)) == 36
 
 
 def test_batches_are_as_the_model_wants_them(good, tmp_path):
@@ -145,8 +160,9 @@ def test_batches_are_as_the_model_wants_them(good, tmp_path):
 
 def test_samples_and_crops_do_not_depend_on_the_layout(good, tmp_path):
     expected = steps(good, tmp_path, 3, 7, global_batch_size=12)
-    for world_size, accumulated in [(2, 1), (3, 2), (1, 4), (4, 1)]:
-        found = steps(good, tmp_path, 3, 7, world_size, accumulated, global_batch_size=12)
+    layouts = [(2, 1), (3, 2), (1, 4), (4, 1)]
+    for world_size, grad_accum_steps in layouts:
+        found = steps(good, tmp_path, 3, 7, world_size, grad_accum_steps, global_batch_size=12)
         assert_same(found, expected)
 
 
@@ -160,30 +176,33 @@ def test_flips_are_those_of_the_plan(good, tmp_path):
         "global_batch_size": N,
         "train_crop_size": 40,
     }
-    _, _, never = one_step(good, tmp_path, flip_probability=0.0, **whole)
-    _, _, always = one_step(good, tmp_path, flip_probability=1.0, **whole)
-    rows, _, half = one_step(good, tmp_path, flip_probability=0.5, **whole)
-    assert torch.equal(never.flip(3), always)
-    is_flipped = crops.flips(5, 0, rows, 0.5)
+    never = one_step(good, tmp_path, flip_probability=0.0, **whole)
+    always = one_step(good, tmp_path, flip_probability=1.0, **whole)
+    half = one_step(good, tmp_path, flip_probability=0.5, **whole)
+    assert torch.equal(never.images.flip(3), always.images)
+
+    is_flipped = crops.flips(5, 0, half.rows, 0.5)
     assert 5 < is_flipped.sum() < N - 5
     for place in range(N):
         expected = always if is_flipped[place] else never
-        assert torch.equal(half[place], expected[place])
+        assert torch.equal(half.images[place], expected.images[place])
 
 
 def test_filters_are_those_of_the_plan(good, tmp_path):
     """With a random interpolation, each image is either the bilinear or the bicubic one."""
-    shown = {}
-    for interpolation in ("bilinear", "bicubic", "random"):
-        rows, _, shown[interpolation] = one_step(
-            good, tmp_path, train_interpolation=interpolation, global_batch_size=N
-        )
-    is_bicubic = crops.interpolations(5, 0, rows, "random") == "bicubic"
+
+    def with_filter(name):
+        return one_step(good, tmp_path, train_interpolation=name, global_batch_size=N)
+
+    bilinear = with_filter("bilinear").images
+    bicubic = with_filter("bicubic").images
+    random = with_filter("random")
+    is_bicubic = crops.interpolations(5, 0, random.rows, "random") == "bicubic"
     assert 5 < is_bicubic.sum() < N - 5
     for place in range(N):
-        name = "bicubic" if is_bicubic[place] else "bilinear"
-        assert torch.equal(shown["random"][place], shown[name][place])
-        assert not torch.equal(shown["bilinear"][place], shown["bicubic"][place])
+        expected = bicubic if is_bicubic[place] else bilinear
+        assert torch.equal(random.images[place], expected[place])
+        assert not torch.equal(bilinear[place], bicubic[place])
 
 
 EVERYTHING = AugmentConfig(
@@ -210,13 +229,14 @@ def test_augmentation_does_not_depend_on_the_layout(good, tmp_path, train_crop):
         "global_batch_size": 12,
     }
     expected = steps(good, tmp_path, 1, 5, **options)
+    sides = [step.images.shape[-1] for step in expected]
     # The side in the middle of the growth, 1.5 times 32, is rounded to 64.
-    assert [images.shape[-1] for _, _, images in expected] == [32, 32, 64, 64]
+    assert sides == [32, 32, 64, 64]
     layouts = [(3, 2)]
     if train_crop == "random_resized":
         layouts += [(2, 1), (1, 4)]
-    for world_size, accumulated in layouts:
-        found = steps(good, tmp_path, 1, 5, world_size, accumulated, **options)
+    for world_size, grad_accum_steps in layouts:
+        found = steps(good, tmp_path, 1, 5, world_size, grad_accum_steps, **options)
         assert_same(found, expected)
 
 
@@ -224,14 +244,16 @@ def test_repetitions_show_an_image_differently(good, tmp_path):
     """Half as many images in a batch, each twice, its copies as far apart as can be and cut in two
     ways.
     """
-    augment_twice = AugmentConfig(repeats=2)
-    rows, _, images = one_step(good, tmp_path, global_batch_size=12, augment=augment_twice)
+    twice = AugmentConfig(repeats=2)
+    rows, _, images = one_step(good, tmp_path, global_batch_size=12, augment=twice)
     assert np.array_equal(rows[:6], rows[6:])
-    assert len(set(rows.tolist())) == 6
+    assert len(np.unique(rows)) == 6
     for place in range(6):
         assert not torch.equal(images[place], images[place + 6])
+
+    five_times = AugmentConfig(repeats=5)
     with pytest.raises(ValueError, match="augment.repeats is 5"):
-        train_loader(good, tmp_path, global_batch_size=12, augment=AugmentConfig(repeats=5))
+        train_loader(good, tmp_path, global_batch_size=12, augment=five_times)
 
 
 def test_lighting_and_erasing_are_those_of_the_plan(good, tmp_path):
@@ -241,28 +263,30 @@ def test_lighting_and_erasing_are_those_of_the_plan(good, tmp_path):
     rows, _, plain = one_step(good, tmp_path)
 
     lighting = AugmentConfig(lighting_std=0.5)
-    _, _, lit = one_step(good, tmp_path, augment=lighting)
+    lit = one_step(good, tmp_path, augment=lighting).images
+    # [B, 3], as numbers of standard deviations of the pixels.
     shifts = augment.lighting_shifts(lighting, 5, 0, rows) / np.array(DataConfig().std)
-    expected = torch.from_numpy(shifts).float()[:, :, None, None].expand_as(lit)
+    shifts = torch.from_numpy(shifts).float()
+    expected = shifts[:, :, None, None].expand_as(lit)
     torch.testing.assert_close(lit - plain, expected, rtol=1e-4, atol=1e-5)
 
     erasing = AugmentConfig(random_erasing=1.0)
-    _, _, erased = one_step(good, tmp_path, augment=erasing)
+    erased = one_step(good, tmp_path, augment=erasing).images
     boxes = augment.erasing_boxes(erasing, 5, 0, rows, 32)
-    for image, expected, (y, x, h, w) in zip(erased, plain, boxes, strict=True):
-        expected[:, y : y + h, x : x + w] = 0
+    for image, expected, box in zip(erased, plain, boxes, strict=True):
+        top, left, height, width = box
+        assert height > 0
+        assert width > 0
+        expected[:, top : top + height, left : left + width] = 0
         assert torch.equal(image, expected)
-        assert h * w > 0
 
 
 def test_every_epoch_has_its_own_crops(good, tmp_path):
-    (rows, _, images), (other_rows, _, other_images) = steps(
-        good, tmp_path, 0, 2, global_batch_size=N
-    )
-    for image, other in zip(
-        images[np.argsort(rows)], other_images[np.argsort(other_rows)], strict=True
-    ):
-        assert not torch.equal(image, other)
+    first_epoch, second_epoch = steps(good, tmp_path, 0, 2, global_batch_size=N)
+    first_images = first_epoch.images[np.argsort(first_epoch.rows)]
+    second_images = second_epoch.images[np.argsort(second_epoch.rows)]
+    for first, second in zip(first_images, second_images, strict=True):
+        assert not torch.equal(first, second)
 
 
 def assert_same_batches(found, expected):
@@ -281,7 +305,8 @@ def test_stopping_early_and_starting_in_the_middle(good, tmp_path):
         batches.close()
         # Its own thread has ended; the pools stay.
         assert "loader" not in loader_threads()
-        assert_same_batches(loader.batches(stopped_after, 10), expected[stopped_after:])
+        rest = loader.batches(stopped_after, 10)
+        assert_same_batches(rest, expected[stopped_after:])
     assert list(loader.batches(3, 3)) == []
     loader.close()
     assert not loader_threads()
@@ -300,33 +325,38 @@ def test_a_new_iterator_takes_the_pipeline_over(good, tmp_path):
 @pytest.mark.slow
 def test_bad_files_are_replaced_the_same_way_on_every_layout(mixed, tmp_path):
     """Each by the next good file, with its label; everything else as if nothing had happened."""
-    one = steps(mixed, tmp_path / "one", 0, 10)
-    two = steps(mixed, tmp_path / "two", 0, 10, world_size=2, grad_accum_steps=2)
-    assert_same(one, two)
+    on_one_rank = steps(mixed, tmp_path / "one", 0, 10)
+    on_two_ranks = steps(mixed, tmp_path / "two", 0, 10, world_size=2, grad_accum_steps=2)
+    assert_same(on_two_ranks, on_one_rank)
+
     loader = train_loader(mixed, tmp_path)
     drawn = [job.rows.tolist() for job in loader.jobs(0, 10)]
     loader.close()
-    for (rows, labels, images), drawn_rows in zip(one, drawn, strict=True):
-        assert rows.tolist() == [REPLACED.get(row, row) for row in drawn_rows]
-        assert np.array_equal(labels, mixed.labels_of(rows))
-        assert torch.isfinite(images).all()
+    for step, drawn_rows in zip(on_one_rank, drawn, strict=True):
+        expected_rows = [REPLACED.get(row, row) for row in drawn_rows]
+        assert step.rows.tolist() == expected_rows
+        assert np.array_equal(step.labels, mixed.labels_of(step.rows))
+        assert torch.isfinite(step.images).all()
 
     quarantine = (tmp_path / "one" / "quarantine.jsonl").read_text()
     records = [json.loads(line) for line in quarantine.splitlines()]
-    bad_rows = set(itertools.chain(*drawn)) & REPLACED.keys()
-    assert sorted(record["path"] for record in records) == sorted(map(mixed.path, bad_rows))
+    recorded_paths = [record["path"] for record in records]
+    bad_rows = REPLACED.keys() & set(itertools.chain(*drawn))
+    bad_paths = [mixed.path(row) for row in bad_rows]
+    assert sorted(recorded_paths) == sorted(bad_paths)
     assert "the decoder refuses it" in quarantine
 
 
 def test_mixed_batch_leaves_the_good_images_alone(good, mixed, tmp_path):
     """The crops of good images are those that they have in a clean set."""
-    dirty = steps(mixed, tmp_path, 0, 5)
-    clean = steps(good, tmp_path, 0, 5)
+    mixed_steps = steps(mixed, tmp_path, 0, 5)
+    clean_steps = steps(good, tmp_path, 0, 5)
     # Has another picture in the clean set.
     cmyk_row = 5
-    for (rows, _, images), (clean_rows, _, expected) in zip(dirty, clean, strict=True):
-        is_good = (rows == clean_rows) & (clean_rows != cmyk_row)
-        assert torch.equal(images[is_good], expected[is_good])
+    for step, clean in zip(mixed_steps, clean_steps, strict=True):
+        is_not_replaced = step.rows == clean.rows
+        is_same_picture = is_not_replaced & (clean.rows != cmyk_row)
+        assert torch.equal(step.images[is_same_picture], clean.images[is_same_picture])
 
 
 def test_limit_of_bad_files_stops_the_run(mixed, tmp_path):
@@ -350,18 +380,26 @@ def evaluated(index, folder, world_size):
         again = list(loader)
         loader.close()
         assert len(once) == loader.rounds
-        for batch, same in zip(once, again, strict=True):
+        assert_same_evaluation(again, once)
+        for batch in once:
             if batch is None:
-                assert same is None
                 continue
-            assert torch.equal(batch.images, same.images)
-            assert torch.equal(batch.labels, same.labels)
-            for row, label, image in zip(
-                batch.indices.tolist(), batch.labels.tolist(), batch.images, strict=True
-            ):
+            rows = batch.indices.tolist()
+            labels = batch.labels.tolist()
+            for row, label, image in zip(rows, labels, batch.images, strict=True):
                 assert row not in found
                 found[row] = (label, image)
     return found
+
+
+def assert_same_evaluation(found, expected):
+    """The same batches, and None in the same rounds."""
+    for batch, expected_batch in zip(found, expected, strict=True):
+        if expected_batch is None:
+            assert batch is None
+            continue
+        assert torch.equal(batch.images, expected_batch.images)
+        assert torch.equal(batch.labels, expected_batch.labels)
 
 
 def test_validation_counts_every_image_once(mixed, tmp_path):
@@ -373,7 +411,9 @@ def test_validation_counts_every_image_once(mixed, tmp_path):
     for row, (label, image) in alone.items():
         if row in REPLACED:
             assert label == IGNORED_LABEL
-            assert torch.equal(image.amax((1, 2)), image.amin((1, 2)))
+            brightest = image.amax((1, 2))
+            darkest = image.amin((1, 2))
+            assert torch.equal(brightest, darkest)
         else:
             assert label == mixed.labels_of(row)
     for world_size in (2, 3):
@@ -436,14 +476,18 @@ def test_shards_are_the_folder_bit_for_bit(mixed, tmp_path):
     """Packed in any order, bad files with it: rows, labels and pixels are the same, so a run may
     move.
     """
-    there = [row for row in range(N) if os.path.exists(mixed.path(row))]
-    write_split(tmp_path / "copy", [Path(mixed.path(row)).read_bytes() for row in there])
+    paths = [Path(mixed.path(row)) for row in range(N)]
+    files = [path.read_bytes() for path in paths if path.exists()]
+    write_split(tmp_path / "copy", files)
     folder = build_index(str(tmp_path / "copy"), "train", OneProcess())
-    any_order = np.random.default_rng(0).permutation(len(there))
+    any_order = np.random.default_rng(0).permutation(len(files))
     pack_shards(folder, tmp_path / "shards" / "train", any_order, shards=4)
     shards = build_index(str(tmp_path / "shards"), "train", OneProcess())
     assert shards.fingerprint() == folder.fingerprint()
-    assert_same(steps(shards, tmp_path, 0, 6, world_size=2), steps(folder, tmp_path, 0, 6))
+
+    of_shards = steps(shards, tmp_path, 0, 6, world_size=2)
+    of_folder = steps(folder, tmp_path, 0, 6)
+    assert_same(of_shards, of_folder)
 
 
 def test_training_leaves_out_the_listed_images_and_evaluation_does_not(tmp_path):
@@ -452,23 +496,37 @@ def test_training_leaves_out_the_listed_images_and_evaluation_does_not(tmp_path)
     (tmp_path / "exclude.txt").write_text(
         "train/class0/0001.jpg\ntrain/class2/0011.jpg\nval/class0/0000.jpg\n"
     )
-    data = DataConfig(
-        data_dir=str(tmp_path),
-        exclude=str(tmp_path / "exclude.txt"),
-        train_crop_size=32,
-        val_resize_size=32,
-        val_crop_size=32,
+    config = Config(
+        data=DataConfig(
+            data_dir=str(tmp_path),
+            exclude=str(tmp_path / "exclude.txt"),
+            train_crop_size=32,
+            val_resize_size=32,
+            val_crop_size=32,
+        ),
+        train=TrainConfig(global_batch_size=10, precision="fp32"),
+        output_dir=str(tmp_path),
+        seed=1,
     )
-    train_config = TrainConfig(global_batch_size=10, precision="fp32")
-    config = Config(data=data, train=train_config, output_dir=str(tmp_path), seed=1)
     train = build_train_loader(config, OneProcess())
     val = build_val_loader(config, OneProcess())
     assert train.num_samples == 10
     assert val.num_samples == 12
+
     [batch] = train.batches(0, 1)
     shown = [train.index.name(row) for row in batch.indices.tolist()]
-    kept = [i for i in range(12) if i not in (1, 11)]
-    assert sorted(shown) == [f"class{i // 4}/{i:04d}.jpg" for i in kept]
+    assert sorted(shown) == [
+        "class0/0000.jpg",
+        "class0/0002.jpg",
+        "class0/0003.jpg",
+        "class1/0004.jpg",
+        "class1/0005.jpg",
+        "class1/0006.jpg",
+        "class1/0007.jpg",
+        "class2/0008.jpg",
+        "class2/0009.jpg",
+        "class2/0010.jpg",
+    ]
     for name, label in zip(shown, batch.labels.tolist(), strict=True):
         assert name.startswith(f"class{label}/")
     train.close()
@@ -479,16 +537,28 @@ def test_training_leaves_out_the_listed_images_and_evaluation_does_not(tmp_path)
 def test_loaders_of_each_kind_agree_on_the_classes_and_deliver(tmp_path):
     for split in ("train", "val"):
         write_split(tmp_path / "folder", GOOD[:12], split=split)
-    sizes = {"train_crop_size": 32, "val_resize_size": 32, "val_crop_size": 32, "val_batch_size": 5}
-    for kind, count in (("folder", 12), ("digits", 1442), ("synthetic", 1280)):
-        data = DataConfig(kind=kind, data_dir=str(tmp_path / kind), **sizes)
-        train_config = TrainConfig(global_batch_size=12, grad_accum_steps=2, precision="bf16")
-        config = Config(data=data, train=train_config, output_dir=str(tmp_path), seed=1)
+    num_images = {"folder": 12, "digits": 1442, "synthetic": 1280}
+    for kind, expected in num_images.items():
+        config = Config(
+            data=DataConfig(
+                kind=kind,
+                data_dir=str(tmp_path / kind),
+                train_crop_size=32,
+                val_resize_size=32,
+                val_crop_size=32,
+                val_batch_size=5,
+            ),
+            train=TrainConfig(global_batch_size=12, grad_accum_steps=2, precision="bf16"),
+            output_dir=str(tmp_path),
+            seed=1,
+        )
         train, val = build_loaders(config, OneProcess())
-        assert train.num_samples == count
+        assert train.num_samples == expected
         assert train.class_names == val.class_names
-        assert [len(batch.labels) for batch in train.batches(0, 2)] == [6, 6, 6, 6]
-        assert next(iter(val)).images.shape == (5, 3, 32, 32)
+        micro_batch_sizes = [len(batch.labels) for batch in train.batches(0, 2)]
+        assert micro_batch_sizes == [6, 6, 6, 6]
+        first = next(iter(val))
+        assert first.images.shape == (5, 3, 32, 32)
         train.close()
         val.close()
 
@@ -516,18 +586,26 @@ def test_a_batch_is_handed_over_to_the_stream_of_the_caller(monkeypatch):
 
     stream = Stream()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
-    batch = Batch(Tensor("images"), Tensor("labels"), np.arange(3), (Tensor("view"),))
+    views = (Tensor("view"),)
+    batch = Batch(Tensor("images"), Tensor("labels"), np.arange(3), views)
 
     def made():
         yield ahead.ReadyBatch(batch, "event")
 
-    assert list(ahead.receive(made())) == [batch]
-    assert calls == [("wait", "event"), ("images", stream), ("labels", stream), ("view", stream)]
+    received = list(ahead.receive(made()))
+    assert received == [batch]
+    assert calls == [
+        ("wait", "event"),
+        ("images", stream),
+        ("labels", stream),
+        ("view", stream),
+    ]
 
 
 def test_a_batch_belongs_to_the_caller_alone(tmp_path):
     """It is freed when the caller drops it, and not while the next one is asked for."""
-    index = write_split(tmp_path, [encode(picture(40, 40, i)) for i in range(16)])
+    pictures = [picture(40, 40, seed) for seed in range(16)]
+    index = write_split(tmp_path, [encode(image) for image in pictures])
     loader = train_loader(index, tmp_path)
     batches = loader.batches(0, 4)
     for _ in range(4):
