@@ -7,6 +7,13 @@ import numpy as np
 from image_files import encode, picture
 
 TINY_WNIDS = ("n01443537", "n01629819")
+# The class of each validation image.
+TINY_VAL = {
+    "val_0.JPEG": "n01443537",
+    "val_1.JPEG": "n01629819",
+    "val_2.JPEG": "n01443537",
+    "val_3.JPEG": "n01629819",
+}
 
 
 def tiny_imagenet():
@@ -23,16 +30,21 @@ def tiny_imagenet():
     }
     for wnid in TINY_WNIDS:
         boxes = ""
-        for i in range(3):
-            files[f"train/{wnid}/images/{wnid}_{i}.JPEG"] = encode(picture(64, 64, i))
-            boxes += f"{wnid}_{i}.JPEG\t0\t10\t63\t58\n"
+        for number, name in enumerate(train_names(wnid)):
+            files[f"train/{wnid}/images/{name}"] = encode(picture(64, 64, seed=number))
+            boxes += f"{name}\t0\t10\t63\t58\n"
         files[f"train/{wnid}/{wnid}_boxes.txt"] = boxes.encode()
     annotations = ""
-    for i in range(4):
-        files[f"val/images/val_{i}.JPEG"] = encode(picture(64, 64, 10 + i))
-        annotations += f"val_{i}.JPEG\t{TINY_WNIDS[i % 2]}\t0\t32\t44\t62\n"
+    for number, (name, wnid) in enumerate(TINY_VAL.items()):
+        files[f"val/images/{name}"] = encode(picture(64, 64, seed=10 + number))
+        annotations += f"{name}\t{wnid}\t0\t32\t44\t62\n"
     files["val/val_annotations.txt"] = annotations.encode()
     return files
+
+
+def train_names(wnid):
+    """The names of the training images of a class of Tiny-ImageNet."""
+    return [f"{wnid}_{number}.JPEG" for number in range(3)]
 
 
 TINY = tiny_imagenet()
@@ -40,13 +52,14 @@ TINY = tiny_imagenet()
 
 def imported_tiny_imagenet():
     """What the import makes of `TINY`: {name: bytes}."""
-    first_line, _, of_the_set = TINY["words.txt"].partition(b"\n")
+    # The first line is not of a class of the set.
+    _, _, of_the_set = TINY["words.txt"].partition(b"\n")
     files = {"class_words.tsv": of_the_set}
     for wnid in TINY_WNIDS:
-        for i in range(3):
-            files[f"train/{wnid}/{wnid}_{i}.JPEG"] = TINY[f"train/{wnid}/images/{wnid}_{i}.JPEG"]
-    for i in range(4):
-        files[f"val/{TINY_WNIDS[i % 2]}/val_{i}.JPEG"] = TINY[f"val/images/val_{i}.JPEG"]
+        for name in train_names(wnid):
+            files[f"train/{wnid}/{name}"] = TINY[f"train/{wnid}/images/{name}"]
+    for name, wnid in TINY_VAL.items():
+        files[f"val/{wnid}/{name}"] = TINY[f"val/images/{name}"]
     return files
 
 

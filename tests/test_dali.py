@@ -2,7 +2,9 @@
 
 import io
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -107,12 +109,22 @@ def pil(data: bytes) -> Image.Image:
 
 def decode(files: list[bytes], windows) -> list[np.ndarray]:
     """Windows of some files, through the decoder of the CPU form."""
-    images = [Encoded(row, data, *image_size(data)) for row, data in enumerate(files)]
+    number = len(files)
+    images = []
+    for row, data in enumerate(files):
+        height, width = image_size(data)
+        images.append(Encoded(row, data, height, width))
     windows = np.array(windows)
-    geometry = crops.Geometry(windows, (), windows[:, 0], np.full(len(files), "bilinear"))
-    loaded = LoadedJob(val_job(np.arange(len(files))), images, geometry)
-    decoder = Decoder(local_batch_size=len(files), threads=2, device=torch.device("cpu"))
-    decoder.submit(Portion(loaded, 0, len(files)))
+    # Only the windows matter: the decoder neither resizes nor flips.
+    geometry = crops.Geometry(
+        windows,
+        views=(),
+        flips=np.zeros(number, np.int64),
+        interpolations=np.full(number, "bilinear"),
+    )
+    loaded = LoadedJob(val_job(np.arange(number)), images, geometry)
+    decoder = Decoder(local_batch_size=number, threads=2, device=torch.device("cpu"))
+    decoder.submit(Portion(loaded, 0, number))
     _, [decoded] = decoder.collect()
     return [pixels.numpy().copy() for pixels in windows_to_torch(decoded)]
 
@@ -125,15 +137,31 @@ def test_decoded_windows_are_pillows_pixels():
     width = 94
     forms = all_forms(picture(height, width))
     files = forms * 4
+    # The whole of each form first, then random windows.
     windows = [(0, 0, height, width)] * len(forms)
     rng = np.random.default_rng(0)
     while len(windows) < len(files):
-        y = rng.integers(0, height - 1)
-        x = rng.integers(0, width - 1)
-        windows.append((y, x, rng.integers(1, height + 1 - y), rng.integers(1, width + 1 - x)))
-    for data, (y, x, h, w), pixels in zip(files, windows, decode(files, windows), strict=True):
+        top = rng.integers(0, height - 1)
+        left = rng.integers(0, width - 1)
+        window_height = rng.integers(1, height + 1 - top)
+        window_width = rng.integers(1, width + 1 - left)
+        windows.append((top, left, window_height, window_width))
+
+    decoded = decode(files, windows)
+    for data, window, pixels in zip(files, windows, decoded, strict=True):
+        top, left, window_height, window_width = window
         whole = np.asarray(pil(data))
-        assert np.array_equal(pixels, whole[y : y + h, x : x + w])
+        expected = whole[top : top + window_height, left : left + window_width]
+        assert np.array_equal(pixels, expected)
+
+
+def pictures_of_all_sizes() -> list[bytes]:
+    """A JPEG of each size of SIZES, as (height, width)."""
+    files = []
+    for seed, (height, width) in enumerate(SIZES):
+        image = picture(height, width, seed)
+        files.append(encode(image))
+    return files
 
 
 @pytest.mark.slow
@@ -154,7 +182,7 @@ def test_evaluation_pixels_are_torchvisions(tmp_path, resize_size, crop_size, in
 
     A shorter side that is resized to less than the crop is padded with black, as torchvision does.
     """
-    files = [encode(picture(*size, seed)) for seed, size in enumerate(SIZES)]
+    files = pictures_of_all_sizes()
     files += all_forms(picture(130, 201))
     if crop_size == 224:
         files += photographs()
@@ -176,7 +204,8 @@ def test_evaluation_pixels_are_torchvisions(tmp_path, resize_size, crop_size, in
         for row, image in zip(batch.indices.tolist(), batch.images, strict=True):
             rows.append(row)
             pixels = (image * 255).round().to(torch.uint8)
-            assert torch.equal(pixels, reference(pil(files[row]))), row
+            expected = reference(pil(files[row]))
+            assert torch.equal(pixels, expected), row
     loader.close()
     assert rows == list(range(len(files)))
 
@@ -192,15 +221,18 @@ def test_training_cut_is_pillows(interpolation, levels):
     resize = FAST_RESIZES[interpolation]
     method = Image.Resampling[interpolation.upper()]
     for _ in range(60):
-        y = int(rng.integers(0, 299))
-        x = int(rng.integers(0, 399))
-        h = int(rng.integers(1, 301 - y))
-        w = int(rng.integers(1, 401 - x))
+        top = int(rng.integers(0, 299))
+        left = int(rng.integers(0, 399))
+        height = int(rng.integers(1, 301 - top))
+        width = int(rng.integers(1, 401 - left))
+        bottom = top + height
+        right = left + width
         flip = bool(rng.integers(2))
-        own_window = pixels[y : y + h, x : x + w].contiguous()
+        own_window = pixels[top:bottom, left:right].contiguous()
         ours = resize_and_crop(own_window, (96, 96), (0, 0), flip, 96, resize)
-        window = source.crop((x, y, x + w, y + h))
-        rows_first = window.resize((96, h), method).resize((96, 96), method)
+
+        window = source.crop((left, top, right, bottom))
+        rows_first = window.resize((96, height), method).resize((96, 96), method)
         references = [rows_first]
         if interpolation == "bilinear":
             # Pillow 13 begins with the columns of some windows. With the bicubic filter that can
@@ -220,51 +252,75 @@ def test_graph_that_finishes_has_the_same_geometry():
     Except at the image's very edge, where DALI's filter repeats the last pixel and Pillow's leaves
     out what is missing: in evaluation the central crop takes that away.
     """
-    files = [encode(picture(*size, seed)) for seed, size in enumerate(SIZES)]
+    files = pictures_of_all_sizes()
     heights, widths = np.array([image_size(data) for data in files]).T
     pipeline = build_pipeline(GraphSpec(len(files), 2, views=1))
     rows = np.arange(len(files))
     side = 64
-    val_config = DataConfig(val_resize_size=72, val_crop_size=side)
-    padded_config = DataConfig(val_resize_size=50, val_crop_size=side)
-    random_filter = DataConfig(train_interpolation="random")
-    # The width of the edge that may differ; None means that only the mean is compared.
-    cases = (
-        (0, crops.val_geometry(heights, widths, val_config)),
-        (None, crops.val_geometry(heights, widths, padded_config)),
-        (2, crops.train_geometry(0, 0, rows, heights, widths, side, DataConfig())),
-        (4, crops.train_geometry(0, 0, rows, heights, widths, side, random_filter)),
-    )
-    for edge, geometry in cases:
+
+    def differences_of(geometry):
+        """|ours - DALI's| of each file, in levels."""
         squares_of_dali = run_finishing_graph(pipeline, files, geometry)
-        [view] = geometry.views
-        for row, pixels in enumerate(decode(files, geometry.windows)):
-            ours = resize_and_crop(
-                torch.from_numpy(pixels),
-                tuple(view.sizes[row].tolist()),
-                view.offsets[row].tolist(),
-                geometry.flips[row],
-                side,
-                EXACT_RESIZES[geometry.interpolations[row]],
-            )
-            difference = np.abs(ours.numpy().astype(int) - squares_of_dali[row])
-            assert difference.mean() < 0.3, SIZES[row]
-            if edge is not None:
-                inner = difference[edge : side - edge, edge : side - edge]
-                assert inner.max() <= 1, SIZES[row]
+        our_squares = finish_with_torch(files, geometry)
+        for ours, of_dali in zip(our_squares, squares_of_dali, strict=True):
+            yield np.abs(ours.astype(int) - of_dali)
+
+    def assert_near(geometry, edge):
+        """But for a frame of `edge` pixels, at most one level apart."""
+        for size, difference in zip(SIZES, differences_of(geometry), strict=True):
+            assert difference.mean() < 0.3, size
+            inner = difference[edge : side - edge, edge : side - edge]
+            assert inner.max() <= 1, size
+
+    val_config = DataConfig(val_resize_size=72, val_crop_size=side)
+    assert_near(crops.val_geometry(heights, widths, val_config), edge=0)
+    train_config = DataConfig()
+    geometry = crops.train_geometry(0, 0, rows, heights, widths, side, train_config)
+    assert_near(geometry, edge=2)
+    random_filter = DataConfig(train_interpolation="random")
+    geometry = crops.train_geometry(0, 0, rows, heights, widths, side, random_filter)
+    assert_near(geometry, edge=4)
+
+    # The image's edges are inside of the square here: only the mean is compared.
+    padded_config = DataConfig(val_resize_size=50, val_crop_size=side)
+    geometry = crops.val_geometry(heights, widths, padded_config)
+    for size, difference in zip(SIZES, differences_of(geometry), strict=True):
+        assert difference.mean() < 0.3, size
+
+
+def finish_with_torch(files, geometry) -> list[np.ndarray]:
+    """The squares that the CPU path cuts out of the files: uint8 [side, side, 3] each."""
+    [view] = geometry.views
+    squares_of_files = []
+    for row, pixels in enumerate(decode(files, geometry.windows)):
+        square = resize_and_crop(
+            torch.from_numpy(pixels),
+            tuple(view.sizes[row].tolist()),
+            view.offsets[row].tolist(),
+            geometry.flips[row],
+            view.side,
+            EXACT_RESIZES[geometry.interpolations[row]],
+        )
+        squares_of_files.append(square.numpy())
+    return squares_of_files
 
 
 def run_finishing_graph(pipeline, files, geometry):
     """The squares that DALI cuts out of the files: uint8 [n, side, side, 3]."""
     [view] = geometry.views
-    pipeline.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in files])
-    pipeline.feed_input("anchor", geometry.windows[:, :2].astype(np.int32).copy())
-    pipeline.feed_input("extent", geometry.windows[:, 2:].astype(np.int32).copy())
-    pipeline.feed_input("size0", view.sizes.astype(np.float32))
-    pipeline.feed_input("offset0", view.offsets.astype(np.int32))
-    pipeline.feed_input("square0", np.full((len(files), 2), view.side, np.int32))
-    pipeline.feed_input("flip", geometry.flips.astype(np.int32))
-    pipeline.feed_input("interpolation", interpolation_numbers(geometry.interpolations))
+    windows = geometry.windows.astype(np.int32)
+    inputs = {
+        "encoded": [np.frombuffer(data, np.uint8) for data in files],
+        "anchor": windows[:, :2].copy(),
+        "extent": windows[:, 2:].copy(),
+        "size0": view.sizes.astype(np.float32),
+        "offset0": view.offsets.astype(np.int32),
+        "square0": np.full((len(files), 2), view.side, np.int32),
+        "flip": geometry.flips.astype(np.int32),
+        "interpolation": interpolation_numbers(geometry.interpolations),
+    }
+    for name, values in inputs.items():
+        pipeline.feed_input(name, values)
     pipeline.schedule_run()
     [output] = pipeline.share_outputs()
     finished = np.array(output.as_tensor())
@@ -318,23 +374,41 @@ TEXT = 5
 
 def operators_of(pipeline) -> list[list]:
     """The fields of each operator of a graph."""
-    graph = protobuf_fields(pipeline.serialize())
-    return [list(protobuf_fields(value)) for number, value in graph if number == OPERATOR]
+    operators = []
+    for number, value in protobuf_fields(pipeline.serialize()):
+        if number == OPERATOR:
+            fields = list(protobuf_fields(value))
+            operators.append(fields)
+    return operators
 
 
 def messages(fields, wanted: int) -> list[dict]:
     """The fields with this number, as messages."""
-    return [dict(protobuf_fields(value)) for number, value in fields if number == wanted]
+    found = []
+    for number, value in fields:
+        if number == wanted:
+            message = dict(protobuf_fields(value))
+            found.append(message)
+    return found
+
+
+def name_of_operator(fields) -> str:
+    return dict(fields)[NAME].decode()
+
+
+def device_of_operator(fields) -> str:
+    arguments = messages(fields, ARGUMENT)
+    [device] = [argument for argument in arguments if argument.get(NAME) == b"device"]
+    return device[TEXT].decode()
 
 
 def placement(pipeline) -> dict[str, set]:
     """The devices of each kind of operator in a graph."""
     devices = {}
     for fields in operators_of(pipeline):
-        name = dict(fields)[NAME].decode()
-        arguments = messages(fields, ARGUMENT)
-        [device] = [one[TEXT].decode() for one in arguments if one.get(NAME) == b"device"]
-        devices.setdefault(name, set()).add(device)
+        name = name_of_operator(fields)
+        devices.setdefault(name, set())
+        devices[name].add(device_of_operator(fields))
     return devices
 
 
@@ -368,11 +442,14 @@ def test_gpu_form_places_what_touches_pixels_on_the_gpu(slots):
 
 def test_gpu_form_resizes_with_antialias_and_the_filter_of_each_image():
     pipeline = build_pipeline(GraphSpec(8, 4, "mixed", views=1))
-    [resize] = [fields for fields in operators_of(pipeline) if dict(fields)[NAME] == b"Resize"]
-    arguments = [argument[NAME] for argument in messages(resize, ARGUMENT)]
-    assert b"antialias" in arguments
-    inputs = messages(resize, INPUT)
-    assert any(b"interp_type" in of_input.values() for of_input in inputs), inputs
+    operators = operators_of(pipeline)
+    [resize] = [fields for fields in operators if name_of_operator(fields) == "Resize"]
+    argument_names = [argument[NAME] for argument in messages(resize, ARGUMENT)]
+    assert b"antialias" in argument_names
+    values_of_inputs = []
+    for resize_input in messages(resize, INPUT):
+        values_of_inputs += resize_input.values()
+    assert b"interp_type" in values_of_inputs
 
 
 def test_cpu_form_ends_after_the_window():
@@ -389,11 +466,14 @@ def test_normalizer_subtracts_the_mean_and_divides_by_the_deviation(dtype, width
     normalize = Normalizer(config, dtype, torch.device("cpu"))
     normalize.prepare(width)
     normalize(pixels, out)
-    expected = (pixels.double() / 255 - torch.tensor(config.mean)) / torch.tensor(config.std)
+    mean = torch.tensor(config.mean)
+    std = torch.tensor(config.std)
+    expected = (pixels.double() / 255 - mean) / std
     tolerance = 3 * torch.finfo(dtype).eps
     if dtype == torch.float32:
         tolerance = 1e-6
-    assert (out.double() - expected).abs().max() <= tolerance
+    difference = (out.double() - expected).abs()
+    assert difference.max() <= tolerance
 
 
 def test_the_gpu_erases_what_the_cpu_erases():
@@ -408,13 +488,15 @@ def test_the_gpu_erases_what_the_cpu_erases():
     )
     boxes = np.array(rectangles, np.int64)
     images = torch.randn(len(boxes), 10, 12, 3)
-    one = images.clone()
-    other = images.clone()
-    erase(one, boxes)
-    erase_by_mask(other, torch.from_numpy(boxes))
-    assert torch.equal(one, other)
-    num_erased = (one == 0).sum((1, 2, 3)) // 3
-    assert num_erased.tolist() == [12, 36, 30, 1, 120, 0]
+    on_cpu = images.clone()
+    erase(on_cpu, boxes)
+    on_gpu = images.clone()
+    erase_by_mask(on_gpu, torch.from_numpy(boxes))
+    assert torch.equal(on_gpu, on_cpu)
+    zeros_of_images = (on_cpu == 0).sum((1, 2, 3))
+    num_channels = 3
+    erased_pixels = zeros_of_images // num_channels
+    assert erased_pixels.tolist() == [12, 36, 30, 1, 120, 0]
 
 
 # What policies and jitter reach at their ends, and the neutral parameters.
@@ -439,9 +521,20 @@ PARAMETERS = {
 GEOMETRIC = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 
 
-def plan_of(cases, side):
-    ops = np.array([[operations.NAMES.index(name)] for name, _ in cases], np.int32)
-    params = np.array([[value] for _, value in cases], np.float32)
+class Applied(NamedTuple):
+    """An operation and its parameter."""
+
+    name: str
+    value: float
+
+
+def plan_of(cases: Sequence[Applied], side: int) -> OperationPlan:
+    """One operation for each image of a batch."""
+    numbers = [operations.NAMES.index(case.name) for case in cases]
+    values = [case.value for case in cases]
+    # [B, 1]
+    ops = np.array(numbers, np.int32)[:, None]
+    params = np.array(values, np.float32)[:, None]
     return OperationPlan(ops, params, operations.matrices(ops, params, side))
 
 
@@ -449,15 +542,17 @@ def torchvisions(image: torch.Tensor, name: str, value: float) -> torch.Tensor:
     """The operation of the same name: tensors' for geometry and hue, which has 256 values in
     Pillow; else Pillow's.
     """
-    planes = image.permute(2, 0, 1)
+    channels_first = image.permute(2, 0, 1)
     if name == "hue":
-        return functional.adjust_hue(planes, value).permute(1, 2, 0)
+        result = functional.adjust_hue(channels_first, value)
+        return result.permute(1, 2, 0)
     # "ShearX" for shear_x.
     title = name.title().replace("_", "")
     if name == "autocontrast":
         title = "AutoContrast"
     if name in GEOMETRIC:
-        return _apply_op(planes, title, value, InterpolationMode.BILINEAR, None).permute(1, 2, 0)
+        result = _apply_op(channels_first, title, value, InterpolationMode.BILINEAR, None)
+        return result.permute(1, 2, 0)
     if name in ("brightness", "color", "contrast", "sharpness"):
         # torchvision's magnitude is the change of the factor.
         value = value - 1
@@ -470,50 +565,69 @@ def difference_of(found, expected) -> torch.Tensor:
     return (found.int() - expected.int()).abs()
 
 
-# Operation, parameter, and the same in timm: function and argument for a picture of 224 pixels.
+class TimmCase(NamedTuple):
+    """An operation, and the same in timm for a picture of 224 pixels."""
+
+    ours: Applied
+    function: str
+    argument: float
+
+
 TIMM_CASES = [
-    ("timm_shear_x", 0.21, "shear_x", 0.21),
-    ("timm_shear_y", -0.3, "shear_y", -0.3),
-    ("timm_translate_x", -40.5, "translate_x_abs", 40.5),
-    ("timm_translate_y", 90.0, "translate_y_abs", -90.0),
-    ("timm_rotate", 21.0, "rotate", 21.0),
-    ("timm_posterize", 2, "posterize", 2),
-    ("timm_posterize", 1, "posterize", 1),
-    ("timm_solarize", 77, "solarize", 77),
-    ("timm_solarize", 0, "solarize", 0),
-    ("solarize_add", 77, "solarize_add", 77),
-    ("solarize_add", 110, "solarize_add", 110),
+    TimmCase(Applied("timm_shear_x", 0.21), "shear_x", 0.21),
+    TimmCase(Applied("timm_shear_y", -0.3), "shear_y", -0.3),
+    TimmCase(Applied("timm_translate_x", -40.5), "translate_x_abs", 40.5),
+    TimmCase(Applied("timm_translate_y", 90.0), "translate_y_abs", -90.0),
+    TimmCase(Applied("timm_rotate", 21.0), "rotate", 21.0),
+    TimmCase(Applied("timm_posterize", 2), "posterize", 2),
+    TimmCase(Applied("timm_posterize", 1), "posterize", 1),
+    TimmCase(Applied("timm_solarize", 77), "solarize", 77),
+    TimmCase(Applied("timm_solarize", 0), "solarize", 0),
+    TimmCase(Applied("solarize_add", 77), "solarize_add", 77),
+    TimmCase(Applied("solarize_add", 110), "solarize_add", 110),
 ]
+
+
+def timms(image: torch.Tensor, case: TimmCase) -> torch.Tensor:
+    """The operation of a case by timm, bilinear and with the mean colour outside."""
+    from timm.data import auto_augment
+
+    operation = getattr(auto_augment, case.function)
+    result = operation(
+        Image.fromarray(image.numpy()),
+        case.argument,
+        resample=Image.Resampling.BILINEAR,
+        fillcolor=(124, 116, 104),
+    )
+    return torch.from_numpy(np.array(result))
 
 
 @pytest.mark.slow
 def test_operations_are_timms():
     """With bilinear interpolation and the mean colour outside; the geometric ones but for edges."""
-    from timm.data import auto_augment
-
     side = 224
     num_cases = len(TIMM_CASES)
     augmenter = Augmenter(slots=1, local_batch_size=num_cases, threads=1)
-    plan = plan_of([(name, value) for name, value, _, _ in TIMM_CASES], side)
-    options = {"resample": Image.Resampling.BILINEAR, "fillcolor": (124, 116, 104)}
+    plan = plan_of([case.ours for case in TIMM_CASES], side)
     for image in squares(3, side):
         copies = image.expand(num_cases, -1, -1, -1).contiguous()
         found = augmenter(copies, plan)
-        for (name, _, function, argument), pixels in zip(TIMM_CASES, found, strict=True):
-            operation = getattr(auto_augment, function)
-            theirs = operation(Image.fromarray(image.numpy()), argument, **options)
-            difference = difference_of(pixels, torch.from_numpy(np.array(theirs)))
-            if name.removeprefix("timm_") in GEOMETRIC:
-                assert (difference > 2).float().mean() < 0.02, (name, argument)
-                assert difference.float().mean() < 0.8, (name, argument)
+        for case, pixels in zip(TIMM_CASES, found, strict=True):
+            difference = difference_of(pixels, timms(image, case))
+            kind = case.ours.name.removeprefix("timm_")
+            if kind in GEOMETRIC:
+                share_of_edges = (difference > 2).float().mean()
+                assert share_of_edges < 0.02, case
+                assert difference.float().mean() < 0.8, case
             else:
-                assert difference.max() == 0, (name, argument)
+                assert difference.max() == 0, case
 
 
 def squares(count: int, side: int) -> torch.Tensor:
     """Pictures, one of them with a channel of one value and one of a single colour."""
     pictures = [pil(data) for data in photographs(count // 2)]
-    pictures += [picture(side, side, seed) for seed in range(count - len(pictures))]
+    num_drawn = count - len(pictures)
+    pictures += [picture(side, side, seed) for seed in range(num_drawn)]
     resized = [np.asarray(image.resize((side, side))) for image in pictures]
     images = torch.from_numpy(np.stack(resized))
     images[0, ..., 1] = 77
@@ -533,7 +647,7 @@ def test_operations_are_torchvisions(gpu_form, monkeypatch):
     for name, values in PARAMETERS.items():
         if gpu_form and name not in GEOMETRIC:
             continue
-        cases += [(name, value) for value in values]
+        cases += [Applied(name, value) for value in values]
     if gpu_form:
         monkeypatch.setattr(fn.experimental, "warp_perspective", warp_affine)
     # Pillow's equalize divides by a whole number, (pixels - brightest) // 255: of small pictures it
@@ -543,12 +657,14 @@ def test_operations_are_torchvisions(gpu_form, monkeypatch):
     plan = plan_of(cases, side)
     for image in squares(3, side):
         copies = image.expand(len(cases), -1, -1, -1).contiguous()
-        for (name, value), pixels in zip(cases, augmenter(copies, plan), strict=True):
-            difference = difference_of(pixels, torchvisions(image, name, value))
-            if name == "sharpness":
+        found = augmenter(copies, plan)
+        for case, pixels in zip(cases, found, strict=True):
+            expected = torchvisions(image, case.name, case.value)
+            difference = difference_of(pixels, expected)
+            if case.name == "sharpness":
                 difference = difference[1:-1, 1:-1]
-            assert difference.max() <= largest_difference(name, value), (name, value)
-            assert difference.float().mean() < 0.8, (name, value)
+            assert difference.max() <= largest_difference(case.name, case.value), case
+            assert difference.float().mean() < 0.8, case
 
 
 def warp_affine(pixels, matrix, fill_value):
@@ -573,46 +689,56 @@ def test_augmentation_does_not_depend_on_the_batch():
     """
     config = AugmentConfig(policy="trivialaugment", color_jitter=(0, 0.4, 0, 0.1))
     slots = augment.num_slots(config)
-    one = Augmenter(slots=slots, local_batch_size=12, threads=1)
-    three = Augmenter(slots=slots, local_batch_size=12, threads=3)
+    with_one_thread = Augmenter(slots=slots, local_batch_size=12, threads=1)
+    with_three_threads = Augmenter(slots=slots, local_batch_size=12, threads=3)
     for side, count in ((48, 12), (80, 5)):
         images = squares(count, side)
         plan = augment.plan_operations(config, 0, 0, np.arange(count), side)
         before = images.clone()
-        together = one(images, plan)
-        assert torch.equal(together, three(images, plan))
+        together = with_one_thread(images, plan)
         assert torch.equal(images, before)
+        assert not torch.equal(together, images)
+        assert torch.equal(with_three_threads(images, plan), together)
+
         for row in (0, 3):
-            alone = augment.plan_operations(config, 0, 0, np.arange(row, row + 1), side)
-            assert torch.equal(one(images[row : row + 1], alone)[0], together[row])
+            plan_of_row = augment.plan_operations(config, 0, 0, np.array([row]), side)
+            alone = with_one_thread(images[row : row + 1], plan_of_row)
+            assert torch.equal(alone[0], together[row])
+
         if side == 48:
+            # More operations than images.
             with pytest.raises(RuntimeError):
-                one(images[:2], plan)
-    assert not torch.equal(together, images)
+                with_one_thread(images[:2], plan)
 
 
 @pytest.mark.slow
 def test_slots_in_the_graph_of_the_decoder_come_after_the_flip():
     """The GPU graph's form, run on the CPU: what the second stage makes of the same squares."""
     config = AugmentConfig(policy="autoaugment", color_jitter=(0, 0, 0.4, 0))
+    slots = augment.num_slots(config)
     side = 64
     rows = np.arange(8)
-    files = [encode(picture(100, 120, seed)) for seed in rows]
-    geometry = crops.train_geometry(
-        0, 0, rows, np.full(8, 100), np.full(8, 120), side, DataConfig()
-    )
+    heights = np.full(8, 100)
+    widths = np.full(8, 120)
+    geometry = crops.train_geometry(0, 0, rows, heights, widths, side, DataConfig())
     plan = augment.plan_operations(config, 0, 0, rows, side)
-    images = [Encoded(row, data, 100, 120) for row, data in enumerate(files)]
-    loaded = LoadedJob(Job(rows, training=True, operations=plan), images, geometry)
-    shown = []
-    for slots in (0, augment.num_slots(config)):
+    images = []
+    for row in range(8):
+        data = encode(picture(100, 120, seed=row))
+        images.append(Encoded(row, data, 100, 120))
+    job = Job(rows, training=True, operations=plan)
+    loaded = LoadedJob(job, images, geometry)
+
+    def squares_of_graph(num_slots):
         decoder = Decoder(local_batch_size=8, threads=2, device=torch.device("cpu"))
-        decoder.spec = GraphSpec(8, 2, views=1, slots=slots)
+        decoder.spec = GraphSpec(8, 2, views=1, slots=num_slots)
         decoder.restart()
         decoder.submit(Portion(loaded, 0, 8))
         _, [decoded] = decoder.collect()
-        shown.append(torch.stack(windows_to_torch(decoded)))
-    without, with_slots = shown
-    augmenter = Augmenter(slots=augment.num_slots(config), local_batch_size=8, threads=1)
-    assert torch.equal(augmenter(without, plan), with_slots)
-    assert not torch.equal(without, with_slots)
+        return torch.stack(windows_to_torch(decoded))
+
+    without_slots = squares_of_graph(0)
+    with_slots = squares_of_graph(slots)
+    augmenter = Augmenter(slots=slots, local_batch_size=8, threads=1)
+    assert torch.equal(augmenter(without_slots, plan), with_slots)
+    assert not torch.equal(without_slots, with_slots)
