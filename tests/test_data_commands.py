@@ -20,7 +20,7 @@ from image_files import OneProcess, encode, picture, train_loader, write_split
 from PIL import Image
 from published_sets import cifar_image
 from scipy.io import savemat
-from torchvision.datasets import imagenet
+from torchvision.datasets import CIFAR10, Flowers102, Imagenette, imagenet
 
 from resnet_dist.cli import main
 from resnet_dist.data.sources.scan import build_index
@@ -35,21 +35,27 @@ def train_images():
     """Four of each class: {name: bytes}."""
     files = {}
     for wnid in WNIDS.values():
-        for i in range(4):
-            files[f"{wnid}/{wnid}_{i}.JPEG"] = encode(picture(40, 50, i))
+        for number in range(4):
+            name = f"{wnid}/{wnid}_{number}.JPEG"
+            files[name] = encode(picture(40, 50, seed=number))
     return files
 
 
 def val_images():
     files = {}
-    for number, key in enumerate(TRUTH, 1):
-        name = f"{WNIDS[key]}/ILSVRC2012_val_{number:08d}.JPEG"
-        files[name] = encode(picture(50, 40, number))
+    for number, class_id in enumerate(TRUTH, 1):
+        wnid = WNIDS[class_id]
+        name = f"{wnid}/ILSVRC2012_val_{number:08d}.JPEG"
+        files[name] = encode(picture(50, 40, seed=number))
     return files
 
 
 TRAIN = train_images()
 VAL = val_images()
+
+TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"
+VAL_ARCHIVE = "ILSVRC2012_img_val.tar"
+DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 
 
 def synsets():
@@ -67,10 +73,12 @@ def synsets():
         ("num_train_images", "O"),
     ]
     rows = []
-    for key, wnid in WNIDS.items():
-        rows.append((key, wnid, "a word, another", "a gloss", 0, np.empty(0), 0, 4))
-    rows.append((1001, "n00009999", "group", "a group", 3, np.array([7, 3, 12]), 1, 0))
-    return mat_bytes(synsets=np.array(rows, dtype=fields)[:, None])
+    for class_id, wnid in WNIDS.items():
+        rows.append((class_id, wnid, "a word, another", "a gloss", 0, np.empty(0), 0, 4))
+    children = np.array(list(WNIDS))
+    rows.append((1001, "n00009999", "group", "a group", 3, children, 1, 0))
+    column = np.array(rows, dtype=fields)[:, None]
+    return mat_bytes(synsets=column)
 
 
 def mat_bytes(**arrays):
@@ -92,30 +100,51 @@ def publish(monkeypatch, folder):
 
 
 def by_file_name(files):
+    """The files without their folders."""
     return {os.path.basename(name): data for name, data in files.items()}
 
 
 @pytest.fixture
 def archives(tmp_path, monkeypatch):
     """A folder with the three archives of ImageNet."""
-    folder = tmp_path / "archives"
-    folder.mkdir()
-    inner = {}
-    for wnid in WNIDS.values():
-        of_class = {name: data for name, data in TRAIN.items() if wnid in name}
-        inner[f"{wnid}.tar"] = tar_bytes(by_file_name(of_class))
-    (folder / "ILSVRC2012_img_train.tar").write_bytes(tar_bytes(inner))
-    # The published archive is not sorted.
-    shuffled = {name: VAL[name] for name in sorted(VAL, key=lambda name: md5(name.encode()))}
-    (folder / "ILSVRC2012_img_val.tar").write_bytes(tar_bytes(by_file_name(shuffled)))
-    truth = "\n".join(str(key) for key in TRUTH)
-    devkit = {
-        "ILSVRC2012_devkit_t12/data/meta.mat": synsets(),
-        "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt": truth.encode(),
+    files = {
+        TRAIN_ARCHIVE: train_archive(),
+        VAL_ARCHIVE: val_archive(),
+        DEVKIT: devkit_archive(),
     }
-    (folder / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(tar_bytes(devkit, "w:gz"))
+    folder = write_tree(tmp_path / "archives", files)
     publish(monkeypatch, folder)
     return folder
+
+
+def train_archive():
+    """A tar with a tar for each class."""
+    tar_of_classes = {}
+    for wnid in WNIDS.values():
+        of_class = {name: data for name, data in TRAIN.items() if wnid in name}
+        tar_of_classes[f"{wnid}.tar"] = tar_bytes(by_file_name(of_class))
+    return tar_bytes(tar_of_classes)
+
+
+def val_archive():
+    """A tar of all images, which is not sorted, as the published one."""
+
+    def checksum_of_name(name):
+        return md5(name.encode())
+
+    names = sorted(VAL, key=checksum_of_name)
+    files = {name: VAL[name] for name in names}
+    return tar_bytes(by_file_name(files))
+
+
+def devkit_archive():
+    truth = "\n".join(str(class_id) for class_id in TRUTH)
+    folder = "ILSVRC2012_devkit_t12/data"
+    files = {
+        f"{folder}/meta.mat": synsets(),
+        f"{folder}/ILSVRC2012_validation_ground_truth.txt": truth.encode(),
+    }
+    return tar_bytes(files, "w:gz")
 
 
 def run_import(archives, out, *options):
@@ -164,21 +193,28 @@ def test_import_to_shards_is_the_import_packed(archives, tmp_path):
 
 def test_archives_of_another_content_are_refused(archives, tmp_path, capsys):
     """By their MD5 sums, which are computed once for each file."""
-    val = archives / "ILSVRC2012_img_val.tar"
+    out = tmp_path / "out"
+    val = archives / VAL_ARCHIVE
     good = val.read_bytes()
-    place = good.index(VAL[f"{WNIDS[12]}/ILSVRC2012_val_00000001.JPEG"][-40:])
+    image = VAL[f"{WNIDS[12]}/ILSVRC2012_val_00000001.JPEG"]
+    place = good.index(image[-40:])
     val.write_bytes(good[:place] + b"x" + good[place + 1 :])
-    assert run_import(archives, tmp_path / "out") == 2
+    assert run_import(archives, out) == 2
     said = capsys.readouterr().err
     assert "val.tar is not the published file: its MD5 sum is not" in said
     assert "--skip_checksums" in said
-    assert not contents(tmp_path / "out")
-    checked = json.loads((tmp_path / "out/.archives.json").read_text())
-    assert [name for name, *_ in checked] == ["ILSVRC2012_img_train.tar"]
+    assert not contents(out)
+    assert names_of_checked_archives(out) == [TRAIN_ARCHIVE]
     assert run_import(archives, tmp_path / "other", "--skip_checksums") == 0
+
     val.write_bytes(good)
-    assert run_import(archives, tmp_path / "out") == 0
-    assert len(json.loads((tmp_path / "out/.archives.json").read_text())) == 3
+    assert run_import(archives, out) == 0
+    assert len(names_of_checked_archives(out)) == 3
+
+
+def names_of_checked_archives(out):
+    text = (out / ".archives.json").read_text()
+    return [name for name, *_ in json.loads(text)]
 
 
 def test_no_bar_is_drawn_into_a_pipe(archives, tmp_path, capsys):
@@ -200,6 +236,7 @@ def test_home_and_variables_in_paths(archives, tmp_path, monkeypatch, capsys):
 
 
 def special(name, kind, target=""):
+    """A member of a tar that is no file."""
     member = tarfile.TarInfo(name)
     member.type = kind
     member.linkname = target
@@ -221,51 +258,58 @@ EVIL_MEMBERS = {
 
 @pytest.mark.parametrize("where", ["train", "inner", "val"])
 def test_no_member_leaves_the_target(archives, tmp_path, capsys, where):
-    train = archives / "ILSVRC2012_img_train.tar"
-    val = archives / "ILSVRC2012_img_val.tar"
+    """Whether it is in one of the archives, or in the tar of a class inside of one."""
+    train = archives / TRAIN_ARCHIVE
+    val = archives / VAL_ARCHIVE
+    out = tmp_path / "out"
     problems = []
     for name, content in EVIL_MEMBERS.items():
         evil = tar_bytes({name: content})
         if where == "train":
             train.write_bytes(evil)
         elif where == "inner":
-            train.write_bytes(tar_bytes({f"{wnid}.tar": evil for wnid in WNIDS.values()}))
+            tar_of_classes = {f"{wnid}.tar": evil for wnid in WNIDS.values()}
+            train.write_bytes(tar_bytes(tar_of_classes))
         else:
             val.write_bytes(evil)
-        code = run_import(archives, tmp_path / "out")
+        code = run_import(archives, out)
         said = capsys.readouterr().err
-        if code != 2 or f"{name!r} is refused" not in said or (tmp_path / "out").exists():
+        is_named = f"{name!r} is refused" in said
+        if code != 2 or not is_named or out.exists():
             problems.append((name, code, said))
     assert problems == []
 
 
 def test_archives_that_are_not_whole_are_refused(archives, tmp_path, capsys, monkeypatch):
-    train = archives / "ILSVRC2012_img_train.tar"
-    devkit = archives / "ILSVRC2012_devkit_t12.tar.gz"
+    out = tmp_path / "out"
+
+    def assert_refused(words):
+        assert run_import(archives, out) == 2
+        assert words in capsys.readouterr().err
+        assert not out.exists()
+
+    train = archives / TRAIN_ARCHIVE
     whole = train.read_bytes()
     damaged = bytearray(whole)
-    second = whole.index(b"n00000002_1.JPEG")
-    damaged[second : second + 8] = b"\xff" * 8
-    for bad, said in (
-        (whole[: len(whole) // 2], "cut off"),
-        (bytes(damaged), "lacks its end marker"),
-        (tar_bytes({}), "lacks n0000000"),
-        (b"<html>", "damaged"),
-    ):
-        train.write_bytes(bad)
-        assert run_import(archives, tmp_path / "out") == 2
-        assert said in capsys.readouterr().err
+    second_image = whole.index(b"n00000002_1.JPEG")
+    damaged[second_image : second_image + 8] = b"\xff" * 8
+    train.write_bytes(whole[: len(whole) // 2])
+    assert_refused("cut off")
+    train.write_bytes(damaged)
+    assert_refused("lacks its end marker")
+    train.write_bytes(tar_bytes({}))
+    assert_refused("lacks n0000000")
+    train.write_bytes(b"<html>")
+    assert_refused("damaged")
+
+    devkit = archives / DEVKIT
     good = devkit.read_bytes()
     devkit.write_bytes(good[: len(good) // 2])
-    assert run_import(archives, tmp_path / "out") == 2
-    assert "is damaged, or not the devkit" in capsys.readouterr().err
+    assert_refused("is damaged, or not the devkit")
     monkeypatch.setitem(sys.modules, "scipy.io", None)
-    assert run_import(archives, tmp_path / "out") == 2
-    assert "pip install scipy" in capsys.readouterr().err
+    assert_refused("pip install scipy")
     devkit.unlink()
-    assert run_import(archives, tmp_path / "out") == 2
-    assert "ILSVRC2012_devkit_t12.tar.gz: get them" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert_refused("ILSVRC2012_devkit_t12.tar.gz: get them")
 
 
 @pytest.fixture
@@ -287,10 +331,12 @@ def web(tmp_path):
     server.server_close()
 
 
-def test_download_cifar10(tmp_path, web, monkeypatch, capsys):
-    from torchvision.datasets import CIFAR10
+def download(name, out, *options):
+    return main(["data", "download", name, str(out), *options])
 
-    pixels = np.random.default_rng(0).integers(0, 256, (6, 3072), np.uint8)
+
+def publish_cifar10(monkeypatch, folder, pixels):
+    """Write CIFAR-10 with six images, and let its sums be the published ones."""
     train = pickle.dumps({"data": pixels[:4], "labels": [1, 0, 1, 1]})
     test = pickle.dumps({"data": pixels[4:], "labels": [0, 1]})
     meta = pickle.dumps({"label_names": ["airplane", "bird"]})
@@ -300,22 +346,30 @@ def test_download_cifar10(tmp_path, web, monkeypatch, capsys):
         "cifar-10-batches-py/meta": meta,
     }
     archive = tar_bytes(members, "w:gz")
-    (tmp_path / "web/cifar-10-python.tar.gz").write_bytes(archive)
+    (folder / "cifar-10-python.tar.gz").write_bytes(archive)
     published_meta = {"filename": "meta", "key": "label_names", "md5": md5(meta)}
-    nobody = f"http://127.0.0.1:{free_port()}/cifar-10-python.tar.gz"
     monkeypatch.setattr(CIFAR10, "tgz_md5", md5(archive))
     monkeypatch.setattr(CIFAR10, "train_list", [["a", md5(train)]])
     monkeypatch.setattr(CIFAR10, "test_list", [["t", md5(test)]])
     monkeypatch.setattr(CIFAR10, "meta", published_meta)
+
+
+def test_download_cifar10(tmp_path, web, monkeypatch, capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 3072), np.uint8)
+    publish_cifar10(monkeypatch, tmp_path / "web", pixels)
+    out = tmp_path / "out"
+
+    nobody = f"http://127.0.0.1:{free_port()}/cifar-10-python.tar.gz"
     monkeypatch.setattr(CIFAR10, "url", nobody)
-    assert main(["data", "download", "cifar10", str(tmp_path / "out")]) == 1
+    assert download("cifar10", out) == 1
     printed = capsys.readouterr().err
-    assert printed.splitlines()[-1].startswith("error: cifar10 cannot be downloaded: ")
+    last_line = printed.splitlines()[-1]
+    assert last_line.startswith("error: cifar10 cannot be downloaded: ")
     assert printed.count("error: ") == 1
+
     monkeypatch.setattr(CIFAR10, "url", f"{web}cifar-10-python.tar.gz")
-    assert main(["data", "download", "cifar10", str(tmp_path / "out")]) == 0
-    found = contents(tmp_path / "out")
-    assert set(found) == {
+    assert download("cifar10", out) == 0
+    assert set(contents(out)) == {
         "train/bird/00000.png",
         "train/airplane/00001.png",
         "train/bird/00002.png",
@@ -323,17 +377,16 @@ def test_download_cifar10(tmp_path, web, monkeypatch, capsys):
         "val/airplane/00000.png",
         "val/bird/00001.png",
     }
-    image = np.asarray(Image.open(tmp_path / "out/train/bird/00002.png"))
+    image = np.asarray(Image.open(out / "train/bird/00002.png"))
     assert np.array_equal(image, cifar_image(pixels[2]))
-    assert not (tmp_path / "out/.download").exists()
-    assert main(["data", "download", "cifar10", str(tmp_path / "out")]) == 2
+    assert not (out / ".download").exists()
+
+    assert download("cifar10", out) == 2
     assert "has a train/ already" in capsys.readouterr().err
-    assert main(["data", "download", "mnist", str(tmp_path / "other")]) == 2
+    assert download("mnist", tmp_path / "other") == 2
 
 
 def test_download_imagenette(tmp_path, web, monkeypatch):
-    from torchvision.datasets import Imagenette
-
     files = {
         "train/n01440764/0.JPEG": encode(picture(20, 20, 0)),
         "val/n01440764/1.JPEG": encode(picture(20, 20, 1)),
@@ -346,46 +399,53 @@ def test_download_imagenette(tmp_path, web, monkeypatch):
     out = tmp_path / "out"
     # Left by a run that was killed.
     (out / ".download/imagenette2-160/train/n01440764").mkdir(parents=True)
-    assert main(["data", "download", "imagenette", str(out), "--size", "160px"]) == 0
+    assert download("imagenette", out, "--size", "160px") == 0
     assert contents(out) == files
 
 
 def test_download_flowers102(tmp_path, web, monkeypatch):
     """With the 102 published names. Their training and validation sets are for training here."""
-    from torchvision.datasets import Flowers102
-
-    images = {f"jpg/image_{i:05d}.jpg": encode(picture(20, 20, i)) for i in range(1, 7)}
+    images = {}
+    for number in range(1, 7):
+        images[f"image_{number:05d}.jpg"] = encode(picture(20, 20, seed=number))
+    members = {f"jpg/{name}": data for name, data in images.items()}
+    archive = tar_bytes(members, "w:gz")
+    labels = mat_bytes(labels=[2, 1, 100, 2, 1, 3])
+    splits = mat_bytes(trnid=[3, 1], valid=[2, 6], tstid=[4, 5])
     served = {
-        "102flowers.tgz": tar_bytes(images, "w:gz"),
-        "imagelabels.mat": mat_bytes(labels=[2, 1, 100, 2, 1, 3]),
-        "setid.mat": mat_bytes(trnid=[3, 1], valid=[2, 6], tstid=[4, 5]),
+        "102flowers.tgz": archive,
+        "imagelabels.mat": labels,
+        "setid.mat": splits,
     }
     write_tree(tmp_path / "web", served)
-    published = {}
-    for key, name in zip(("image", "label", "setid"), served, strict=True):
-        published[key] = (name, md5(served[name]))
+    published = {
+        "image": ("102flowers.tgz", md5(archive)),
+        "label": ("imagelabels.mat", md5(labels)),
+        "setid": ("setid.mat", md5(splits)),
+    }
     monkeypatch.setattr(Flowers102, "_download_url_prefix", web)
     monkeypatch.setattr(Flowers102, "_file_dict", published)
 
-    assert main(["data", "download", "flowers102", str(tmp_path / "out")]) == 0
+    assert download("flowers102", tmp_path / "out") == 0
 
     folders = {
-        3: "train/100_blanket_flower",
-        1: "train/002_hard_leaved_pocket_orchid",
-        2: "train/001_pink_primrose",
-        6: "train/003_canterbury_bells",
-        4: "val/002_hard_leaved_pocket_orchid",
-        5: "val/001_pink_primrose",
+        "image_00003.jpg": "train/100_blanket_flower",
+        "image_00001.jpg": "train/002_hard_leaved_pocket_orchid",
+        "image_00002.jpg": "train/001_pink_primrose",
+        "image_00006.jpg": "train/003_canterbury_bells",
+        "image_00004.jpg": "val/002_hard_leaved_pocket_orchid",
+        "image_00005.jpg": "val/001_pink_primrose",
     }
     expected = {}
-    for i, folder in folders.items():
-        expected[f"{folder}/image_{i:05d}.jpg"] = images[f"jpg/image_{i:05d}.jpg"]
+    for name, folder in folders.items():
+        expected[f"{folder}/{name}"] = images[name]
     assert contents(tmp_path / "out") == expected
 
 
+WHOLE = encode(picture(60, 60, 1))
 # Files that cannot be read.
 BAD = {
-    "cut.jpg": encode(picture(60, 60, 1))[:900],
+    "cut.jpg": WHOLE[:900],
     "empty.jpg": b"",
     "text.jpg": b"not an image at all",
 }
@@ -406,7 +466,8 @@ def odd_set(tmp_path):
     orientation = 0x0112
     exif = Image.Exif()
     exif[orientation] = 6
-    deep = Image.fromarray((np.arange(3600, dtype=np.uint16) * 18).reshape(60, 60))
+    levels_of_16_bits = 18 * np.arange(60 * 60, dtype=np.uint16)
+    deep = Image.fromarray(levels_of_16_bits.reshape(60, 60))
     files = {
         "cmyk.jpg": encode(picture(60, 60, 2).convert("CMYK")),
         "grey.jpg": encode(picture(60, 60, 3).convert("L")),
@@ -416,10 +477,12 @@ def odd_set(tmp_path):
         "deep.png": encode(deep, "PNG"),
         "twin.jpg": encode(picture(60, 60, 100)),
     }
-    for i in range(4):
-        files[f"good{i}.jpg"] = encode(picture(60, 60, 100 + i))
+    for number in range(4):
+        files[f"good{number}.jpg"] = encode(picture(60, 60, seed=100 + number))
     write_tree(tmp_path / "set/train/a", files | BAD)
-    write_tree(tmp_path / "set/val/a", {"v.jpg": encode(picture(60, 60, 101))})
+    # Equal to good1.jpg.
+    val_files = {"v.jpg": encode(picture(60, 60, 101))}
+    write_tree(tmp_path / "set/val/a", val_files)
     return tmp_path / "set"
 
 
@@ -456,13 +519,16 @@ def test_verify(odd_set, tmp_path, form, capsys):
     ]
     assert names_in(report["disagreement"]) == ["train/a/deep.png"]
     assert "3 broken\n  train/a/cut.jpg: " in capsys.readouterr().out
-    assert "  train/a/tiny.jpg: 60 x 20\n" in (tmp_path / "report.txt").read_text()
+    text = (tmp_path / "report.txt").read_text()
+    assert "  train/a/tiny.jpg: 60 x 20\n" in text
     assert exclude.read_text().splitlines() == bad_names
-    assert len(build_index(str(folder), "train", OneProcess(), str(exclude))) == 11
+    index = build_index(str(folder), "train", OneProcess(), str(exclude))
+    assert len(index) == 11
 
     verify(folder, tmp_path / "report.json", *write_exclude, "--exclude_duplicates")
     left_out = sorted([*BAD, "good1.jpg", "twin.jpg"])
-    assert exclude.read_text().splitlines() == [f"train/a/{name}" for name in left_out]
+    expected = [f"train/a/{name}" for name in left_out]
+    assert exclude.read_text().splitlines() == expected
 
 
 def test_verify_survives_what_kills_a_batch(tmp_path):
@@ -471,7 +537,9 @@ def test_verify_survives_what_kills_a_batch(tmp_path):
     """
     good = encode(picture(64, 64, 1), "PNG")
     body = good.index(b"IDAT") + 4
-    damaged = good[: body + 20] + b"\xff" * 40 + good[body + 60 :]
+    start = body + 20
+    end = start + 40
+    damaged = good[:start] + b"\xff" * 40 + good[end:]
     files = [
         encode(picture(50, 50, 0)),
         damaged,
@@ -489,8 +557,9 @@ def test_verify_names_the_images_that_the_decoder_warns_about(tmp_path, capfd):
     """In the report, and not on stderr."""
     files = [encode(picture(60, 60, number)) for number in range(140)]
     for row in (3, 70, 139):
-        # Without the last part of the image, but with the end marker.
-        files[row] = files[row][:-400] + files[row][-2:]
+        whole = files[row]
+        end_marker = whole[-2:]
+        files[row] = whole[:-400] + end_marker
     write_split(tmp_path, files, classes=1)
     _, report = verify(tmp_path, tmp_path / "report.json", "--workers", "2")
     assert names_in(report["warned"]) == [
@@ -518,8 +587,9 @@ def test_verify_of_a_clean_set_and_of_none(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_show_has_the_pixels_of_training(tmp_path):
-    index = write_split(tmp_path, [encode(picture(60, 90, i)) for i in range(5)])
-    write_split(tmp_path, [encode(picture(60, 90, i)) for i in range(3)], split="val")
+    files = [encode(picture(60, 90, i)) for i in range(5)]
+    index = write_split(tmp_path, files)
+    write_split(tmp_path, files[:3], split="val")
     out = tmp_path / "sheet.png"
     log = tmp_path / "log"
     settings = options(
@@ -556,10 +626,13 @@ def test_show_has_the_pixels_of_training(tmp_path):
         image = int(batch.indices[0])
         if image not in rows_of_images:
             continue
-        top = margin + rows_of_images[image] * height_of_row + 18
-        left = margin + (step // steps_per_epoch) * width_of_column
+        row = rows_of_images[image]
+        column = step // steps_per_epoch
+        top = margin + row * height_of_row + 18
+        left = margin + column * width_of_column
         tile = sheet[top : top + shown_side : zoom, left : left + shown_side : zoom]
-        pixels = (batch.images[0].permute(1, 2, 0) * std + mean) * 255
+        normalised = batch.images[0].permute(1, 2, 0)
+        pixels = (normalised * std + mean) * 255
         assert np.array_equal(tile, pixels.round().byte().numpy())
     loader.close()
 

@@ -37,15 +37,25 @@ def test_cheap_checks_pass_on_the_cpu(tmp_path):
     output = tmp_path / "printed"
     arguments = ["--device", "cpu", "--small", *names]
     codes = run_app(1, arguments, str(output), run_checks)
-    lines = [line for line in output.read_text().splitlines() if line.startswith("{")]
-    results = [json.loads(line) for line in lines]
-    done = {one["name"]: one for one in results if one["outcome"] != "started"}
-    failed = {name: one["text"] for name, one in done.items() if one["outcome"] == "failed"}
-    assert not failed, output.read_text()
-    assert codes == [0], output.read_text()
-    assert set(done) == set(names)
-    skipped = {name for name, one in done.items() if one["outcome"] == "skipped"}
+    printed = output.read_text()
+    outcomes = outcomes_of(printed)
+    assert "failed" not in outcomes.values(), printed
+    assert codes == [0], printed
+    assert set(outcomes) == set(names)
+    skipped = {name for name, outcome in outcomes.items() if outcome == "skipped"}
     assert skipped == SKIPPED
+
+
+def outcomes_of(printed):
+    """The outcome of each check that has ended, by the lines of JSON."""
+    outcomes = {}
+    for line in printed.splitlines():
+        if not line.startswith("{"):
+            continue
+        result = json.loads(line)
+        if result["outcome"] != "started":
+            outcomes[result["name"]] = result["outcome"]
+    return outcomes
 
 
 PROGRAM = """
@@ -70,14 +80,21 @@ def test_a_part_that_dies_or_hangs_is_recorded_and_the_others_go_on(tmp_path):
     limits = dict.fromkeys(names, 20.0) | {"hangs": 0.5}
     program = report.Program([sys.executable, str(script)], limits, tmp_path / "log")
     results = report.run_items(program, time.monotonic() + 60)
-    found = {one.name: one.outcome for one in results}
-    assert list(found) == names
-    assert found.pop("dies") == "died"
-    assert found.pop("hangs") == "timed out"
-    assert set(found.values()) == {"passed"}
-    by_name = {one.name: one for one in results}
-    assert by_name["dies"].text == "exit code 9\na last word\n"
-    (late,) = report.run_items(replace(program, limits={"one": 1.0}), time.monotonic())
+    outcomes = {result.name: result.outcome for result in results}
+    assert outcomes == {
+        "one": "passed",
+        "dies": "died",
+        "two": "passed",
+        "hangs": "timed out",
+        "three": "passed",
+        "four": "passed",
+    }
+    assert list(outcomes) == names
+    dead = results[names.index("dies")]
+    assert dead.text == "exit code 9\na last word\n"
+
+    one_item = replace(program, limits={"one": 1.0})
+    (late,) = report.run_items(one_item, time.monotonic())
     assert late.outcome == "no time"
 
 
@@ -103,10 +120,9 @@ def test_photographs_are_arranged_in_class_folders(tmp_path):
     folder = report.arrange_photographs(flat, tmp_path / "arranged", 10)
     links = sorted(folder.rglob("*.jpg"))
     assert len(links) == 10
-    assert {link.read_bytes() for link in links} == {
-        b"a.JPEG",
-        b"deeper/b.jpg",
-    }
+    linked = {link.read_bytes() for link in links}
+    assert linked == {b"a.JPEG", b"deeper/b.jpg"}
+
     (flat / "deeper" / "b.jpg").unlink()
     (flat / "a.JPEG").unlink()
     with pytest.raises(SystemExit, match="holds no"):
@@ -118,17 +134,29 @@ def test_pages_of_a_report(tmp_path):
         report.Result("quickstart", "failed", 3.0, "AssertionError: no | luck\ntrace"),
         report.Result("memory_stays_flat", "passed", 9.0, "2000 batches"),
     ]
-    rows = {"ours eager": {"images/s": 4005.4, "share": 0.5}, "bare": {"images/s": 3000.0}}
+    rows = {
+        "ours eager": {"images/s": 4005.4, "share": 0.5},
+        "bare": {"images/s": 3000.0},
+    }
     figures = [
         report.Result("synthetic", "passed", 9.0, "", {"rows": rows, "batch": 256}),
         report.Result("loaders", "skipped", 0.0, "needs real photographs"),
     ]
-    one = page.Report({"device": "H100"}, ["a remark"], checks_done, figures, 12.0, True)
-    page.write_report(one, tmp_path)
-    assert json.loads((tmp_path / "gpu_report.json").read_text())["seconds"] == 12.0
+    content = page.Report(
+        machine={"device": "H100"},
+        remarks=["a remark"],
+        checks=checks_done,
+        figures=figures,
+        seconds=12.0,
+        is_dry_run=True,
+    )
+    page.write_report(content, tmp_path)
+    as_json = json.loads((tmp_path / "gpu_report.json").read_text())
+    assert as_json["seconds"] == 12.0
     text = (tmp_path / "gpu_report.md").read_text()
-    for part in (
+    expected_parts = (
         "A dry run at tiny sizes",
+        "- device: H100\n- duration: 12 s\n- note: a remark\n\n## Checks\n\n| check |",
         "| quickstart | failed | 3.0 | AssertionError: no / luck |",
         "| ours eager | 4,005.4 | 50.0% |",
         "| bare | 3,000.0 |  |",
@@ -136,7 +164,8 @@ def test_pages_of_a_report(tmp_path):
         "measurement on a GPU behind them:\n\n- memory_stays_flat: 150 MiB\n\n## Figures",
         "### Loaders\n\n(goal: at least 0.85 of DALI for the same work)\n\nskipped",
         "## quickstart: failed",
-    ):
+    )
+    for part in expected_parts:
         assert part in text
 
 
@@ -145,11 +174,14 @@ def test_dry_run_of_the_report(tmp_path):
     """All checks and all figures at a tiny size, as processes of their own: four minutes."""
     assert report.main(["--dry-run", "--device", "cpu", "--out", str(tmp_path)]) == 0
     content = json.loads((tmp_path / "gpu_report.json").read_text())
-    assert {one["name"] for one in content["checks"]} == set(checks.CHECKS)
-    outcomes = {one["name"]: one["outcome"] for one in content["figures"]}
-    assert set(outcomes.values()) == {"passed"}
-    assert len(outcomes) == 11
-    for one in content["figures"]:
-        # Figures of JPEG files are those of real photographs, or there are none.
-        is_of_photographs = one["name"] in ("loaders", "decoders", "jpeg_loop")
-        assert bool(one["figures"]) != is_of_photographs
+    names_of_checks = {result["name"] for result in content["checks"]}
+    assert names_of_checks == set(checks.CHECKS)
+
+    assert len(content["figures"]) == 11
+    without_figures = set()
+    for result in content["figures"]:
+        assert result["outcome"] == "passed", result
+        if not result["figures"]:
+            without_figures.add(result["name"])
+    # Figures of JPEG files are those of real photographs, or there are none.
+    assert without_figures == {"loaders", "decoders", "jpeg_loop"}

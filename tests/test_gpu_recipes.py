@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from data_files import tar_bytes, write_tree
@@ -37,20 +38,36 @@ SMALL_TABLE = {
 
 def commands_of(target, data):
     """The commands that make would run, as lists of words."""
-    line = ["make", "--no-print-directory", "-n", target, "PYTHON=python3", f"DATA={data}"]
-    printed = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return [shlex.split(text) for text in printed.replace("\\\n", " ").splitlines()]
+    make = ["make", "--no-print-directory", "-n", target, "PYTHON=python3", f"DATA={data}"]
+    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True)
+    # A command may go on in the next line.
+    lines = done.stdout.replace("\\\n", " ").splitlines()
+    return [shlex.split(line) for line in lines]
 
 
 def arguments_of(words):
     """What the command line of this package gets."""
     if "train.py" in words:
-        return ["train", *words[words.index("train.py") + 1 :]]
-    return words[words.index("resnet_dist.cli") + 1 :]
+        program = words.index("train.py")
+        return ["train", *words[program + 1 :]]
+    program = words.index("resnet_dist.cli")
+    return words[program + 1 :]
 
 
 def with_options(arguments, options):
-    return arguments + [text for pair in options.items() for text in pair]
+    """The arguments, and `--name value` for each option."""
+    arguments = list(arguments)
+    for name, value in options.items():
+        arguments += [name, value]
+    return arguments
+
+
+def run_on_one_process(arguments):
+    """Run a command in a process of its own; returns what it printed."""
+    codes = run_app(1, arguments, "printed")
+    printed = Path("printed").read_text()
+    assert codes == [0], printed
+    return printed
 
 
 @pytest.fixture
@@ -66,32 +83,43 @@ def run_training(folder, target, data, more):
     importing, training = commands_of(target, data)
     assert cli.main(arguments_of(importing)) == 0
     # Class folders are not imported again.
-    [again] = commands_of(target, folder / importing[-1])
-    assert again[-1] == str(folder / importing[-1])
+    class_folders = folder / importing[-1]
+    [again] = commands_of(target, class_folders)
+    assert again[-1] == str(class_folders)
     assert again[:-1] == training[:-1]
+
     arguments = with_options(arguments_of(training), TWO_STEPS | more)
-    assert run_app(1, arguments, "printed") == [0], Path("printed").read_text()
-    assert "training cache: " in Path("printed").read_text()
+    printed = run_on_one_process(arguments)
+    assert "training cache: " in printed
     [metrics] = folder.glob("runs/gpu_*/metrics.jsonl")
-    return json.loads(metrics.read_text().splitlines()[-1])
+    last_line = metrics.read_text().splitlines()[-1]
+    return json.loads(last_line)
 
 
 @pytest.mark.slow
 def test_cifar10(folder):
-    (folder / "cifar.tar.gz").write_bytes(tar_bytes(cifar_binary(), "w:gz"))
+    archive = folder / "cifar.tar.gz"
+    archive.write_bytes(tar_bytes(cifar_binary(), "w:gz"))
     more = {"--train.global_batch_size": "5"}
-    assert run_training(folder, "gpu-cifar10", folder / "cifar.tar.gz", more)["step"] == 2
+    last_entry = run_training(folder, "gpu-cifar10", archive, more)
+    assert last_entry["step"] == 2
 
 
 @pytest.mark.slow
 def test_tiny_imagenet(folder):
     archive = write_tiny_zip(folder / "tiny.zip", TINY)
-    smaller = {"--data.val_resize_size": "32", "--data.val_crop_size": "32"}
-    more = {"--train.global_batch_size": "3", **smaller}
-    assert run_training(folder, "gpu-tiny-imagenet", archive, more)["step"] == 2
-    # An unpacked one has a folder train/ as well, but is not ready.
+    more = {
+        "--train.global_batch_size": "3",
+        "--data.val_resize_size": "32",
+        "--data.val_crop_size": "32",
+    }
+    last_entry = run_training(folder, "gpu-tiny-imagenet", archive, more)
+    assert last_entry["step"] == 2
+
+    # An unpacked one has a folder train/ as well, but is not ready: it is imported first.
     unpacked = write_tree(folder / "unpacked", TINY)
-    assert len(commands_of("gpu-tiny-imagenet", unpacked)) == 2
+    commands = commands_of("gpu-tiny-imagenet", unpacked)
+    assert len(commands) == 2
 
 
 @pytest.mark.slow
@@ -99,8 +127,9 @@ def test_throughput(folder):
     [words] = commands_of("gpu-throughput", "")
     arguments = with_options(arguments_of(words), SMALL_TABLE)
     (folder / "runs").mkdir()
-    assert run_app(1, arguments, "printed") == [0], Path("printed").read_text()
-    [row] = json.loads(Path("runs/gpu_throughput.json").read_text())["rows"]
+    run_on_one_process(arguments)
+    table = json.loads(Path("runs/gpu_throughput.json").read_text())
+    [row] = table["rows"]
     assert row["images_per_second"] > 0
 
 
@@ -111,24 +140,53 @@ def test_without_data_make_says_what_is_missing(target):
     assert "DATA names no data" in failure.value.stderr
 
 
+class Source(NamedTuple):
+    """What the source of a recipe says."""
+
+    recipe: str
+    num_images: int
+    updates: int
+    lr_of_update: dict[int, float]
+
+
+SOURCES = (
+    Source(
+        "cifar10_resnet20",
+        num_images=50_000,
+        updates=64_000,
+        lr_of_update={
+            0: 0.1,
+            31_999: 0.1,
+            32_000: 0.01,
+            48_000: 0.001,
+            63_999: 0.001,
+        },
+    ),
+    Source(
+        "tiny_imagenet_resnet18",
+        num_images=100_000,
+        updates=19_500,
+        lr_of_update={
+            975: 0.2,
+            19_499: 0.0,
+        },
+    ),
+)
+
+
 def test_the_schedules_are_those_of_the_sources():
     """Learning rates by update, and the number of updates."""
-    expected = {
-        "cifar10_resnet20": (
-            50_000,
-            64_000,
-            {0: 0.1, 31_999: 0.1, 32_000: 0.01, 48_000: 0.001, 63_999: 0.001},
-        ),
-        "tiny_imagenet_resnet18": (100_000, 19_500, {975: 0.2, 19_499: 0.0}),
-    }
-    for name, (num_images, updates, rates) in expected.items():
-        config = cli.parse_config(["--config", str(ROOT / "configs" / "gpu" / f"{name}.yaml")])
-        train = config.train
+    for source in SOURCES:
+        path = ROOT / "configs" / "gpu" / f"{source.recipe}.yaml"
+        config = cli.parse_config(["--config", str(path)])
+        batch_size = config.train.global_batch_size
+        per_epoch = steps_per_epoch(source.num_images, batch_size)
+        total = epochs_to_steps(config.train.epochs, per_epoch)
+        assert total == source.updates
+        assert total == config.recipe.updates
+
         optim = config.optim
-        per_epoch = steps_per_epoch(num_images, train.global_batch_size)
-        total = epochs_to_steps(train.epochs, per_epoch)
-        assert total == updates == config.recipe.updates
-        peak = peak_lr(optim.base_lr, optim.base_batch_size, train.global_batch_size)
+        peak = peak_lr(optim.base_lr, optim.base_batch_size, batch_size)
         schedule = build_schedule(config.schedule, peak, per_epoch, total)
-        found = {step: schedule.lr(step) for step in rates}
-        assert found == pytest.approx(rates, abs=1e-6), name
+        found = {step: schedule.lr(step) for step in source.lr_of_update}
+        assert found == pytest.approx(source.lr_of_update, abs=1e-6), source.recipe

@@ -19,16 +19,18 @@ CONFIG = DataConfig(
 
 
 def train_loaders(world_size, grad_accum_steps=1, dtype=torch.float32):
-    return [
-        SyntheticTrainLoader(
+    """The loader of each rank."""
+    loaders = []
+    for rank in range(world_size):
+        loader = SyntheticTrainLoader(
             CONFIG,
             seed=3,
             layout=BatchLayout(24, grad_accum_steps, rank, world_size),
             device=torch.device("cpu"),
             dtype=dtype,
         )
-        for rank in range(world_size)
-    ]
+        loaders.append(loader)
+    return loaders
 
 
 def test_batches_have_the_form_of_real_ones():
@@ -53,15 +55,19 @@ def test_any_layout_sees_the_same(world_size, grad_accum_steps):
     [alone] = train_loaders(1)
     # Over the end of an epoch.
     steps = list(alone.batches(2, 7))
-    shares = [list(loader.batches(2, 7)) for loader in train_loaders(world_size, grad_accum_steps)]
+    loaders = train_loaders(world_size, grad_accum_steps)
+    shares = [list(loader.batches(2, 7)) for loader in loaders]
     for number, whole in enumerate(steps):
         parts = []
         for micro_step in range(grad_accum_steps):
             place = number * grad_accum_steps + micro_step
             parts += [share[place] for share in shares]
-        assert np.concatenate([part.indices for part in parts]).tolist() == whole.indices.tolist()
-        assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
-        assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels)
+        rows = np.concatenate([part.indices for part in parts])
+        images = torch.cat([part.images for part in parts])
+        labels = torch.cat([part.labels for part in parts])
+        assert np.array_equal(rows, whole.indices)
+        assert torch.equal(images, whole.images)
+        assert torch.equal(labels, whole.labels)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
