@@ -179,16 +179,26 @@ def _open_zip(path: str, archive: zipfile.ZipFile) -> _Source:
 
 
 def _find_top_folder(names: list[str]) -> str | None:
-    """What the names in a zip file have before train/ and val/; None if it has no annotations."""
-    places = []
+    """What the names in a zip file have before train/ and val/.
+
+    Args:
+        names: the names of all files.
+
+    Returns:
+        A path that ends with a slash, "" if there is no top folder, or None if the zip file has no
+        annotations.
+    """
+    top_folders = []
     for name in names:
-        is_annotations = f"/{name}".endswith(f"/{_ANNOTATIONS}")
-        if is_annotations:
-            places.append(name)
-    if not places:
+        if not name.endswith(_ANNOTATIONS):
+            continue
+        top = name.removesuffix(_ANNOTATIONS)
+        is_folder = top == "" or top.endswith("/")
+        if is_folder:
+            top_folders.append(top)
+    if not top_folders:
         return None
-    shortest = min(places, key=len)
-    return shortest.removesuffix(_ANNOTATIONS)
+    return min(top_folders, key=len)
 
 
 def _import(source: _Source, out: str) -> None:
@@ -227,33 +237,30 @@ def _find_train(source: _Source) -> tuple[list[NewFile], set[str]]:
     if not images:
         raise source.fault("it has no training images in train/<wnid>/images/")
     for wnid in sorted(wnids):
-        has_images = wnid in wnids_with_images
-        _check_class(source, wnid, has_images)
+        if wnid not in wnids_with_images:
+            raise source.fault(f"the class train/{printable(wnid)} has no images")
+        _check_boxes(source, wnid)
     return images, wnids
 
 
-def _check_class(source: _Source, wnid: str, has_images: bool) -> None:
-    """Check that a class is complete; the file of its boxes names all of its images.
+def _check_boxes(source: _Source, wnid: str) -> None:
+    """Check that a class has each image that the file of its boxes names.
 
     Args:
         source: where its files are.
         wnid: the class.
-        has_images: whether it has any.
 
     Raises:
         ValueError: if an image is missing.
     """
-    if not has_images:
-        raise source.fault(f"the class train/{printable(wnid)} has no images")
-    list_of_images = f"train/{wnid}/{wnid}_boxes.txt"
-    if list_of_images not in source.sizes:
+    boxes = f"train/{wnid}/{wnid}_boxes.txt"
+    if boxes not in source.sizes:
         return
-    for line in source.lines(list_of_images):
+    for line in source.lines(boxes):
         name, _, _ = line.partition("\t")
         path = f"train/{wnid}/images/{name}"
         if path not in source.sizes:
-            named_by = printable(list_of_images)
-            raise source.fault(f"{printable(path)} is missing, which {named_by} names")
+            raise source.fault(f"{printable(path)} is missing, which {printable(boxes)} names")
 
 
 def _find_val(source: _Source, classes: set[str]) -> list[NewFile]:
@@ -262,7 +269,7 @@ def _find_val(source: _Source, classes: set[str]) -> list[NewFile]:
     Raises:
         ValueError: if an image or an annotation is missing, or an annotation is not valid.
     """
-    missing = {path for path in source.sizes if _VAL_IMAGE.fullmatch(path)}
+    without_class = {path for path in source.sizes if _VAL_IMAGE.fullmatch(path)}
     images = []
     lines = source.lines(_ANNOTATIONS)
     for number, line in enumerate(lines, 1):
@@ -272,19 +279,17 @@ def _find_val(source: _Source, classes: set[str]) -> list[NewFile]:
         problem = ""
         if wnid not in classes:
             problem = f"{wnid!r} is no class of train/"
-        elif path not in missing:
+        elif path not in without_class:
             problem = f"val/images/ has no image {name!r}, or an earlier line names it too"
         if problem:
             place = f"{_ANNOTATIONS}, line {number}"
-            raise source.fault(
-                f"{place}: {printable(problem)}; a line is <image>, <wnid> and a box, with tabs "
-                "between them"
-            )
-        missing.remove(path)
+            form = "a line is <image>, <wnid> and a box, with tabs between them"
+            raise source.fault(f"{place}: {printable(problem)}; {form}")
+        without_class.remove(path)
         image = source.image(wnid, path)
         images.append(image)
-    if missing:
-        first = printable(min(missing))
+    if without_class:
+        first = printable(min(without_class))
         raise source.fault(f"{_ANNOTATIONS} has no line for {first}")
     return images
 
@@ -299,5 +304,5 @@ def _read_words(source: _Source, classes: set[str]) -> dict[str, str]:
         has_words = meaning.strip() != ""
         if wnid in classes and has_words:
             words[wnid] = meaning
-    by_wnid = sorted(words.items())
-    return dict(by_wnid)
+    sorted_by_wnid = sorted(words.items())
+    return dict(sorted_by_wnid)

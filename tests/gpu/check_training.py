@@ -116,11 +116,17 @@ def no_host_sync(place: Place, folder: Path) -> str:
     config = training_config(place, folder)
     train = replace(config.train, ema_decay=0.999, label_smoothing=0.1, clip_grad_norm=1.0)
     config = replace(config, train=train, augment=AugmentConfig(mixup_alpha=0.2))
-    teacher = weights_of_a_teacher(config, folder)
-    taught = replace(train, teacher=teacher, teacher_model=config.model.name)
-    fp16 = replace(config, train=replace(taught, precision="fp16"))
-    variants = {"eager": config, "eager fp16 with a teacher": fp16}
-    variants = {name: with_compile(one, False) for name, one in variants.items()}
+    taught_in_fp16 = replace(
+        train,
+        precision="fp16",
+        teacher=weights_of_a_teacher(config, folder),
+        teacher_model=config.model.name,
+    )
+    with_teacher = replace(config, train=taught_in_fp16)
+    variants = {
+        "eager": with_compile(config, False),
+        "eager fp16 with a teacher": with_compile(with_teacher, False),
+    }
     if place.is_cuda:
         # Sooner compiled than ResNet-50.
         small = replace(config, model=replace(config.model, name="resnet18"))
@@ -190,41 +196,55 @@ def optimizers_equal_the_cpu(place: Place, folder: Path) -> str:
         gradients.append([torch.randn_like(parameter) for parameter in on_cpu.parameters()])
     kinds = ("sgd", "lars", "lamb", "rmsprop", "adamw")
     for kind in kinds:
-        networks = []
-        for device in (torch.device("cpu"), place.device):
-            network = copy.deepcopy(on_cpu).to(device)
-            optimizer = build_optimizer(OptimConfig(kind=kind), network)
-            for of_update in gradients:
-                for parameter, gradient in zip(network.parameters(), of_update, strict=True):
-                    parameter.grad = gradient.to(device)
-                for group in optimizer.param_groups:
-                    group["lr"] = 0.01
-                optimizer.grad_scale = None
-                optimizer.found_inf = torch.zeros((), device=device)
-                optimizer.step()
-            networks.append([parameter.detach().cpu() for parameter in network.parameters()])
-        for ours, reference in zip(networks[1], networks[0], strict=True):
+        expected = weights_after_updates(on_cpu, kind, gradients, torch.device("cpu"))
+        found = weights_after_updates(on_cpu, kind, gradients, place.device)
+        for ours, reference in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6, msg=kind)
     return ", ".join(kinds)
+
+
+def weights_after_updates(
+    network: nn.Module,
+    kind: str,
+    gradients: list[list[torch.Tensor]],
+    device: torch.device,
+) -> list[torch.Tensor]:
+    """The parameters of a copy of a network after an update with each of the lists of gradients."""
+    network = copy.deepcopy(network).to(device)
+    optimizer = build_optimizer(OptimConfig(kind=kind), network)
+    for gradients_of_update in gradients:
+        for parameter, gradient in zip(network.parameters(), gradients_of_update, strict=True):
+            parameter.grad = gradient.to(device)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01
+        optimizer.grad_scale = None
+        optimizer.found_inf = torch.zeros((), device=device)
+        optimizer.step()
+    return [parameter.detach().cpu() for parameter in network.parameters()]
 
 
 def compile_equals_eager(place: Place, folder: Path) -> str:
     """The loss of three updates in fp32, compiled and eager."""
     config = training_config(place, folder, "fp32")
-    model = replace(config.model, name="resnet18" if place.is_full else "resnet20")
-    config = replace(config, model=model)
-    found = {}
+    network = "resnet18" if place.is_full else "resnet20"
+    config = replace(config, model=replace(config.model, name=network))
     with quick_compilation(place):
-        for is_compiled in (False, True):
-            variant = with_compile(config, is_compiled)
-            with single_rank(place) as runtime, collective_in_group_of_one():
-                set_arithmetic(variant.train, place.device)
-                parts = build_training(variant, runtime, 10)
-                found[is_compiled] = losses_of(parts, 3, lr=0.01)
-                parts.train_loader.close()
-    for eager, compiled in zip(found[False], found[True], strict=True):
-        assert math.isclose(eager, compiled, rel_tol=2e-3), found
-    return f"losses {found[False]} and {found[True]}"
+        eager = three_losses(place, with_compile(config, False))
+        compiled = three_losses(place, with_compile(config, True))
+    text = f"losses {eager} and {compiled}"
+    for eager_loss, compiled_loss in zip(eager, compiled, strict=True):
+        assert math.isclose(eager_loss, compiled_loss, rel_tol=2e-3), text
+    return text
+
+
+def three_losses(place: Place, config: Config) -> list[float]:
+    """The loss of the first three updates, with SyncBatchNorm's collective."""
+    with single_rank(place) as runtime, collective_in_group_of_one():
+        set_arithmetic(config.train, place.device)
+        parts = build_training(config, runtime, 10)
+        losses = losses_of(parts, 3, lr=0.01)
+        parts.train_loader.close()
+    return losses
 
 
 @dataclass(frozen=True)
@@ -280,11 +300,12 @@ def compile_modes(place: Place, folder: Path) -> str:
                 teacher_model=config.model.name if mode.has_more else "",
                 distillation_weight=0.5,
             )
-            own = replace(config, train=train_config)
-            eager = losses_in_mode(place, with_compile(own, False), mode)
-            compiled = losses_in_mode(place, with_compile(own, True), mode)
+            of_mode = replace(config, train=train_config)
+            eager = losses_in_mode(place, with_compile(of_mode, False), mode)
+            compiled = losses_in_mode(place, with_compile(of_mode, True), mode)
+            difference = torch.tensor(compiled) / torch.tensor(eager) - 1
             # The largest element of a tensor is NaN if one of them is.
-            worst = float((torch.tensor(compiled) / torch.tensor(eager) - 1).abs().max())
+            worst = float(difference.abs().max())
             text = f"{mode.name} {mode.precision}"
             if mode.has_more:
                 text += " with the collective and a teacher"
@@ -303,11 +324,11 @@ def losses_in_mode(place: Place, config: Config, mode: Mode) -> list[float]:
         parts = build_training(config, runtime, 10)
         micro_batches = list(parts.train_loader.batches(0, 1))
         # They find kernels by timing, and record CUDA graphs.
-        counts = train(parts, micro_batches, place.size(5, 1), 0.05)
+        all_counts = train(parts, micro_batches, place.size(5, 1), 0.05)
         with no_synchronization(place):
-            counts += train(parts, micro_batches, place.size(15, 1), 0.05)
+            all_counts += train(parts, micro_batches, place.size(15, 1), 0.05)
         parts.train_loader.close()
-        return [loss(one) for one in counts]
+        return [loss(counts) for counts in all_counts]
 
 
 @contextlib.contextmanager
@@ -394,8 +415,9 @@ def deterministic_and_resumed(place: Place, folder: Path) -> str:
     JPEG files, augmentation, SyncBatchNorm, bf16 or fp16 on a GPU, there compiled and eager.
     """
     data = folder / "data"
+    pictures = [picture(60 + i % 9, 80 - i % 7, seed=i) for i in range(48)]
+    files = [encode(image) for image in pictures]
     for split in ("train", "val"):
-        files = [encode(picture(60 + i % 9, 80 - i % 7, i)) for i in range(48)]
         write_split(str(data), files, split=split)
     kinds = {"eager": False}
     if place.is_cuda:
@@ -405,29 +427,35 @@ def deterministic_and_resumed(place: Place, folder: Path) -> str:
         for name in ("one", "two", "stopped"):
             run = f"{kind}_{name}"
             runs[run] = _deterministic_config(place, data, folder / run, compiles)
+
     # All at the same time: most of it is imports and compilation.
     children = {}
+    expected = {}
     for run, config in runs.items():
-        children[run] = _start_child(config, 4 if run.endswith("stopped") else -1)
+        is_stopped = run.endswith("stopped")
+        children[run] = _start_child(config, stop_at=4 if is_stopped else -1)
+        expected[run] = 143 if is_stopped else 0
     codes = {run: _end_child(child) for run, child in children.items()}
-    expected = {run: 143 if run.endswith("stopped") else 0 for run in runs}
     assert codes == expected, codes
-    resumed = [_start_child(runs[f"{kind}_stopped"], -1) for kind in kinds]
-    assert {_end_child(child) for child in resumed} == {0}
+
+    resumed = [_start_child(runs[f"{kind}_stopped"], stop_at=-1) for kind in kinds]
+    codes_of_resumed = [_end_child(child) for child in resumed]
+    assert set(codes_of_resumed) == {0}
     for kind in kinds:
         _compare_weights(runs, kind)
+
     lines = (folder / "eager_one" / "metrics.jsonl").read_text().splitlines()
     logged = [json.loads(line) for line in lines]
-    has_memory = any("gpu/peak_memory_gib" in line for line in logged)
+    has_memory = any("gpu/peak_memory_gib" in entry for entry in logged)
     assert has_memory == place.is_cuda
     return f"{', '.join(kinds)}: 3 runs each, equal weights"
 
 
 def _compare_weights(runs: dict[str, Config], kind: str) -> None:
     """Fail unless the three runs of a kind ended with the same weights."""
-    first = _last_weights(Path(runs[f"{kind}_one"].output_dir))
+    first = _last_weights(runs[f"{kind}_one"])
     for name in ("two", "stopped"):
-        other = _last_weights(Path(runs[f"{kind}_{name}"].output_dir))
+        other = _last_weights(runs[f"{kind}_{name}"])
         different = []
         for key, tensor in first.items():
             if not torch.equal(tensor, other[key]):
@@ -498,9 +526,9 @@ def _end_child(child: subprocess.Popen) -> int:
     return code
 
 
-def _last_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of the newest checkpoint."""
-    content = torch.load(folder / "checkpoints" / "last.pt", map_location="cpu", weights_only=True)
-    weights = content["model"]
+def _last_weights(config: Config) -> dict[str, torch.Tensor]:
+    """The weights of the last checkpoint of a run."""
+    path = Path(config.output_dir, "checkpoints", "last.pt")
+    content = torch.load(path, map_location="cpu", weights_only=True)
     assert content["step"] == 8
-    return weights
+    return content["model"]

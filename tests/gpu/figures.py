@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from resnet_dist.commands.bare_loop import BareSettings, build_bare_step
 from resnet_dist.commands.benchmark import compare_loops
 from resnet_dist.commands.benchmark_determinism import price_of_determinism
 from resnet_dist.commands.benchmark_parts import (
+    Step,
     build_training,
     host_seconds,
     step_on_one_batch,
@@ -56,6 +58,7 @@ from resnet_dist.commands.plain_loaders import (
 from resnet_dist.config import Config, DataConfig
 from resnet_dist.data.build import build_train_loader
 from resnet_dist.data.pixels.probe import describe_jpeg_decoder
+from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.precision import Precision, resolve_precision, set_arithmetic
 
 
@@ -96,35 +99,54 @@ def synthetic(place: Place, photographs: Path | None, folder: Path) -> Figures:
     )
     set_arithmetic(config.train, place.device)
     with single_rank(place) as runtime:
-        builders = {"bare eager": lambda: build_bare_step(bare)}
-        if place.is_cuda:
-            compiled = replace(bare, compiled=True)
-            builders["bare compiled"] = lambda: build_bare_step(compiled)
-        builders["ours eager"] = lambda: step_on_one_batch(build_training(config, runtime, 10))
-        if place.is_cuda:
-            ours = with_compile(config, True)
-            builders["ours compiled"] = lambda: step_on_one_batch(build_training(ours, runtime, 10))
         steps = {}
-        first = {}
-        for name, build in builders.items():
+        first_seconds = {}
+        for name, build in step_builders(place, bare, config, runtime).items():
             start = time.perf_counter()
             steps[name] = build()
             steps[name]()
             synchronize(place)
-            first[name] = time.perf_counter() - start
+            first_seconds[name] = time.perf_counter() - start
         seconds = time_in_turns(steps, place.device, place.size(4, 1), place.size(25, 2))
         meter = EnergyMeter(place.device)
         rows = {}
-        for name, of_step in seconds.items():
-            step_seconds = statistics.median(of_step)
+        for name, step in steps.items():
+            step_seconds = statistics.median(seconds[name])
             rows[name] = {
                 "images/s": batch_size / step_seconds,
                 "ms a step": 1e3 * step_seconds,
-                "first step, s": first[name],
-                "host, ms": milliseconds(host_seconds(steps[name], place.device)),
-                "J an image": joules_per_image(steps[name], meter, place, batch_size),
+                "first step, s": first_seconds[name],
+                "host, ms": milliseconds(host_seconds(step, place.device)),
+                "J an image": joules_per_image(step, meter, place, batch_size),
             }
     return {"rows": rows, "batch": batch_size, "precision": bare.precision.name}
+
+
+def step_builders(
+    place: Place,
+    bare: BareSettings,
+    config: Config,
+    runtime: Runtime,
+) -> dict[str, Callable[[], Step]]:
+    """Functions that build the bare step and our step: eager, and on a GPU compiled too."""
+
+    def build_ours(of_config: Config) -> Step:
+        parts = build_training(of_config, runtime, 10)
+        return step_on_one_batch(parts)
+
+    if not place.is_cuda:
+        return {
+            "bare eager": partial(build_bare_step, bare),
+            "ours eager": partial(build_ours, config),
+        }
+    bare_compiled = replace(bare, compiled=True)
+    ours_compiled = with_compile(config, True)
+    return {
+        "bare eager": partial(build_bare_step, bare),
+        "bare compiled": partial(build_bare_step, bare_compiled),
+        "ours eager": partial(build_ours, config),
+        "ours compiled": partial(build_ours, ours_compiled),
+    }
 
 
 def milliseconds(seconds: float | None) -> float | None:
@@ -155,31 +177,35 @@ def loaders(place: Place, photographs: Path | None, folder: Path) -> Figures:
     ours = build_train_loader(config, runtime_on(place.device))
     train = str(photographs / "train")
     threads = ours.threads
-    contenders: dict[str, MakeBatches] = {"ours": ours.batches}
-    for name, build in (
-        ("DALI, the same work", plain_dali_whole_image),
-        ("DALI, random window", plain_dali),
-    ):
-        contenders[name] = build(train, config.data, batch_size, threads, place.device)
+    same_work = plain_dali_whole_image(train, config.data, batch_size, threads, place.device)
+    random_window = plain_dali(train, config.data, batch_size, threads, place.device)
+    contenders: dict[str, MakeBatches] = {
+        "ours": ours.batches,
+        "DALI, the same work": same_work,
+        "DALI, random window": random_window,
+    }
     torchvision = plain_torchvision(train, config.data, batch_size, threads)
     if torchvision is not None and place.is_full:
         contenders["torchvision"] = torchvision
+
     speeds: dict[str, list[float]] = {name: [] for name in contenders}
     num_batches = place.size(24, 2)
     for window in range(place.size(4, 2)):
+        # The first window warms up.
+        is_measured = window > 0
         for name, make in contenders.items():
             # torchvision is ten times slower: a few of its batches are enough.
             length = 3 if name == "torchvision" else num_batches
             seconds = time_batches(make, window * num_batches, length, place)
-            if window:
+            if is_measured:
                 speeds[name].append(length * batch_size / seconds)
     ours.close()
+
+    our_speed = statistics.median(speeds["ours"])
     rows = {}
-    for name, of_loader in speeds.items():
-        rows[name] = {
-            "images/s": statistics.median(of_loader),
-            "ours / it": statistics.median(speeds["ours"]) / statistics.median(of_loader),
-        }
+    for name, speeds_of_loader in speeds.items():
+        speed = statistics.median(speeds_of_loader)
+        rows[name] = {"images/s": speed, "ours / it": our_speed / speed}
     return {"rows": rows, "batch": batch_size, "threads": threads}
 
 
@@ -204,12 +230,15 @@ def jpeg_config(place: Place, photographs: Path, folder: Path, batch_size: int) 
 def decoders(place: Place, photographs: Path | None, folder: Path) -> Figures:
     """Whole images with Pillow's chroma upsampling against windows without it, in turns."""
     assert photographs is not None
+    train = photographs / "train"
     batch_size = place.size(256, 4)
     pipelines = {}
     for name in ("whole image", "window"):
-        pipelines[name] = decoder_pipeline(place, photographs / "train", batch_size, name)
+        pipeline = decoder_pipeline(place, train, batch_size, name)
         for _ in range(3):
-            pipelines[name].run()
+            pipeline.run()
+        pipelines[name] = pipeline
+
     speeds: dict[str, list[float]] = {name: [] for name in pipelines}
     runs = place.size(20, 2)
     for _ in range(place.size(4, 1)):
@@ -218,13 +247,13 @@ def decoders(place: Place, photographs: Path | None, folder: Path) -> Figures:
             for _ in range(runs):
                 pipeline.run()
             synchronize(place)
-            speeds[name].append(runs * batch_size / (time.perf_counter() - start))
+            seconds = time.perf_counter() - start
+            speeds[name].append(runs * batch_size / seconds)
+
     rows = {}
-    for name, of_decoder in speeds.items():
-        rows[name] = {
-            "images/s": statistics.median(of_decoder),
-            **difference_from_pillow(place, photographs / "train", name),
-        }
+    for name, speeds_of_decoder in speeds.items():
+        speed = statistics.median(speeds_of_decoder)
+        rows[name] = {"images/s": speed, **difference_from_pillow(place, train, name)}
     return {"rows": rows, "batch": batch_size}
 
 
@@ -271,22 +300,25 @@ def difference_from_pillow(place: Place, train: Path, name: str) -> Figures:
     """How far the windows of some photographs are from Pillow's pixels, in levels of 0 to 255."""
     from nvidia.dali import fn
 
-    paths = sorted(train.rglob("*.jpg"))[: place.size(64, 4)]
+    number = place.size(64, 4)
+    paths = sorted(train.rglob("*.jpg"))[:number]
 
     def define() -> tuple[Any, ...]:
         encoded, _ = fn.readers.file(files=[str(path) for path in paths])
         return decoded_window(encoded, name, place)
 
-    outputs = built_pipeline(place, len(paths), define).run()
+    pipeline = built_pipeline(place, len(paths), define)
+    windows, anchors, extents = pipeline.run()
     if place.is_cuda:
-        outputs = (outputs[0].as_cpu(), *outputs[1:])
+        windows = windows.as_cpu()
     means = []
     worst = 0
-    for path, pixels, anchor, extent in zip(paths, *outputs, strict=True):
-        y, x = np.array(anchor).tolist()
+    for path, pixels, anchor, extent in zip(paths, windows, anchors, extents, strict=True):
+        top, left = np.array(anchor).tolist()
         height, width = np.array(extent).tolist()
         whole = np.asarray(Image.open(path).convert("RGB"), np.int16)
-        difference = np.abs(whole[y : y + height, x : x + width] - np.array(pixels))
+        expected = whole[top : top + height, left : left + width]
+        difference = np.abs(expected - np.array(pixels))
         means.append(float(difference.mean()))
         worst = max(worst, int(difference.max()))
     return {
@@ -308,15 +340,17 @@ def jpeg_loop(place: Place, photographs: Path | None, folder: Path) -> Figures:
 
 def determinism(place: Place, photographs: Path | None, folder: Path) -> Figures:
     """The price of train.deterministic, eager and compiled."""
+    windows = place.size(3, 1)
+    steps = place.size(15, 2)
+    variants = eager_and_compiled(place, resnet50(place, folder))
     rows = {}
-    for name, variant in eager_and_compiled(place, resnet50(place, folder)).items():
+    for name, variant in variants.items():
         with single_rank(place) as runtime:
-            found = price_of_determinism(
-                variant, runtime, place.size(3, 1), place.size(15, 2), trainings=1
-            )
+            found = price_of_determinism(variant, runtime, windows, steps, trainings=1)
+        speeds = found["images_per_second"]
         rows[name] = {
-            "default, images/s": found["images_per_second"]["default"],
-            "deterministic, images/s": found["images_per_second"]["deterministic"],
+            "default, images/s": speeds["default"],
+            "deterministic, images/s": speeds["deterministic"],
             "price": found["price"],
         }
     return {"rows": rows}
@@ -330,11 +364,16 @@ def kernels(place: Place, photographs: Path | None, folder: Path) -> Figures:
     with single_rank(place) as runtime:
         set_arithmetic(config.train, place.device)
         parts = build_training(config, runtime, 10)
-        table = profile_steps(step_on_one_batch(parts), place.device, folder / "trace.json")
+        step = step_on_one_batch(parts)
+        table = profile_steps(step, place.device, folder / "trace.json")
     assert table is not None
     rows = {}
-    for row in table.kinds:
-        rows[row.name] = {"ms a step": row.milliseconds, "share": row.share, "calls": row.count}
+    for kind in table.kinds:
+        rows[kind.name] = {
+            "ms a step": kind.milliseconds,
+            "share": kind.share,
+            "calls": kind.count,
+        }
     return {"rows": rows, "ms a step": table.step_milliseconds}
 
 
@@ -349,7 +388,8 @@ def host_time(place: Place, photographs: Path | None, folder: Path) -> Figures:
     for name, variant in variants.items():
         with single_rank(place) as runtime:
             set_arithmetic(variant.train, place.device)
-            step = step_on_one_batch(build_training(variant, runtime, 10))
+            parts = build_training(variant, runtime, 10)
+            step = step_on_one_batch(parts)
             seconds = time_in_turns({name: step}, place.device, place.size(3, 1), place.size(50, 2))
             rows[name] = {
                 "host, ms": milliseconds(host_seconds(step, place.device)),
@@ -422,17 +462,18 @@ PARTS = {
 def run_part(name: str, place: Place, photographs: Path | None) -> Iterator[dict[str, Any]]:
     """Measure one part: a line that it starts, then its result."""
     yield {"name": name, "outcome": "started"}
+    part = PARTS[name]
     start = time.perf_counter()
     outcome = "passed"
     text = ""
     figures: Figures = {}
-    if PARTS[name].needs_photographs and photographs is None:
+    if part.needs_photographs and photographs is None:
         outcome = "skipped"
         text = "needs real photographs: --photographs DIR"
     else:
         with tempfile.TemporaryDirectory(prefix=f"{name}_") as folder:
             try:
-                figures = PARTS[name].measure(place, photographs, Path(folder))
+                figures = part.measure(place, photographs, Path(folder))
             except Exception as problem:
                 outcome = "failed"
                 text = f"{type(problem).__name__}: {problem}\n{traceback.format_exc()[-1500:]}"

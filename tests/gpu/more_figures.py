@@ -55,20 +55,20 @@ def evaluation(place: Place, photographs: Path | None, folder: Path) -> Figures:
         remarks = loader.remarks()
         network = build_model(config.model, 1000).to(place.device)
         network = network.to(memory_format=torch.channels_last)
-
-        def run() -> tuple[Counts, float]:
-            return timed_evaluation(network, loader, config, runtime)
-
-        first, first_seconds = run()
-        repeated = [run() for _ in range(place.size(3, 1))]
+        first, first_seconds = timed_evaluation(network, loader, config, runtime)
+        repeated_seconds = []
+        equal_counts = True
+        for _ in range(place.size(3, 1)):
+            counts, seconds = timed_evaluation(network, loader, config, runtime)
+            repeated_seconds.append(seconds)
+            equal_counts = equal_counts and counts.result() == first.result()
         remarks += loader.remarks()
         loader.close()
-    expected = first.result()
     return {
         "images": number,
-        "repeated, s": statistics.median(seconds for _, seconds in repeated),
+        "repeated, s": statistics.median(repeated_seconds),
         "first, s": first_seconds if photographs is not None else None,
-        "equal counts": all(counts.result() == expected for counts, _ in repeated),
+        "equal counts": equal_counts,
         "cache": "; ".join(remarks),
     }
 
@@ -102,11 +102,12 @@ def images_to_link(photographs: Path | None, folder: Path) -> list[Path]:
 
 def link_images(sources: list[Path], split: Path, number: int) -> None:
     """Fill the class folders of a split with links to images, each several times."""
-    for place_in_split in range(number):
-        source = sources[place_in_split % len(sources)].resolve()
-        class_folder = split / f"class{place_in_split % 8}"
+    for position in range(number):
+        source = sources[position % len(sources)]
+        class_folder = split / f"class{position % 8}"
         class_folder.mkdir(parents=True, exist_ok=True)
-        (class_folder / f"{place_in_split:06d}.jpg").symlink_to(source)
+        link = class_folder / f"{position:06d}.jpg"
+        link.symlink_to(source.resolve())
 
 
 def norm(place: Place, photographs: Path | None, folder: Path) -> Figures:
@@ -120,10 +121,12 @@ def norm(place: Place, photographs: Path | None, folder: Path) -> Figures:
     for name, variant in eager_and_compiled(place, config).items():
         with single_rank(place) as runtime:
             set_arithmetic(variant.train, place.device)
-            steps = {"local": step_on_one_batch(build_training(variant, runtime, 10))}
+            parts = build_training(variant, runtime, 10)
+            local_step = step_on_one_batch(parts)
             with collective_in_group_of_one():
-                step = step_on_one_batch(build_training(variant, runtime, 10))
-            steps["collective"] = with_collective(step)
+                parts = build_training(variant, runtime, 10)
+                step = step_on_one_batch(parts)
+            steps = {"local": local_step, "collective": with_collective(step)}
             seconds = time_in_turns(steps, place.device, place.size(4, 1), place.size(20, 2))
         local = statistics.median(seconds["local"])
         collective = statistics.median(seconds["collective"])
@@ -154,14 +157,16 @@ def first_convolution(place: Place, photographs: Path | None, folder: Path) -> F
     batch_size = place.size(256, 2)
     side = place.size(224, 16)
     dtype = torch.bfloat16 if place.is_cuda else torch.float32
+
+    def random_channels_last(*shape: int) -> torch.Tensor:
+        tensor = torch.randn(shape, device=place.device)
+        return tensor.contiguous(memory_format=torch.channels_last)
+
     torch.manual_seed(0)
-    images = torch.randn(batch_size, 3, side, side, device=place.device).to(dtype)
-    images = images.contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(64, 3, 7, 7, device=place.device)
-    weight = weight.contiguous(memory_format=torch.channels_last).requires_grad_()
+    images = random_channels_last(batch_size, 3, side, side).to(dtype)
+    weight = random_channels_last(64, 3, 7, 7).requires_grad_()
     padded = with_fourth_channel(images)
-    gradient = torch.randn(batch_size, 64, side // 2, side // 2, device=place.device).to(dtype)
-    gradient = gradient.contiguous(memory_format=torch.channels_last)
+    gradient = random_channels_last(batch_size, 64, side // 2, side // 2).to(dtype)
 
     def three_channels() -> torch.Tensor:
         return F.conv2d(images, weight.to(dtype), stride=2, padding=3)
@@ -190,11 +195,14 @@ def first_convolution(place: Place, photographs: Path | None, folder: Path) -> F
     torch.backends.cudnn.benchmark = place.is_cuda
     seconds = time_in_turns(steps, place.device, place.size(5, 1), place.size(30, 2))
     torch.testing.assert_close(three_channels(), padded_by_the_loader(), rtol=2e-2, atol=1e-2)
-    rows = {name: {"ms": 1e3 * statistics.median(of_step)} for name, of_step in seconds.items()}
+    rows = {}
+    for name, seconds_of_step in seconds.items():
+        rows[name] = {"ms": 1e3 * statistics.median(seconds_of_step)}
     return {"rows": rows, "batch": batch_size}
 
 
 def with_fourth_channel(x: torch.Tensor) -> torch.Tensor:
     """[B, 3, H, W] with a fourth channel of zeros, in channels_last."""
-    padded = F.pad(x, (0, 0, 0, 0, 0, 1))
+    before_and_after_each = (0, 0, 0, 0, 0, 1)
+    padded = F.pad(x, before_and_after_each)
     return padded.contiguous(memory_format=torch.channels_last)
