@@ -20,6 +20,23 @@ from resnet_dist.commands.rival_file import build_rivals
 from resnet_dist.config import Config, DataConfig, TrainConfig
 from resnet_dist.data.pixels.read import READ_THREADS
 
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+RIVALS = str(BENCHMARKS / "rivals.py")
+PLACES = str(BENCHMARKS / "places.py")
+
+
+def jpegs(count):
+    """Files of different pictures."""
+    return [encode(picture(60, 80, seed)) for seed in range(count)]
+
+
+def run_one(arguments, output, entry=None):
+    """What a command on one rank prints, which must succeed."""
+    codes = run_app(1, arguments, str(output), entry)
+    printed = output.read_text()
+    assert codes == [0], printed
+    return printed
+
 
 @pytest.mark.slow
 def test_benchmark_of_the_loop(tmp_path):
@@ -46,8 +63,10 @@ def test_benchmark_of_the_loop(tmp_path):
         "--distributed.threads",
         "1",
     ]
-    assert run_app(2, arguments, str(output)) == [0, 0], output.read_text()
-    result = json.loads(output.read_text().splitlines()[-1])
+    codes = run_app(2, arguments, str(output))
+    assert codes == [0, 0], output.read_text()
+    last_line = output.read_text().splitlines()[-1]
+    result = json.loads(last_line)
     assert result["ranks"] == 2
     assert result["local_batch_size"] == 4
     assert result["whole_images_per_second"] > 0
@@ -57,7 +76,8 @@ def test_benchmark_of_the_loop(tmp_path):
     assert result["memory_share"] > 0
     assert result["joules_per_image"] is None
     assert result["host_ms_per_step"] is None
-    assert result["ratio"] == result["whole_images_per_second"] / result["bare_images_per_second"]
+    ratio = result["whole_images_per_second"] / result["bare_images_per_second"]
+    assert result["ratio"] == ratio
 
 
 RIVAL_FILE = """
@@ -74,7 +94,7 @@ RIVALS = {"theirs": theirs, "other": other}
 @pytest.mark.slow
 def test_benchmark_of_the_loader(tmp_path):
     """Every contender makes the same number of images; the workers' processor time is counted."""
-    write_split(tmp_path / "data", [encode(picture(60, 80, i)) for i in range(12)])
+    write_split(tmp_path / "data", jpegs(12))
     output = tmp_path / "printed"
     arguments = [
         "benchmark",
@@ -103,11 +123,13 @@ def test_benchmark_of_the_loader(tmp_path):
     ]
 
     def entry(arguments):
-        multiprocessing.current_process()._config["daemon"] = False  # it has workers of its own
+        # It has workers of its own.
+        process = multiprocessing.current_process()
+        process._config["daemon"] = False
         return cli.main(arguments)
 
-    assert run_app(1, arguments, str(output), entry) == [0], output.read_text()
-    result = json.loads(output.read_text().splitlines()[-1])
+    printed = run_one(arguments, output, entry)
+    result = json.loads(printed.splitlines()[-1])
     assert result["images"] == 24
     assert result["threads"] == 1
     assert result["device"] == "cpu"
@@ -124,9 +146,9 @@ def test_benchmark_of_the_loader(tmp_path):
         assert len(result["turns"][name]) == 2
         assert min(figures.values()) > 0
     assert loaders["resnet_dist"]["cpu_ratio"] == loaders["resnet_dist"]["ratio"] == 1
-    assert (
-        loaders["slow storage"]["images_per_second"] < READ_THREADS / 0.02
-    )  # each waits 20 ms for a file
+    # Each thread waits 20 ms for a file.
+    most_files_per_second = READ_THREADS / 0.02
+    assert loaders["slow storage"]["images_per_second"] < most_files_per_second
     host_work = result["host_work_us_per_image"]
     assert set(host_work) == {"plan", "lookup", "header", "geometry", "feeding"}
     assert min(host_work.values()) > 0
@@ -134,22 +156,20 @@ def test_benchmark_of_the_loader(tmp_path):
     rivals = tmp_path / "rivals.py"
     rivals.write_text(RIVAL_FILE)
     arguments += ["--rivals", str(rivals)]
-    assert run_app(1, arguments, str(output), entry) == [0], output.read_text()
-    *_, rival, last_loader, work, remark = output.read_text().splitlines()
+    printed = run_one(arguments, output, entry)
+    *_, rival, last_loader, work, remark = printed.splitlines()
     assert re.match(r"theirs +\d", rival)
     assert re.match(r"Python work for a GPU: \d+\.\d us an image \(plan \d", work)
     assert last_loader.startswith("memory cache")
-    assert "without other: it is not there" in output.read_text().splitlines()
+    assert "without other: it is not there" in printed.splitlines()
     assert re.match(r"training cache: 12 images, \d+\.\d MiB, decoded in ", remark)
-
-
-RIVALS = str(Path(__file__).resolve().parents[1] / "benchmarks" / "rivals.py")
 
 
 @pytest.mark.long
 def test_loaders_with_a_format_of_their_own(tmp_path):
     """Each gives all images of an epoch with their labels, and begins anew for more."""
-    write_split(tmp_path, [encode(picture(60, 80, i)) for i in range(12)])
+    write_split(tmp_path, jpegs(12))
+    labels_of_an_epoch = [0] * 4 + [1] * 4 + [2] * 4
     text = f"{RIVALS}:webdataset,litdata"
     config = DataConfig(train_crop_size=32)
     rivals = build_rivals(text, str(tmp_path / "train"), config, 4, 1)
@@ -159,12 +179,15 @@ def test_loaders_with_a_format_of_their_own(tmp_path):
         for images, classes in batches(0, 6):
             assert tuple(images.shape) == (4, 3, 32, 32), name
             labels += [int(label) for label in classes]
-        assert sorted(labels[:12]) == sorted(labels[12:]) == [0] * 4 + [1] * 4 + [2] * 4, name
+        first_epoch = sorted(labels[:12])
+        second_epoch = sorted(labels[12:])
+        assert first_epoch == labels_of_an_epoch, name
+        assert second_epoch == labels_of_an_epoch, name
 
 
 def test_rivals_that_cannot_be_used(tmp_path, monkeypatch):
     """Those that are not installed are left out; what was asked for by name is an error."""
-    write_split(tmp_path, [encode(picture(60, 80, i)) for i in range(3)])
+    write_split(tmp_path, jpegs(3))
     folder = str(tmp_path / "train")
     empty = tmp_path / "empty.py"
     empty.write_text("")
@@ -175,13 +198,14 @@ def test_rivals_that_cannot_be_used(tmp_path, monkeypatch):
     rivals = build_rivals(RIVALS, folder, DataConfig(), 4, 1)
     assert rivals.makers == {}
     assert set(rivals.left_out) == {"ffcv", "webdataset", "litdata", "mosaicml"}
-    for text, words in (
+    cases = (
         (f"{RIVALS}:other", "has ffcv, webdataset, litdata, mosaicml"),
         (f"{RIVALS}:mosaicml", "mosaicml cannot be imported"),
         (str(empty), "does not define RIVALS"),
         (str(text_file), "is not valid Python"),
         (str(tmp_path), "is no file"),
-    ):
+    )
+    for text, words in cases:
         with pytest.raises(ValueError, match=words):
             build_rivals(text, folder, DataConfig(), 4, 1)
 
@@ -200,7 +224,7 @@ def write_parquet(folder, files, labels):
 
 def test_our_loader_on_other_roots(tmp_path):
     """Shards are read as in training, with the samples of the folder; parquet files in order."""
-    files = [encode(picture(60, 80, seed)) for seed in range(12)]
+    files = jpegs(12)
     index = write_split(tmp_path / "folder", files)
     shards = tmp_path / "shards"
     pack_shards(index, shards / "train", range(12), shards=2)
@@ -227,7 +251,8 @@ def test_our_loader_on_other_roots(tmp_path):
         assert np.array_equal(labels, labels_in_order[rows]), name
         if name != str(shards):
             # After the last of the twelve images comes the first one again.
-            assert rows.tolist() == [8, 9, 10, 11, *range(12)], name
+            last_rows = [8, 9, 10, 11]
+            assert rows.tolist() == [*last_rows, *range(12)], name
         place.loader.close()
 
 
@@ -239,17 +264,20 @@ def test_a_root_that_cannot_be_measured(tmp_path):
         open_places(config, OneProcess(), str(missing))
 
 
-PLACES = str(Path(__file__).resolve().parents[1] / "benchmarks" / "places.py")
-
-
 @pytest.mark.long
 def test_loader_by_the_place_of_the_data(tmp_path):
     """One command measures folder, shards, a store that is late, parquet and the cache."""
-    write_split(tmp_path / "data", [encode(picture(60, 80, seed)) for seed in range(12)])
+    write_split(tmp_path / "data", jpegs(12))
     command = [sys.executable, PLACES, str(tmp_path / "data")]
     command += ["--json", "--windows", "1", "--images", "16", "--output_dir", str(tmp_path)]
     command += ["--data.train_crop_size", "32", "--train.global_batch_size", "8"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     own, shards, store, evaluation, parquet, *others = result["loaders"]
@@ -265,7 +293,7 @@ def test_loader_by_the_place_of_the_data(tmp_path):
 
 @pytest.mark.slow
 def test_benchmark_of_the_loader_needs_files_and_one_process(tmp_path):
-    write_split(tmp_path, [encode(picture(60, 80, i)) for i in range(12)])
+    write_split(tmp_path, jpegs(12))
     write_parquet(tmp_path / "parquet", [], [])
     folder = ["--data.data_dir", str(tmp_path), "--train.global_batch_size", "6"]
     parquet = ["--data.data_dir", str(tmp_path / "parquet")]
@@ -306,49 +334,52 @@ SMALL = [
 @pytest.mark.slow
 def test_profile_of_a_step(tmp_path):
     folder = tmp_path / "profile"
-    arguments = ["benchmark", "--profile", str(folder), *SMALL, "--output_dir", str(tmp_path)]
-    output = tmp_path / "printed"
-    assert run_app(1, arguments, str(output)) == [0], output.read_text()
+    arguments = ["benchmark", "--profile", str(folder)]
+    arguments += [*SMALL, "--output_dir", str(tmp_path)]
+    printed = run_one(arguments, tmp_path / "printed")
     names = {path.name for path in folder.iterdir()}
     assert names == {"trace.json", "kernels.txt", "kernels.json", "kernels.png"}
-    rows = {row["name"]: row for row in json.loads((folder / "kernels.json").read_text())["kinds"]}
+    kernels = json.loads((folder / "kernels.json").read_text())
+    rows = {row["name"]: row for row in kernels["kinds"]}
     # 19 convolutions forward and as many backward, of which each has up to two operators.
     assert 38 <= rows["convolution"]["count"] <= 5 * 38
     assert rows["communication"]["count"] > 0
-    assert (folder / "kernels.txt").read_text() in output.read_text()
+    assert (folder / "kernels.txt").read_text() in printed
 
 
 @pytest.mark.slow
 def test_price_of_determinism(tmp_path):
     """On the CPU both modes are the same, and trainings repeat bit for bit."""
-    output = tmp_path / "printed"
-    arguments = ["benchmark", "--determinism", "--json", *SMALL, "--output_dir", str(tmp_path)]
-    assert run_app(1, arguments, str(output)) == [0], output.read_text()
-    result = json.loads(output.read_text().splitlines()[-1])
+    arguments = ["benchmark", "--determinism", "--json"]
+    arguments += [*SMALL, "--output_dir", str(tmp_path)]
+    printed = run_one(arguments, tmp_path / "printed")
+    result = json.loads(printed.splitlines()[-1])
     assert result["equal_weights"] == {"default": True, "deterministic": True}
     speeds = result["images_per_second"]
-    assert result["price"] == 1 - speeds["deterministic"] / speeds["default"]
+    share = speeds["deterministic"] / speeds["default"]
+    assert result["price"] == 1 - share
 
 
 @pytest.mark.slow
 def test_table_of_networks(tmp_path):
     """A network that cannot be trained is a row with its error."""
-    output = tmp_path / "printed"
     stem = tmp_path / "table"
     arguments = ["benchmark", "--models", "resnet20, lenet5", "--precisions", "fp32"]
     arguments += ["--out", str(stem), *SMALL, "--output_dir", str(tmp_path)]
-    assert run_app(1, arguments, str(output)) == [0], output.read_text()
+    printed = run_one(arguments, tmp_path / "printed")
     rows = json.loads(stem.with_suffix(".json").read_text())["rows"]
-    variants = [(row["variant"]["network"], row["variant"]["precision"]) for row in rows]
-    assert variants == [("resnet20", "fp32"), ("lenet5", "fp32")]
     good, bad = rows
+    assert good["variant"]["network"] == "resnet20"
+    assert bad["variant"]["network"] == "lenet5"
+    assert good["variant"]["precision"] == "fp32"
+    assert bad["variant"]["precision"] == "fp32"
     assert good["images_per_second"] > 0
     assert good["mfu"] > 0
     assert not good["error"]
     # LeNet's second convolution has no pixels left of images of 8.
     assert "Kernel size" in bad["error"]
     table = stem.with_suffix(".md").read_text()
-    assert table in output.read_text()
+    assert table in printed
     assert len(table.splitlines()) == 4
 
 
@@ -360,5 +391,6 @@ def test_one_benchmark_at_a_time(tmp_path, capsys):
     assert "determinism and loader are separate benchmarks" in capsys.readouterr().err
     output = tmp_path / "printed"
     arguments = ["benchmark", "--models", "resnet20", "--precisions", "fp8", *SMALL]
-    assert run_app(1, [*arguments, "--output_dir", str(tmp_path)], str(output)) == [2]
+    arguments += ["--output_dir", str(tmp_path)]
+    assert run_app(1, arguments, str(output)) == [2]
     assert "--precisions has fp8: take fp32, bf16, fp16" in output.read_text()
