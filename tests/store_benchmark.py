@@ -58,15 +58,16 @@ def serve(connection, folder, latency):
         if head is None:
             return
         time.sleep(latency)
-        method, target = head.decode().split(" ", 2)[:2]
-        path_and_query = target.partition("?")
-        _, _, name = path_and_query[0].split("/", 2)
+        method, target, _ = head.decode().split(" ", 2)
+        address, _, _ = target.partition("?")
+        # Without the name of the bucket.
+        _, _, name = address.split("/", 2)
         path = folder / name
         wanted = re.search(rb"(?i)range: bytes=(\d+)-(\d+)", head)
         if method == "HEAD":
             size = path.stat().st_size
-            length = f"Content-Length: {size}".encode()
-            connection.sendall(b"HTTP/1.1 200 OK\r\n" + META + b"\r\n" + length + END_OF_HEAD)
+            length = f"HTTP/1.1 200 OK\r\nContent-Length: {size}\r\n".encode()
+            connection.sendall(length + META + END_OF_HEAD)
         elif wanted is None:
             content = path.read_bytes()
             connection.sendall(answer(200, content, META))
@@ -155,7 +156,9 @@ def write_data(folder, images):
     """Photographs of 500 x 375 pixels and about 110 KB, in shards; returns the bytes of one."""
     pictures = [picture(375, 500, seed) for seed in range(PICTURES)]
     files = [encode(one, quality=95) for one in pictures]
-    copies = [files[number % PICTURES] for number in range(images)]
+    copies = []
+    for number in range(images):
+        copies.append(files[number % PICTURES])
     write_split(folder / "images", copies)
     source = str(folder / "images")
     shards = str(folder / "shards")
@@ -213,7 +216,8 @@ def main_program():
                 found = in_child(measure, url, folder, args, STEP_SECONDS, cache_dir)
                 figures[place].append(found)
         server.kill()
-    print(f"{size} bytes an image, load average {os.getloadavg()[0]:.1f}")
+    load_average, _, _ = os.getloadavg()
+    print(f"{size} bytes an image, load average {load_average:.1f}")
     print_figures(figures)
 
 

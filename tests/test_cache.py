@@ -245,7 +245,8 @@ def test_products_resize_as_torch_does():
 def test_bad_images_are_handled_as_without_the_cache(equal, tmp_path):
     """Each is replaced, recorded with its step when training meets it, and limited."""
     cache = fill(equal)
-    assert np.flatnonzero(cache.is_bad).tolist() == sorted(BAD)
+    bad_rows = np.flatnonzero(cache.is_bad)
+    assert bad_rows.tolist() == sorted(BAD)
     shown = show(equal, tmp_path, (0, 3), cache=cache, train_crop="pad")
     reasons = {reason for _, reason in shown.bad}
     assert reasons >= {REFUSED, "the file is empty"}
@@ -266,7 +267,8 @@ def test_a_set_without_a_good_image(tmp_path):
 
 def test_the_file_has_no_name_and_what_does_not_fit_is_said(unequal, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert fill(unequal).image(5).shape == (61, 46, 3)
+    cache = fill(unequal)
+    assert cache.image(5).shape == (61, 46, 3)
     assert os.listdir(tmp_path) == []
     # 0.5 of this is not enough.
     monkeypatch.setattr(cache_fill, "free_host_memory", lambda: 200_000)
@@ -349,9 +351,9 @@ def test_evaluations_with_and_without_the_cache(equal, unequal, tmp_path):
     )
     for index, world_size, config in cases:
         for rank in range(world_size):
-            layout = {"rank": rank, "world_size": world_size}
-            plain = val_loader(index, tmp_path, **layout, **config)
-            kept = val_loader(index, tmp_path, **layout, **config, kept=KeptBatches())
+            loading = {"rank": rank, "world_size": world_size, **config}
+            plain = val_loader(index, tmp_path, **loading)
+            kept = val_loader(index, tmp_path, kept=KeptBatches(), **loading)
             expected = list(plain)
             # One that is left early: nothing of it counts.
             next(iter(kept))
@@ -362,8 +364,8 @@ def test_evaluations_with_and_without_the_cache(equal, unequal, tmp_path):
             assert kept.remarks() == []
             assert kept.num_bad == plain.num_bad
 
-            num_batches = sum(batch is not None for batch in expected)
-            assert len(kept.kept.batches) == num_batches
+            batches = [batch for batch in expected if batch is not None]
+            assert len(kept.kept.batches) == len(batches)
             bytes_of_an_image = kept_batches.bytes_per_image(DataConfig(**config))
             for batch in kept.kept.batches:
                 num_bytes = sum(squares.nbytes for squares in batch.squares)
@@ -375,8 +377,8 @@ def test_evaluations_with_and_without_the_cache(equal, unequal, tmp_path):
 def assert_same_batches(batches, expected):
     assert len(batches) == len(expected)
     for one, other in zip(batches, expected, strict=True):
-        assert (one is None) == (other is None)
-        if one is None:
+        if other is None:
+            assert one is None
             continue
         assert np.array_equal(one.indices, other.indices)
         assert torch.equal(one.labels, other.labels)
@@ -390,9 +392,12 @@ def test_a_validation_set_that_does_not_fit(monkeypatch):
     # A quarter of it holds ten images.
     free = 4 * 10 * bytes_of_an_image
     monkeypatch.setattr(kept_batches, "free_host_memory", lambda: free)
-    assert kept_batches.fits(DataConfig(), 10, 1) is None
-    assert " MiB of each rank" in kept_batches.fits(DataConfig(), 10, 2)
-    assert kept_batches.fits(DataConfig(val_crops="ten"), 3, 1) is not None
+    one_crop = DataConfig()
+    ten_crops = DataConfig(val_crops="ten")
+    assert kept_batches.fits(one_crop, 10, 1) is None
+    problem = kept_batches.fits(one_crop, 10, 2)
+    assert " MiB of each rank" in problem
+    assert kept_batches.fits(ten_crops, 3, 1) is not None
 
 
 def test_squares_on_a_gpu_are_those_of_the_cpu(equal, tmp_path):
@@ -407,9 +412,11 @@ def test_squares_on_a_gpu_are_those_of_the_cpu(equal, tmp_path):
     rows = CachedRows(cache, equal, config, quarantine)
     images = cache.equal_images(np.arange(24), (32, 32))
     loader.source = CachedSquaresOnDevice(rows, images)
-    for made, same in zip(loader.make(jobs), expected, strict=True):
-        assert torch.equal(made.batch.images, same.batch.images)
-        assert torch.equal(made.batch.labels, same.batch.labels)
+    found = loader.make(jobs)
+    for made, same in zip(found, expected, strict=True):
+        batch = made.batch
+        assert torch.equal(batch.images, same.batch.images)
+        assert torch.equal(batch.labels, same.batch.labels)
     loader.close()
 
     native = DataConfig(train_crop_size=32, train_crop="pad")
@@ -429,7 +436,9 @@ def test_the_graph_for_decoded_images_is_that_for_files(unequal):
     loader = train_loader(unequal, "unused", cache=cache)
     first_job = next(loader.jobs(0, 1))
     job = replace(first_job, rows=rows)
-    geometry = job_geometry(job, cache.heights[rows], cache.widths[rows], config)
+    heights = cache.heights[rows]
+    widths = cache.widths[rows]
+    geometry = job_geometry(job, heights, widths, config)
 
     def windows(images, is_decoded):
         decoder = Decoder(local_batch_size=8, threads=1, device=CPU)
@@ -448,14 +457,20 @@ def test_the_graph_for_decoded_images_is_that_for_files(unequal):
         with open(unequal.path(row), "rb") as file:
             encoded = file.read()
         files.append(Encoded(row, encoded, height, width))
-        decoded_images.append(Encoded(row, pixels.numpy().data, height, width))
+        decoded = pixels.numpy().data
+        decoded_images.append(Encoded(row, decoded, height, width))
     from_files = windows(files, is_decoded=False)
     from_pixels = windows(decoded_images, is_decoded=True)
     assert torch.equal(from_files, from_pixels)
 
 
 def num_alive(references):
-    return sum(reference() is not None for reference in references)
+    """Number of objects that still exist."""
+    alive = 0
+    for reference in references:
+        if reference() is not None:
+            alive += 1
+    return alive
 
 
 @pytest.mark.slow
@@ -468,18 +483,23 @@ def test_dali_holds_the_files_that_it_reads_without_a_copy():
     for file in files:
         image = Image.open(io.BytesIO(file))
         expected.append(np.asarray(image))
-        arrays.append(np.frombuffer(bytes(file), np.uint8))
+        copied = bytes(file)
+        arrays.append(np.frombuffer(copied, np.uint8))
+    del copied
     references = [weakref.ref(array) for array in arrays]
     pipeline.feed_input("encoded", arrays)
-    pipeline.feed_input("anchor", np.zeros((4, 2), np.int32))
-    pipeline.feed_input("extent", np.full((4, 2), 40, np.int32))
+    top_left = np.zeros((4, 2), np.int32)
+    whole_image = np.full((4, 2), 40, np.int32)
+    pipeline.feed_input("anchor", top_left)
+    pipeline.feed_input("extent", whole_image)
     del arrays
     gc.collect()
     assert num_alive(references) == 4
 
     pipeline.schedule_run()
     (decoded,) = pipeline.share_outputs()
-    for pixels, same in zip(windows_to_torch(decoded), expected, strict=True):
+    windows = windows_to_torch(decoded)
+    for pixels, same in zip(windows, expected, strict=True):
         assert np.array_equal(pixels.numpy(), same)
     pipeline.release_outputs()
     gc.collect()
