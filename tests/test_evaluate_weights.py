@@ -33,6 +33,7 @@ from resnet_dist.checkpoints.saved_network import open_weights
 from resnet_dist.checkpoints.torchvision_weights import describe_weights, imagenet_words
 from resnet_dist.commands.evaluate import hint_at_guessing
 from resnet_dist.config import ModelConfig, to_dict
+from resnet_dist.evaluation.evaluation_file import read_evaluation
 from resnet_dist.evaluation.sets.classes import ClassMap, map_classes
 from resnet_dist.models.build import build_model
 from resnet_dist.models.class_names import BACKGROUND, assumed_names, words_of
@@ -212,7 +213,10 @@ def test_part_of_the_classes(tmp_path):
 
     log = tmp_path / "log"
     assert run_app(2, [], str(log), evaluate_in_python) == [0, 0], log.read_text()
-    code, printed = run_command(tmp_path, [*words, "--classes", "present"])
+    details = tmp_path / "details.json"
+    code, printed = run_command(tmp_path, [*words, "--classes", "present", "--details", details])
+    # The report knows from the file that there is no top-5 accuracy.
+    assert not read_evaluation(details).network.has_top5
     found = json.loads(printed.splitlines()[-1])
     assert found["model"]["correct1"] == 3
     assert found["num_classes"] == 2

@@ -25,17 +25,29 @@ def test_a_run_leaves_a_contact_sheet_and_the_details_of_its_last_evaluation(che
         assert picture.width > 8 * 128
         assert picture.height > 2 * 128
         assert len(picture.convert("L").getcolors()) > 100
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    (evaluated,) = [line for line in lines if "val_ema/top1" in line]
+
+    trained, evaluated = read_last_lines(folder / "metrics.jsonl")
     details = read_evaluation(folder / "evaluation.json")
     assert details.network.weights == "averaged"
-    assert details.network.step == evaluated["step"] == 2
+    assert evaluated["step"] == 2
+    assert details.network.step == 2
     assert details.is_hit.sum() == evaluated["val_ema/correct1"]
     assert details.num_top5_hits == evaluated["val_ema/correct5"]
-    assert len(details.is_hit) == evaluated["val_ema/num"] == 355
-    assert abs(details.calibration.loss - evaluated["val_ema/loss"]) < 1e-5
+    assert evaluated["val_ema/num"] == 355
+    assert len(details.is_hit) == 355
+    assert details.calibration.loss == pytest.approx(evaluated["val_ema/loss"], abs=1e-5)
+
+    memory = trained["train/memory_gib"]
+    assert memory == max(trained["ranks/memory_gib"])
+    assert 0.05 < memory < 10
+
+
+def read_last_lines(path):
+    """The last line of training, and the only one of an evaluation."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
     trained = [line for line in lines if "train/loss" in line]
-    assert 0.05 < trained[-1]["train/memory_gib"] == max(trained[-1]["ranks/memory_gib"]) < 10
+    (evaluated,) = [line for line in lines if "val_ema/top1" in line]
+    return trained[-1], evaluated
 
 
 @pytest.mark.slow
@@ -59,12 +71,14 @@ def test_evaluate_writes_what_report_reads(checkpoint, tmp_path, capsys):
     page = tmp_path / "page.html"
     assert cli.main(["report", str(details), str(predictions), "--html", str(page)]) == 0
     printed = capsys.readouterr().out
-    assert (
-        "no difference in top-1 beyond chance (right where the other is wrong: 0 and 0" in printed
-    )
-    assert cli.main(["report", str(folder), "--html", str(page), "--out", f"{tmp_path}/p.png"]) == 0
+    assert "no difference in top-1 beyond chance" in printed
+    assert "(right where the other is wrong: 0 and 0" in printed
+
+    picture = tmp_path / "p.png"
+    assert cli.main(["report", str(folder), "--html", str(page), "--out", str(picture)]) == 0
     html = page.read_text()
-    xml.etree.ElementTree.fromstring(re.search("<body>.*</body>", html, re.S)[0])
+    body = re.search("<body>.*</body>", html, re.S)[0]
+    xml.etree.ElementTree.fromstring(body)
     for part in (
         "Classes, the worst first",
         "accuracy against confidence",
@@ -79,8 +93,10 @@ def test_evaluate_writes_what_report_reads(checkpoint, tmp_path, capsys):
         assert part in html, part
     assert "http" not in html
     assert "<script" not in html
-    (tmp_path / "broken.json").write_text("{")
-    assert cli.main(["report", str(details), str(tmp_path / "broken.json")]) == 2
+
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    assert cli.main(["report", str(details), str(broken)]) == 2
     assert cli.main(["report", str(details), str(folder)]) == 2
     printed = capsys.readouterr().out
     assert printed.count("error:") == 2

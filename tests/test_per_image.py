@@ -6,6 +6,7 @@ import base64
 import math
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.parquet
@@ -54,33 +55,47 @@ def random_batch(seed=0, num=NUM, scale=3.0, first_row=0):
     """Logits that favour the label, some unreadable images, and equal logits."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(CLASSES, (num,), generator=generator)
-    logits = torch.randn(num, CLASSES, generator=generator) + 1.5 * F.one_hot(labels, CLASSES)
+    noise = torch.randn(num, CLASSES, generator=generator)
+    logits = noise + 1.5 * F.one_hot(labels, CLASSES)
+    # Rounded to bf16, some of them are equal.
     logits = (scale * logits).bfloat16().float()
     labels[::50] = IGNORED_LABEL
+    images = torch.zeros(num, 3, 2, 2)
     rows = np.arange(first_row, first_row + num)
-    return Batch(torch.zeros(num, 3, 2, 2), labels, rows), logits
+    return Batch(images, labels, rows), logits
 
 
 def test_rows_agree_with_the_counts_and_with_torch():
     batch, logits = random_batch()
     results = results_of_batch(batch, logits)
+
     losses = F.cross_entropy(logits, batch.labels, reduction="none")
     counts = Counts.of(logits, batch.labels, losses).result(CLASSES)
     assert results.is_hit.sum() == counts["correct1"]
     assert results.is_top5_hit.sum() == counts["correct5"]
     readable = results.is_readable
     assert readable.sum() == NUM - 8
-    assert np.allclose(results.losses[readable], losses.numpy()[readable], atol=1e-5)
+    expected_losses = losses.numpy()[readable]
+    assert np.allclose(results.losses[readable], expected_losses, atol=1e-5)
+
     probabilities = logits.softmax(1)
-    assert np.array_equal(results.top_classes[:, 0], logits.argmax(1).numpy())
-    assert np.allclose(results.confidences, probabilities.amax(1).numpy(), atol=1e-6)
-    targets = F.one_hot(batch.labels.clamp(min=0), CLASSES)
-    brier = (probabilities - targets).square().sum(1).numpy()
+    predicted = logits.argmax(1).numpy()
+    confidences = probabilities.amax(1).numpy()
+    assert np.array_equal(results.top_classes[:, 0], predicted)
+    assert np.allclose(results.confidences, confidences, atol=1e-6)
+
+    some_label = batch.labels.clamp(min=0)
+    targets = F.one_hot(some_label, CLASSES)
+    squares = (probabilities - targets).square()
+    brier = squares.sum(1).numpy()
     assert np.allclose(results.brier, brier, atol=1e-5)
+
     # Temperature 1 is in the grid.
-    middle = len(temperature_grid()) // 2
-    assert temperature_grid()[middle] == 1
-    assert np.allclose(results.tempered_losses[:, middle], results.losses, atol=1e-5)
+    temperatures = temperature_grid()
+    middle = len(temperatures) // 2
+    assert temperatures[middle] == 1
+    losses_at_one = results.tempered_losses[:, middle]
+    assert np.allclose(losses_at_one, results.losses, atol=1e-5)
 
 
 def test_logits_that_are_not_finite_are_no_hits():
@@ -97,24 +112,39 @@ def test_bins_by_hand():
     confidences = np.array([0.0, 1 / 15, 0.5, 0.52, 0.9, 1.0])
     hits = np.array([False, True, True, False, True, True])
     bins = equal_width_bins(confidences, hits)
-    assert [each.num for each in bins] == [2, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 1, 1]
-    assert bins[7].accuracy == 0.5
-    assert bins[7].confidence == pytest.approx(0.51)
-    # |0.5 - 1/30| * 2, |0.5 - 0.51| * 2, |1 - 0.9|, |1 - 1|, divided by 6
-    expected = (2 * (0.5 - 1 / 30) + 2 * 0.01 + 0.1) / 6
-    assert expected_calibration_error(bins) == pytest.approx(expected)
-    mass = equal_mass_bins(np.linspace(0, 1, 32), np.ones(32, dtype=bool))
-    assert [each.num for each in mass] == [3, 3] + [2] * 13
-    assert mass[0].confidence < mass[-1].confidence == pytest.approx(61 / 62)
+    numbers = [each.num for each in bins]
+    assert numbers == [2, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 1, 1]
+    middle = bins[7]
+    assert middle.accuracy == 0.5
+    assert middle.confidence == pytest.approx(0.51)
+
+    # The images of each bin that is not empty, times |accuracy - mean confidence|.
+    error_of_first = 2 * abs(0.5 - 1 / 30)
+    error_of_middle = 2 * abs(0.5 - 0.51)
+    error_of_last_but_one = abs(1 - 0.9)
+    error_of_last = abs(1 - 1.0)
+    errors = error_of_first + error_of_middle + error_of_last_but_one + error_of_last
+    assert expected_calibration_error(bins) == pytest.approx(errors / 6)
+
+    confidences = np.linspace(0, 1, 32)
+    hits = np.ones(32, dtype=bool)
+    mass = equal_mass_bins(confidences, hits)
+    numbers = [each.num for each in mass]
+    assert numbers == [3, 3] + 13 * [2]
+    assert mass[-1].confidence == pytest.approx(61 / 62)
+    assert mass[0].confidence < mass[-1].confidence
 
 
 def test_the_temperature_undoes_a_scale():
     """Logits of a calibrated network, times 2: the best temperature is 2."""
     generator = torch.Generator().manual_seed(1)
     logits = 2 * torch.randn(6000, CLASSES, generator=generator)
-    labels = logits.softmax(1).multinomial(1, generator=generator)[:, 0]
-    batch = Batch(torch.zeros(6000, 3, 1, 1), labels, np.arange(6000))
-    calibration = measure_calibration(results_of_batch(batch, 2 * logits))
+    probabilities = logits.softmax(1)
+    labels = probabilities.multinomial(1, generator=generator)[:, 0]
+    images = torch.zeros(6000, 3, 1, 1)
+    batch = Batch(images, labels, np.arange(6000))
+    results = results_of_batch(batch, 2 * logits)
+    calibration = measure_calibration(results)
     scaling = calibration.scaling
     assert scaling.temperature == pytest.approx(2, rel=0.08)
     assert scaling.num == 3000
@@ -130,9 +160,11 @@ def test_unreadable_images_are_misses_and_have_no_probabilities():
     results = results_of_batch(batch, logits)
     calibration = measure_calibration(results)
     assert calibration.num == NUM - 8
-    readable = results.is_readable
-    assert calibration.loss == pytest.approx(results.losses[readable].mean(dtype=np.float64))
-    nothing = replace(results, is_readable=np.zeros(NUM, dtype=bool))
+    losses = results.losses[results.is_readable]
+    mean_loss = losses.mean(dtype=np.float64)
+    assert calibration.loss == pytest.approx(mean_loss)
+    none_is_readable = np.zeros(NUM, dtype=bool)
+    nothing = replace(results, is_readable=none_is_readable)
     assert measure_calibration(nothing) is None
     assert nothing.is_hit.sum() == 0
 
@@ -140,43 +172,51 @@ def test_unreadable_images_are_misses_and_have_no_probabilities():
 def test_classes_and_confusions():
     batch, logits = random_batch()
     results = results_of_batch(batch, logits)
-    matrix = np.zeros((CLASSES, CLASSES), dtype=int)
     readable = results.is_readable
-    np.add.at(matrix, (results.labels[readable], results.top_classes[readable, 0]), 1)
+    labels = results.labels[readable]
+    predictions = results.top_classes[readable, 0]
+    matrix = np.zeros((CLASSES, CLASSES), dtype=int)
+    for label, predicted in zip(labels, predictions, strict=True):
+        matrix[label, predicted] += 1
+
     classes = results_per_class(results, CLASSES)
     assert sum(each.num for each in classes) == NUM
     accuracies = [each.correct1 / each.num for each in classes]
     assert accuracies == sorted(accuracies)
     for each in classes:
-        assert each.correct1 == matrix[each.label, each.label] <= each.correct5
+        assert each.correct1 == matrix[each.label, each.label]
+        assert each.correct1 <= each.correct5
+
     confusions = find_confusions(results, CLASSES)
     counts = [each.num for each in confusions]
     assert counts == sorted(counts, reverse=True)
     for each in confusions:
         assert matrix[each.label, each.predicted] == each.num
-    assert sum(counts) == matrix.sum() - np.trace(matrix)
+    num_hits = np.trace(matrix)
+    assert sum(counts) == matrix.sum() - num_hits
 
 
 def test_parts_are_joined_in_the_order_of_the_index():
     first, first_logits = random_batch(0, 60, first_row=100)
     second, second_logits = random_batch(1, 40, first_row=0)
-    parts = [results_of_batch(first, first_logits), results_of_batch(second, second_logits)]
-    joined = join_results(parts)
-    assert np.array_equal(joined.rows, np.r_[0:40, 100:160])
-    assert np.array_equal(joined.losses[:40], parts[1].losses)
+    first_part = results_of_batch(first, first_logits)
+    second_part = results_of_batch(second, second_logits)
+    joined = join_results([first_part, second_part])
+    assert joined.rows.tolist() == [*range(40), *range(100, 160)]
+    assert np.array_equal(joined.losses[:40], second_part.losses)
     with pytest.raises(AssertionError):
-        join_results([parts[0], parts[0]])
+        join_results([first_part, first_part])
 
 
 def test_the_paired_test_is_the_exact_binomial_test():
-    for wins, losses in ((0, 0), (3, 3), (0, 6), (12, 3), (700, 800), (10_000, 10_300)):
-        expected = 1.0
-        if wins + losses:
-            expected = scipy.stats.binomtest(wins, wins + losses).pvalue
+    assert sign_test(0, 0) == 1.0
+    for wins, losses in ((3, 3), (0, 6), (12, 3), (700, 800), (10_000, 10_300)):
+        test = scipy.stats.binomtest(wins, wins + losses)
+        assert sign_test(wins, losses) == pytest.approx(test.pvalue, rel=1e-6)
         assert sign_test(wins, losses) == sign_test(losses, wins)
-        assert sign_test(wins, losses) == pytest.approx(expected, rel=1e-6)
-    first = np.array([True] * 90 + [False] * 10)
-    second = np.array([True] * 95 + [False] * 5)
+
+    first = np.arange(100) < 90
+    second = np.arange(100) < 95
     test = paired_test(first, second)
     assert test.only_first == 0
     assert test.only_second == 5
@@ -189,17 +229,22 @@ def test_seeds():
     for freedom in (1, 2, 3, 4, 9, 30):
         expected = scipy.stats.t.ppf(0.975, freedom)
         assert student_quantile(freedom) == pytest.approx(expected, rel=1e-9)
+
     summary = summarize_seeds([90.0, 91.0, 92.0])
-    expected = scipy.stats.t.interval(0.95, 2, 91, 1 / math.sqrt(3))
     assert summary.mean == 91
     assert summary.deviation == 1
-    assert [summary.interval.low, summary.interval.high] == pytest.approx(list(expected))
+    error_of_mean = 1 / math.sqrt(3)
+    low, high = scipy.stats.t.interval(0.95, 2, 91, error_of_mean)
+    assert summary.interval.low == pytest.approx(low)
+    assert summary.interval.high == pytest.approx(high)
 
 
 def tiny_network():
     torch.manual_seed(0)
     return torch.nn.Sequential(
-        torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, CLASSES)
+        torch.nn.AdaptiveAvgPool2d(4),
+        torch.nn.Flatten(),
+        torch.nn.Linear(48, CLASSES),
     )
 
 
@@ -228,40 +273,70 @@ def evaluate_images(rank, world_size, folder, options):
 @pytest.mark.slow
 def test_files_are_the_same_on_any_number_of_ranks(tmp_path):
     """With one view and with several. One image is broken."""
-    files = [encode(picture(24 + i % 5, 30, i)) for i in range(43)]
+    files = []
+    for number in range(43):
+        image = picture(24 + number % 5, 30, number)
+        files.append(encode(image))
     files[9] = b"no image"
     write_split(tmp_path, files, classes=CLASSES, split="val")
-    for options in ({}, {"val_flip": True, "val_scales": (20, 24)}):
-        written = {}
-        for world_size in (1, 2, 3):
-            results = run_ranks(evaluate_images, world_size, tmp_path, options)
-            evaluation = (tmp_path / "evaluation.json").read_text()
-            parquet = (tmp_path / "predictions.parquet").read_bytes()
-            written[world_size] = (evaluation, parquet, results[0])
-        assert written[1] == written[2] == written[3]
-        counts = written[1][2]
-        details = read_evaluation(tmp_path / "evaluation.json")
-        assert details.is_hit.sum() == counts["correct1"] > 0
-        assert details.num_top5_hits == counts["correct5"]
-        assert len(details.is_hit) == counts["num"] == 43
-        assert details.num_unreadable == 1
-        assert details.calibration.num == 42
-        assert sum(each.num for each in details.classes) == 43
-        confidences = [entry.confidence for entry in details.mistakes]
-        assert confidences == sorted(confidences, reverse=True)
-        assert len(confidences) == 12
-        assert base64.b64decode(details.hits[0].png)[:4] == b"\x89PNG"
-        predictions = read_predictions(tmp_path / "predictions.parquet")
-        assert np.array_equal(predictions.is_hit, details.is_hit)
-        assert predictions.images == details.images
-        assert predictions.num_top5_hits == details.num_top5_hits
+    several_views = {"val_flip": True, "val_scales": (20, 24)}
+    for options in ({}, several_views):
+        alone = files_of_ranks(1, tmp_path, options)
+        for world_size in (2, 3):
+            assert files_of_ranks(world_size, tmp_path, options) == alone
+        assert_agree(tmp_path, alone.counts)
+
     rows = pyarrow.parquet.read_table(tmp_path / "predictions.parquet").to_pylist()
     index = build_index(str(tmp_path), "val", OneProcess())
-    assert [row["path"] for row in rows] == [index.name(i) for i in range(43)]
-    assert [row["label"] for row in rows] == index.labels_of(np.arange(43)).tolist()
+    names = [index.name(row) for row in range(43)]
+    labels = index.labels_of(np.arange(43)).tolist()
+    assert [row["path"] for row in rows] == names
+    assert [row["label"] for row in rows] == labels
     assert rows[9]["loss"] is None
     assert rows[9]["top_classes"] is None
     assert len(rows[0]["top_probabilities"]) == 5
+
+
+class Written(NamedTuple):
+    """What an evaluation has written, and its counts."""
+
+    evaluation: str
+    predictions: bytes
+    counts: dict[str, float | int]
+
+
+def files_of_ranks(world_size, folder, options):
+    """Evaluate on `world_size` ranks."""
+    results = run_ranks(evaluate_images, world_size, folder, options)
+    return Written(
+        evaluation=(folder / "evaluation.json").read_text(),
+        predictions=(folder / "predictions.parquet").read_bytes(),
+        counts=results[0],
+    )
+
+
+def assert_agree(folder, counts):
+    """Both files say what the counts say; image 9 of 43 cannot be decoded."""
+    details = read_evaluation(folder / "evaluation.json")
+    assert counts["correct1"] > 0
+    assert details.is_hit.sum() == counts["correct1"]
+    assert details.num_top5_hits == counts["correct5"]
+    assert counts["num"] == 43
+    assert len(details.is_hit) == 43
+    assert sum(each.num for each in details.classes) == 43
+    assert details.num_unreadable == 1
+    assert details.calibration.num == 42
+
+    confidences = [entry.confidence for entry in details.mistakes]
+    assert confidences == sorted(confidences, reverse=True)
+    assert len(confidences) == 12
+    png = base64.b64decode(details.hits[0].png)
+    assert png[:4] == b"\x89PNG"
+
+    predictions = read_predictions(folder / "predictions.parquet")
+    assert np.array_equal(predictions.is_hit, details.is_hit)
+    assert predictions.images == details.images
+    assert predictions.num_top5_hits == details.num_top5_hits
 
 
 def nan_logits(rank, world_size, folder):
@@ -287,29 +362,53 @@ def test_damaged_files_are_refused_in_one_sentence(tmp_path):
     batch, logits = random_batch(num=20)
     paths = [f"class/{row}" for row in range(20)]
     collected = Collected(results_of_batch(batch, logits), paths, [], [])
-    network = EvaluatedNetwork("tiny", "raw", 7, [f"class{i}" for i in range(CLASSES)])
+    class_names = [f"class{number}" for number in range(CLASSES)]
+    network = EvaluatedNetwork("tiny", "raw", 7, class_names)
     parquet = tmp_path / "p.parquet"
     evaluation = tmp_path / "e.json"
     write_predictions(collected, network, parquet)
-    write_evaluation(describe_evaluation(collected, network), evaluation)
+    details = describe_evaluation(collected, network)
+    write_evaluation(details, evaluation)
+
     problems = []
     for path, read in ((parquet, read_predictions), (evaluation, read_evaluation)):
-        whole = path.read_bytes()
         read(path)
-        damages = (b"", whole[: len(whole) // 2], b"{}", b"\xff" * 100, whole[:-30] + b"x" * 30)
-        for damage in damages:
+        whole = path.read_bytes()
+        for damage in damaged(whole):
             path.write_bytes(damage)
-            try:
-                read(path)
-                problems.append(f"{path.name} with {damage[:20]!r} was read")
-            except ValueError as error:
-                if "write it again" not in str(error) or "\n" in str(error):
-                    problems.append(str(error))
+            problem = find_problem(read, path)
+            if problem:
+                problems.append(f"{path.name} with {damage[:20]!r}: {problem}")
         path.unlink()
         with pytest.raises(ValueError, match="cannot be read: No such file"):
             read(path)
     assert problems == []
-    # A Parquet file of somebody else.
-    pyarrow.parquet.write_table(pyarrow.table({"a": [1]}), parquet)
+
+    of_somebody_else = pyarrow.table({"a": [1]})
+    pyarrow.parquet.write_table(of_somebody_else, parquet)
     with pytest.raises(ValueError, match="does not say which network"):
         read_predictions(parquet)
+
+
+def damaged(whole):
+    """Contents of a file that was cut, overwritten, or is of another kind."""
+    half = len(whole) // 2
+    return [
+        b"",
+        whole[:half],
+        b"{}",
+        100 * b"\xff",
+        whole[:-30] + 30 * b"x",
+    ]
+
+
+def find_problem(read, path):
+    """What is wrong with the answer to a damaged file; "" if it is refused in one sentence."""
+    try:
+        read(path)
+    except ValueError as error:
+        message = str(error)
+        if "write it again" in message and "\n" not in message:
+            return ""
+        return message
+    return "it was read"

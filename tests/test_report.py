@@ -119,7 +119,10 @@ def test_several_runs_are_compared(folder, tmp_path, capsys):
     line = {"step": 5, "time": 3.0, "elapsed": 2.0, "train/epoch": 0.5, "train/loss": 1.5}
     (other / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     assert call(folder, other) == 0
-    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    rows = {}
+    for line in capsys.readouterr().out.splitlines():
+        name, *cells = line.split()
+        rows[name] = cells
     assert rows[folder.name] == ["10.00", "0:01:40", "0.0300", "70.00", "95.00", "90.00"]
     assert rows["other"] == ["0.50", "0:00:02", "1.5000", "nan", "nan", "nan"]
     assert (folder / "metrics.png").read_bytes()[:4] == b"\x89PNG"
@@ -276,9 +279,8 @@ def test_html_page(tmp_path, capsys):
     page = tmp_path / "page.html"
     assert call(base, far, "--html", page) == 0
     html = page.read_text()
-    xml.etree.ElementTree.fromstring(
-        re.search("<body>.*</body>", html, re.S)[0].replace("&nbsp;", " ")
-    )
+    body = re.search("<body>.*</body>", html, re.S)[0]
+    xml.etree.ElementTree.fromstring(body.replace("&nbsp;", " "))
     assert "base &lt;b&gt;" in html
     assert "<b>" not in html
     assert html.count("<td>optim.base_lr<") == 2
@@ -298,11 +300,21 @@ def with_settings(folder, seed, lr, data_dir="a"):
     return folder
 
 
+def seeds_of_a_recipe(folder, name, lr, correct):
+    """A run folder for each number of correct images, with seeds from 0."""
+    runs = []
+    for seed, num_correct in enumerate(correct):
+        run = run_folder(folder, f"{name}{seed}", num_correct)
+        with_settings(run, seed, lr)
+        runs.append(run)
+    return runs
+
+
 @pytest.mark.slow
 def test_seeds_of_a_recipe_are_one_group(tmp_path, capsys):
-    low = [with_settings(run_folder(tmp_path, f"low{i}", 9000 + 10 * i), i, 0.1) for i in range(3)]
-    high = [with_settings(run_folder(tmp_path, f"high{i}", 9300 + 9 * i), i, 0.2) for i in range(3)]
-    near = [with_settings(run_folder(tmp_path, f"near{i}", 9009 + 9 * i), i, 0.3) for i in range(2)]
+    low = seeds_of_a_recipe(tmp_path, "low", 0.1, [9000, 9010, 9020])
+    high = seeds_of_a_recipe(tmp_path, "high", 0.2, [9300, 9309, 9318])
+    near = seeds_of_a_recipe(tmp_path, "near", 0.3, [9009, 9018])
     assert call(*low, *high, *near, "--out", tmp_path / "p.png") == 0
     out = capsys.readouterr().out
     assert "low0, low1, low2: 3 seeds of one recipe, final val top-1 90.10 %" in out
@@ -329,11 +341,14 @@ def test_runs_on_different_images_are_not_compared(tmp_path, capsys):
 def test_the_same_images_are_compared_in_pairs():
     """With 10 points of difference the images decide: here every discordant one is a win."""
     network = EvaluatedNetwork("resnet20", "raw", 1, ["cat", "dog"])
-    first = Evaluated("first", network, "x", np.arange(100) < 80, 100, None)
-    second = Evaluated("second", network, "x", np.arange(100) < 90, 100, None)
-    other = Evaluated("other", network, "y", np.arange(100) < 90, 100, None)
-    assert "second has +10.00 points of top-1 against first" in describe_pair(first, second)
-    assert "0 of 100 images, McNemar p = 0.002" in describe_pair(first, second)
+    hits_of_first = np.arange(100) < 80
+    hits_of_second = np.arange(100) < 90
+    first = Evaluated("first", network, "x", hits_of_first, 100, None)
+    second = Evaluated("second", network, "x", hits_of_second, 100, None)
+    other = Evaluated("other", network, "y", hits_of_second, 100, None)
+    sentence = describe_pair(first, second)
+    assert "second has +10.00 points of top-1 against first" in sentence
+    assert "0 of 100 images, McNemar p = 0.002" in sentence
     assert "cannot be compared" in describe_pair(first, other)
 
 
@@ -341,7 +356,9 @@ def test_the_same_images_are_compared_in_pairs():
 def test_a_link_to_wandb(tmp_path):
     folder = run_folder(tmp_path, "run", 900, 1000)
     page = tmp_path / "page.html"
-    for address, expected in (("https://wandb.ai/a/b", True), ("javascript:alert(1)", False)):
+    picture = tmp_path / "p.png"
+    for address, is_link in (("https://wandb.ai/a/b", True), ("javascript:alert(1)", False)):
         (folder / "wandb_url").write_text(address + "\n")
-        assert call(folder, "--html", page, "--out", tmp_path / "p.png") == 0
-        assert (f'<a href="{address}">' in page.read_text()) == expected
+        assert call(folder, "--html", page, "--out", picture) == 0
+        link = f'<a href="{address}">'
+        assert (link in page.read_text()) == is_link
