@@ -33,6 +33,9 @@ META = b'ETag: "pinned"\r\nLast-Modified: Wed, 21 Oct 2015 07:28:00 GMT'
 
 WARM_UP_STEPS = 8
 
+STEPS_BEHIND = 12
+"""Steps that are prepared but not taken, so that reading ahead costs the same until the end."""
+
 STEP_SECONDS = 0.05
 """of the training that is imitated"""
 
@@ -126,7 +129,8 @@ def measure(url, folder, args, step_s, cache_dir):
         train_crop_size=224,
         cache_dir=cache_dir,
     )
-    batches = loader.batches(0, WARM_UP_STEPS + args.steps)
+    last_step = WARM_UP_STEPS + args.steps + STEPS_BEHIND
+    batches = loader.batches(0, last_step)
     for _ in range(WARM_UP_STEPS):
         next(batches)
         time.sleep(step_s)
