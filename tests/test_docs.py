@@ -81,8 +81,18 @@ def folder(digits, checkpoint, tmp_path, monkeypatch):
     return tmp_path
 
 
+def is_refused(words, parse):
+    """Whether a parser ends the process instead of returning."""
+    try:
+        parse(words)
+    except SystemExit:
+        return True
+    return False
+
+
 @pytest.mark.slow
 def test_recipes_and_options_of_training_commands_exist(folder):
+    """A command that trains is parsed, but not run."""
     failures = []
     for page, command in commands():
         words = shlex.split(command)
@@ -92,15 +102,14 @@ def test_recipes_and_options_of_training_commands_exist(folder):
         arguments = arguments_of_train(words)
         if not arguments:
             arguments = ["--config", "configs/quickstart.yaml"]
-        try:
-            cli.parse_config(arguments)
-        except SystemExit:
+        if is_refused(arguments, cli.parse_config):
             failures.append(f"{page}: {command}")
     assert failures == []
 
 
 @pytest.mark.slow
 def test_commands_run(folder, digits):
+    """With the digits in place of ImageNet."""
     failures = []
     for page, command in commands():
         program, *arguments = shlex.split(command.replace("/data/imagenet", digits))
@@ -128,19 +137,23 @@ def test_what_is_not_run_is_parsed():
 
     failures = []
     for page, command in found:
-        words = shlex.split(command)[1:]
-        if words[0] == "launch":
-            arguments_of_train(["resnet-dist", *words])
-            continue
-        try:
-            line, _ = cli._prepare(words)
-            if words[0] in ("benchmark", "plan"):
-                line.settings()
-            else:
-                line.options()
-        except SystemExit:
+        words = shlex.split(command)
+        if is_refused(words, parse):
             failures.append(f"{page}: {command}")
     assert failures == []
+
+
+def parse(words):
+    """Parse the words of a `resnet-dist` command."""
+    arguments = words[1:]
+    if arguments[0] == "launch":
+        arguments_of_train(words)
+        return
+    line, _ = cli._prepare(arguments)
+    if arguments[0] in ("benchmark", "plan"):
+        line.settings()
+    else:
+        line.options()
 
 
 def test_files_that_the_pages_name_exist():
@@ -154,12 +167,20 @@ def test_files_that_the_pages_name_exist():
 
     # In CONTRIBUTING.md also the names in capital letters, which are tables of those files.
     names = re.findall(r"`(_?[A-Z]+(?:_[A-Z]+)*)`", CONTRIBUTING.read_text())
-    sources = [path.read_text() for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
-    all_sources = "\n".join(sources)
+    sources = all_sources()
     for name in set(names) - {"CI"}:
-        if not re.search(rf"^{name}\b.* = ", all_sources, re.MULTILINE):
+        if not re.search(rf"^{name}\b.* = ", sources, re.MULTILINE):
             missing.append(f"CONTRIBUTING.md: {name}")
     assert missing == []
+
+
+def all_sources():
+    """The text of all Python files of the repository."""
+    texts = []
+    for path in ROOT.rglob("*.py"):
+        if ".venv" not in path.parts:
+            texts.append(path.read_text())
+    return "\n".join(texts)
 
 
 def test_the_readme_is_short():
