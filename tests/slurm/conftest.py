@@ -22,26 +22,28 @@ def cluster():
         return
     os.environ["PATH"] += ":/usr/sbin:/sbin"
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
-    reason = (
-        f"SLURM is not installed: no {', '.join(missing)}"
-        if missing
-        else "only root can start a cluster"
-    )
-    if missing or os.geteuid() != 0:
-        # A skip in CI would let the whole of it rot.
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
-    folder = Path(
-        tempfile.mkdtemp(prefix="slurm.", dir="/tmp")
-    )  # pytest's own folders are closed to munge
+    if missing:
+        refuse(f"SLURM is not installed: no {', '.join(missing)}")
+    if os.geteuid() != 0:
+        refuse("only root can start a cluster")
+    # Pytest's own folders are closed to munge.
+    folder = Path(tempfile.mkdtemp(prefix="slurm.", dir="/tmp"))
     folder.chmod(0o755)
+    num_nodes = "6"
     port = 16800 + os.getpid() % 300 * 10
     try:
-        subprocess.run(
-            [str(HERE / "start.sh"), str(folder), "6", str(port)], check=True, timeout=300
-        )
+        command = [str(HERE / "start.sh"), str(folder), num_nodes, str(port)]
+        subprocess.run(command, check=True, timeout=300)
         os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
         yield folder
     finally:
         os.environ.pop("SLURM_CONF", None)
         subprocess.run([str(HERE / "stop.sh"), str(folder)], timeout=300)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def refuse(reason):
+    """Skip the tests. In CI they fail: a skip there would let the whole of it rot."""
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)

@@ -13,6 +13,8 @@ import time
 
 
 class Slow(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Changes the module of the engine when it is imported."""
+
     def find_spec(self, name, path, target=None):
         if name != "resnet_dist.engine":
             return None
@@ -22,15 +24,18 @@ class Slow(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module):
         module.__file__ = self.real.origin
         self.real.loader.exec_module(module)
-        train_step, seconds = module.train_step, float(os.environ.get("SLOW_SECONDS", 0))
+        real_step = module.train_step
+        seconds = float(os.environ.get("SLOW_SECONDS", 0))
+        failing_place = os.environ.get("FAIL_AT")
 
-        def slow(model, state, *rest):
+        def slow_step(model, state, *rest):
             time.sleep(seconds)
-            if os.environ.get("FAIL_AT") == f"{os.environ['RANK']}:{state.step}":
+            rank = os.environ["RANK"]
+            if failing_place == f"{rank}:{state.step}":
                 raise RuntimeError("this rank broke, as the test asked")
-            return train_step(model, state, *rest)
+            return real_step(model, state, *rest)
 
-        module.train_step = slow
+        module.train_step = slow_step
 
 
 sys.meta_path.insert(0, Slow())
