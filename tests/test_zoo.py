@@ -56,8 +56,17 @@ CPU = torch.device("cpu")
 # Parameters for 1000 classes that torchvision does not publish. LeNet-5: LeCun et al. 1998, section
 # II.B, with three maps for one in C1 and a linear layer of 1000 at the end. Densenet-264: counted
 # layer by layer below. The rest: timm.
+LENET_LAYERS = {
+    "C1": 456,
+    "S2": 12,
+    "C3": 1516,
+    "S4": 32,
+    "C5": 48120,
+    "F6": 10164,
+    "head": 85 * 1000,
+}
 COUNTS = {
-    "lenet5": 456 + 12 + 1516 + 32 + 48120 + 10164 + 85 * 1000,
+    "lenet5": sum(LENET_LAYERS.values()),
     "inception_v4": 42679816,
     "inception_resnet_v2": 55843464,
 }
@@ -74,10 +83,12 @@ class Overfit:
     size: int
     """side of the images"""
     count: int
+    """number of images"""
     lr: float
     clip: float = 0.0
     """largest norm of the gradient; 0 = no clipping"""
     updates: int = 1
+    """number of updates before the last one"""
 
 
 SETTINGS = {
@@ -121,12 +132,15 @@ def settings(name):
 
 def batch_of(size, count):
     """The first digits, 0 to `count` - 1, as a batch of images [count, 3, size, size]."""
-    pixels, labels = load_digits()
+    all_pixels, all_labels = load_digits()
+    pixels = all_pixels[:count].astype(np.float32)
+    labels = torch.from_numpy(all_labels[:count])
     # From 0 to 16 in the data.
-    gray = torch.from_numpy(pixels[:count].astype(np.float32)) / 8 - 1
-    images = F.interpolate(gray[:, None], (size, size), mode="bilinear").expand(-1, 3, -1, -1)
+    gray = torch.from_numpy(pixels) / 8 - 1
+    enlarged = F.interpolate(gray[:, None], (size, size), mode="bilinear")
+    images = enlarged.expand(-1, 3, -1, -1)
     images = images.contiguous(memory_format=torch.channels_last)
-    return Batch(images, torch.from_numpy(labels[:count]), np.arange(count))
+    return Batch(images, labels, np.arange(count))
 
 
 @pytest.fixture
@@ -157,7 +171,11 @@ def test_trains_averages_and_evaluates(name, narrow, tmp_path):
     config = Config(
         model=ModelConfig(name=name),
         optim=OptimConfig(weight_decay=0.0),
-        train=TrainConfig(precision="fp32", ema_decay=0.9, clip_grad_norm=own.clip),
+        train=TrainConfig(
+            precision="fp32",
+            ema_decay=0.9,
+            clip_grad_norm=own.clip,
+        ),
     )
     state = build_state(config, 10, CPU)
     rule = rule_of(config)
@@ -169,7 +187,8 @@ def test_trains_averages_and_evaluates(name, narrow, tmp_path):
         # The same masks of dropout each time, so that they do not hide the fall.
         torch.manual_seed(1)
         nonfinite = NonFinite(state.model, 0)
-        model = NoSync(state.model.train())
+        state.model.train()
+        model = NoSync(state.model)
         counts, _ = train_step(model, state, [batch], own.lr, rule, nonfinite)
         return counts.result()["loss"]
 
@@ -178,24 +197,31 @@ def test_trains_averages_and_evaluates(name, narrow, tmp_path):
     if name in WITH_RESUME:
         saved = saved_and_read(state, tmp_path / "a.pt")
     losses.append(step(state))
-    assert losses[-1] < 0.9 * losses[0], losses
-    assert losses[0] < 10, losses
+    first_loss = losses[0]
+    last_loss = losses[-1]
+    assert first_loss < 10, losses
+    assert last_loss < 0.9 * first_loss, losses
+
     if saved is not None:
         resumed = build_state(config, 10, CPU)
         resumed.load_state_dict(saved)
-        assert step(resumed) == losses[-1]
+        assert step(resumed) == last_loss
         assert equal_trees(state.state_dict(), resumed.state_dict())
+
     for model in (state.model, state.ema.model):
-        result = evaluate(model, ListLoader([batch], own.count), OneProcess(), FP32).result()
+        loader = ListLoader([batch], own.count)
+        counts = evaluate(model, loader, OneProcess(), FP32)
+        result = counts.result()
         assert result["num"] == own.count
         assert np.isfinite(result["loss"])
 
 
 def saved_and_read(state, path):
     """The state, through a file."""
-    content = copy_to_cpu({"format": FORMAT, **state.state_dict()})
-    write_checkpoint(path, content)
-    return unpack_checkpoint(read_checkpoint(path), str(path))
+    content = {"format": FORMAT, **state.state_dict()}
+    write_checkpoint(path, copy_to_cpu(content))
+    payload = read_checkpoint(path)
+    return unpack_checkpoint(payload, str(path))
 
 
 @pytest.mark.slow
@@ -214,11 +240,13 @@ def test_parameters_figures_and_conversion(name):
         assert count == densenet_parameters(32, (6, 12, 64, 48), 64)
     else:
         assert count == COUNTS[name]
+
     keys = list(model.state_dict())
-    num_norms = len(modules_of(model, _BatchNorm))
-    model = convert_sync_batch_norm(model)
-    assert list(model.state_dict()) == keys
-    assert len(modules_of(model, SyncBatchNorm)) == num_norms
+    norms = modules_of(model, _BatchNorm)
+    converted = convert_sync_batch_norm(model)
+    assert list(converted.state_dict()) == keys
+    synced_norms = modules_of(converted, SyncBatchNorm)
+    assert len(synced_norms) == len(norms)
 
 
 def check_published_figures(name, entry, model):
@@ -235,31 +263,44 @@ def check_published_figures(name, entry, model):
     published = weights.meta["_metrics"]["ImageNet-1K"]
     assert entry.top1 == published["acc@1"]
     assert entry.top5 == published["acc@5"]
-    assert [entry.size] == weights.transforms().crop_size
+    [crop_size] = weights.transforms().crop_size
+    assert entry.size == crop_size
 
 
 def densenet_parameters(growth, depths, channels):
     """Huang et al. 2017, table 1, counted: per layer two norms, a 1x1 to 4 * growth and a 3x3;
     halving transitions.
     """
-    stem = 3 * 7 * 7 * channels + 2 * channels
-    total = stem
+
+    def norm(channels):
+        return 2 * channels
+
+    def conv(inputs, outputs, side):
+        return inputs * outputs * side * side
+
+    bottleneck = 4 * growth
+    last = len(depths) - 1
+    total = conv(3, channels, side=7) + norm(channels)
     for number, depth in enumerate(depths):
         for _ in range(depth):
-            narrow_part = 2 * channels + channels * 4 * growth
-            wide_part = 2 * 4 * growth + 3 * 3 * 4 * growth * growth
-            total += narrow_part + wide_part
+            total += norm(channels) + conv(channels, bottleneck, side=1)
+            total += norm(bottleneck) + conv(bottleneck, growth, side=3)
             channels += growth
-        if number < len(depths) - 1:
-            total += 2 * channels + channels * channels // 2
-            channels //= 2
-    last_norm = 2 * channels
+        if number != last:
+            half = channels // 2
+            total += norm(channels) + conv(channels, half, side=1)
+            channels = half
     head = (channels + 1) * 1000
-    return total + last_norm + head
+    return total + norm(channels) + head
 
 
 def test_densenets_count_as_the_others():
-    assert densenet_parameters(32, (6, 12, 24, 16), 64) == 7978856
+    densenet121 = densenet_parameters(
+        growth=32,
+        depths=(6, 12, 24, 16),
+        channels=64,
+    )
+    assert densenet121 == 7978856
 
 
 @pytest.mark.slow
@@ -269,15 +310,23 @@ def test_densenets_count_as_the_others():
 def test_the_whole_step_runs_on_meta(name):
     """At the native size and full width: no tensor on the wrong device, no stray .item()."""
     config = Config(
-        model=ModelConfig(name=name), train=TrainConfig(precision="fp32", ema_decay=0.9, loss="bce")
+        model=ModelConfig(name=name),
+        train=TrainConfig(
+            precision="fp32",
+            ema_decay=0.9,
+            loss="bce",
+        ),
     )
+    side = ZOO[name].size
     with torch.device("meta"):
         state = build_state(config, 1000, torch.device("meta"))
-        side = ZOO[name].size
         images = torch.empty(2, 3, side, side)
         labels = torch.zeros(2, dtype=torch.int64)
     state.model.train()
-    counts, norm = do_step(state, [Batch(images, labels, np.arange(2))], 0.1, config)
+    batch = Batch(images, labels, np.arange(2))
+
+    counts, norm = do_step(state, [batch], 0.1, config)
+
     assert counts.num.device.type == "meta"
     assert norm.device.type == "meta"
 
@@ -289,43 +338,59 @@ class TwoHeads(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.heads = nn.ModuleList(nn.Linear(12, 10) for _ in range(3))
+        self.main = nn.Linear(12, 10)
+        self.first = nn.Linear(12, 10)
+        self.second = nn.Linear(12, 10)
 
     def forward(self, images):
-        return tuple(head(images.flatten(1)) for head in self.heads)
+        features = images.flatten(1)
+        return self.main(features), self.first(features), self.second(features)
 
 
 def test_auxiliary_losses_count_their_weight():
     """Against plain torch, with mixed targets and smoothing; the counts are those of the first head
     alone.
     """
+    lr = 0.5
     config = Config(
-        train=TrainConfig(precision="fp32", label_smoothing=0.1, global_batch_size=4),
+        train=TrainConfig(
+            precision="fp32",
+            label_smoothing=0.1,
+            global_batch_size=4,
+        ),
         optim=OptimConfig(momentum=0.0, weight_decay=0.0),
         augment=AugmentConfig(mixup_alpha=1.0),
     )
     torch.manual_seed(0)
     model = TwoHeads()
+    reference = copy.deepcopy(model)
     batch = batch_of(2, 4)
     rule = rule_of(config)
-    before = copy.deepcopy(model)
-    state = TrainState(
-        model, build_optimizer(config.optim, model), torch.amp.GradScaler("cpu", enabled=False)
-    )
-    counts, _ = train_step(NoSync(model), state, [batch], 0.5, rule, NonFinite(model, 0))
-    images, shares = mix_images(batch.images, rule.mixing(0, 0))
+    optimizer = build_optimizer(config.optim, model)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    state = TrainState(model, optimizer, scaler)
+
+    counts, _ = train_step(NoSync(model), state, [batch], lr, rule, NonFinite(model, 0))
+
+    mixing = rule.mixing(0, 0)
+    images, shares = mix_images(batch.images, mixing)
     share = shares[0].item()
+    assert 0.01 < share < 0.99
     own = F.one_hot(batch.labels, 10)
     of_neighbours = own[[1, 0, 3, 2]]
     targets = share * own + (1 - share) * of_neighbours
-    loss, first_auxiliary, second_auxiliary = [
-        F.cross_entropy(logits, targets, label_smoothing=0.1) for logits in before(images)
-    ]
-    (loss + 0.25 * (first_auxiliary + second_auxiliary)).backward()
-    assert 0.01 < share < 0.99
-    assert counts.result()["loss"] == pytest.approx(loss.item(), rel=1e-6)
-    for now, then in zip(model.parameters(), before.parameters(), strict=True):
-        torch.testing.assert_close(now, then - 0.5 * then.grad)
+    losses = []
+    for logits in reference(images):
+        loss = F.cross_entropy(logits, targets, label_smoothing=0.1)
+        losses.append(loss)
+    main, first_auxiliary, second_auxiliary = losses
+    total = main + 0.25 * (first_auxiliary + second_auxiliary)
+    total.backward()
+
+    assert counts.result()["loss"] == pytest.approx(main.item(), rel=1e-6)
+    for updated, original in zip(model.parameters(), reference.parameters(), strict=True):
+        expected = original - lr * original.grad
+        torch.testing.assert_close(updated, expected)
 
 
 def test_published_weights_of_auxiliary_losses_and_dropout():
@@ -362,20 +427,29 @@ def one_update(rank, world_size):
         train=TrainConfig(precision="fp32", global_batch_size=4),
     )
     state = build_state(config, 10, CPU)
-    batch = batch_of(32, 4)
-    for dropout in modules_of(state.model, nn.Dropout):
+    network = state.model
+    for dropout in modules_of(network, nn.Dropout):
         dropout.p = 0.0
+
+    whole = batch_of(32, 4)
     own = slice(rank, None, world_size)
-    batch = Batch(batch.images[own].double(), batch.labels[own], batch.indices[own])
-    model = NoSync(state.model)
+    batch = Batch(
+        whole.images[own].double(),
+        whole.labels[own],
+        whole.indices[own],
+    )
+    model = NoSync(network)
     if world_size > 1:
-        model = wrap_ddp(state.model, CPU)
-    before = copy.deepcopy(state.model.state_dict())
+        model = wrap_ddp(network, CPU)
+
+    before = copy.deepcopy(network.state_dict())
     engine.warm_up_ddp(model, (2, 3, 32, 32), FP32)
-    assert equal_trees(before, state.model.state_dict())
-    assert state.model.training
-    train_step(model, state, [batch], 0.01, rule_of(config), NonFinite(state.model, 0))
-    return {name: value.numpy() for name, value in state.model.state_dict().items()}
+    assert equal_trees(before, network.state_dict())
+    assert network.training
+
+    nonfinite = NonFinite(network, 0)
+    train_step(model, state, [batch], 0.01, rule_of(config), nonfinite)
+    return {name: tensor.numpy() for name, tensor in network.state_dict().items()}
 
 
 @pytest.mark.slow
@@ -384,19 +458,28 @@ def test_auxiliary_heads_on_two_ranks_equal_one_process(double):
     whole batch at once.
     """
     first, second = run_ranks(one_update, 2)
-    for name, value in one_update(0, 1).items():
+    whole = one_update(0, 1)
+    for name, expected in whole.items():
         assert np.array_equal(first[name], second[name]), name
-        np.testing.assert_allclose(first[name], value, rtol=1e-6, atol=1e-9, err_msg=name)
+        np.testing.assert_allclose(
+            first[name],
+            expected,
+            rtol=1e-6,
+            atol=1e-9,
+            err_msg=name,
+        )
 
 
 @pytest.mark.slow
 def test_the_warm_up_needs_no_more_than_two_values_a_channel():
     """The least side, where the last map is a single pixel."""
+    precision = Precision("fp32", torch.device("meta"))
     for name in ("googlenet", "efficientnet_b0", "vgg11_bn"):
+        entry = ZOO[name]
         with torch.device("meta"):
-            model = convert_sync_batch_norm(ZOO[name].make(num_classes=10))
-        precision = Precision("fp32", torch.device("meta"))
-        side = ZOO[name].min_size
+            plain = entry.make(num_classes=10)
+            model = convert_sync_batch_norm(plain)
+        side = entry.min_size
         engine.warm_up_ddp(NoSync(model), (2, 3, side, side), precision)
 
 
@@ -419,20 +502,25 @@ def test_lenet_sees_what_table_1_says():
     model(batch_of(32, 1).images)
 
     rows = []
-    for i in range(16):
-        of_map = maps["c3"][0, i].sum()
-        [gradient] = torch.autograd.grad(of_map, maps["s2"], retain_graph=True)
-        rows.append(gradient[0].abs().sum((1, 2)) > 0)
-    table = torch.stack(rows).int()
-    assert table.sum(1).tolist() == [3] * 6 + [4] * 9 + [6]
-    # Each map of S2 feeds ten of C3.
-    assert table.sum(0).tolist() == [10] * 6
-    assert count_parameters(model.c3) == 1516
+    [maps_of_c3] = maps["c3"]
+    for map_of_c3 in maps_of_c3:
+        [gradients] = torch.autograd.grad(map_of_c3.sum(), maps["s2"], retain_graph=True)
+        sums = gradients[0].abs().sum((1, 2))
+        rows.append(sums > 0)
+    is_connected = torch.stack(rows)
+    inputs_of_c3 = is_connected.sum(1).tolist()
+    assert inputs_of_c3 == [3] * 6 + [4] * 9 + [6]
+    outputs_of_s2 = is_connected.sum(0).tolist()
+    assert outputs_of_s2 == [10] * 6
+    assert count_parameters(model.c3) == LENET_LAYERS["C3"]
 
 
 def test_lenet_takes_no_other_side():
-    with torch.device("meta"), pytest.raises(RuntimeError):
-        ZOO["lenet5"].make(num_classes=10)(torch.empty(1, 3, 48, 48))
+    with torch.device("meta"):
+        model = ZOO["lenet5"].make(num_classes=10)
+        images = torch.empty(1, 3, 48, 48)
+    with pytest.raises(RuntimeError):
+        model(images)
 
 
 @pytest.mark.slow
@@ -443,20 +531,27 @@ def test_timm_networks_keep_their_function():
     import timm
 
     torch.manual_seed(0)
-    # With weights that keep the signal.
-    theirs = init_weights(timm.create_model("inception_v4", num_classes=10)).eval()
+    theirs = timm.create_model("inception_v4", num_classes=10)
+    # Weights that keep the signal.
+    init_weights(theirs)
+    theirs.eval()
     # The pitfall: this one has lost its activations.
     without_activations = convert_sync_batch_norm(copy.deepcopy(theirs))
     with torch.device("meta"):
-        zoo = ZOO["inception_v4"].make(num_classes=10)
-    zoo.load_state_dict(theirs.state_dict(), strict=True, assign=True)
-    zoo = convert_sync_batch_norm(zoo).eval()
+        ours = ZOO["inception_v4"].make(num_classes=10)
+    ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
+    ours = convert_sync_batch_norm(ours)
+    ours.eval()
     images = batch_of(75, 1).images
+
     with torch.inference_mode():
         expected = theirs(images)
-        torch.testing.assert_close(zoo(images), expected)
-        assert expected.std() > 0.01
-        assert not torch.allclose(without_activations(images), expected, rtol=1e-2)
+        logits = ours(images)
+        wrong_logits = without_activations(images)
+
+    assert expected.std() > 0.01
+    torch.testing.assert_close(logits, expected)
+    assert not torch.allclose(wrong_logits, expected, rtol=1e-2)
 
 
 def test_without_timm_the_error_names_the_extra(monkeypatch):
@@ -467,16 +562,28 @@ def test_without_timm_the_error_names_the_extra(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, data, message",
+    ("name", "data", "message"),
     [
-        ("lenet5", {}, r"data\.train_crop_size is 224: lenet5 takes 32 pixels only"),
+        (
+            "lenet5",
+            {},
+            r"data\.train_crop_size is 224: lenet5 takes 32 pixels only",
+        ),
         (
             "alexnet",
             {"train_crop_size": 62},
             r"data\.train_crop_size is 62: alexnet takes 63 pixels or more.*224",
         ),
-        ("vgg16", {"val_crop_size": 31}, r"data\.val_crop_size is 31: vgg16 takes 32"),
-        ("densenet264", {"progressive_start_size": 28}, r"data\.progressive_start_size is 28"),
+        (
+            "vgg16",
+            {"val_crop_size": 31},
+            r"data\.val_crop_size is 31: vgg16 takes 32",
+        ),
+        (
+            "densenet264",
+            {"progressive_start_size": 28},
+            r"data\.progressive_start_size is 28",
+        ),
         (
             "inception_v4",
             {"val_scales": (299, 74)},
@@ -490,12 +597,13 @@ def test_without_timm_the_error_names_the_extra(monkeypatch):
     ],
 )
 def test_sides_that_a_network_cannot_take_are_refused(name, data, message):
+    config = DataConfig(**data)
     with pytest.raises(ValueError, match=message):
-        check_image_size(name, DataConfig(**data))
+        check_image_size(name, config)
 
 
 @pytest.mark.parametrize(
-    "name, data",
+    ("name", "data"),
     [
         ("resnet50", {"train_crop_size": 8}),
         ("googlenet", {"train_crop_size": 15}),
@@ -526,12 +634,21 @@ def test_the_least_side_is_the_least(name):
     entry = ZOO[name]
     with torch.device("meta"):
         model = entry.make(num_classes=10)
-        least = entry.min_train_size or entry.min_size
-        model.train()(torch.empty(2, 3, least, least))
-        with pytest.raises((RuntimeError, ValueError)):
-            model.eval()(torch.empty(2, 3, entry.min_size - 1, entry.min_size - 1))
-        if entry.min_train_size:
-            model.eval()(torch.empty(2, 3, entry.min_size, entry.min_size))
+
+    def run_on(side):
+        model(torch.empty(2, 3, side, side, device="meta"))
+
+    model.train()
+    if entry.min_train_size:
+        run_on(entry.min_train_size)
+    else:
+        run_on(entry.min_size)
+
+    model.eval()
+    with pytest.raises((RuntimeError, ValueError)):
+        run_on(entry.min_size - 1)
+    if entry.min_train_size:
+        run_on(entry.min_size)
 
 
 @pytest.mark.slow
@@ -559,6 +676,9 @@ def test_the_command_line_trains_lenet_and_refuses_a_side(digits, tmp_path):
 
     assert train(28) == [2, 2]
     assert "data.train_crop_size is 28: lenet5 takes 32 pixels only" in log.read_text()
+
     assert train(32) == [0, 0], log.read_text()
-    [*_, last] = (tmp_path / "32" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(last)["val/top1"] > 30
+    metrics = tmp_path / "32" / "metrics.jsonl"
+    *_, last_line = metrics.read_text().splitlines()
+    result = json.loads(last_line)
+    assert result["val/top1"] > 30
