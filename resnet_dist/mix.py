@@ -102,14 +102,24 @@ def build_mixing(config: AugmentConfig, seed: int, layout: BatchLayout) -> Mixin
         first = int(blocks[0])
         last = int(blocks[-1])
         different_blocks = np.arange(first, last + 1)
-        drawn = draw_mix(seed, step, different_blocks, mixup_alpha, cutmix_alpha)
+        drawn = draw_mix(
+            seed,
+            step,
+            different_blocks,
+            mixup_alpha,
+            cutmix_alpha,
+        )
         return drawn.select(blocks - first)
 
     return mixing
 
 
 def draw_mix(
-    seed: int, step: int, blocks: IntArray, mixup_alpha: float, cutmix_alpha: float
+    seed: int,
+    step: int,
+    blocks: IntArray,
+    mixup_alpha: float,
+    cutmix_alpha: float,
 ) -> Mix:
     """Draw how each block of a step is mixed.
 
@@ -185,21 +195,41 @@ def _beta(seed: int, indices: IntArray, alpha: float) -> FloatArray:
     for attempt in range(_MOST_ATTEMPTS):
         if len(missing) == 0:
             return found
-        numbers = uniform(seed, "mix/beta", attempt, indices[missing], 2 * _CANDIDATES)
+        numbers = uniform(
+            seed,
+            "mix/beta",
+            attempt,
+            indices[missing],
+            2 * _CANDIDATES,
+        )
         pairs = numbers.reshape(-1, _CANDIDATES, 2)
-        powers = pairs ** (1 / alpha)
-        sums = powers.sum(axis=2)
-        is_accepted = (sums <= 1) & (sums > 0)
-
-        # The first accepted pair of each number that has one.
-        has_any = is_accepted.any(axis=1)
-        lines = np.flatnonzero(has_any)
-        candidates = is_accepted[lines].argmax(axis=1)
-        first_powers = powers[lines, candidates, 0]
-        first_sums = sums[lines, candidates]
-        found[missing[lines]] = first_powers / first_sums
-        missing = missing[~has_any]
+        is_drawn, drawn = _beta_from_pairs(pairs, alpha)
+        found[missing[is_drawn]] = drawn
+        missing = missing[~is_drawn]
     raise AssertionError(f"no number from Beta({alpha}, {alpha})")
+
+
+def _beta_from_pairs(pairs: FloatArray, alpha: float) -> tuple[BoolArray, FloatArray]:
+    """One attempt of Joehnk's method: each number takes the first of its pairs that is accepted.
+
+    Args:
+        pairs: float64 [n, candidates, 2], uniform random numbers.
+        alpha: Parameter of the distribution.
+
+    Returns:
+        bool [n], whether a pair of the number is accepted, and float64 [k], the k numbers that have
+        one.
+    """
+    powers = pairs ** (1 / alpha)
+    sums = powers.sum(axis=2)
+    is_accepted = (sums <= 1) & (sums > 0)
+    is_drawn: BoolArray = is_accepted.any(axis=1)
+
+    rows = np.flatnonzero(is_drawn)
+    first_accepted = is_accepted[rows].argmax(axis=1)
+    own_powers = powers[rows, first_accepted, 0]
+    own_sums = sums[rows, first_accepted]
+    return is_drawn, own_powers / own_sums
 
 
 def mix_images(images: torch.Tensor, mix: Mix | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -242,7 +272,8 @@ def apply_mix(images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     precise = torch.promote_types(images.dtype, torch.float32)
     own = images.to(precise)
     other = neighbours.to(precise)
-    weights = pixel_weights.to(precise)[:, None, None, None]
+    weights = pixel_weights.to(precise)
+    weights = weights[:, None, None, None]
     blended = torch.lerp(other, own, weights)
     rounded = blended.to(images.dtype)
     return torch.where(in_box, neighbours, rounded)

@@ -128,13 +128,24 @@ def _warp_on_gpu(pixels: DaliNode, matrix: DaliNode, fill: list[float]) -> DaliN
     """`_warp` on a GPU, where `warp_affine` fills with one number for all channels."""
     from nvidia.dali import fn
 
+    # An affine matrix is without the last row, which is (0, 0, 1).
+    affine = matrix[:2]
     if len(fill) == 1:
-        return fn.warp_affine(pixels, matrix=matrix[:2], fill_value=fill[0])
-    channels = []
+        return fn.warp_affine(
+            pixels,
+            matrix=affine,
+            fill_value=fill[0],
+        )
+    warped = []
     for number, value in enumerate(fill):
         channel = pixels[:, :, number : number + 1]
-        channels.append(fn.warp_affine(channel, matrix=matrix[:2], fill_value=value))
-    return fn.cat(*channels, axis=2)
+        warped_channel = fn.warp_affine(
+            channel,
+            matrix=affine,
+            fill_value=value,
+        )
+        warped.append(warped_channel)
+    return fn.cat(*warped, axis=2)
 
 
 def dali_brightness(pixels: DaliNode, matrix: DaliNode, on_gpu: bool) -> DaliNode:
@@ -220,8 +231,16 @@ def dali_autocontrast(pixels: DaliNode, matrix: DaliNode, on_gpu: bool) -> DaliN
     """Stretch each channel linearly to the range 0 to 255."""
     from nvidia.dali import fn
 
-    low = fn.reductions.min(pixels, axis_names="HW", keep_dims=True)
-    high = fn.reductions.max(pixels, axis_names="HW", keep_dims=True)
+    low = fn.reductions.min(
+        pixels,
+        axis_names="HW",
+        keep_dims=True,
+    )
+    high = fn.reductions.max(
+        pixels,
+        axis_names="HW",
+        keep_dims=True,
+    )
 
     # A channel with a single value stays unchanged: it is shifted by 0 and scaled by 255 / 255.
     is_flat = high == low
@@ -290,5 +309,6 @@ def dali_hue(pixels: DaliNode, matrix: DaliNode, on_gpu: bool) -> DaliNode:
     channels = []
     for share in (red_share, green_share, blue_share):
         clamped = math.clamp(share, 0.0, 1.0)
-        channels.append(high - span + span * clamped)
+        added = span * clamped
+        channels.append(high - span + added)
     return _to_uint8(fn.cat(*channels, axis=2))
