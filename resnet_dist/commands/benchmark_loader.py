@@ -4,10 +4,10 @@ The other loaders are a plain DALI pipeline and torchvision's data set in a PyTo
 on demand those of a file outside of the package (rival_file.py). The loaders take turns. Ratios are
 computed from turns of the same round, since the load of the machine may change. "memory cache" is
 our loader with the training images decoded in memory (`data.train_cache auto`), if they fit;
-filling it does not count. `--also` adds our loader on further data roots (benchmark_places.py). The
-most reliable figure is the CPU time per image, which hardly depends
-on other programs. A turn produces a fixed number of images, and includes the start and end of its
-workers.
+filling it does not count. `--also` adds our loader on further data roots (benchmark_places.py).
+
+The most reliable figure is the CPU time per image, which hardly depends on other programs. A turn
+produces a fixed number of images, and includes the start and end of its workers.
 """
 
 import argparse
