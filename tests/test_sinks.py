@@ -227,6 +227,7 @@ def run_session(folder, start_step, steps, mode="auto", init_seconds=10.0, url=N
 
 
 SESSION = """
+import os
 import sys
 from pathlib import Path
 
@@ -241,6 +242,11 @@ from resnet_dist.logs.sinks.base import CheckpointFile, ConfusionMatrix, Picture
 mode, init_seconds, start_step, *steps = sys.argv[1:]
 wandb_sink._INIT_SECONDS[mode] = float(init_seconds)
 log_module.CLOSE_SECONDS = 200
+own_run = None
+if "OWN_RUN" in os.environ:
+    import wandb
+
+    own_run = wandb.init(mode="offline", dir="own")
 log = log_module.build_log(LogConfig(wandb=mode), "run", True, {"model": {"name": "resnet20"}})
 log.start(int(start_step), 100)
 for step in map(int, steps):
@@ -252,6 +258,10 @@ if log.start_step == 0:
     log.attach(30, "val/confusion", ConfusionMatrix([0, 1], [1, 1], ["cat", "dog"]))
     log.attach(30, "best", CheckpointFile(Path("best.pt").resolve(), "a_run", {"top1": 90.0}))
 log.close(0)
+if own_run is not None:
+    assert wandb.run is own_run
+    own_run.log({"own": 1})
+    own_run.finish()
 """
 
 
@@ -269,7 +279,13 @@ def test_offline_run_goes_on_after_a_resume(tmp_path):
     assert "no API key" in sentence
     assert sentence.endswith("to upload later: wandb sync run/wandb")
 
-    run_session(tmp_path, 20, (30, 40), WANDB_API_KEY="a" * 40)
+    # A W&B run of the user in the same process goes on, and decides whether ours is online.
+    (tmp_path / "own").mkdir()
+    second = run_session(tmp_path, 20, (30, 40), WANDB_API_KEY="a" * 40, OWN_RUN="yes")
+    assert "W&B is offline (as the active W&B run of this process)" in second.stdout
+    (own_folder,) = (tmp_path / "own/wandb").glob("offline-run-*")
+    own_rows = of_type(inspect(own_folder, tmp_path), "history")
+    assert len(own_rows) == 1
 
     first_folder, second_folder = sorted((tmp_path / "run/wandb").glob(f"offline-run-*-{run_id}"))
     first_records = inspect(first_folder, tmp_path)

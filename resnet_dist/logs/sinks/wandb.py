@@ -61,6 +61,9 @@ class WandbSink:
             try:
                 self._run = _init_wandb(run, "online", run_id, _INIT_SECONDS[mode])
             except Exception as error:
+                if wandb.run is not None:
+                    # The teardown would end that run of the user too.
+                    raise
                 reason = f"going online failed: {describe_error(error)}"
                 # The failed attempt still holds the id of the run.
                 wandb.teardown(exit_code=1)
@@ -124,6 +127,8 @@ def _init_wandb(
         init_timeout=timeout,
         finish_timeout=_FINISH_SECONDS,
         finish_timeout_raises=True,
+        # The user may have a W&B run in this process, which goes on.
+        reinit="create_new",
         # Seconds of values that a killed process loses.
         x_transaction_log_flush_interval=2.0,
         # Numbers only: no captured output, code, git state, facts of the machine or packages.

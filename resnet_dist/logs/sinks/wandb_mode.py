@@ -47,6 +47,17 @@ def why_offline(mode: str) -> str:
     silence_wandb()
     import wandb
 
+    active_run = wandb.run
+    if active_run is not None:
+        # A run of the user in this process. If it is online, there is a key; wandb.login does not
+        # look for one any more.
+        if active_run.offline or active_run.disabled:
+            return "as the active W&B run of this process"
+        return ""
+    # `wandb offline` and `wandb disabled` store a mode.
+    stored_mode = wandb.setup().settings.mode
+    if stored_mode in ("offline", "disabled"):
+        return f"wandb's settings have the mode {stored_mode}"
     try:
         has_key = wandb.login(prompt=False, verify=False)
     except wandb.Error as error:
