@@ -26,6 +26,12 @@ _TIMEOUT_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 _SHUTDOWN_SECONDS = 600
 """Time that ranks have to save after a signal; torchrun kills them after 30 s."""
 
+_DESCRIPTION = (
+    "torchrun, with the exit code of the first rank that failed and one line that says what it "
+    "means. In place of a script it also takes a command of resnet-dist, for example: "
+    "resnet-dist launch --nproc_per_node 8 train --config FILE"
+)
+
 _MEANINGS = {
     1: "an unexpected error, see its traceback above",
     2: "an error that you can mend, see above",
@@ -47,6 +53,7 @@ def launch_workers(arguments: list[str], commands: Collection[str]) -> int:
     """
     parser = torchrun.get_args_parser()
     parser.prog = "resnet-dist launch"
+    parser.description = _DESCRIPTION
     options = parser.parse_args(arguments)
     if options.training_script in commands:
         _run_as_module(options)
