@@ -28,20 +28,37 @@ from resnet_dist.evaluation.sets.suite_results import PartCounts, SetResult
 
 
 def few_corruptions(monkeypatch, names=("snow", "fog")):
-    """75 parts are 10, which takes less time."""
+    """Keep two corruptions: 10 parts instead of 75 take less time."""
     for name in list(corruptions.ALEXNET_ERRORS):
         if name not in names:
             monkeypatch.delitem(corruptions.ALEXNET_ERRORS, name)
 
 
 def run_suite(weights, suite, output, *options, world_size=1):
-    words = ["evaluate", "--weights", weights, "--suite", suite, "--output", output]
-    return run_command(output.parent, [*words, *SMALL, *options], world_size)
+    """Evaluate the suite; returns the exit code and what was printed."""
+    words = [
+        "evaluate",
+        "--weights",
+        weights,
+        "--suite",
+        suite,
+        "--output",
+        output,
+        *SMALL,
+        *options,
+    ]
+    return run_command(output.parent, words, world_size)
+
+
+def read_results(output):
+    """The results of the sets in suite.json: {name of the set: entry}."""
+    content = json.loads((output / "suite.json").read_text())
+    return content["sets"]
 
 
 def figures_of(output):
-    content = json.loads((output / "suite.json").read_text())
-    return {name: entry["figures"] for name, entry in content["sets"].items()}
+    """The figures in suite.json: {name of the set: figures}."""
+    return {name: entry["figures"] for name, entry in read_results(output).items()}
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +67,30 @@ def imagenets(tmp_path_factory):
     place = tmp_path_factory.mktemp("imagenets")
     # ILSVRC 2012: the numbers of the files are those of real.json.
     names = []
-    for number, label in enumerate((3, 3, 1, 8, 2), 1):
+    for number, label in enumerate((3, 3, 1, 8, 2), start=1):
         names.append(f"val/{WNIDS[label]}/ILSVRC2012_val_{number:08d}.JPEG")
     write_images(place / "imagenet", names)
     # The network says 3: right for images 1 and 3; image 4 has no label and does not count.
-    (place / "real.json").write_text(json.dumps([[3], [1], [1, 3], [], [2]]))
+    labels = [
+        [3],
+        [1],
+        [1, 3],
+        [],
+        [2],
+    ]
+    (place / "real.json").write_text(json.dumps(labels))
     # Folders are class ids. As text 10 comes before 3.
     write_images(place / "v2", ["10/a.jpeg", "3/b.jpeg", "3/c.jpeg", "2/d.jpeg"])
-    # Without class 3, which competes only if logits are not masked: then 1 is the first.
+    # Class 3, which the network prefers, is not in this set. If its logits are masked, class 1
+    # wins; otherwise class 3 does, and all images are wrong.
     write_images(place / "a", of_class(1, 3) + of_class(8, 1))
     write_images(place / "r", of_class(8, 2) + of_class(2, 1) + of_class(4, 1))
     write_images(place / "sketch" / "val", of_class(3, 1, "png") + of_class(1, 3, "png"))
     for severity in range(1, 6):
-        # Of 8 images of snow, 1 to 5 are wrong; of 4 of fog always 1.
+        # 1 to 5 of the 8 images of snow are wrong.
         snow = of_class(3, 8 - severity) + of_class(1, severity)
         write_images(place / "c" / "snow" / str(severity), snow)
+        # 1 of the 4 images of fog is wrong at each severity.
         fog = of_class(3, 3) + of_class(8, 1)
         write_images(place / "c" / "weather" / "fog" / str(severity), fog)
     suite = f"""
@@ -83,6 +109,7 @@ sets:
     return place
 
 
+# The number of images and the top-1 accuracy in percent of each set.
 EXPECTED = {
     "ImageNet": (5, 40.0),
     "ReaL": (4, 50.0),
@@ -93,7 +120,9 @@ EXPECTED = {
     "Sketch": (4, 25.0),
 }
 # Mean errors of snow (1 + 2 + 3 + 4 + 5) / 8 / 5 and of fog 1/4, over those of AlexNet.
-MCE = 100 * (0.375 / 0.866816 + 0.25 / 0.819324) / 2
+SNOW_ERROR = 0.375 / 0.866816
+FOG_ERROR = 0.25 / 0.819324
+MCE = 100 * (SNOW_ERROR + FOG_ERROR) / 2
 
 
 @pytest.mark.slow
@@ -125,19 +154,26 @@ def test_imagenet_and_its_variants(imagenets, tmp_path, monkeypatch):
     assert "resize 8, crop 8, bilinear" in printed
 
     # The counts do not depend on the number of ranks, nor on the batches.
-    few = imagenets / "few.yaml"
+    first_four_sets = imagenets / "few.yaml"
     lines = suite.read_text().splitlines()
-    few.write_text("\n".join(lines[:6]))
-    again = tmp_path / "two"
-    code, printed = run_suite(weights, few, again, "--data.val_batch_size", "3", world_size=2)
+    first_four_sets.write_text("\n".join(lines[:6]))
+    output_of_two = tmp_path / "two"
+    code, printed = run_suite(
+        weights,
+        first_four_sets,
+        output_of_two,
+        "--data.val_batch_size",
+        "3",
+        world_size=2,
+    )
     assert code == 0, printed
-    alone = json.loads((output / "suite.json").read_text())
-    together = json.loads((again / "suite.json").read_text())
-    assert list(together["sets"]) == ["ImageNet", "ReaL", "V2", "A"]
-    for name, entry in together["sets"].items():
-        counts = alone["sets"][name]["parts"][""]
-        near = pytest.approx(counts["loss_sum"], rel=1e-6)
-        assert entry["parts"][""] == {**counts, "loss_sum": near}, name
+    of_one_rank = read_results(output)
+    of_two_ranks = read_results(output_of_two)
+    assert list(of_two_ranks) == ["ImageNet", "ReaL", "V2", "A"]
+    for name, entry in of_two_ranks.items():
+        expected = dict(of_one_rank[name]["parts"][""])
+        expected["loss_sum"] = pytest.approx(expected["loss_sum"], rel=1e-6)
+        assert entry["parts"][""] == expected, name
 
     # A finished part is not evaluated again.
     monkeypatch.setattr("resnet_dist.commands.evaluate_suite.count_mapped", None)
@@ -181,33 +217,57 @@ sets:
         ("C: 5 of 10 parts", "no folder frost/"),
     )
     assert len(errors) == len(expected), printed
-    for line, words in zip(errors, expected, strict=True):
-        assert all(word in line for word in words), line
+    for line, texts in zip(errors, expected, strict=True):
+        for text in texts:
+            assert text in line
 
 
 def cifar_arrays(num):
+    """Random images [num, 32, 32, 3], and labels 0, 1, ..., 9, 0, 1, ..."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (num, 32, 32, 3), dtype=np.uint8)
-    return pixels, np.arange(num) % 10
+    labels = np.arange(num) % 10
+    return pixels, labels
 
 
 def write_cifar(place):
     """CIFAR-10 (python and binary version), CIFAR-10.1 and CIFAR-10-C, with hand-made labels."""
     pixels, labels = cifar_arrays(20)
+    # The published files have the channels first.
     flat = pixels.transpose(0, 3, 1, 2).reshape(20, -1)
-    (place / "py" / "cifar-10-batches-py").mkdir(parents=True)
-    content = {b"data": flat, b"labels": labels.tolist(), b"batch_label": b"testing batch 1 of 1"}
-    (place / "py" / "cifar-10-batches-py" / "test_batch").write_bytes(pickle.dumps(content))
+
+    # CIFAR-10, python version.
+    python_folder = place / "py" / "cifar-10-batches-py"
+    python_folder.mkdir(parents=True)
+    content = {
+        b"data": flat,
+        b"labels": labels.tolist(),
+        b"batch_label": b"testing batch 1 of 1",
+    }
+    (python_folder / "test_batch").write_bytes(pickle.dumps(content))
+
+    # CIFAR-10, binary version: a byte for the label, then the pixels.
     (place / "bin").mkdir()
-    records = np.concatenate([labels.astype(np.uint8)[:, None], flat], 1)
+    label_column = labels.astype(np.uint8)[:, None]
+    records = np.concatenate([label_column, flat], axis=1)
     (place / "bin" / "test_batch.bin").write_bytes(records.tobytes())
+
+    # CIFAR-10.1: half of the images are of class 7.
     (place / "one").mkdir()
+    half_are_7 = np.array([7, 7, 0, 1, 7, 2, 3, 7], np.int32)
     np.save(place / "one" / "cifar10.1_v6_data.npy", pixels[:8])
-    np.save(place / "one" / "cifar10.1_v6_labels.npy", np.array([7, 7, 0, 1, 7, 2, 3, 7], np.int32))
+    np.save(place / "one" / "cifar10.1_v6_labels.npy", half_are_7)
+
+    # CIFAR-10-C: five severities of four images each; 0 to 4 of them are of class 7.
     (place / "c").mkdir()
-    # Five severities of four images each: 0 to 4 of them are of class 7.
-    hits = [[7] * count + [1] * (4 - count) for count in range(5)]
-    np.save(place / "c" / "labels.npy", np.array(hits).ravel())
+    corrupted_labels = [
+        [1, 1, 1, 1],
+        [7, 1, 1, 1],
+        [7, 7, 1, 1],
+        [7, 7, 7, 1],
+        [7, 7, 7, 7],
+    ]
+    np.save(place / "c" / "labels.npy", np.array(corrupted_labels).ravel())
     for name in ("snow", "fog"):
         np.save(place / "c" / f"{name}.npy", pixels)
     return pixels, labels
@@ -229,87 +289,119 @@ sets:
 """
     )
     # On two ranks, whose shares are not equal.
+    output = tmp_path / "out"
     code, printed = run_suite(
-        weights, suite, tmp_path / "out", "--data.val_batch_size", "3", world_size=2
+        weights,
+        suite,
+        output,
+        "--data.val_batch_size",
+        "3",
+        world_size=2,
     )
     assert code == 0, printed
-    figures = figures_of(tmp_path / "out")
-    assert {name: entry["top1"] for name, entry in figures.items()} == {
+    figures = figures_of(output)
+    top1 = {name: entry["top1"] for name, entry in figures.items()}
+    assert top1 == {
         "python": 10,
         "binary": 10,
         "CIFAR-10.1": 50,
         "CIFAR-10-C": 50,
     }
     assert figures["CIFAR-10-C"]["mean_error"] == pytest.approx(50)
-    assert figures["python"]["top5"] == figures["binary"]["top5"] == 50
+    assert figures["python"]["top5"] == 50
+    assert figures["binary"]["top5"] == 50
 
     # Both files give the pixels in their places, as the evaluation of image files shows them.
     for folder in ("py", "bin"):
         read = arrays.read_cifar10(tmp_path / folder)
         assert np.array_equal(read.pixels, pixels)
         assert np.array_equal(read.labels, labels)
-    part = arrays.read_arrays(tmp_path / "c" / "fog.npy", tmp_path / "c" / "labels.npy", 3, 5)
+    # Part 3 of 5, counted from 0.
+    corrupted = tmp_path / "c"
+    part = arrays.read_arrays(corrupted / "fog.npy", corrupted / "labels.npy", 3, 5)
     assert np.array_equal(part.pixels, pixels[12:16])
     assert part.labels.tolist() == [7, 7, 7, 1]
 
 
 def test_parts_that_were_counted_with_other_options_are_not_taken():
     entry = SuiteEntry("a", "folder", "x", classes="all")
-    counts = PartCounts(num=4, correct1=1, correct5=None, loss_sum=2.0, num_bad=0)
+    counts = PartCounts(
+        num=4,
+        correct1=1,
+        correct5=None,
+        loss_sum=2.0,
+        num_bad=0,
+    )
     result = SetResult(entry, {"": counts})
-    earlier = json.loads(json.dumps({"a": result.as_plain()}))
+    written = json.dumps({"a": result.as_plain()})
+    earlier = json.loads(written)
     assert evaluate_suite._finished_parts(entry, earlier) == {"": counts}
-    for change in ({"classes": ""}, {"classes": "present"}, {"data": "y"}, {"kind": "imagenet"}):
+    changes = (
+        {"classes": ""},
+        {"classes": "present"},
+        {"data": "y"},
+        {"kind": "imagenet"},
+    )
+    for change in changes:
         other = replace(entry, **change)
         assert evaluate_suite._finished_parts(other, earlier) == {}, change
 
 
+def load_arrays(pixels, labels, config, rank):
+    """The batches that `rank` of two ranks evaluates; a round without a batch is left out."""
+    runtime = OneProcess()
+    runtime.rank = rank
+    runtime.world_size = 2
+    images = arrays.ImageArrays(pixels, labels)
+    loader = arrays.ArrayLoader(images, arrays.CIFAR10_CLASSES, config, runtime)
+    batches = list(loader)
+    assert loader.rounds == 2
+    assert len(batches) == 2
+    return [batch for batch in batches if batch is not None]
+
+
 def test_arrays_pass_through_the_geometry_of_files(tmp_path):
-    """Batch by batch, on two ranks, also of several views."""
+    """Batch by batch, on two ranks: the images are those of `EvaluationTransform`."""
     pixels, labels = cifar_arrays(5)
     data = DataConfig(val_resize_size=40, val_crop_size=24, val_batch_size=2)
     config = Config(data=data)
     transform = EvaluationTransform(data)
-    seen = {}
+    label_of = {}
+    image_of = {}
     for rank in range(2):
-        runtime = OneProcess()
-        runtime.rank = rank
-        runtime.world_size = 2
-        images = arrays.ImageArrays(pixels, labels)
-        loader = arrays.ArrayLoader(images, arrays.CIFAR10_CLASSES, config, runtime)
-        batches = list(loader)
-        assert len(batches) == loader.rounds == 2
-        for batch in batches:
-            if batch is None:
-                continue
-            for row, label, image in zip(
-                batch.indices.tolist(), batch.labels.tolist(), batch.images, strict=True
-            ):
-                seen[row] = (label, image)
-    assert sorted(seen) == [0, 1, 2, 3, 4]
-    for row, (label, image) in seen.items():
-        assert label == labels[row]
+        for batch in load_arrays(pixels, labels, config, rank):
+            rows = batch.indices.tolist()
+            label_of.update(zip(rows, batch.labels.tolist(), strict=True))
+            image_of.update(zip(rows, batch.images, strict=True))
+    assert sorted(image_of) == [0, 1, 2, 3, 4]
+    for row, image in image_of.items():
+        assert label_of[row] == labels[row]
         expected = transform(Image.fromarray(pixels[row]))
         assert torch.allclose(image.float(), expected, atol=0.02)
 
 
 def test_mean_corruption_error():
     """AlexNet has 100; a corruption whose severities are not complete is left out."""
+    # AlexNet's errors are means over the severities: the shifts add up to zero.
+    shifts = (-0.2, -0.1, 0, 0.1, 0.2)
     errors = {}
-    for name, error in corruptions.ALEXNET_ERRORS.items():
-        for severity, shift in zip(corruptions.SEVERITIES, (-0.2, -0.1, 0, 0.1, 0.2), strict=True):
-            errors[corruptions.part_name(name, severity)] = error + shift
+    for name, mean_error in corruptions.ALEXNET_ERRORS.items():
+        for severity, shift in zip(corruptions.SEVERITIES, shifts, strict=True):
+            part = corruptions.part_name(name, severity)
+            errors[part] = mean_error + shift
     averages = corruptions.average_errors(errors)
     assert len(averages) == 15
     assert corruptions.mean_corruption_error(averages) == pytest.approx(100)
     halves = {name: error / 2 for name, error in averages.items()}
     assert corruptions.mean_corruption_error(halves) == pytest.approx(50)
+
     del errors["fog/5"]
-    assert corruptions.missing_corruptions(corruptions.average_errors(errors)) == ["fog"]
+    averages = corruptions.average_errors(errors)
+    assert corruptions.missing_corruptions(averages) == ["fog"]
 
 
 class Evil:
-    """Calls print when it is read from a pickle."""
+    """Reading it with plain pickle would call `print`."""
 
     def __reduce__(self):
         return (print, ("run",))
@@ -317,32 +409,40 @@ class Evil:
 
 def test_damaged_files_are_one_sentence(tmp_path, capsys):
     pixels, labels = write_cifar(tmp_path)
-    batch = tmp_path / "py" / "cifar-10-batches-py" / "test_batch"
-    data = tmp_path / "c" / "fog.npy"
-    classes = tmp_path / "c" / "labels.npy"
-    batch.write_bytes(pickle.dumps({b"data": Evil()}))
+
+    # CIFAR-10: no code of a pickle runs; the size of the binary file must fit.
+    python_batch = tmp_path / "py" / "cifar-10-batches-py" / "test_batch"
+    python_batch.write_bytes(pickle.dumps({b"data": Evil()}))
     with pytest.raises(ValueError, match=r"test_batch is damaged.*builtins.print"):
         arrays.read_cifar10(tmp_path / "py")
     assert capsys.readouterr().out == ""
-    (tmp_path / "bin" / "test_batch.bin").write_bytes(b"12")
+    binary_batch = tmp_path / "bin" / "test_batch.bin"
+    binary_batch.write_bytes(b"12")
     with pytest.raises(ValueError, match="no multiple of 3073"):
         arrays.read_cifar10(tmp_path / "bin")
     with pytest.raises(ValueError, match="neither test_batch"):
         arrays.read_cifar10(tmp_path)
+
+    # CIFAR-10-C: the number of images and labels, and the values of the labels.
+    images_path = tmp_path / "c" / "fog.npy"
+    labels_path = tmp_path / "c" / "labels.npy"
     with pytest.raises(ValueError, match="do not divide into 3 parts"):
-        arrays.read_arrays(data, classes, 0, 3)
-    np.save(classes, labels[:7])
+        arrays.read_arrays(images_path, labels_path, 0, 3)
+    np.save(labels_path, labels[:7])
     with pytest.raises(ValueError, match=r"20 images, and labels.npy 7 labels"):
-        arrays.read_arrays(data, classes)
-    np.save(classes, labels + 5)
+        arrays.read_arrays(images_path, labels_path)
+    np.save(labels_path, labels + 5)
     with pytest.raises(ValueError, match="from 0 to 9"):
-        arrays.read_arrays(data, classes)
-    data.write_bytes(data.read_bytes()[:100])
+        arrays.read_arrays(images_path, labels_path)
+
+    # The file of the images is cut, or has another type.
+    start_of_file = images_path.read_bytes()[:100]
+    images_path.write_bytes(start_of_file)
     with pytest.raises(ValueError, match=r"fog.npy is damaged"):
-        arrays.read_arrays(data, classes)
-    np.save(data, pixels.astype(np.float32))
+        arrays.read_arrays(images_path, labels_path)
+    np.save(images_path, pixels.astype(np.float32))
     with pytest.raises(ValueError, match=r"float32.*and not images uint8"):
-        arrays.read_arrays(data, classes)
+        arrays.read_arrays(images_path, labels_path)
 
 
 def test_wrong_suites_are_one_sentence(tmp_path, monkeypatch):
@@ -369,8 +469,10 @@ def test_wrong_suites_are_one_sentence(tmp_path, monkeypatch):
         path.write_text(text)
         with pytest.raises(ValueError, match=message) as caught:
             read_suite(path)
-        assert "\n" not in str(caught.value)
-        assert "--suite" in str(caught.value)
+        sentence = str(caught.value)
+        assert "\n" not in sentence
+        assert "--suite" in sentence
+
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="cannot be read"):
         read_suite(path)
@@ -379,7 +481,8 @@ def test_wrong_suites_are_one_sentence(tmp_path, monkeypatch):
 
 
 def test_the_suite_of_the_documentation_is_read(tmp_path):
-    page = Path(__file__).resolve().parents[1] / "docs" / "evaluation.md"
+    repository = Path(__file__).resolve().parents[1]
+    page = repository / "docs" / "evaluation.md"
     [suite] = re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)
     path = tmp_path / "suite.yaml"
     path.write_text(suite)
