@@ -24,7 +24,8 @@ def test_a_run_leaves_a_contact_sheet_and_the_details_of_its_last_evaluation(che
         # Two rows of eight images of 128 pixels.
         assert picture.width > 8 * 128
         assert picture.height > 2 * 128
-        assert len(picture.convert("L").getcolors()) > 100
+        gray_levels = picture.convert("L").getcolors()
+        assert len(gray_levels) > 100
 
     trained, evaluated = read_last_lines(folder / "metrics.jsonl")
     details = read_evaluation(folder / "evaluation.json")
@@ -50,36 +51,53 @@ def read_last_lines(path):
     return trained[-1], evaluated
 
 
+def report(*words):
+    """The exit code of the command report."""
+    return cli.main(["report", *map(str, words)])
+
+
 @pytest.mark.slow
 def test_evaluate_writes_what_report_reads(checkpoint, tmp_path, capsys):
     """Files of two ranks; the same weights are not called different; the page has all sections."""
     details = tmp_path / "details.json"
     predictions = tmp_path / "predictions.parquet"
-    files = ("--details", str(details), "--predictions", str(predictions))
-    log = str(tmp_path / "log")
-    codes = run_app(2, ["evaluate", "--weights", checkpoint, *files, *SETTINGS], log)
-    assert codes == [0, 0], Path(log).read_text()
+    evaluate = [
+        "evaluate",
+        "--weights",
+        checkpoint,
+        "--details",
+        str(details),
+        "--predictions",
+        str(predictions),
+        *SETTINGS,
+    ]
+    log = tmp_path / "log"
+    codes = run_app(2, evaluate, str(log))
+    assert codes == [0, 0], log.read_text()
 
+    # The two files say what the training's own evaluation says.
     folder = Path(checkpoint).resolve().parents[1]
     by_the_run = read_evaluation(folder / "evaluation.json")
     by_the_command = read_evaluation(details)
-    assert by_the_command.images == by_the_run.images == read_predictions(predictions).images
+    assert by_the_command.images == by_the_run.images
+    assert read_predictions(predictions).images == by_the_run.images
     # Another number of ranks trained on the same last bits.
     assert np.array_equal(by_the_command.is_hit, by_the_run.is_hit)
     assert by_the_command.network == by_the_run.network
 
+    # A report that compares the two files, which are of the same weights.
     page = tmp_path / "page.html"
-    assert cli.main(["report", str(details), str(predictions), "--html", str(page)]) == 0
+    assert report(details, predictions, "--html", page) == 0
     printed = capsys.readouterr().out
     assert "no difference in top-1 beyond chance" in printed
     assert "(right where the other is wrong: 0 and 0" in printed
 
-    picture = tmp_path / "p.png"
-    assert cli.main(["report", str(folder), "--html", str(page), "--out", str(picture)]) == 0
+    # A report about the run.
+    assert report(folder, "--html", page, "--out", tmp_path / "p.png") == 0
     html = page.read_text()
     body = re.search("<body>.*</body>", html, re.S)[0]
     xml.etree.ElementTree.fromstring(body)
-    for part in (
+    parts = (
         "Classes, the worst first",
         "accuracy against confidence",
         "Most confident mistakes",
@@ -89,15 +107,17 @@ def test_evaluate_writes_what_report_reads(checkpoint, tmp_path, capsys):
         "learning rate",
         "memory, the largest of a rank (GiB)",
         "all 1",
-    ):
+    )
+    for part in parts:
         assert part in html, part
     assert "http" not in html
     assert "<script" not in html
 
+    # A damaged file, and a file together with a run.
     broken = tmp_path / "broken.json"
     broken.write_text("{")
-    assert cli.main(["report", str(details), str(broken)]) == 2
-    assert cli.main(["report", str(details), str(folder)]) == 2
+    assert report(details, broken) == 2
+    assert report(details, folder) == 2
     printed = capsys.readouterr().out
     assert printed.count("error:") == 2
     assert "cannot be mixed" in printed
@@ -105,15 +125,17 @@ def test_evaluate_writes_what_report_reads(checkpoint, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_files_that_cannot_be_written_are_refused_before_the_evaluation(checkpoint, tmp_path):
-    problems = {
-        ("--predictions", f"{tmp_path}/none/p.parquet"): "a folder that exists",
-        ("--predictions", f"{tmp_path}/p.csv"): "must end in .parquet",
-        ("--details", f"{tmp_path}/d"): "must end in .json",
-    }
-    for words, sentence in problems.items():
-        evaluate = ["evaluate", "--weights", checkpoint, *words, *SETTINGS]
-        code, printed = run_command(tmp_path, evaluate)
+    evaluate = ["evaluate", "--weights", checkpoint]
+    problems = (
+        ("--predictions", f"{tmp_path}/none/p.parquet", "a folder that exists"),
+        ("--predictions", f"{tmp_path}/p.csv", "must end in .parquet"),
+        ("--details", f"{tmp_path}/d", "must end in .json"),
+    )
+    for option, path, sentence in problems:
+        code, printed = run_command(tmp_path, [*evaluate, option, path, *SETTINGS])
         assert code == 2, printed
         assert sentence in printed, printed
+
+    # A suite has no details: argparse ends the process.
     with pytest.raises(SystemExit):
-        cli.main(["evaluate", "--weights", checkpoint, "--suite", "s.yaml", "--details", "d.json"])
+        cli.main([*evaluate, "--suite", "s.yaml", "--details", "d.json"])
