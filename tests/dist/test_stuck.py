@@ -25,40 +25,43 @@ SMALL = small_run(
 )
 
 
-# a busy machine must be able to start within it
+# A busy machine must be able to start within it.
 LIMIT = ["--distributed.timeout_s", "12"]
-WAITED = "10.2 s"  # 0.85 of it
+# 0.85 of it.
+WAITED = "10.2 s"
 
 
 def start(digits, folder, *more, entry=None, world_size=3):
-    return start_app(
-        world_size,
-        [
-            "train",
-            *options(config="configs/quickstart.yaml", data__data_dir=digits, output_dir=folder),
-            *SMALL,
-            *more,
-        ],
-        str(folder / "log"),
-        entry,
+    """Start all ranks of a training, which print to `folder / "log"`."""
+    own = options(
+        config="configs/quickstart.yaml",
+        data__data_dir=digits,
+        output_dir=folder,
     )
+    words = ["train", *own, *SMALL, *more]
+    return start_app(world_size, words, str(folder / "log"), entry)
 
 
-def at_step_3(number, action, afterwards=lambda: None):
+def do_nothing():
+    pass
+
+
+def at_step_3(number, action, afterwards=do_nothing):
     """The command line's main; in one rank `action()` takes the place of step 3's update."""
 
     def entry(arguments):
-        real, rank = engine.train_step, os.environ["RANK"]
+        real_step = engine.train_step
+        is_chosen = os.environ["RANK"] == str(number)
         watchdog._GRACE_SECONDS = 1.0
 
         def train_step(model, state, *rest):
-            if rank == str(number) and state.step == 3:
+            if is_chosen and state.step == 3:
                 action()
-            return real(model, state, *rest)
+            return real_step(model, state, *rest)
 
         engine.train_step = train_step
         code = cli.main(arguments)
-        if rank == str(number):
+        if is_chosen:
             afterwards()
         return code
 
@@ -72,50 +75,58 @@ def errors(folder):
     return [line for line in printed.splitlines() if line.startswith("error")]
 
 
+def place_of(process):
+    """How the errors name the place of a process."""
+    return f"host {os.uname().nodename}, process {process.pid}"
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_sigkill_of_any_rank(digits, tmp_path, victim):
     """The others end at once, in a sentence instead of the tracebacks of a broken connection."""
     processes = start(digits, tmp_path, *LIMIT)
     wait_for_step(tmp_path, 3, processes)
     os.kill(processes[victim].pid, signal.SIGKILL)
-    assert wait_app(processes) == [
-        -signal.SIGKILL if rank == victim else EXIT_LOST_RANK for rank in range(3)
-    ]
-    for line in (found := errors(tmp_path)):
+    expected = [EXIT_LOST_RANK] * 3
+    expected[victim] = -signal.SIGKILL
+    assert wait_app(processes) == expected
+
+    # One line, or two where what the others know of it differs.
+    lines = errors(tmp_path)
+    assert len(lines) in (1, 2)
+    place = place_of(processes[victim])
+    for line in lines:
         assert re.match(r"error \(rank \d\): lost at step \d+ \(\w+\): ", line)
-        assert (
-            f"rank {victim} (host {os.uname().nodename}, process {processes[victim].pid})" in line
-        )
-    assert 1 <= len(found) <= 2  # two where what they know of it differs
+        assert f"rank {victim} ({place})" in line
 
 
 def test_a_rank_that_is_stopped(digits, tmp_path):
     """SIGSTOP, also of the rank that keeps the store: which rank, which step, its state and last
     stack.
     """
+    # Two runs, which wait at the same time. The number of the rank that is stopped is their name.
+    folders = [tmp_path / "0", tmp_path / "1"]
     runs = []
-    for victim in (0, 1):  # two runs, which wait at the same time
-        folder = tmp_path / str(victim)
+    for folder in folders:
         folder.mkdir()
-        runs.append((victim, folder, start(digits, folder, *LIMIT)))
+        runs.append(start(digits, folder, *LIMIT))
     try:
-        for victim, folder, processes in runs:
-            wait_for_step(folder, 3, processes)
+        for victim, processes in enumerate(runs):
+            wait_for_step(folders[victim], 3, processes)
             os.kill(processes[victim].pid, signal.SIGSTOP)
-        for victim, _, processes in runs:
-            assert wait_app(processes[:victim] + processes[victim + 1 :]) == [
-                EXIT_LOST_RANK,
-                EXIT_LOST_RANK,
-            ]
+        for victim, processes in enumerate(runs):
+            others = processes[:victim] + processes[victim + 1 :]
+            assert wait_app(others) == [EXIT_LOST_RANK] * 2
     finally:
-        for victim, _, processes in runs:
+        for victim, processes in enumerate(runs):
             processes[victim].kill()
-    for victim, folder, processes in runs:
-        assert errors(folder)
-        for line in errors(folder):
+
+    for victim, processes in enumerate(runs):
+        lines = errors(folders[victim])
+        assert lines
+        place = place_of(processes[victim])
+        for line in lines:
             assert re.search(rf"waited {WAITED} at step \d+ \(\w+\) for rank ", line)
-            process = f"host {os.uname().nodename}, process {processes[victim].pid}"
-            assert f"rank {victim} ({process}), T (stopped), " in line
+            assert f"rank {victim} ({place}), T (stopped), " in line
             assert re.search(r"last heard of at step \d+ \(\w+\) in \S+\.py:\d+ ", line)
 
 
@@ -132,12 +143,16 @@ def test_a_rank_that_is_stuck(digits, tmp_path):
         if value == 4:
             time.sleep(600)
 
-    processes = start(digits, tmp_path, *LIMIT, entry=at_step_3(1, sleep_while_waiting_for_data))
+    entry = at_step_3(1, sleep_while_waiting_for_data)
+    processes = start(digits, tmp_path, *LIMIT, entry=entry)
     assert wait_app(processes) == [EXIT_LOST_RANK] * 3
-    assert errors(tmp_path)
-    for line in errors(tmp_path):
-        assert "rank 1 (host " in line and "stuck < " in line
-        assert "rank 0 (host" not in line and "rank 2 (host" not in line
+    lines = errors(tmp_path)
+    assert lines
+    for line in lines:
+        assert "rank 1 (host " in line
+        assert "stuck < " in line
+        assert "rank 0 (host" not in line
+        assert "rank 2 (host" not in line
 
 
 def broken_device():
@@ -150,10 +165,13 @@ def out_of_memory():
 
 def test_a_rank_that_raises_alone(digits, tmp_path):
     """Uneven progress: its traceback is the only one, and the others take its code."""
-    assert wait_app(start(digits, tmp_path, entry=at_step_3(1, broken_device))) == [1, 1, 1]
+    processes = start(digits, tmp_path, entry=at_step_3(1, broken_device))
+    assert wait_app(processes) == [1, 1, 1]
     printed = (tmp_path / "log").read_text()
-    assert printed.count("Traceback") == 1 and printed.count("error (rank") == 1, printed
-    assert "error (rank 1): Traceback" in printed and "illegal memory access" in printed
+    assert printed.count("Traceback") == 1, printed
+    assert printed.count("error (rank") == 1, printed
+    assert "error (rank 1): Traceback" in printed
+    assert "illegal memory access" in printed
 
 
 def test_a_rank_that_raises_while_the_others_notice_nothing(digits, tmp_path):
@@ -164,10 +182,13 @@ def test_a_rank_that_raises_while_the_others_notice_nothing(digits, tmp_path):
     def refuse():
         raise ValueError("data.max_bad_images is 0 and there is one")
 
-    entry = at_step_3(1, refuse, afterwards=lambda: time.sleep(600))
-    processes = start(digits, tmp_path, entry=entry)
-    assert wait_app([processes[0], processes[2]]) == [2, 2]
-    processes[1].kill()
+    def stay():
+        time.sleep(600)
+
+    entry = at_step_3(1, refuse, afterwards=stay)
+    first, refusing, third = start(digits, tmp_path, entry=entry)
+    assert wait_app([first, third]) == [2, 2]
+    refusing.kill()
     assert errors(tmp_path) == ["error (rank 1): data.max_bad_images is 0 and there is one"]
 
 
@@ -187,10 +208,14 @@ def test_a_wait_that_all_share_is_none(digits, tmp_path):
         engine.train_step = train_step
         return cli.main(arguments)
 
-    more = (*options(distributed__timeout_s=8, train__epochs=0.5, schedule__warmup_epochs=0),)
-    assert wait_app(start(digits, tmp_path, *more, entry=entry)) == [0, 0, 0], (
-        tmp_path / "log"
-    ).read_text()
+    more = options(
+        distributed__timeout_s=8,
+        train__epochs=0.5,
+        schedule__warmup_epochs=0,
+    )
+    processes = start(digits, tmp_path, *more, entry=entry)
+    codes = wait_app(processes)
+    assert codes == [0, 0, 0], (tmp_path / "log").read_text()
 
 
 def test_the_headline_comes_before_what_hangs(digits, tmp_path):
@@ -201,22 +226,26 @@ def test_the_headline_comes_before_what_hangs(digits, tmp_path):
     def entry(arguments):
         from resnet_dist.data.pixels.loader import DaliTrainLoader
 
-        real = DaliTrainLoader.batches
+        real_batches = DaliTrainLoader.batches
+        rank = os.environ["RANK"]
         watchdog._LEAVE_SECONDS = 3.0
 
-        def batches(self, *steps):
+        def batches_that_cannot_be_closed(self, *steps):
             try:
-                yield from real(self, *steps)
+                yield from real_batches(self, *steps)
             finally:
-                (tmp_path / f"hangs_{os.environ['RANK']}").touch()
+                (tmp_path / f"hangs_{rank}").touch()
                 time.sleep(600)
 
-        DaliTrainLoader.batches = batches
-        return at_step_3(1, out_of_memory)(arguments)
+        DaliTrainLoader.batches = batches_that_cannot_be_closed
+        main = at_step_3(1, out_of_memory)
+        return main(arguments)
 
-    assert wait_app(start(digits, tmp_path, entry=entry)) == [2, 2, 2]
+    processes = start(digits, tmp_path, entry=entry)
+    assert wait_app(processes) == [2, 2, 2]
     assert (tmp_path / "hangs_1").exists()
-    assert "error (rank 1): rank 1 is out of GPU memory" in (tmp_path / "log").read_text()
+    printed = (tmp_path / "log").read_text()
+    assert "error (rank 1): rank 1 is out of GPU memory" in printed
 
 
 def test_a_rank_that_is_lost_while_another_waits_in_a_kernel(digits, tmp_path):
@@ -225,21 +254,26 @@ def test_a_rank_that_is_lost_while_another_waits_in_a_kernel(digits, tmp_path):
     """
 
     def entry(arguments):
-        rank = os.environ["RANK"]
+        rank = int(os.environ["RANK"])
         watchdog._LOST_PEER_SECONDS = 1.0
         real_start = distributed.start
 
-        def start(*arguments):
+        def start_waiting_for_ever(*arguments):
             runtime = real_start(*arguments)
             runtime.watchdog.waits_forever = True
             return runtime
 
-        distributed.start = start
-        action = os._exit if rank == "1" else time.sleep
-        return at_step_3(int(rank), lambda: action(9))(arguments)
+        def wait_or_be_lost():
+            if rank == 1:
+                os._exit(9)
+            time.sleep(9)
+
+        distributed.start = start_waiting_for_ever
+        main = at_step_3(rank, wait_or_be_lost)
+        return main(arguments)
 
     processes = start(digits, tmp_path, entry=entry, world_size=2)
     assert wait_app(processes) == [EXIT_LOST_RANK, 9]
-    (line,) = errors(tmp_path)
-    name = f"rank 1 (host {os.uname().nodename}, process {processes[1].pid}), "
-    assert line.startswith("error (rank 0): lost at step 3 (update): " + name)
+    [line] = errors(tmp_path)
+    place = place_of(processes[1])
+    assert line.startswith(f"error (rank 0): lost at step 3 (update): rank 1 ({place}), ")
