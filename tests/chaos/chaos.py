@@ -34,6 +34,7 @@ from dist_utils import (
     in_double,
     record_batches,
     run_app,
+    run_to_the_end,
     slow_from,
     small_run,
     start_app,
@@ -109,8 +110,8 @@ def last_step(folder: Path) -> int:
 
 def saved_step(folder: Path) -> int:
     """The step of the newest checkpoint file."""
-    steps = [step_of(path) for path in (folder / "checkpoints").glob("step_*.pt")]
-    return max(steps, default=0)
+    files = (folder / "checkpoints").glob("step_*.pt")
+    return max((step_of(path) for path in files), default=0)
 
 
 def final_state(folder: Path) -> dict:
@@ -121,10 +122,12 @@ def final_state(folder: Path) -> dict:
 
 def differences(folder: Path, undisturbed: Path) -> list[str]:
     """The parts in which two finished runs differ."""
-    left = final_state(folder)
-    right = final_state(undisturbed)
-    parts = ("step", "model", "ema", "optimizer", "scaler", "best_top1", "best_step")
-    found = [part for part in parts if not equal_trees(left[part], right[part])]
+    state = final_state(folder)
+    expected = final_state(undisturbed)
+    found = []
+    for part in ("step", "model", "ema", "optimizer", "scaler", "best_top1", "best_step"):
+        if not equal_trees(state[part], expected[part]):
+            found.append(part)
     if metrics(folder) != metrics(undisturbed):
         found.append("metrics")
     return found
@@ -369,32 +372,38 @@ def other_ranks(digits: str, folder: Path, seed: int) -> float:
     for ranks, at in ((2, generator.randint(6, 8)), (3, generator.randint(13, 17))):
         kill_in_double(ranks, at, digits, mixed)
     finish_in_double(1, digits, mixed)
+
     expected = by_step(two)
     assert len(expected) == 2 * STEPS_PER_EPOCH
-    assert all(len(samples) == 120 for _, samples in expected.values())
+    for _, samples in expected.values():
+        assert len(samples) == 120
     assert by_step(mixed) == expected
-    left = float_weights(two)
-    right = float_weights(mixed)
-    return ((left - right).norm() / left.norm()).item()
+    weights_of_two = float_weights(two)
+    difference = weights_of_two - float_weights(mixed)
+    return (difference.norm() / weights_of_two.norm()).item()
 
 
 def short_arguments(digits: str, folder: Path) -> list[str]:
     """The run of `other_ranks`: two epochs."""
-    return arguments(digits, folder, train__epochs=2, optim__base_lr=0.05)
+    return arguments(
+        digits,
+        folder,
+        train__epochs=2,
+        optim__base_lr=0.05,
+    )
 
 
 def finish_in_double(ranks: int, digits: str, folder: Path) -> None:
     """Run to the end, and record the batches."""
-    log = folder / "log"
     main = in_double(record_batches(folder))
-    codes = run_app(ranks, short_arguments(digits, folder), str(log), main)
-    assert codes == [0] * ranks, log.read_text()
+    run_to_the_end(ranks, short_arguments(digits, folder), folder, main)
 
 
 def kill_in_double(ranks: int, at: int, digits: str, folder: Path) -> None:
     """Run until step `at` is logged, record the batches, then kill all ranks."""
     main = slow_from(at, in_double(record_batches(folder)))
-    processes = start_app(ranks, short_arguments(digits, folder), str(folder / "log"), main)
+    log = folder / "log"
+    processes = start_app(ranks, short_arguments(digits, folder), str(log), main)
     wait_for_step(folder, at, processes, saved=at - 5)
     for process in processes:
         process.kill()
@@ -403,10 +412,11 @@ def kill_in_double(ranks: int, at: int, digits: str, folder: Path) -> None:
 
 def float_weights(folder: Path) -> torch.Tensor:
     """All floating-point values of a run's final model as one vector in double precision."""
-    tensors = final_state(folder)["model"].values()
-    return torch.cat(
-        [tensor.double().flatten() for tensor in tensors if tensor.is_floating_point()]
-    )
+    vectors = []
+    for tensor in final_state(folder)["model"].values():
+        if tensor.is_floating_point():
+            vectors.append(tensor.double().flatten())
+    return torch.cat(vectors)
 
 
 def draw(number: int, seed: int) -> list[str]:
@@ -425,7 +435,8 @@ class Log:
         self.start = time.monotonic()
 
     def __call__(self, text: str) -> None:
-        print(f"{time.monotonic() - self.start:7.1f} s  {text}", flush=True)
+        seconds = time.monotonic() - self.start
+        print(f"{seconds:7.1f} s  {text}", flush=True)
 
 
 def run_undisturbed(digits: str, folder: Path) -> None:
@@ -438,10 +449,16 @@ def run_undisturbed(digits: str, folder: Path) -> None:
 
 def summarize(rounds: list[Round], say: Callable[[str], None]) -> None:
     """Say what was thrown and what it cost."""
-    thrown = [title.partition(" SIG")[0] for one in rounds for title in one.thrown]
-    lost = [steps for one in rounds for steps in one.lost]
-    seconds = [value for one in rounds for value in one.seconds]
-    say("faults thrown: " + ", ".join(f"{thrown.count(kind)} x {kind}" for kind in FAULTS))
+    thrown = []
+    lost = []
+    seconds = []
+    for one in rounds:
+        # "signal one SIGTERM" is of the kind "signal one".
+        thrown += [title.partition(" SIG")[0] for title in one.thrown]
+        lost += one.lost
+        seconds += one.seconds
+    counts = [f"{thrown.count(kind)} x {kind}" for kind in FAULTS]
+    say(f"faults thrown: {', '.join(counts)}")
     say(f"{len(thrown)} faults in {len(rounds)} runs, {len(lost)} new starts")
     if lost:
         say(f"steps lost: {sum(lost)}, median {statistics.median(lost):g}, worst {max(lost)}")
@@ -471,10 +488,13 @@ def main() -> int:
     # A run that nohup starts ignores SIGHUP, which is one of the faults.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     torch.set_num_threads(1)
-    place = options.folder or Path(tempfile.mkdtemp(prefix="chaos."))
-    shutil.rmtree(place / "rounds", ignore_errors=True)
+    place = options.folder
+    if place is None:
+        place = Path(tempfile.mkdtemp(prefix="chaos."))
     digits = str(place / "digits")
-    undisturbed = place / "rounds" / "undisturbed"
+    round_folders = place / "rounds"
+    shutil.rmtree(round_folders, ignore_errors=True)
+    undisturbed = round_folders / "undisturbed"
     say = Log()
     run_undisturbed(digits, undisturbed)
     say(f"the undisturbed run is done: {TOTAL_STEPS} steps")
@@ -483,9 +503,12 @@ def main() -> int:
     different: list[int] = []
     while kinds:
         number = len(rounds)
-        folder = place / "rounds" / f"{number:03d}"
-        one = Round(digits, folder, options.seed * 1000 + number, say)
-        kinds = one.play(kinds[: options.per_round]) + kinds[options.per_round :]
+        folder = round_folders / f"{number:03d}"
+        one = Round(digits, folder, seed=options.seed * 1000 + number, say=say)
+        of_this_round = kinds[: options.per_round]
+        of_later_rounds = kinds[options.per_round :]
+        left_over = one.play(of_this_round)
+        kinds = left_over + of_later_rounds
         rounds.append(one)
         found = differences(folder, undisturbed)
         if found:
@@ -494,7 +517,8 @@ def main() -> int:
         else:
             shutil.rmtree(folder)
             say(f"round {number}: {len(one.thrown)} faults; equal, bit for bit")
-    difference = other_ranks(digits, place / "rounds" / "ranks", options.seed)
+
+    difference = other_ranks(digits, round_folders / "ranks", options.seed)
     say("2 ranks, killed, 3 ranks, killed, 1 rank: the same samples, crops and learning rates")
     say(f"the weights differ by {difference:.1e}")
     summarize(rounds, say)

@@ -19,25 +19,36 @@ def undisturbed(digits, tmp_path_factory):
 
 
 def test_each_fault_leaves_no_trace(digits, undisturbed, tmp_path):
+    """One run after the other, until each kind of fault has been thrown at one of them."""
     kinds = draw(len(FAULTS), 1)
     thrown: list[str] = []
     lost: list[int] = []
     while kinds:
-        one = Round(digits, tmp_path / str(len(thrown)), len(kinds), print)
+        one = Round(
+            digits,
+            folder=tmp_path / str(len(thrown)),
+            seed=len(kinds),
+            say=print,
+        )
         kinds = one.play(kinds)
         assert differences(one.folder, undisturbed) == []
         thrown += one.thrown
         lost += one.lost
-    assert sorted(title.partition(" SIG")[0] for title in thrown) == sorted(FAULTS)
-    assert len(lost) == len(FAULTS) - len(FILE_FAULTS)
+    thrown_kinds = [title.partition(" SIG")[0] for title in thrown]
+    assert sorted(thrown_kinds) == sorted(FAULTS)
+    # Files are damaged between two attempts, which needs no new start.
+    num_starts = len(FAULTS) - len(FILE_FAULTS)
+    assert len(lost) == num_starts
     assert max(lost) > 0
 
 
 def test_the_comparison_sees_one_bit(undisturbed, tmp_path):
     other = shutil.copytree(undisturbed, tmp_path / "other")
     content = final_state(other)
-    content["ema"]["fc.bias"][3] *= 1 + 2**-23
-    write_checkpoint((other / "checkpoints" / "last.pt").resolve(), content)
+    one_bit_more = 1 + 2**-23
+    content["ema"]["fc.bias"][3] *= one_bit_more
+    last = other / "checkpoints" / "last.pt"
+    write_checkpoint(last.resolve(), content)
     assert differences(other, undisturbed) == ["ema"]
 
 
