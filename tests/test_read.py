@@ -346,6 +346,17 @@ def test_a_few_late_files_do_not_make_a_storage_slow(tmp_path, clock):
     reader.close()
 
 
+def test_threads_import_nothing_of_numpy(tmp_path, monkeypatch):
+    """NumPy imports numpy.ma on first use, and fails when two threads do so at once."""
+    files = write_small_images(tmp_path, 6)
+    monkeypatch.setattr(np, "ma", None, raising=False)
+    reader = Reader(files, threads=2)
+    images = reader.collect(reader.request(np.arange(6)))
+    assert [image.reason for image in images] == [None] * 6
+    assert reader.seconds_per_file > 0
+    reader.close()
+
+
 def open_descriptors():
     return set(os.listdir("/proc/self/fd"))
 

@@ -11,10 +11,12 @@ import errno
 import functools
 import os
 import stat
+import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -372,5 +374,7 @@ class Reader:
         # The median: a busy machine delays a few files as well, and more threads would only make
         # it busier.
         if len(times) > 1:
-            seconds = np.diff(times)
-            self.seconds_per_file = float(np.median(seconds))
+            seconds = [later - earlier for earlier, later in pairwise(times)]
+            # Not NumPy's: it imports numpy.ma on first use, which ends in a RecursionError when two
+            # threads do so at once.
+            self.seconds_per_file = statistics.median(seconds)
