@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from data_files import contents, modification_times, run_and_kill, tar_bytes, write_tree
-from dist_utils import free_port, options, run_app
+from dist_utils import free_port, options, run_command
 from image_files import OneProcess, encode, picture, train_loader, write_split
 from PIL import Image
 from published_sets import cifar_image
@@ -591,7 +591,6 @@ def test_show_has_the_pixels_of_training(tmp_path):
     index = write_split(tmp_path, files)
     write_split(tmp_path, files[:3], split="val")
     out = tmp_path / "sheet.png"
-    log = tmp_path / "log"
     settings = options(
         seed=5,
         data__data_dir=tmp_path,
@@ -604,8 +603,8 @@ def test_show_has_the_pixels_of_training(tmp_path):
         epochs=3,
         out=out,
     )
-    codes = run_app(1, ["data", "show", *settings], str(log))
-    assert codes == [0], log.read_text()
+    code, printed = run_command(tmp_path, ["data", "show", *settings])
+    assert code == 0, printed
 
     sheet = np.asarray(Image.open(out))
     # Each pixel is shown three times, so that the largest tile, of validation, has 128 or more.

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from class_preference import ORDER, SMALL, WNIDS, of_class, write_images, write_weights
-from dist_utils import run_app, run_command
+from dist_utils import run_command
 from image_files import OneProcess
 from PIL import Image
 
@@ -263,15 +263,15 @@ def test_part_of_the_classes(tmp_path):
         counts = resnet_dist.evaluate(network, folder, classes="present")
         return int(counts["correct1"] != 3)
 
-    log = tmp_path / "log"
-    exit_codes = run_app(2, [], str(log), evaluate_in_python)
-    assert exit_codes == [0, 0], log.read_text()
+    code, printed = run_command(tmp_path, [], world_size=2, entry=evaluate_in_python)
+    assert code == 0, printed
 
     # Masked.
     evaluate = ["evaluate", "--weights", path, "--data", folder, "--json", *SMALL]
     details = tmp_path / "details.json"
     masked = [*evaluate, "--classes", "present", "--details", details]
     code, printed = run_command(tmp_path, masked)
+    assert code == 0, printed
     # The report knows from the file that there is no top-5 accuracy.
     assert not read_evaluation(details).network.has_top5
     found = json_of(printed)
@@ -282,6 +282,7 @@ def test_part_of_the_classes(tmp_path):
 
     # Kept.
     code, printed = run_command(tmp_path, [*evaluate, "--classes", "all"])
+    assert code == 0, printed
     found = json_of(printed)
     assert found["model"]["correct1"] == 0
     assert found["model"]["correct5"] == 4
@@ -311,9 +312,8 @@ def test_evaluation_in_python_refuses_other_classes_without_a_choice(tmp_path):
                 resnet_dist.evaluate(network, tmp_path / folder, classes=classes)
         return 0
 
-    log = tmp_path / "log"
-    exit_codes = run_app(1, [], str(log), evaluate)
-    assert exit_codes == [0], log.read_text()
+    code, printed = run_command(tmp_path, [], entry=evaluate)
+    assert code == 0, printed
 
 
 def test_folders_named_by_numbers_are_class_ids():

@@ -1,13 +1,12 @@
 """What a training leaves behind beside its numbers: samples.png and evaluation.json."""
 
-import json
 import re
 import xml.etree.ElementTree
 from pathlib import Path
 
 import numpy as np
 import pytest
-from dist_utils import run_app, run_command
+from dist_utils import logged_lines, run_command
 from PIL import Image
 
 from resnet_dist import cli
@@ -27,7 +26,7 @@ def test_a_run_leaves_a_contact_sheet_and_the_details_of_its_last_evaluation(che
         gray_levels = picture.convert("L").getcolors()
         assert len(gray_levels) > 100
 
-    trained, evaluated = read_last_lines(folder / "metrics.jsonl")
+    trained, evaluated = read_last_lines(folder)
     details = read_evaluation(folder / "evaluation.json")
     assert details.network.weights == "averaged"
     assert evaluated["step"] == 2
@@ -43,9 +42,9 @@ def test_a_run_leaves_a_contact_sheet_and_the_details_of_its_last_evaluation(che
     assert 0.05 < memory < 10
 
 
-def read_last_lines(path):
+def read_last_lines(folder):
     """The last line of training, and the only one of an evaluation."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = logged_lines(folder)
     trained = [line for line in lines if "train/loss" in line]
     (evaluated,) = [line for line in lines if "val_ema/top1" in line]
     return trained[-1], evaluated
@@ -61,19 +60,10 @@ def test_evaluate_writes_what_report_reads(checkpoint, tmp_path, capsys):
     """Files of two ranks; the same weights are not called different; the page has all sections."""
     details = tmp_path / "details.json"
     predictions = tmp_path / "predictions.parquet"
-    evaluate = [
-        "evaluate",
-        "--weights",
-        checkpoint,
-        "--details",
-        str(details),
-        "--predictions",
-        str(predictions),
-        *SETTINGS,
-    ]
-    log = tmp_path / "log"
-    codes = run_app(2, evaluate, str(log))
-    assert codes == [0, 0], log.read_text()
+    evaluate = ["evaluate", "--weights", checkpoint, *SETTINGS]
+    evaluate += ["--details", details, "--predictions", predictions]
+    code, printed = run_command(tmp_path, evaluate, world_size=2)
+    assert code == 0, printed
 
     # The two files say what the training's own evaluation says.
     folder = Path(checkpoint).resolve().parents[1]

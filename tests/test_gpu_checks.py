@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from dist_utils import run_app
+from dist_utils import run_command
 
 GPU_TESTS = Path(__file__).parent / "gpu"
 sys.path.insert(0, str(GPU_TESTS))
@@ -34,13 +34,11 @@ def run_checks(arguments):
 def test_cheap_checks_pass_on_the_cpu(tmp_path):
     """In a process of its own, where the checks may start process groups."""
     names = [name for name, check in checks.CHECKS.items() if check.cheap]
-    output = tmp_path / "printed"
     arguments = ["--device", "cpu", "--small", *names]
-    codes = run_app(1, arguments, str(output), run_checks)
-    printed = output.read_text()
+    code, printed = run_command(tmp_path, arguments, entry=run_checks)
     outcomes = outcomes_of(printed)
     assert "failed" not in outcomes.values(), printed
-    assert codes == [0], printed
+    assert code == 0, printed
     assert set(outcomes) == set(names)
     skipped = {name for name, outcome in outcomes.items() if outcome == "skipped"}
     assert skipped == SKIPPED

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 from data_files import tar_bytes, write_tree
-from dist_utils import run_app
+from dist_utils import logged_lines, run_command
 from published_sets import TINY, cifar_binary, write_tiny_zip
 
 from resnet_dist import cli
@@ -62,14 +62,6 @@ def with_options(arguments, options):
     return arguments
 
 
-def run_on_one_process(arguments):
-    """Run a command in a process of its own; returns what it printed."""
-    codes = run_app(1, arguments, "printed")
-    printed = Path("printed").read_text()
-    assert codes == [0], printed
-    return printed
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Where the commands run: what they write is beside a copy of the recipes."""
@@ -89,11 +81,11 @@ def run_training(folder, target, data, more):
     assert again[:-1] == training[:-1]
 
     arguments = with_options(arguments_of(training), TWO_STEPS | more)
-    printed = run_on_one_process(arguments)
+    code, printed = run_command(folder, arguments)
+    assert code == 0, printed
     assert "training cache: " in printed
     [metrics] = folder.glob("runs/gpu_*/metrics.jsonl")
-    last_line = metrics.read_text().splitlines()[-1]
-    return json.loads(last_line)
+    return logged_lines(metrics.parent)[-1]
 
 
 @pytest.mark.slow
@@ -127,7 +119,8 @@ def test_throughput(folder):
     [words] = commands_of("gpu-throughput", "")
     arguments = with_options(arguments_of(words), SMALL_TABLE)
     (folder / "runs").mkdir()
-    run_on_one_process(arguments)
+    code, printed = run_command(folder, arguments)
+    assert code == 0, printed
     table = json.loads(Path("runs/gpu_throughput.json").read_text())
     [row] = table["rows"]
     assert row["images_per_second"] > 0

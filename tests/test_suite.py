@@ -26,6 +26,9 @@ from resnet_dist.evaluation.sets import arrays, corruptions
 from resnet_dist.evaluation.sets.suite_file import SuiteEntry, read_suite
 from resnet_dist.evaluation.sets.suite_results import PartCounts, SetResult
 
+# Batches of three images.
+THREES = ("--data.val_batch_size", "3")
+
 
 def few_corruptions(monkeypatch, names=("snow", "fog")):
     """Keep two corruptions: 10 parts instead of 75 take less time."""
@@ -36,18 +39,8 @@ def few_corruptions(monkeypatch, names=("snow", "fog")):
 
 def run_suite(weights, suite, output, *options, world_size=1):
     """Evaluate the suite; returns the exit code and what was printed."""
-    words = [
-        "evaluate",
-        "--weights",
-        weights,
-        "--suite",
-        suite,
-        "--output",
-        output,
-        *SMALL,
-        *options,
-    ]
-    return run_command(output.parent, words, world_size)
+    words = ["evaluate", "--weights", weights, "--suite", suite, "--output", output]
+    return run_command(output.parent, [*words, *SMALL, *options], world_size)
 
 
 def read_results(output):
@@ -158,14 +151,7 @@ def test_imagenet_and_its_variants(imagenets, tmp_path, monkeypatch):
     lines = suite.read_text().splitlines()
     first_four_sets.write_text("\n".join(lines[:6]))
     output_of_two = tmp_path / "two"
-    code, printed = run_suite(
-        weights,
-        first_four_sets,
-        output_of_two,
-        "--data.val_batch_size",
-        "3",
-        world_size=2,
-    )
+    code, printed = run_suite(weights, first_four_sets, output_of_two, *THREES, world_size=2)
     assert code == 0, printed
     of_one_rank = read_results(output)
     of_two_ranks = read_results(output_of_two)
@@ -290,14 +276,7 @@ sets:
     )
     # On two ranks, whose shares are not equal.
     output = tmp_path / "out"
-    code, printed = run_suite(
-        weights,
-        suite,
-        output,
-        "--data.val_batch_size",
-        "3",
-        world_size=2,
-    )
+    code, printed = run_suite(weights, suite, output, *THREES, world_size=2)
     assert code == 0, printed
     figures = figures_of(output)
     top1 = {name: entry["top1"] for name, entry in figures.items()}
