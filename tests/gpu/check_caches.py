@@ -20,7 +20,7 @@ ROUNDING = 1e-5
 
 def training_caches(place: Place, folder: Path) -> str:
     """Crops from a cache are those of the CPU: equal where nothing is resized, from each kind of
-    cache, and one level apart on average where DALI resizes.
+    cache, and on average at most one level apart where DALI resizes.
     """
     side = 32
     number = place.size(64, 16)

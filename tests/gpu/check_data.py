@@ -268,7 +268,7 @@ def batches_under_load(place: Place, folder: Path) -> str:
 
 @dataclass(frozen=True)
 class KeptBatch:
-    """Copies of what a batch holds, since a loader uses its memory again."""
+    """What a batch holds, in memory that does not belong to the loader."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -287,8 +287,8 @@ def batches_of_a_quiet_run(place: Place, config: Config, num_batches: int) -> li
 
 
 def batches_of_a_busy_run(place: Place, config: Config, num_batches: int) -> list[KeptBatch]:
-    """The first batches of a training, while the device always has work for milliseconds, and
-    memory of earlier batches is used again at once.
+    """The same batches, made while the device has work for milliseconds. The memory of each batch
+    is freed and overwritten at once.
     """
     side = place.size(4096, 64)
     matrix = torch.randn(side, side, device=place.device)

@@ -24,6 +24,7 @@ from places import (
 
 # isort: split
 import torch
+from dist_utils import logged_lines
 from image_files import encode, picture, write_split
 from torch import nn
 
@@ -108,8 +109,8 @@ def loss(counts: Counts) -> float:
 
 
 def no_host_sync(place: Place, folder: Path) -> str:
-    """`train_step` never waits for the device: DDP, SyncBatchNorm's collective, EMA, mixup, fp16,
-    a teacher. Neither does the probe of a log line.
+    """`train_step` and the compute probe of a log line never wait for the device: DDP,
+    SyncBatchNorm's collective, EMA, mixup, fp16, a teacher.
 
     Eager, and on a GPU compiled.
     """
@@ -155,7 +156,7 @@ def run_without_sync(place: Place, config: Config, runtime: Runtime) -> None:
     num_steps = place.size(5, 1)
     probe = ComputeProbe(place.device)
     with no_synchronization(place):
-        # Its first measurement has ended, since the device was waited for.
+        # The probe's first measurement has ended: `no_synchronization` begins with a wait.
         assert probe.take() > 0
         for _ in range(num_steps):
             step()
@@ -444,9 +445,8 @@ def deterministic_and_resumed(place: Place, folder: Path) -> str:
     for kind in kinds:
         _compare_weights(runs, kind)
 
-    lines = (folder / "eager_one" / "metrics.jsonl").read_text().splitlines()
-    logged = [json.loads(line) for line in lines]
-    has_memory = any("gpu/peak_memory_gib" in entry for entry in logged)
+    logged = logged_lines(folder / "eager_one")
+    has_memory = any("gpu/peak_memory_gib" in line for line in logged)
     assert has_memory == place.is_cuda
     return f"{', '.join(kinds)}: 3 runs each, equal weights"
 

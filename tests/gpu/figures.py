@@ -130,23 +130,17 @@ def step_builders(
 ) -> dict[str, Callable[[], Step]]:
     """Functions that build the bare step and our step: eager, and on a GPU compiled too."""
 
-    def build_ours(of_config: Config) -> Step:
-        parts = build_training(of_config, runtime, 10)
+    def build_ours(variant: Config) -> Step:
+        parts = build_training(variant, runtime, 10)
         return step_on_one_batch(parts)
 
-    if not place.is_cuda:
-        return {
-            "bare eager": partial(build_bare_step, bare),
-            "ours eager": partial(build_ours, config),
-        }
-    bare_compiled = replace(bare, compiled=True)
-    ours_compiled = with_compile(config, True)
-    return {
-        "bare eager": partial(build_bare_step, bare),
-        "bare compiled": partial(build_bare_step, bare_compiled),
-        "ours eager": partial(build_ours, config),
-        "ours compiled": partial(build_ours, ours_compiled),
-    }
+    builders: dict[str, Callable[[], Step]] = {"bare eager": partial(build_bare_step, bare)}
+    if place.is_cuda:
+        bare_compiled = replace(bare, compiled=True)
+        builders["bare compiled"] = partial(build_bare_step, bare_compiled)
+    for name, variant in eager_and_compiled(place, config).items():
+        builders[f"ours {name}"] = partial(build_ours, variant)
+    return builders
 
 
 def milliseconds(seconds: float | None) -> float | None:

@@ -78,7 +78,7 @@ def with_compile(config: Config, is_on: bool) -> Config:
 
 
 def eager_and_compiled(place: Place, config: Config) -> dict[str, Config]:
-    """An eager config by its name, and on a GPU beside it the compiled one."""
+    """What is measured, by name: the config, which is eager, and on a GPU also a compiled one."""
     variants = {"eager": config}
     if place.is_cuda:
         variants["compiled"] = with_compile(config, True)
