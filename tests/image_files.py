@@ -4,6 +4,8 @@ import io
 import math
 import os
 import tarfile
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from resnet_dist.data.pixels.loader import DaliTrainLoader, DaliValLoader
 from resnet_dist.data.sampling.order import BatchLayout
 from resnet_dist.data.sources.index_file import encode_header
 from resnet_dist.data.sources.scan import build_index
+from resnet_dist.data.types import Batch
 
 
 class OneProcess:
@@ -62,6 +65,10 @@ def encode(image: Image.Image, form: str = "JPEG", **options) -> bytes:
     return buffer.getvalue()
 
 
+def open_image(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
+
+
 def damaged_png(side: int = 40) -> bytes:
     """Passes the cheap checks, but the decoder refuses it: its compressed data is none."""
     data = bytearray(encode(picture(side, side), "PNG"))
@@ -78,7 +85,12 @@ def write_split(folder: str, files: list[bytes], classes: int = 3, split: str = 
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "wb") as file:
             file.write(data)
-    return build_index(str(folder), split, OneProcess())
+    return open_split(folder, split)
+
+
+def open_split(data_dir, split: str = "train"):
+    """The index of a folder, shards or a store, for a single process."""
+    return build_index(str(data_dir), split, OneProcess())
 
 
 def pack_shards(index, folder, order, shards: int, flat: bool = False, ids: bool = True):
@@ -149,6 +161,56 @@ def train_loader(
         settings=LoaderSettings(torch.device("cpu"), dtype, 2, str(folder)),
         cache=cache,
     )
+
+
+def loaders_of_ranks(index, folder, world_size=1, **options) -> Iterator[DaliTrainLoader]:
+    """The loader of each rank in turn; it is closed before the next one is made."""
+    for rank in range(world_size):
+        loader = train_loader(index, folder, rank=rank, world_size=world_size, **options)
+        yield loader
+        loader.close()
+
+
+class Step(NamedTuple):
+    """The global batch of an update."""
+
+    rows: np.ndarray
+    labels: torch.Tensor
+    images: torch.Tensor
+
+
+def gather_steps(shares: list[list[Batch]], grad_accum_steps: int) -> list[Step]:
+    """The global batches of consecutive updates, in the order of the positions.
+
+    Args:
+        shares: For each rank its micro-batches of these updates.
+        grad_accum_steps: Number of micro-batches of a rank in an update.
+    """
+    steps = []
+    for first in range(0, len(shares[0]), grad_accum_steps):
+        batches = []
+        for place in range(first, first + grad_accum_steps):
+            batches += [share[place] for share in shares]
+        step = Step(
+            rows=np.concatenate([batch.indices for batch in batches]),
+            labels=torch.cat([batch.labels for batch in batches]),
+            images=torch.cat([batch.images for batch in batches]),
+        )
+        steps.append(step)
+    return steps
+
+
+def assert_same_batches(found, expected, what: str = "") -> None:
+    """The same rows, labels and pixels, and None in the same rounds of an evaluation."""
+    for batch, other in zip(found, expected, strict=True):
+        if other is None:
+            assert batch is None, what
+            continue
+        assert np.array_equal(batch.indices, other.indices), what
+        assert torch.equal(batch.labels, other.labels), what
+        assert torch.equal(batch.images, other.images), what
+        for view, other_view in zip(batch.other_views, other.other_views, strict=True):
+            assert torch.equal(view, other_view), what
 
 
 def val_loader(

@@ -23,11 +23,10 @@ from typing import NamedTuple
 
 sys.path.insert(0, os.path.dirname(__file__))
 
-from image_files import OneProcess, encode, picture, train_loader, write_split
+from image_files import encode, open_split, picture, train_loader, write_split
 from store_server import END_OF_HEAD, answer, in_child, read_head
 
 from resnet_dist.cli import main
-from resnet_dist.data.sources.scan import build_index
 
 META = b'ETag: "pinned"\r\nLast-Modified: Wed, 21 Oct 2015 07:28:00 GMT'
 
@@ -121,7 +120,7 @@ def cpu_seconds():
 
 def measure(url, folder, args, step_s, cache_dir):
     """Read some batches of a place, with steps in between."""
-    index = build_index(url, "train", OneProcess())
+    index = open_split(url)
     loader = train_loader(
         index,
         folder,
@@ -129,8 +128,8 @@ def measure(url, folder, args, step_s, cache_dir):
         train_crop_size=224,
         cache_dir=cache_dir,
     )
-    last_step = WARM_UP_STEPS + args.steps + STEPS_BEHIND
-    batches = loader.batches(0, last_step)
+    num_steps = WARM_UP_STEPS + args.steps + STEPS_BEHIND
+    batches = loader.batches(0, num_steps)
     for _ in range(WARM_UP_STEPS):
         next(batches)
         time.sleep(step_s)
@@ -183,7 +182,8 @@ def read_arguments():
 def print_figures(figures):
     """A line for each place: the medians of its rounds, and the ratios to the disk's.
 
-    figures: by the name of the place, those of each round.
+    Args:
+        figures: For each place, by its name, the figures of its rounds.
     """
     of_disk = figures["disk"]
     for name, rounds in figures.items():

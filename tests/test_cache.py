@@ -1,7 +1,6 @@
 """Decoded images in memory: the same batches as without, on any number of ranks."""
 
 import gc
-import io
 import json
 import os
 import tempfile
@@ -15,14 +14,16 @@ import torch
 from dist_utils import cpu_runtime, run_ranks
 from image_files import (
     OneProcess,
+    assert_same_batches,
     damaged_png,
     encode,
+    loaders_of_ranks,
+    open_image,
     picture,
     train_loader,
     val_loader,
     write_split,
 )
-from PIL import Image
 
 from resnet_dist.config import AugmentConfig, DataConfig
 from resnet_dist.data.pixels import cache_file, cache_fill, kept_batches
@@ -112,21 +113,13 @@ class Shown(NamedTuple):
     """path of each broken image, and the reason"""
 
 
-def show(index, folder, steps, world_size=1, **options):
+def show(index, folder, steps, **options):
     """Show some steps on all ranks."""
     batches = []
     bad = set()
-    for rank in range(world_size):
-        loader = train_loader(
-            index,
-            folder,
-            rank=rank,
-            world_size=world_size,
-            **options,
-        )
+    for loader in loaders_of_ranks(index, folder, **options):
         batches += loader.batches(*steps)
         bad.update(loader.quarantine.files.items())
-        loader.close()
     return Shown(batches, bad)
 
 
@@ -134,11 +127,9 @@ def assert_equal(without, with_cache, what):
     """The same batches and broken images. The cache keeps the memory format."""
     assert without.bad == with_cache.bad, what
     assert len(without.batches) == len(with_cache.batches) > 0
-    for plain, cached in zip(without.batches, with_cache.batches, strict=True):
-        assert np.array_equal(plain.indices, cached.indices), what
-        assert torch.equal(plain.labels, cached.labels), what
-        assert torch.equal(plain.images, cached.images), what
-        assert cached.images.is_contiguous(memory_format=torch.channels_last)
+    assert_same_batches(with_cache.batches, without.batches, what)
+    for batch in with_cache.batches:
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.slow
@@ -358,7 +349,7 @@ def test_evaluations_with_and_without_the_cache(equal, unequal, tmp_path):
             # One that is left early: nothing of it counts.
             next(iter(kept))
             for _ in range(3):
-                assert_same_batches(list(kept), expected)
+                assert_same_batches(kept, expected)
             (remark,) = kept.remarks()
             assert remark.startswith("validation cache: ")
             assert kept.remarks() == []
@@ -372,19 +363,6 @@ def test_evaluations_with_and_without_the_cache(equal, unequal, tmp_path):
                 assert num_bytes == len(batch.rows) * bytes_of_an_image
             plain.close()
             kept.close()
-
-
-def assert_same_batches(batches, expected):
-    assert len(batches) == len(expected)
-    for one, other in zip(batches, expected, strict=True):
-        if other is None:
-            assert one is None
-            continue
-        assert np.array_equal(one.indices, other.indices)
-        assert torch.equal(one.labels, other.labels)
-        assert torch.equal(one.images, other.images)
-        for view, same in zip(one.other_views, other.other_views, strict=True):
-            assert torch.equal(view, same)
 
 
 def test_a_validation_set_that_does_not_fit(monkeypatch):
@@ -478,14 +456,8 @@ def test_dali_holds_the_files_that_it_reads_without_a_copy():
     """Their memory is not reused while a batch is under way, and is free afterwards."""
     pipeline = build_pipeline(GraphSpec(4, 1))
     files = [jpeg(40, 40, seed) for seed in range(4)]
-    expected = []
-    arrays = []
-    for file in files:
-        image = Image.open(io.BytesIO(file))
-        expected.append(np.asarray(image))
-        copied = bytes(file)
-        arrays.append(np.frombuffer(copied, np.uint8))
-    del copied
+    expected = [np.asarray(open_image(file)) for file in files]
+    arrays = [np.frombuffer(file, np.uint8) for file in files]
     references = [weakref.ref(array) for array in arrays]
     pipeline.feed_input("encoded", arrays)
     top_left = np.zeros((4, 2), np.int32)

@@ -1,6 +1,5 @@
 """The graph: pixels against Pillow and torchvision, and the placement of its GPU form."""
 
-import io
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from image_files import encode, picture, val_loader, write_split
+from image_files import encode, open_image, picture, val_loader, write_split
 from nvidia.dali import fn
 from PIL import Image
 from torchvision.transforms import (
@@ -104,7 +103,7 @@ def photographs(count: int = 40) -> list[bytes]:
 
 
 def pil(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data)).convert("RGB")
+    return open_image(data).convert("RGB")
 
 
 def decode(files: list[bytes], windows) -> list[np.ndarray]:

@@ -1,7 +1,6 @@
 """`data import-tiny-imagenet` and `data import-cifar10`: to the folders that training reads."""
 
 import hashlib
-import io
 import os
 import pickle
 import shutil
@@ -9,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from data_files import contents, modification_times, run_and_kill, tar_bytes, write_tree
-from PIL import Image
+from image_files import open_image
 from published_sets import (
     CIFAR_PIXELS,
     TINY,
@@ -189,8 +188,7 @@ def test_cifar10_from_both_versions_packed_or_not(tmp_path, published, capsys):
         assert other == expected
     assert len(expected) == 12
     assert "val/ship/00000.png" in expected
-    file = io.BytesIO(expected["train/cat/00003.png"])
-    pixels = np.asarray(Image.open(file))
+    pixels = np.asarray(open_image(expected["train/cat/00003.png"]))
     assert np.array_equal(pixels, cifar_image(CIFAR_PIXELS[3]))
 
 

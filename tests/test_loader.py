@@ -7,15 +7,18 @@ import threading
 import time
 import weakref
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from image_files import (
     OneProcess,
+    assert_same_batches,
     damaged_png,
     encode,
+    gather_steps,
+    loaders_of_ranks,
+    open_split,
     pack_shards,
     picture,
     train_loader,
@@ -27,7 +30,6 @@ from resnet_dist.config import AugmentConfig, Config, DataConfig, TrainConfig
 from resnet_dist.data.build import build_loaders, build_train_loader, build_val_loader
 from resnet_dist.data.pixels import ahead, decoding
 from resnet_dist.data.sampling import augment, crops
-from resnet_dist.data.sources.scan import build_index
 from resnet_dist.data.types import IGNORED_LABEL, Batch
 
 N = 43
@@ -68,45 +70,21 @@ def mixed(tmp_path_factory):
     return index
 
 
-class Step(NamedTuple):
-    """The global batch of an update."""
-
-    rows: np.ndarray
-    labels: torch.Tensor
-    images: torch.Tensor
-
-
 def steps(index, folder, start, stop, world_size=1, grad_accum_steps=1, **options):
-    """The steps [start, stop) of a training, gathered from the ranks in the order of the
-    positions.
-    """
+    """The steps [start, stop) of a training, gathered from the ranks."""
+    loaders = loaders_of_ranks(
+        index,
+        folder,
+        world_size,
+        grad_accum_steps=grad_accum_steps,
+        **options,
+    )
     shares = []
-    for rank in range(world_size):
-        loader = train_loader(
-            index,
-            folder,
-            rank=rank,
-            world_size=world_size,
-            grad_accum_steps=grad_accum_steps,
-            **options,
-        )
+    for loader in loaders:
         share = list(loader.batches(start, stop))
-        loader.close()
         assert len(share) == (stop - start) * grad_accum_steps
         shares.append(share)
-    gathered = []
-    for step in range(stop - start):
-        batches = []
-        for micro_step in range(grad_accum_steps):
-            place = step * grad_accum_steps + micro_step
-            batches += [share[place] for share in shares]
-        step_of_all = Step(
-            rows=np.concatenate([batch.indices for batch in batches]),
-            labels=torch.cat([batch.labels for batch in batches]),
-            images=torch.cat([batch.images for batch in batches]),
-        )
-        gathered.append(step_of_all)
-    return gathered
+    return gather_steps(shares, grad_accum_steps)
 
 
 def one_step(index, folder, **options):
@@ -289,12 +267,6 @@ def test_every_epoch_has_its_own_crops(good, tmp_path):
         assert not torch.equal(first, second)
 
 
-def assert_same_batches(found, expected):
-    for batch, other in zip(found, expected, strict=True):
-        assert np.array_equal(batch.indices, other.indices)
-        assert torch.equal(batch.images, other.images)
-
-
 def test_stopping_early_and_starting_in_the_middle(good, tmp_path):
     loader = train_loader(good, tmp_path)
     expected = list(loader.batches(0, 10))
@@ -380,7 +352,7 @@ def evaluated(index, folder, world_size):
         again = list(loader)
         loader.close()
         assert len(once) == loader.rounds
-        assert_same_evaluation(again, once)
+        assert_same_batches(again, once)
         for batch in once:
             if batch is None:
                 continue
@@ -390,16 +362,6 @@ def evaluated(index, folder, world_size):
                 assert row not in found
                 found[row] = (label, image)
     return found
-
-
-def assert_same_evaluation(found, expected):
-    """The same batches, and None in the same rounds."""
-    for batch, expected_batch in zip(found, expected, strict=True):
-        if expected_batch is None:
-            assert batch is None
-            continue
-        assert torch.equal(batch.images, expected_batch.images)
-        assert torch.equal(batch.labels, expected_batch.labels)
 
 
 def test_validation_counts_every_image_once(mixed, tmp_path):
@@ -479,10 +441,10 @@ def test_shards_are_the_folder_bit_for_bit(mixed, tmp_path):
     paths = [Path(mixed.path(row)) for row in range(N)]
     files = [path.read_bytes() for path in paths if path.exists()]
     write_split(tmp_path / "copy", files)
-    folder = build_index(str(tmp_path / "copy"), "train", OneProcess())
+    folder = open_split(tmp_path / "copy")
     any_order = np.random.default_rng(0).permutation(len(files))
     pack_shards(folder, tmp_path / "shards" / "train", any_order, shards=4)
-    shards = build_index(str(tmp_path / "shards"), "train", OneProcess())
+    shards = open_split(tmp_path / "shards")
     assert shards.fingerprint() == folder.fingerprint()
 
     of_shards = steps(shards, tmp_path, 0, 6, world_size=2)

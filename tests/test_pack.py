@@ -2,14 +2,12 @@
 folder.
 """
 
-import io
 import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from data_files import (
     contents,
     members_of_shards,
@@ -17,13 +15,19 @@ from data_files import (
     run_and_kill,
     write_tree,
 )
-from image_files import OneProcess, encode, picture, train_loader
+from image_files import (
+    assert_same_batches,
+    encode,
+    open_image,
+    open_split,
+    picture,
+    train_loader,
+)
 from nvidia.dali import Pipeline, fn
 from PIL import Image
 
 from resnet_dist.cli import main
 from resnet_dist.data.pixels.read import load
-from resnet_dist.data.sources.scan import build_index
 
 NUMBERED = {f"b/{i}.JPG": encode(picture(50 + 5 * i, 70, i)) for i in range(5, 12)}
 FILES = {
@@ -47,18 +51,10 @@ def pack(source, out, *options):
     return main(["data", "pack", str(source), str(out), *options])
 
 
-def open_index(folder):
-    return build_index(str(folder), "train", OneProcess())
-
-
-def decoded(data):
-    return Image.open(io.BytesIO(data))
-
-
 def test_a_run_on_shards_is_a_run_on_the_folder(source, tmp_path):
     assert pack(source, tmp_path / "out", "--workers", "2") == 0
-    of_folder = open_index(source)
-    of_shards = open_index(tmp_path / "out")
+    of_folder = open_split(source)
+    of_shards = open_split(tmp_path / "out")
     assert of_shards.shards == ("train-000000.tar",)
     assert of_shards.fingerprint() == of_folder.fingerprint()
     assert of_shards.class_names == of_folder.class_names == ("a.cat", "b", "ü")
@@ -70,11 +66,7 @@ def test_a_run_on_shards_is_a_run_on_the_folder(source, tmp_path):
         assert image.data == FILES[name]
 
     batches = three_batches(of_shards, tmp_path)
-    expected = three_batches(of_folder, tmp_path)
-    for batch, expected_batch in zip(batches, expected, strict=True):
-        assert torch.equal(batch.images, expected_batch.images)
-        assert torch.equal(batch.labels, expected_batch.labels)
-        assert batch.indices.tolist() == expected_batch.indices.tolist()
+    assert_same_batches(batches, three_batches(of_folder, tmp_path))
 
 
 def three_batches(index, folder):
@@ -141,7 +133,7 @@ def test_resize_brings_large_images_down_and_leaves_the_others(source, tmp_path,
     assert "kept as it was: train/b/cut.jpg: " in said
     assert "kept as it was: train/b/deep.png: it has 16 bits" in said
 
-    index = open_index(tmp_path / "out")
+    index = open_split(tmp_path / "out")
     resized = set()
     for row in range(len(index)):
         data = load(index, row).data
@@ -150,8 +142,8 @@ def test_resize_brings_large_images_down_and_leaves_the_others(source, tmp_path,
         if data == original:
             continue
         resized.add(name)
-        image = decoded(data)
-        before = decoded(original)
+        image = open_image(data)
+        before = open_image(original)
         assert image.format == "JPEG"
         assert min(image.size) == 60 < min(before.size)
         expected = before.resize(image.size, Image.Resampling.LANCZOS)
@@ -164,7 +156,7 @@ def test_resize_brings_large_images_down_and_leaves_the_others(source, tmp_path,
 def test_quality_encodes_all_that_it_makes_smaller(source, tmp_path):
     """At the same size; what would grow, or cannot be decoded, keeps its bytes."""
     assert pack(source, tmp_path / "out", "--quality", "50") == 0
-    index = open_index(tmp_path / "out")
+    index = open_split(tmp_path / "out")
     num_smaller = 0
     for row in range(len(index)):
         data = load(index, row).data
@@ -173,7 +165,7 @@ def test_quality_encodes_all_that_it_makes_smaller(source, tmp_path):
             continue
         num_smaller += 1
         assert len(data) < len(original)
-        assert decoded(data).size == decoded(original).size
+        assert open_image(data).size == open_image(original).size
     assert num_smaller > len(index) // 2
 
 
@@ -217,7 +209,7 @@ def test_what_is_not_all_there_is_no_data_set(source, tmp_path):
     last_shard.unlink()
     message = r"train/ has \d of \d shards: run `resnet-dist data pack` again"
     with pytest.raises(ValueError, match=message):
-        open_index(tmp_path / "out")
+        open_split(tmp_path / "out")
 
 
 def test_shards_of_something_else_are_not_mixed(source, tmp_path, capsys):

@@ -16,13 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 from data_files import members_of_shards, modification_times, run_and_kill
 from dist_utils import run_command
-from image_files import OneProcess, encode, picture, val_loader
+from image_files import OneProcess, encode, open_split, picture, val_loader
 
 from resnet_dist.checkpoints.torchvision_weights import imagenet_words
 from resnet_dist.cli import main
 from resnet_dist.data.pixels.read import load
 from resnet_dist.data.sources.parquet import ParquetOptions, find_parquet_files, open_parquet
-from resnet_dist.data.sources.scan import build_index
 from resnet_dist.data.sources.val_index import build_val_index, is_parquet
 from resnet_dist.models.class_names import imagenet_ids
 
@@ -98,10 +97,6 @@ def row_group(path, number):
 
 def run_import(source, out, *options):
     return main(["data", "import-parquet", str(source), str(out), *options])
-
-
-def open_split(folder, split="train"):
-    return build_index(str(folder), split, OneProcess())
 
 
 def contents_of(index):
@@ -222,7 +217,7 @@ class BadFile(NamedTuple):
 
 
 def bad_files(good, damaged):
-    """{name: bad file}; of a good and a damaged file the content is given."""
+    """The cases by name. `good` and `damaged` are the contents of two parquet files."""
     no_bytes = {"bytes": None, "path": "/a.jpg"}
     text_label = plain_table(1).set_column(1, "label", [["a"]])
     two_labels = plain_table(1, other=[1])

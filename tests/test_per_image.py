@@ -15,7 +15,7 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 from dist_utils import cpu_runtime, run_ranks
-from image_files import OneProcess, encode, picture, write_split
+from image_files import encode, open_split, picture, write_split
 
 from resnet_dist.config import DataConfig
 from resnet_dist.data.pixels.loader import DaliValLoader, LoaderSettings
@@ -287,7 +287,7 @@ def test_files_are_the_same_on_any_number_of_ranks(tmp_path):
         assert_agree(tmp_path, alone.counts)
 
     rows = pyarrow.parquet.read_table(tmp_path / "predictions.parquet").to_pylist()
-    index = build_index(str(tmp_path), "val", OneProcess())
+    index = open_split(tmp_path, "val")
     names = [index.name(row) for row in range(43)]
     labels = index.labels_of(np.arange(43)).tolist()
     assert [row["path"] for row in rows] == names

@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 import functools
-import io
 import itertools
 import json
 import os
@@ -13,15 +12,13 @@ import threading
 
 import numpy as np
 import pytest
-from image_files import OneProcess, encode, pack_shards, picture, write_split
-from PIL import Image
+from image_files import encode, open_image, open_split, pack_shards, picture, write_split
 
 from resnet_dist.data.pixels import read
 from resnet_dist.data.pixels.image_header import find_fault, image_size, inspect
 from resnet_dist.data.pixels.quarantine import Quarantine, Wanted, blank, next_good
 from resnet_dist.data.pixels.read import Encoded, Reader, ReadLimits, examine, load
 from resnet_dist.data.sources.index import list_files
-from resnet_dist.data.sources.scan import build_index
 
 
 @pytest.mark.parametrize(
@@ -135,8 +132,7 @@ def test_bad_bytes_have_a_reason(data, reason):
 
 def pillow_pixels(data):
     """What Pillow decodes from a file."""
-    image = Image.open(io.BytesIO(data))
-    return np.asarray(image)
+    return np.asarray(open_image(data))
 
 
 def test_every_cut_is_noticed():
@@ -268,7 +264,7 @@ def packed(index, tmp_path, shards=3):
     """The same images in shards, in another order."""
     order = np.random.default_rng(3).permutation(len(index))
     pack_shards(index, tmp_path / "packed" / "train", order, shards)
-    return build_index(str(tmp_path / "packed"), "train", OneProcess())
+    return open_split(tmp_path / "packed")
 
 
 class Clock(threading.local):
@@ -471,7 +467,7 @@ def test_formats_that_only_pillow_reads_are_decoded_by_it():
         assert read_back.height == 37
         assert read_back.width == 53
         assert read_back.reason is None
-        expected = Image.open(io.BytesIO(data)).convert("RGB")
+        expected = open_image(data).convert("RGB")
         assert np.array_equal(pillow_pixels(read_back.data), np.asarray(expected))
         header = inspect(read_back.data, 37 * 53)
         assert header.suspicion is None

@@ -18,6 +18,7 @@ from dist_utils import options, run_command, start_app, wait_app
 from image_files import (
     OneProcess,
     encode,
+    open_split,
     pack_shards,
     picture,
     train_loader,
@@ -39,7 +40,6 @@ from resnet_dist.data.pixels.remote_read import (
     coalesce,
     requests_in_flight,
 )
-from resnet_dist.data.sources.scan import build_index
 from resnet_dist.data.stores import client
 from resnet_dist.data.stores.client import Patience, list_folder, read_range
 
@@ -70,7 +70,7 @@ def shards(tmp_path_factory):
 
 def pack_by_count(images, out, split, count):
     """Shards of `count` images, in any order."""
-    index = build_index(str(images), split, OneProcess())
+    index = open_split(images, split)
     rng = np.random.default_rng(0)
     order = rng.permutation(len(index))
     num_shards = math.ceil(len(index) / count)
@@ -96,10 +96,6 @@ def environment(monkeypatch, request):
     server.trouble()
     for name, value in server.environment().items():
         monkeypatch.setenv(name, value)
-
-
-def open_remote(url, split="train"):
-    return build_index(url, split, OneProcess())
 
 
 class Shown(NamedTuple):
@@ -155,14 +151,14 @@ class Facts(NamedTuple):
 
 def facts(url, folder):
     """The facts of one address."""
-    index = open_remote(url)
+    index = open_split(url)
     names = []
     places = []
     for row in range(len(index)):
         names.append(index.name(row))
         _, offset, length = index.place(row)
         places.append((offset, length))
-    val_index = open_remote(url, "val")
+    val_index = open_split(url, "val")
     loader = val_loader(val_index, folder, val_resize_size=32, val_crop_size=32)
     val = [sum_of_pixels(batch) for batch in loader]
     # What `doctor --bench` measures.
@@ -183,7 +179,7 @@ def test_a_run_on_a_store_is_a_run_on_the_disk(store, shards, tmp_path):
     """The index, the bytes and the batches, through latency, errors and answers cut off."""
     local = facts(str(shards), tmp_path)
     images = str(shards.parent / "images")
-    assert local.fingerprint == open_remote(images).fingerprint()
+    assert local.fingerprint == open_split(images).fingerprint()
     store.trouble(latency=0.005, errors=0.05, truncated=0.05)
     assert in_child(facts, "s3://bucket/set", tmp_path) == local
     assert in_child(facts, f"{store.web}/bucket/set/", tmp_path) == local
@@ -217,7 +213,7 @@ def sentences(store, cases):
     found = []
     for case in cases:
         store.trouble(**case.trouble)
-        text = sentence(open_remote, case.url)
+        text = sentence(open_split, case.url)
         found.append(text)
     return found
 
@@ -267,7 +263,7 @@ def test_a_store_that_cannot_be_read_is_explained(store, shards, monkeypatch):
 
 def changed(store, content):
     """What is said of an image after its shard was replaced."""
-    index = open_remote("s3://changing")
+    index = open_split("s3://changing")
     first = load(index, 0).reason
     replace_shards(store, "changing", content)
     return first, sentence(load, index, 0)
@@ -282,7 +278,7 @@ def replace_shards(store, bucket, content):
 def hangs(store, timeout_s):
     """What the reader says of a store that stops answering. It must also close."""
     config = DataConfig(read_timeout_s=timeout_s)
-    index = open_remote("s3://bucket/set")
+    index = open_split("s3://bucket/set")
     reader = remote_read.build_reader(index, config)
     store.trouble(hang=True)
     requested = reader.request(np.arange(64))
@@ -400,7 +396,7 @@ def test_all_ranks_stop_when_a_shard_changes(store, shards, tmp_path):
 
 def count_requests(store, folder, cache_dir, limit_gb):
     """What is shown, with the cache, and the number of requests for it."""
-    index = open_remote("s3://bucket/set")
+    index = open_split("s3://bucket/set")
     store.trouble()
     shown = show(index, folder, cache_dir=cache_dir, cache_gb=limit_gb)
     return shown, store.requests()
@@ -418,7 +414,7 @@ def size_of(folder):
 @pytest.mark.slow
 def test_the_cache_saves_requests_and_never_lies(store, shards, tmp_path):
     """Warm, damaged, too small and shared with another data set."""
-    local = show(open_remote(str(shards)), tmp_path)
+    local = show(open_split(shards), tmp_path)
     cache = tmp_path / "cache"
     (cache / "mine").mkdir(parents=True)
     (cache / "mine" / "data").write_bytes(b"not of the cache")
@@ -456,7 +452,7 @@ def test_the_cache_saves_requests_and_never_lies(store, shards, tmp_path):
 
 def read_through(url, cache_dir, limit):
     config = DataConfig(cache_dir=cache_dir, cache_gb=limit / 1e9)
-    index = open_remote(url)
+    index = open_split(url)
     reader = remote_read.build_reader(index, config)
     rows = np.arange(len(index))
     requested = reader.request(rows)
@@ -504,7 +500,7 @@ def kill_child(process, receiver):
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.long)])
 def test_kills_leave_the_cache_usable(store, shards, tmp_path, kills):
-    local = read_all(open_remote(str(shards)))
+    local = read_all(open_split(shards))
     lengths = [len(data) for data in local]
     limit = sum(lengths) // 2
     cache = tmp_path / "cache"
@@ -517,7 +513,7 @@ def test_kills_leave_the_cache_usable(store, shards, tmp_path, kills):
 def write_steps(folder, path, cache_dir, steps):
     """Show the samples from the first step that is not written, as a resumed run does."""
     done = len(path.read_text().splitlines())
-    index = open_remote("s3://bucket/set")
+    index = open_split("s3://bucket/set")
     loader = train_loader(index, folder, global_batch_size=16, cache_dir=cache_dir)
     with open(path, "a") as file:
         for step, batch in enumerate(loader.batches(done, steps), done):
@@ -552,7 +548,7 @@ def test_no_sample_is_missing_or_twice_after_kills(store, shards, tmp_path, kill
         kill_child(process, receiver)
     in_child(write_steps, tmp_path, path, cache, steps)
 
-    index = open_remote(str(shards))
+    index = open_split(shards)
     loader = train_loader(index, tmp_path, global_batch_size=16)
     expected = []
     for step, batch in enumerate(loader.batches(0, steps)):
@@ -584,18 +580,18 @@ def first_images(index):
 def google(url):
     os.environ["GOOGLE_BASE_URL"] = os.environ["AWS_ENDPOINT_URL"]
     os.environ["GOOGLE_SKIP_SIGNATURE"] = "true"
-    return first_images(open_remote(url))
+    return first_images(open_split(url))
 
 
 def test_google_cloud_storage(store, shards):
     """Its protocol for reading is that of S3, but for the signature."""
-    local = first_images(open_remote(str(shards)))
+    local = first_images(open_split(shards))
     assert in_child(google, "gs://bucket/set") == local
 
 
 def ranges(url):
     """Neighbours come with one request; images that are too large or long are cut up right."""
-    index = open_remote(url)
+    index = open_split(url)
     client.PIECE_BYTES = 1000
     shard, offset, length = index.place(3)
     data = load(index, 3).data

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from image_files import gather_steps
 
 from resnet_dist.config import DataConfig
 from resnet_dist.data.pixels.synthetic import SyntheticTrainLoader, SyntheticValLoader
@@ -54,20 +55,14 @@ def test_batches_have_the_form_of_real_ones():
 def test_any_layout_sees_the_same(world_size, grad_accum_steps):
     [alone] = train_loaders(1)
     # Over the end of an epoch.
-    steps = list(alone.batches(2, 7))
+    expected = list(alone.batches(2, 7))
     loaders = train_loaders(world_size, grad_accum_steps)
     shares = [list(loader.batches(2, 7)) for loader in loaders]
-    for number, whole in enumerate(steps):
-        parts = []
-        for micro_step in range(grad_accum_steps):
-            place = number * grad_accum_steps + micro_step
-            parts += [share[place] for share in shares]
-        rows = np.concatenate([part.indices for part in parts])
-        images = torch.cat([part.images for part in parts])
-        labels = torch.cat([part.labels for part in parts])
-        assert np.array_equal(rows, whole.indices)
-        assert torch.equal(images, whole.images)
-        assert torch.equal(labels, whole.labels)
+    gathered = gather_steps(shares, grad_accum_steps)
+    for step, batch in zip(gathered, expected, strict=True):
+        assert np.array_equal(step.rows, batch.indices)
+        assert torch.equal(step.images, batch.images)
+        assert torch.equal(step.labels, batch.labels)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
