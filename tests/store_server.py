@@ -52,7 +52,7 @@ class Faults:
         self.requests = 0
         self.random = random.Random(0)
 
-    def trouble(self):
+    def draw_trouble(self):
         """Draw what happens to a request: "error", "truncated" or ""."""
         draw = self.random.random()
         if draw < self.errors:
@@ -168,7 +168,7 @@ def serve_object(connection, upstream, request, faults):
     text = target.decode()
     faults.requests += 1
     is_touched = faults.only.search(text) is not None
-    trouble = faults.trouble()
+    trouble = faults.draw_trouble()
     if faults.hang and is_touched:
         time.sleep(60)
         return False
