@@ -452,7 +452,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.server.requests.append(path)
         files = self.files()
         if path.startswith("/api/datasets/me/set"):
-            about = list_of(files) if "/tree/" in path else self.info_of(files)
+            about = tree_of(files) if "/tree/" in path else self.info_of(files)
             self.send(200, json.dumps(about).encode(), with_body)
             return
         _, _, name = path.partition(f"/resolve/{self.commit}/")
@@ -496,7 +496,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
-def list_of(files):
+def tree_of(files):
     """What the hub says about the files of a data set."""
     entries = []
     for name, path in files.items():
