@@ -63,7 +63,7 @@ class Faults:
 
 
 def read_head(connection, buffer):
-    """The head of the next message, and what came behind it; (None, b"") at the end."""
+    """The head of the next message, and the bytes after it; (None, b"") at the end."""
     while END_OF_HEAD not in buffer:
         data = connection.recv(65536)
         if not data:
@@ -81,7 +81,7 @@ def content_length(head):
 
 
 def read_body(connection, length, buffer):
-    """A body of `length` bytes that begins in the buffer, and what came behind it."""
+    """A body of `length` bytes that begins in the buffer, and the bytes after it."""
     while len(buffer) < length:
         data = connection.recv(1 << 20)
         if not data:

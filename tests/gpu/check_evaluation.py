@@ -91,5 +91,5 @@ def evaluate_on(
         correct += int(counts.correct1)
         counter(batch, logits)
         pixels.append(levels(batch.images, config))
-    in_label_set = counter.reduce(NoOtherRank())[0]
-    return Evaluation(torch.cat(pixels), correct, in_label_set)
+    predicted_as_e, _ = counter.reduce(NoOtherRank())
+    return Evaluation(torch.cat(pixels), correct, predicted_as_e)
