@@ -109,8 +109,8 @@ def loss(counts: Counts) -> float:
 
 
 def no_host_sync(place: Place, folder: Path) -> str:
-    """`train_step` and the compute probe of a log line never wait for the device: DDP,
-    SyncBatchNorm's collective, EMA, mixup, fp16, a teacher.
+    """`train_step` never waits for the device, with DDP, SyncBatchNorm's collective, EMA, mixup,
+    fp16 and a teacher. The compute probe of a log line does not wait either.
 
     Eager, and on a GPU compiled.
     """

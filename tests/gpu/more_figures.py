@@ -203,6 +203,6 @@ def first_convolution(place: Place, photographs: Path | None, folder: Path) -> F
 
 def with_fourth_channel(x: torch.Tensor) -> torch.Tensor:
     """[B, 3, H, W] with a fourth channel of zeros, in channels_last."""
-    # Nothing before and after the rows and columns; one channel after the three.
+    # F.pad begins with the last dimension: columns, rows, channels.
     padded = F.pad(x, (0, 0, 0, 0, 0, 1))
     return padded.contiguous(memory_format=torch.channels_last)
