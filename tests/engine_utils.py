@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from resnet_dist.checkpoints.checkpoint import TrainState
 from resnet_dist.config import Config, ModelConfig, OptimConfig, TrainConfig
 from resnet_dist.data.types import Batch
 from resnet_dist.engine import train_step
@@ -64,6 +65,12 @@ def make_bad_batch(size, image=64):
     batch = make_batch(size, image)
     batch.images[0, 0, 0, 0] = float("inf")
     return batch
+
+
+def state_of(model, optimizer, precision="fp32"):
+    """The state of a training before its first step."""
+    scaler = Precision(precision, CPU).gradient_scaler()
+    return TrainState(model, optimizer, scaler)
 
 
 def rule_of(config, device=CPU):

@@ -18,12 +18,11 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from dist_utils import equal_trees, options, run_app, run_ranks
-from engine_utils import FP32, NoSync, make_batch, rule_of
+from dist_utils import cpu_runtime, equal_trees, last_checkpoint, options, run_app, run_ranks
+from engine_utils import CPU, FP32, NoSync, make_batch, rule_of, state_of
 from torch import nn
 
 from resnet_dist import compilation, engine
-from resnet_dist.checkpoints.checkpoint_file import read_checkpoint, unpack_checkpoint
 from resnet_dist.checkpoints.resume_rules import check_resumable
 from resnet_dist.checkpoints.state import build_state, wrap_ddp
 from resnet_dist.compilation import (
@@ -43,7 +42,6 @@ from resnet_dist.config import (
     to_dict,
 )
 from resnet_dist.distributed.rendezvous import Launcher, Meeting, Peer
-from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.distributed.watchdog import Beat, Heard, Watchdog
 from resnet_dist.engine import train_step
 from resnet_dist.evaluation.loop import predict_logits
@@ -59,7 +57,6 @@ from resnet_dist.teacher import Teacher
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
-CPU = torch.device("cpu")
 TRAIN = TrainConfig(precision="fp32", compile=True)
 PARTS = ["stem", "layer1", "layer2", "head"]
 SHAPE = (4, 3, 16, 16)
@@ -78,14 +75,7 @@ def runtime_of(rank=0, world_size=1, device=CPU):
     group = None
     if world_size > 1:
         group = dist.group.WORLD
-    return Runtime(
-        rank=rank,
-        local_rank=rank,
-        world_size=world_size,
-        local_world_size=world_size,
-        device=device,
-        cpu_group=group,
-    )
+    return replace(cpu_runtime(rank, world_size, group), device=device)
 
 
 def tiny_state(train=TRAIN, **optim):
@@ -112,23 +102,21 @@ def tiny_network(num_classes=10, depths=(1, 1)):
     )
 
 
-def steps(state, config, batches, lr=0.1):
-    """Train on each batch (a list of micro-batches); returns the loss of each."""
-    model = NoSync(state.model)
+def steps(state, config, batches, teacher=None, model=None):
+    """Train on each batch (a list of micro-batches); returns the loss of each. `model` is the
+    network in DDP, if there are several ranks.
+    """
+    if model is None:
+        model = NoSync(state.model)
     losses = []
     nonfinite = NonFinite(state.model, 0)
-    rule = rule_of(config)
+    rule = build_update_rule(config, CPU, teacher=teacher)
     train_mode(state.model)
     for micro_batches in batches:
-        counts, _ = train_step(model, state, micro_batches, lr, rule, nonfinite)
+        counts, _ = train_step(model, state, micro_batches, 0.1, rule, nonfinite)
         result = counts.result()
         losses.append(result["loss"])
     return losses
-
-
-def equal_states(first, second):
-    """Whether two state dicts are equal, bit for bit."""
-    return equal_trees(dict(first), dict(second))
 
 
 def names_of_modules(model):
@@ -154,7 +142,7 @@ def test_a_compiled_network_does_what_it_does_uncompiled():
 
     assert list(compiler.parts) == PARTS
     assert compiler.num_graphs == 4
-    assert equal_states(state.model.state_dict(), before)
+    assert equal_trees(state.model.state_dict(), before)
     assert names_of_modules(state.model) == names_of_modules(plain.model)
 
     # Three updates.
@@ -223,14 +211,8 @@ def small_state(train=TRAIN, two_heads=False):
     torch.manual_seed(0)
     model = Small(two_heads)
     model.to(memory_format=torch.channels_last)
-    return state_of(model, train)
-
-
-def state_of(model, train=TRAIN):
     optimizer = build_optimizer(OptimConfig(), model)
-    needs_scaler = train.precision == "fp16"
-    scaler = torch.amp.GradScaler("cpu", enabled=needs_scaler)
-    return engine.TrainState(model, optimizer, scaler)
+    return state_of(model, optimizer, train.precision)
 
 
 def turn_dropout_off(model):
@@ -328,7 +310,7 @@ def test_other_precisions_heads_and_frozen_parts():
     compiler = compiled(state)
     steps(state, config, two_updates)
     assert compiler.num_graphs == 4
-    assert equal_states(frozen.state_dict(), before)
+    assert equal_trees(frozen.state_dict(), before)
 
 
 @pytest.mark.slow
@@ -338,7 +320,7 @@ def test_the_compiled_step_runs_on_meta():
     with meta:
         model = Small()
     turn_dropout_off(model)
-    state = state_of(model)
+    state = state_of(model, build_optimizer(OptimConfig(), model))
     compiler = compiled(state, runtime=runtime_of(device=meta))
     batch = make_batch(4, 16, device="meta")
     rule = rule_of(Config(train=TRAIN), meta)
@@ -386,20 +368,13 @@ def test_a_teacher_is_compiled_with_the_network(monkeypatch):
     assert not is_compiled(teacher)
 
 
-def losses_with_teacher(state, teacher):
-    """The losses of three updates with images of two sizes."""
+def losses_with_teacher(state, network):
+    """The losses of three updates with images of two sizes; `network` is the teacher's."""
     config = Config(train=replace(TRAIN, distillation_weight=0.7))
-    rule = build_update_rule(config, CPU, teacher=Teacher(teacher, "", "", ()))
-    train_mode(state.model)
-    model = NoSync(state.model)
-    nonfinite = NonFinite(state.model, 0)
-    losses = []
-    for side in (16, 24, 16):
-        batch = make_batch(4, side)
-        counts, _ = train_step(model, state, [batch], 0.1, rule, nonfinite)
-        result = counts.result()
-        losses.append(result["loss"])
-    assert not teacher.training
+    teacher = Teacher(network, "", "", ())
+    batches = [[make_batch(4, side)] for side in (16, 24, 16)]
+    losses = steps(state, config, batches, teacher)
+    assert not network.training
     return losses
 
 
@@ -451,14 +426,8 @@ def compile_where_rank_1_fails(rank, world_size):
     # The ranks go on without a compiler.
     model = wrap_ddp(state.model, CPU)
     engine.warm_up_ddp(model, (2, 3, 16, 16), FP32)
-    rule = rule_of(Config(train=TRAIN))
-    nonfinite = NonFinite(state.model, 0)
-    batch = make_batch(4, 16)
-    losses = []
-    for _ in range(2):
-        counts, _ = train_step(model, state, [batch], 0.1, rule, nonfinite)
-        result = counts.result()
-        losses.append(result["loss"])
+    batches = [[make_batch(4, 16)]] * 2
+    losses = steps(state, Config(train=TRAIN), batches, model=model)
     return problem, is_compiled(state.model), losses
 
 
@@ -736,17 +705,13 @@ def test_with_cuda_graphs_each_step_is_announced(monkeypatch):
         config = Config(train=replace(TRAIN, compile_mode=mode))
         rule = build_update_rule(config, CPU, teacher=teacher)
         state = small_state()
-        model = NoSync(state.model)
-        nonfinite = NonFinite(state.model, 0)
-        batch = make_batch(4, 8)
 
         events.clear()
-        for _ in range(2):
-            train_step(model, state, [batch], 0.1, rule, nonfinite)
+        steps(state, config, [[make_batch(4, 8)]] * 2, teacher)
         assert events == events_of_a_step[mode] * 2
 
         events.clear()
-        engine.warm_up_ddp(model, (2, 3, 8, 8), FP32, rule.replays_graphs)
+        engine.warm_up_ddp(NoSync(state.model), (2, 3, 8, 8), FP32, rule.replays_graphs)
         assert events == events_of_the_warm_up[mode]
 
 
@@ -768,14 +733,7 @@ def test_the_compile_cache_is_read_only_if_it_is_whole_and_of_this_user(tmp_path
 
     # One for each rank of the first of two machines.
     for rank in range(4):
-        runtime = Runtime(
-            rank=rank,
-            local_rank=rank % 2,
-            world_size=4,
-            local_world_size=2,
-            device=CPU,
-            cpu_group=None,
-        )
+        runtime = cpu_runtime(rank, world_size=4, local_world_size=2)
         save_compile_cache(folder, runtime, watched)
     names = [path.name for path in sorted(tmp_path.rglob("*.bin"))]
     assert names == ["local_rank_0.bin", "local_rank_1.bin"]
@@ -796,6 +754,18 @@ def test_the_compile_cache_is_read_only_if_it_is_whole_and_of_this_user(tmp_path
     load()
     assert "it is damaged" in watched.warned[-1]
     assert loaded == [content]
+
+
+def compiled_run(**settings):
+    """The command line of the quickstart with compilation, on images of 16 pixels."""
+    words = options(
+        config=QUICKSTART,
+        train__compile="true",
+        schedule__warmup_epochs=0,
+        log__wandb="disabled",
+        **settings,
+    )
+    return ["train", *words]
 
 
 def tiny_app(stop_at=None):
@@ -839,29 +809,17 @@ def test_inductor_resumes_bit_identically_and_from_the_cache_of_the_run(
     def run(name, place, entry):
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / place))
         log = tmp_path / f"{name}_{place}.txt"
-        settings = options(
-            config=QUICKSTART,
-            data__data_dir=digits,
-            data__train_crop_size=16,
-            data__val_resize_size=16,
-            data__val_crop_size=16,
+        words = compiled_run(
             output_dir=tmp_path / name,
-            train__compile="true",
+            data__data_dir=digits,
             train__epochs=0.4,
             train__ema_decay=0.9,
-            schedule__warmup_epochs=0,
-            log__wandb="disabled",
             distributed__threads=1,
         )
-        codes = run_app(2, ["train", *settings], str(log), entry, timeout=900)
+        codes = run_app(2, words, str(log), entry, timeout=900)
         printed = log.read_text()
         print(printed)
         return codes, printed
-
-    def end_of(name):
-        path = tmp_path / name / "checkpoints" / "last.pt"
-        payload = read_checkpoint(path)
-        return unpack_checkpoint(payload, str(path))
 
     codes, _ = run("whole", "first", tiny_app())
     assert codes == [0, 0]
@@ -873,8 +831,8 @@ def test_inductor_resumes_bit_identically_and_from_the_cache_of_the_run(
     hits_and_misses = re.findall(r"CACHE (\d+) (\d+)", printed)
     assert hits_and_misses == [("6", "0")] * 2
 
-    whole = end_of("whole")
-    halves = end_of("halves")
+    whole = last_checkpoint(tmp_path / "whole")
+    halves = last_checkpoint(tmp_path / "halves")
     assert whole["step"] == halves["step"]
     assert whole["step"] > 4
     assert whole["config"]["train"]["compile"] is True
@@ -912,22 +870,15 @@ def test_a_run_waits_for_a_slow_compiler_and_stops_for_a_failing_one(tmp_path):
 
     def run(name, prepares):
         log = tmp_path / f"{name}.txt"
-        settings = options(
-            config=QUICKSTART,
+        words = compiled_run(
+            output_dir=tmp_path / name,
             data__kind="synthetic",
             data__synthetic_classes=10,
             data__synthetic_images=256,
-            data__train_crop_size=16,
-            data__val_crop_size=16,
-            output_dir=tmp_path / name,
-            train__compile="true",
             train__epochs=0.5,
-            schedule__warmup_epochs=0,
-            log__wandb="disabled",
             distributed__timeout_s=8,
         )
-        entry = app_where_rank_1(prepares)
-        codes = run_app(2, ["train", *settings], str(log), entry)
+        codes = run_app(2, words, str(log), app_where_rank_1(prepares))
         return codes, log.read_text()
 
     def sleep_nine_seconds(graph, inputs, train):

@@ -16,12 +16,12 @@ from engine_utils import (
     do_step,
     make_bad_batch,
     make_batch,
+    state_of,
 )
 from image_files import OneProcess
 from torch import nn
 
 from resnet_dist import engine
-from resnet_dist.checkpoints.checkpoint import TrainState
 from resnet_dist.checkpoints.state import build_state
 from resnet_dist.config import AugmentConfig, ModelConfig, OptimConfig, TrainConfig
 from resnet_dist.data.types import IGNORED_LABEL, Batch
@@ -31,10 +31,6 @@ from resnet_dist.nonfinite import NonFinite
 from resnet_dist.optim import build_optimizer
 from resnet_dist.plan import is_due
 from resnet_dist.precision import Precision
-
-
-def scaler_of(precision):
-    return torch.amp.GradScaler("cpu", enabled=precision == "fp16")
 
 
 def copies_of(parameters):
@@ -119,7 +115,7 @@ def test_accumulated_micro_steps_equal_one_batch():
     def update_with(batches):
         model = copy.deepcopy(net)
         optimizer = build_optimizer(OptimConfig(), model)
-        state = TrainState(model, optimizer, scaler_of("fp32"))
+        state = state_of(model, optimizer)
         counts, norm = do_step(state, batches, lr=0.1)
         return counts.result(), norm, model.state_dict()
 
@@ -225,7 +221,7 @@ def test_every_optimizer_learns_skips_and_scales(kind, precision):
     )
     config = replace(CONFIG, train=TrainConfig(precision=precision))
     optimizer = build_optimizer(OptimConfig(kind=kind, trust_coefficient=0.02), net)
-    state = TrainState(net, optimizer, scaler_of(precision))
+    state = state_of(net, optimizer, precision)
     nonfinite = NonFinite(net, 0)
     weights_before = copies_of(net.parameters())
     state_before = copy.deepcopy(optimizer.state_dict()["state"])
@@ -393,7 +389,6 @@ def test_evaluation_stops_when_asked():
 
 
 def test_what_happens_at_intervals_also_happens_at_the_end():
-
     def steps_of(interval):
         total = 10
         return [step for step in range(total + 1) if is_due(step, interval, total)]

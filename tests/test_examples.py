@@ -1,13 +1,13 @@
 """The examples: the training in plain PyTorch has our loss curve, and the notebook runs."""
 
 import importlib.util
-import json
 import re
 from pathlib import Path
 
 import nbformat
 import numpy as np
 import pytest
+from dist_utils import logged_lines, options
 from nbclient import NotebookClient
 
 from resnet_dist import cli
@@ -32,14 +32,19 @@ def load_minimal():
 
 
 def our_losses(digits, folder):
-    arguments = ["train", "--config", str(ROOT / "configs/quickstart.yaml")]
-    arguments += ["--data.data_dir", str(digits), "--output_dir", str(folder)]
-    arguments += ["--train.epochs", str(EPOCHS), "--train.precision", "fp32"]
-    arguments += ["--model.sync_batch_norm", "false"]
-    arguments += ["--schedule.warmup_epochs", str(WARMUP_EPOCHS)]
-    arguments += ["--log.interval_steps", "1", "--log.wandb", "disabled"]
-    assert cli.main(arguments) == 0
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    settings = options(
+        config=ROOT / "configs/quickstart.yaml",
+        data__data_dir=digits,
+        output_dir=folder,
+        train__epochs=EPOCHS,
+        train__precision="fp32",
+        model__sync_batch_norm="false",
+        schedule__warmup_epochs=WARMUP_EPOCHS,
+        log__interval_steps=1,
+        log__wandb="disabled",
+    )
+    assert cli.main(["train", *settings]) == 0
+    lines = logged_lines(folder)
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
     (top1,) = [line["val/top1"] for line in lines if "val/top1" in line]
     return np.array(losses), top1

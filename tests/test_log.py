@@ -1,6 +1,5 @@
 """The log: one line per step whatever happens, and silence outside the main process."""
 
-import json
 import math
 import os
 import sys
@@ -8,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from dist_utils import logged_lines
 
 from resnet_dist.config import LogConfig
 from resnet_dist.logs import console
@@ -34,15 +34,9 @@ def started(folder, start_step=0, total_steps=100, config=QUIET, is_main=True, e
     return log
 
 
-def lines(folder):
-    """The lines of metrics.jsonl."""
-    text = (folder / "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
-
-
 def steps(folder):
     """The step of each line of metrics.jsonl."""
-    return [line["step"] for line in lines(folder)]
+    return [line["step"] for line in logged_lines(folder)]
 
 
 def test_lines_are_plain_json(tmp_path):
@@ -58,7 +52,7 @@ def test_lines_are_plain_json(tmp_path):
         },
     )
     after = time.time()
-    [record] = lines(tmp_path)
+    [record] = logged_lines(tmp_path)
     assert list(record)[:2] == ["step", "time"]
     rounding = 0.01
     assert before - rounding <= record["time"] <= after + rounding
@@ -83,7 +77,7 @@ def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
     assert steps(tmp_path) == [10, 20, 30]
 
     started(tmp_path, start_step=0)
-    assert lines(tmp_path) == []
+    assert logged_lines(tmp_path) == []
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
 

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from engine_utils import state_of
 from torch import nn
 
-from resnet_dist.checkpoints.checkpoint import TrainState
 from resnet_dist.config import OptimConfig
 from resnet_dist.ema import Ema
 from resnet_dist.models.build import MODELS
@@ -336,7 +336,7 @@ def update(state, step):
 
 def tensors_of(state):
     """The weights, and the state of the optimizer."""
-    weights = dict(state.model.state_dict())
+    weights = state.model.state_dict()
     optimizer_state = state.optimizer.state_dict()["state"]
     return [weights, optimizer_state]
 
@@ -347,8 +347,7 @@ def assert_same_tensors(found, expected):
 
 def build_state_of_small_net(kind):
     net, optimizer = build_small_net(kind, torch.float32)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return TrainState(net, optimizer, scaler)
+    return state_of(net, optimizer)
 
 
 @pytest.mark.parametrize("kind", SETTINGS)

@@ -6,11 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dist_utils import run_command, small_run
+from dist_utils import last_checkpoint, run_command, small_run
 
 from resnet_dist import precision
-from resnet_dist.checkpoints.checkpoint_file import read_checkpoint, unpack_checkpoint
-from resnet_dist.checkpoints.run_folder import newest_valid
 from resnet_dist.config import Config, TrainConfig, to_dict
 from resnet_dist.distributed import process, runtime
 from resnet_dist.distributed.rendezvous import Launcher
@@ -26,10 +24,7 @@ def cpu_with(monkeypatch):
     """A function that replaces the flags of this machine's CPU."""
 
     def set_flags(*flags):
-        def cpu_flags():
-            return set(flags)
-
-        monkeypatch.setattr(precision, "cpu_flags", cpu_flags)
+        monkeypatch.setattr(precision, "cpu_flags", lambda: set(flags))
 
     return set_flags
 
@@ -39,10 +34,7 @@ def gpu_with(monkeypatch):
     """A function that sets the compute capability of a GPU that is not there."""
 
     def set_capability(capability):
-        def get_device_capability(device):
-            return capability
-
-        monkeypatch.setattr(torch.cuda, "get_device_capability", get_device_capability)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
     return set_capability
 
@@ -198,7 +190,6 @@ def test_a_run_keeps_its_precision_on_another_kind_of_node(digits, tmp_path):
     """Started in bf16, resumed with `auto` on a CPU for which `auto` is fp32, then with another
     one.
     """
-
     folder = tmp_path / "run"
 
     def train(epochs, setting):
@@ -212,11 +203,8 @@ def test_a_run_keeps_its_precision_on_another_kind_of_node(digits, tmp_path):
         )
         code, printed = run_command(tmp_path, ["train", *settings], entry=on_avx2)
         assert code == 0, printed
-        newest = newest_valid(folder / "checkpoints", print)
-        payload = read_checkpoint(newest)
-        content = unpack_checkpoint(payload, "newest")
-        saved = content["config"]["train"]["precision"]
-        return saved, printed
+        content = last_checkpoint(folder)
+        return content["config"]["train"]["precision"], printed
 
     saved, _ = train(1, "bf16")
     assert saved == "bf16"

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import yaml
+from module_utils import count_parameters
 
 from resnet_dist.cli import parse_config
 from resnet_dist.config import Config
@@ -101,15 +102,6 @@ def network_of(config: Config) -> torch.nn.Module:
     return network(section, data_of(config).num_classes)
 
 
-def num_parameters(module: torch.nn.Module, without: str | None = None) -> int:
-    """Number of parameters, without those whose name starts with `without`."""
-    total = 0
-    for name, parameter in module.named_parameters():
-        if without is None or not name.startswith(without):
-            total += parameter.numel()
-    return total
-
-
 def groups_of(config: Config) -> list[list[float]]:
     """[parameters, weight decay, lr_scale] of each group of the optimizer."""
     groups = []
@@ -146,7 +138,7 @@ def numbers(name: str) -> dict:
 
     return {
         "model": config.model.name,
-        "parameters": num_parameters(network_of(config)),
+        "parameters": count_parameters(network_of(config)),
         "groups": groups_of(config),
         "updates": total,
         "peak_lr": peak,
@@ -330,7 +322,7 @@ def test_figures_and_sizes_are_those_that_torchvision_publishes():
         figures = meta["_metrics"]["ImageNet-1K"]
         assert written(name, "top1") == f"{figures['acc@1']:.2f}"
         assert written(name, "top5") == f"{figures['acc@5']:.2f}"
-        assert num_parameters(network_of(config)) == meta["num_params"]
+        assert count_parameters(network_of(config)) == meta["num_params"]
 
     check_all(check, names)
 
@@ -351,6 +343,11 @@ MILLIONS = {
 TIMM_MILLIONS = {"resnet50d": 25.58, "resnetrs50": 35.69}
 
 
+def main_modules(network: torch.nn.Module) -> list[torch.nn.Module]:
+    """The parts of a network of torchvision, without its auxiliary classifiers."""
+    return [module for name, module in network.named_children() if not name.startswith("aux")]
+
+
 def counterpart_of(name: str) -> str:
     """He et al. 2015: a plain network is as large as the ResNet with option A."""
     if "plain" in name:
@@ -369,10 +366,10 @@ def test_sizes_are_those_of_torchvision_and_the_papers():
         config = load(name)
         model = config.model.name
         network = network_of(config)
-        size = num_parameters(network)
+        size = count_parameters(network)
         if config.model.shortcut == "A" or model.startswith("plain"):
             counterpart = load(counterpart_of(name))
-            assert size == num_parameters(network_of(counterpart))
+            assert size == count_parameters(network_of(counterpart))
         elif model in MILLIONS:
             tolerance = 0.05 if size > 1e6 else 0.005
             assert size / 1e6 == pytest.approx(MILLIONS[model], abs=tolerance)
@@ -384,7 +381,7 @@ def test_sizes_are_those_of_torchvision_and_the_papers():
         else:
             assert model in list_models()
             published = {weights.meta["num_params"] for weights in get_model_weights(model)}
-            without_auxiliary = num_parameters(network, without="aux")
+            without_auxiliary = count_parameters(*main_modules(network))
             assert size in published or without_auxiliary in published
 
     check_all(check, PUBLISHED)

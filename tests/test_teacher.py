@@ -9,14 +9,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dist_utils import equal_trees, in_double, run_app, small_run
-from engine_utils import CPU, NoSync, make_batch
+from dist_utils import equal_trees, in_double, last_checkpoint, run_app, small_run
+from engine_utils import CPU, NoSync, make_batch, state_of
 from image_files import OneProcess
 from torch import nn
 
 from resnet_dist import cli
-from resnet_dist.checkpoints.checkpoint import TrainState
-from resnet_dist.checkpoints.checkpoint_file import read_checkpoint, unpack_checkpoint
 from resnet_dist.checkpoints.state import build_state
 from resnet_dist.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
 from resnet_dist.engine import train_step
@@ -56,11 +54,6 @@ def as_teacher(network):
     network.eval()
     network.requires_grad_(False)
     return Teacher(network, "", "", ())
-
-
-def state_of(network, optimizer):
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return TrainState(network, optimizer, scaler)
 
 
 def distillation_loss(network, teacher, images, labels, shares):
@@ -128,7 +121,7 @@ def test_an_update_is_that_of_the_formula():
     )
 
     # The teacher.
-    assert equal_trees(dict(teacher.state_dict()), dict(before))
+    assert equal_trees(teacher.state_dict(), before)
     for parameter in teacher.parameters():
         assert parameter.grad is None
 
@@ -185,13 +178,8 @@ def distilled(digits, folder, teacher, world_size=1, entry=None):
     return codes, output.read_text()
 
 
-def last_checkpoint(folder):
-    return folder / "run" / "checkpoints" / "last.pt"
-
-
 def weights_of(folder):
-    path = last_checkpoint(folder)
-    content = unpack_checkpoint(read_checkpoint(path), "last.pt")
+    content = last_checkpoint(folder / "run")
     assert content["step"] == 6
     return content
 
@@ -228,7 +216,7 @@ def test_runs_resume_exactly_and_do_not_depend_on_the_ranks(digits, checkpoint, 
     codes, printed = distilled(digits, parts, checkpoint, entry=terminated_at_step_3)
     assert codes == [143], printed
 
-    other_teacher = last_checkpoint(whole)
+    other_teacher = whole / "run" / "checkpoints" / "last.pt"
     codes, printed = distilled(digits, parts, other_teacher)
     assert codes == [2], printed
     assert "train.teacher_sha256 was" in printed, printed

@@ -6,7 +6,6 @@ something to see.
 """
 
 import copy
-import json
 import sys
 from dataclasses import dataclass
 
@@ -15,21 +14,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from dist_utils import equal_trees, run_app, run_ranks, small_run
-from engine_utils import FP32, ListLoader, NoSync, do_step, rule_of
+from checkpoint_utils import load_content
+from dist_utils import equal_trees, logged_lines, run_app, run_ranks, small_run
+from engine_utils import CPU, FP32, ListLoader, NoSync, do_step, rule_of, state_of
 from image_files import OneProcess
 from module_utils import count_parameters, modules_of
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resnet_dist import engine
-from resnet_dist.checkpoints.checkpoint import TrainState, copy_to_cpu
-from resnet_dist.checkpoints.checkpoint_file import (
-    FORMAT,
-    read_checkpoint,
-    unpack_checkpoint,
-    write_checkpoint,
-)
+from resnet_dist.checkpoints.checkpoint import copy_to_cpu
+from resnet_dist.checkpoints.checkpoint_file import FORMAT, write_checkpoint
 from resnet_dist.checkpoints.state import build_state, wrap_ddp
 from resnet_dist.config import (
     AugmentConfig,
@@ -52,7 +47,6 @@ from resnet_dist.nonfinite import NonFinite
 from resnet_dist.optim import build_optimizer
 from resnet_dist.precision import DTYPES, Precision
 
-CPU = torch.device("cpu")
 # Parameters for 1000 classes that torchvision does not publish. LeNet-5: LeCun et al. 1998, section
 # II.B, with three maps for one in C1 and a linear layer of 1000 at the end. Densenet-264: counted
 # layer by layer below. The rest: timm.
@@ -220,8 +214,7 @@ def saved_and_read(state, path):
     """The state, through a file."""
     content = {"format": FORMAT, **state.state_dict()}
     write_checkpoint(path, copy_to_cpu(content))
-    payload = read_checkpoint(path)
-    return unpack_checkpoint(payload, str(path))
+    return load_content(path)
 
 
 @pytest.mark.slow
@@ -367,8 +360,7 @@ def test_auxiliary_losses_count_their_weight():
     batch = batch_of(2, 4)
     rule = rule_of(config)
     optimizer = build_optimizer(config.optim, model)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    state = TrainState(model, optimizer, scaler)
+    state = state_of(model, optimizer)
 
     counts, _ = train_step(NoSync(model), state, [batch], lr, rule, NonFinite(model, 0))
 
@@ -459,15 +451,8 @@ def test_auxiliary_heads_on_two_ranks_equal_one_process(double):
     """
     first, second = run_ranks(one_update, 2)
     whole = one_update(0, 1)
-    for name, expected in whole.items():
-        assert np.array_equal(first[name], second[name]), name
-        np.testing.assert_allclose(
-            first[name],
-            expected,
-            rtol=1e-6,
-            atol=1e-9,
-            err_msg=name,
-        )
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(first, whole, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.slow
@@ -678,7 +663,5 @@ def test_the_command_line_trains_lenet_and_refuses_a_side(digits, tmp_path):
     assert "data.train_crop_size is 28: lenet5 takes 32 pixels only" in log.read_text()
 
     assert train(32) == [0, 0], log.read_text()
-    metrics = tmp_path / "32" / "metrics.jsonl"
-    *_, last_line = metrics.read_text().splitlines()
-    result = json.loads(last_line)
-    assert result["val/top1"] > 30
+    *_, last_line = logged_lines(tmp_path / "32")
+    assert last_line["val/top1"] > 30
