@@ -45,6 +45,19 @@ def draw_windows(rows, heights, widths, epoch=1):
     )
 
 
+def train_geometry(num_images, height, width, side, config):
+    """The geometry of images of one size in the first epoch of a run with a fixed seed."""
+    return crops.train_geometry(
+        seed=1,
+        epoch=0,
+        rows=np.arange(num_images),
+        heights=np.full(num_images, height),
+        widths=np.full(num_images, width),
+        side=side,
+        config=config,
+    )
+
+
 class FakeTorch:
     """The few functions of torch that RandomResizedCrop.get_params calls, in float64 and with given
     uniform numbers.
@@ -112,14 +125,10 @@ def test_distribution_equals_torchvisions():
     height = 375
     width = 500
 
-    ours = crops.random_windows(
-        seed=0,
-        epoch=0,
+    ours = draw_windows(
         rows=np.arange(num_ours),
         heights=np.full(num_ours, height),
         widths=np.full(num_ours, width),
-        scale=SCALE,
-        ratio=RATIO,
     )
     torch.manual_seed(0)
     image = blank_image(height, width)
@@ -186,15 +195,8 @@ def test_scale_jitter_is_resize_and_random_crop():
     low = 256
     high = 264
 
-    geometry = crops.train_geometry(
-        seed=1,
-        epoch=0,
-        rows=np.arange(num_images),
-        heights=np.full(num_images, height),
-        widths=np.full(num_images, width),
-        side=side,
-        config=DataConfig(train_crop="scale_jitter", scale_jitter=(low, high)),
-    )
+    config = DataConfig(train_crop="scale_jitter", scale_jitter=(low, high))
+    geometry = train_geometry(num_images, height, width, side, config)
 
     whole_image = (0, 0, height, width)
     assert (geometry.windows == whole_image).all()
@@ -231,17 +233,9 @@ def test_pad_and_crop_is_torchvisions_random_crop():
     side = 32
     pad = 4
     num_places = 81
-    sides = np.full(num_images, side)
 
-    geometry = crops.train_geometry(
-        seed=1,
-        epoch=0,
-        rows=np.arange(num_images),
-        heights=sides,
-        widths=sides,
-        side=side,
-        config=DataConfig(train_crop="pad", pad=pad),
-    )
+    config = DataConfig(train_crop="pad", pad=pad)
+    geometry = train_geometry(num_images, side, side, side, config)
 
     [view] = geometry.views
     assert (view.sizes == side).all()

@@ -60,12 +60,6 @@ def shapes_of(model):
     return [(key, tensor.shape) for key, tensor in state.items()]
 
 
-def assert_all_close(found, expected, **tolerances):
-    """Compare two sequences of tensors."""
-    for found_tensor, expected_tensor in zip(found, expected, strict=True):
-        torch.testing.assert_close(found_tensor, expected_tensor, **tolerances)
-
-
 def gradients_of(model):
     return [parameter.grad for parameter in model.parameters()]
 
@@ -134,8 +128,8 @@ def test_training_step_equals_torchvision(name):
         loss = model(images).square().mean()
         loss.backward()
 
-    assert_all_close(gradients_of(ours), gradients_of(theirs))
-    assert_all_close(ours.buffers(), theirs.buffers())
+    torch.testing.assert_close(gradients_of(ours), gradients_of(theirs))
+    torch.testing.assert_close(list(ours.buffers()), list(theirs.buffers()))
 
 
 @pytest.mark.slow

@@ -262,14 +262,7 @@ def group_of_one(rank, world_size):
 
 def test_the_switch_runs_the_collectives_of_a_single_rank():
     [[plain, synced]] = run_ranks(group_of_one, 1)
-    for key, expected in plain.items():
-        np.testing.assert_allclose(
-            synced[key],
-            expected,
-            rtol=1e-12,
-            atol=1e-12,
-            err_msg=key,
-        )
+    torch.testing.assert_close(synced, plain, rtol=1e-12, atol=1e-12)
 
 
 def rank_subgroup(rank, world_size):
@@ -325,9 +318,7 @@ def test_without_process_group_it_is_batch_norm():
         ours.train(training)
         expected = step(plain, x, dy)
         actual = step(ours, x, dy)
-        assert expected.keys() == actual.keys()
-        for key, value in expected.items():
-            assert np.array_equal(actual[key], value), key
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 def make_network():
@@ -383,15 +374,7 @@ def test_network_with_ddp_and_accumulation_equals_one_process():
     expected = network_result(network)
 
     for actual in run_ranks(rank_network, 2):
-        assert actual.keys() == expected.keys()
-        for key in expected:
-            np.testing.assert_allclose(
-                actual[key],
-                expected[key],
-                rtol=1e-9,
-                atol=1e-12,
-                err_msg=key,
-            )
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_convert_keeps_tensors_flags_and_options():
@@ -469,14 +452,7 @@ def compiled_step(rank, world_size, backend):
 
 def assert_compiled_equals_eager(backend):
     for eager, compiled in run_ranks(compiled_step, 2, backend):
-        for key, expected in eager.items():
-            np.testing.assert_allclose(
-                compiled[key],
-                expected,
-                rtol=1e-5,
-                atol=2e-6,
-                err_msg=key,
-            )
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.slow
