@@ -385,6 +385,7 @@ def test_a_sample_does_not_depend_on_its_batch():
 def test_the_table_of_operations_is_complete():
     """Every policy of the config draws from the table, whose entries are found by their names."""
     policies = typing.get_args(AugmentConfig.__annotations__["policy"])
+    [identity] = operations.operation_ids(["identity"])
     for policy in policies:
         config = AugmentConfig(policy=policy)
         plan = plan_epoch(config, ROWS[:500], side=96)
@@ -393,7 +394,6 @@ def test_the_table_of_operations_is_complete():
             continue
         drawn = set(np.unique(plan.ops).tolist())
         choices = set(operations.drawn_by(policy))
-        [identity] = operations.operation_ids(["identity"])
         assert drawn <= choices | {identity}
 
     ids = operations.operation_ids(operations.NAMES)

@@ -389,14 +389,10 @@ def test_the_block_is_the_recipes_unless_it_is_set():
         local_batch_size=32,
     )
     blocks_of_six = replace(mixed, mix_block=6)
-    configs = {
-        128: Config(augment=mixed, recipe=per_gpu),
-        32: Config(augment=mixed, recipe=micro),
-        6: Config(augment=blocks_of_six, recipe=micro),
-        0: Config(),
-    }
-    for mix_block, config in configs.items():
-        assert config.augment.mix_block == mix_block
+    assert Config(augment=mixed, recipe=per_gpu).augment.mix_block == 128
+    assert Config(augment=mixed, recipe=micro).augment.mix_block == 32
+    assert Config(augment=blocks_of_six, recipe=micro).augment.mix_block == 6
+    assert Config().augment.mix_block == 0
 
     with pytest.raises(ValueError, match="augment.mix_block is None.*set a number"):
         Config(augment=mixed)

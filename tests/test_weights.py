@@ -469,16 +469,15 @@ def test_the_head_is_found_by_structure():
     """Never by its name, also where linear layers before it have as many outputs."""
     models = torchvision.models
     with torch.device("meta"):
-        heads = {
-            "fc": MODELS["resnet20"](num_classes=10),
-            "classifier": models.densenet121(num_classes=10),
-            "classifier.1": models.efficientnet_b0(num_classes=10),
-            "classifier.6": models.alexnet(num_classes=4096),
-        }
-        vgg11 = models.vgg11(num_classes=4096)
-    for expected, model in heads.items():
+        cases = (
+            (MODELS["resnet20"](num_classes=10), "fc"),
+            (models.alexnet(num_classes=4096), "classifier.6"),
+            (models.vgg11(num_classes=4096), "classifier.6"),
+            (models.densenet121(num_classes=10), "classifier"),
+            (models.efficientnet_b0(num_classes=10), "classifier.1"),
+        )
+    for model, expected in cases:
         assert list(head_modules(model)) == [expected]
-    assert list(head_modules(vgg11)) == ["classifier.6"]
 
     without_linear_layer = nn.Conv2d(1, 1, 1)
     assert list(head_modules(without_linear_layer)) == []
