@@ -107,6 +107,11 @@ def resolve_precision(
     return "fp16" if device.type == "cuda" else "fp32"
 
 
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """The type that `train.precision auto` computes in on `device`."""
+    return DTYPES[resolve_precision("auto", device)]
+
+
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether `device` has instructions for bf16.
 

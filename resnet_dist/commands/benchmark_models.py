@@ -19,11 +19,11 @@ from resnet_dist.commands.benchmark_parts import (
     step_on_one_batch,
     time_steps,
 )
-from resnet_dist.commands.device_rates import matrix_dtype, matrix_rate
+from resnet_dist.commands.device_rates import matrix_rate
 from resnet_dist.config import Config
 from resnet_dist.distributed.runtime import Runtime
 from resnet_dist.files import write_file
-from resnet_dist.precision import resolve_precision, set_arithmetic
+from resnet_dist.precision import fastest_dtype, resolve_precision, set_arithmetic
 from resnet_dist.resources.step_cost import count_step
 from resnet_dist.text import first_line, markdown_table, printable
 
@@ -101,7 +101,7 @@ def compare_models(config: Config, runtime: Runtime, options: argparse.Namespace
     networks = split_names(options.models)
     device = runtime.device
     precisions = choose_precisions(split_names(options.precisions), device)
-    matrix_flops = matrix_rate(device, matrix_dtype(device))
+    matrix_flops = matrix_rate(device, fastest_dtype(device))
     conditions = Conditions(config, runtime, options.windows, options.steps, matrix_flops)
     rows = []
     for variant in list_variants(networks, precisions, device):

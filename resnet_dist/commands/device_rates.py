@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from resnet_dist.distributed.runtime import Runtime
-from resnet_dist.precision import has_fast_bf16
+from resnet_dist.precision import fastest_dtype
 
 # Each rate is the median of so many measurements of this length.
 _MEASUREMENTS = 5
@@ -38,21 +38,12 @@ def measure_device(device: torch.device) -> DeviceRates:
     Args:
         device: The device of this rank.
     """
-    dtype = matrix_dtype(device)
+    dtype = fastest_dtype(device)
     return DeviceRates(
         matrix_flops=matrix_rate(device, dtype),
         dtype=str(dtype).removeprefix("torch."),
         memory_bytes=memory_rate(device),
     )
-
-
-def matrix_dtype(device: torch.device) -> torch.dtype:
-    """The type of the fastest training precision: bf16 if the device has it in hardware."""
-    if has_fast_bf16(device):
-        return torch.bfloat16
-    if device.type == "cuda":
-        return torch.float16
-    return torch.float32
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

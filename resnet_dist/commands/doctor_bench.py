@@ -17,7 +17,6 @@ import numpy as np
 from resnet_dist.addresses import is_url
 from resnet_dist.commands.device_rates import (
     all_reduce_rate,
-    matrix_dtype,
     matrix_rate,
     memory_rate,
 )
@@ -27,6 +26,7 @@ from resnet_dist.data.pixels.loader import DaliTrainLoader
 from resnet_dist.data.pixels.read import READ_THREADS, load, read_limits
 from resnet_dist.data.sources.index import Index
 from resnet_dist.distributed.runtime import Runtime
+from resnet_dist.precision import fastest_dtype
 
 # A rank below this share of the median is an outlier.
 _OUTLIER = 0.85
@@ -52,7 +52,7 @@ class RankRates:
 def check_matrix_rate(config: Config, runtime: Runtime) -> tuple[str, str]:
     """The rate of a large matrix product on each rank, in the fastest training precision."""
     device = runtime.device
-    dtype = matrix_dtype(device)
+    dtype = fastest_dtype(device)
     name = str(dtype).removeprefix("torch.")
 
     def measure() -> float:
