@@ -49,10 +49,11 @@ def write_parquet(data_dir: str, out: Path) -> None:
     datasets.disable_progress_bars()
 
     columns: dict[str, list[Any]] = {"image": [], "label": []}
-    for sample in list_images(os.path.join(data_dir, "train")):
+    train = os.path.join(data_dir, "train")
+    for sample in list_images(train):
         columns["image"].append({"bytes": sample.read(), "path": os.path.basename(sample.path)})
         columns["label"].append(sample.label)
-    names = sorted(entry.name for entry in os.scandir(os.path.join(data_dir, "train")))
+    names = sorted(entry.name for entry in os.scandir(train))
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
     )

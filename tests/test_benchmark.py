@@ -5,6 +5,7 @@ import multiprocessing
 import re
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -240,28 +241,27 @@ def test_our_loader_on_other_roots(tmp_path):
     train = TrainConfig(global_batch_size=8, precision="fp32")
     config = Config(data=data, train=train, output_dir=str(tmp_path))
 
-    places = open_places(config, OneProcess(), f"{shards}, {parquet}")
-
     of_parquet = f"evaluation, {parquet}"
-    assert list(places) == [str(shards), "evaluation", of_parquet]
-    for name, place in places.items():
-        batches = list(place.make(1, 3))
-        rows = np.concatenate([batch.indices for batch in batches])
-        labels = np.concatenate([batch.labels.numpy() for batch in batches])
-        assert np.array_equal(labels, labels_in_order[rows]), name
-        if name != str(shards):
-            # After the last of the twelve images comes the first one again.
-            last_rows = [8, 9, 10, 11]
-            assert rows.tolist() == [*last_rows, *range(12)], name
-        place.loader.close()
+    with ExitStack() as opened:
+        makers = open_places(config, OneProcess(), f"{shards}, {parquet}", opened)
+        assert list(makers) == [str(shards), "evaluation", of_parquet]
+        for name, make in makers.items():
+            batches = list(make(1, 3))
+            rows = np.concatenate([batch.indices for batch in batches])
+            labels = np.concatenate([batch.labels.numpy() for batch in batches])
+            assert np.array_equal(labels, labels_in_order[rows]), name
+            if name != str(shards):
+                # After the last of the twelve images comes the first one again.
+                last_rows = [8, 9, 10, 11]
+                assert rows.tolist() == [*last_rows, *range(12)], name
 
 
 def test_a_root_that_cannot_be_measured(tmp_path):
     """The error names the option and the root."""
     config = Config(output_dir=str(tmp_path))
     missing = tmp_path / "missing"
-    with pytest.raises(ValueError, match=f"^--also {missing}: .*missing"):
-        open_places(config, OneProcess(), str(missing))
+    with ExitStack() as opened, pytest.raises(ValueError, match=f"^--also {missing}: .*missing"):
+        open_places(config, OneProcess(), str(missing), opened)
 
 
 @pytest.mark.long

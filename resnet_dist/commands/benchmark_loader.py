@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ from resnet_dist.commands.rival_file import build_rivals
 from resnet_dist.config import Config
 from resnet_dist.data.build import build_train_loader
 from resnet_dist.data.pixels.decoding import ImageDecoding
-from resnet_dist.data.pixels.loader import DaliLoader, DaliTrainLoader
+from resnet_dist.data.pixels.loader import DaliTrainLoader
 from resnet_dist.data.pixels.read import Encoded, ReadLimits
 from resnet_dist.data.sources.contents import find_contents
 from resnet_dist.data.sources.index import Index
@@ -69,26 +70,21 @@ def compare_loaders(config: Config, runtime: Runtime, options: argparse.Namespac
     local = config.train.global_batch_size
     num_batches = options.images // local
     folder = _class_folders(options.originals or config.data.data_dir)
-    ours = _build_ours(config, runtime, train_cache="off")
-    cached = _build_ours(config, runtime, train_cache="auto")
-    loaders: list[DaliLoader] = [ours, cached]
-    makers: dict[str, MakeBatches] = {"resnet_dist": ours.batches}
-    if options.read_delay_ms:
-        slow = _build_ours(config, runtime, train_cache="off")
-        _slow_down_reading(slow, options.read_delay_ms / 1e3)
-        loaders.append(slow)
-        makers["slow storage"] = slow.batches
-    for name, place in open_places(config, runtime, options.also).items():
-        loaders.append(place.loader)
-        makers[name] = place.make
-    makers.update(_other_makers(config, runtime, folder, ours, options.rivals))
-    if not isinstance(cached.source, ImageDecoding):
-        makers["memory cache"] = cached.batches
+    with ExitStack() as opened:
+        ours = _build_ours(config, runtime, opened, train_cache="off")
+        cached = _build_ours(config, runtime, opened, train_cache="auto")
+        makers: dict[str, MakeBatches] = {"resnet_dist": ours.batches}
+        if options.read_delay_ms:
+            slow = _build_ours(config, runtime, opened, train_cache="off")
+            _slow_down_reading(slow, options.read_delay_ms / 1e3)
+            makers["slow storage"] = slow.batches
+        makers.update(open_places(config, runtime, options.also, opened))
+        makers.update(_other_makers(config, runtime, folder, ours, options.rivals))
+        if not isinstance(cached.source, ImageDecoding):
+            makers["memory cache"] = cached.batches
 
-    turns = _take_turns(makers, options.windows, num_batches, local, runtime.device)
-    host_work = measure_host_work(ours, num_batches)
-    for loader in loaders:
-        loader.close()
+        turns = _take_turns(makers, options.windows, num_batches, local, runtime.device)
+        host_work = measure_host_work(ours, num_batches)
 
     conditions = {
         "crop": config.data.train_crop_size,
@@ -175,11 +171,12 @@ def _check(config: Config, runtime: Runtime) -> None:
 
 
 def _build_ours(
-    config: Config, runtime: Runtime, *, train_cache: Literal["off", "auto"]
+    config: Config, runtime: Runtime, opened: ExitStack, *, train_cache: Literal["off", "auto"]
 ) -> DaliTrainLoader:
-    """Build the loader of this package with a value of `data.train_cache`."""
+    """Build our loader with a value of `data.train_cache`; `opened` closes it."""
     data = replace(config.data, train_cache=train_cache)
     loader = build_train_loader(replace(config, data=data), runtime, cached=True)
+    opened.callback(loader.close)
     assert isinstance(loader, DaliTrainLoader)
     return loader
 
