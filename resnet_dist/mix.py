@@ -272,8 +272,7 @@ def apply_mix(images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     precise = torch.promote_types(images.dtype, torch.float32)
     own = images.to(precise)
     other = neighbours.to(precise)
-    weights = pixel_weights.to(precise)
-    weights = weights[:, None, None, None]
+    weights = pixel_weights.to(precise)[:, None, None, None]
     blended = torch.lerp(other, own, weights)
     rounded = blended.to(images.dtype)
     return torch.where(in_box, neighbours, rounded)

@@ -2,7 +2,7 @@
 
 The threads that load images share Python's lock with the thread that trains. Reading and decoding
 release the lock; the work that is measured here holds it. One H100 trained on 5,658 images/s
-(docs/gpu.md, the compiled loop), which leaves 177 us for an image, training included.
+(docs/gpu.md, the compiled bare loop), which leaves 177 us for an image, training included.
 """
 
 import time

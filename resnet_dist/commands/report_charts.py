@@ -279,15 +279,12 @@ def _axes(
 ) -> str:
     """Grid lines with their numbers, and the name of the horizontal axis."""
     parts = []
-    vertical_ticks = ticks(scale.low, scale.high)
-    for value in vertical_ticks:
+    for value in ticks(scale.low, scale.high):
         y = scale.y(value)
-        path = f"M{_LEFT} {y:.1f}H{_RIGHT}"
-        line = element("path", class_="grid", d=path)
+        line = element("path", class_="grid", d=f"M{_LEFT} {y:.1f}H{_RIGHT}")
         number = _label(value, _LEFT - 6, y + 4, "end")
         parts.append(line + number)
-    horizontal_ticks = ticks(scale.left, scale.right)
-    for value in horizontal_ticks:
+    for value in ticks(scale.left, scale.right):
         x = scale.x(value)
         number = _label(value, x, _BOTTOM + 14, "middle")
         parts.append(number)

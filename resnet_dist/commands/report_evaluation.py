@@ -82,12 +82,9 @@ def _cards(evaluated: Evaluated) -> str:
         top5 = wilson_interval(evaluated.num_top5_hits, num_images)
         top5_card = _accuracy_card("top-5", top5)
         cards.append(top5_card)
-    calibration = None
-    if evaluated.details is not None:
-        calibration = evaluated.details.calibration
-    if calibration is not None:
-        calibration_cards = _calibration_cards(calibration)
-        cards.extend(calibration_cards)
+    details = evaluated.details
+    if details is not None and details.calibration is not None:
+        cards.extend(_calibration_cards(details.calibration))
     return "".join(cards)
 
 
@@ -252,8 +249,7 @@ def _matrix(details: EvaluationDetails) -> str:
         header += text("th", name, class_="n")
     rows = element("tr", header)
     for name, counts in zip(names, counts_of_classes, strict=True):
-        row = _matrix_row(name, counts)
-        rows += row
+        rows += _matrix_row(name, counts)
     matrix = element("table", rows, class_="matrix")
     return element("div", matrix, class_="scroll")
 
@@ -275,14 +271,11 @@ def _count_predictions(details: EvaluationDetails) -> list[list[int]]:
     num_classes = len(details.network.class_names)
     counts = []
     for _ in range(num_classes):
-        counts_of_class = [0] * num_classes
-        counts.append(counts_of_class)
+        counts.append([0] * num_classes)
     for result in details.classes:
-        counts_of_class = counts[result.label]
-        counts_of_class[result.label] = result.correct1
+        counts[result.label][result.label] = result.correct1
     for each in details.confusions:
-        counts_of_class = counts[each.label]
-        counts_of_class[each.predicted] = each.num
+        counts[each.label][each.predicted] = each.num
     return counts
 
 

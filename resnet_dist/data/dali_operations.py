@@ -131,20 +131,11 @@ def _warp_on_gpu(pixels: DaliNode, matrix: DaliNode, fill: list[float]) -> DaliN
     # An affine matrix is without the last row, which is (0, 0, 1).
     affine = matrix[:2]
     if len(fill) == 1:
-        return fn.warp_affine(
-            pixels,
-            matrix=affine,
-            fill_value=fill[0],
-        )
+        return fn.warp_affine(pixels, matrix=affine, fill_value=fill[0])
     warped = []
     for number, value in enumerate(fill):
         channel = pixels[:, :, number : number + 1]
-        warped_channel = fn.warp_affine(
-            channel,
-            matrix=affine,
-            fill_value=value,
-        )
-        warped.append(warped_channel)
+        warped.append(fn.warp_affine(channel, matrix=affine, fill_value=value))
     return fn.cat(*warped, axis=2)
 
 
@@ -231,16 +222,8 @@ def dali_autocontrast(pixels: DaliNode, matrix: DaliNode, on_gpu: bool) -> DaliN
     """Stretch each channel linearly to the range 0 to 255."""
     from nvidia.dali import fn
 
-    low = fn.reductions.min(
-        pixels,
-        axis_names="HW",
-        keep_dims=True,
-    )
-    high = fn.reductions.max(
-        pixels,
-        axis_names="HW",
-        keep_dims=True,
-    )
+    low = fn.reductions.min(pixels, axis_names="HW", keep_dims=True)
+    high = fn.reductions.max(pixels, axis_names="HW", keep_dims=True)
 
     # A channel with a single value stays unchanged: it is shifted by 0 and scaled by 255 / 255.
     is_flat = high == low
@@ -309,6 +292,5 @@ def dali_hue(pixels: DaliNode, matrix: DaliNode, on_gpu: bool) -> DaliNode:
     channels = []
     for share in (red_share, green_share, blue_share):
         clamped = math.clamp(share, 0.0, 1.0)
-        added = span * clamped
-        channels.append(high - span + added)
+        channels.append(high - span + span * clamped)
     return _to_uint8(fn.cat(*channels, axis=2))

@@ -156,10 +156,8 @@ class CachedWindows(_CachedSource):
         windows = []
         for row, window in zip(rows.tolist(), geometry.windows.tolist(), strict=True):
             y, x, height, width = window
-            y_stop = y + height
-            x_stop = x + width
             image = self.rows.cache.image(row)
-            pixels = image[y:y_stop, x:x_stop]
+            pixels = image[y : y + height, x : x + width]
             # The fast kernel of torch wants it so.
             windows.append(pixels.contiguous())
         return crop_windows(windows, portion, 0, FAST_RESIZES)
@@ -182,12 +180,7 @@ class CachedWindows(_CachedSource):
             return None
         rows = portion.loaded.shown_rows()
         filters = filter_numbers(geometry.interpolations)
-        wanted = ResizedWindows(
-            geometry.windows,
-            filters,
-            geometry.flips,
-            view.side,
-        )
+        wanted = ResizedWindows(geometry.windows, filters, geometry.flips, view.side)
         return _SmallWindows(cache, rows, size, wanted)
 
     def _equal_images(self, portion: Portion) -> "_EqualImages | None":
@@ -327,8 +320,7 @@ class CachedSquaresOnDevice(_CachedSource):
         def squares(number: int) -> torch.Tensor:
             # One copy for all numbers.
             columns = [loaded.shown_rows(), view.offsets, geometry.flips]
-            stacked = np.column_stack(columns)
-            numbers = torch.from_numpy(stacked)
+            numbers = torch.from_numpy(np.column_stack(columns))
             on_device = to_device(numbers, self.images.device)
             rows = on_device[:, 0]
             offsets = on_device[:, 1:3]

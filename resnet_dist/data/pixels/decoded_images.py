@@ -139,9 +139,8 @@ def cut_squares(
     """
     side = places.side
     steps = np.arange(side)
-    offsets = places.offsets
-    first_rows = offsets[:, :1]
-    first_columns = offsets[:, 1:]
+    first_rows = places.offsets[:, :1]
+    first_columns = places.offsets[:, 1:]
     # [n, side]: where the rows and the columns of the squares lie in the images.
     y = first_rows + steps
     x = first_columns + steps
@@ -150,8 +149,7 @@ def cut_squares(
     # A row outside of the image is copied from inside, and made black below.
     inside_y = np.clip(y, 0, height - 1)
     first_pixels = inside_y * width + first_columns
-    offsets_in_image = CHANNELS * first_pixels
-    run_starts = starts[:, None] + offsets_in_image
+    run_starts = starts[:, None] + CHANNELS * first_pixels
     run_length = CHANNELS * side
     runs = gather_runs(pixels, run_starts.ravel(), run_length)
     squares = runs.reshape(-1, side, run_length)
@@ -172,12 +170,8 @@ def _blacken_outside(squares: ByteArray, y: IntArray, x: IntArray, size: tuple[i
         size: (height, width) of each image.
     """
     height, width = size
-    is_from_top = y >= 0
-    is_to_bottom = y < height
-    is_row_inside = is_from_top & is_to_bottom
-    is_from_left = x >= 0
-    is_to_right = x < width
-    is_column_inside = is_from_left & is_to_right
+    is_row_inside = (y >= 0) & (y < height)
+    is_column_inside = (x >= 0) & (x < width)
     if not is_row_inside.all():
         row_factors = is_row_inside.view(np.uint8)
         squares *= row_factors[:, :, None]
@@ -194,8 +188,7 @@ def _mirror(squares: torch.Tensor, flips: IntArray) -> None:
         squares: uint8 [n, side, side, 3].
         flips: int64 [n], 1 to mirror a square.
     """
-    numbers = np.flatnonzero(flips)
-    mirrored = torch.from_numpy(numbers)
+    mirrored = torch.from_numpy(np.flatnonzero(flips))
     if len(mirrored) == 0:
         return
     # torch.flip is fast on the memory format channels_last, [n, 3, side, side].
@@ -232,8 +225,7 @@ def resize_equal(images: torch.Tensor, size: tuple[int, int], mode: str) -> torc
     Returns:
         uint8 [n, height, width, 3].
     """
-    present_size = tuple(images.shape[1:3])
-    if size == present_size:
+    if size == tuple(images.shape[1:3]):
         return images
     # The fast kernel needs the memory format channels_last, [n, 3, h, w].
     channels_last = images.permute(0, 3, 1, 2)
@@ -264,8 +256,7 @@ def with_margins(images: torch.Tensor, margin: int) -> tuple[ByteArray, IntArray
 
     num_images = len(images)
     values_per_image = len(values) // num_images
-    numbers = np.arange(num_images)
-    starts = margin + values_per_image * numbers
+    starts = margin + values_per_image * np.arange(num_images)
     return pixels, starts
 
 
@@ -302,7 +293,5 @@ def cut_squares_on_device(
 
     is_row_outside = y != inside_y
     is_column_outside = x != inside_x
-    rows_outside = is_row_outside[:, :, None]
-    columns_outside = is_column_outside[:, None, :]
-    is_outside = rows_outside | columns_outside
+    is_outside = is_row_outside[:, :, None] | is_column_outside[:, None, :]
     return squares.masked_fill_(is_outside[..., None], 0)

@@ -200,10 +200,7 @@ class RemoteReader(Reader):
         for part in np.array_split(order, num_shares):
             numbers = part.tolist()
             rows_of_share = rows[part].tolist()
-            share = RemoteShare(
-                rows_of_share,
-                numbers=numbers,
-            )
+            share = RemoteShare(rows_of_share, numbers=numbers)
             share.future = self.pool.submit(self._load_all, share)
             shares.append(share)
         return shares
@@ -218,18 +215,15 @@ class RemoteReader(Reader):
         for share in requested:
             assert isinstance(share, RemoteShare)
             images = self._wait(share)
-            numbered = zip(share.numbers, images, strict=True)
-            by_number.update(numbered)
-        num_images = len(by_number)
-        return [by_number[number] for number in range(num_images)]
+            by_number.update(zip(share.numbers, images, strict=True))
+        return [by_number[number] for number in range(len(by_number))]
 
     def close(self) -> None:
         """End the threads; what was requested and has not begun is dropped."""
         self.stopped.set()
         super().close()
-        if self.cache is None or self.stuck:
-            return
-        self.cache.close()
+        if self.cache is not None and not self.stuck:
+            self.cache.close()
 
     def _place(self, row: int) -> ImagePlace:
         """Where the image of a row is."""

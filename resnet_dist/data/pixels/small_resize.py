@@ -102,14 +102,12 @@ def resize_windows(images: torch.Tensor, wanted: ResizedWindows) -> torch.Tensor
     # [n, height, 3, width]: each channel of a row is consecutive.
     planes = images.numpy().transpose(0, 1, 3, 2)
     values = planes.astype(np.float32, order="C")
-    num_rows = height * CHANNELS
-    rows = values.reshape(num_images, num_rows, width)
+    rows = values.reshape(num_images, height * CHANNELS, width)
     from_the_right = of_rows.transpose(0, 2, 1)
     resized_rows = np.matmul(rows, from_the_right)
     _round(resized_rows, wanted)
 
-    num_columns = CHANNELS * side
-    columns = resized_rows.reshape(num_images, height, num_columns)
+    columns = resized_rows.reshape(num_images, height, CHANNELS * side)
     resized = np.matmul(of_columns, columns)
     _round(resized, wanted)
 
@@ -155,18 +153,15 @@ def _matrices(
         backwards = side - 1 - pixels
         pixels = np.where(is_mirrored, backwards, pixels)
     # The rows of the table that belong to a window, and their place in the flattened table.
-    windows_of_a_filter = length + 1
-    table_number = wanted.filters * windows_of_a_filter + lengths
+    table_number = wanted.filters * (length + 1) + lengths
     first_row = table_number * side
     row_numbers = first_row[:, None] + pixels
-    values_of_a_row = 3 * length
-    row_starts = row_numbers * values_of_a_row
+    row_starts = row_numbers * (3 * length)
     # The weights are in the middle third: this begins so many pixels before it as the image does
     # before the window.
     shifts = length - starts
     positions = row_starts + shifts[:, None]
-    flat_positions = positions.ravel()
-    first_bytes = _FLOAT_BYTES * flat_positions
+    first_bytes = _FLOAT_BYTES * positions.ravel()
     num_bytes = _FLOAT_BYTES * length
     runs = gather_runs(table, first_bytes, num_bytes)
     weights = runs.view(np.float32)
@@ -180,10 +175,7 @@ def _weight_table(length: int, side: int) -> np.ndarray:
     Returns:
         The bytes of float32 [2, length + 1, side, 3 * length], by filter and size of the window.
     """
-    num_filters = len(FILTERS)
-    num_windows = length + 1
-    row_length = 3 * length
-    shape = (num_filters, num_windows, side, row_length)
+    shape = (len(FILTERS), length + 1, side, 3 * length)
     table = np.zeros(shape, np.float32)
     for number, name in enumerate(FILTERS):
         for window in range(1, length + 1):
@@ -202,30 +194,22 @@ def _rounded_weights(length: int, side: int, name: str) -> FloatArray:
     """
     filter_function, radius = _FUNCTIONS[name]
     scale = length / side
-    output_pixels = np.arange(side)
-    middles = output_pixels + 0.5
-    centers = scale * middles[:, None]
+    output_pixels = np.arange(side)[:, None]
+    centers = scale * (output_pixels + 0.5)
     pixels = np.arange(length)
-    lower_ends = centers - radius
-    upper_ends = centers + radius
-    first = np.trunc(lower_ends + 0.5)
-    stop = np.trunc(upper_ends + 0.5)
-    is_behind_first = pixels >= first
-    is_before_stop = pixels < stop
-    is_inside = is_behind_first & is_before_stop
+    first = np.trunc(centers - radius + 0.5)
+    stop = np.trunc(centers + radius + 0.5)
+    is_inside = (pixels >= first) & (pixels < stop)
     distances = np.abs(pixels - centers + 0.5)
-    filtered = filter_function(distances)
-    values = np.where(is_inside, filtered, 0)
+    values = np.where(is_inside, filter_function(distances), 0)
     sums = values.sum(axis=1, keepdims=True)
     weights = values / sums
 
     largest = float(weights.max())
-    bits = _bits_of_weights(largest)
-    factor = 2**bits
+    factor = 2 ** _bits_of_weights(largest)
     scaled = weights * factor
     half = np.copysign(0.5, scaled)
-    integers = np.trunc(scaled + half)
-    rounded: FloatArray = integers / factor
+    rounded: FloatArray = np.trunc(scaled + half) / factor
     return rounded
 
 
@@ -257,13 +241,7 @@ def _bicubic(distances: FloatArray) -> FloatArray:
     below_2 = a * x - 5 * a
     below_2 = below_2 * x + 8 * a
     below_2 = below_2 * x - 4 * a
-    is_below_1 = x < 1
-    is_below_2 = x < 2
-    values: FloatArray = np.select(
-        [is_below_1, is_below_2],
-        [below_1, below_2],
-        default=0.0,
-    )
+    values: FloatArray = np.select([x < 1, x < 2], [below_1, below_2], default=0.0)
     return values
 
 

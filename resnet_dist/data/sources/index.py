@@ -192,8 +192,7 @@ class Index:
         label = self.class_names.index(class_name)
         folder, file_name = name_order(os.fsencode(file))
         wanted = (label, folder, file_name)
-        num_images = len(self.arrays["labels"])
-        positions = range(num_images)
+        positions = range(len(self.arrays["labels"]))
         found = bisect_left(positions, wanted, key=self._order)
         if found in positions and self._order(found) == wanted:
             return found
@@ -260,19 +259,14 @@ class Index:
         if len(number) == 0:
             return
         num_shards = len(self.shards)
-        lowest = number.min()
-        highest = number.max()
-        if lowest < 0 or highest >= num_shards:
+        if number.min() < 0 or number.max() >= num_shards:
             raise self._damaged("a shard's number is out of range")
         if offset.min() < 0 or length.min() < 0:
             raise self._damaged("an image has a negative place")
         stamps = self.origin.stamps
         if len(stamps) != num_shards:
             raise self._damaged("the sizes of the shards are missing")
-        sizes = np.array(
-            [stamp[0] for stamp in stamps],
-            dtype=np.int64,
-        )
+        sizes = np.array([stamp[0] for stamp in stamps], dtype=np.int64)
         room = sizes[number] - offset
         if np.any(length > room):
             raise self._damaged("an image reaches beyond the end of its shard")
@@ -293,11 +287,7 @@ class Index:
         """
         if len(self.excluded) == 0:
             return rows
-        num_excluded_before = np.searchsorted(
-            self.excluded,
-            rows,
-            side="right",
-        )
+        num_excluded_before = np.searchsorted(self.excluded, rows, side="right")
         return rows + num_excluded_before
 
     def _key(self, stored: int) -> tuple[int, bytes]:

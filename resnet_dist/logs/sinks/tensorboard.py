@@ -29,7 +29,8 @@ class TensorBoardSink:
         Raises:
             ValueError: The library is not installed.
         """
-        require_library("tensorboard", "pip install resnet-dist[tensorboard]")
+        advice = "pip install resnet-dist[tensorboard], or take it out of log.sinks"
+        require_library("tensorboard", advice)
         from torch.utils.tensorboard import SummaryWriter
 
         folder = run.folder / "tensorboard"
