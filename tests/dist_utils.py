@@ -276,18 +276,33 @@ def wait_for_step(output_dir, step, processes, saved=-1):
 
 
 def last_logged_step(output_dir):
-    """The step of the last line of metrics.jsonl; -1 if there is none or it is not whole yet."""
+    """The newest step that a run has logged; 0 before the first one."""
+    lines = whole_lines(output_dir)
+    return lines[-1]["step"] if lines else 0
+
+
+def whole_lines(output_dir):
+    """The lines of metrics.jsonl of a run that is under way: the last one may be half written, and
+    there may be no file yet.
+    """
     path = output_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    if not lines or not lines[-1].endswith("}"):
-        return -1
-    return json.loads(lines[-1])["step"]
+    text = path.read_text() if path.exists() else ""
+    whole, _, _ = text.rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def logged_lines(output_dir):
-    """The lines of metrics.jsonl."""
+    """The lines of metrics.jsonl of a run that has ended."""
     text = (output_dir / "metrics.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
+
+
+def without_clock(lines):
+    """Lines of metrics.jsonl without what depends on the clock or the memory."""
+    kept = []
+    for line in lines:
+        kept.append({key: value for key, value in line.items() if key not in CLOCK_KEYS})
+    return kept
 
 
 def last_checkpoint(output_dir):

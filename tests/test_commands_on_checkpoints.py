@@ -8,14 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_utils import load_content
 from dist_utils import run_command
 
 from resnet_dist import cli
-from resnet_dist.checkpoints.checkpoint_file import (
-    read_checkpoint,
-    unpack_checkpoint,
-    write_checkpoint,
-)
+from resnet_dist.checkpoints.checkpoint_file import write_checkpoint
 
 SETTINGS = ("--data.threads", "1", "--distributed.threads", "1")
 
@@ -35,8 +32,7 @@ def exit_code(words):
 
 def content_of(checkpoint):
     """The content of a checkpoint, to be changed and written again."""
-    payload = read_checkpoint(Path(checkpoint))
-    content = unpack_checkpoint(payload, "")
+    content = load_content(Path(checkpoint))
     # So that a file without a digest at its end is taken for that of an older version.
     del content["sha256_in_zip_comment"]
     return content

@@ -9,13 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from checkpoint_utils import load_content
 
 from resnet_dist import cli
-from resnet_dist.checkpoints.checkpoint_file import (
-    read_checkpoint,
-    unpack_checkpoint,
-    write_checkpoint,
-)
+from resnet_dist.checkpoints.checkpoint_file import write_checkpoint
 from resnet_dist.checkpoints.saved_network import load_network, open_network
 from resnet_dist.commands import export
 from resnet_dist.config import Config, DataConfig, ModelConfig, to_dict
@@ -155,7 +152,7 @@ def test_safetensors(checkpoint, run):
 
     result = run(checkpoint, "safetensors")
     check_success(result)
-    content = unpack_checkpoint(read_checkpoint(checkpoint), "")
+    content = load_content(Path(checkpoint))
     weights = content["ema"]
     with safe_open(result.file, "pt") as file:
         assert set(file.keys()) == set(weights)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from dist_utils import options
+from dist_utils import options, small_run
 
 from resnet_dist import cli
 from resnet_dist.checkpoints.checkpoint import Saver, TrainState
@@ -620,14 +620,10 @@ def test_the_local_executor_trains(tmp_path):
         [
             sys.executable,
             "slurm/submit.py",
-            *options(
-                config="configs/quickstart.yaml",
-                log__wandb="disabled",
+            *small_run(
                 data__data_dir=tmp_path / "digits",
                 output_dir=tmp_path / "run",
-                data__train_crop_size=8,
-                data__val_resize_size=8,
-                data__val_crop_size=8,
+                train__global_batch_size=64,
                 train__epochs=0.2,
                 schedule__warmup_epochs=0,
                 cluster__executor="local",

@@ -14,6 +14,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from dist_utils import logged_lines
 from PIL import Image
 from wandb_server import wandb_environment
 
@@ -23,12 +24,6 @@ from resnet_dist.logs import log as log_module
 from resnet_dist.logs.log import build_log
 from resnet_dist.logs.sinks import background, wandb_mode
 from resnet_dist.logs.sinks.base import Picture, Table
-
-
-def logged(folder):
-    """The lines of metrics.jsonl."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
 
 
 class Recorder:
@@ -107,7 +102,7 @@ def test_a_sink_that_fails_or_hangs_gets_one_warning(tmp_path, monkeypatch, caps
     run_with(sink, tmp_path, monkeypatch)
     expected = f"warning: recorder failed ({reason}); training continues without it\n"
     assert capsys.readouterr().err == expected
-    assert len(logged(tmp_path)) == 49
+    assert len(logged_lines(tmp_path)) == 49
 
 
 def test_a_sink_that_hangs_does_not_fill_the_memory(tmp_path, monkeypatch, capsys):
@@ -115,7 +110,7 @@ def test_a_sink_that_hangs_does_not_fill_the_memory(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(log_module, "CLOSE_SECONDS", 0.1)
     run_with(Recorder("start", hangs=True), tmp_path, monkeypatch)
     assert "has not taken a value for a long time" in capsys.readouterr().err
-    assert len(logged(tmp_path)) == 49
+    assert len(logged_lines(tmp_path)) == 49
 
 
 def test_attachments_reach_each_sink_after_the_numbers(tmp_path, monkeypatch):
@@ -208,7 +203,7 @@ def test_a_library_that_is_not_installed_gets_one_clear_warning(
     printed = capsys.readouterr().err
     assert printed.count("warning:") == 1
     assert advice in printed
-    assert len(logged(tmp_path)) == 4
+    assert len(logged_lines(tmp_path)) == 4
 
 
 @pytest.mark.parametrize(
@@ -321,7 +316,7 @@ def test_offline_run_goes_on_after_a_resume(tmp_path):
     assert first_steps == [10, 20, 30, 30, 30, 30]
     # Step 30 is there already: the axis must not go back.
     assert second_steps == [40]
-    assert [record["step"] for record in logged(tmp_path / "run")] == [10, 20, 30, 40]
+    assert [record["step"] for record in logged_lines(tmp_path / "run")] == [10, 20, 30, 40]
 
     first_runs = of_type(first_records, "run")
     assert first_runs[0]["config"]["update"]["model"] == {"name": "resnet20"}

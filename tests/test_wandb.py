@@ -5,13 +5,13 @@ The client is the real one, in a process of its own. Training never waits, and w
 is in files that `wandb sync` completes the run with.
 """
 
-import json
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from dist_utils import whole_lines
 from wandb_server import Server, wandb_environment
 
 SESSION = """
@@ -94,10 +94,8 @@ def run_id(tmp_path):
 
 
 def logged(tmp_path):
-    path = tmp_path / "run" / "metrics.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    """The steps that the run has logged."""
+    return [line["step"] for line in whole_lines(tmp_path / "run")]
 
 
 def lose(tmp_path, server):

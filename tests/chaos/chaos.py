@@ -10,7 +10,6 @@ fault it is started again, as a launcher would do.
 """
 
 import argparse
-import json
 import os
 import random
 import re
@@ -27,19 +26,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from dist_utils import (
-    CLOCK_KEYS,
     TINY_NETWORK,
     by_step,
     equal_trees,
     in_double,
+    last_checkpoint,
+    last_logged_step,
+    logged_lines,
     record_batches,
     run_app,
     run_to_the_end,
+    saved_steps,
     slow_from,
     small_run,
     start_app,
     wait_app,
     wait_for_step,
+    without_clock,
 )
 from faults import (
     EPOCHS,
@@ -54,12 +57,10 @@ from faults import (
     good_checkpoints,
     latest_step,
     rank_main,
-    step_of,
 )
 
 # Imported before the ranks are forked, so that none of them has to do it.
 import resnet_dist.run  # noqa: F401
-from resnet_dist.checkpoints.checkpoint_file import read_checkpoint, unpack_checkpoint
 from resnet_dist.distributed.watchdog import EXIT_LOST_RANK
 
 STOP_TIMEOUT_SECONDS = 12.0
@@ -88,47 +89,21 @@ def arguments(digits: str, folder: Path, **more: object) -> list[str]:
     return ["train", *small_run(**(settings | more))]
 
 
-def metrics(folder: Path) -> list[dict]:
-    """What the run has logged, without the values that depend on the clock."""
-    path = folder / "metrics.jsonl"
-    if not path.exists():
-        return []
-    found = []
-    for line in path.read_text().splitlines():
-        # The last line may be half written.
-        if line.endswith("}"):
-            values = json.loads(line)
-            found.append({key: values[key] for key in values if key not in CLOCK_KEYS})
-    return found
-
-
-def last_step(folder: Path) -> int:
-    """The newest step that the run has logged."""
-    lines = metrics(folder)
-    return lines[-1]["step"] if lines else 0
-
-
 def saved_step(folder: Path) -> int:
     """The step of the newest checkpoint file."""
-    files = (folder / "checkpoints").glob("step_*.pt")
-    return max((step_of(path) for path in files), default=0)
-
-
-def final_state(folder: Path) -> dict:
-    """The content of the last checkpoint of a run."""
-    path = folder / "checkpoints" / "last.pt"
-    return unpack_checkpoint(read_checkpoint(path), str(path))
+    return max(saved_steps(folder), default=0)
 
 
 def differences(folder: Path, undisturbed: Path) -> list[str]:
     """The parts in which two finished runs differ."""
-    state = final_state(folder)
-    expected = final_state(undisturbed)
+    state = last_checkpoint(folder)
+    expected = last_checkpoint(undisturbed)
     found = []
     for part in ("step", "model", "ema", "optimizer", "scaler", "best_top1", "best_step"):
         if not equal_trees(state[part], expected[part]):
             found.append(part)
-    if metrics(folder) != metrics(undisturbed):
+    lines = without_clock(logged_lines(folder))
+    if lines != without_clock(logged_lines(undisturbed)):
         found.append("metrics")
     return found
 
@@ -231,7 +206,7 @@ class Round:
         self.thrown.append(fault.title)
         (self.folder / "full").unlink(missing_ok=True)
         assert codes == fault.expected_codes(), (fault, codes, self.tail())
-        step = last_step(self.folder)
+        step = last_logged_step(self.folder)
         if fault.kind.startswith("signal"):
             assert saved_step(self.folder) == step, "a signal must not cost a step"
         self.fault_time = moment
@@ -267,7 +242,7 @@ class Round:
             if first_step is not None:
                 self.note_progress(first_step)
                 can_strike = fault is not None and alive and moment is None
-                if can_strike and last_step(self.folder) >= max(fault.at, first_step + 1):
+                if can_strike and last_logged_step(self.folder) >= max(fault.at, first_step + 1):
                     moment = time.monotonic()
                     self.act(fault, processes)
             time.sleep(0.02)
@@ -289,7 +264,7 @@ class Round:
         if not self.resumed:
             self.resumed = True
             self.lost.append(self.fault_step - first_step)
-        if self.fault_time is not None and last_step(self.folder) > self.fault_step:
+        if self.fault_time is not None and last_logged_step(self.folder) > self.fault_step:
             self.seconds.append(time.monotonic() - self.fault_time)
             self.fault_time = None
 
@@ -413,7 +388,7 @@ def kill_in_double(ranks: int, at: int, digits: str, folder: Path) -> None:
 def float_weights(folder: Path) -> torch.Tensor:
     """All floating-point values of a run's final model as one vector in double precision."""
     vectors = []
-    for tensor in final_state(folder)["model"].values():
+    for tensor in last_checkpoint(folder)["model"].values():
         if tensor.is_floating_point():
             vectors.append(tensor.double().flatten())
     return torch.cat(vectors)

@@ -5,7 +5,8 @@ changes.
 import shutil
 
 import pytest
-from chaos import Round, differences, draw, final_state, other_ranks, run_undisturbed
+from chaos import Round, differences, draw, other_ranks, run_undisturbed
+from dist_utils import last_checkpoint
 from faults import FAULTS, FILE_FAULTS
 
 from resnet_dist.checkpoints.checkpoint_file import write_checkpoint
@@ -44,7 +45,7 @@ def test_each_fault_leaves_no_trace(digits, undisturbed, tmp_path):
 
 def test_the_comparison_sees_one_bit(undisturbed, tmp_path):
     other = shutil.copytree(undisturbed, tmp_path / "other")
-    content = final_state(other)
+    content = last_checkpoint(other)
     one_bit_more = 1 + 2**-23
     content["ema"]["fc.bias"][3] *= one_bit_more
     last = other / "checkpoints" / "last.pt"

@@ -14,6 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from checkpoint_utils import name_of_newest
 from dist_utils import (
     TIMEOUT_SECONDS,
     TINY_NETWORK,
@@ -66,12 +67,6 @@ def train(tmp_path, *more, world_size=2, entry=None):
 def train_on(data_dir, tmp_path, *more, entry=None):
     """As `train`, with the data of a folder."""
     return train(tmp_path, "--data.data_dir", str(data_dir), *more, entry=entry)
-
-
-def newest_name(folder):
-    """The file name of the newest checkpoint; a warning fails the test."""
-    newest = newest_valid(folder, pytest.fail)
-    return newest.name
 
 
 def count_trained_steps(run_folder):
@@ -242,7 +237,7 @@ def test_a_damaged_newest_checkpoint_falls_back(tmp_path, digits):
     assert codes == [0, 0], printed
     assert "damaged" in printed
     assert "step 10, from" in printed
-    assert newest_name(folder) == newest.name
+    assert name_of_newest(folder) == newest.name
 
     for path in folder.glob("step_*.pt"):
         path.write_bytes(b"")
@@ -326,7 +321,7 @@ def test_a_full_disk_while_saving(tmp_path, digits):
     assert "step 5 stays" in printed
     run_folder = tmp_path / "run"
     assert count_trained_steps(run_folder) == 12
-    assert newest_name(run_folder / "checkpoints") == "step_00000005.pt"
+    assert name_of_newest(run_folder / "checkpoints") == "step_00000005.pt"
 
 
 @pytest.mark.parametrize(
@@ -379,7 +374,7 @@ def test_a_folder_that_stops_taking_checkpoints(tmp_path, digits, how):
     codes, printed = train_on(digits, tmp_path, "--checkpoint.interval_steps", "5", entry=entry)
     assert count_trained_steps(run_folder) == 12
     first_folder = folder if how == "read-only" else moved
-    assert newest_name(first_folder) == "step_00000005.pt"
+    assert name_of_newest(first_folder) == "step_00000005.pt"
     if how in ("removed", "removed while it is written"):
         assert codes == [0, 0], printed
         assert "warning: could not" not in printed, printed
@@ -389,7 +384,7 @@ def test_a_folder_that_stops_taking_checkpoints(tmp_path, digits, how):
             "step_00000010.pt",
             "step_00000012.pt",
         ]
-        assert newest_name(folder) == "step_00000012.pt"
+        assert name_of_newest(folder) == "step_00000012.pt"
         return
 
     reason = "Read-only file system" if how == "read-only" else "File exists"

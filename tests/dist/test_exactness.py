@@ -14,7 +14,6 @@ import time
 
 import pytest
 from dist_utils import (
-    CLOCK_KEYS,
     TINY_NETWORK,
     equal_trees,
     last_checkpoint,
@@ -27,6 +26,7 @@ from dist_utils import (
     start_app,
     wait_app,
     wait_for_step,
+    without_clock,
 )
 from image_files import encode, picture, write_split
 
@@ -61,15 +61,14 @@ def final(output_dir):
     return content
 
 
-def comparable(lines):
-    """The lines without what depends on the clock; so do the bad files that an attempt, reading
-    ahead, has met.
+def comparable_lines(output_dir):
+    """What a run has logged, without what depends on the clock. The number of bad files does, since
+    an attempt reads ahead.
     """
-    left_out = {*CLOCK_KEYS, "train/bad_images"}
-    kept = []
+    lines = without_clock(logged_lines(output_dir))
     for line in lines:
-        kept.append({key: value for key, value in line.items() if key not in left_out})
-    return kept
+        line.pop("train/bad_images", None)
+    return lines
 
 
 def assert_same_run(output_dir, expected_dir):
@@ -78,8 +77,7 @@ def assert_same_run(output_dir, expected_dir):
     expected = final(expected_dir)
     for key in ("model", "ema", "optimizer", "best_top1", "best_step"):
         assert equal_trees(found[key], expected[key]), key
-    lines = comparable(logged_lines(output_dir))
-    assert lines == comparable(logged_lines(expected_dir))
+    assert comparable_lines(output_dir) == comparable_lines(expected_dir)
 
 
 def resumed_steps(output_dir):

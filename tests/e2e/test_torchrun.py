@@ -1,7 +1,5 @@
 """The commands of the README, as a user types them: real torchrun, real processes."""
 
-import json
-import os
 import re
 import signal
 import subprocess
@@ -10,7 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from dist_utils import options
+from dist_utils import logged_lines, options, whole_lines
+from wandb_server import wandb_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")
@@ -49,26 +48,12 @@ def launch(*arguments):
 @pytest.fixture
 def environment(tmp_path):
     """No key, no network for W&B, and a home of our own."""
-    variables = {
-        "OMP_NUM_THREADS": "1",
-        "HOME": str(tmp_path),
-        "WANDB_BASE_URL": "http://127.0.0.1:9",
-    }
-    for name, value in os.environ.items():
-        if not name.startswith("WANDB"):
-            variables.setdefault(name, value)
-    return variables
+    return wandb_environment(tmp_path, "http://127.0.0.1:9", OMP_NUM_THREADS="1")
 
 
 def logged_steps(folder):
-    """The steps that a run has logged a loss of; a line that is not whole yet does not count."""
-    path = folder / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    steps = []
-    for line in text.splitlines(keepends=True):
-        if line.endswith("\n") and "train/loss" in line:
-            steps.append(json.loads(line)["step"])
-    return steps
+    """The steps that a run has logged a loss of."""
+    return [line["step"] for line in whole_lines(folder) if "train/loss" in line]
 
 
 def print_nothing():
@@ -153,8 +138,7 @@ def test_the_quickstart_is_interrupted_and_reaches_its_accuracy(tmp_path, enviro
     run_ids = {session.name.rpartition("-")[2] for session in sessions}
     assert len(run_ids) == 1
 
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    last = json.loads(lines[-1])
+    last = logged_lines(run)[-1]
     assert last["val/num"] == 355
     assert last["val/top1"] >= 97
     print(f"quickstart: top-1 {last['val/top1']:.2f} % after {last['elapsed']:.0f} s")
@@ -216,7 +200,6 @@ def is_running(pid):
 
 def test_launch_ends_with_our_words_and_our_code(tmp_path, environment):
     """Through torchrun the same failure is code 1, and its page repeats our sentence at its end."""
-    environment["PYTHONPATH"] = str(ROOT)
     refused = (
         *("--config", QUICKSTART),
         *("--data.kind", "folder"),
@@ -248,7 +231,6 @@ def test_launch_ends_with_our_words_and_our_code(tmp_path, environment):
 
 def test_a_closed_session_saves(tmp_path, environment):
     """SIGHUP, as when ssh ends: the launcher passes it on, also under nohup."""
-    environment["PYTHONPATH"] = str(ROOT)
     run = tmp_path / "run"
     log = tmp_path / "printed"
     command = launch(

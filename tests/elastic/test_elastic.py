@@ -3,7 +3,6 @@
 Outside the quick suite (`-m long`): the agents wait for each other, which takes minutes.
 """
 
-import json
 import os
 import random
 import re
@@ -13,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from dist_utils import by_step, free_port, options
+from dist_utils import by_step, free_port, last_logged_step, logged_lines, small_run
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = """
@@ -33,6 +32,7 @@ class Agents:
 
     def __init__(self, folder, digits):
         self.folder = folder
+        self.run_folder = folder / "run"
         self.digits = digits
         self.port = free_port()
         self.running = {}
@@ -69,21 +69,13 @@ class Agents:
 
     def command_line(self):
         """The training that each worker runs."""
-        settings = options(
-            config=ROOT / "configs/quickstart.yaml",
+        settings = small_run(
             data__data_dir=self.digits,
-            output_dir=self.folder / "run",
-            data__train_crop_size=8,
-            data__val_resize_size=8,
-            data__val_crop_size=8,
+            output_dir=self.run_folder,
             train__epochs=EPOCHS,
             train__global_batch_size=64,
             checkpoint__interval_steps=5,
-            log__interval_steps=1,
-            log__wandb="disabled",
-            distributed__threads=1,
             distributed__timeout_s=120,
-            data__threads=1,
         )
         return ["train", *settings]
 
@@ -97,25 +89,15 @@ class Agents:
         agent.terminate()
         agent.wait(120)
 
-    def metrics(self):
-        """The lines that the run has logged; the last one may be half written."""
-        path = self.folder / "run" / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
-
     def wait_for_steps(self, more):
         """Until the run has logged `more` steps than now."""
         deadline = time.monotonic() + 300
-        goal = self.last_step() + more
-        while self.last_step() < goal:
+        goal = last_logged_step(self.run_folder) + more
+        while last_logged_step(self.run_folder) < goal:
             ended = [name for name, agent in self.running.items() if agent.poll() is not None]
             assert ended == [], self.printed()
             assert time.monotonic() < deadline, self.printed()
             time.sleep(0.1)
-
-    def last_step(self):
-        lines = self.metrics()
-        return lines[-1]["step"] if lines else 0
 
     def printed(self):
         """The end of what each agent has printed."""
@@ -188,7 +170,7 @@ def test_an_agent_dies_and_another_joins(digits, tmp_path):
     for stopped in stops:
         assert f"; step {stopped}, from " in printed
 
-    lines = agents.metrics()
+    lines = logged_lines(agents.run_folder)
     trained = [line["step"] for line in lines if "train/loss" in line]
     assert trained == list(range(1, STEPS + 1))
     evaluated = [line["step"] for line in lines if "val/top1" in line]

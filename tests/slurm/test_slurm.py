@@ -20,13 +20,13 @@ from pathlib import Path
 import pytest
 import submitit
 from dist_utils import (
-    CLOCK_KEYS,
     equal_trees,
     last_checkpoint,
     logged_lines,
     options,
     run_to_the_end,
     small_run,
+    without_clock,
 )
 
 from resnet_dist import cli
@@ -187,14 +187,6 @@ def wait_for(condition, explain=explain_nothing):
         time.sleep(0.2)
 
 
-def comparable_lines(output_dir):
-    """What a run has logged, without what depends on the clock."""
-    lines = []
-    for line in logged_lines(output_dir):
-        lines.append({key: value for key, value in line.items() if key not in CLOCK_KEYS})
-    return lines
-
-
 def momentum_of(content):
     """The momentum buffer of each parameter in a checkpoint."""
     states = content["optimizer"]["state"]
@@ -210,7 +202,8 @@ def assert_same_run(output_dir, expected_dir):
     for part in ("model", "ema"):
         assert equal_trees(found[part], expected[part]), part
     assert equal_trees(momentum_of(found), momentum_of(expected))
-    assert comparable_lines(output_dir) == comparable_lines(expected_dir)
+    lines = without_clock(logged_lines(output_dir))
+    assert lines == without_clock(logged_lines(expected_dir))
 
 
 def time_limit(place):
